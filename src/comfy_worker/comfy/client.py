@@ -1,0 +1,259 @@
+"""ComfyUI's HTTP API: one method a request, foreign errors made ours."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+import requests
+from requests.adapters import HTTPAdapter
+from urllib3.util import Retry
+
+from comfy_worker.comfy.protocol import QueuePlace, place_in_queue
+from comfy_worker.comfy.validation import refusal
+from comfy_worker.errors import ComfyUnreachable, OutputMissing, UploadFailed
+from comfy_worker.jobs import OutputFile, Workflow
+from comfy_worker.settings import Settings
+from comfy_worker.stop import Stop
+
+_CONNECT_TIMEOUT_S = 5.0
+_QUESTION_TIMEOUT_S = 5.0
+"""For questions that ComfyUI answers from memory; files take as long as they take."""
+_READY_INTERVAL_S = 0.05
+_SUBMIT_ATTEMPTS = 3
+_REMOVE_TIMEOUT_S = 10.0
+_REMOVE_INTERVAL_S = 0.05
+
+
+class ComfyClient:
+    """Speaks HTTP to one ComfyUI over kept-open connections; safe to use from several threads.
+
+    Attributes:
+        transfers: the threads in which files go to and fro.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._session = _open_session(settings.transfer_threads)
+        self._node_inputs: dict[str, Mapping[str, Any]] = {}
+        self.transfers = ThreadPoolExecutor(settings.transfer_threads, thread_name_prefix="transfer")
+
+    @property
+    def url(self) -> str:
+        """Where ComfyUI listens."""
+        return self._settings.comfyui_url
+
+    @property
+    def settings(self) -> Settings:
+        """What the client was made with."""
+        return self._settings
+
+    def close(self) -> None:
+        """Close the connections and end the threads."""
+        self.transfers.shutdown(wait=False, cancel_futures=True)
+        self._session.close()
+
+    # ---------------------------------------------------------------------------------------------- state
+
+    def is_ready(self) -> bool:
+        """Return whether ComfyUI answers; touches nothing that could keep its GPU busy."""
+        try:
+            self._get_json("/prompt")
+        except ComfyUnreachable:
+            return False
+        return True
+
+    def wait_until_ready(self, stop: Stop) -> None:
+        """Return as soon as ComfyUI answers.
+
+        Raises:
+            ComfyUnreachable: it did not within `comfyui_ready_timeout_s`.
+            Cancelled: the job was cancelled meanwhile.
+        """
+        deadline = time.monotonic() + self._settings.comfyui_ready_timeout_s
+        while not self.is_ready():
+            if time.monotonic() >= deadline:
+                raise self.unreachable()
+            stop.wait(_READY_INTERVAL_S)
+            stop.check()
+
+    def unreachable(self) -> ComfyUnreachable:
+        """Return the error for a ComfyUI that was tried again and again."""
+        return ComfyUnreachable(
+            f"ComfyUI server ({self._settings.comfyui_address}) not reachable after multiple retries",
+            hint="Is ComfyUI running there? COMFYUI_URL says where it is looked for",
+        )
+
+    def system_stats(self) -> Mapping[str, Any]:
+        """Return `/system_stats`: version, memory, devices."""
+        return self._get_json("/system_stats")
+
+    # --------------------------------------------------------------------------------------------- prompt
+
+    def submit(
+        self, graph: Workflow, prompt_id: str, client_id: str, extra_data: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        """Queue a prompt under our own id; return ComfyUI's `node_errors`, the parts that it will skip.
+
+        An answer that got lost is looked up by that id; the prompt is never queued twice.
+
+        Raises:
+            InvalidWorkflow: ComfyUI refused it.
+            ComfyUnreachable: it could not be queued.
+        """
+        body = {"prompt": graph, "prompt_id": prompt_id, "client_id": client_id, "extra_data": dict(extra_data)}
+        for attempt in range(1, _SUBMIT_ATTEMPTS + 1):
+            try:
+                response = self._request("POST", "/prompt", json=body)
+            except ComfyUnreachable:
+                if self.knows(prompt_id):
+                    return {}
+                if attempt == _SUBMIT_ATTEMPTS:
+                    raise
+                continue
+            if response.status_code == requests.codes.bad_request:
+                raise refusal(_json(response), graph, self.choices, self.class_names)
+            _check(response)
+            return _json(response).get("node_errors") or {}
+        raise AssertionError("every attempt returns or raises")
+
+    def knows(self, prompt_id: str) -> bool:
+        """Return whether the prompt is waiting, running or done."""
+        return self.place(prompt_id) is not None or self.history(prompt_id) is not None
+
+    def history(self, prompt_id: str) -> Mapping[str, Any] | None:
+        """Return the entry of a prompt that has ended, None for one that has not (or is not known)."""
+        entry = self._get_json(f"/history/{prompt_id}").get(prompt_id)
+        return entry if isinstance(entry, Mapping) else None
+
+    def place(self, prompt_id: str) -> QueuePlace | None:
+        """Return where the prompt stands in the queue, None if it does not."""
+        return place_in_queue(self._get_json("/queue"), prompt_id)
+
+    def remove(self, prompt_id: str) -> bool:
+        """Take a prompt out of ComfyUI, whether it waits or runs; return whether it is out.
+
+        `/interrupt` is only sent while our own prompt is the running one: older ComfyUIs ignore the id in it and
+        interrupt whatever runs.
+        """
+        deadline = time.monotonic() + _REMOVE_TIMEOUT_S
+        while time.monotonic() < deadline:
+            place = self.place(prompt_id)
+            if place is None:
+                return True
+            if place.running:
+                _check(self._request("POST", "/interrupt", json={"prompt_id": prompt_id}))
+            else:
+                _check(self._request("POST", "/queue", json={"delete": [prompt_id]}))
+            time.sleep(_REMOVE_INTERVAL_S)
+        return False
+
+    # ---------------------------------------------------------------------------------------------- nodes
+
+    def node_inputs(self, class_type: str) -> Mapping[str, Any]:
+        """Return the inputs of a node class, name to `[type, options]`; empty for a class that is not there.
+
+        The values that a combo offers change, types and options do not: they are remembered.
+        """
+        if class_type not in self._node_inputs:
+            self._node_inputs[class_type] = self._fetch_inputs(class_type)
+        return self._node_inputs[class_type]
+
+    def choices(self, class_type: str, input_name: str) -> Sequence[str] | None:
+        """Return what a combo offers now, None if the input is no combo."""
+        config = self._fetch_inputs(class_type).get(input_name) or [None]
+        offered = config[0] if isinstance(config[0], list) else (config[1:] or [{}])[0].get("options")
+        return [str(value) for value in offered] if isinstance(offered, list) else None
+
+    def class_names(self) -> Sequence[str]:
+        """Return every node class that ComfyUI has."""
+        return list(self._get_json("/object_info", timeout_s=self._settings.comfyui_request_timeout_s))
+
+    def _fetch_inputs(self, class_type: str) -> Mapping[str, Any]:
+        path = f"/object_info/{quote(class_type, safe='')}"
+        inputs = self._get_json(path).get(class_type, {}).get("input", {})
+        return {**inputs.get("optional", {}), **inputs.get("required", {})}
+
+    # ---------------------------------------------------------------------------------------------- files
+
+    def upload(self, name: str, content: bytes, folder: str) -> str:
+        """Put a file into ComfyUI's input folder; return the name by which a node loads it.
+
+        Raises:
+            UploadFailed: ComfyUI did not take it.
+        """
+        subfolder, _, filename = f"{folder}/{name}".rpartition("/")
+        try:
+            response = self._request(
+                "POST",
+                "/upload/image",
+                data={"subfolder": subfolder, "overwrite": "true", "type": "input"},
+                files={"image": (filename, content)},
+            )
+        except ComfyUnreachable as error:
+            raise UploadFailed(f"{name}: {error.message}") from error
+        if response.status_code == requests.codes.request_entity_too_large:
+            raise UploadFailed(f"{name}: it is larger than ComfyUI takes")
+        if not response.ok:
+            raise UploadFailed(f"{name}: ComfyUI answered {response.status_code}")
+        stored = _json(response)
+        return "/".join(part for part in (stored.get("subfolder", ""), stored["name"]) if part)
+
+    def view(self, file: OutputFile) -> bytes:
+        """Return the content of an output.
+
+        Raises:
+            OutputMissing: ComfyUI does not have the file that it reported.
+            ComfyUnreachable: it does not answer.
+        """
+        params = {"filename": file.filename, "subfolder": file.subfolder, "type": file.type}
+        response = self._request("GET", "/view", params=params)
+        if response.status_code in (400, 403, 404):
+            raise OutputMissing(f"ComfyUI reported {file.filename} and does not have it")
+        _check(response)
+        return response.content
+
+    # ------------------------------------------------------------------------------------------- requests
+
+    def _get_json(self, path: str, timeout_s: float = _QUESTION_TIMEOUT_S) -> Mapping[str, Any]:
+        response = self._request("GET", path, timeout_s=timeout_s)
+        _check(response)
+        return _json(response)
+
+    def _request(self, method: str, path: str, timeout_s: float | None = None, **arguments: Any) -> requests.Response:
+        timeout = (_CONNECT_TIMEOUT_S, timeout_s or self._settings.comfyui_request_timeout_s)
+        try:
+            return self._session.request(method, f"{self.url}{path}", timeout=timeout, **arguments)
+        except requests.RequestException as error:
+            raise ComfyUnreachable(
+                f"ComfyUI server ({self._settings.comfyui_address}) did not answer {method} {path.split('?')[0]}"
+            ) from error
+
+
+def _open_session(connections: int) -> requests.Session:
+    session = requests.Session()
+    # A proxy of the environment is for the world outside; looking for one costs time on every request.
+    session.trust_env = False
+    retry = Retry(connect=2, read=1, status=0, backoff_factor=0.05, allowed_methods={"GET"}, raise_on_status=False)
+    adapter = HTTPAdapter(pool_maxsize=connections + 2, max_retries=retry)
+    session.mount("http://", adapter)
+    session.mount("https://", adapter)
+    return session
+
+
+def _check(response: requests.Response) -> None:
+    if not response.ok:
+        path = urlsplit(response.url).path
+        raise ComfyUnreachable(f"ComfyUI answered {response.status_code} to {response.request.method} {path}")
+
+
+def _json(response: requests.Response) -> Mapping[str, Any]:
+    with contextlib.suppress(ValueError):
+        body = response.json()
+        if isinstance(body, Mapping):
+            return body
+    raise ComfyUnreachable(f"ComfyUI answered {response.request.method} with something that is not a JSON object")

@@ -1,0 +1,253 @@
+"""What ComfyUI says about one prompt, turned into events and an outcome: a state machine without I/O.
+
+Two sources tell the same story. The websocket is quick and may miss its end; the history is written once and is the
+truth. `PromptProtocol` reads the first, `outcome_from_history` the second.
+
+The order at a prompt's end, as recorded from ComfyUI 0.3.64 and 0.8.0: `execution_success`, `execution_error` or
+`execution_interrupted`, then the history is written, then `executing` with `node: null`.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from comfy_worker.errors import ComfyUnreachable
+from comfy_worker.jobs import (
+    JobEvent,
+    NodeFinished,
+    NodeProgress,
+    NodesCached,
+    NodeStarted,
+    Preview,
+    Stage,
+    StageStarted,
+    Workflow,
+)
+from comfy_worker.workflow import WEBSOCKET_OUTPUT_NODE, class_type, title
+
+FEATURE_FLAGS = json.dumps({"type": "feature_flags", "data": {"supports_preview_metadata": True}})
+"""Said first on a websocket, it makes ComfyUI name node and prompt in each picture frame; older ones ignore it."""
+
+_PREVIEW_IMAGE = 1
+_PREVIEW_IMAGE_WITH_METADATA = 4
+_FORMATS = {1: "image/jpeg", 2: "image/png"}
+_UINT32 = struct.Struct(">I")
+
+NodeOutputs: TypeAlias = Mapping[str, Mapping[str, Any]]
+"""What each node reported: node id to `{key: [item, …]}`."""
+
+
+@dataclass(frozen=True)
+class Succeeded:
+    """The prompt ran to its end."""
+
+    outputs: NodeOutputs
+
+
+@dataclass(frozen=True)
+class NodeFailed:
+    """A node raised an exception; `message` is ComfyUI's, in its own words."""
+
+    node_id: str
+    node_type: str
+    message: str
+    exception_type: str
+
+
+@dataclass(frozen=True)
+class WasInterrupted:
+    """Someone stopped the prompt while it ran."""
+
+    node_id: str
+    node_type: str
+
+
+@dataclass(frozen=True)
+class Gone:
+    """ComfyUI knows nothing of the prompt.
+
+    Attributes:
+        had_started: whether it was heard to begin.
+        connection_lost: whether the websocket broke meanwhile, as it does when ComfyUI restarts; a prompt that was
+            deleted while it waited leaves the websocket alone.
+    """
+
+    had_started: bool
+    connection_lost: bool
+
+
+Outcome: TypeAlias = Succeeded | NodeFailed | WasInterrupted | Gone
+
+
+@dataclass(frozen=True)
+class WebsocketImage:
+    """A picture that a SaveImageWebsocket node sent; it exists nowhere else."""
+
+    node_id: str
+    mime_type: str
+    content: bytes = field(repr=False)
+
+
+class PromptProtocol:
+    """Reads the websocket frames of one `client_id` for one prompt.
+
+    Attributes:
+        started: whether ComfyUI was heard to begin.
+        ended: whether the last frame of the prompt was heard; the history has it by then.
+        heard: the outcome as far as the websocket told it; None while it has not.
+        images: pictures of SaveImageWebsocket nodes so far.
+    """
+
+    def __init__(self, prompt_id: str, workflow: Workflow) -> None:
+        self.prompt_id = prompt_id
+        self.started = False
+        self.ended = False
+        self.heard: Succeeded | NodeFailed | WasInterrupted | None = None
+        self.images: list[WebsocketImage] = []
+        self._workflow = workflow
+        self._node_id: str | None = None
+        self._finished: set[str] = set()
+        self._outputs: dict[str, Mapping[str, Any]] = {}
+
+    def receive(self, frame: str | bytes) -> list[JobEvent]:
+        """Return what a frame tells; frames of other prompts and unknown types tell nothing."""
+        if isinstance(frame, bytes):
+            return list(self._receive_binary(frame))
+        try:
+            message = json.loads(frame)
+        except ValueError as error:
+            raise ComfyUnreachable("ComfyUI sent a websocket message that is not JSON") from error
+        data = message.get("data") or {}
+        if data.get("prompt_id", self.prompt_id) != self.prompt_id:
+            return []
+        return list(self._receive_message(str(message.get("type")), data))
+
+    # ------------------------------------------------------------------------------------------- messages
+
+    def _receive_message(self, kind: str, data: Mapping[str, Any]) -> Iterator[JobEvent]:
+        if kind == "execution_start":
+            yield from self._start()
+        elif kind == "execution_cached":
+            self._finished.update(data["nodes"])
+            yield NodesCached(tuple(data["nodes"]))
+        elif kind == "executing":
+            yield from self._executing(data)
+        elif kind == "progress_state":
+            yield from self._finish(
+                node_id for node_id, node in data["nodes"].items() if node.get("state") == "finished"
+            )
+        elif kind == "progress":
+            yield NodeProgress(str(data.get("node") or self._node_id or ""), data["value"], data["max"])
+        elif kind == "executed":
+            self._outputs[str(data["node"])] = data.get("output") or {}
+        elif kind == "execution_success":
+            self.heard = Succeeded(dict(self._outputs))
+        elif kind == "execution_error":
+            self.heard = _node_failed(data)
+        elif kind == "execution_interrupted":
+            self.heard = _was_interrupted(data)
+
+    def _start(self) -> Iterator[JobEvent]:
+        if not self.started:
+            self.started = True
+            yield StageStarted(Stage.RUNNING)
+
+    def _executing(self, data: Mapping[str, Any]) -> Iterator[JobEvent]:
+        # After a reconnect ComfyUI names the running node without a prompt_id, before anything else is heard.
+        yield from self._start()
+        if self._node_id is not None:
+            yield from self._finish([self._node_id])
+        node = data.get("node")
+        self._node_id = None if node is None else str(node)
+        if self._node_id is None:
+            self.ended = True
+        else:
+            yield NodeStarted(
+                self._node_id, class_type(self._workflow, self._node_id), title(self._workflow, self._node_id)
+            )
+
+    def _finish(self, node_ids: Iterable[str]) -> Iterator[JobEvent]:
+        for node_id in node_ids:
+            if node_id not in self._finished:
+                self._finished.add(node_id)
+                yield NodeFinished(node_id)
+
+    # --------------------------------------------------------------------------------------------- frames
+
+    def _receive_binary(self, frame: bytes) -> Iterator[JobEvent]:
+        """Read a picture frame; the layout is that of ComfyUI's `protocol.BinaryEventTypes` and `server.py`."""
+        if len(frame) < 8:
+            return
+        event, second = _UINT32.unpack_from(frame)[0], _UINT32.unpack_from(frame, 4)[0]
+        if event == _PREVIEW_IMAGE and self._node_id is not None:
+            yield from self._picture(self._node_id, _FORMATS.get(second, "image/jpeg"), frame[8:])
+        elif event == _PREVIEW_IMAGE_WITH_METADATA:
+            metadata = json.loads(frame[8 : 8 + second])
+            if metadata.get("prompt_id", self.prompt_id) == self.prompt_id:
+                node_id = str(metadata.get("node_id") or self._node_id or "")
+                yield from self._picture(node_id, metadata.get("image_type", "image/jpeg"), frame[8 + second :])
+
+    def _picture(self, node_id: str, mime_type: str, content: bytes) -> Iterator[JobEvent]:
+        if class_type(self._workflow, node_id) == WEBSOCKET_OUTPUT_NODE:
+            self.images.append(WebsocketImage(node_id, mime_type, content))
+        else:
+            yield Preview(node_id, mime_type, content)
+
+
+# ------------------------------------------------------------------------------------------------ history
+
+
+def outcome_from_history(entry: Mapping[str, Any]) -> Succeeded | NodeFailed | WasInterrupted:
+    """Return how a prompt ended, from its entry in `/history/{prompt_id}`.
+
+    An interrupted prompt has `status_str: "error"`, like a failed one; its messages tell them apart.
+    """
+    status = entry.get("status") or {}
+    messages: dict[str, Any] = dict(status.get("messages") or [])
+    if "execution_interrupted" in messages:
+        return _was_interrupted(messages["execution_interrupted"])
+    if "execution_error" in messages:
+        return _node_failed(messages["execution_error"])
+    if status.get("status_str", "success") != "success":
+        return NodeFailed("", "", "ComfyUI reports an error and no reason", "")
+    return Succeeded(entry.get("outputs") or {})
+
+
+def _node_failed(data: Mapping[str, Any]) -> NodeFailed:
+    return NodeFailed(
+        node_id=str(data.get("node_id", "")),
+        node_type=str(data.get("node_type", "")),
+        message=str(data.get("exception_message", "")).strip(),
+        exception_type=str(data.get("exception_type", "")),
+    )
+
+
+def _was_interrupted(data: Mapping[str, Any]) -> WasInterrupted:
+    return WasInterrupted(node_id=str(data.get("node_id", "")), node_type=str(data.get("node_type", "")))
+
+
+# -------------------------------------------------------------------------------------------------- queue
+
+
+@dataclass(frozen=True)
+class QueuePlace:
+    """Where a prompt stands in ComfyUI's `/queue`: running, or behind `ahead` others."""
+
+    running: bool
+    ahead: int
+
+
+def place_in_queue(queue: Mapping[str, Any], prompt_id: str) -> QueuePlace | None:
+    """Return where the prompt stands, or None if it does not; pending prompts run by their number, smallest first."""
+    running = queue.get("queue_running") or []
+    if any(item[1] == prompt_id for item in running):
+        return QueuePlace(running=True, ahead=0)
+    pending = sorted(queue.get("queue_pending") or [], key=lambda item: item[0])
+    for place, item in enumerate(pending):
+        if item[1] == prompt_id:
+            return QueuePlace(running=False, ahead=place + len(running))
+    return None

@@ -1,0 +1,211 @@
+"""Turns ComfyUI's refusal of a workflow into sentences that say what to change: no I/O.
+
+The types of problem and their fields are those of ComfyUI's `execution.validate_prompt` and `validate_inputs`, seen on
+the wire of 0.3.64 and 0.8.0.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from comfy_worker.errors import InvalidWorkflow
+from comfy_worker.jobs import Workflow
+from comfy_worker.workflow import class_type, find_loop, title
+
+_MODEL_FILE = re.compile(r"\.(safetensors|sft|ckpt|pt|pt2|pth|bin|pkl|gguf|onnx)$", re.IGNORECASE)
+_SHOWN_CHOICES = 10
+
+Choices = Callable[[str, str], Sequence[str] | None]
+"""Tells of `(class_type, input_name)` which values ComfyUI takes there, where its refusal left them out."""
+ClassNames = Callable[[], Sequence[str]]
+"""Tells every node class that ComfyUI has."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with a workflow.
+
+    Attributes:
+        type: ComfyUI's name for it.
+        message: what is wrong, without node and input.
+        given: the value that was sent.
+        choices: what could stand there; at most ten, `choice_count` says how many there are.
+        nearest: the choice most like what was given.
+    """
+
+    type: str
+    message: str
+    node_id: str = ""
+    class_type: str = ""
+    title: str = ""
+    input_name: str = ""
+    given: Any = None
+    choices: tuple[str, ...] = ()
+    choice_count: int = 0
+    nearest: str | None = None
+
+    def __str__(self) -> str:
+        """Return the whole sentence, in the form "Node 30 (ckpt_name): …"."""
+        sentence = self.message
+        if self.choices:
+            more = ", …" if self.choice_count > len(self.choices) else ""
+            sentence += f" ({self.class_type} has {', '.join(map(repr, self.choices))}{more})"
+        if self.nearest:
+            sentence += f"; did you mean {self.nearest!r}?"
+        if not self.node_id:
+            return sentence
+        where = f"Node {self.node_id} ({self.input_name})" if self.input_name else f"Node {self.node_id}"
+        return f"{where}: {sentence}"
+
+    def as_details(self) -> dict[str, Any]:
+        """Return the problem for a program; what does not apply is left out."""
+        return {name: value for name, value in vars(self).items() if value not in ("", None, (), 0) or name == "type"}
+
+
+def refusal(body: Mapping[str, Any], workflow: Workflow, choices: Choices, class_names: ClassNames) -> InvalidWorkflow:
+    """Return the error for an answer 400 of `/prompt`: every problem in one sentence, and each in `details`."""
+    problems = list(node_problems(body.get("node_errors") or {}, workflow, choices))
+    problems = problems or [_whole_problem(body.get("error") or {}, workflow, class_names)]
+    return InvalidWorkflow(
+        f"Workflow validation failed: {'; '.join(str(problem) for problem in problems)}",
+        details={"problems": [problem.as_details() for problem in problems]},
+    )
+
+
+def skipped_outputs(node_errors: Mapping[str, Any], workflow: Workflow, choices: Choices) -> list[str]:
+    """Return a warning for each problem of an answer 200 with `node_errors`: ComfyUI skips what depends on it."""
+    warnings = []
+    for node_id, node in node_errors.items():
+        outputs = [str(output) for output in node.get("dependent_outputs") or [node_id]]
+        skipped = ", ".join(f"{output} ({title(workflow, output)})" for output in outputs)
+        for problem in node_problems({node_id: node}, workflow, choices):
+            warnings.append(f"{problem}; ComfyUI skipped output node {skipped}")
+    return warnings
+
+
+def node_problems(node_errors: Mapping[str, Any], workflow: Workflow, choices: Choices) -> Iterator[Problem]:
+    """Yield every problem that ComfyUI found, node by node."""
+    for node_id, node in node_errors.items():
+        for error in node.get("errors") or []:
+            yield _node_problem(str(node_id), str(node.get("class_type", "")), error, workflow, choices)
+
+
+def _node_problem(
+    node_id: str, node_class: str, error: Mapping[str, Any], workflow: Workflow, choices: Choices
+) -> Problem:
+    extra = error.get("extra_info") or {}
+    kind = str(error.get("type", ""))
+    input_name = str(extra.get("input_name") or _input_in_details(kind, error))
+    given = extra.get("received_value")
+    values: Sequence[str] = ()
+    if kind == "value_not_in_list":
+        values = _listed(extra.get("input_config")) or choices(node_class, input_name) or ()
+    if kind.startswith("exception_during"):
+        # ComfyUI blames the input through which it came here; the missing node is what matters.
+        input_name = ""
+    return Problem(
+        type=kind,
+        message=_message(kind, error, extra, workflow),
+        node_id=node_id,
+        class_type=node_class,
+        title=title(workflow, node_id),
+        input_name=input_name,
+        given=given,
+        choices=tuple(values[:_SHOWN_CHOICES]),
+        choice_count=len(values),
+        nearest=nearest(str(given), values),
+    )
+
+
+def _input_in_details(kind: str, error: Mapping[str, Any]) -> str:
+    return str(error.get("details", "")).partition(" ")[0] if kind == "required_input_missing" else ""
+
+
+def _message(kind: str, error: Mapping[str, Any], extra: Mapping[str, Any], workflow: Workflow) -> str:
+    given = extra.get("received_value")
+    config = extra.get("input_config")
+    details = str(error.get("details", ""))
+    if kind == "value_not_in_list":
+        place = "models" if _MODEL_FILE.search(str(given)) else "values"
+        return f"{given!r} not in available {place}"
+    if kind == "required_input_missing":
+        return "required input is missing"
+    if kind in ("value_smaller_than_min", "value_bigger_than_max"):
+        bound, word = ("min", "smaller than the least") if kind.endswith("min") else ("max", "bigger than the greatest")
+        return f"{given!r} is {word} allowed value {_option(config, bound)}"
+    if kind == "invalid_input_type":
+        return f"{given!r} is not of type {_type_name(config)}"
+    if kind == "return_type_mismatch":
+        link = extra.get("linked_node") or ["?", 0]
+        return (
+            f"takes {_type_name(config)}, but output {link[1]} of node {link[0]} "
+            f"({class_type(workflow, str(link[0]))}) is {extra.get('received_type')}"
+        )
+    if kind == "custom_validation_failed":
+        return details.partition(" - ")[2] or details
+    if kind in ("exception_during_inner_validation", "exception_during_validation"):
+        return _exception_message(extra, details)
+    return f"{error.get('message', kind)}: {details}" if details else str(error.get("message", kind))
+
+
+def _exception_message(extra: Mapping[str, Any], details: str) -> str:
+    if extra.get("exception_type") == "KeyError":
+        return f"it is linked to node {details.strip(chr(39))}, which the workflow does not have"
+    return f"ComfyUI could not check it: {extra.get('exception_type', 'error')}: {details}"
+
+
+def _listed(config: Any) -> list[str]:
+    """Return the values of a combo in either of its two forms: `[[…], {…}]` and `["COMBO", {"options": […]}]`."""
+    if not isinstance(config, Sequence) or not config:
+        return []
+    values = config[0] if isinstance(config[0], list) else _option(config, "options")
+    return [str(value) for value in values] if isinstance(values, list) else []
+
+
+def _option(config: Any, name: str) -> Any:
+    return config[1].get(name) if isinstance(config, Sequence) and len(config) > 1 else None
+
+
+def _type_name(config: Any) -> str:
+    return str(config[0]) if isinstance(config, Sequence) and config else "another type"
+
+
+# ----------------------------------------------------------------------------------------- whole workflow
+
+
+def _whole_problem(error: Mapping[str, Any], workflow: Workflow, class_names: ClassNames) -> Problem:
+    """Return the problem of a refusal that names no node's input."""
+    kind, message, details = (str(error.get(key, "")) for key in ("type", "message", "details"))
+    node = re.search(r"Node ID '#([^']*)'", details)
+    node_id = node[1] if node else ""
+    node_class = class_type(workflow, node_id)
+    if (node_class and "does not exist" in message) or kind == "missing_node_type":
+        return Problem(
+            type=kind,
+            message=f"node class {node_class!r} does not exist here",
+            node_id=node_id,
+            class_type=node_class,
+            title=title(workflow, node_id),
+            given=node_class,
+            nearest=nearest(node_class, class_names()),
+        )
+    if kind == "prompt_no_outputs":
+        return Problem(kind, "the workflow has no output node, such as SaveImage")
+    if loop := find_loop(workflow):
+        return Problem(kind, f"nodes {', '.join(loop)} feed each other in a circle", node_id=loop[0])
+    return Problem(kind, f"{message} {details}".strip(), node_id=node_id, class_type=node_class)
+
+
+def nearest(given: str, values: Iterable[str]) -> str | None:
+    """Return the value most like what was given, upper and lower case and folders aside."""
+    by_key = {_key(value): value for value in values}
+    found = get_close_matches(_key(given), by_key, n=1, cutoff=0.5)
+    return by_key[found[0]] if found else None
+
+
+def _key(value: str) -> str:
+    return re.split(r"[/\\]", value)[-1].lower()

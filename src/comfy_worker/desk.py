@@ -1,0 +1,142 @@
+"""`python handler.py` on a desk: one job, a progress bar, the outputs as files."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from comfy_worker.errors import InvalidInput, WorkerError
+from comfy_worker.jobs import JobEvent, Kind, NodeStarted, Notice, Stage, StageStarted
+from comfy_worker.progress import Progress
+from comfy_worker.settings import Settings
+from comfy_worker.worker import Worker
+
+_SHOWN_BASE64 = 24
+
+
+def main(arguments: Sequence[str], settings: Settings) -> int:
+    """Run the job of `--test_input`, or else of `test_input.json`; return the process's exit code."""
+    parser = argparse.ArgumentParser(description="Run one job against ComfyUI")
+    parser.add_argument("--test_input", help='the job as JSON, {"input": {"workflow": {…}}}')
+    options, _others = parser.parse_known_args(arguments)
+    try:
+        job = read_job(options.test_input)
+    except WorkerError as error:
+        print(json.dumps(error.as_output(), indent=2, ensure_ascii=False))
+        return 1
+    output = run(job, settings)
+    print(json.dumps(output, indent=2, ensure_ascii=False))
+    return 1 if "error" in output else 0
+
+
+def read_job(text: str | None) -> dict[str, Any]:
+    """Return the job in `text`, or in the file test_input.json of the current folder.
+
+    Raises:
+        InvalidInput: there is none, or it is not a JSON object.
+    """
+    where = "--test_input"
+    if text is None:
+        where = "test_input.json"
+        try:
+            text = Path(where).read_text(encoding="utf-8")
+        except OSError as error:
+            raise InvalidInput(f"test_input.json cannot be read in the current folder: {error.strerror}") from None
+    try:
+        job = json.loads(text)
+    except ValueError as error:
+        raise InvalidInput(f"{where} is not JSON: {error}") from None
+    if not isinstance(job, dict):
+        raise InvalidInput(f"{where} must be an object with an input")
+    return {"id": "local_test", **job}
+
+
+def run(job: dict[str, Any], settings: Settings) -> dict[str, Any]:
+    """Run a job, show how it gets on, and write what comes back as base64 into files."""
+    worker = Worker(settings)
+    try:
+        with ProgressBar(job) as bar:
+            output = worker.run(job, bar.show)
+    finally:
+        worker.close()
+    return write_files(output, Path(settings.output_dir))
+
+
+class ProgressBar:
+    """Shows a job's progress on standard error: a bar on a terminal, a line a node elsewhere."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        payload = job.get("input")
+        workflow = payload.get("workflow") if isinstance(payload, dict) else None
+        self._progress = Progress.of(workflow if isinstance(workflow, dict) else {})
+        self._bar = tqdm(
+            total=100,
+            file=sys.stderr,
+            # None: no bar where nobody watches a terminal.
+            disable=None,
+            bar_format="{percentage:3.0f}% |{bar:30}| {elapsed} {desc}",
+            leave=True,
+        )
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._bar.close()
+
+    def show(self, event: JobEvent) -> None:
+        """Take in what happened and show where the job stands."""
+        self._progress.apply(event)
+        if self._bar.disable:
+            if isinstance(event, (NodeStarted, Notice, StageStarted)):
+                print(f"{self._progress.percent:3.0f}% {self._describe()}", file=sys.stderr, flush=True)
+            return
+        self._bar.n = round(self._progress.percent)
+        self._bar.set_description_str(self._describe(), refresh=True)
+
+    def _describe(self) -> str:
+        progress = self._progress
+        if progress.notice:
+            return progress.notice
+        if progress.stage is Stage.RUNNING and progress.node_id:
+            steps = f" {progress.step:g}/{progress.steps:g}" if progress.steps > 1 else ""
+            return f"node {progress.node_id}: {progress.title}{steps}"
+        if progress.stage is Stage.QUEUED and progress.ahead:
+            return f"queued behind {progress.ahead}"
+        return progress.stage.value
+
+
+def write_files(output: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Write every base64 output into `folder`; return the output with the data shortened to its beginning."""
+    shown = dict(output)
+    for kind in Kind:
+        if kind.value in output:
+            shown[kind.value] = [_write_file(item, folder) for item in output[kind.value]]
+    return shown
+
+
+def _write_file(item: dict[str, Any], folder: Path) -> dict[str, Any]:
+    if item["type"] != "base64":
+        return item
+    path = _free_path(folder / item["subfolder"] / item["filename"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(base64.b64decode(item["data"]))
+    data: str = item["data"]
+    shortened = data if len(data) <= _SHOWN_BASE64 else f"{data[:_SHOWN_BASE64]}… ({len(data)} characters)"
+    return {**item, "data": shortened, "saved_as": str(path)}
+
+
+def _free_path(path: Path) -> Path:
+    """Return `path`, or the first numbered one beside it that does not exist: earlier results are kept."""
+    candidate, number = path, 1
+    while candidate.exists():
+        candidate = path.with_name(f"{path.stem} ({number}){path.suffix}")
+        number += 1
+    return candidate

@@ -1,0 +1,40 @@
+"""Decides what `python handler.py` is: a RunPod worker, an HTTP API or one job on a desk."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+
+from comfy_worker.errors import WorkerError
+from comfy_worker.logs import configure_logs
+from comfy_worker.settings import load_settings
+
+
+def run(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run until the end of the worker, the API or the job; return the process's exit code."""
+    try:
+        settings = load_settings()
+    except WorkerError as error:
+        print(error.message, file=sys.stderr)
+        return 2
+    if is_desk(arguments, environment):
+        from comfy_worker import desk
+
+        configure_logs(settings.log_level, settings.secrets())
+        return desk.main(arguments, settings)
+    from comfy_worker import worker
+
+    worker.start(settings)
+    return 0
+
+
+def is_desk(arguments: Sequence[str], environment: Mapping[str, str]) -> bool:
+    """Return whether one job is to be run here: asked for by `--test_input`, or nothing else is asked for.
+
+    The conditions are the RunPod SDK's.
+    """
+    names = {argument.partition("=")[0] for argument in arguments}
+    if "--test_input" in names:
+        return True
+    serves = "--rp_serve_api" in names or environment.get("RUNPOD_REALTIME_PORT", "0") != "0"
+    return not serves and "RUNPOD_WEBHOOK_GET_JOB" not in environment

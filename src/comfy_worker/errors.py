@@ -1,0 +1,171 @@
+"""Every failure that a caller can meet.
+
+```
+WorkerError
+├── InvalidInput               invalid_input         the request itself
+├── InvalidWorkflow            invalid_workflow      ComfyUI refused the graph
+│   └── UiFormatWorkflow       ui_format_workflow    saved for the canvas, not for the API
+├── UploadFailed               upload_failed
+├── ComfyUnreachable           comfyui_unreachable
+├── ComfyCrashed               comfyui_crashed
+├── ExecutionFailed            execution_failed
+│   └── OutOfMemory            out_of_memory
+├── Cancelled                  cancelled
+├── TimedOut                   timed_out
+├── OutputMissing              output_missing
+├── DeliveryFailed             delivery_failed
+└── InternalError              internal              a bug of ours
+```
+Code, HTTP status and whether the same job may succeed later are attributes of the class; foreign exceptions become
+these at the edge where they arise, and these become an answer at the edge of the worker (`WorkerError.as_output`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar
+
+from comfy_worker.redact import redact
+
+
+class WorkerError(Exception):
+    """A failure with one sentence for a person, a code for a program and what it takes to mend it.
+
+    Attributes:
+        code: stable name of the kind of failure.
+        http_status: what an HTTP door answers with.
+        retryable: whether the same job may succeed when it is sent again unchanged.
+    """
+
+    code: ClassVar[str]
+    http_status: ClassVar[int] = 500
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str, *, details: Any = None, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.details = details
+        self.hint = hint
+
+    def as_output(self, secrets: Iterable[str | None] = ()) -> dict[str, Any]:
+        """Return the failure as the `output` of a RunPod job: JSON-safe, without paths and `secrets`."""
+        hidden = list(secrets)
+        output: dict[str, Any] = {"error": redact(self.message, hidden), "code": self.code}
+        if self.hint:
+            output["hint"] = redact(self.hint, hidden)
+        if self.details is not None:
+            output["details"] = redact_all(self.details, hidden)
+        return output
+
+
+def redact_all(value: Any, secrets: list[str | None]) -> Any:
+    """Apply `redact` to every string in a JSON-like value."""
+    if isinstance(value, str):
+        return redact(value, secrets)
+    if isinstance(value, dict):
+        return {str(key): redact_all(item, secrets) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [redact_all(item, secrets) for item in value]
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    return redact(str(value), secrets)
+
+
+class InvalidInput(WorkerError):
+    """The job's input cannot be understood; nothing was sent to ComfyUI."""
+
+    code = "invalid_input"
+    http_status = 400
+
+
+class InvalidWorkflow(WorkerError):
+    """ComfyUI refused the workflow; `details` lists every problem that it found."""
+
+    code = "invalid_workflow"
+    http_status = 400
+
+
+class UiFormatWorkflow(InvalidWorkflow):
+    """The workflow is in the format of ComfyUI's canvas, which only the browser can turn into a prompt."""
+
+    code = "ui_format_workflow"
+
+
+class UploadFailed(WorkerError):
+    """ComfyUI did not take one or more of the job's input files."""
+
+    code = "upload_failed"
+    http_status = 502
+    retryable = True
+
+
+class ComfyUnreachable(WorkerError):
+    """ComfyUI does not answer, or not in the way that ComfyUI does."""
+
+    code = "comfyui_unreachable"
+    http_status = 503
+    retryable = True
+
+
+class ComfyCrashed(WorkerError):
+    """ComfyUI was restarted, or lost the prompt, while the job was with it."""
+
+    code = "comfyui_crashed"
+    http_status = 502
+    retryable = True
+
+
+class ExecutionFailed(WorkerError):
+    """A node of the workflow raised an exception."""
+
+    code = "execution_failed"
+    http_status = 422
+
+
+class OutOfMemory(ExecutionFailed):
+    """A node ran out of GPU (or main) memory."""
+
+    code = "out_of_memory"
+    http_status = 507
+
+
+class Cancelled(WorkerError):
+    """The job was cancelled, by its caller or by someone at ComfyUI."""
+
+    code = "cancelled"
+    http_status = 409
+
+
+class TimedOut(WorkerError):
+    """The job took longer than it may; its prompt was taken out of ComfyUI."""
+
+    code = "timed_out"
+    http_status = 504
+
+
+class OutputMissing(WorkerError):
+    """ComfyUI reported an output that is not there."""
+
+    code = "output_missing"
+    http_status = 502
+
+
+class DeliveryFailed(WorkerError):
+    """The outputs were made, but none of them could be put where the caller is to find it."""
+
+    code = "delivery_failed"
+    http_status = 502
+    retryable = True
+
+
+class InternalError(WorkerError):
+    """A bug of the worker; the log has the traceback, the caller gets only this."""
+
+    code = "internal"
+
+
+def all_errors(base: type[WorkerError] = WorkerError) -> Iterator[type[WorkerError]]:
+    """Yield every class of failure below `base`, parents first."""
+    for error in base.__subclasses__():
+        yield error
+        yield from all_errors(error)

@@ -1,0 +1,271 @@
+"""What a job is, what it becomes and what happens on the way: data without behaviour."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Literal, TypeAlias
+
+Workflow: TypeAlias = Mapping[str, Any]
+"""A graph in ComfyUI's API format: node id to `{class_type, inputs, _meta}`."""
+
+
+class JobState(str, Enum):
+    """RunPod's states of a job; a terminal one never changes."""
+
+    IN_QUEUE = "IN_QUEUE"
+    IN_PROGRESS = "IN_PROGRESS"
+    COMPLETED = "COMPLETED"
+    FAILED = "FAILED"
+    CANCELLED = "CANCELLED"
+    TIMED_OUT = "TIMED_OUT"
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether the job has come to its end."""
+        return self not in (JobState.IN_QUEUE, JobState.IN_PROGRESS)
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """A file that the workflow loads.
+
+    Attributes:
+        name: as the workflow refers to it; may have folders (`poses/a.png`), never leads out of its own.
+        content: the bytes.
+    """
+
+    name: str
+    content: bytes = field(repr=False)
+
+
+DeliveryType: TypeAlias = Literal["auto", "base64", "s3"]
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """How the caller wants the outputs.
+
+    Attributes:
+        type: `auto` is S3 where the worker has a bucket, base64 where it has none.
+        prefix: folder in the bucket; the job's id if None.
+        expires_s: how long a presigned URL is good for, in seconds; the worker's setting if None.
+    """
+
+    type: DeliveryType = "auto"
+    prefix: str | None = None
+    expires_s: int | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One workflow to run.
+
+    Attributes:
+        id: the door's name for the job (RunPod's id, say).
+        prompt_id: our uuid for it in ComfyUI; names its client_id and its input and output folders, so that jobs
+            cannot meet and a lost answer can be looked up.
+        workflow: the graph, as the caller sent it.
+        files: what the graph loads.
+        delivery: how to hand the outputs back.
+        timeout_s: how long ComfyUI may take from submission to end, in seconds; the worker's setting if None.
+        strict: a workflow of which ComfyUI would skip an invalid part is a failure, not a warning.
+        include_previews: hand back files of type `temp` too.
+        comfy_org_api_key: key for ComfyUI's paid API nodes.
+        extra_data: passed on with the prompt.
+        warnings: what was odd about the input without being wrong.
+    """
+
+    id: str
+    prompt_id: str
+    workflow: Workflow
+    files: tuple[InputFile, ...] = ()
+    delivery: Delivery = Delivery()
+    timeout_s: float | None = None
+    strict: bool = False
+    include_previews: bool = False
+    comfy_org_api_key: str | None = field(default=None, repr=False)
+    extra_data: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    warnings: tuple[str, ...] = ()
+
+
+# ------------------------------------------------------------------------------------------------ outputs
+
+
+class Kind(str, Enum):
+    """Which list of the answer an output stands in."""
+
+    IMAGE = "images"
+    VIDEO = "videos"
+    AUDIO = "audio"
+    FILE = "files"
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """A file that a node reported, or a picture that it sent over the websocket.
+
+    Attributes:
+        filename: its name, without folder.
+        subfolder: where it lies below ComfyUI's folder of that type; "" for a websocket picture.
+        type: ComfyUI's `output` or `temp`; `websocket` for a picture that was never a file.
+        kind: which list of the answer it stands in.
+        node_id: the node that made it, with `class_type` and `title`.
+        index: its place among that node's files, from 0.
+    """
+
+    filename: str
+    subfolder: str
+    type: str
+    kind: Kind
+    node_id: str
+    class_type: str
+    title: str
+    index: int
+
+
+@dataclass(frozen=True)
+class OutputText:
+    """A text that a node reported."""
+
+    node_id: str
+    class_type: str
+    title: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Delivered:
+    """Where an output can be had: `type` "base64" with the bytes in `data`, or "s3_url" with a URL."""
+
+    type: Literal["base64", "s3_url"]
+    data: str = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An output in the caller's hands.
+
+    Attributes:
+        file: who made it and what it is called.
+        folder: its folder below the job's own, "" for none; what the caller wrote in front of `filename_prefix`.
+        delivered: where it can be had.
+        mime_type: by its content, or else by its name.
+        size_bytes: of the file itself.
+        width: in pixels, for a picture; None otherwise. So `height`.
+    """
+
+    file: OutputFile
+    folder: str
+    delivered: Delivered
+    mime_type: str
+    size_bytes: int
+    width: int | None = None
+    height: int | None = None
+
+
+@dataclass(frozen=True)
+class Timings:
+    """How long each part of a job took, in milliseconds."""
+
+    staged_ms: int = 0
+    queued_ms: int = 0
+    executed_ms: int = 0
+    delivered_ms: int = 0
+    total_ms: int = 0
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """What a job that succeeded hands back; `warnings` is what went wrong without failing it."""
+
+    prompt_id: str
+    artifacts: tuple[Artifact, ...]
+    texts: tuple[OutputText, ...]
+    warnings: tuple[str, ...]
+    timings: Timings
+
+
+# ------------------------------------------------------------------------------------------------- events
+
+
+class Stage(str, Enum):
+    """Which part of its way a job is on."""
+
+    STAGING = "staging"
+    QUEUED = "queued"
+    RUNNING = "running"
+    DELIVERING = "delivering"
+
+
+@dataclass(frozen=True)
+class StageStarted:
+    """The job entered the next part of its way."""
+
+    stage: Stage
+
+
+@dataclass(frozen=True)
+class QueuePosition:
+    """How many prompts ComfyUI runs before this one; 0: it is next or running."""
+
+    ahead: int
+
+
+@dataclass(frozen=True)
+class NodesCached:
+    """Nodes whose results ComfyUI still has and does not make again."""
+
+    node_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class NodeStarted:
+    """A node is at work."""
+
+    node_id: str
+    class_type: str
+    title: str
+
+
+@dataclass(frozen=True)
+class NodeProgress:
+    """The running node did `value` of `maximum` steps."""
+
+    node_id: str
+    value: float
+    maximum: float
+
+
+@dataclass(frozen=True)
+class NodeFinished:
+    """A node is done."""
+
+    node_id: str
+
+
+@dataclass(frozen=True)
+class Preview:
+    """A picture of an unfinished result."""
+
+    node_id: str
+    mime_type: str
+    content: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Notice:
+    """One sentence on why the job is not getting on, or what was done about it."""
+
+    text: str
+
+
+JobEvent: TypeAlias = (
+    StageStarted | QueuePosition | NodesCached | NodeStarted | NodeProgress | NodeFinished | Preview | Notice
+)
+OnEvent: TypeAlias = Callable[[JobEvent], None]
+
+
+def ignore_events(_event: JobEvent) -> None:
+    """Be the `on_event` of a caller who does not care."""

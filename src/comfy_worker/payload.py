@@ -1,0 +1,253 @@
+"""RunPod's `input` to a Job, and a JobResult to RunPod's `output`."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import re
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from difflib import get_close_matches
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
+from pydantic.aliases import AliasChoices
+
+from comfy_worker.errors import InvalidInput, InvalidWorkflow
+from comfy_worker.jobs import Artifact, Delivery, DeliveryType, InputFile, Job, JobResult, Kind
+from comfy_worker.workflow import check_workflow
+
+_DATA_URI = re.compile(r"data:[^,]*,", re.IGNORECASE)
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_ANNOTATION = re.compile(r" \[(input|output|temp)\]$")
+_LONGEST_PART = 255
+"""Bytes that a file system takes for one part of a path."""
+
+
+class _Model(BaseModel):
+    """Takes keys that it does not know, so that they can be named in a warning instead of getting lost."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    def unknown_keys(self, where: str) -> Iterator[str]:
+        known = [name for field, info in type(self).model_fields.items() for name in _accepted_names(field, info)]
+        for key in self.__pydantic_extra__ or {}:
+            near = get_close_matches(key, known, n=1)
+            advice = f"; did you mean {near[0]!r}?" if near else ""
+            yield f"{where}.{key} is unknown and was ignored{advice}"
+
+
+def _accepted_names(field: str, info: Any) -> list[str]:
+    alias = info.validation_alias
+    return [str(choice) for choice in alias.choices] if isinstance(alias, AliasChoices) else [field]
+
+
+class _FileInput(_Model):
+    name: StrictStr
+    image: StrictStr
+
+
+class _DeliveryInput(_Model):
+    type: Literal["auto", "base64", "s3"] = "auto"
+    prefix: StrictStr | None = None
+    expires_s: Annotated[StrictInt, Field(ge=1, le=7 * 24 * 3600)] | None = None
+
+
+class _JobInput(_Model):
+    workflow: dict[str, Any] | StrictStr
+    images: list[_FileInput] = Field(default_factory=list)
+    files: list[_FileInput] = Field(default_factory=list)
+    delivery: _DeliveryInput = _DeliveryInput()
+    timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    strict: StrictBool = False
+    include_previews: StrictBool = False
+    comfy_org_api_key: StrictStr | None = Field(
+        default=None, validation_alias=AliasChoices("comfy_org_api_key", "api_key_comfy_org")
+    )
+    extra_data: dict[str, Any] = Field(default_factory=dict)
+
+
+# ------------------------------------------------------------------------------------------------- input
+
+
+def parse_job(job: Mapping[str, Any]) -> Job:
+    """Return the Job in what RunPod hands to a handler: `{"id": …, "input": {…}}`.
+
+    Raises:
+        InvalidInput: a field is missing, of the wrong kind or cannot be decoded; the sentence names all of them.
+        InvalidWorkflow: the workflow is no graph in API format.
+    """
+    payload = _json_object(job.get("input"))
+    if payload.get("workflow") is None:
+        raise InvalidInput("Missing 'workflow' parameter", hint="Send the workflow as input.workflow")
+    try:
+        parsed = _JobInput.model_validate(payload)
+    except ValidationError as error:
+        raise InvalidInput(_sentence(error)) from None
+    return Job(
+        id=str(job.get("id") or "local_test"),
+        prompt_id=str(uuid.uuid4()),
+        workflow=check_workflow(_parse_workflow(parsed.workflow)),
+        files=_decode_files([*parsed.images, *parsed.files]),
+        delivery=_parse_delivery(parsed.delivery),
+        timeout_s=parsed.timeout_s,
+        strict=parsed.strict,
+        include_previews=parsed.include_previews,
+        comfy_org_api_key=parsed.comfy_org_api_key,
+        extra_data=parsed.extra_data,
+        warnings=tuple(_warnings(parsed)),
+    )
+
+
+def _json_object(value: Any) -> Mapping[str, Any]:
+    if value is None:
+        raise InvalidInput("Please provide input", hint='Send {"input": {"workflow": {…}}}')
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise InvalidInput("Invalid JSON format in input") from None
+    if not isinstance(value, Mapping):
+        raise InvalidInput("input must be an object with a workflow")
+    return value
+
+
+def _sentence(error: ValidationError) -> str:
+    """Return all problems that pydantic found as one sentence, each at its place, without the values."""
+    problems: dict[str, str] = {}
+    for item in error.errors(include_url=False, include_input=False):
+        # The parts of a union that did not fit ("str", "dict[str,any]") are pydantic's words, not the caller's.
+        place = ".".join(str(part) for part in item["loc"] if not re.search(r"[\[\]()]|^str$", str(part)))
+        problems.setdefault(f"input.{place}", item["msg"])
+    return "; ".join(f"{place}: {message}" for place, message in problems.items())
+
+
+def _parse_workflow(workflow: dict[str, Any] | str) -> Any:
+    if isinstance(workflow, dict):
+        return workflow
+    try:
+        return json.loads(workflow)
+    except ValueError:
+        raise InvalidWorkflow("Workflow validation failed: the workflow is a string that is not JSON") from None
+
+
+def _parse_delivery(delivery: _DeliveryInput) -> Delivery:
+    delivery_type: DeliveryType = delivery.type
+    prefix = check_name(delivery.prefix.strip("/"), "input.delivery.prefix") if delivery.prefix else None
+    return Delivery(type=delivery_type, prefix=prefix, expires_s=delivery.expires_s)
+
+
+def _warnings(parsed: _JobInput) -> Iterator[str]:
+    yield from parsed.unknown_keys("input")
+    yield from parsed.delivery.unknown_keys("input.delivery")
+    for place in ("images", "files"):
+        for number, item in enumerate(getattr(parsed, place)):
+            yield from item.unknown_keys(f"input.{place}.{number}")
+
+
+def _decode_files(items: Sequence[_FileInput]) -> tuple[InputFile, ...]:
+    files: dict[str, InputFile] = {}
+    for item in items:
+        name = check_name(item.name, "Image name")
+        if name in files:
+            raise InvalidInput(f"Two images are named {name!r}")
+        files[name] = InputFile(name, decode_base64(item.image, name))
+    return tuple(files.values())
+
+
+def check_name(name: str, what: str) -> str:
+    """Return `name` if it is a relative path that stays in its folder.
+
+    Raises:
+        InvalidInput: it leads elsewhere, or no file system or ComfyUI could take it.
+    """
+    refused = f"{what} {name!r} is refused: "
+    parts = name.split("/")
+    if not name.strip():
+        raise InvalidInput(f"{refused}it is empty")
+    if _CONTROL.search(name):
+        raise InvalidInput(f"{refused}it has control characters")
+    if "\\" in name or name.startswith("/") or ":" in parts[0]:
+        raise InvalidInput(f"{refused}it must be relative, with '/' between folders")
+    if any(part in ("", ".", "..") for part in parts):
+        raise InvalidInput(f"{refused}it must not leave its folder or have empty parts")
+    if _ANNOTATION.search(name):
+        raise InvalidInput(f"{refused}' [input]' and its like belong into the workflow, not into the name")
+    try:
+        too_long = any(len(part.encode()) > _LONGEST_PART for part in parts)
+    except UnicodeEncodeError:
+        raise InvalidInput(f"{refused}it is not valid Unicode") from None
+    if too_long:
+        raise InvalidInput(f"{what} {name[:40]!r}… is refused: a part of it is longer than {_LONGEST_PART} bytes")
+    return name
+
+
+def decode_base64(text: str, name: str) -> bytes:
+    """Return the bytes of a base64 text, with or without a data URI around it; line breaks are ignored.
+
+    Raises:
+        InvalidInput: it is empty, or has a character that does not belong there; the sentence names the image.
+    """
+    head = _DATA_URI.match(text[:1024])
+    if head is None and text[:5].lower() == "data:":
+        raise InvalidInput(f"Image {name!r} is a data URI without a comma before its data")
+    if head is not None and not head.group().lower().endswith(";base64,"):
+        raise InvalidInput(f"Image {name!r} is a data URI that is not base64")
+    encoded = text[head.end() :] if head else text
+    if any(space in encoded for space in "\n\r\t "):
+        encoded = "".join(encoded.split())
+    if not encoded:
+        raise InvalidInput(f"Image {name!r} is empty")
+    try:
+        return base64.b64decode(encoded, validate=True)
+    except (binascii.Error, ValueError):
+        raise InvalidInput(f"Image {name!r} is not valid base64") from None
+
+
+# ------------------------------------------------------------------------------------------------ output
+
+
+def result_as_output(result: JobResult) -> dict[str, Any]:
+    """Return the result as the `output` of a RunPod job: JSON-safe; `images` is always there."""
+    output: dict[str, Any] = {"images": _artifacts(result, Kind.IMAGE)}
+    for kind in (Kind.VIDEO, Kind.AUDIO, Kind.FILE):
+        if artifacts := _artifacts(result, kind):
+            output[kind.value] = artifacts
+    if result.texts:
+        output["texts"] = [
+            {"node_id": text.node_id, "class_type": text.class_type, "title": text.title, "text": text.text}
+            for text in result.texts
+        ]
+    if not result.artifacts and not result.texts:
+        output["status"] = "success_no_images"
+    if result.warnings:
+        output["errors"] = list(result.warnings)
+    output["prompt_id"] = result.prompt_id
+    output["timings"] = asdict(result.timings)
+    return output
+
+
+def _artifacts(result: JobResult, kind: Kind) -> list[dict[str, Any]]:
+    return [_artifact(artifact) for artifact in result.artifacts if artifact.file.kind is kind]
+
+
+def _artifact(artifact: Artifact) -> dict[str, Any]:
+    file = artifact.file
+    described: dict[str, Any] = {
+        "filename": file.filename,
+        "type": artifact.delivered.type,
+        "data": artifact.delivered.data,
+        "subfolder": artifact.folder,
+        "node_id": file.node_id,
+        "class_type": file.class_type,
+        "title": file.title,
+        "index": file.index,
+        "preview": file.type == "temp",
+        "mime_type": artifact.mime_type,
+        "size_bytes": artifact.size_bytes,
+    }
+    if artifact.width is not None and artifact.height is not None:
+        described |= {"width": artifact.width, "height": artifact.height}
+    return described

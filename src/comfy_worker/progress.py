@@ -1,0 +1,81 @@
+"""Turns the events of a job into its state: one consumer that everyone who shows progress shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from comfy_worker.jobs import (
+    JobEvent,
+    NodeFinished,
+    NodeProgress,
+    NodesCached,
+    NodeStarted,
+    Notice,
+    QueuePosition,
+    Stage,
+    StageStarted,
+    Workflow,
+)
+
+
+@dataclass
+class Progress:
+    """Where a job stands.
+
+    Attributes:
+        node_count: how many nodes the workflow has.
+        stage: which part of its way the job is on.
+        ahead: prompts that ComfyUI runs before this one; None once it runs.
+        node_id: the node at work, with `title`; "" for none.
+        step: of `steps`, what the node at work has done.
+        notice: the last sentence about what the job waits for.
+    """
+
+    node_count: int
+    stage: Stage = Stage.STAGING
+    ahead: int | None = None
+    node_id: str = ""
+    title: str = ""
+    step: float = 0.0
+    steps: float = 0.0
+    notice: str = ""
+    _done: set[str] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, workflow: Workflow) -> Progress:
+        """Return the progress of a job that has not begun."""
+        return cls(node_count=len(workflow))
+
+    @property
+    def percent(self) -> float:
+        """How much of the workflow has run, from 0 to 100: nodes done, and the part of the one at work."""
+        if self.stage is Stage.DELIVERING:
+            return 100.0
+        running = self.step / self.steps if self.steps else 0.0
+        return min(100.0, 100.0 * (len(self._done) + min(1.0, running)) / max(1, self.node_count))
+
+    def apply(self, event: JobEvent) -> None:
+        """Take in what happened."""
+        if isinstance(event, StageStarted):
+            self.stage = event.stage
+            self.notice = ""
+        elif isinstance(event, QueuePosition):
+            self.ahead = event.ahead
+        elif isinstance(event, NodesCached):
+            self._done.update(event.node_ids)
+        elif isinstance(event, NodeStarted):
+            self._leave_node()
+            self.node_id, self.title = event.node_id, event.title
+        elif isinstance(event, NodeProgress):
+            if event.node_id == self.node_id:
+                self.step, self.steps = event.value, event.maximum
+        elif isinstance(event, NodeFinished):
+            self._done.add(event.node_id)
+            if event.node_id == self.node_id:
+                self._leave_node()
+        elif isinstance(event, Notice):
+            self.notice = event.text
+
+    def _leave_node(self) -> None:
+        self.node_id = self.title = ""
+        self.step = self.steps = 0.0

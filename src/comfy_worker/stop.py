@@ -1,0 +1,56 @@
+"""How a running job is told to end early."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from comfy_worker.errors import Cancelled
+
+
+class Stop:
+    """A cancel that can be set once, from any thread, and wakes whoever is blocked on the job's behalf.
+
+    The one who sets it waits for `run_job` to return: only then is the prompt out of ComfyUI.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._event = threading.Event()
+        self._wake_ups: list[Callable[[], None]] = []
+
+    def set(self) -> None:
+        """Ask the job to end; more than once changes nothing."""
+        with self._lock:
+            self._event.set()
+            wake_ups = list(self._wake_ups)
+        for wake_up in wake_ups:
+            wake_up()
+
+    def is_set(self) -> bool:
+        """Return whether the job was asked to end."""
+        return self._event.is_set()
+
+    def check(self) -> None:
+        """Raise `Cancelled` if the job was asked to end."""
+        if self._event.is_set():
+            raise Cancelled("The job was cancelled")
+
+    def wait(self, seconds: float) -> bool:
+        """Sleep for `seconds` or until the job is asked to end; return whether it was."""
+        return self._event.wait(seconds)
+
+    @contextmanager
+    def waking(self, wake_up: Callable[[], None]) -> Iterator[None]:
+        """Call `wake_up` when the stop is set inside this block, so that a blocking read returns at once."""
+        with self._lock:
+            self._wake_ups.append(wake_up)
+            already = self._event.is_set()
+        if already:
+            wake_up()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._wake_ups.remove(wake_up)
