@@ -64,8 +64,8 @@ class Job:
 
     Attributes:
         id: the door's name for the job (RunPod's id, say).
-        prompt_id: our uuid for it in ComfyUI; names its client_id and its input and output folders, so that jobs
-            cannot meet and a lost answer can be looked up.
+        prompt_id: our uuid for it in ComfyUI; names its input and output folders too, so that jobs cannot meet and a
+            lost answer can be looked up.
         workflow: the graph, as the caller sent it.
         files: what the graph loads.
         delivery: how to hand the outputs back.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 import time
-from contextlib import closing
 from typing import Any
 
 from comfy_worker.comfy.client import ComfyClient
@@ -85,26 +84,20 @@ class _Run:
         self._began: dict[Stage, float] = {}
 
     def run(self) -> JobResult:
-        with closing(self._open_socket()) as socket:
+        self._enter(Stage.STAGING)
+        # Connected before the prompt is sent, so that no event of it is missed.
+        with self._client.sockets.lend() as socket:
+            self._wait_for_comfyui(socket)
             self._stage()
             outputs = self._execute(socket)
         return self._deliver(outputs)
 
-    def _open_socket(self) -> EventSocket:
-        """Connect before the prompt is sent, so that no event of it is missed; wait for a ComfyUI that is starting."""
-        self._enter(Stage.STAGING)
-        settings = self._client.settings
-        socket = EventSocket(
-            self._client.url,
-            client_id=self._job.prompt_id,
-            reconnect_attempts=settings.websocket_reconnect_attempts,
-            reconnect_delay_s=settings.websocket_reconnect_delay_s,
-        )
-        if not socket.open() and not self._client.is_ready():
+    def _wait_for_comfyui(self, socket: EventSocket) -> None:
+        """Wait for a ComfyUI that is starting; one that answers but takes no websocket will be polled."""
+        if not socket.is_open and not self._client.is_ready():
             self._on_event(Notice("Waiting for ComfyUI to start"))
             self._client.wait_until_ready(self._stop)
             socket.open()
-        return socket
 
     def _stage(self) -> None:
         self._warnings += stage_inputs(self._job, self._graph, self._client, self._stop)
@@ -116,7 +109,7 @@ class _Run:
         self._enter(Stage.QUEUED)
         job, client = self._job, self._client
         try:
-            node_errors = client.submit(self._graph, job.prompt_id, job.prompt_id, self._extra_data())
+            node_errors = client.submit(self._graph, job.prompt_id, socket.client_id, self._extra_data())
             self._check_skipped(skipped_outputs(node_errors, job.workflow, client.choices))
             outcome = self._watch(socket).follow()
         except BaseException:

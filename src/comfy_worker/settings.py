@@ -179,3 +179,19 @@ def _check_bucket(settings: Settings) -> None:
     missing = [name for name, value in needed.items() if value is None]
     if missing and len(missing) < len(needed):
         raise InvalidInput(f"S3 is only half configured: {' and '.join(missing)} must be set too")
+
+
+def describe() -> str:
+    """Return the table of all settings for docs/configuration.md, in Markdown."""
+    rows = ["| variable | default | meaning |", "| --- | --- | --- |"]
+    for field in Settings.model_fields.values():
+        choices = field.validation_alias.choices if isinstance(field.validation_alias, AliasChoices) else []
+        names = [f"`{name}`" for name in choices]
+        also = f" Also read from {', '.join(names[1:])}." if names[1:] else ""
+        default = "not set" if field.default is None else f"`{field.default}`"
+        rows.append(f"| {names[0]} | {default} | {field.description}{also} |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    print(describe())  # noqa: T201 - this is its answer

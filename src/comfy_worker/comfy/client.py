@@ -14,6 +14,7 @@ from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
 from comfy_worker.comfy.protocol import QueuePlace, place_in_queue
+from comfy_worker.comfy.socket import SocketPool
 from comfy_worker.comfy.validation import refusal
 from comfy_worker.errors import ComfyUnreachable, OutputMissing, UploadFailed
 from comfy_worker.jobs import OutputFile, Workflow
@@ -33,6 +34,7 @@ class ComfyClient:
     """Speaks HTTP to one ComfyUI over kept-open connections; safe to use from several threads.
 
     Attributes:
+        sockets: its websockets, one a job.
         transfers: the threads in which files go to and fro.
     """
 
@@ -40,6 +42,11 @@ class ComfyClient:
         self._settings = settings
         self._session = _open_session(settings.transfer_threads)
         self._node_inputs: dict[str, Mapping[str, Any]] = {}
+        self.sockets = SocketPool(
+            settings.comfyui_url,
+            reconnect_attempts=settings.websocket_reconnect_attempts,
+            reconnect_delay_s=settings.websocket_reconnect_delay_s,
+        )
         self.transfers = ThreadPoolExecutor(settings.transfer_threads, thread_name_prefix="transfer")
 
     @property
@@ -54,6 +61,7 @@ class ComfyClient:
 
     def close(self) -> None:
         """Close the connections and end the threads."""
+        self.sockets.close()
         self.transfers.shutdown(wait=False, cancel_futures=True)
         self._session.close()
 

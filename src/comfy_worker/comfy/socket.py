@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import select
 import socket as sockets
+import threading
 import time
-from urllib.parse import quote
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import websocket
 
 from comfy_worker.comfy.protocol import FEATURE_FLAGS
 
 _CONNECT_TIMEOUT_S = 5.0
+_LONGEST_IDLE_S = 60.0
 
 
 class EventSocket:
@@ -19,12 +24,14 @@ class EventSocket:
     Nothing here raises for a socket that does not work: who listens has the history to ask.
 
     Attributes:
+        client_id: ComfyUI sends the events of a prompt to the socket of the same client_id only.
         was_lost: whether frames may have been missed.
     """
 
-    def __init__(self, comfyui_url: str, client_id: str, *, reconnect_attempts: int, reconnect_delay_s: float) -> None:
+    def __init__(self, comfyui_url: str, *, reconnect_attempts: int, reconnect_delay_s: float) -> None:
+        self.client_id = str(uuid.uuid4())
         scheme, _, rest = comfyui_url.partition("://")
-        self._url = f"{'wss' if scheme == 'https' else 'ws'}://{rest}/ws?clientId={quote(client_id)}"
+        self._url = f"{'wss' if scheme == 'https' else 'ws'}://{rest}/ws?clientId={self.client_id}"
         self._attempts_left = reconnect_attempts
         self._delay_s = reconnect_delay_s
         self._next_attempt = 0.0
@@ -82,6 +89,17 @@ class EventSocket:
         self._lose()
         return None
 
+    def is_usable(self) -> bool:
+        """Return whether an open socket that nobody listened to for a while is still connected."""
+        if self._socket is None or not isinstance(self._socket.sock, sockets.socket):
+            return False
+        if not select.select([self._socket.sock], [], [], 0)[0]:
+            return True
+        try:
+            return self._socket.sock.recv(1, sockets.MSG_PEEK) != b""
+        except (OSError, ValueError):  # ValueError: TLS cannot peek
+            return False
+
     def abort(self) -> None:
         """Wake up whoever is in `receive`; for another thread."""
         if self._socket is not None:
@@ -96,3 +114,58 @@ class EventSocket:
     def _lose(self) -> None:
         self.was_lost = True
         self.close()
+
+
+class SocketPool:
+    """Keeps one open socket from job to job: connecting costs as much as a small job does.
+
+    A socket serves one job at a time, so that the frames of two jobs cannot meet. One that nobody used for a while is
+    closed instead of lent: ComfyUI sends every client its queue's length, and must not wait for one that never reads.
+    """
+
+    def __init__(self, comfyui_url: str, *, reconnect_attempts: int, reconnect_delay_s: float) -> None:
+        self._url = comfyui_url
+        self._attempts = reconnect_attempts
+        self._delay_s = reconnect_delay_s
+        self._lock = threading.Lock()
+        self._idle: EventSocket | None = None
+        self._idle_since = 0.0
+
+    @contextmanager
+    def lend(self) -> Iterator[EventSocket]:
+        """Yield a socket, tried to be open; take it back if it is as good as new."""
+        socket = self._take() or self._open()
+        try:
+            yield socket
+        except BaseException:
+            # Frames of this job may still be on their way.
+            socket.close()
+            raise
+        self._put_back(socket)
+
+    def close(self) -> None:
+        """Close the kept socket."""
+        if socket := self._take():
+            socket.close()
+
+    def _take(self) -> EventSocket | None:
+        with self._lock:
+            socket, self._idle = self._idle, None
+        if socket is None:
+            return None
+        if time.monotonic() - self._idle_since < _LONGEST_IDLE_S and socket.is_usable():
+            return socket
+        socket.close()
+        return None
+
+    def _open(self) -> EventSocket:
+        socket = EventSocket(self._url, reconnect_attempts=self._attempts, reconnect_delay_s=self._delay_s)
+        socket.open()
+        return socket
+
+    def _put_back(self, socket: EventSocket) -> None:
+        with self._lock:
+            if socket.is_open and not socket.was_lost and self._idle is None:
+                self._idle, self._idle_since = socket, time.monotonic()
+                return
+        socket.close()

@@ -1,0 +1,53 @@
+# Every command of the project. `make demo` and `make test` set up whatever they need.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help setup demo test lint bench clean
+
+help:
+	@echo "make demo    run test_input.json on the embedded emulator; the picture lands in output/"
+	@echo "make test    lint, type check and run all tests"
+	@echo "make lint    ruff, mypy, shellcheck"
+	@echo "make bench   measure the worker beside a bare client"
+	@echo "make setup   only install (into $(VENV))"
+
+# A Debian or Ubuntu Python may come without venv: install it where that is allowed, say so where it is not.
+$(BIN)/python:
+	@$(PYTHON) -m venv $(VENV) 2>/dev/null || { rm -rf $(VENV); \
+	  echo "python3 has no venv module: installing python3-venv"; \
+	  $$([ "$$(id -u)" = 0 ] || echo sudo) sh -c 'apt-get update -qq && apt-get install -y -qq python3-venv' >/dev/null \
+	    && $(PYTHON) -m venv $(VENV); } \
+	  || { rm -rf $(VENV); echo "Install python3-venv (apt-get install python3-venv) and try again" >&2; exit 1; }
+
+$(VENV)/.run-ready: $(BIN)/python pyproject.toml requirements.txt
+	@echo "Installing the worker and its emulator into $(VENV) …"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[emulator]'
+	@touch $@
+
+$(VENV)/.dev-ready: $(BIN)/python pyproject.toml requirements.txt
+	@echo "Installing the worker, its emulator and what its tests need into $(VENV) …"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@ $(VENV)/.run-ready
+
+setup: $(VENV)/.dev-ready
+
+demo: $(VENV)/.run-ready
+	@COMFY_EMULATOR=true COMFYUI_PORT=$$($(BIN)/python -m comfy_worker.emulator --free-port) \
+	  WORKER_PYTHON=$(BIN)/python ./start.sh
+
+lint: $(VENV)/.dev-ready
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/shellcheck start.sh .ci/run
+
+test: lint
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
+
+bench: $(VENV)/.dev-ready
+	@$(BIN)/python -m benchmarks.overhead
+
+clean:
+	rm -rf $(VENV) output .pytest_cache .mypy_cache .ruff_cache .hypothesis

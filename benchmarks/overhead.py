@@ -1,0 +1,141 @@
+"""What the worker adds: its wall time beside a bare client's, on one ComfyUI, in one run.
+
+The bare client does the least that can be done: a kept-open session and websocket, submit, wait for the last frame,
+ask the history once, fetch all pictures in parallel. It checks nothing, recovers from nothing and encodes nothing.
+
+    python -m benchmarks.overhead [--comfyui-url URL] [--rounds N]
+
+Without a URL it starts the emulator. Both take turns, each run has a colour of its own so that nothing is cached.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import requests
+import websocket
+from tqdm import tqdm
+
+from comfy_worker.settings import load_settings
+from comfy_worker.worker import Worker
+
+LIMIT = 1.15
+CASES = {
+    "1 small picture (64x64)": (1, 64),
+    "16 small pictures (64x64)": (16, 64),
+    "8 pictures of 1024x1024": (8, 1024),
+}
+_colours = itertools.count(int(time.time()) % 1_000_000 * 10)
+
+
+def workflow(count: int, side: int) -> dict[str, Any]:
+    """Return a workflow without a model that makes `count` pictures and that no run before has made."""
+    size = {"width": side, "height": side, "batch_size": count, "color": next(_colours) % 0xFFFFFF}
+    return {
+        "1": {"class_type": "EmptyImage", "inputs": size},
+        "9": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "overhead/picture"}},
+    }
+
+
+class BareClient:
+    """The least that gets the pictures out of ComfyUI."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._client_id = uuid.uuid4().hex
+        self._session = requests.Session()
+        self._session.trust_env = False
+        self._session.mount("http://", requests.adapters.HTTPAdapter(pool_maxsize=10))
+        self._socket = websocket.create_connection(f"{url.replace('http', 'ws', 1)}/ws?clientId={self._client_id}")
+        self._threads = ThreadPoolExecutor(8)
+
+    def run(self, graph: dict[str, Any]) -> list[bytes]:
+        """Return the pictures' bytes."""
+        body = {"prompt": graph, "client_id": self._client_id}
+        prompt_id = self._session.post(f"{self._url}/prompt", json=body).json()["prompt_id"]
+        while not self._is_last(self._socket.recv(), prompt_id):
+            pass
+        outputs = self._session.get(f"{self._url}/history/{prompt_id}").json()[prompt_id]["outputs"]
+        files = [file for node in outputs.values() for file in node["images"]]
+        return list(self._threads.map(self._view, files))
+
+    def _view(self, file: dict[str, str]) -> bytes:
+        return self._session.get(f"{self._url}/view", params=file).content
+
+    @staticmethod
+    def _is_last(frame: str | bytes, prompt_id: str) -> bool:
+        if isinstance(frame, bytes):
+            return False
+        message = json.loads(frame)
+        data = message["data"]
+        return message["type"] == "executing" and data["node"] is None and data.get("prompt_id") == prompt_id
+
+
+def run_worker(worker: Worker, graph: dict[str, Any], count: int) -> None:
+    """Run the job as the handler does, from RunPod's job to RunPod's output."""
+    output = worker.run({"id": "overhead", "input": {"workflow": graph}})
+    if len(output["images"]) != count:
+        raise SystemExit(f"the worker returned {len(output['images'])} of {count} pictures: {output}")
+
+
+def seconds(action: Callable[[], object]) -> float:
+    """Return how long an action takes."""
+    began = time.perf_counter()
+    action()
+    return time.perf_counter() - began
+
+
+@contextmanager
+def comfyui(url: str | None) -> Iterator[str]:
+    """Yield the URL of a running ComfyUI: the given one, or an emulator of our own in its own process."""
+    if url:
+        yield url
+        return
+    from benchmarks.servers import emulator
+
+    with emulator() as own:
+        yield own
+
+
+def main() -> int:
+    """Print the table; return 1 if the worker is slower than it may be."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--comfyui-url")
+    parser.add_argument("--rounds", type=int, default=30)
+    options = parser.parse_args()
+    with comfyui(options.comfyui_url) as url:
+        rows = [measure(url, name, count, side, options.rounds) for name, (count, side) in CASES.items()]
+    print(f"\n{'':28}{'bare client':>14}{'worker':>14}{'ratio':>9}   limit {LIMIT}")
+    for name, bare, own, ratio in rows:
+        print(f"{name:28}{bare * 1000:11.1f} ms{own * 1000:11.1f} ms{ratio:9.2f}   {'' if ratio <= LIMIT else 'OVER'}")
+    return int(any(ratio > LIMIT for *_, ratio in rows))
+
+
+def measure(url: str, name: str, count: int, side: int, rounds: int) -> tuple[str, float, float, float]:
+    """Return the median seconds of the bare client and the worker, and the median ratio of the pairs."""
+    bare, worker = BareClient(url), Worker(load_settings(comfyui_url=url))
+    pairs = []
+    for round_number in tqdm(range(rounds + 2), desc=name, leave=False, disable=None):
+        pair = (
+            seconds(lambda: bare.run(workflow(count, side))),
+            seconds(lambda: run_worker(worker, workflow(count, side), count)),
+        )
+        if round_number >= 2:  # the first ones open connections
+            pairs.append(pair)
+    worker.close()
+    bare_median, own_median = (statistics.median(times) for times in zip(*pairs, strict=True))
+    return name, bare_median, own_median, own_median / bare_median
+
+
+if __name__ == "__main__":
+    sys.exit(main())
