@@ -44,7 +44,9 @@ class Context(Protocol):
     def sleep(self, seconds: float) -> None:
         """Work for `seconds`; raises `Interrupted` as soon as the prompt is to stop."""
 
-    def progress(self, value: float, maximum: float, preview: tuple[str, Image.Image, int | None] | None = None) -> None:
+    def progress(
+        self, value: float, maximum: float, preview: tuple[str, Image.Image, int | None] | None = None
+    ) -> None:
         """Report a step; `preview` is (format "JPEG" or "PNG", picture, longest side or None for full size)."""
 
 
