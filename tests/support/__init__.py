@@ -1,0 +1,1 @@
+"""What the tests need around the worker: a stand-in RunPod platform, real processes and an S3 server."""
