@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
 
-from comfy_worker.worker import handler
+from comfy_worker.serverless.handler import handler
 
 __all__ = ["handler"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import base64
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -82,6 +83,7 @@ class ProgressBar:
             # None: no bar where nobody watches a terminal.
             disable=None,
             bar_format="{percentage:3.0f}% |{bar:30}| {elapsed} {desc}",
+            ncols=_terminal_columns(),
             leave=True,
         )
 
@@ -111,6 +113,11 @@ class ProgressBar:
         if progress.stage is Stage.QUEUED and progress.ahead:
             return f"queued behind {progress.ahead}"
         return progress.stage.value
+
+
+def _terminal_columns() -> int | None:
+    """Return how wide the terminal is; a guess where it does not say, for which tqdm would show nothing."""
+    return (os.get_terminal_size(sys.stderr.fileno()).columns or 80) if sys.stderr.isatty() else None
 
 
 def write_files(output: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -22,9 +22,9 @@ def run(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
 
         configure_logs(settings.log_level, settings.secrets())
         return desk.main(arguments, settings)
-    from comfy_worker import worker
+    from comfy_worker.serverless.start import start
 
-    worker.start(settings)
+    start(settings)
     return 0
 
 

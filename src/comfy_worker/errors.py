@@ -6,6 +6,7 @@ WorkerError
 ├── InvalidWorkflow            invalid_workflow      ComfyUI refused the graph
 │   └── UiFormatWorkflow       ui_format_workflow    saved for the canvas, not for the API
 ├── UploadFailed               upload_failed
+├── DiskFull                   disk_full
 ├── ComfyUnreachable           comfyui_unreachable
 ├── ComfyCrashed               comfyui_crashed
 ├── ExecutionFailed            execution_failed
@@ -13,6 +14,7 @@ WorkerError
 ├── Cancelled                  cancelled
 ├── TimedOut                   timed_out
 ├── OutputMissing              output_missing
+├── OutputTooLarge             output_too_large
 ├── DeliveryFailed             delivery_failed
 └── InternalError              internal              a bug of ours
 ```
@@ -99,16 +101,29 @@ class UploadFailed(WorkerError):
     retryable = True
 
 
+class DiskFull(WorkerError):
+    """ComfyUI's disk has no room for the job's files."""
+
+    code = "disk_full"
+    http_status = 507
+    retryable = True
+
+
 class ComfyUnreachable(WorkerError):
-    """ComfyUI does not answer, or not in the way that ComfyUI does."""
+    """ComfyUI does not answer, or not in the way that ComfyUI does.
+
+    Attributes:
+        never_sent: nobody took the connection, so the request cannot have had an effect.
+    """
 
     code = "comfyui_unreachable"
     http_status = 503
     retryable = True
+    never_sent = False
 
 
 class ComfyCrashed(WorkerError):
-    """ComfyUI was restarted, or lost the prompt, while the job was with it."""
+    """ComfyUI died while it ran the job's workflow."""
 
     code = "comfyui_crashed"
     http_status = 502
@@ -148,6 +163,13 @@ class OutputMissing(WorkerError):
 
     code = "output_missing"
     http_status = 502
+
+
+class OutputTooLarge(WorkerError):
+    """The outputs do not fit into an answer, and there is no bucket for them."""
+
+    code = "output_too_large"
+    http_status = 413
 
 
 class DeliveryFailed(WorkerError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from concurrent.futures import Future
 
 from comfy_worker.comfy.client import ComfyClient
-from comfy_worker.errors import UploadFailed
+from comfy_worker.errors import ComfyUnreachable, UploadFailed
 from comfy_worker.jobs import InputFile, Job
 from comfy_worker.stop import Stop
 from comfy_worker.workflow import Graph, refer_to_staged
@@ -34,17 +34,22 @@ def _upload_all(job: Job, client: ComfyClient, stop: Stop) -> dict[str, str]:
     """Return the name of each file in ComfyUI's input folder, by the caller's name."""
     stop.check()
     uploads: list[tuple[InputFile, Future[str]]] = [
-        (file, client.transfers.submit(client.upload, file.name, file.content, job.prompt_id)) for file in job.files
+        (file, client.transfers.submit(_upload, file, job, client, stop)) for file in job.files
     ]
     staged, failures = {}, []
     for file, upload in uploads:
         try:
             staged[file.name] = upload.result()
-        except UploadFailed as error:
+        except (UploadFailed, ComfyUnreachable) as error:
             failures.append(error.message)
     if failures:
         raise UploadFailed(f"Failed to upload one or more input images: {'; '.join(failures)}")
     return staged
+
+
+def _upload(file: InputFile, job: Job, client: ComfyClient, stop: Stop) -> str:
+    # The same file under the same name may be sent twice.
+    return client.patiently(lambda: client.upload(file.name, file.content, job.prompt_id), stop)
 
 
 def loads_file(client: ComfyClient, class_type: str, input_name: str) -> bool:

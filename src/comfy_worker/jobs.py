@@ -65,11 +65,13 @@ class Job:
     Attributes:
         id: the door's name for the job (RunPod's id, say).
         prompt_id: our uuid for it in ComfyUI; names its input and output folders too, so that jobs cannot meet and a
-            lost answer can be looked up.
+            lost answer can be looked up. A second attempt gets an id of its own.
         workflow: the graph, as the caller sent it.
         files: what the graph loads.
         delivery: how to hand the outputs back.
         timeout_s: how long ComfyUI may take from submission to end, in seconds; the worker's setting if None.
+        execution_timeout_s: how long the whole job may take from its start, as the platform says; None for no limit.
+        retry_on_crash: run the workflow again, once, if ComfyUI dies while it runs; the worker's setting if None.
         strict: a workflow of which ComfyUI would skip an invalid part is a failure, not a warning.
         include_previews: hand back files of type `temp` too.
         comfy_org_api_key: key for ComfyUI's paid API nodes.
@@ -83,6 +85,8 @@ class Job:
     files: tuple[InputFile, ...] = ()
     delivery: Delivery = Delivery()
     timeout_s: float | None = None
+    execution_timeout_s: float | None = None
+    retry_on_crash: bool | None = None
     strict: bool = False
     include_previews: bool = False
     comfy_org_api_key: str | None = field(default=None, repr=False)

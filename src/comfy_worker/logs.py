@@ -11,7 +11,8 @@ from pathlib import PurePath
 from comfy_worker.redact import redact
 
 _CHATTY = ("boto3", "botocore", "s3transfer", "urllib3", "asyncio", "PIL", "websocket")
-"""Libraries whose debug logs carry headers, signatures or whole bodies."""
+"""Libraries whose debug logs carry headers, signatures or whole bodies, or whose warnings say what an error of ours
+says better."""
 
 
 class _RedactingFormatter(logging.Formatter):
@@ -33,7 +34,7 @@ def configure_logs(level: str, secrets: Sequence[str]) -> None:
     handler.setFormatter(_RedactingFormatter(secrets))
     logging.basicConfig(level=level, handlers=[handler], force=True)
     for name in _CHATTY:
-        logging.getLogger(name).setLevel(logging.WARNING)
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def where_it_broke(exception: BaseException) -> str:

@@ -69,6 +69,7 @@ def inspect(filename: str, content: bytes) -> Media:
         with Image.open(io.BytesIO(content)) as image:
             by_content = image.get_format_mimetype() if hasattr(image, "get_format_mimetype") else None
             return Media(by_content or Image.MIME.get(image.format or "", mime_type), *image.size)
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
-        # Pillow does not know the format (an EXR, say), or a node wrote something else under that name.
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, RuntimeError):
+        # Pillow does not know the format (an EXR, say), or a node wrote something else under that name; its AVIF reader
+        # says RuntimeError to a broken header.
         return Media(mime_type)

@@ -9,9 +9,10 @@ from typing import Any
 
 from comfy_worker.comfy.client import ComfyClient
 from comfy_worker.comfy.protocol import NodeOutputs, WebsocketImage
-from comfy_worker.errors import OutputMissing, WorkerError
+from comfy_worker.errors import OutputMissing, OutputTooLarge, WorkerError
 from comfy_worker.jobs import Artifact, Job, Kind, OutputFile, OutputText, Workflow
 from comfy_worker.media import inspect, kind_of
+from comfy_worker.stop import Stop
 from comfy_worker.storage import Parcel, Storage
 from comfy_worker.workflow import WEBSOCKET_OUTPUT_NODE, class_type, nodes_of_class, title
 
@@ -113,16 +114,19 @@ def _lost(received: Iterable[OutputFile], workflow: Workflow) -> Iterator[str]:
 # ----------------------------------------------------------------------------------------------- delivery
 
 
-def deliver_outputs(job: Job, found: Found, client: ComfyClient, storage: Storage) -> tuple[list[Artifact], list[str]]:
+def deliver_outputs(
+    job: Job, found: Found, client: ComfyClient, storage: Storage, stop: Stop
+) -> tuple[list[Artifact], list[str]]:
     """Fetch every file from ComfyUI and hand it to the storage, several at a time.
 
     Returns:
         What was delivered, and a warning for each file that could not be.
 
     Raises:
+        OutputTooLarge: they do not fit into the answer; a part of them would be no result.
         WorkerError: there were files and none could be delivered; the first one's failure.
     """
-    delivery = _Delivery(job, client, storage, found)
+    delivery = _Delivery(job, client, storage, found, stop)
     pending: list[tuple[OutputFile, Future[Artifact]]] = [
         (file, client.transfers.submit(delivery.deliver, file, path))
         for file, path in zip(found.files, _paths(found.files, job.prompt_id), strict=True)
@@ -133,11 +137,14 @@ def deliver_outputs(job: Job, found: Found, client: ComfyClient, storage: Storag
             artifacts.append(artifact.result())
         except WorkerError as error:
             failures.append((file, error))
+    for _file, failure in failures:
+        if isinstance(failure, OutputTooLarge):
+            raise failure
     if failures and not artifacts:
         raise failures[0][1]
     if not artifacts and found.lost:
         raise OutputMissing("; ".join(found.lost))
-    return artifacts, [*found.lost, *(f"Output {file.filename}: {error.message}" for file, error in failures)]
+    return artifacts, [*found.lost, *(f"Output {file.filename}: {failure.message}" for file, failure in failures)]
 
 
 @dataclass(frozen=True)
@@ -146,10 +153,10 @@ class _Delivery:
     client: ComfyClient
     storage: Storage
     found: Found
+    stop: Stop
 
     def deliver(self, file: OutputFile, path: str) -> Artifact:
-        received = self.found.received.get(file)
-        content = self.client.view(file) if received is None else received
+        content = self._content(file)
         media = inspect(file.filename, content)
         parcel = Parcel(job_id=self.job.id, path=path, mime_type=media.mime_type, content=content)
         return Artifact(
@@ -161,6 +168,13 @@ class _Delivery:
             width=media.width,
             height=media.height,
         )
+
+    def _content(self, file: OutputFile) -> bytes:
+        received = self.found.received.get(file)
+        if received is not None:
+            return received
+        # A ComfyUI that died meanwhile still has its files when it is back.
+        return self.client.patiently(lambda: self.client.view(file), self.stop)
 
 
 def _paths(files: Sequence[OutputFile], prompt_id: str) -> list[str]:

@@ -21,7 +21,19 @@ from comfy_worker.workflow import check_workflow
 
 _DATA_URI = re.compile(r"data:[^,]*,", re.IGNORECASE)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-_ANNOTATION = re.compile(r" \[(input|output|temp)\]$")
+_ANNOTATION = re.compile(r"\[(input|output|temp)\]$")
+"""ComfyUI takes it for an annotation without a space before it too."""
+_REFUSALS = {
+    "missing": "is missing",
+    "string_type": "must be a string",
+    "dict_type": "must be an object",
+    "model_type": "must be an object",
+    "list_type": "must be a list",
+    "bool_type": "must be true or false",
+    "int_type": "must be a whole number",
+    "float_type": "must be a number",
+}
+"""pydantic's types of problem in the words of JSON; the others say what they mean."""
 _LONGEST_PART = 255
 """Bytes that a file system takes for one part of a path."""
 
@@ -34,6 +46,9 @@ class _Model(BaseModel):
     def unknown_keys(self, where: str) -> Iterator[str]:
         known = [name for field, info in type(self).model_fields.items() for name in _accepted_names(field, info)]
         for key in self.__pydantic_extra__ or {}:
+            if key in known:
+                yield f"{where}.{key} was ignored: its other name is there too"
+                continue
             near = get_close_matches(key, known, n=1)
             advice = f"; did you mean {near[0]!r}?" if near else ""
             yield f"{where}.{key} is unknown and was ignored{advice}"
@@ -60,9 +75,11 @@ class _JobInput(_Model):
     images: list[_FileInput] = Field(default_factory=list)
     files: list[_FileInput] = Field(default_factory=list)
     delivery: _DeliveryInput = _DeliveryInput()
-    timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)] | None = None
+    retry_on_crash: StrictBool | None = None
     strict: StrictBool = False
     include_previews: StrictBool = False
+    refresh_worker: StrictBool = False
     comfy_org_api_key: StrictStr | None = Field(
         default=None, validation_alias=AliasChoices("comfy_org_api_key", "api_key_comfy_org")
     )
@@ -83,7 +100,8 @@ def parse_job(job: Mapping[str, Any]) -> Job:
     if payload.get("workflow") is None:
         raise InvalidInput("Missing 'workflow' parameter", hint="Send the workflow as input.workflow")
     try:
-        parsed = _JobInput.model_validate(payload)
+        # A field that is null is one that was left out, as for every client that fills in a template.
+        parsed = _JobInput.model_validate({key: value for key, value in payload.items() if value is not None})
     except ValidationError as error:
         raise InvalidInput(_sentence(error)) from None
     return Job(
@@ -93,6 +111,8 @@ def parse_job(job: Mapping[str, Any]) -> Job:
         files=_decode_files([*parsed.images, *parsed.files]),
         delivery=_parse_delivery(parsed.delivery),
         timeout_s=parsed.timeout_s,
+        execution_timeout_s=_execution_timeout(job.get("policy")),
+        retry_on_crash=parsed.retry_on_crash,
         strict=parsed.strict,
         include_previews=parsed.include_previews,
         comfy_org_api_key=parsed.comfy_org_api_key,
@@ -101,13 +121,19 @@ def parse_job(job: Mapping[str, Any]) -> Job:
     )
 
 
+def _execution_timeout(policy: Any) -> float | None:
+    """Return RunPod's `policy.executionTimeout`, milliseconds, in seconds; None where the job carries none."""
+    milliseconds = policy.get("executionTimeout") if isinstance(policy, Mapping) else None
+    return milliseconds / 1000 if isinstance(milliseconds, (int, float)) and milliseconds > 0 else None
+
+
 def _json_object(value: Any) -> Mapping[str, Any]:
     if value is None:
         raise InvalidInput("Please provide input", hint='Send {"input": {"workflow": {…}}}')
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise InvalidInput("Invalid JSON format in input") from None
     if not isinstance(value, Mapping):
         raise InvalidInput("input must be an object with a workflow")
@@ -120,8 +146,9 @@ def _sentence(error: ValidationError) -> str:
     for item in error.errors(include_url=False, include_input=False):
         # The parts of a union that did not fit ("str", "dict[str,any]") are pydantic's words, not the caller's.
         place = ".".join(str(part) for part in item["loc"] if not re.search(r"[\[\]()]|^str$", str(part)))
-        problems.setdefault(f"input.{place}", item["msg"])
-    return "; ".join(f"{place}: {message}" for place, message in problems.items())
+        words = _REFUSALS.get(item["type"]) or item["msg"].replace("Input should", "must")
+        problems.setdefault(f"input.{place}", words)
+    return "; ".join(f"{place} {words}" for place, words in problems.items())
 
 
 def _parse_workflow(workflow: dict[str, Any] | str) -> Any:
@@ -129,7 +156,7 @@ def _parse_workflow(workflow: dict[str, Any] | str) -> Any:
         return workflow
     try:
         return json.loads(workflow)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise InvalidWorkflow("Workflow validation failed: the workflow is a string that is not JSON") from None
 
 
@@ -201,9 +228,13 @@ def decode_base64(text: str, name: str) -> bytes:
     if not encoded:
         raise InvalidInput(f"Image {name!r} is empty")
     try:
-        return base64.b64decode(encoded, validate=True)
+        content = base64.b64decode(encoded, validate=True)
     except (binascii.Error, ValueError):
         raise InvalidInput(f"Image {name!r} is not valid base64") from None
+    if not content:
+        # Python 3.10 takes padding alone for nothing.
+        raise InvalidInput(f"Image {name!r} is not valid base64")
+    return content
 
 
 # ------------------------------------------------------------------------------------------------ output

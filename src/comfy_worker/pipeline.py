@@ -1,15 +1,18 @@
-"""One job's way: stage, submit, watch, collect, deliver."""
+"""One job's way: stage, submit, watch, collect, deliver; and once more where that may help."""
 
 from __future__ import annotations
 
 import logging
-import re
 import time
+import uuid
+from collections.abc import Mapping
 from typing import Any
 
 from comfy_worker.comfy.client import ComfyClient
+from comfy_worker.comfy.faults import is_broken_device, is_out_of_memory
 from comfy_worker.comfy.protocol import (
-    Gone,
+    Deleted,
+    Lost,
     NodeFailed,
     NodeOutputs,
     Outcome,
@@ -23,9 +26,11 @@ from comfy_worker.comfy.watch import Watch
 from comfy_worker.errors import (
     Cancelled,
     ComfyCrashed,
+    ComfyUnreachable,
     ExecutionFailed,
     InvalidWorkflow,
     OutOfMemory,
+    TimedOut,
     WorkerError,
 )
 from comfy_worker.inputs import stage_inputs
@@ -47,13 +52,6 @@ from comfy_worker.workflow import copy_graph, prefix_outputs
 
 log = logging.getLogger(__name__)
 
-_OUT_OF_MEMORY = re.compile(
-    r"out of memory|OutOfMemory|not enough memory|CUBLAS_STATUS_ALLOC_FAILED|Allocation on device|"
-    r"can't allocate memory|unable to allocate",
-    re.IGNORECASE,
-)
-"""The wordings of PyTorch for CUDA, ROCm, MPS and the CPU, of ComfyUI and of NumPy."""
-
 
 def run_job(
     job: Job, client: ComfyClient, storage: Storage, on_event: OnEvent = ignore_events, stop: Stop | None = None
@@ -61,7 +59,7 @@ def run_job(
     """Run a job against ComfyUI and return its outputs, delivered.
 
     Blocks until the end; safe to call from several threads with one client. Whatever the end, the prompt is out of
-    ComfyUI when this returns or raises.
+    ComfyUI when this returns or raises, unless ComfyUI itself no longer answers.
 
     Raises:
         WorkerError: the job failed, was cancelled or took too long; the class says which.
@@ -81,53 +79,86 @@ class _Run:
         self._graph = copy_graph(job.workflow)
         self._warnings = list(job.warnings)
         self._protocol = PromptProtocol(job.prompt_id, job.workflow)
+        self._reported: dict[str, Mapping[str, Any]] = {}
         self._began: dict[Stage, float] = {}
 
     def run(self) -> JobResult:
+        disk = self._client.disk
+        if disk is None:
+            return self._run()
+        disk.check_free()
+        try:
+            return self._run()
+        finally:
+            disk.clean_up(self._job.prompt_id, self._reported)
+
+    def _run(self) -> JobResult:
         self._enter(Stage.STAGING)
         # Connected before the prompt is sent, so that no event of it is missed.
         with self._client.sockets.lend() as socket:
-            self._wait_for_comfyui(socket)
+            if not socket.is_open:
+                self._wait_for_comfyui()
+                socket.renew()
             self._stage()
             outputs = self._execute(socket)
         return self._deliver(outputs)
 
-    def _wait_for_comfyui(self, socket: EventSocket) -> None:
+    def _wait_for_comfyui(self) -> None:
         """Wait for a ComfyUI that is starting; one that answers but takes no websocket will be polled."""
-        if not socket.is_open and not self._client.is_ready():
+        if not self._client.is_ready():
             self._on_event(Notice("Waiting for ComfyUI to start"))
             self._client.wait_until_ready(self._stop)
-            socket.open()
 
     def _stage(self) -> None:
         self._warnings += stage_inputs(self._job, self._graph, self._client, self._stop)
         prefix_outputs(self._graph, self._job.prompt_id)
         self._stop.check()
 
+    # ------------------------------------------------------------------------------------------ execution
+
     def _execute(self, socket: EventSocket) -> NodeOutputs:
+        """Run the prompt, once more where that may help, and return what its nodes reported."""
+        outcome = self._attempt(socket)
+        for second_chance in (self._after_death_in_queue, self._after_death, self._after_out_of_memory):
+            if second_chance(outcome):
+                self._protocol = PromptProtocol(str(uuid.uuid4()), self._job.workflow)
+                self._wait_for_comfyui()
+                socket.renew()
+                outcome = self._attempt(socket)
+        return self._outputs_of(outcome)
+
+    def _attempt(self, socket: EventSocket) -> Outcome:
         """Queue the prompt and follow it; it is out of ComfyUI afterwards, however this ends."""
         self._enter(Stage.QUEUED)
-        job, client = self._job, self._client
+        client, prompt_id = self._client, self._protocol.prompt_id
+        watch = Watch(client, socket, self._protocol, self._pass_on, self._stop, self._time_left())
         try:
-            node_errors = client.submit(self._graph, job.prompt_id, socket.client_id, self._extra_data())
-            self._check_skipped(skipped_outputs(node_errors, job.workflow, client.choices))
-            outcome = self._watch(socket).follow()
-        except BaseException:
-            self._remove_prompt()
+            node_errors = client.submit(self._graph, prompt_id, socket.client_id, self._extra_data())
+            self._check_skipped(skipped_outputs(node_errors, self._job.workflow, client.choices))
+            return watch.follow()
+        except ComfyUnreachable as error:
+            if error.never_sent:
+                return Lost(had_started=False)
+            self._remove_prompt(prompt_id)
+            self._end_hanging_comfyui()
             raise
-        return successful_outputs(outcome)
+        except BaseException:
+            self._remove_prompt(prompt_id)
+            raise
+        finally:
+            self._reported.update(self._protocol.outputs)
 
-    def _watch(self, socket: EventSocket) -> Watch:
-        return Watch(
-            client=self._client,
-            socket=socket,
-            protocol=self._protocol,
-            on_event=self._pass_on,
-            stop=self._stop,
-            timeout_s=self._job.timeout_s or self._client.settings.workflow_timeout_s,
-        )
+    def _time_left(self) -> float:
+        """Return the seconds that the workflow may still take; a second attempt does not start the clock again."""
+        now = time.monotonic()
+        limits = [self._began[Stage.QUEUED] + (self._job.timeout_s or self._client.settings.workflow_timeout_s)]
+        if self._job.execution_timeout_s is not None:
+            limits.append(self._began[Stage.STAGING] + self._job.execution_timeout_s)
+        if min(limits) <= now:
+            raise TimedOut("The job took longer than it may before ComfyUI could run its workflow")
+        return min(limits) - now
 
-    def _extra_data(self) -> dict[str, Any]:
+    def _extra_data(self) -> Mapping[str, Any]:
         own_key = self._client.settings.comfy_org_api_key
         key = self._job.comfy_org_api_key or (own_key.get_secret_value() if own_key else None)
         return {**self._job.extra_data, **({"api_key_comfy_org": key} if key else {})}
@@ -135,23 +166,89 @@ class _Run:
     def _check_skipped(self, warnings: list[str]) -> None:
         if warnings and self._job.strict:
             raise InvalidWorkflow(f"Workflow validation failed: {'; '.join(warnings)}")
-        self._warnings += warnings
+        self._warnings += [warning for warning in warnings if warning not in self._warnings]
 
-    def _remove_prompt(self) -> None:
+    def _remove_prompt(self, prompt_id: str) -> None:
         try:
-            if not self._client.remove(self._job.prompt_id):
-                log.warning("prompt %s is still in ComfyUI", self._job.prompt_id)
+            if not self._client.remove(prompt_id):
+                log.warning("prompt %s is still in ComfyUI: the node at work does not heed interrupts", prompt_id)
         except WorkerError as error:
-            log.warning("prompt %s could not be taken out of ComfyUI: %s", self._job.prompt_id, error)
+            log.warning("prompt %s could not be taken out of ComfyUI: %s", prompt_id, error)
+
+    def _end_hanging_comfyui(self) -> None:
+        """Have start.sh start a new ComfyUI in place of one that takes connections and never answers."""
+        if self._client.process is not None and not self._client.is_ready():
+            log.error("ComfyUI does not answer any more and is restarted")
+            self._client.process.kill()
+
+    # ------------------------------------------------------------------------------------- second chances
+
+    def _after_death_in_queue(self, outcome: Outcome) -> bool:
+        """Return whether the prompt never began, because ComfyUI died before: it may be sent again safely."""
+        if not (isinstance(outcome, Lost) and not outcome.had_started):
+            return False
+        self._on_event(Notice("ComfyUI died before it began the workflow, which is submitted again"))
+        return True
+
+    def _after_death(self, outcome: Outcome) -> bool:
+        """Return whether a prompt that had begun is to run again: only if someone said so, it may have done things."""
+        wanted = self._job.retry_on_crash
+        wanted = self._client.settings.retry_on_crash if wanted is None else wanted
+        died = isinstance(outcome, Lost) and outcome.had_started
+        if isinstance(outcome, NodeFailed) and is_broken_device(outcome):
+            died = self._restart_comfyui(outcome)
+        if died and wanted:
+            self._warnings.append("ComfyUI died while it ran the workflow, which was run again")
+            self._on_event(Notice(self._warnings[-1]))
+        return died and wanted
+
+    def _restart_comfyui(self, failed: NodeFailed) -> bool:
+        if self._client.process is None:
+            return False
+        log.error("node %s broke the GPU context; ComfyUI is restarted", failed.node_id)
+        self._client.process.kill()
+        return True
+
+    def _after_out_of_memory(self, outcome: Outcome) -> bool:
+        """Return whether memory was freed for another try."""
+        if not (isinstance(outcome, NodeFailed) and is_out_of_memory(outcome)):
+            return False
+        self._client.free_memory()
+        self._warnings.append(
+            f"Node {outcome.node_id} ({outcome.node_type}) ran out of memory: freed it, ran once more"
+        )
+        self._on_event(Notice(self._warnings[-1]))
+        return True
+
+    def _outputs_of(self, outcome: Outcome) -> NodeOutputs:
+        """Return what the nodes reported, or raise the error that the outcome means."""
+        if isinstance(outcome, Succeeded):
+            return outcome.outputs
+        if isinstance(outcome, NodeFailed):
+            raise _execution_error(outcome)
+        if isinstance(outcome, WasInterrupted):
+            raise Cancelled(f"The workflow was interrupted at node {outcome.node_id} ({outcome.node_type})")
+        if isinstance(outcome, Deleted):
+            raise Cancelled("The prompt was deleted from ComfyUI's queue before it ran")
+        when = "while it ran the workflow" if outcome.had_started else "before it began the workflow, twice"
+        lines = self._client.process.last_lines() if self._client.process else []
+        raise ComfyCrashed(
+            f"ComfyUI died {when}",
+            details={"log": lines} if lines else None,
+            hint="With retry_on_crash: true such a workflow is run again, once",
+        )
+
+    # ------------------------------------------------------------------------------------------- delivery
 
     def _deliver(self, outputs: NodeOutputs) -> JobResult:
         self._enter(Stage.DELIVERING)
+        self._reported.update(outputs)
         found = find_outputs(
             outputs, self._protocol.images, self._job.workflow, include_previews=self._job.include_previews
         )
-        artifacts, warnings = deliver_outputs(self._job, found, self._client, self._storage)
+        artifacts, warnings = deliver_outputs(self._job, found, self._client, self._storage, self._stop)
         return JobResult(
-            prompt_id=self._job.prompt_id,
+            prompt_id=self._protocol.prompt_id,
             artifacts=tuple(artifacts),
             texts=found.texts,
             warnings=(*self._warnings, *warnings),
@@ -187,26 +284,6 @@ def _ms(seconds: float) -> int:
     return round(seconds * 1000)
 
 
-def successful_outputs(outcome: Outcome) -> NodeOutputs:
-    """Return what the nodes reported, or raise the error that the outcome means.
-
-    Raises:
-        ExecutionFailed: a node raised an exception; `OutOfMemory` if it was that.
-        Cancelled: someone interrupted or deleted the prompt.
-        ComfyCrashed: ComfyUI restarted and forgot the prompt.
-    """
-    if isinstance(outcome, Succeeded):
-        return outcome.outputs
-    if isinstance(outcome, NodeFailed):
-        raise _execution_error(outcome)
-    if isinstance(outcome, WasInterrupted):
-        raise Cancelled(f"The workflow was interrupted at node {outcome.node_id} ({outcome.node_type})")
-    if isinstance(outcome, Gone) and outcome.connection_lost:
-        when = "while it ran the workflow" if outcome.had_started else "before it began the workflow"
-        raise ComfyCrashed(f"ComfyUI restarted {when}")
-    raise Cancelled("The prompt was deleted from ComfyUI's queue before it ran")
-
-
 def _execution_error(failed: NodeFailed) -> ExecutionFailed:
     message = (
         f"Workflow execution error: Node Type: {failed.node_type}, Node ID: {failed.node_id}, Message: {failed.message}"
@@ -217,6 +294,6 @@ def _execution_error(failed: NodeFailed) -> ExecutionFailed:
         "message": failed.message,
         "exception_type": failed.exception_type,
     }
-    if _OUT_OF_MEMORY.search(f"{failed.exception_type} {failed.message}"):
+    if is_out_of_memory(failed):
         return OutOfMemory(message, details=details, hint="Reduce image size or batch size, or use a larger GPU")
     return ExecutionFailed(message, details=details)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from comfy_worker.jobs import (
     JobEvent,
@@ -59,6 +60,8 @@ class Progress:
         if isinstance(event, StageStarted):
             self.stage = event.stage
             self.notice = ""
+            if event.stage is Stage.QUEUED:
+                self._start_again()
         elif isinstance(event, QueuePosition):
             self.ahead = event.ahead
         elif isinstance(event, NodesCached):
@@ -76,6 +79,25 @@ class Progress:
         elif isinstance(event, Notice):
             self.notice = event.text
 
+    def _start_again(self) -> None:
+        """Forget what an attempt before this one had done."""
+        self._done.clear()
+        self.ahead = None
+        self._leave_node()
+
     def _leave_node(self) -> None:
         self.node_id = self.title = ""
         self.step = self.steps = 0.0
+
+    def as_output(self) -> dict[str, Any]:
+        """Return the progress as JSON, for a client that asks for the job's status."""
+        output: dict[str, Any] = {"stage": self.stage.value, "percent": round(self.percent, 1)}
+        if self.stage is Stage.QUEUED and self.ahead is not None:
+            output["queue_position"] = self.ahead
+        if self.node_id:
+            output["node"] = {"id": self.node_id, "title": self.title}
+        if self.steps:
+            output |= {"step": self.step, "steps": self.steps}
+        if self.notice:
+            output["notice"] = self.notice
+        return output

@@ -5,9 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-_POSIX_PATH = re.compile(r"(?<![\w:/.~%-])~?/(?:[^\s/'\"`:;,()\[\]<>|]+/)+([^\s/'\"`:;,()\[\]<>|]*)")
-_WINDOWS_PATH = re.compile(r"(?<!\w)[A-Za-z]:\\(?:[^\\\s'\"`:;,<>|]+\\)*([^\\\s'\"`:;,<>|]*)")
-_FILE_URL = re.compile(r"file://\S*/([^\s/'\"]*)")
+_URL_OR_PATH = re.compile(
+    r"((?<![A-Za-z])(?!file:)[a-z][a-z0-9+.-]+://[^\s'\"`<>]*)"
+    r"|file://\S*/([^\s/'\"]*)"
+    r"|(?<!\w)[a-z]:\\+(?:[^\\/\s'\"`:;,<>|]+[\\/]+)*([^\\/\s'\"`:;,<>|]*)"
+    r"|(?<![\w/.~%-])~?/+(?:[^\s/'\"`:;,()\[\]<>|]+/+)+([^\s/'\"`:;,()\[\]<>|]*)",
+    re.IGNORECASE,
+)
+"""A URL, a file URL, a Windows path (its backslashes may be doubled, as in a repr) or a POSIX path; the group of each
+is what is kept of it."""
 
 MASK = "***"
 _SHORTEST_SECRET = 4
@@ -19,9 +25,15 @@ def redact(text: str, secrets: Iterable[str | None] = ()) -> str:
 
     URLs other than `file://` are left alone: a caller's own URL is no local path.
     """
+    # The longest first: a secret that contains another would otherwise be masked in part.
+    masked = sorted((secret for secret in secrets if secret and len(secret) >= _SHORTEST_SECRET), key=len, reverse=True)
+    # What is left of a path may make a path with what follows it. Each round makes the text shorter, so this ends.
+    while (cut := _redact_once(text, masked)) != text:
+        text = cut
+    return text
+
+
+def _redact_once(text: str, secrets: list[str]) -> str:
     for secret in secrets:
-        if secret and len(secret) >= _SHORTEST_SECRET:
-            text = text.replace(secret, MASK)
-    text = _FILE_URL.sub(r"\1", text)
-    text = _POSIX_PATH.sub(r"\1", text)
-    return _WINDOWS_PATH.sub(r"\1", text)
+        text = text.replace(secret, MASK)
+    return _URL_OR_PATH.sub(lambda match: match[match.lastindex or 0], text)

@@ -6,6 +6,7 @@ Each field's description is its documentation: docs/configuration.md lists them 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from enum import Enum
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -13,6 +14,7 @@ from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_vali
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from comfy_worker.errors import InvalidInput
+from comfy_worker.prefetch import PrefetchMode
 
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
 
@@ -35,11 +37,11 @@ class Settings(BaseSettings):
         default="http://127.0.0.1:8188",
         description="Where ComfyUI listens; a bare `host:port` is taken as http.",
     )
-    comfyui_ready_timeout_s: float = _named(
+    comfyui_ready_timeout_s: float | None = _named(
         "COMFYUI_READY_TIMEOUT_S",
-        default=120.0,
+        default=None,
         gt=0,
-        description="Seconds that a job waits for a ComfyUI that does not answer yet.",
+        description="Seconds to wait for a ComfyUI that does not answer; 300 where start.sh keeps it up, else 10.",
     )
     comfyui_request_timeout_s: float = _named(
         "COMFYUI_REQUEST_TIMEOUT_S",
@@ -55,9 +57,37 @@ class Settings(BaseSettings):
     )
     comfyui_lost_after_s: float = _named(
         "COMFYUI_LOST_AFTER_S",
-        default=30.0,
+        default=60.0,
         gt=0,
-        description="Seconds that ComfyUI may fail to answer during a job before the job is given up.",
+        description="Seconds that a ComfyUI which takes connections may fail to answer during a job.",
+    )
+    comfyui_stall_timeout_s: float = _named(
+        "COMFYUI_STALL_TIMEOUT_S",
+        default=900.0,
+        gt=0,
+        description="Seconds that a running workflow may show no sign of progress.",
+    )
+    retry_on_crash: bool = _named(
+        "RETRY_ON_CRASH",
+        default=False,
+        description="Run a workflow again, once, that ComfyUI had begun when it died; a job may say `retry_on_crash`.",
+    )
+    comfyui_pid_file: str | None = _named(
+        "COMFYUI_PID_FILE", default=None, description="Where start.sh writes ComfyUI's process id; set by start.sh."
+    )
+    comfyui_log_file: str | None = _named(
+        "COMFYUI_LOG_FILE", default=None, description="Where start.sh keeps the end of ComfyUI's log; set by start.sh."
+    )
+    comfyui_base_directory: str | None = _named(
+        "COMFYUI_BASE_DIRECTORY",
+        default=None,
+        description="Folder with ComfyUI's input, output and temp, if the worker can reach it; set by start.sh.",
+    )
+    keep_files: bool = _named(
+        "KEEP_FILES", default=False, description="Leave a job's input and output files on ComfyUI's disk."
+    )
+    min_free_disk_mb: float = _named(
+        "MIN_FREE_DISK_MB", default=512.0, ge=0, description="Free MB that ComfyUI's disk needs before a job starts."
     )
     websocket_reconnect_attempts: int = _named(
         "WEBSOCKET_RECONNECT_ATTEMPTS",
@@ -110,6 +140,30 @@ class Settings(BaseSettings):
     )
 
     # -------------------------------------------------------------------------------------------- worker
+    prefetch: PrefetchMode = _named(
+        "WORKER_PREFETCH",
+        default=PrefetchMode.JUST_IN_TIME,
+        description="When a RunPod worker takes its next job: `just_in_time`, `eager` (always one ahead) or `off`.",
+    )
+    refresh_worker: bool = _named(
+        "REFRESH_WORKER", default=False, description="Have RunPod replace the worker after each job."
+    )
+    run_result_limit_mb: float = _named(
+        "RUN_RESULT_LIMIT_MB", default=10.0, gt=0, description="Largest result of a job sent to `/run`, in MB."
+    )
+    runsync_result_limit_mb: float = _named(
+        "RUNSYNC_RESULT_LIMIT_MB", default=20.0, gt=0, description="Largest result of a job sent to `/runsync`, in MB."
+    )
+    warmup_workflow: str | None = _named(
+        "WARMUP_WORKFLOW",
+        default=None,
+        description="Workflow that runs before the first job is taken: JSON, or the name of a file with it.",
+    )
+    warmup_required: bool = _named(
+        "WARMUP_REQUIRED",
+        default=False,
+        description="A warm-up that fails ends the worker instead of being logged.",
+    )
     log_level: LogLevel = _named("LOG_LEVEL", default="INFO", description="Level of the worker's own log.")
     output_dir: str = _named(
         "OUTPUT_DIR",
@@ -147,6 +201,11 @@ class Settings(BaseSettings):
     def has_bucket(self) -> bool:
         """Whether outputs go to S3 by default."""
         return self.bucket_endpoint_url is not None
+
+    @property
+    def ready_timeout_s(self) -> float:
+        """Seconds to wait for ComfyUI: long where it is being started, short where nothing will start it."""
+        return self.comfyui_ready_timeout_s or (300.0 if self.comfyui_pid_file else 10.0)
 
     def secrets(self) -> list[str]:
         """Return every secret value, for masking."""
@@ -188,7 +247,8 @@ def describe() -> str:
         choices = field.validation_alias.choices if isinstance(field.validation_alias, AliasChoices) else []
         names = [f"`{name}`" for name in choices]
         also = f" Also read from {', '.join(names[1:])}." if names[1:] else ""
-        default = "not set" if field.default is None else f"`{field.default}`"
+        value = field.default.value if isinstance(field.default, Enum) else field.default
+        default = "not set" if value is None else f"`{value}`"
         rows.append(f"| {names[0]} | {default} | {field.description}{also} |")
     return "\n".join(rows)
 

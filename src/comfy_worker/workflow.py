@@ -12,7 +12,7 @@ from comfy_worker.jobs import Workflow
 Graph: TypeAlias = dict[str, dict[str, Any]]
 """A workflow of our own that may be changed."""
 
-_ANNOTATED = re.compile(r"^(?P<name>.*?)(?P<annotation> \[input\])?$", re.DOTALL)
+_ANNOTATED = re.compile(r"^(?P<name>.*?)(?P<annotation> \[input\])?\Z", re.DOTALL)
 
 WEBSOCKET_OUTPUT_NODE = "SaveImageWebsocket"
 """ComfyUI's node whose pictures come as binary frames and are never files."""

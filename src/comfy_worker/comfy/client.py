@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit
 
 import requests
 from requests.adapters import HTTPAdapter
+from urllib3.exceptions import NewConnectionError
 from urllib3.util import Retry
 
+from comfy_worker.comfy.disk import ComfyDisk
+from comfy_worker.comfy.process import ComfyProcess
 from comfy_worker.comfy.protocol import QueuePlace, place_in_queue
 from comfy_worker.comfy.socket import SocketPool
 from comfy_worker.comfy.validation import refusal
@@ -27,13 +32,17 @@ _QUESTION_TIMEOUT_S = 5.0
 _READY_INTERVAL_S = 0.05
 _SUBMIT_ATTEMPTS = 3
 _REMOVE_TIMEOUT_S = 10.0
-_REMOVE_INTERVAL_S = 0.05
+_REMOVE_INTERVALS_S = (0.02, 0.05, 0.1, 0.25)
+
+Answer = TypeVar("Answer")
 
 
 class ComfyClient:
     """Speaks HTTP to one ComfyUI over kept-open connections; safe to use from several threads.
 
     Attributes:
+        process: ComfyUI's own process, where start.sh keeps it up.
+        disk: its folders, where they can be reached.
         sockets: its websockets, one a job.
         transfers: the threads in which files go to and fro.
     """
@@ -42,6 +51,8 @@ class ComfyClient:
         self._settings = settings
         self._session = _open_session(settings.transfer_threads)
         self._node_inputs: dict[str, Mapping[str, Any]] = {}
+        self.process = ComfyProcess.of(settings)
+        self.disk = ComfyDisk.of(settings)
         self.sockets = SocketPool(
             settings.comfyui_url,
             reconnect_attempts=settings.websocket_reconnect_attempts,
@@ -75,19 +86,37 @@ class ComfyClient:
             return False
         return True
 
+    def is_listening(self) -> bool:
+        """Return whether anything takes connections where ComfyUI should; one that hangs still does."""
+        parts = urlsplit(self.url)
+        address = (parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
+        try:
+            socket.create_connection(address, timeout=_CONNECT_TIMEOUT_S).close()
+        except OSError:
+            return False
+        return True
+
     def wait_until_ready(self, stop: Stop) -> None:
         """Return as soon as ComfyUI answers.
 
         Raises:
-            ComfyUnreachable: it did not within `comfyui_ready_timeout_s`.
+            ComfyUnreachable: it did not within `ready_timeout_s`.
             Cancelled: the job was cancelled meanwhile.
         """
-        deadline = time.monotonic() + self._settings.comfyui_ready_timeout_s
+        deadline = time.monotonic() + self._settings.ready_timeout_s
         while not self.is_ready():
-            if time.monotonic() >= deadline:
+            if time.monotonic() >= deadline or (self.process and self.process.given_up()):
                 raise self.unreachable()
             stop.wait(_READY_INTERVAL_S)
             stop.check()
+
+    def patiently(self, request: Callable[[], Answer], stop: Stop) -> Answer:
+        """Return what a request returns that may be made twice; between the two, wait for ComfyUI to be back."""
+        try:
+            return request()
+        except ComfyUnreachable:
+            self.wait_until_ready(stop)
+            return request()
 
     def unreachable(self) -> ComfyUnreachable:
         """Return the error for a ComfyUI that was tried again and again."""
@@ -117,11 +146,11 @@ class ComfyClient:
         for attempt in range(1, _SUBMIT_ATTEMPTS + 1):
             try:
                 response = self._request("POST", "/prompt", json=body)
-            except ComfyUnreachable:
+            except ComfyUnreachable as error:
+                if error.never_sent or attempt == _SUBMIT_ATTEMPTS:
+                    raise
                 if self.knows(prompt_id):
                     return {}
-                if attempt == _SUBMIT_ATTEMPTS:
-                    raise
                 continue
             if response.status_code == requests.codes.bad_request:
                 raise refusal(_json(response), graph, self.choices, self.class_names)
@@ -149,7 +178,9 @@ class ComfyClient:
         interrupt whatever runs.
         """
         deadline = time.monotonic() + _REMOVE_TIMEOUT_S
-        while time.monotonic() < deadline:
+        for interval_s in itertools.chain(_REMOVE_INTERVALS_S, itertools.repeat(_REMOVE_INTERVALS_S[-1])):
+            if time.monotonic() >= deadline:
+                return False
             place = self.place(prompt_id)
             if place is None:
                 return True
@@ -157,8 +188,12 @@ class ComfyClient:
                 _check(self._request("POST", "/interrupt", json={"prompt_id": prompt_id}))
             else:
                 _check(self._request("POST", "/queue", json={"delete": [prompt_id]}))
-            time.sleep(_REMOVE_INTERVAL_S)
-        return False
+            time.sleep(interval_s)
+        raise AssertionError("the loop ends by returning")
+
+    def free_memory(self) -> None:
+        """Have ComfyUI unload its models and empty its caches, before it runs the next prompt."""
+        _check(self._request("POST", "/free", json={"unload_models": True, "free_memory": True}))
 
     # ---------------------------------------------------------------------------------------------- nodes
 
@@ -193,17 +228,15 @@ class ComfyClient:
 
         Raises:
             UploadFailed: ComfyUI did not take it.
+            ComfyUnreachable: it does not answer.
         """
         subfolder, _, filename = f"{folder}/{name}".rpartition("/")
-        try:
-            response = self._request(
-                "POST",
-                "/upload/image",
-                data={"subfolder": subfolder, "overwrite": "true", "type": "input"},
-                files={"image": (filename, content)},
-            )
-        except ComfyUnreachable as error:
-            raise UploadFailed(f"{name}: {error.message}") from error
+        response = self._request(
+            "POST",
+            "/upload/image",
+            data={"subfolder": subfolder, "overwrite": "true", "type": "input"},
+            files={"image": (filename, content)},
+        )
         if response.status_code == requests.codes.request_entity_too_large:
             raise UploadFailed(f"{name}: it is larger than ComfyUI takes")
         if not response.ok:
@@ -237,9 +270,12 @@ class ComfyClient:
         try:
             return self._session.request(method, f"{self.url}{path}", timeout=timeout, **arguments)
         except requests.RequestException as error:
-            raise ComfyUnreachable(
+            unreachable = ComfyUnreachable(
                 f"ComfyUI server ({self._settings.comfyui_address}) did not answer {method} {path.split('?')[0]}"
-            ) from error
+            )
+            cause = error.args[0] if error.args else None
+            unreachable.never_sent = isinstance(getattr(cause, "reason", None), NewConnectionError)
+            raise unreachable from error
 
 
 def _open_session(connections: int) -> requests.Session:

@@ -67,20 +67,18 @@ class WasInterrupted:
 
 
 @dataclass(frozen=True)
-class Gone:
-    """ComfyUI knows nothing of the prompt.
+class Deleted:
+    """Someone took the prompt out of the queue before it ran."""
 
-    Attributes:
-        had_started: whether it was heard to begin.
-        connection_lost: whether the websocket broke meanwhile, as it does when ComfyUI restarts; a prompt that was
-            deleted while it waited leaves the websocket alone.
-    """
+
+@dataclass(frozen=True)
+class Lost:
+    """ComfyUI died, and the prompt with it; `had_started` tells whether it may have begun to run."""
 
     had_started: bool
-    connection_lost: bool
 
 
-Outcome: TypeAlias = Succeeded | NodeFailed | WasInterrupted | Gone
+Outcome: TypeAlias = Succeeded | NodeFailed | WasInterrupted | Deleted | Lost
 
 
 @dataclass(frozen=True)
@@ -100,6 +98,7 @@ class PromptProtocol:
         ended: whether the last frame of the prompt was heard; the history has it by then.
         heard: the outcome as far as the websocket told it; None while it has not.
         images: pictures of SaveImageWebsocket nodes so far.
+        outputs: what the nodes reported so far.
     """
 
     def __init__(self, prompt_id: str, workflow: Workflow) -> None:
@@ -111,7 +110,7 @@ class PromptProtocol:
         self._workflow = workflow
         self._node_id: str | None = None
         self._finished: set[str] = set()
-        self._outputs: dict[str, Mapping[str, Any]] = {}
+        self.outputs: dict[str, Mapping[str, Any]] = {}
 
     def receive(self, frame: str | bytes) -> list[JobEvent]:
         """Return what a frame tells; frames of other prompts and unknown types tell nothing."""
@@ -121,8 +120,9 @@ class PromptProtocol:
             message = json.loads(frame)
         except ValueError as error:
             raise ComfyUnreachable("ComfyUI sent a websocket message that is not JSON") from error
-        data = message.get("data") or {}
-        if data.get("prompt_id", self.prompt_id) != self.prompt_id:
+        data = message.get("data") if isinstance(message, dict) else None
+        # A custom node may send messages of its own, with data of any kind.
+        if not isinstance(data, dict) or data.get("prompt_id", self.prompt_id) != self.prompt_id:
             return []
         return list(self._receive_message(str(message.get("type")), data))
 
@@ -143,9 +143,9 @@ class PromptProtocol:
         elif kind == "progress":
             yield NodeProgress(str(data.get("node") or self._node_id or ""), data["value"], data["max"])
         elif kind == "executed":
-            self._outputs[str(data["node"])] = data.get("output") or {}
+            self.outputs[str(data["node"])] = data.get("output") or {}
         elif kind == "execution_success":
-            self.heard = Succeeded(dict(self._outputs))
+            self.heard = Succeeded(dict(self.outputs))
         elif kind == "execution_error":
             self.heard = _node_failed(data)
         elif kind == "execution_interrupted":
@@ -159,10 +159,13 @@ class PromptProtocol:
     def _executing(self, data: Mapping[str, Any]) -> Iterator[JobEvent]:
         # After a reconnect ComfyUI names the running node without a prompt_id, before anything else is heard.
         yield from self._start()
-        if self._node_id is not None:
-            yield from self._finish([self._node_id])
         node = data.get("node")
-        self._node_id = None if node is None else str(node)
+        node_id = None if node is None else str(node)
+        if node_id is not None and node_id == self._node_id:
+            return
+        if self._node_id is not None and not isinstance(self.heard, (NodeFailed, WasInterrupted)):
+            yield from self._finish([self._node_id])
+        self._node_id = node_id
         if self._node_id is None:
             self.ended = True
         else:
@@ -186,16 +189,26 @@ class PromptProtocol:
         if event == _PREVIEW_IMAGE and self._node_id is not None:
             yield from self._picture(self._node_id, _FORMATS.get(second, "image/jpeg"), frame[8:])
         elif event == _PREVIEW_IMAGE_WITH_METADATA:
-            metadata = json.loads(frame[8 : 8 + second])
-            if metadata.get("prompt_id", self.prompt_id) == self.prompt_id:
+            metadata = _picture_metadata(frame[8 : 8 + second])
+            if metadata is not None and metadata.get("prompt_id", self.prompt_id) == self.prompt_id:
                 node_id = str(metadata.get("node_id") or self._node_id or "")
-                yield from self._picture(node_id, metadata.get("image_type", "image/jpeg"), frame[8 + second :])
+                mime_type = str(metadata.get("image_type") or "image/jpeg")
+                yield from self._picture(node_id, mime_type, frame[8 + second :])
 
     def _picture(self, node_id: str, mime_type: str, content: bytes) -> Iterator[JobEvent]:
         if class_type(self._workflow, node_id) == WEBSOCKET_OUTPUT_NODE:
             self.images.append(WebsocketImage(node_id, mime_type, content))
         else:
             yield Preview(node_id, mime_type, content)
+
+
+def _picture_metadata(encoded: bytes) -> Mapping[str, Any] | None:
+    """Return what a picture frame says about itself, None for a frame that is not ComfyUI's."""
+    try:
+        metadata = json.loads(encoded)
+    except ValueError:
+        return None
+    return metadata if isinstance(metadata, dict) else None
 
 
 # ------------------------------------------------------------------------------------------------ history

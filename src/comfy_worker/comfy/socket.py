@@ -58,6 +58,12 @@ class EventSocket:
             self._lose()
         return self.is_open
 
+    def renew(self) -> None:
+        """Make ready for another prompt: connected if possible, with nothing missed so far."""
+        if not self.is_open:
+            self.open()
+        self.was_lost = not self.is_open
+
     def reopen(self) -> bool:
         """Try to connect again if that is due; return whether the socket is open."""
         if self._attempts_left > 0 and time.monotonic() >= self._next_attempt:

@@ -51,6 +51,8 @@ class Problem:
     def __str__(self) -> str:
         """Return the whole sentence, in the form "Node 30 (ckpt_name): …"."""
         sentence = self.message
+        if self.type == "value_not_in_list" and not self.choices:
+            sentence += f" ({self.class_type} has none)"
         if self.choices:
             more = ", …" if self.choice_count > len(self.choices) else ""
             sentence += f" ({self.class_type} has {', '.join(map(repr, self.choices))}{more})"
@@ -63,7 +65,9 @@ class Problem:
 
     def as_details(self) -> dict[str, Any]:
         """Return the problem for a program; what does not apply is left out."""
-        return {name: value for name, value in vars(self).items() if value not in ("", None, (), 0) or name == "type"}
+        details = {name: value for name, value in vars(self).items() if value or name == "type"}
+        # 0, false and "" were given too.
+        return details if self.given is None else {**details, "given": self.given}
 
 
 def refusal(body: Mapping[str, Any], workflow: Workflow, choices: Choices, class_names: ClassNames) -> InvalidWorkflow:
@@ -73,7 +77,14 @@ def refusal(body: Mapping[str, Any], workflow: Workflow, choices: Choices, class
     return InvalidWorkflow(
         f"Workflow validation failed: {'; '.join(str(problem) for problem in problems)}",
         details={"problems": [problem.as_details() for problem in problems]},
+        hint=_hint(problems),
     )
+
+
+def _hint(problems: Sequence[Problem]) -> str | None:
+    if any(problem.message.startswith("Invalid ") and " file: " in problem.message for problem in problems):
+        return "Send the file in input.images, under the name that the workflow has for it"
+    return None
 
 
 def skipped_outputs(node_errors: Mapping[str, Any], workflow: Workflow, choices: Choices) -> list[str]:
@@ -88,10 +99,18 @@ def skipped_outputs(node_errors: Mapping[str, Any], workflow: Workflow, choices:
 
 
 def node_problems(node_errors: Mapping[str, Any], workflow: Workflow, choices: Choices) -> Iterator[Problem]:
-    """Yield every problem that ComfyUI found, node by node."""
-    for node_id, node in node_errors.items():
-        for error in node.get("errors") or []:
-            yield _node_problem(str(node_id), str(node.get("class_type", "")), error, workflow, choices)
+    """Yield every problem that ComfyUI found, in the order of the workflow; ComfyUI's own order is chance."""
+    order = {node_id: place for place, node_id in enumerate(workflow)}
+    for node_id, node in sorted(node_errors.items(), key=lambda item: order.get(str(item[0]), len(order))):
+        problems = [
+            _node_problem(str(node_id), str(node.get("class_type", "")), error, workflow, choices)
+            for error in node.get("errors") or []
+        ]
+        inputs = list(workflow.get(str(node_id), {}).get("inputs", {}))
+        yield from sorted(
+            problems,
+            key=lambda problem: inputs.index(problem.input_name) if problem.input_name in inputs else len(inputs),
+        )
 
 
 def _node_problem(
@@ -146,7 +165,7 @@ def _message(kind: str, error: Mapping[str, Any], extra: Mapping[str, Any], work
             f"({class_type(workflow, str(link[0]))}) is {extra.get('received_type')}"
         )
     if kind == "custom_validation_failed":
-        return details.partition(" - ")[2] or details
+        return details.partition(" - ")[2] or "the node does not take this value"
     if kind in ("exception_during_inner_validation", "exception_during_validation"):
         return _exception_message(extra, details)
     return f"{error.get('message', kind)}: {details}" if details else str(error.get("message", kind))
@@ -201,11 +220,11 @@ def _whole_problem(error: Mapping[str, Any], workflow: Workflow, class_names: Cl
 
 
 def nearest(given: str, values: Iterable[str]) -> str | None:
-    """Return the value most like what was given, upper and lower case and folders aside."""
+    """Return the value most like what was given; case, folders and the endings of model files do not count."""
     by_key = {_key(value): value for value in values}
-    found = get_close_matches(_key(given), by_key, n=1, cutoff=0.5)
+    found = get_close_matches(_key(given), by_key, n=1, cutoff=0.65)
     return by_key[found[0]] if found else None
 
 
 def _key(value: str) -> str:
-    return re.split(r"[/\\]", value)[-1].lower()
+    return _MODEL_FILE.sub("", re.split(r"[/\\]", value)[-1]).lower()

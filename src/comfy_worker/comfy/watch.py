@@ -7,10 +7,17 @@ and at the end.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from comfy_worker.comfy.client import ComfyClient
-from comfy_worker.comfy.protocol import Gone, Outcome, PromptProtocol, outcome_from_history
+from comfy_worker.comfy.protocol import (
+    Deleted,
+    Lost,
+    Outcome,
+    PromptProtocol,
+    QueuePlace,
+    outcome_from_history,
+)
 from comfy_worker.comfy.socket import EventSocket
 from comfy_worker.errors import ComfyUnreachable, TimedOut
 from comfy_worker.jobs import OnEvent, QueuePosition
@@ -18,6 +25,10 @@ from comfy_worker.stop import Stop
 
 _HISTORY_GRACE_S = 1.0
 """How long a prompt may be in neither queue nor history before it counts as gone."""
+_DOWN_GRACE_S = 0.5
+"""How long nothing may listen at ComfyUI's port before it counts as dead."""
+_HURRIED_INTERVAL_S = 0.25
+"""Between two questions while something is wrong; without a socket there is nothing else to go by."""
 
 
 @dataclass
@@ -35,32 +46,49 @@ class Watch:
     stop: Stop
     timeout_s: float
 
+    _began: float = field(default=0.0, init=False)
+    _ask_at: float = field(default=0.0, init=False)
+    _last_sign: float = field(default=0.0, init=False)
+    """When the prompt was last seen to get on, or to wait behind another."""
+    _last_place: QueuePlace | None = field(default=None, init=False)
+    _pid: int | None = field(default=None, init=False)
+    _unanswered_since: float | None = field(default=None, init=False)
+    _down_since: float | None = field(default=None, init=False)
+    _missing_since: float | None = field(default=None, init=False)
+    _was_down: bool = field(default=False, init=False)
+    _listened_from_start: bool = field(default=False, init=False)
+
     def follow(self) -> Outcome:
         """Return how the prompt ended.
 
         Raises:
             Cancelled: `stop` was set; the prompt is still in ComfyUI.
-            TimedOut: it took too long; the prompt is still in ComfyUI.
-            ComfyUnreachable: ComfyUI gave no answer for `comfyui_lost_after_s`.
+            TimedOut: it took too long, or nothing happened for too long; the prompt is still in ComfyUI.
+            ComfyUnreachable: ComfyUI takes connections and gave no answer for `comfyui_lost_after_s`.
         """
-        self._deadline = time.monotonic() + self.timeout_s
-        self._ask_at = time.monotonic() + self.client.settings.comfyui_poll_interval_s
-        self._unanswered_since: float | None = None
-        self._missing_since: float | None = None
+        self._began = self._last_sign = time.monotonic()
+        self._ask_at = self._began + self.client.settings.comfyui_poll_interval_s
+        self._listened_from_start = self.socket.is_open and not self.socket.was_lost
+        self._pid = self.client.process.pid() if self.client.process else None
         with self.stop.waking(self.socket.abort):
             while True:
                 self._listen()
                 self.stop.check()
-                self._check_deadline()
+                self._check_limits()
                 if self.protocol.ended or time.monotonic() >= self._ask_at:
                     outcome = self._ask()
                     if outcome is not None:
                         return outcome
 
+    # ------------------------------------------------------------------------------------------ websocket
+
     def _listen(self) -> None:
         """Take in one frame, or find out that none comes."""
-        if not self.socket.is_open and not self.socket.reopen():
-            self.stop.wait(self._patience())
+        if not self.socket.is_open:
+            if self.socket.reopen():
+                self._ask_at = time.monotonic()
+            else:
+                self.stop.wait(self._patience())
             return
         frame = self.socket.receive(self._patience())
         if frame is not None:
@@ -70,67 +98,111 @@ class Watch:
 
     def _patience(self) -> float:
         """Return the seconds until something other than a frame is due."""
-        now = time.monotonic()
-        due = [self._ask_at - now, self._deadline - now]
-        if not self.socket.is_open and (attempt := self.socket.seconds_to_next_attempt()) is not None:
-            due.append(attempt)
-        return max(0.0, min(due))
+        settings = self.client.settings
+        due = [self._ask_at, self._began + self.timeout_s, self._last_sign + settings.comfyui_stall_timeout_s]
+        patience = min(due) - time.monotonic()
+        if not self.socket.is_open:
+            attempt = self.socket.seconds_to_next_attempt()
+            patience = min(patience, _HURRIED_INTERVAL_S if attempt is None else attempt)
+        return max(0.0, patience)
 
     def _tell(self, frame: str | bytes) -> None:
         events = self.protocol.receive(frame)
         if events:
-            self._ask_at = time.monotonic() + self.client.settings.comfyui_poll_interval_s
+            self._last_sign = time.monotonic()
+            self._ask_at = self._last_sign + self.client.settings.comfyui_poll_interval_s
         for event in events:
             self.on_event(event)
 
-    def _check_deadline(self) -> None:
-        if time.monotonic() >= self._deadline:
+    # --------------------------------------------------------------------------------------------- limits
+
+    def _check_limits(self) -> None:
+        now = time.monotonic()
+        if now - self._began >= self.timeout_s:
             raise TimedOut(f"The workflow took longer than {self.timeout_s:g} seconds")
+        stall = self.client.settings.comfyui_stall_timeout_s
+        if now - self._last_sign >= stall:
+            raise TimedOut(f"The workflow showed no sign of progress for {stall:g} seconds")
+
+    # ------------------------------------------------------------------------------------------ questions
 
     def _ask(self) -> Outcome | None:
-        """Return the outcome if ComfyUI has one."""
-        self._ask_at = time.monotonic() + self._poll_interval()
+        """Return the outcome if there is one."""
+        settled = self.socket.is_open and not self.protocol.ended
+        interval = self.client.settings.comfyui_poll_interval_s
+        self._ask_at = time.monotonic() + (interval if settled else min(interval, _HURRIED_INTERVAL_S))
         try:
             outcome = self._look_up()
         except ComfyUnreachable as error:
-            self._check_patience(error)
-            return None
-        self._unanswered_since = None
+            return self._without_answer(error)
+        self._unanswered_since = self._down_since = None
         return outcome
-
-    def _poll_interval(self) -> float:
-        """Return the seconds to the next question: without a socket, or at the end, there is nothing else to go by."""
-        interval = self.client.settings.comfyui_poll_interval_s
-        return interval if self.socket.is_open and not self.protocol.ended else min(interval, 0.5)
 
     def _look_up(self) -> Outcome | None:
         entry = self.client.history(self.protocol.prompt_id)
         if entry is None:
             place = self.client.place(self.protocol.prompt_id)
             if place is not None:
-                self._missing_since = None
-                if not place.running:
-                    self.on_event(QueuePosition(place.ahead))
+                self._stands_at(place)
                 return None
             # It may have ended between the two questions.
             entry = self.client.history(self.protocol.prompt_id)
         return outcome_from_history(entry) if entry is not None else self._without_history()
 
+    def _stands_at(self, place: QueuePlace) -> None:
+        self._last_place = place
+        self._missing_since = None
+        if not place.running:
+            self.on_event(QueuePosition(place.ahead))
+            if place.ahead:
+                self._last_sign = time.monotonic()
+
     def _without_history(self) -> Outcome | None:
         """Return what to make of a prompt that ComfyUI does not know (any more)."""
         if self.protocol.heard is not None and not self.socket.was_lost:
             return self.protocol.heard
+        if self._was_down or self._is_another_process():
+            return Lost(self._had_started())
         now = time.monotonic()
         if self._missing_since is None:
             self._missing_since = now
         if now - self._missing_since < _HISTORY_GRACE_S:
-            self._ask_at = now + _HISTORY_GRACE_S / 4
+            self._ask_at = now + _HURRIED_INTERVAL_S
             return None
-        return self.protocol.heard or Gone(self.protocol.started, connection_lost=self.socket.was_lost)
+        if self.protocol.heard is not None:
+            return self.protocol.heard
+        return Lost(had_started=True) if self._had_started() else Deleted()
 
-    def _check_patience(self, error: ComfyUnreachable) -> None:
+    def _without_answer(self, error: ComfyUnreachable) -> Outcome | None:
+        """Return what to make of a ComfyUI that did not answer: dead, starting again, or hanging."""
         now = time.monotonic()
-        if self._unanswered_since is None:
-            self._unanswered_since = now
+        self._ask_at = now + _HURRIED_INTERVAL_S
+        if self._is_dead():
+            return Lost(self._had_started())
+        self._unanswered_since = self._unanswered_since or now
         if now - self._unanswered_since >= self.client.settings.comfyui_lost_after_s:
             raise self.client.unreachable() from error
+        return None
+
+    def _is_dead(self) -> bool:
+        """Return whether ComfyUI's process is gone: nothing listens any more, or it is known to have ended."""
+        if self._is_another_process():
+            return True
+        if self.client.is_listening():
+            self._down_since = None
+            return False
+        self._was_down = True
+        now = time.monotonic()
+        self._down_since = self._down_since or now
+        return now - self._down_since >= _DOWN_GRACE_S
+
+    def _is_another_process(self) -> bool:
+        return self._pid is not None and self.client.process is not None and self.client.process.pid() != self._pid
+
+    def _had_started(self) -> bool:
+        """Return whether the prompt may have begun: only a socket that missed nothing, or the queue, tells that not."""
+        if self.protocol.started:
+            return True
+        if self._last_place is not None:
+            return self._last_place.running
+        return not self._listened_from_start

@@ -48,23 +48,26 @@ class Storages:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._inline = InlineStorage()
         self._lock = threading.Lock()
         self._s3: S3Storage | None = None
 
-    def choose(self, delivery: Delivery) -> Storage:
-        """Return the storage that a job asks for.
+    def choose(self, delivery: Delivery, inline_budget: int | None = None) -> Storage:
+        """Return the storage that a job asks for; `inline_budget` is how many characters of base64 its answer takes.
 
         Raises:
             InvalidInput: it asks for S3 and the worker has no bucket.
         """
         if delivery.type == "base64" or (delivery.type == "auto" and not self._settings.has_bucket):
-            return self._inline
+            overflow = self._bucket(delivery) if self._settings.has_bucket and inline_budget is not None else None
+            return InlineStorage(inline_budget, overflow)
         if not self._settings.has_bucket:
             raise InvalidInput(
                 "input.delivery.type is 's3', but this worker has no bucket",
                 hint="Set BUCKET_ENDPOINT_URL, BUCKET_ACCESS_KEY_ID and BUCKET_SECRET_ACCESS_KEY",
             )
+        return self._bucket(delivery)
+
+    def _bucket(self, delivery: Delivery) -> Storage:
         return self._connect_s3().for_job(prefix=delivery.prefix, expires_s=delivery.expires_s)
 
     def _connect_s3(self) -> S3Storage:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from comfy_worker.errors import InvalidInput
 
@@ -28,7 +28,8 @@ class Bucket:
     virtual_hosted: bool
 
 
-_BUCKET = r"(?:(?P<bucket>[a-z0-9][a-z0-9.-]*[a-z0-9])\.)?"
+# The "s3." of "s3.oss-…" belongs to the service: neither the bucket itself nor the end of a longer one.
+_BUCKET = r"(?:(?!s3\.oss-)(?P<bucket>[a-z0-9][a-z0-9.-]*?[a-z0-9])\.)?"
 _SERVICES: tuple[tuple[re.Pattern[str], str, bool], ...] = tuple(
     (re.compile(f"^{_BUCKET}{host}$"), region, virtual_hosted)
     for host, region, virtual_hosted in (
@@ -41,6 +42,7 @@ _SERVICES: tuple[tuple[re.Pattern[str], str, bool], ...] = tuple(
         (r"(?:s3\.)?oss-(?P<region>[a-z]{2}(?:-[a-z0-9]+)+?)(?:-internal)?\.aliyuncs\.com", "", True),
         (r"storage\.googleapis\.com", "auto", False),
         (r"s3\.(?P<region>[a-z]{2}-[a-z]+-?\d)\.wasabisys\.com", "", False),
+        (r"s3\.wasabisys\.com", _DEFAULT_REGION, False),
         (r"s3\.(?P<region>[a-z]{2}-[a-z]+)\.scw\.cloud", "", False),
     )
 )
@@ -53,24 +55,33 @@ def parse_endpoint(url: str, name: str | None = None, region: str | None = None)
     Raises:
         InvalidInput: it is no http URL, or no bucket is named anywhere.
     """
-    parts = urlsplit(url.strip())
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise InvalidInput("BUCKET_ENDPOINT_URL must be a URL such as https://bucket.s3.eu-central-1.amazonaws.com")
-    host_bucket, service_host, known_region, virtual_hosted = _read_host(parts.hostname, name)
+    parts, host, port = _split(url)
+    host_bucket, service_host, known_region, virtual_hosted = _read_host(host, name)
     path_bucket = unquote(parts.path.strip("/").partition("/")[0]) or None
     bucket = name or host_bucket or path_bucket
     if not bucket:
         raise InvalidInput(
             "No bucket is named: set BUCKET_NAME, or put the bucket into the host or path of BUCKET_ENDPOINT_URL"
         )
-    port = f":{parts.port}" if parts.port else ""
     return Bucket(
-        endpoint_url=f"{parts.scheme}://{service_host}{port}",
+        endpoint_url=f"{parts.scheme}://{f'[{service_host}]' if ':' in service_host else service_host}{port}",
         name=bucket,
         region=region or known_region or _DEFAULT_REGION,
         # A dot in the name would not match the service's certificate, *.s3.….
         virtual_hosted=virtual_hosted and not (parts.scheme == "https" and "." in bucket),
     )
+
+
+def _split(url: str) -> tuple[SplitResult, str, str]:
+    """Return the parts of the URL, with its host and its port (":9000" or "")."""
+    try:
+        parts = urlsplit(url.strip())
+        port = f":{parts.port}" if parts.port else ""
+    except ValueError:
+        parts, port = urlsplit(""), ""
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise InvalidInput("BUCKET_ENDPOINT_URL must be a URL such as https://bucket.s3.eu-central-1.amazonaws.com")
+    return parts, parts.hostname, port
 
 
 def _read_host(host: str, name: str | None) -> tuple[str | None, str, str | None, bool]:

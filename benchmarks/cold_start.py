@@ -1,0 +1,125 @@
+"""How long after ComfyUI is ready the first result is there, with ComfyUI booting beside the worker.
+
+    python -m benchmarks.cold_start
+
+Worker and ComfyUI (the emulator, held back so that it boots as slowly as a real one) start at the same moment; a job
+waits in the platform's queue. For comparison: how long `import runpod` takes with and without the SDK's probe of the
+processor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import requests
+
+from benchmarks.servers import free_port
+from benchmarks.throughput import job
+from tests.support.platform import Platform
+from tests.support.processes import start_handler
+
+LIMIT_S = 0.3
+BOOT_S = (0.0, 4.0, 8.0)
+"""How long ComfyUI is held back before it starts."""
+
+
+class BootingComfyUI:
+    """An emulator that starts late; knows when it first answered."""
+
+    def __init__(self, boot_s: float) -> None:
+        self.url = f"http://127.0.0.1:{free_port()}"
+        self.ready_at = 0.0
+        self._boot_s = boot_s
+        self._process: subprocess.Popen[bytes] | None = None
+        self._thread = threading.Thread(target=self._boot)
+
+    def start(self) -> None:
+        """Begin to boot."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End it; returns when it is gone."""
+        self._thread.join()
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait(timeout=10)
+
+    def _boot(self) -> None:
+        time.sleep(self._boot_s)
+        port = self.url.rpartition(":")[2]
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "comfy_worker.emulator", "--port", port], stdout=subprocess.DEVNULL
+        )
+        while self._process.poll() is None:
+            try:
+                requests.get(f"{self.url}/prompt", timeout=1)
+            except requests.ConnectionError:
+                time.sleep(0.005)
+            else:
+                self.ready_at = time.perf_counter()
+                return
+
+
+@contextmanager
+def booting_comfyui(boot_s: float) -> Iterator[BootingComfyUI]:
+    """Yield a ComfyUI that begins to boot now."""
+    comfyui = BootingComfyUI(boot_s)
+    comfyui.start()
+    try:
+        yield comfyui
+    finally:
+        comfyui.stop()
+
+
+def first_result(boot_s: float) -> tuple[float, float, float]:
+    """Return seconds from the start: until ComfyUI was ready, until the first result, and between the two."""
+    with Platform() as platform:
+        job_id = platform.submit(job(0.01))
+        began = time.perf_counter()
+        with booting_comfyui(boot_s) as comfyui:
+            environment = {**platform.environment(), "COMFYUI_URL": comfyui.url, "COMFYUI_READY_TIMEOUT_S": "60"}
+            with start_handler(environment):
+                platform.wait_for_end(job_id)
+                done = time.perf_counter()
+        return comfyui.ready_at - began, done - began, done - comfyui.ready_at
+
+
+def import_seconds(statement: str) -> float:
+    """Return how long a statement takes in a fresh interpreter."""
+    code = f"import time; began = time.perf_counter()\n{statement}\nprint(time.perf_counter() - began)"
+    return statistics.median(
+        float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+        for _ in range(5)
+    )
+
+
+def main() -> int:
+    """Print the tables; return 1 if the first result comes later than it may."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    plain = import_seconds("import runpod")
+    ours = import_seconds("from comfy_worker.serverless.start import import_runpod\nimport_runpod()")
+    on_top = import_seconds("import runpod\nbegan = time.perf_counter()\nimport handler")
+    print(f"import runpod: {plain:.2f} s; as the worker does it: {ours:.2f} s; import handler on top: {on_top:.2f} s\n")
+    print(f"{'ComfyUI held back':>18}{'ready after':>13}{'first result':>14}{'between':>9}   limit {LIMIT_S} s")
+    over = False
+    for boot_s in BOOT_S:
+        rounds = [first_result(boot_s) for _ in range(options.rounds)]
+        ready, done, between = (statistics.median(times) for times in zip(*rounds, strict=True))
+        # A ComfyUI that is ready before the worker is imported is not what is being measured.
+        counts = boot_s > 0
+        over |= counts and between > LIMIT_S
+        print(f"{boot_s:16.1f} s{ready:11.2f} s{done:12.2f} s{between:7.2f} s   {'' if counts else '(worker starts)'}")
+    return int(over)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""How much time the worker adds between two jobs: through the SDK and a stand-in for RunPod's platform.
+
+    python -m benchmarks.throughput
+
+Ten jobs of 0.2 s and six of 2.3 s of GPU work wait in the platform's queue; measured is the time from their submission
+to the last one's result, against the sum of the work. Then two workers share a platform, and a job comes while one of
+them is in the middle of a run: measured is how long that job takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from tqdm import tqdm
+
+from benchmarks.servers import emulator
+from comfy_worker.prefetch import PrefetchMode
+from tests.support.platform import Platform
+from tests.support.processes import start_handler
+
+CASES = ((10, 0.2, 1.15), (6, 2.3, 1.03))
+_colours = itertools.count(1)
+
+
+def job(seconds: float) -> dict[str, Any]:
+    """Return a job that keeps the GPU busy for `seconds` and that is like no other."""
+    steps = max(1, round(seconds / 0.05))
+    return {
+        "workflow": {
+            "1": {
+                "class_type": "EmptyImage",
+                "inputs": {"width": 64, "height": 64, "batch_size": 1, "color": next(_colours)},
+            },
+            "2": {
+                "class_type": "TestWork",
+                "inputs": {"image": ["1", 0], "seconds": seconds, "steps": steps, "preview": False, "fail_at": 0},
+            },
+            "9": {"class_type": "SaveImage", "inputs": {"images": ["2", 0], "filename_prefix": "throughput"}},
+        }
+    }
+
+
+@contextmanager
+def worker(platform: Platform, worker_id: str, settings: Mapping[str, str]) -> Iterator[None]:
+    """Run a worker with a ComfyUI of its own until the end of the block; it waits for a job when the block begins."""
+    with ExitStack() as stack:
+        url = stack.enter_context(emulator())
+        environment = {**platform.environment(worker_id), "COMFYUI_URL": url, "LOG_LEVEL": "WARNING", **settings}
+        stack.enter_context(start_handler(environment))
+        platform.wait_for_worker(worker_id)
+        yield
+
+
+def queue_of_jobs(count: int, seconds: float, mode: PrefetchMode) -> float:
+    """Return how long `count` jobs take that all wait in the queue, from the first one's start."""
+    with Platform() as platform, worker(platform, "worker-1", {"WORKER_PREFETCH": mode.value}):
+        platform.run(job(0.05))  # connections are open then
+        began = time.perf_counter()
+        jobs = [platform.submit(job(seconds)) for _ in range(count)]
+        for job_id in tqdm(jobs, desc=f"{count} jobs of {seconds} s, {mode.value}", leave=False, disable=None):
+            if platform.wait_for_end(job_id) != "COMPLETED":
+                raise SystemExit(f"job {job_id} failed: {platform.status(job_id)}")
+        return time.perf_counter() - began
+
+
+def wait_beside_a_busy_worker(busy_s: float) -> float:
+    """Return how long a job takes to start that comes while one of two workers is in the middle of a run."""
+    with Platform() as platform, worker(platform, "worker-1", {}), worker(platform, "worker-2", {}):
+        for _ in range(8):  # both know by now how long such a job takes
+            platform.run(job(busy_s / 4))
+        running = platform.submit(job(busy_s))
+        platform.wait_for_state(running, "IN_PROGRESS")
+        threading.Event().wait(busy_s / 2)
+        short = platform.submit(job(0.01))
+        began = time.perf_counter()
+        platform.wait_for_end(short)
+        took = time.perf_counter() - began
+        platform.wait_for_end(running)
+        return took
+
+
+def main() -> int:
+    """Print the tables; return 1 if the default mode is slower than it may be."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    over = False
+    print(f"{'':20}{'mode':>14}{'time':>10}{'of the work':>13}   limit")
+    for (count, seconds, limit), mode in itertools.product(CASES, PrefetchMode):
+        taken = statistics.median(queue_of_jobs(count, seconds, mode) for _ in range(options.rounds))
+        ratio = taken / (count * seconds)
+        is_default = mode is PrefetchMode.JUST_IN_TIME
+        over |= is_default and ratio > limit
+        shown = limit if is_default else ""
+        print(f"{count:3} jobs of {seconds} s   {mode.value:>14}{taken:8.2f} s{ratio:13.3f}   {shown}")
+    waited = wait_beside_a_busy_worker(4.0)
+    print(f"\na job that comes while one of two workers is busy for 2 s more: done after {waited:.2f} s")
+    return int(over or waited > 1.0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+"""ComfyUI's folders, where the worker can reach them: room before a job, nothing left behind after it."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from comfy_worker.comfy.protocol import NodeOutputs
+from comfy_worker.errors import DiskFull
+from comfy_worker.settings import Settings
+
+log = logging.getLogger(__name__)
+
+_MB = 1024 * 1024
+
+
+class ComfyDisk:
+    """The input, output and temp folders of a ComfyUI on this machine."""
+
+    def __init__(self, base: Path, *, keep_files: bool, min_free_mb: float) -> None:
+        self._base = base
+        self._keep_files = keep_files
+        self._min_free_bytes = min_free_mb * _MB
+
+    @classmethod
+    def of(cls, settings: Settings) -> ComfyDisk | None:
+        """Return the folders that the settings tell of, None where ComfyUI's disk cannot be reached."""
+        if settings.comfyui_base_directory is None:
+            return None
+        return cls(
+            Path(settings.comfyui_base_directory),
+            keep_files=settings.keep_files,
+            min_free_mb=settings.min_free_disk_mb,
+        )
+
+    def check_free(self) -> None:
+        """Raise `DiskFull` if there is too little room for a job's outputs."""
+        free = shutil.disk_usage(self._base).free
+        if free < self._min_free_bytes:
+            raise DiskFull(
+                f"ComfyUI's disk has {free // _MB} MB left, and a job needs {self._min_free_bytes / _MB:g} MB",
+                hint="Give the worker a larger disk; MIN_FREE_DISK_MB says how much a job needs",
+            )
+
+    def clean_up(self, folder: str, reported: NodeOutputs) -> None:
+        """Remove a job's own input and output folders, and the previews that its nodes reported."""
+        if self._keep_files:
+            return
+        for place in ("input", "output", "temp"):
+            _remove(self._base / place / folder)
+        for preview in self._previews(reported):
+            preview.unlink(missing_ok=True)
+
+    def _previews(self, reported: NodeOutputs) -> Iterator[Path]:
+        temp = (self._base / "temp").resolve()
+        for items in (items for node in reported.values() for items in node.values() if isinstance(items, list)):
+            for item in items:
+                if isinstance(item, dict) and item.get("type") == "temp" and item.get("filename"):
+                    path = (temp / str(item.get("subfolder") or "") / str(item["filename"])).resolve()
+                    # A node may report any name; only ComfyUI's temp folder is ours to clean.
+                    if path.is_relative_to(temp):
+                        yield path
+
+
+def _remove(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder)
+    except FileNotFoundError:
+        # The job had no files there.
+        return
+    except OSError as error:
+        log.warning("%s could not be removed: %s", folder.name, error.strerror)

@@ -1,0 +1,55 @@
+"""A workflow that runs before the first job is taken, so that its models are loaded by then."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from comfy_worker.errors import InvalidInput, WorkerError
+from comfy_worker.serverless.handler import shared_worker
+
+log = logging.getLogger(__name__)
+
+
+class WarmUpFailed(Exception):
+    """The warm-up failed and the settings say that the worker cannot do without."""
+
+
+def warm_up() -> None:
+    """Run the workflow of WARMUP_WORKFLOW, if there is one, and log how it went.
+
+    Raises:
+        WarmUpFailed: it failed, and WARMUP_REQUIRED is set; the worker then ends.
+    """
+    worker = shared_worker()
+    if worker.settings.warmup_workflow is None:
+        return
+    try:
+        output = worker.run({"id": "warmup", "input": read_warm_up(worker.settings.warmup_workflow)})
+    except WorkerError as error:
+        output = error.as_output()
+    if "error" not in output:
+        log.info("warm-up done in %d ms", output["timings"]["total_ms"])
+        return
+    if worker.settings.warmup_required:
+        raise WarmUpFailed(f"The warm-up failed: {output['error']}")
+    log.error("the warm-up failed: %s", output["error"])
+
+
+def read_warm_up(text_or_file: str) -> dict[str, Any]:
+    """Return the job input of a warm-up: a workflow, or a whole `{"input": …}` or `{"workflow": …}` with images.
+
+    Raises:
+        InvalidInput: it is neither JSON nor the name of a file with JSON.
+    """
+    try:
+        text = text_or_file if text_or_file.lstrip().startswith("{") else Path(text_or_file).read_text(encoding="utf-8")
+        content = json.loads(text)
+    except OSError as error:
+        raise InvalidInput(f"WARMUP_WORKFLOW names a file that cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise InvalidInput("WARMUP_WORKFLOW is neither JSON nor the name of a file with JSON") from None
+    content = content.get("input", content) if isinstance(content, dict) else content
+    return content if isinstance(content, dict) and "workflow" in content else {"workflow": content}
