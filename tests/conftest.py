@@ -1,0 +1,33 @@
+"""What all tests share: how hypothesis searches, and an environment without settings of this machine."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypothesis import HealthCheck, settings
+from pydantic import AliasChoices
+
+from comfy_worker.settings import Settings
+
+settings.register_profile(
+    "project",
+    # A machine's speed is no property of the code.
+    deadline=None,
+    max_examples=100,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("project")
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Take every variable that a setting is read from out of the environment; the test puts in its own."""
+    names = {name for field in Settings.model_fields.values() for name in _names(field.validation_alias)}
+    for name in [present for present in os.environ if present.upper() in names]:
+        monkeypatch.delenv(name)
+    return monkeypatch
+
+
+def _names(alias: object) -> list[str]:
+    return [str(choice) for choice in alias.choices] if isinstance(alias, AliasChoices) else []

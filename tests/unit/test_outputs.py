@@ -1,0 +1,241 @@
+"""Everything that a workflow's nodes reported is found, whatever the key, and nothing that is no output."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from comfy_worker.comfy.protocol import Succeeded, WebsocketImage, outcome_from_history
+from comfy_worker.jobs import Artifact, Delivered, JobResult, Kind, OutputFile, Timings
+from comfy_worker.outputs import Found, find_outputs
+from comfy_worker.payload import result_as_output
+from tests.support.recordings import VERSIONS, recording
+
+
+def node(kind: str, title: str | None = None) -> dict[str, Any]:
+    return {"class_type": kind, "inputs": {}, **({"_meta": {"title": title}} if title else {})}
+
+
+def file(name: str, folder: str = "job", kind: str = "output", **more: Any) -> dict[str, Any]:
+    return {"filename": name, "subfolder": folder, "type": kind, **more}
+
+
+def found_in(version: str, scenario: str, *, include_previews: bool = False) -> list[Found]:
+    found = []
+    for prompt in recording(version, scenario).prompts():
+        assert prompt.history is not None
+        outcome = outcome_from_history(prompt.history)
+        assert isinstance(outcome, Succeeded)
+        found.append(find_outputs(outcome.outputs, [], prompt.workflow, include_previews=include_previews))
+    return found
+
+
+def rows(found: Found) -> list[tuple[str, str, Kind]]:
+    return [(item.node_id, f"{item.subfolder}/{item.filename}".lstrip("/"), item.kind) for item in found.files]
+
+
+# --------------------------------------------------------------------------------------------- recordings
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_kind_of_output_of_the_core_nodes(version: str) -> None:
+    pictures, sounds, others = found_in(version, "outputs_animated_video_audio_text_latent_3d")
+    # What ComfyUI itself calls images stays there, its videos too.
+    assert rows(pictures) == [
+        ("20", "anim_00001_.webp", Kind.IMAGE),
+        ("21", "apng_00001_.png", Kind.IMAGE),
+        ("22", "vid_00001_.webm", Kind.IMAGE),
+        ("24", "video/ComfyUI_00001_.mp4", Kind.IMAGE),
+    ]
+    assert rows(sounds) == [
+        ("30", "audio/ComfyUI_00001_.flac", Kind.AUDIO),
+        ("31", "audio/ComfyUI_00002_.mp3", Kind.AUDIO),
+    ]
+    assert rows(others) == [("40", "latents/ComfyUI_00001_.latent", Kind.FILE)]
+    [text] = others.texts
+    assert (text.node_id, text.class_type) == ("41", "PreviewAny")
+    assert text.text.startswith("{'samples': tensor(")
+    assert pictures.texts == sounds.texts == ()
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_previews_come_only_when_they_are_asked_for(version: str) -> None:
+    scenario = "outputs_animated_video_audio_text_latent_3d"
+    _pictures, sounds, _others = found_in(version, scenario, include_previews=True)
+    assert [(item.node_id, item.type, item.kind) for item in sounds.files] == [
+        ("30", "output", Kind.AUDIO),
+        ("31", "output", Kind.AUDIO),
+        ("32", "temp", Kind.AUDIO),
+    ]
+    [without], [with_previews] = (
+        found_in(version, "text_to_image_shape", include_previews=wanted) for wanted in (False, True)
+    )
+    assert {item.type for item in without.files} == {"output"}
+    assert {item.type for item in with_previews.files} == {"output", "temp"}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_batch_is_counted(version: str) -> None:
+    [found] = found_in(version, "text_to_image_shape")
+    assert [(item.node_id, item.index) for item in found.files] == [("9", 0), ("9", 1)]
+
+
+# ------------------------------------------------------------------------------------------- custom nodes
+
+
+def test_video_helper_suite_reports_gifs_and_its_full_path_stays_here() -> None:
+    outputs = {
+        "5": {
+            "gifs": [
+                file(
+                    "clip_00001.mp4", format="video/h264-mp4", frame_rate=8.0, fullpath="/comfyui/output/clip_00001.mp4"
+                ),
+                file("clip_00001.gif", fullpath="/comfyui/output/clip_00001.gif"),
+                file("clip_00001-audio.mp4", fullpath="/comfyui/output/clip_00001-audio.mp4"),
+            ]
+        }
+    }
+    found = find_outputs(outputs, [], {"5": node("VHS_VideoCombine", "Combine")}, include_previews=False)
+    assert rows(found) == [
+        ("5", "job/clip_00001.mp4", Kind.VIDEO),
+        ("5", "job/clip_00001.gif", Kind.IMAGE),
+        ("5", "job/clip_00001-audio.mp4", Kind.VIDEO),
+    ]
+    assert found.files[0].title == "Combine"
+    artifacts = tuple(Artifact(item, "", Delivered("base64", ""), "video/mp4", 0) for item in found.files)
+    output = result_as_output(JobResult("p", artifacts, (), (), Timings()))
+    assert "/comfyui" not in json.dumps(output)
+    assert [item["filename"] for item in output["videos"]] == ["clip_00001.mp4", "clip_00001-audio.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "kind"),
+    [
+        ("3d", "mesh_00001_.glb", Kind.FILE),
+        ("latents", "a.latent", Kind.FILE),
+        ("video", "a.mp4", Kind.VIDEO),
+        ("videos", "a.webm", Kind.VIDEO),
+        ("audio", "a.flac", Kind.AUDIO),
+        ("gifs", "a.gif", Kind.IMAGE),
+        ("images", "a.mp4", Kind.IMAGE),
+        ("images", "a.exr", Kind.IMAGE),
+        ("something_new", "a.zip", Kind.FILE),
+    ],
+)
+def test_a_file_under_any_key(key: str, name: str, kind: Kind) -> None:
+    found = find_outputs({"1": {key: [file(name)]}}, [], {"1": node("Any")}, include_previews=False)
+    assert found.files == (OutputFile(name, "job", "output", kind, "1", "Any", "Any", 0),)
+
+
+def test_a_file_that_a_node_reports_twice_is_one() -> None:
+    outputs = {"1": {"images": [file("a.png"), file("a.png", "other"), file("a.png")], "gifs": [file("a.png")]}}
+    found = find_outputs(outputs, [], {"1": node("Any")}, include_previews=False)
+    assert [(item.subfolder, item.index) for item in found.files] == [("job", 0), ("other", 1)]
+
+
+def test_outputs_come_in_the_order_of_the_workflow() -> None:
+    workflow = {"30": node("SaveImage"), "4": node("SaveImage"), "12": node("Loop")}
+    outputs = {
+        node_id: {"images": [file(f"{node_id}.png")], "text": [node_id]} for node_id in ("12.0.0.3", "12", "4", "30")
+    }
+    found = find_outputs(outputs, [], workflow, include_previews=False)
+    assert [item.node_id for item in found.files] == ["30", "4", "12", "12.0.0.3"]
+    assert [text.node_id for text in found.texts] == ["30", "4", "12", "12.0.0.3"]
+    assert found.files[3].class_type == "Loop", "a node that another expanded into goes by its parent"
+
+
+@pytest.mark.parametrize(
+    "reported",
+    [
+        {},
+        {"animated": [True], "images": []},
+        {"images": None, "bounds": {"x": 1}},
+        {"images": [None, 7, [], {}, {"filename": ""}, {"filename": None}, {"subfolder": "a"}]},
+        {"a": "text", "b": 5, "c": [1.5, False]},
+    ],
+)
+def test_what_is_no_file_and_no_text_is_no_output(reported: dict[str, Any]) -> None:
+    found = find_outputs({"1": reported}, [], {"1": node("Any")}, include_previews=True)
+    assert (found.files, found.texts) == ((), ())
+
+
+def test_a_file_without_type_or_folder_lies_in_the_output_folder() -> None:
+    found = find_outputs({"1": {"x": [{"filename": "a.png"}]}}, [], {"1": node("Any")}, include_previews=False)
+    assert (found.files[0].type, found.files[0].subfolder) == ("output", "")
+
+
+def test_input_files_that_a_node_shows_are_no_outputs() -> None:
+    outputs = {"1": {"images": [file("in.png", kind="input")]}}
+    assert find_outputs(outputs, [], {"1": node("LoadImage")}, include_previews=True).files == ()
+
+
+# --------------------------------------------------------------------------------- pictures by websocket
+
+
+def picture(node_id: str, mime_type: str = "image/png", content: bytes = b"picture") -> WebsocketImage:
+    return WebsocketImage(node_id, mime_type, content)
+
+
+def test_pictures_of_the_websocket_become_files_with_names() -> None:
+    workflow = {"9": node("SaveImageWebsocket", "Send"), "5:2": node("SaveImageWebsocket")}
+    images = [picture("9", content=b"1"), picture("5:2", "image/jpeg", b"2"), picture("9", content=b"3")]
+    found = find_outputs({}, images, workflow, include_previews=False)
+    assert [(item.filename, item.index, item.kind, item.title) for item in found.files] == [
+        ("websocket_9_00001_.png", 0, Kind.IMAGE, "Send"),
+        ("websocket_5-2_00001_.jpeg", 0, Kind.IMAGE, "SaveImageWebsocket"),
+        ("websocket_9_00002_.png", 1, Kind.IMAGE, "Send"),
+    ]
+    assert [found.received[item] for item in found.files] == [b"1", b"2", b"3"]
+    assert found.lost == ()
+
+
+def test_pictures_that_never_came_are_told_with_what_to_do() -> None:
+    workflow = {"9": node("SaveImageWebsocket"), "10": node("SaveImageWebsocket"), "11": node("SaveImage")}
+    found = find_outputs({}, [picture("10")], workflow, include_previews=False)
+    assert found.lost == (
+        "Node 9 (SaveImageWebsocket): its pictures were lost with the websocket; a SaveImage node keeps them",
+    )
+
+
+# --------------------------------------------------------------------------------------------- properties
+
+REPORTED = st.dictionaries(
+    st.sampled_from(["images", "gifs", "audio", "text", "3d", "animated"]),
+    st.lists(
+        st.builds(
+            lambda name, folder, kind: {"filename": name, "subfolder": folder, "type": kind},
+            st.sampled_from(["a.png", "b.mp4", "c.flac", "d"]),
+            st.sampled_from(["", "job"]),
+            st.sampled_from(["output", "temp", "input"]),
+        )
+        | st.text(max_size=3)
+        | st.booleans(),
+        max_size=4,
+    ),
+    max_size=3,
+)
+
+
+@given(st.dictionaries(st.sampled_from(["1", "2", "3", "2.0.1"]), REPORTED), st.booleans())
+def test_every_reported_file_is_found_once_with_its_place_counted(outputs: Any, include_previews: bool) -> None:
+    workflow = {node_id: node("Any") for node_id in ("3", "2", "1")}
+    found = find_outputs(outputs, [], workflow, include_previews=include_previews)
+    wanted = {"output", "temp"} if include_previews else {"output"}
+    expected = {
+        (node_id, item["type"], item["subfolder"], item["filename"])
+        for node_id, reported in outputs.items()
+        for items in reported.values()
+        for item in items
+        if isinstance(item, dict) and item["type"] in wanted
+    }
+    places = [(item.node_id, item.type, item.subfolder, item.filename) for item in found.files]
+    assert sorted(places) == sorted(expected)
+    assert len({(item.node_id, item.index) for item in found.files}) == len(found.files)
+    texts = [
+        item for reported in outputs.values() for items in reported.values() for item in items if isinstance(item, str)
+    ]
+    assert sorted(text.text for text in found.texts) == sorted(texts)

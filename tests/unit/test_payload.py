@@ -1,0 +1,532 @@
+"""RunPod's `input` and `output`: what is taken, what is refused and with which sentence, what comes back."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import uuid
+from pathlib import PurePosixPath, PureWindowsPath
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from comfy_worker.errors import InvalidInput, InvalidWorkflow, UiFormatWorkflow, WorkerError
+from comfy_worker.jobs import (
+    Artifact,
+    Delivered,
+    Delivery,
+    InputFile,
+    Job,
+    JobResult,
+    Kind,
+    OutputFile,
+    OutputText,
+    Timings,
+)
+from comfy_worker.payload import check_name, decode_base64, parse_job, result_as_output
+
+WORKFLOW: dict[str, Any] = {
+    "6": {"class_type": "CLIPTextEncode", "inputs": {"text": "a beautiful landscape", "clip": ["30", 1]}},
+    "30": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "flux1-dev-fp8.safetensors"}},
+}
+PIXEL = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
+JARGON = re.compile(
+    r"[Ii]nput should|[Ff]ield required|dictionary|instance of|_\w*Input|dict\[|\bstr\b|pydantic|Value error"
+)
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def parse(**fields: Any) -> Job:
+    return parse_job({"id": "job-1", "input": {"workflow": WORKFLOW, **fields}})
+
+
+def refused(**fields: Any) -> str:
+    with pytest.raises(InvalidInput) as refusal:
+        parse(**fields)
+    assert not JARGON.search(refusal.value.message)
+    return refusal.value.message
+
+
+def encoded(content: bytes) -> str:
+    return base64.b64encode(content).decode()
+
+
+# ------------------------------------------------------------------------------------------- what is taken
+
+
+def test_the_request_of_the_documentation() -> None:
+    job = parse_job(
+        {
+            "id": "sync-uuid-string",
+            "input": {
+                "workflow": WORKFLOW,
+                "images": [{"name": "input.png", "image": f"data:image/png;base64,{encoded(PIXEL)}"}],
+            },
+        }
+    )
+    assert job.id == "sync-uuid-string"
+    assert job.workflow == WORKFLOW
+    assert job.files == (InputFile("input.png", PIXEL),)
+    assert (job.delivery, job.timeout_s, job.strict, job.include_previews) == (Delivery(), None, False, False)
+    assert (job.comfy_org_api_key, job.extra_data, job.warnings) == (None, {}, ())
+
+
+def test_every_job_gets_a_prompt_id_of_its_own() -> None:
+    first, second = parse(), parse()
+    assert uuid.UUID(first.prompt_id) != uuid.UUID(second.prompt_id)
+
+
+def test_a_job_without_id_is_one_on_a_desk() -> None:
+    assert parse_job({"input": {"workflow": WORKFLOW}}).id == "local_test"
+
+
+@pytest.mark.parametrize("workflow", [WORKFLOW, {"prompt": WORKFLOW}, {"prompt": WORKFLOW, "client_id": "x"}])
+@pytest.mark.parametrize("as_text", [False, True])
+def test_a_workflow_comes_as_an_object_or_a_string_bare_or_wrapped(workflow: dict[str, Any], as_text: bool) -> None:
+    assert parse(workflow=json.dumps(workflow) if as_text else workflow).workflow == WORKFLOW
+
+
+def test_the_whole_input_may_be_a_json_string() -> None:
+    assert parse_job({"input": json.dumps({"workflow": WORKFLOW, "strict": True})}).strict
+
+
+def test_every_field() -> None:
+    job = parse(
+        delivery={"type": "s3", "prefix": "/shop/42/", "expires_s": 60},
+        timeout_s=30,
+        strict=True,
+        retry_on_crash=True,
+        include_previews=True,
+        comfy_org_api_key="comfyui-key",
+        extra_data={"extra_pnginfo": {"workflow": {}}},
+    )
+    assert job.delivery == Delivery("s3", "shop/42", 60)
+    assert (job.timeout_s, job.strict, job.retry_on_crash, job.include_previews) == (30, True, True, True)
+    assert job.comfy_org_api_key == "comfyui-key"
+    assert job.extra_data == {"extra_pnginfo": {"workflow": {}}}
+    assert "comfyui-key" not in repr(job)
+
+
+def test_the_key_by_its_other_name() -> None:
+    assert parse(api_key_comfy_org="comfyui-key").comfy_org_api_key == "comfyui-key"
+
+
+@pytest.mark.parametrize(
+    ("policy", "seconds"),
+    [
+        ({"executionTimeout": 600_000, "ttl": 86_400_000}, 600.0),
+        ({"executionTimeout": 1500.5}, 1.5005),
+        ({"executionTimeout": 0}, None),
+        ({"executionTimeout": None}, None),
+        ({"executionTimeout": "soon"}, None),
+        ({}, None),
+        (None, None),
+        ("strict", None),
+    ],
+)
+def test_the_platforms_limit_counts_in_milliseconds(policy: object, seconds: float | None) -> None:
+    job = parse_job({"id": "job-1", "input": {"workflow": WORKFLOW}, "policy": policy})
+    assert job.execution_timeout_s == seconds
+
+
+@pytest.mark.parametrize(
+    "field", ["images", "files", "delivery", "timeout_s", "strict", "extra_data", "comfy_org_api_key"]
+)
+def test_null_is_as_good_as_absent(field: str) -> None:
+    assert parse(**{field: None}).warnings == ()
+
+
+def test_files_is_a_synonym_of_images() -> None:
+    job = parse(
+        images=[{"name": "a.png", "image": encoded(b"a")}, {"name": "poses/b.png", "image": encoded(b"b")}],
+        files=[{"name": "c.wav", "image": encoded(b"c")}],
+    )
+    assert job.files == (InputFile("a.png", b"a"), InputFile("poses/b.png", b"b"), InputFile("c.wav", b"c"))
+    assert "content" not in repr(job.files)
+
+
+# --------------------------------------------------------------------------------------- unknown keys warn
+
+
+@pytest.mark.parametrize(
+    ("fields", "warning"),
+    [
+        ({"image": []}, "input.image is unknown and was ignored; did you mean 'images'?"),
+        ({"delivry": {}}, "input.delivry is unknown and was ignored; did you mean 'delivery'?"),
+        (
+            {"api_key_comfyorg": "k"},
+            "input.api_key_comfyorg is unknown and was ignored; did you mean 'api_key_comfy_org'?",
+        ),
+        ({"zzz": 1}, "input.zzz is unknown and was ignored"),
+        ({"delivery": {"prefx": "a"}}, "input.delivery.prefx is unknown and was ignored; did you mean 'prefix'?"),
+        (
+            {"files": [{"name": "a", "image": "YQ==", "nmae": "b"}]},
+            "input.files.0.nmae is unknown and was ignored; did you mean 'name'?",
+        ),
+        (
+            {"comfy_org_api_key": "a", "api_key_comfy_org": "b"},
+            "input.api_key_comfy_org was ignored: its other name is there too",
+        ),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_nearest_known_one(fields: dict[str, Any], warning: str) -> None:
+    assert parse(**fields).warnings == (warning,)
+
+
+@given(st.dictionaries(st.text(max_size=12), json_values.filter(lambda value: value is not None), max_size=4))
+def test_no_unknown_key_is_lost_in_silence(fields: dict[str, Any]) -> None:
+    unknown = {f"x-{key}": value for key, value in fields.items()}
+    warnings = parse(**unknown).warnings
+    assert len(warnings) == len(unknown)
+    assert all(warning.startswith(f"input.{key} ") for warning, key in zip(warnings, unknown, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("given_input", "sentence"),
+    [
+        (None, "Please provide input"),
+        ("{", "Invalid JSON format in input"),
+        ("[" * 100_000, "Invalid JSON format in input"),
+        ([], "input must be an object with a workflow"),
+        ("[]", "input must be an object with a workflow"),
+        (7, "input must be an object with a workflow"),
+        ({}, "Missing 'workflow' parameter"),
+        ({"workflow": None}, "Missing 'workflow' parameter"),
+        ({"prompt": WORKFLOW}, "Missing 'workflow' parameter"),
+        ({"workflow": []}, "input.workflow must be an object"),
+        ({"workflow": 5}, "input.workflow must be an object"),
+    ],
+)
+def test_inputs_that_are_none(given_input: object, sentence: str) -> None:
+    with pytest.raises(InvalidInput) as refusal:
+        parse_job({"id": "job-1", "input": given_input})
+    assert refusal.value.message == sentence
+    assert refusal.value.as_output()["code"] == "invalid_input"
+
+
+@pytest.mark.parametrize("job", [{}, {"id": "job-1"}])
+def test_a_job_without_input(job: dict[str, Any]) -> None:
+    with pytest.raises(InvalidInput, match="Please provide input"):
+        parse_job(job)
+
+
+@pytest.mark.parametrize(
+    ("workflow", "sentence"),
+    [
+        ("{", "the workflow is a string that is not JSON"),
+        ("[" * 100_000, "the workflow is a string that is not JSON"),
+        ("[1]", "the workflow is a list, not an object of nodes"),
+        ('"x"', "the workflow is a string, not an object of nodes"),
+        ("null", "the workflow is a null, not an object of nodes"),
+        ({}, "the workflow has no nodes"),
+        ({"prompt": {}}, "the workflow has no nodes"),
+    ],
+)
+def test_workflows_that_are_none(workflow: object, sentence: str) -> None:
+    with pytest.raises(InvalidWorkflow) as refusal:
+        parse(workflow=workflow)
+    assert refusal.value.message == f"Workflow validation failed: {sentence}"
+
+
+def test_a_workflow_of_the_canvas_is_explained() -> None:
+    with pytest.raises(UiFormatWorkflow) as refusal:
+        parse(workflow={"nodes": [], "links": [], "version": 0.4})
+    assert "Export (API)" in refusal.value.as_output()["hint"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"images": {}}, "input.images must be a list"),
+        ({"images": ["SECRET"]}, "input.images.0 must be an object"),
+        ({"images": [{}]}, "input.images.0.name is missing; input.images.0.image is missing"),
+        (
+            {"images": [{"name": "a", "image": "YQ=="}, {"name": 5, "image": "YQ=="}]},
+            "input.images.1.name must be a string",
+        ),
+        ({"files": [{"name": "a", "image": ["SECRET"]}]}, "input.files.0.image must be a string"),
+        ({"timeout_s": "SECRET"}, "input.timeout_s must be a number"),
+        ({"timeout_s": True}, "input.timeout_s must be a number"),
+        ({"timeout_s": 0}, "input.timeout_s must be greater than 0"),
+        ({"timeout_s": float("inf")}, "input.timeout_s must be a finite number"),
+        ({"strict": "SECRET"}, "input.strict must be true or false"),
+        ({"include_previews": 1}, "input.include_previews must be true or false"),
+        ({"delivery": "SECRET"}, "input.delivery must be an object"),
+        ({"delivery": {"type": "SECRET"}}, "input.delivery.type must be 'auto', 'base64' or 's3'"),
+        ({"delivery": {"expires_s": True}}, "input.delivery.expires_s must be a whole number"),
+        ({"delivery": {"expires_s": 0}}, "input.delivery.expires_s must be greater than or equal to 1"),
+        ({"delivery": {"expires_s": 604801}}, "input.delivery.expires_s must be less than or equal to 604800"),
+        ({"delivery": {"prefix": 5}}, "input.delivery.prefix must be a string"),
+        ({"comfy_org_api_key": 5}, "input.comfy_org_api_key must be a string"),
+        ({"extra_data": []}, "input.extra_data must be an object"),
+        (
+            {"strict": 1, "delivery": {"expires_s": "1"}},
+            "input.delivery.expires_s must be a whole number; input.strict must be true or false",
+        ),
+    ],
+)
+def test_wrong_types_are_named_by_their_place_without_the_value(fields: dict[str, Any], sentence: str) -> None:
+    told = refused(**fields)
+    assert told == sentence
+    assert "SECRET" not in told
+
+
+@pytest.mark.parametrize("prefix", ["../a", "a/../b", "a//b", "C:/a", "a\\b", "a\nb", "/"])
+def test_a_prefix_stays_below_the_bucket(prefix: str) -> None:
+    assert refused(delivery={"prefix": prefix}).startswith("input.delivery.prefix ")
+
+
+@given(
+    st.dictionaries(st.sampled_from(["workflow", "images", "files", "delivery", "timeout_s", "strict"]), json_values)
+)
+@example({"workflow": {"a": {"class_type": "A", "inputs": {}}}, "images": [{"name": "\ud800", "image": ""}]})
+def test_an_input_is_a_job_or_a_sentence(payload: dict[str, Any]) -> None:
+    try:
+        job = parse_job({"input": payload})
+    except WorkerError as refusal:
+        output = refusal.as_output()
+        assert output["error"]
+        assert output["code"] in ("invalid_input", "invalid_workflow", "ui_format_workflow")
+        assert not JARGON.search(output["error"].replace(repr(payload), ""))
+    else:
+        assert isinstance(job, Job)
+
+
+# --------------------------------------------------------------------------------------------------- base64
+
+
+@pytest.mark.parametrize(
+    "head",
+    ["", "data:image/png;base64,", "DATA:IMAGE/PNG;BASE64,", "data:;base64,", "data:text/plain;charset=utf-8;base64,"],
+)
+@given(content=st.binary(min_size=1, max_size=200))
+def test_bytes_survive_with_and_without_data_uri(head: str, content: bytes) -> None:
+    assert decode_base64(head + encoded(content), "a.png") == content
+
+
+@given(content=st.binary(min_size=1, max_size=200), data=st.data())
+def test_line_breaks_and_spaces_do_not_matter(content: bytes, data: st.DataObject) -> None:
+    text = list(encoded(content))
+    for _ in range(data.draw(st.integers(0, 6))):
+        text.insert(data.draw(st.integers(0, len(text))), data.draw(st.sampled_from(["\n", "\r\n", " ", "\t"])))
+    assert decode_base64("data:image/png;base64," + "".join(text), "a.png") == content
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("@@@@", "is not valid base64"),
+        ("data:image/png;base64,@@@@", "is not valid base64"),
+        ("iVBORw0KGgo", "is not valid base64"),
+        ("YQ=", "is not valid base64"),
+        ("YQ==YQ==", "is not valid base64"),
+        ("=", "is not valid base64"),
+        ("YQ-_", "is not valid base64"),
+        ("bilde ä", "is not valid base64"),
+        ("\ud800YQ==", "is not valid base64"),
+        ("YQ==\0", "is not valid base64"),
+        ("", "is empty"),
+        (" \r\n\t", "is empty"),
+        ("data:image/png;base64,", "is empty"),
+        ("data:image/png;base64, \n", "is empty"),
+        ("data:image/svg+xml,%3Csvg/%3E", "is a data URI that is not base64"),
+        ("data:image/png,YQ==", "is a data URI that is not base64"),
+        ("data:image/png;base64;YQ==", "is a data URI without a comma before its data"),
+    ],
+)
+def test_what_is_not_an_image_is_refused_by_name(text: str, why: str) -> None:
+    assert refused(images=[{"name": "poses/in.png", "image": text}]) == f"Image 'poses/in.png' {why}"
+
+
+@given(st.text(max_size=40))
+def test_any_text_is_bytes_or_a_refusal(text: str) -> None:
+    try:
+        content = decode_base64(text, "a.png")
+    except InvalidInput as refusal:
+        assert refusal.message.startswith("Image 'a.png' is ")
+    else:
+        assert content
+
+
+# ---------------------------------------------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a.png",
+        "a b.png",
+        "poses/deep/a.png",
+        "日本 語.png",
+        "ä/é.png",
+        ".hidden",
+        "a..b.png",
+        "...",
+        "~a",
+        "a [b].png",
+        "x" * 255,
+        "日" * 85,
+    ],
+)
+def test_names_that_stay_in_their_folder(name: str) -> None:
+    assert check_name(name, "Image name") == name
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("", "it is empty"),
+        (" \u3000", "it is empty"),
+        ("/etc/passwd", "it must be relative, with '/' between folders"),
+        ("C:/a.png", "it must be relative, with '/' between folders"),
+        ("c:a.png", "it must be relative, with '/' between folders"),
+        ("file://a.png", "it must be relative, with '/' between folders"),
+        ("..\\a.png", "it must be relative, with '/' between folders"),
+        ("a\\b.png", "it must be relative, with '/' between folders"),
+        ("..", "it must not leave its folder or have empty parts"),
+        ("../a.png", "it must not leave its folder or have empty parts"),
+        ("a/../../b.png", "it must not leave its folder or have empty parts"),
+        ("a/./b.png", "it must not leave its folder or have empty parts"),
+        ("a//b.png", "it must not leave its folder or have empty parts"),
+        ("a/", "it must not leave its folder or have empty parts"),
+        ("a\0.png", "it has control characters"),
+        ("a\r\nb.png", "it has control characters"),
+        ("a\x7f.png", "it has control characters"),
+        ("a.png [input]", "' [input]' and its like belong into the workflow, not into the name"),
+        ("a.png [temp]", "' [input]' and its like belong into the workflow, not into the name"),
+        ("a.png[output]", "' [input]' and its like belong into the workflow, not into the name"),
+        ("\ud800.png", "it is not valid Unicode"),
+    ],
+)
+def test_names_that_would_leave_are_refused(name: str, why: str) -> None:
+    told = refused(images=[{"name": name, "image": "YQ=="}])
+    assert told == f"Image name {name!r} is refused: {why}"
+    json.dumps(told, ensure_ascii=False).encode("utf-8")
+
+
+@pytest.mark.parametrize("name", ["x" * 256, "日" * 86, f"a/{'x' * 256}/b.png", "x" * 1_000_000])
+def test_a_name_that_no_file_system_takes_is_shown_in_part(name: str) -> None:
+    told = refused(images=[{"name": name, "image": "YQ=="}])
+    assert told == f"Image name {name[:40]!r}… is refused: a part of it is longer than 255 bytes"
+
+
+@given(
+    st.lists(st.sampled_from(["..", ".", "/", "\\", "a", "b.png", "C:", "~", "\0", " ", "[input]"]), max_size=6).map(
+        "".join
+    )
+    | st.text(max_size=20)
+)
+def test_a_name_that_is_taken_leads_nowhere_else(name: str) -> None:
+    try:
+        check_name(name, "Image name")
+    except InvalidInput:
+        return
+    parts = name.split("/")
+    assert not {"", ".", ".."} & set(parts)
+    assert not PurePosixPath(name).is_absolute()
+    assert not PureWindowsPath(name).anchor
+    assert len(PureWindowsPath(name).parts) == len(parts)
+    assert "\0" not in name
+    assert not name.endswith(("[input]", "[output]", "[temp]"))
+    assert all(len(part.encode()) <= 255 for part in parts)
+
+
+def test_two_files_of_one_name() -> None:
+    images = [{"name": "a.png", "image": "YQ=="}]
+    assert refused(images=images, files=images) == "Two images are named 'a.png'"
+
+
+# --------------------------------------------------------------------------------------------------- output
+
+
+def artifact(filename: str, kind: Kind, **changes: Any) -> Artifact:
+    file = OutputFile(filename, "job/sub", changes.pop("type", "output"), kind, "9", "SaveImage", "Save", 0)
+    return Artifact(file, "sub", Delivered("base64", "YQ=="), "image/png", 1, **changes)
+
+
+def result(*artifacts: Artifact, texts: tuple[OutputText, ...] = (), warnings: tuple[str, ...] = ()) -> JobResult:
+    return JobResult("prompt-1", artifacts, texts, warnings, Timings(1, 2, 3, 4, 10))
+
+
+TIMINGS = {"staged_ms": 1, "queued_ms": 2, "executed_ms": 3, "delivered_ms": 4, "total_ms": 10}
+
+
+def test_a_picture_comes_back_with_all_that_is_known_of_it() -> None:
+    output = result_as_output(result(artifact("a.png", Kind.IMAGE, width=64, height=32)))
+    assert output == {
+        "images": [
+            {
+                "filename": "a.png",
+                "type": "base64",
+                "data": "YQ==",
+                "subfolder": "sub",
+                "node_id": "9",
+                "class_type": "SaveImage",
+                "title": "Save",
+                "index": 0,
+                "preview": False,
+                "mime_type": "image/png",
+                "size_bytes": 1,
+                "width": 64,
+                "height": 32,
+            }
+        ],
+        "prompt_id": "prompt-1",
+        "timings": TIMINGS,
+    }
+
+
+def test_nothing_made_is_a_success_without_images() -> None:
+    assert result_as_output(result()) == {
+        "images": [],
+        "status": "success_no_images",
+        "prompt_id": "prompt-1",
+        "timings": TIMINGS,
+    }
+
+
+def test_every_kind_has_its_list_and_images_is_always_there() -> None:
+    clip, sound, mesh = artifact("a.mp4", Kind.VIDEO), artifact("a.flac", Kind.AUDIO), artifact("a.glb", Kind.FILE)
+    output = result_as_output(result(clip, sound, mesh))
+    assert output["images"] == []
+    assert "status" not in output
+    assert [output[kind][0]["filename"] for kind in ("videos", "audio", "files")] == ["a.mp4", "a.flac", "a.glb"]
+    assert "width" not in output["videos"][0]
+
+
+def test_texts_and_warnings() -> None:
+    text = OutputText("41", "PreviewAny", "Look", "seen")
+    output = result_as_output(result(texts=(text,), warnings=("Something was odd",)))
+    assert output["texts"] == [{"node_id": "41", "class_type": "PreviewAny", "title": "Look", "text": "seen"}]
+    assert output["errors"] == ["Something was odd"]
+    assert (output["images"], "status" in output) == ([], False)
+
+
+def test_a_preview_says_that_it_is_one() -> None:
+    assert result_as_output(result(artifact("a.png", Kind.IMAGE, type="temp")))["images"][0]["preview"] is True
+
+
+@given(
+    st.lists(st.tuples(st.text(max_size=8), st.sampled_from(Kind), st.none() | st.integers(1, 9)), max_size=5),
+    st.lists(st.text(max_size=8), max_size=3),
+)
+def test_every_output_is_json_with_each_artifact_in_one_list(made: list[Any], warnings: list[str]) -> None:
+    artifacts = [artifact(name, kind, width=size, height=size) for name, kind, size in made]
+    output = json.loads(json.dumps(result_as_output(result(*artifacts, warnings=tuple(warnings)))))
+    listed = {kind: [item["filename"] for item in output.get(kind.value, [])] for kind in Kind}
+    assert listed == {kind: [name for name, its_kind, _size in made if its_kind is kind] for kind in Kind}
+    assert output.get("errors", []) == warnings
+    assert ("status" in output) is (not made)

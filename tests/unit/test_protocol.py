@@ -1,0 +1,415 @@
+"""What ComfyUI says about a prompt, heard over the websocket and read in the history: the same story twice."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any, get_args
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from comfy_worker.comfy.protocol import (
+    FEATURE_FLAGS,
+    NodeFailed,
+    PromptProtocol,
+    QueuePlace,
+    Succeeded,
+    WasInterrupted,
+    outcome_from_history,
+    place_in_queue,
+)
+from comfy_worker.errors import ComfyUnreachable
+from comfy_worker.jobs import (
+    JobEvent,
+    NodeFinished,
+    NodeProgress,
+    NodesCached,
+    NodeStarted,
+    Preview,
+    Stage,
+    StageStarted,
+)
+from comfy_worker.progress import Progress
+from tests.support.recordings import VERSIONS, Prompt, Recording, all_recordings, recording
+
+HEARD: dict[str, tuple[type | None, ...]] = {
+    "changed_prefix_reuses_upstream_cache": (Succeeded, Succeeded),
+    "comfy_org_api_key": (Succeeded,),
+    "execution_error": (NodeFailed,),
+    "execution_error_corrupt_input": (NodeFailed,),
+    "interrupt_running": (WasInterrupted,),
+    "outputs_animated_video_audio_text_latent_3d": (Succeeded, Succeeded, Succeeded),
+    "previews_with_metadata": (Succeeded,),
+    "progress_and_previews": (Succeeded,),
+    # The fourth was deleted while it waited: nothing is ever said of it.
+    "queue_order_and_delete": (Succeeded, Succeeded, Succeeded, None),
+    "repeat_is_cached": (Succeeded, Succeeded),
+    "save_image_websocket": (Succeeded,),
+    "save_image_websocket_with_metadata": (Succeeded,),
+    "service_endpoints": (),
+    "text_to_image_shape": (Succeeded,),
+    "uploads": (Succeeded,),
+    # One prompt was taken, under a client_id that no socket had.
+    "validation_errors": (None,),
+    "view": (Succeeded,),
+    "websocket_down_while_finishing": (None,),
+    "websocket_reconnect_mid_run": (Succeeded,),
+}
+"""What the websocket tells of each prompt of each scenario, in the order in which they were sent."""
+
+CASES: list[tuple[Recording, Prompt, type | None]] = [
+    (taped, prompt, expected)
+    for taped in all_recordings()
+    for prompt, expected in zip(taped.prompts(), HEARD[taped.scenario], strict=True)
+]
+EVENTS = get_args(JobEvent)
+TERMINAL = {
+    "execution_success": Succeeded,
+    "execution_error": NodeFailed,
+    "execution_interrupted": WasInterrupted,
+}
+
+
+def each_prompt(cases: Iterable[tuple[Recording, Prompt, type | None]]) -> pytest.MarkDecorator:
+    chosen = list(cases)
+    names = [f"{taped}-{prompt.prompt_id[:8]}" for taped, prompt, _expected in chosen]
+    return pytest.mark.parametrize(("taped", "prompt", "expected"), chosen, ids=names)
+
+
+def hear(prompt: Prompt, frames: list[str | bytes]) -> tuple[PromptProtocol, list[JobEvent]]:
+    protocol = PromptProtocol(prompt.prompt_id, prompt.workflow)
+    return protocol, [event for frame in frames for event in protocol.receive(frame)]
+
+
+def percents(prompt: Prompt, events: list[JobEvent]) -> list[float]:
+    progress = Progress.of(prompt.workflow)
+    shown = []
+    for event in events:
+        progress.apply(event)
+        shown.append(progress.percent)
+    return shown
+
+
+def message(kind: str, **data: Any) -> str:
+    return json.dumps({"type": kind, "data": data})
+
+
+# --------------------------------------------------------------------------------------------- recordings
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_table_has_every_scenario(version: str) -> None:
+    assert {taped.scenario for taped in all_recordings() if taped.version == version} == set(HEARD)
+
+
+@each_prompt(CASES)
+def test_the_websocket_tells_how_a_prompt_ended(taped: Recording, prompt: Prompt, expected: type | None) -> None:
+    protocol, _events = hear(prompt, taped.frames())
+    assert type(protocol.heard) is (expected or type(None))
+    assert protocol.ended is (expected is not None)
+
+
+@each_prompt(case for case in CASES if case[1].history)
+def test_the_history_tells_what_the_websocket_told(taped: Recording, prompt: Prompt, expected: type | None) -> None:
+    assert prompt.history is not None
+    told = outcome_from_history(prompt.history)
+    protocol, _events = hear(prompt, taped.frames())
+    if expected is None:
+        assert isinstance(told, Succeeded), "the websocket was away and the prompt ran on"
+    else:
+        assert protocol.heard == told
+
+
+@each_prompt(CASES)
+def test_progress_never_goes_back_and_ends_at_100_only_when_all_is_done(
+    taped: Recording, prompt: Prompt, expected: type | None
+) -> None:
+    _protocol, events = hear(prompt, taped.frames())
+    shown = percents(prompt, events)
+    assert shown == sorted(shown)
+    assert (shown[-1:] == [100.0]) is (expected is Succeeded)
+
+
+@each_prompt(CASES)
+def test_a_node_ends_once_and_only_if_it_was_done(taped: Recording, prompt: Prompt, expected: type | None) -> None:
+    protocol, events = hear(prompt, taped.frames())
+    finished = Counter(event.node_id for event in events if isinstance(event, NodeFinished))
+    assert set(finished.values()) <= {1}
+    cached = {node_id for event in events if isinstance(event, NodesCached) for node_id in event.node_ids}
+    assert cached.isdisjoint(finished)
+    if expected is Succeeded:
+        assert cached | set(finished) == set(prompt.workflow)
+    if isinstance(protocol.heard, (NodeFailed, WasInterrupted)):
+        assert protocol.heard.node_id not in finished
+
+
+@each_prompt(CASES)
+def test_frames_of_other_prompts_tell_nothing(taped: Recording, prompt: Prompt, expected: type | None) -> None:
+    stranger = Prompt("00000000-0000-4000-8000-000000000000", prompt.workflow, None)
+    protocol, events = hear(stranger, taped.frames())
+    assert (protocol.heard, protocol.ended, protocol.images) == (None, False, [])
+    named_after_a_reconnect = taped.scenario == "websocket_reconnect_mid_run"
+    assert protocol.started is named_after_a_reconnect
+    assert bool(events) is named_after_a_reconnect
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_failed_node_is_named_with_its_error(version: str) -> None:
+    taped = recording(version, "execution_error")
+    [prompt] = taped.prompts()
+    protocol, _events = hear(prompt, taped.frames())
+    assert protocol.heard == NodeFailed(
+        node_id="2",
+        node_type="TestWork",
+        message="CUDA out of memory. Tried to allocate 20.00 MiB (simulated)",
+        exception_type="RuntimeError",
+    )
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_an_interrupted_prompt_is_no_failed_one(version: str) -> None:
+    [prompt] = recording(version, "interrupt_running").prompts()
+    assert prompt.history is not None
+    assert prompt.history["status"]["status_str"] == "error"
+    assert outcome_from_history(prompt.history) == WasInterrupted(node_id="2", node_type="TestWork")
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("scenario", ["save_image_websocket", "save_image_websocket_with_metadata"])
+def test_pictures_of_the_websocket_node_are_outputs(version: str, scenario: str) -> None:
+    taped = recording(version, scenario)
+    [prompt] = taped.prompts()
+    protocol, events = hear(prompt, taped.frames())
+    assert [(image.node_id, image.mime_type) for image in protocol.images] == [("9", "image/png")] * 3
+    assert all(image.content.startswith(b"\x89PNG\r\n\x1a\n") for image in protocol.images)
+    assert not [event for event in events if isinstance(event, Preview)]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize(("scenario", "count"), [("progress_and_previews", 8), ("previews_with_metadata", 4)])
+def test_previews_are_no_outputs(version: str, scenario: str, count: int) -> None:
+    taped = recording(version, scenario)
+    [prompt] = taped.prompts()
+    protocol, events = hear(prompt, taped.frames())
+    previews = [event for event in events if isinstance(event, Preview)]
+    assert protocol.images == []
+    assert [(preview.node_id, preview.mime_type) for preview in previews] == [("2", "image/jpeg")] * count
+    assert all(preview.content.startswith(b"\xff\xd8\xff") for preview in previews)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_steps_of_a_node_are_told(version: str) -> None:
+    taped = recording(version, "changed_prefix_reuses_upstream_cache")
+    prompt = taped.prompts()[0]
+    _protocol, events = hear(prompt, taped.frames())
+    steps = [event for event in events if isinstance(event, NodeProgress)]
+    assert steps == [NodeProgress("2", value, 3) for value in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_what_a_rerun_does_not_make_again_is_told(version: str) -> None:
+    taped = recording(version, "repeat_is_cached")
+    prompt = taped.prompts()[1]
+    _protocol, events = hear(prompt, taped.frames())
+    assert events == [StageStarted(Stage.RUNNING), NodesCached(("1", "9"))]
+
+
+# -------------------------------------------------------------------------------------- whatever may come
+
+
+def _anything(depth: int = 3) -> st.SearchStrategy[Any]:
+    scalar = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+    return st.recursive(
+        scalar,
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+        max_leaves=depth,
+    )
+
+
+GARBAGE = st.one_of(
+    st.binary(max_size=40),
+    st.builds(
+        lambda event, second, rest: struct.pack(">II", event, second) + rest,
+        st.integers(0, 5),
+        st.integers(0, 2**32 - 1) | st.integers(0, 30),
+        st.binary(max_size=40) | _anything().map(lambda value: json.dumps(value).encode()),
+    ),
+    _anything().map(json.dumps),
+    st.builds(lambda data: json.dumps({"type": "a_custom_node.said", "data": data}), _anything()),
+)
+
+
+@given(data=st.data())
+def test_frames_lost_doubled_mixed_up_or_strange_never_invent_an_outcome(data: st.DataObject) -> None:
+    taped = data.draw(st.sampled_from([taped for taped in all_recordings() if taped.prompts()]))
+    prompt = data.draw(st.sampled_from(taped.prompts()))
+    frames = taped.frames()
+    arrived = data.draw(st.lists(st.sampled_from(frames) | GARBAGE if frames else GARBAGE, max_size=60))
+    protocol, events = hear(prompt, arrived)
+
+    told = [TERMINAL[kind] for kind in _kinds(arrived, prompt.prompt_id) if kind in TERMINAL]
+    assert type(protocol.heard) is (told[-1] if told else type(None))
+    assert protocol.ended is (None in _nodes(arrived, prompt.prompt_id))
+    assert all(isinstance(event, EVENTS) for event in events)
+    finished = Counter(event.node_id for event in events if isinstance(event, NodeFinished))
+    assert set(finished.values()) <= {1}
+    assert [event for event in events if isinstance(event, StageStarted)] in ([], [StageStarted(Stage.RUNNING)])
+    assert all(0 <= percent <= 100 for percent in percents(prompt, events))
+
+
+def _messages(frames: list[str | bytes], prompt_id: str) -> list[dict[str, Any]]:
+    read = [json.loads(frame) for frame in frames if isinstance(frame, str)]
+    said = [item for item in read if isinstance(item, dict) and isinstance(item.get("data"), dict)]
+    return [item for item in said if item["data"].get("prompt_id", prompt_id) == prompt_id]
+
+
+def _kinds(frames: list[str | bytes], prompt_id: str) -> list[str]:
+    return [str(item.get("type")) for item in _messages(frames, prompt_id)]
+
+
+def _nodes(frames: list[str | bytes], prompt_id: str) -> list[str | None]:
+    return [item["data"]["node"] for item in _messages(frames, prompt_id) if item.get("type") == "executing"]
+
+
+def test_a_message_that_is_not_json_is_not_comfyui() -> None:
+    with pytest.raises(ComfyUnreachable, match="not JSON"):
+        PromptProtocol("p", {}).receive("<html>")
+
+
+# --------------------------------------------------------------------------------------------- by example
+
+WORKFLOW = {
+    "1": {"class_type": "EmptyImage", "inputs": {}},
+    "2": {"class_type": "TestWork", "inputs": {"image": ["1", 0]}, "_meta": {"title": "Work hard"}},
+    "9": {"class_type": "SaveImageWebsocket", "inputs": {"images": ["2", 0]}},
+}
+
+
+def talk(*frames: str | bytes) -> tuple[PromptProtocol, list[JobEvent]]:
+    return hear(Prompt("p", WORKFLOW, None), list(frames))
+
+
+def test_the_first_words_ask_for_pictures_with_their_node() -> None:
+    assert json.loads(FEATURE_FLAGS) == {"type": "feature_flags", "data": {"supports_preview_metadata": True}}
+
+
+def test_a_node_that_is_named_again_after_a_reconnect_did_not_end() -> None:
+    _protocol, events = talk(
+        message("executing", node="2", prompt_id="p"),
+        message("executing", node="2"),
+        message("progress", value=1, max=2, prompt_id="p", node="2"),
+        message("executing", node="9", prompt_id="p"),
+    )
+    assert events == [
+        StageStarted(Stage.RUNNING),
+        NodeStarted("2", "TestWork", "Work hard"),
+        NodeProgress("2", 1, 2),
+        NodeFinished("2"),
+        NodeStarted("9", "SaveImageWebsocket", "SaveImageWebsocket"),
+    ]
+
+
+def test_a_node_that_another_expanded_into_goes_by_its_parent() -> None:
+    _protocol, events = talk(message("executing", node="2.0.0.7", prompt_id="p"))
+    assert events[1] == NodeStarted("2.0.0.7", "TestWork", "Work hard")
+
+
+def test_pictures_before_any_node_runs_belong_to_nobody() -> None:
+    protocol, events = talk(struct.pack(">II", 1, 2) + b"\x89PNG")
+    assert (protocol.images, events) == ([], [])
+
+
+def test_pictures_of_another_prompt_are_not_ours() -> None:
+    metadata = json.dumps({"node_id": "9", "prompt_id": "other", "image_type": "image/png"}).encode()
+    protocol, events = talk(struct.pack(">II", 4, len(metadata)) + metadata + b"\x89PNG")
+    assert (protocol.images, events) == ([], [])
+
+
+@pytest.mark.parametrize(
+    "metadata", [b"", b"{", b"[]", b"null", b"7", b'"9"', b"\xff\xfe", b'{"image_type": null, "node_id": null}']
+)
+def test_strange_metadata_does_no_harm(metadata: bytes) -> None:
+    protocol, _events = talk(struct.pack(">II", 4, len(metadata)) + metadata + b"picture")
+    assert protocol.images == []
+
+
+@pytest.mark.parametrize("data", [None, [], "x", 7, True])
+def test_messages_of_custom_nodes_may_carry_anything(data: object) -> None:
+    _protocol, events = talk(json.dumps({"type": "my_node.done", "data": data}), json.dumps(data))
+    assert events == []
+
+
+def test_outputs_of_the_websocket_are_those_of_the_nodes_that_ran() -> None:
+    protocol, _events = talk(
+        message("executed", node="7", prompt_id="p", output={"images": [{"filename": "a.png"}]}),
+        message("executed", node="8", prompt_id="p", output=None),
+        message("execution_success", prompt_id="p"),
+    )
+    assert protocol.heard == Succeeded({"7": {"images": [{"filename": "a.png"}]}, "8": {}})
+    assert not protocol.ended, "the history is not written yet"
+
+
+# ------------------------------------------------------------------------------------------------ history
+
+
+@pytest.mark.parametrize(
+    ("entry", "outcome"),
+    [
+        ({}, Succeeded({})),
+        ({"outputs": {"9": {"images": []}}, "status": None}, Succeeded({"9": {"images": []}})),
+        ({"outputs": None, "status": {"status_str": "success", "messages": None}}, Succeeded({})),
+        (
+            {"status": {"status_str": "error", "messages": []}},
+            NodeFailed("", "", "ComfyUI reports an error and no reason", ""),
+        ),
+        (
+            # One that failed while it was being interrupted was interrupted.
+            {
+                "outputs": {"9": {"images": [{"filename": "a.png"}]}},
+                "status": {
+                    "status_str": "error",
+                    "messages": [
+                        ["execution_error", {"node_id": "2", "node_type": "TestWork"}],
+                        ["execution_interrupted", {"node_id": 2, "node_type": "TestWork"}],
+                    ],
+                },
+            },
+            WasInterrupted("2", "TestWork"),
+        ),
+    ],
+)
+def test_histories_with_little_in_them(entry: dict[str, Any], outcome: object) -> None:
+    assert outcome_from_history(entry) == outcome
+
+
+# -------------------------------------------------------------------------------------------------- queue
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_recorded_queue(version: str) -> None:
+    taped = recording(version, "queue_order_and_delete")
+    first, second, in_front, deleted = (prompt.prompt_id for prompt in taped.prompts())
+    queue = taped.requests("GET", "/queue")[0]["response"]
+    assert place_in_queue(queue, first) == QueuePlace(running=True, ahead=0)
+    assert place_in_queue(queue, in_front) == QueuePlace(running=False, ahead=1)
+    assert place_in_queue(queue, second) == QueuePlace(running=False, ahead=2)
+    assert place_in_queue(queue, deleted) == QueuePlace(running=False, ahead=3)
+    assert place_in_queue(queue, "unknown") is None
+
+
+@given(
+    numbers=st.lists(st.integers(-50, 50), unique=True, min_size=1, max_size=8), running=st.booleans(), data=st.data()
+)
+def test_whoever_has_a_smaller_number_is_ahead(numbers: list[int], running: bool, data: st.DataObject) -> None:
+    wanted = data.draw(st.sampled_from(numbers))
+    queue = {
+        "queue_pending": [[number, f"prompt {number}", {}, {}, []] for number in numbers],
+        "queue_running": [[-99, "at work", {}, {}, []]] if running else [],
+    }
+    ahead = sum(number < wanted for number in numbers) + running
+    assert place_in_queue(queue, f"prompt {wanted}") == QueuePlace(running=False, ahead=ahead)
+    assert place_in_queue({}, f"prompt {wanted}") is None

@@ -1,0 +1,93 @@
+"""A job is told to end once, from any thread, and whoever waits on its behalf wakes up."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from comfy_worker.errors import Cancelled
+from comfy_worker.stop import Stop
+
+TIMEOUT_S = 30.0
+
+
+def test_a_stop_that_is_not_set_lets_everything_pass() -> None:
+    stop = Stop()
+    stop.check()
+    assert not stop.is_set()
+    assert not stop.wait(0)
+
+
+def test_a_stop_that_is_set_raises_and_does_not_wait() -> None:
+    stop = Stop()
+    stop.set()
+    stop.set()
+    assert stop.is_set()
+    assert stop.wait(TIMEOUT_S)
+    with pytest.raises(Cancelled, match="The job was cancelled"):
+        stop.check()
+
+
+def test_setting_it_wakes_a_thread_that_waits() -> None:
+    stop, woken = Stop(), threading.Event()
+
+    def wait() -> None:
+        if stop.wait(TIMEOUT_S):
+            woken.set()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    stop.set()
+    thread.join(TIMEOUT_S)
+    assert woken.is_set()
+
+
+def test_setting_it_calls_everyone_who_is_to_be_woken() -> None:
+    stop, woken = Stop(), []
+    with stop.waking(lambda: woken.append("outer")), stop.waking(lambda: woken.append("inner")):
+        assert woken == []
+        stop.set()
+    assert woken == ["outer", "inner"]
+
+
+def test_whoever_comes_too_late_is_woken_at_once() -> None:
+    stop, woken = Stop(), []
+    stop.set()
+    with stop.waking(lambda: woken.append("late")):
+        assert woken == ["late"]
+
+
+def test_nobody_is_woken_after_leaving() -> None:
+    stop, woken = Stop(), []
+
+    def wake_up() -> None:
+        woken.append("woken")
+
+    # The same one twice: leaving takes one of them away.
+    with stop.waking(wake_up):
+        with stop.waking(wake_up):
+            pass
+        stop.set()
+    stop.set()
+    assert woken == ["woken"]
+
+
+def test_leaving_by_an_exception_counts_as_leaving() -> None:
+    stop, woken = Stop(), []
+    with pytest.raises(KeyError), stop.waking(lambda: woken.append("woken")):
+        raise KeyError
+    stop.set()
+    assert woken == []
+
+
+def test_set_from_many_threads_at_once_wakes_a_blocked_reader() -> None:
+    stop, released = Stop(), threading.Event()
+    with stop.waking(released.set):
+        threads = [threading.Thread(target=stop.set) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        assert released.wait(TIMEOUT_S)
+        for thread in threads:
+            thread.join(TIMEOUT_S)
+    assert stop.is_set()

@@ -1,0 +1,174 @@
+"""The walls between the rooms: who may import whom, who does no I/O, what a start does not load."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import comfy_worker
+
+PACKAGE = "comfy_worker"
+SOURCE = Path(comfy_worker.__file__).parent
+ROOT = SOURCE.parents[1]
+PURE = [
+    "comfy_worker.errors",
+    "comfy_worker.settings",
+    "comfy_worker.jobs",
+    "comfy_worker.workflow",
+    "comfy_worker.progress",
+    "comfy_worker.redact",
+    "comfy_worker.payload",
+    "comfy_worker.prefetch",
+    "comfy_worker.comfy.protocol",
+    "comfy_worker.comfy.validation",
+    "comfy_worker.comfy.faults",
+    "comfy_worker.storage.endpoint",
+]
+OUTSIDE_WORLD = {
+    "aiohttp",
+    "asyncio",
+    "boto3",
+    "botocore",
+    "http",
+    "httpx",
+    "io",
+    "multiprocessing",
+    "os",
+    "pathlib",
+    "requests",
+    "runpod",
+    "select",
+    "shutil",
+    "signal",
+    "socket",
+    "ssl",
+    "subprocess",
+    "sys",
+    "tempfile",
+    "threading",
+    "time",
+    "urllib.request",
+    "urllib3",
+    "websocket",
+}
+
+
+def modules() -> dict[str, Path]:
+    """Return every module of the package by its name."""
+    found = {}
+    for path in SOURCE.rglob("*.py"):
+        parts = (PACKAGE, *path.relative_to(SOURCE).with_suffix("").parts)
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = modules()
+
+
+@cache
+def tree(name: str) -> ast.Module:
+    return ast.parse(MODULES[name].read_text(encoding="utf-8"))
+
+
+def imports(name: str) -> Iterator[str]:
+    """Yield the full names of what a module imports, wherever it does so; relative ones too."""
+    for node in ast.walk(tree(name)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = MODULES[name].name == "__init__.py"
+            above = name.split(".")[: len(name.split(".")) - node.level + package] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def own_imports(name: str) -> set[str]:
+    return {imported for imported in imports(name) if imported in MODULES} - {PACKAGE}
+
+
+def reachable(start: str) -> set[str]:
+    """Return the modules that a module needs, at first or second hand."""
+    found: set[str] = set()
+    waiting = [start]
+    while waiting:
+        for imported in own_imports(waiting.pop()) - found:
+            found.add(imported)
+            waiting.append(imported)
+    return found
+
+
+def is_in(name: str, packages: set[str]) -> bool:
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+def test_the_walls_are_where_the_modules_are() -> None:
+    assert set(PURE) <= set(MODULES)
+    assert own_imports("comfy_worker.pipeline"), "imports are found at all"
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_a_room_without_io_imports_none(name: str) -> None:
+    assert {imported for imported in imports(name) if is_in(imported, OUTSIDE_WORLD)} == set()
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_a_room_without_io_leans_only_on_others_like_it(name: str) -> None:
+    assert own_imports(name) <= set(PURE)
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_a_room_without_io_opens_and_prints_nothing(name: str) -> None:
+    calls = (node.func for node in ast.walk(tree(name)) if isinstance(node, ast.Call))
+    called = {
+        call.id if isinstance(call, ast.Name) else call.attr
+        for call in calls
+        if isinstance(call, (ast.Name, ast.Attribute))
+    }
+    assert called & {"open", "input", "read_text", "write_text", "read_bytes", "write_bytes", "urlopen"} == set()
+
+
+def test_the_pipeline_knows_no_door() -> None:
+    doors = {
+        f"{PACKAGE}.{name}" for name in ("gateway", "engines", "serverless", "worker", "desk", "entry", "emulator")
+    }
+    assert {name for name in reachable("comfy_worker.pipeline") if is_in(name, doors)} == set()
+
+
+def test_the_emulator_knows_nothing_of_the_worker() -> None:
+    emulator = [name for name in MODULES if is_in(name, {"comfy_worker.emulator"})]
+    outside = {
+        (name, imported)
+        for name in emulator
+        for imported in imports(name)
+        if is_in(imported, {PACKAGE}) and imported != PACKAGE and not is_in(imported, {"comfy_worker.emulator"})
+    }
+    assert emulator
+    assert outside == set()
+
+
+def test_importing_the_handler_is_quick_because_little_is_loaded() -> None:
+    script = "import json, sys; sys.path.insert(0, sys.argv[1]); import handler; print(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script, str(ROOT)], capture_output=True, text=True, check=True)
+    loaded = set(json.loads(done.stdout))
+    assert "comfy_worker.pipeline" in loaded
+    late = {
+        "fastapi",
+        "sqlalchemy",
+        "boto3",
+        "botocore",
+        "PIL",
+        "av",
+        "numpy",
+        "celery",
+        "redis",
+        "comfy_worker.emulator",
+    }
+    assert loaded & late == set()

@@ -1,0 +1,318 @@
+"""ComfyUI's refusals become sentences that name the node, the input, what was given, what is there and what is near."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from comfy_worker.comfy.validation import Choices, nearest, refusal, skipped_outputs
+from comfy_worker.errors import InvalidWorkflow
+from tests.support.recordings import VERSIONS, recording
+
+CLASS_NAMES = ["EmptyImage", "SaveImage", "LoadImage", "ImageScale"]
+PREFIX = "Workflow validation failed: "
+REFUSALS = {
+    0: "Node 9 (images): required input is missing",
+    1: "Node 9: node class 'NoSuchNode' does not exist here",
+    2: "the workflow has no output node, such as SaveImage",
+    3: "the workflow has no output node, such as SaveImage",
+    4: (
+        "Node 30 (ckpt_name): 'flux1-dev-fp8.safetensors' not in available models (CheckpointLoaderSimple has none); "
+        "Node 8 (samples): takes LATENT, but output 0 of node 30 (CheckpointLoaderSimple) is MODEL"
+    ),
+    5: "Node 1 (width): 'wide' is not of type INT",
+    6: (
+        "Node 1 (width): 0 is smaller than the least allowed value 1; "
+        "Node 1 (height): 99999999 is bigger than the greatest allowed value 16384"
+    ),
+    7: "Node 1: nodes 1, 2 feed each other in a circle",
+    8: "Node 1: it is linked to node 77, which the workflow does not have",
+    9: "Node 1 (image): Invalid image file: missing.png",
+    12: (
+        "Node 2 (upscale_method): 'nope' not in available values "
+        "(ImageScale has 'nearest-exact', 'bilinear', 'area', 'bicubic', 'lanczos')"
+    ),
+}
+"""By the number of the request in the recording. Workflows that the worker itself refuses earlier are not here."""
+
+
+def nothing_known(_class_type: str, _input_name: str) -> None:
+    return None
+
+
+def refuse(
+    body: dict[str, Any],
+    workflow: dict[str, Any],
+    choices: Choices = nothing_known,
+    class_names: Sequence[str] = CLASS_NAMES,
+) -> InvalidWorkflow:
+    return refusal(body, workflow, choices, lambda: class_names)
+
+
+def not_in_list(config: Any, given_value: object = "sdxl_bse_1.0.safetensors") -> dict[str, Any]:
+    """Return the body of a refusal of node 30's checkpoint."""
+    extra = {"input_name": "ckpt_name", "input_config": config, "received_value": given_value}
+    error = {"type": "value_not_in_list", "message": "Value not in list", "details": "", "extra_info": extra}
+    return {"node_errors": {"30": {"errors": [error], "class_type": "CheckpointLoaderSimple"}}}
+
+
+def one_error(kind: str, details: str = "", **extra: Any) -> dict[str, Any]:
+    error = {"type": kind, "message": "ComfyUI's message", "details": details, "extra_info": extra}
+    return {"node_errors": {"30": {"errors": [error], "class_type": "CheckpointLoaderSimple"}}}
+
+
+def checkpoint(name: str = "sdxl_bse_1.0.safetensors") -> dict[str, Any]:
+    return {"30": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": name}}}
+
+
+# --------------------------------------------------------------------------------------------- recordings
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("number", REFUSALS)
+def test_every_recorded_refusal_is_a_sentence(version: str, number: int) -> None:
+    exchange = recording(version, "validation_errors").requests("POST", "/prompt")[number]
+    assert exchange["status"] == 400
+    error = refuse(exchange["response"], exchange["request"]["json"]["prompt"])
+    assert error.message == PREFIX + REFUSALS[number]
+    assert len(error.details["problems"]) == error.message.count("; ") + 1
+    json.dumps(error.as_output())
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_what_comes_back_for_a_program(version: str) -> None:
+    exchange = recording(version, "validation_errors").requests("POST", "/prompt")[6]
+    error = refuse(exchange["response"], exchange["request"]["json"]["prompt"])
+    assert error.details["problems"][0] == {
+        "type": "value_smaller_than_min",
+        "message": "0 is smaller than the least allowed value 1",
+        "node_id": "1",
+        "class_type": "EmptyImage",
+        "title": "EmptyImage",
+        "input_name": "width",
+        "given": 0,
+    }
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_outputs_that_comfyui_skips_are_named(version: str) -> None:
+    [exchange] = [
+        item for item in recording(version, "validation_errors").requests("POST", "/prompt") if item["status"] == 200
+    ]
+    warnings = skipped_outputs(
+        exchange["response"]["node_errors"], exchange["request"]["json"]["prompt"], nothing_known
+    )
+    assert warnings == [
+        "Node 10: it is linked to node 77, which the workflow does not have; ComfyUI skipped output node 10 (SaveImage)"
+    ]
+
+
+def test_nothing_skipped_is_no_warning() -> None:
+    assert skipped_outputs({}, checkpoint(), nothing_known) == []
+
+
+def test_a_skipped_output_goes_by_its_title() -> None:
+    workflow = {**checkpoint(), "9": {"class_type": "SaveImage", "inputs": {}, "_meta": {"title": "The poster"}}}
+    body = not_in_list([["a.ckpt"]])
+    body["node_errors"]["30"]["dependent_outputs"] = ["9"]
+    [warning] = skipped_outputs(body["node_errors"], workflow, nothing_known)
+    assert warning.endswith("; ComfyUI skipped output node 9 (The poster)")
+
+
+# ------------------------------------------------------------------------------------------ missing models
+
+
+def test_the_sentence_of_the_documentation() -> None:
+    error = refuse(not_in_list([[], {}], "model.safetensors"), checkpoint("model.safetensors"))
+    assert error.message.startswith(f"{PREFIX}Node 30 (ckpt_name): 'model.safetensors' not in available models")
+
+
+MODELS = ["sd15.ckpt", "sdxl_base_1.0.safetensors", "flux1-dev.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        [MODELS, {"tooltip": "x"}],
+        [MODELS],
+        ["COMBO", {"options": MODELS}],
+        ["COMBO", {"options": MODELS, "multiselect": False}],
+    ],
+)
+def test_both_forms_of_a_combo_tell_what_is_there_and_what_is_near(config: list[Any]) -> None:
+    error = refuse(not_in_list(config), checkpoint())
+    assert error.message == (
+        f"{PREFIX}Node 30 (ckpt_name): 'sdxl_bse_1.0.safetensors' not in available models (CheckpointLoaderSimple has "
+        "'sd15.ckpt', 'sdxl_base_1.0.safetensors', 'flux1-dev.safetensors'); did you mean 'sdxl_base_1.0.safetensors'?"
+    )
+    [problem] = error.details["problems"]
+    assert problem["nearest"] == "sdxl_base_1.0.safetensors"
+    assert (list(problem["choices"]), problem["choice_count"]) == (MODELS, 3)
+
+
+def test_a_list_that_comfyui_left_out_is_asked_for() -> None:
+    """Above 20 values ComfyUI says "(list of length N)" and gives no config."""
+    asked = []
+
+    def choices(class_type: str, input_name: str) -> list[str]:
+        asked.append((class_type, input_name))
+        return [f"other_{number:02}.safetensors" for number in range(24)] + ["sdxl_base_1.0.safetensors"]
+
+    error = refuse(not_in_list(None), checkpoint(), choices)
+    assert asked == [("CheckpointLoaderSimple", "ckpt_name")]
+    assert "'other_09.safetensors', …)" in error.message
+    assert "'other_10.safetensors'" not in error.message
+    assert error.message.endswith("; did you mean 'sdxl_base_1.0.safetensors'?")
+    [problem] = error.details["problems"]
+    assert (len(problem["choices"]), problem["choice_count"]) == (10, 25)
+
+
+def test_what_is_no_model_is_a_value() -> None:
+    assert "'lanczoz' not in available values" in refuse(not_in_list([["lanczos"]], "lanczoz"), checkpoint()).message
+
+
+@pytest.mark.parametrize("value", [0, False, ""])
+def test_a_value_that_is_nothing_was_given_all_the_same(value: object) -> None:
+    [problem] = refuse(not_in_list([["a"]], value), checkpoint()).details["problems"]
+    assert problem["given"] == value
+
+
+@pytest.mark.parametrize(
+    ("given_name", "values", "found"),
+    [
+        ("SDXL/Base.safetensors", ["other.ckpt", "models\\base.safetensors"], "models\\base.safetensors"),
+        ("base.safetensors", ["BASE.safetensors"], "BASE.safetensors"),
+        (
+            "flux1-dev-fp8.safetensors",
+            ["sd15.safetensors", "flux1-dev-fp8_v2.safetensors"],
+            "flux1-dev-fp8_v2.safetensors",
+        ),
+        ("KSamplr", ["KSampler", "KSamplerAdvanced"], "KSampler"),
+        ("abc", ["xyz"], None),
+        ("abc", [], None),
+        ("", ["x"], None),
+    ],
+)
+def test_the_nearest_value(given_name: str, values: list[str], found: str | None) -> None:
+    assert nearest(given_name, values) == found
+
+
+@given(st.text(max_size=20), st.lists(st.text(max_size=20), max_size=6))
+def test_what_is_near_is_there(given_name: str, values: list[str]) -> None:
+    assert nearest(given_name, values) in [None, *values]
+
+
+@given(st.lists(st.text("abcdefgh", min_size=4, max_size=12), min_size=1, max_size=6), st.data())
+def test_a_value_that_is_there_is_nearest_to_itself(values: list[str], data: st.DataObject) -> None:
+    value = data.draw(st.sampled_from(values))
+    assert nearest(value, values) == value
+
+
+# ------------------------------------------------------------------------------------- the workflow itself
+
+
+@pytest.mark.parametrize("kind", ["invalid_prompt", "missing_node_type"])
+def test_a_missing_class_with_a_near_match(kind: str) -> None:
+    error = {
+        "type": kind,
+        "message": "Cannot execute because node SaveImages does not exist.",
+        "details": "Node ID '#9'",
+        "extra_info": {},
+    }
+    workflow = {"9": {"class_type": "SaveImages", "inputs": {}, "_meta": {"title": "Poster"}}}
+    refused = refuse({"error": error, "node_errors": {}}, workflow)
+    assert refused.message == f"{PREFIX}Node 9: node class 'SaveImages' does not exist here; did you mean 'SaveImage'?"
+    assert refused.details["problems"][0]["title"] == "Poster"
+
+
+def circle(*node_ids: str) -> dict[str, Any]:
+    following = [*node_ids[1:], node_ids[0]]
+    links = zip(node_ids, following, strict=True)
+    return {this: {"class_type": "ImageInvert", "inputs": {"image": [after, 0]}} for this, after in links}
+
+
+OUTPUTS_FAILED = {
+    "type": "prompt_outputs_failed_validation",
+    "message": "Prompt outputs failed validation",
+    "details": "",
+}
+
+
+@pytest.mark.parametrize("node_ids", [("1", "2"), ("a", "b", "c", "d")])
+def test_a_loop_is_named_in_order(node_ids: tuple[str, ...]) -> None:
+    error = refuse({"error": OUTPUTS_FAILED, "node_errors": {}}, circle(*node_ids))
+    assert error.message == f"{PREFIX}Node {node_ids[0]}: nodes {', '.join(node_ids)} feed each other in a circle"
+
+
+def test_a_refusal_without_reason_still_says_what_comfyui_said() -> None:
+    assert refuse({"error": OUTPUTS_FAILED}, checkpoint()).message == f"{PREFIX}Prompt outputs failed validation"
+
+
+def test_several_problems_stand_in_one_sentence() -> None:
+    body = not_in_list([["a.ckpt"]], "b.ckpt")
+    body["node_errors"]["30"]["errors"] *= 2
+    body["node_errors"]["31"] = {**body["node_errors"]["30"], "class_type": "LoraLoader"}
+    error = refuse(body, checkpoint())
+    assert error.message.count("Node 30 (ckpt_name)") == 2
+    assert error.message.count("Node 31 (ckpt_name)") == 2
+    assert len(error.details["problems"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        (
+            one_error("custom_validation_failed", "ckpt_name", input_name="ckpt_name"),
+            "Node 30 (ckpt_name): the node does not take this value",
+        ),
+        (
+            one_error("custom_validation_failed", "ckpt_name - a - b", input_name="ckpt_name"),
+            "Node 30 (ckpt_name): a - b",
+        ),
+        (
+            one_error("bad_linked_input", "ckpt_name", input_name="ckpt_name", received_value=[1]),
+            "Node 30 (ckpt_name): ComfyUI's message: ckpt_name",
+        ),
+        (one_error("required_input_missing", "ckpt_name"), "Node 30 (ckpt_name): required input is missing"),
+        (
+            one_error("exception_during_validation", "index out of range", exception_type="IndexError"),
+            "Node 30: ComfyUI could not check it: IndexError: index out of range",
+        ),
+        (one_error("made_up_by_a_later_version"), "Node 30: ComfyUI's message"),
+    ],
+)
+def test_the_rarer_problems(body: dict[str, Any], sentence: str) -> None:
+    assert refuse(body, checkpoint()).message == PREFIX + sentence
+
+
+@given(
+    kind=st.sampled_from(
+        [
+            "value_not_in_list",
+            "required_input_missing",
+            "value_smaller_than_min",
+            "value_bigger_than_max",
+            "invalid_input_type",
+            "return_type_mismatch",
+            "custom_validation_failed",
+            "bad_linked_input",
+            "exception_during_validation",
+            "exception_during_inner_validation",
+            "something new",
+        ]
+    ),
+    details=st.text(max_size=10),
+    config=st.sampled_from([None, [], [[]], [["a"]], ["INT"], ["INT", {}], ["INT", {"min": 1}], ["COMBO", {}]]),
+    value=st.none() | st.integers() | st.text(max_size=5) | st.lists(st.integers(), max_size=2) | st.just({"a": 1}),
+)
+def test_no_answer_of_comfyui_is_too_strange_for_a_sentence(kind: str, details: str, config: Any, value: Any) -> None:
+    error = refuse(
+        one_error(kind, details, input_name="ckpt_name", input_config=config, received_value=value), checkpoint()
+    )
+    assert error.message.startswith(f"{PREFIX}Node 30")
+    json.dumps(error.as_output())

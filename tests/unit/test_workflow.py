@@ -1,0 +1,257 @@
+"""Pure functions on a graph: what is one, what is rewritten in it and what is left alone."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from comfy_worker.errors import InvalidWorkflow, UiFormatWorkflow
+from comfy_worker.workflow import (
+    check_workflow,
+    class_type,
+    copy_graph,
+    find_loop,
+    is_link,
+    is_ui_format,
+    nodes_of_class,
+    prefix_outputs,
+    refer_to_staged,
+    split_annotation,
+    title,
+)
+
+
+def node(kind: str = "A", **inputs: Any) -> dict[str, Any]:
+    return {"class_type": kind, "inputs": inputs}
+
+
+def everywhere(_class_type: str, _input_name: str) -> bool:
+    return True
+
+
+# ------------------------------------------------------------------------------------------ what is a graph
+
+
+@pytest.mark.parametrize(
+    ("workflow", "graph"),
+    [
+        ({"1": node()}, {"1": node()}),
+        ({"prompt": {"1": node()}}, {"1": node()}),
+        # A node whose id is "prompt".
+        ({"prompt": node()}, {"prompt": node()}),
+        # A node without inputs.
+        ({"1": {"class_type": "A"}}, {"1": {"class_type": "A"}}),
+        # A node whose id is "nodes".
+        ({"nodes": node()}, {"nodes": node()}),
+    ],
+)
+def test_a_graph_is_returned_unwrapped(workflow: Any, graph: Any) -> None:
+    assert check_workflow(workflow) == graph
+
+
+@pytest.mark.parametrize(
+    ("workflow", "sentence"),
+    [
+        (None, "the workflow is a null, not an object of nodes"),
+        ([], "the workflow is a list, not an object of nodes"),
+        (1.5, "the workflow is a number, not an object of nodes"),
+        (True, "the workflow is a boolean, not an object of nodes"),
+        ({}, "the workflow has no nodes"),
+        ({"1": []}, "Node 1: it is a list, not an object with class_type and inputs"),
+        ({"1": node(), "version": 0.4}, "Node version: it is a number, not an object with class_type and inputs"),
+        ({"prompt": "text"}, "Node prompt: it is a string, not an object with class_type and inputs"),
+        ({"1": {"inputs": {}}}, "Node 1: class_type is missing"),
+        ({"1": {"class_type": None}}, "Node 1: class_type is missing"),
+        ({"1": {"class_type": "A", "inputs": []}}, "Node 1: inputs is not an object"),
+        ({"1": {"class_type": "A", "inputs": None}}, "Node 1: inputs is not an object"),
+    ],
+)
+def test_what_is_no_graph(workflow: Any, sentence: str) -> None:
+    with pytest.raises(InvalidWorkflow) as refusal:
+        check_workflow(workflow)
+    assert refusal.value.message == f"Workflow validation failed: {sentence}"
+
+
+CANVAS = {"nodes": [{"id": 1, "type": "SaveImage"}], "links": [], "version": 0.4}
+
+
+@pytest.mark.parametrize("workflow", [CANVAS, {"prompt": CANVAS}, {"nodes": []}])
+def test_the_format_of_the_canvas_is_recognised(workflow: Any) -> None:
+    with pytest.raises(UiFormatWorkflow) as refusal:
+        check_workflow(workflow)
+    assert "UI format" in refusal.value.message
+    assert "Export (API)" in str(refusal.value.hint)
+
+
+@pytest.mark.parametrize("workflow", [{}, {"1": node()}, {"nodes": node()}, {"links": []}])
+def test_a_graph_is_not_the_canvas(workflow: Any) -> None:
+    assert not is_ui_format(workflow)
+
+
+# ------------------------------------------------------------------------------------------------- looking
+
+
+def test_names_of_nodes() -> None:
+    workflow = {
+        "1": {"class_type": "SaveImage", "_meta": {"title": "The poster"}},
+        "2": {"class_type": "LoadImage", "_meta": {}},
+        "3": {"class_type": "LoadImage", "_meta": None},
+        "4:5": {"class_type": "Inner"},
+    }
+    names = {node_id: title(workflow, node_id) for node_id in ("1", "2", "3", "4:5", "1.0.0.7", "1:2", "9", "")}
+    assert names == {
+        "1": "The poster",
+        "2": "LoadImage",
+        "3": "LoadImage",
+        "4:5": "Inner",
+        "1.0.0.7": "The poster",
+        "1:2": "The poster",
+        "9": "",
+        "": "",
+    }
+    assert class_type(workflow, "1.0.0.7") == "SaveImage"
+    assert class_type(workflow, "4") == ""
+    assert nodes_of_class(workflow, "LoadImage") == ["2", "3"]
+
+
+@pytest.mark.parametrize("value", [["1", 0], ["", 7]])
+def test_links(value: Any) -> None:
+    assert is_link(value)
+
+
+@pytest.mark.parametrize("value", [None, "1", [], ["1"], ["1", 0, 0], [1, 0], ["1", "0"], ("1", 0), {"1": 0}])
+def test_what_is_no_link(value: Any) -> None:
+    assert not is_link(value)
+
+
+# ---------------------------------------------------------------------------------------------- rewriting
+
+
+def test_a_copy_can_be_changed_without_the_original() -> None:
+    original = {"1": {**node(text="x", image=["2", 0]), "_meta": {"title": "T"}}, "2": {"class_type": "B"}}
+    kept = copy.deepcopy(original)
+    graph = copy_graph(original)
+    assert graph == {**kept, "2": {"class_type": "B", "inputs": {}}}
+    graph["1"]["inputs"]["text"] = "changed"
+    graph["1"]["class_type"] = "Changed"
+    graph["2"]["inputs"]["more"] = 1
+    del graph["2"]
+    assert original == kept
+
+
+def test_references_are_rewritten_only_where_a_file_is_loaded() -> None:
+    graph = {
+        "1": node("LoadImage", image="a.png", upload="image"),
+        "2": node("CLIPTextEncode", text="a.png"),
+        "3": node("LoadImage", image="b.png"),
+        "4": node("LoadAudio", audio="sounds/a.wav [input]"),
+        "5": node("LoadImage", image=["1", 0]),
+    }
+    staged = {"a.png": "job/a.png", "sounds/a.wav": "job/sounds/a.wav", "unused.png": "job/unused.png"}
+    used = refer_to_staged(graph, staged, lambda kind, name: (kind, name) != ("CLIPTextEncode", "text"))
+    assert used == {"a.png", "sounds/a.wav"}
+    assert {node_id: item["inputs"] for node_id, item in graph.items()} == {
+        "1": {"image": "job/a.png", "upload": "image"},
+        "2": {"text": "a.png"},
+        "3": {"image": "b.png"},
+        "4": {"audio": "job/sounds/a.wav [input]"},
+        "5": {"image": ["1", 0]},
+    }
+
+
+@pytest.mark.parametrize(
+    "value", ["a.png [output]", "a.png [temp]", "A.png", "./a.png", "a.png ", "x a.png", "a.png[input]"]
+)
+def test_what_only_looks_like_the_file_is_left_alone(value: str) -> None:
+    graph = {"1": node("LoadImage", image=value)}
+    assert refer_to_staged(graph, {"a.png": "job/a.png"}, everywhere) == set()
+    assert graph["1"]["inputs"]["image"] == value
+
+
+def test_nobody_is_asked_about_texts_that_name_no_file() -> None:
+    def never(class_type: str, input_name: str) -> bool:
+        raise AssertionError(f"{class_type}.{input_name} names no file")
+
+    assert refer_to_staged({"1": node(text="a castle")}, {"a.png": "job/a.png"}, never) == set()
+
+
+@pytest.mark.parametrize(
+    ("value", "parts"),
+    [
+        ("a.png", ("a.png", "")),
+        ("a.png [input]", ("a.png", " [input]")),
+        ("sub/a b.png [input]", ("sub/a b.png", " [input]")),
+        ("a [input].png", ("a [input].png", "")),
+        (" [input]", ("", " [input]")),
+        ("a\nb [input]", ("a\nb", " [input]")),
+        ("a.png\n", ("a.png\n", "")),
+        ("", ("", "")),
+    ],
+)
+def test_annotations(value: str, parts: tuple[str, str]) -> None:
+    assert split_annotation(value) == parts
+
+
+@given(st.text(max_size=30))
+def test_an_annotation_is_split_off_without_loss(value: str) -> None:
+    name, annotation = split_annotation(value)
+    assert name + annotation == value
+    assert annotation in ("", " [input]")
+
+
+def test_outputs_go_below_the_jobs_folder() -> None:
+    graph = {
+        "1": node("SaveImage", filename_prefix="ComfyUI", images=["2", 0]),
+        "2": node("SaveVideo", filename_prefix="video/clip", text="ComfyUI"),
+        "3": node("SaveImage", filename_prefix=["4", 0]),
+        "4": node("PrimitiveString", value="from a link"),
+    }
+    before = copy.deepcopy(graph)
+    prefix_outputs(graph, "job")
+    before["1"]["inputs"]["filename_prefix"] = "job/ComfyUI"
+    before["2"]["inputs"]["filename_prefix"] = "job/video/clip"
+    assert graph == before
+
+
+# -------------------------------------------------------------------------------------------------- loops
+
+LINKS = st.dictionaries(
+    st.sampled_from("abcdefgh"), st.lists(st.sampled_from("abcdefghz"), max_size=3), min_size=1, max_size=8
+)
+
+
+def graph_of(links: dict[str, list[str]]) -> dict[str, Any]:
+    return {
+        node_id: {
+            "class_type": "A",
+            "inputs": {"text": "no link", **{f"in{slot}": [target, 0] for slot, target in enumerate(targets)}},
+        }
+        for node_id, targets in links.items()
+    }
+
+
+def has_loop(links: dict[str, list[str]]) -> bool:
+    """Take away nodes that depend on nothing (any more): what is left, if anything, is in or behind a loop."""
+    left = {node_id: set(targets) & set(links) for node_id, targets in links.items()}
+    while free := {node_id for node_id, targets in left.items() if not targets & set(left)}:
+        left = {node_id: targets for node_id, targets in left.items() if node_id not in free}
+    return bool(left)
+
+
+@given(LINKS)
+def test_a_loop_is_found_exactly_where_there_is_one(links: dict[str, list[str]]) -> None:
+    loop = find_loop(graph_of(links))
+    assert bool(loop) is has_loop(links)
+    assert len(set(loop)) == len(loop)
+    for this, after in zip(loop, [*loop[1:], *loop[:1]], strict=True):
+        assert after in links[this]
+
+
+def test_a_chain_longer_than_the_stack_has_no_loop() -> None:
+    links = {str(number): [str(number + 1)] for number in range(20_000)}
+    assert find_loop(graph_of(links)) == []
+    assert len(find_loop(graph_of({**links, "20000": ["0"]}))) == 20_001
