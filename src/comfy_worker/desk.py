@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from comfy_worker.errors import InvalidInput, WorkerError
 from comfy_worker.jobs import JobEvent, Kind, NodeStarted, Notice, Stage, StageStarted
+from comfy_worker.payload import workflow_of
 from comfy_worker.progress import Progress
 from comfy_worker.settings import Settings
 from comfy_worker.worker import Worker
@@ -74,9 +75,7 @@ class ProgressBar:
     """Shows a job's progress on standard error: a bar on a terminal, a line a node elsewhere."""
 
     def __init__(self, job: dict[str, Any]) -> None:
-        payload = job.get("input")
-        workflow = payload.get("workflow") if isinstance(payload, dict) else None
-        self._progress = Progress.of(workflow if isinstance(workflow, dict) else {})
+        self._progress = Progress.of(workflow_of(job))
         self._bar = tqdm(
             total=100,
             file=sys.stderr,
@@ -132,12 +131,20 @@ def write_files(output: dict[str, Any], folder: Path) -> dict[str, Any]:
 def _write_file(item: dict[str, Any], folder: Path) -> dict[str, Any]:
     if item["type"] != "base64":
         return item
-    path = _free_path(folder / item["subfolder"] / item["filename"])
+    path = _free_path(_inside(folder, item))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(base64.b64decode(item["data"]))
     data: str = item["data"]
     shortened = data if len(data) <= _SHOWN_BASE64 else f"{data[:_SHOWN_BASE64]}… ({len(data)} characters)"
     return {**item, "data": shortened, "saved_as": str(path)}
+
+
+def _inside(folder: Path, item: dict[str, Any]) -> Path:
+    """Return where an output is written; a node may report any name, and it does not leave `folder`."""
+    path = folder / str(item["subfolder"]) / str(item["filename"])
+    if path.resolve().is_relative_to(folder.resolve()):
+        return path
+    return folder / Path(str(item["filename"])).name
 
 
 def _free_path(path: Path) -> Path:

@@ -93,6 +93,12 @@ class Job:
     extra_data: Mapping[str, Any] = field(default_factory=dict, repr=False)
     warnings: tuple[str, ...] = ()
 
+    @property
+    def secrets(self) -> list[str]:
+        """Values that the job brought and nobody else may see."""
+        values = (value for name, value in self.extra_data.items() if "key" in name or "token" in name)
+        return [value for value in (self.comfy_org_api_key, *values) if isinstance(value, str)]
+
 
 # ------------------------------------------------------------------------------------------------ outputs
 

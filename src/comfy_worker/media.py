@@ -13,6 +13,7 @@ _MORE_TYPES = {
     ".webp": "image/webp",
     ".exr": "image/x-exr",
     ".mkv": "video/x-matroska",
+    ".3gp": "video/3gpp",
     ".webm": "video/webm",
     ".mp4": "video/mp4",
     ".mov": "video/quicktime",

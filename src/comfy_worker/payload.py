@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
 from pydantic.aliases import AliasChoices
 
-from comfy_worker.errors import InvalidInput, InvalidWorkflow
-from comfy_worker.jobs import Artifact, Delivery, DeliveryType, InputFile, Job, JobResult, Kind
+from comfy_worker.errors import InvalidInput, InvalidWorkflow, WorkerError
+from comfy_worker.jobs import Artifact, Delivery, DeliveryType, InputFile, Job, JobResult, Kind, Workflow
 from comfy_worker.workflow import check_workflow
 
 _DATA_URI = re.compile(r"data:[^,]*,", re.IGNORECASE)
@@ -34,6 +34,7 @@ _REFUSALS = {
     "float_type": "must be a number",
 }
 """pydantic's types of problem in the words of JSON; the others say what they mean."""
+_LONGEST_NAME = 1024
 _LONGEST_PART = 255
 """Bytes that a file system takes for one part of a path."""
 
@@ -104,10 +105,11 @@ def parse_job(job: Mapping[str, Any]) -> Job:
         parsed = _JobInput.model_validate({key: value for key, value in payload.items() if value is not None})
     except ValidationError as error:
         raise InvalidInput(_sentence(error)) from None
+    workflow = _parse_workflow(parsed.workflow)
     return Job(
         id=str(job.get("id") or "local_test"),
         prompt_id=str(uuid.uuid4()),
-        workflow=check_workflow(_parse_workflow(parsed.workflow)),
+        workflow=check_workflow(workflow),
         files=_decode_files([*parsed.images, *parsed.files]),
         delivery=_parse_delivery(parsed.delivery),
         timeout_s=parsed.timeout_s,
@@ -116,9 +118,24 @@ def parse_job(job: Mapping[str, Any]) -> Job:
         strict=parsed.strict,
         include_previews=parsed.include_previews,
         comfy_org_api_key=parsed.comfy_org_api_key,
-        extra_data=parsed.extra_data,
+        extra_data={**_wrapped_extra_data(workflow), **parsed.extra_data},
         warnings=tuple(_warnings(parsed)),
     )
+
+
+def workflow_of(job: Mapping[str, Any]) -> Workflow:
+    """Return the graph of a job that may yet turn out to be invalid; an empty one if none can be made out."""
+    try:
+        payload = _json_object(job.get("input"))
+        return check_workflow(_parse_workflow(payload.get("workflow") or {}))
+    except WorkerError:
+        return {}
+
+
+def _wrapped_extra_data(workflow: Any) -> Mapping[str, Any]:
+    """Return the `extra_data` of a whole `{"prompt": …}`, as ComfyUI's own API is sent."""
+    extra_data = workflow.get("extra_data") if isinstance(workflow, Mapping) and "prompt" in workflow else None
+    return extra_data if isinstance(extra_data, Mapping) else {}
 
 
 def _execution_timeout(policy: Any) -> float | None:
@@ -208,6 +225,8 @@ def check_name(name: str, what: str) -> str:
         raise InvalidInput(f"{refused}it is not valid Unicode") from None
     if too_long:
         raise InvalidInput(f"{what} {name[:40]!r}… is refused: a part of it is longer than {_LONGEST_PART} bytes")
+    if len(name.encode()) > _LONGEST_NAME:
+        raise InvalidInput(f"{what} {name[:40]!r}… is refused: it is longer than {_LONGEST_NAME} bytes")
     return name
 
 

@@ -24,7 +24,7 @@ class Progress:
     """Where a job stands.
 
     Attributes:
-        node_count: how many nodes the workflow has.
+        node_ids: the nodes of the workflow; those that a node expands into while it runs do not count.
         stage: which part of its way the job is on.
         ahead: prompts that ComfyUI runs before this one; None once it runs.
         node_id: the node at work, with `title`; "" for none.
@@ -32,7 +32,7 @@ class Progress:
         notice: the last sentence about what the job waits for.
     """
 
-    node_count: int
+    node_ids: frozenset[str]
     stage: Stage = Stage.STAGING
     ahead: int | None = None
     node_id: str = ""
@@ -41,19 +41,25 @@ class Progress:
     steps: float = 0.0
     notice: str = ""
     _done: set[str] = field(default_factory=set)
+    _percent: float = 0.0
 
     @classmethod
     def of(cls, workflow: Workflow) -> Progress:
         """Return the progress of a job that has not begun."""
-        return cls(node_count=len(workflow))
+        return cls(node_ids=frozenset(workflow))
 
     @property
     def percent(self) -> float:
-        """How much of the workflow has run, from 0 to 100: nodes done, and the part of the one at work."""
-        if self.stage is Stage.DELIVERING:
-            return 100.0
-        running = self.step / self.steps if self.steps else 0.0
-        return min(100.0, 100.0 * (len(self._done) + min(1.0, running)) / max(1, self.node_count))
+        """How much of the workflow has run, from 0 to 100; it never falls while the workflow runs.
+
+        Counted are nodes done, and the part of the one at work: ComfyUI knows no better.
+        """
+        return 100.0 if self.stage is Stage.DELIVERING else self._percent
+
+    def _count(self) -> float:
+        running = self.step / self.steps if self.steps and self.node_id in self.node_ids else 0.0
+        done = len(self._done & self.node_ids) + min(1.0, running)
+        return min(100.0, 100.0 * done / max(1, len(self.node_ids)))
 
     def apply(self, event: JobEvent) -> None:
         """Take in what happened."""
@@ -78,10 +84,12 @@ class Progress:
                 self._leave_node()
         elif isinstance(event, Notice):
             self.notice = event.text
+        self._percent = max(self._percent, self._count())
 
     def _start_again(self) -> None:
         """Forget what an attempt before this one had done."""
         self._done.clear()
+        self._percent = 0.0
         self.ahead = None
         self._leave_node()
 

@@ -58,12 +58,14 @@ class Worker:
         secrets: list[str | None] = list(self.settings.secrets())
         try:
             parsed = parse_job(job)
-            secrets.append(parsed.comfy_org_api_key)
+            secrets += parsed.secrets
             storage = self._storages.choose(parsed.delivery, None if result_limit is None else result_limit - _ENVELOPE)
             output = _within(result_as_output(run_job(parsed, self.client, storage, on_event, stop)), result_limit)
         except WorkerError as error:
             output = error.as_output(secrets)
             log.info("job %s failed: %s", job.get("id"), output["error"])
+        except KeyboardInterrupt:  # at a desk
+            raise
         # The last edge: whatever else is let out, SystemExit too, would end the worker or reach the client whole.
         except BaseException:
             log.exception("job %s met a bug", job.get("id"))

@@ -14,6 +14,9 @@ Graph: TypeAlias = dict[str, dict[str, Any]]
 
 _ANNOTATED = re.compile(r"^(?P<name>.*?)(?P<annotation> \[input\])?\Z", re.DOTALL)
 
+_DEFAULT_PREFIX = "ComfyUI"
+"""For a prefix that is empty; ComfyUI would name the files after the folder."""
+
 WEBSOCKET_OUTPUT_NODE = "SaveImageWebsocket"
 """ComfyUI's node whose pictures come as binary frames and are never files."""
 
@@ -129,10 +132,17 @@ def prefix_outputs(graph: Graph, folder: str) -> None:
 
     A job's files then lie in one folder, cannot collide with another's, and an identical workflow makes them anew
     instead of naming those of the run before, while everything above the save node stays cached.
+
+    Raises:
+        InvalidWorkflow: a prefix would lead out of that folder.
     """
     for node_id, name, value in list(string_inputs(graph)):
         if name == "filename_prefix":
-            graph[node_id]["inputs"][name] = f"{folder}/{value}"
+            if ".." in re.split(r"[/\\]", value):
+                raise InvalidWorkflow(
+                    f"Workflow validation failed: Node {node_id} (filename_prefix): {value!r} leads out of its folder"
+                )
+            graph[node_id]["inputs"][name] = f"{folder}/{value.strip('/') or _DEFAULT_PREFIX}"
 
 
 def find_loop(workflow: Workflow) -> list[str]:

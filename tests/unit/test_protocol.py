@@ -22,7 +22,6 @@ from comfy_worker.comfy.protocol import (
     outcome_from_history,
     place_in_queue,
 )
-from comfy_worker.errors import ComfyUnreachable
 from comfy_worker.jobs import (
     JobEvent,
     NodeFinished,
@@ -275,9 +274,20 @@ def _nodes(frames: list[str | bytes], prompt_id: str) -> list[str | None]:
     return [item["data"]["node"] for item in _messages(frames, prompt_id) if item.get("type") == "executing"]
 
 
-def test_a_message_that_is_not_json_is_not_comfyui() -> None:
-    with pytest.raises(ComfyUnreachable, match="not JSON"):
-        PromptProtocol("p", {}).receive("<html>")
+@pytest.mark.parametrize(
+    "frame",
+    [
+        "not json",
+        '{"type": "progress", "data": {"value": 1}}',
+        '{"type": "progress_state", "data": {"nodes": [1, 2]}}',
+        '{"type": "executed", "data": {}}',
+        '{"type": "execution_cached", "data": {"nodes": null}}',
+    ],
+)
+def test_a_message_that_is_not_as_comfyuis_are_tells_nothing(frame: str) -> None:
+    protocol = PromptProtocol("p", {"1": {"class_type": "EmptyImage", "inputs": {}}})
+    assert protocol.receive(frame) == []
+    assert protocol.heard is None
 
 
 # --------------------------------------------------------------------------------------------- by example

@@ -255,3 +255,19 @@ def test_a_chain_longer_than_the_stack_has_no_loop() -> None:
     links = {str(number): [str(number + 1)] for number in range(20_000)}
     assert find_loop(graph_of(links)) == []
     assert len(find_loop(graph_of({**links, "20000": ["0"]}))) == 20_001
+
+
+@pytest.mark.parametrize(
+    ("prefix", "expected"), [("", "job/ComfyUI"), ("/", "job/ComfyUI"), ("a/b", "job/a/b"), ("/a", "job/a")]
+)
+def test_a_prefix_stays_in_the_jobs_folder(prefix: str, expected: str) -> None:
+    graph = copy_graph({"9": {"class_type": "SaveImage", "inputs": {"filename_prefix": prefix}}})
+    prefix_outputs(graph, "job")
+    assert graph["9"]["inputs"]["filename_prefix"] == expected
+
+
+@pytest.mark.parametrize("prefix", ["../x", "a/../../x", "..\\x", ".."])
+def test_a_prefix_that_leaves_the_jobs_folder_is_refused(prefix: str) -> None:
+    graph = copy_graph({"9": {"class_type": "SaveImage", "inputs": {"filename_prefix": prefix}}})
+    with pytest.raises(InvalidWorkflow, match=r"Node 9 \(filename_prefix\): .* leads out of its folder"):
+        prefix_outputs(graph, "job")

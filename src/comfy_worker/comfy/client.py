@@ -21,7 +21,7 @@ from comfy_worker.comfy.process import ComfyProcess
 from comfy_worker.comfy.protocol import QueuePlace, place_in_queue
 from comfy_worker.comfy.socket import SocketPool
 from comfy_worker.comfy.validation import refusal
-from comfy_worker.errors import ComfyUnreachable, OutputMissing, UploadFailed
+from comfy_worker.errors import ComfyUnreachable, InvalidWorkflow, OutputMissing, UploadFailed
 from comfy_worker.jobs import OutputFile, Workflow
 from comfy_worker.settings import Settings
 from comfy_worker.stop import Stop
@@ -269,9 +269,13 @@ class ComfyClient:
         timeout = (_CONNECT_TIMEOUT_S, timeout_s or self._settings.comfyui_request_timeout_s)
         try:
             return self._session.request(method, f"{self.url}{path}", timeout=timeout, **arguments)
+        except requests.exceptions.InvalidJSONError:
+            raise InvalidWorkflow(
+                "Workflow validation failed: a number in it is not finite (NaN or Infinity), which JSON does not have"
+            ) from None
         except requests.RequestException as error:
             unreachable = ComfyUnreachable(
-                f"ComfyUI server ({self._settings.comfyui_address}) did not answer {method} {path.split('?')[0]}"
+                f"ComfyUI server ({self._settings.comfyui_address}) did not answer {method} {_endpoint(path)}"
             )
             cause = error.args[0] if error.args else None
             unreachable.never_sent = isinstance(getattr(cause, "reason", None), NewConnectionError)
@@ -291,8 +295,13 @@ def _open_session(connections: int) -> requests.Session:
 
 def _check(response: requests.Response) -> None:
     if not response.ok:
-        path = urlsplit(response.url).path
+        path = _endpoint(urlsplit(response.url).path)
         raise ComfyUnreachable(f"ComfyUI answered {response.status_code} to {response.request.method} {path}")
+
+
+def _endpoint(path: str) -> str:
+    """Return the part of a path that names the endpoint; what follows may be taken for a local path."""
+    return "/" + path.strip("/").partition("/")[0].partition("?")[0]
 
 
 def _json(response: requests.Response) -> Mapping[str, Any]:

@@ -10,12 +10,12 @@ The order at a prompt's end, as recorded from ComfyUI 0.3.64 and 0.8.0: `executi
 from __future__ import annotations
 
 import json
+import logging
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from comfy_worker.errors import ComfyUnreachable
 from comfy_worker.jobs import (
     JobEvent,
     NodeFinished,
@@ -28,6 +28,8 @@ from comfy_worker.jobs import (
     Workflow,
 )
 from comfy_worker.workflow import WEBSOCKET_OUTPUT_NODE, class_type, title
+
+log = logging.getLogger(__name__)
 
 FEATURE_FLAGS = json.dumps({"type": "feature_flags", "data": {"supports_preview_metadata": True}})
 """Said first on a websocket, it makes ComfyUI name node and prompt in each picture frame; older ones ignore it."""
@@ -118,13 +120,18 @@ class PromptProtocol:
             return list(self._receive_binary(frame))
         try:
             message = json.loads(frame)
-        except ValueError as error:
-            raise ComfyUnreachable("ComfyUI sent a websocket message that is not JSON") from error
+        except ValueError:
+            # Not ComfyUI's; the history does not need it.
+            return []
         data = message.get("data") if isinstance(message, dict) else None
         # A custom node may send messages of its own, with data of any kind.
         if not isinstance(data, dict) or data.get("prompt_id", self.prompt_id) != self.prompt_id:
             return []
-        return list(self._receive_message(str(message.get("type")), data))
+        try:
+            return list(self._receive_message(str(message.get("type")), data))
+        except (KeyError, TypeError, AttributeError) as error:
+            log.warning("a websocket message of type %s is not as ComfyUI's are: %r", message.get("type"), error)
+            return []
 
     # ------------------------------------------------------------------------------------------- messages
 

@@ -167,13 +167,14 @@ def _message(kind: str, error: Mapping[str, Any], extra: Mapping[str, Any], work
     if kind == "custom_validation_failed":
         return details.partition(" - ")[2] or "the node does not take this value"
     if kind in ("exception_during_inner_validation", "exception_during_validation"):
-        return _exception_message(extra, details)
+        return _exception_message(extra, details, workflow)
     return f"{error.get('message', kind)}: {details}" if details else str(error.get("message", kind))
 
 
-def _exception_message(extra: Mapping[str, Any], details: str) -> str:
-    if extra.get("exception_type") == "KeyError":
-        return f"it is linked to node {details.strip(chr(39))}, which the workflow does not have"
+def _exception_message(extra: Mapping[str, Any], details: str, workflow: Workflow) -> str:
+    missing = details.strip("'")
+    if extra.get("exception_type") == "KeyError" and missing not in workflow:
+        return f"it is linked to node {missing}, which the workflow does not have"
     return f"ComfyUI could not check it: {extra.get('exception_type', 'error')}: {details}"
 
 
@@ -215,15 +216,22 @@ def _whole_problem(error: Mapping[str, Any], workflow: Workflow, class_names: Cl
     if kind == "prompt_no_outputs":
         return Problem(kind, "the workflow has no output node, such as SaveImage")
     if loop := find_loop(workflow):
-        return Problem(kind, f"nodes {', '.join(loop)} feed each other in a circle", node_id=loop[0])
+        return Problem(kind, _loop_message(loop), node_id=loop[0])
     return Problem(kind, f"{message} {details}".strip(), node_id=node_id, class_type=node_class)
+
+
+def _loop_message(loop: Sequence[str]) -> str:
+    return f"nodes {', '.join(loop)} feed each other in a circle" if len(loop) > 1 else "it feeds itself"
 
 
 def nearest(given: str, values: Iterable[str]) -> str | None:
     """Return the value most like what was given; case, folders and the endings of model files do not count."""
-    by_key = {_key(value): value for value in values}
+    by_key: dict[str, list[str]] = {}
+    for value in values:
+        by_key.setdefault(_key(value), []).append(value)
     found = get_close_matches(_key(given), by_key, n=1, cutoff=0.65)
-    return by_key[found[0]] if found else None
+    # Of several with the same name, the one in the folder that was meant.
+    return get_close_matches(given, by_key[found[0]], n=1, cutoff=0.0)[0] if found else None
 
 
 def _key(value: str) -> str:

@@ -16,6 +16,7 @@ from comfy_worker.comfy.protocol import (
     Outcome,
     PromptProtocol,
     QueuePlace,
+    Succeeded,
     outcome_from_history,
 )
 from comfy_worker.comfy.socket import EventSocket
@@ -169,8 +170,9 @@ class Watch:
         if now - self._missing_since < _HISTORY_GRACE_S:
             self._ask_at = now + _HURRIED_INTERVAL_S
             return None
-        if self.protocol.heard is not None:
+        if self.protocol.heard is not None and not isinstance(self.protocol.heard, Succeeded):
             return self.protocol.heard
+        # A success of which some frames were missed, and which the history does not have: its outputs are not known.
         return Lost(had_started=True) if self._had_started() else Deleted()
 
     def _without_answer(self, error: ComfyUnreachable) -> Outcome | None:

@@ -13,6 +13,7 @@ from functools import cache, partial
 from typing import Any
 
 from comfy_worker.jobs import JobEvent, OnEvent, ignore_events
+from comfy_worker.payload import workflow_of
 from comfy_worker.progress import Progress
 from comfy_worker.serverless.progress import ProgressSender, Session
 from comfy_worker.settings import load_settings
@@ -94,9 +95,7 @@ def _tell(listeners: list[OnEvent], event: JobEvent) -> None:
 
 
 def _post_progress(job: Mapping[str, Any], sender: ProgressSender) -> OnEvent:
-    payload = job.get("input")
-    workflow = payload.get("workflow") if isinstance(payload, Mapping) else None
-    progress = Progress.of(workflow if isinstance(workflow, Mapping) else {})
+    progress = Progress.of(workflow_of(job))
     loop = asyncio.get_running_loop()
 
     def post(event: JobEvent) -> None:

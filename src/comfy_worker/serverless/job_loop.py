@@ -18,12 +18,11 @@ from typing import Any
 from runpod.http_client import AsyncClientSession, TooManyRequests
 from runpod.serverless.modules import rp_fitness, rp_scale
 
-from comfy_worker.errors import WorkerError
 from comfy_worker.jobs import JobEvent, OnEvent, StageStarted
+from comfy_worker.payload import workflow_of
 from comfy_worker.prefetch import Prefetch, signature
 from comfy_worker.serverless.handler import job_events, platform_session, shared_worker, wants_refresh
 from comfy_worker.serverless.progress import Session
-from comfy_worker.workflow import check_workflow
 
 log = logging.getLogger(__name__)
 
@@ -157,7 +156,7 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
 
     def _begin(self, session: Session, job: dict[str, Any]) -> None:
         self.job_progress.add(job)
-        self._prefetch.took(job["id"], _signature(job), time.monotonic())
+        self._prefetch.took(job["id"], signature(workflow_of(job)), time.monotonic())
         self.jobs_tasks[job["id"]] = asyncio.create_task(self._run(session, job))
 
     async def _run(self, session: Session, job: dict[str, Any]) -> None:
@@ -207,11 +206,3 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
                 self.kill_worker()
                 return
             await asyncio.sleep(_HEALTH_INTERVAL_S)
-
-
-def _signature(job: dict[str, Any]) -> str:
-    """Return the signature of a job's workflow; "" for one that has none, which will fail soon enough."""
-    try:
-        return signature(check_workflow(job["input"]["workflow"]))
-    except (WorkerError, TypeError, KeyError):
-        return ""
