@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comfy_worker.comfy.validation import Choices, nearest, refusal, skipped_outputs
+from comfy_worker.comfy.missing import model_folder, package_of
+from comfy_worker.comfy.validation import ObjectInfo, nearest, refusal, skipped_outputs
 from comfy_worker.errors import InvalidWorkflow
 from tests.support.recordings import VERSIONS, recording
 
@@ -22,7 +22,8 @@ REFUSALS = {
     2: "the workflow has no output node, such as SaveImage",
     3: "the workflow has no output node, such as SaveImage",
     4: (
-        "Node 30 (ckpt_name): 'flux1-dev-fp8.safetensors' not in available models (CheckpointLoaderSimple has none); "
+        "Node 30 (ckpt_name): 'flux1-dev-fp8.safetensors' not in available models (CheckpointLoaderSimple has none; "
+        "they lie in models/checkpoints); "
         "Node 8 (samples): takes LATENT, but output 0 of node 30 (CheckpointLoaderSimple) is MODEL"
     ),
     5: "Node 1 (width): 'wide' is not of type INT",
@@ -41,17 +42,16 @@ REFUSALS = {
 """By the number of the request in the recording. Workflows that the worker itself refuses earlier are not here."""
 
 
-def nothing_known(_class_type: str, _input_name: str) -> None:
-    return None
+def nothing_known() -> dict[str, Any]:
+    return {}
 
 
-def refuse(
-    body: dict[str, Any],
-    workflow: dict[str, Any],
-    choices: Choices = nothing_known,
-    class_names: Sequence[str] = CLASS_NAMES,
-) -> InvalidWorkflow:
-    return refusal(body, workflow, choices, lambda: class_names)
+def classes_known() -> dict[str, Any]:
+    return {name: {"input": {}} for name in CLASS_NAMES}
+
+
+def refuse(body: dict[str, Any], workflow: dict[str, Any], object_info: ObjectInfo = classes_known) -> InvalidWorkflow:
+    return refusal(body, workflow, object_info)
 
 
 def not_in_list(config: Any, given_value: object = "sdxl_bse_1.0.safetensors") -> dict[str, Any]:
@@ -80,7 +80,7 @@ def test_every_recorded_refusal_is_a_sentence(version: str, number: int) -> None
     assert exchange["status"] == 400
     error = refuse(exchange["response"], exchange["request"]["json"]["prompt"])
     assert error.message == PREFIX + REFUSALS[number]
-    assert len(error.details["problems"]) == error.message.count("; ") + 1
+    assert len(error.details["problems"]) == error.message.count("; Node ") + 1
     json.dumps(error.as_output())
 
 
@@ -148,8 +148,10 @@ def test_both_forms_of_a_combo_tell_what_is_there_and_what_is_near(config: list[
     error = refuse(not_in_list(config), checkpoint())
     assert error.message == (
         f"{PREFIX}Node 30 (ckpt_name): 'sdxl_bse_1.0.safetensors' not in available models (CheckpointLoaderSimple has "
-        "'sd15.ckpt', 'sdxl_base_1.0.safetensors', 'flux1-dev.safetensors'); did you mean 'sdxl_base_1.0.safetensors'?"
+        "'sd15.ckpt', 'sdxl_base_1.0.safetensors', 'flux1-dev.safetensors'; they lie in models/checkpoints); "
+        "did you mean 'sdxl_base_1.0.safetensors'?"
     )
+    assert error.code == "missing_models"
     [problem] = error.details["problems"]
     assert problem["nearest"] == "sdxl_base_1.0.safetensors"
     assert (list(problem["choices"]), problem["choice_count"]) == (MODELS, 3)
@@ -157,17 +159,12 @@ def test_both_forms_of_a_combo_tell_what_is_there_and_what_is_near(config: list[
 
 def test_a_list_that_comfyui_left_out_is_asked_for() -> None:
     """Above 20 values ComfyUI says "(list of length N)" and gives no config."""
-    asked = []
-
-    def choices(class_type: str, input_name: str) -> list[str]:
-        asked.append((class_type, input_name))
-        return [f"other_{number:02}.safetensors" for number in range(24)] + ["sdxl_base_1.0.safetensors"]
-
-    error = refuse(not_in_list(None), checkpoint(), choices)
-    assert asked == [("CheckpointLoaderSimple", "ckpt_name")]
-    assert "'other_09.safetensors', …)" in error.message
+    names = [f"other_{number:02}.safetensors" for number in range(24)] + ["sdxl_base_1.0.safetensors"]
+    loader = {"input": {"required": {"ckpt_name": [names]}}}
+    error = refuse(not_in_list(None), checkpoint(), lambda: {"CheckpointLoaderSimple": loader})
+    assert "'other_09.safetensors', …;" in error.message
     assert "'other_10.safetensors'" not in error.message
-    assert error.message.endswith("; did you mean 'sdxl_base_1.0.safetensors'?")
+    assert "; did you mean 'sdxl_base_1.0.safetensors'?" in error.message
     [problem] = error.details["problems"]
     assert (len(problem["choices"]), problem["choice_count"]) == (10, 25)
 
@@ -228,6 +225,62 @@ def test_a_missing_class_with_a_near_match(kind: str) -> None:
     refused = refuse({"error": error, "node_errors": {}}, workflow)
     assert refused.message == f"{PREFIX}Node 9: node class 'SaveImages' does not exist here; did you mean 'SaveImage'?"
     assert refused.details["problems"][0]["title"] == "Poster"
+    assert refused.code == "missing_nodes"
+
+
+def test_everything_that_is_missing_is_named_in_one_answer() -> None:
+    """ComfyUI itself stops at the first class that it does not have."""
+    error = {"type": "invalid_prompt", "message": "Cannot execute because node X does not exist.", "details": ""}
+    workflow = {
+        "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "no.safetensors"}},
+        "2": {"class_type": "VHS_VideoCombine", "inputs": {"images": ["3", 0]}},
+        "3": {"class_type": "KSamplr", "inputs": {"model": ["1", 0]}},
+        "4": {"class_type": "PrimitiveNode", "inputs": {}},
+        "5": {"class_type": "LoraLoader", "inputs": {"lora_name": "style.safetensors", "model": ["1", 0]}},
+    }
+    known = {
+        "CheckpointLoaderSimple": {"input": {"required": {"ckpt_name": [["yes.safetensors"]]}}},
+        "LoraLoader": {"input": {"required": {"lora_name": ["COMBO", {"options": []}]}}},
+        "KSampler": {"input": {}},
+    }
+    refused = refuse({"error": error, "node_errors": {}}, workflow, lambda: known)
+    assert refused.code == "missing_nodes"
+    assert refused.message.removeprefix(PREFIX).split("; Node ") == [
+        "Node 2: node class 'VHS_VideoCombine' does not exist here (it comes with the custom nodes "
+        "ComfyUI-VideoHelperSuite)",
+        "3: node class 'KSamplr' does not exist here; did you mean 'KSampler'?",
+        "4: 'PrimitiveNode' exists on ComfyUI's canvas only: use Workflow > Export (API)",
+        "1 (ckpt_name): 'no.safetensors' not in available models (CheckpointLoaderSimple has 'yes.safetensors'; they "
+        "lie in models/checkpoints)",
+        "5 (lora_name): 'style.safetensors' not in available models (LoraLoader has none; they lie in models/loras)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("class_type", "input_name", "folder"),
+    [
+        ("DualCLIPLoader", "clip_name2", "text_encoders"),
+        ("CLIPVisionLoader", "clip_name", "clip_vision"),
+        ("UpscaleModelLoader", "model_name", "upscale_models"),
+        ("LoraLoaderModelOnly", "lora_name", "loras"),
+        ("SomeNode", "thing", None),
+    ],
+)
+def test_the_folder_of_a_model(class_type: str, input_name: str, folder: str | None) -> None:
+    assert model_folder(class_type, input_name) == folder
+
+
+@pytest.mark.parametrize(
+    ("class_type", "package"),
+    [
+        ("UnetLoaderGGUF", "ComfyUI-GGUF"),
+        ("Power Lora Loader (rgthree)", "rgthree-comfy"),
+        ("ImageResize+", "ComfyUI_essentials"),
+        ("KSampler", None),
+    ],
+)
+def test_the_package_of_a_node(class_type: str, package: str | None) -> None:
+    assert package_of(class_type) == package
 
 
 def circle(*node_ids: str) -> dict[str, Any]:

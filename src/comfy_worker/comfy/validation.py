@@ -12,17 +12,25 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from comfy_worker.errors import InvalidWorkflow
+from comfy_worker.comfy.missing import (
+    MODEL_FILE,
+    combo_values,
+    is_canvas_only,
+    missing_classes,
+    missing_models,
+    model_folder,
+    package_of,
+)
+from comfy_worker.errors import InvalidWorkflow, MissingModels, MissingNodes
 from comfy_worker.jobs import Workflow
 from comfy_worker.workflow import class_type, find_loop, title
 
-_MODEL_FILE = re.compile(r"\.(safetensors|sft|ckpt|pt|pt2|pth|bin|pkl|gguf|onnx)$", re.IGNORECASE)
 _SHOWN_CHOICES = 10
+_MISSING_NODE = "missing_node_type"
+_NOT_IN_LIST = "value_not_in_list"
 
-Choices = Callable[[str, str], Sequence[str] | None]
-"""Tells of `(class_type, input_name)` which values ComfyUI takes there, where its refusal left them out."""
-ClassNames = Callable[[], Sequence[str]]
-"""Tells every node class that ComfyUI has."""
+ObjectInfo = Callable[[], Mapping[str, Any]]
+"""Tells what `/object_info` says of all node classes; asked only where a refusal leaves something open."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,7 @@ class Problem:
         given: the value that was sent.
         choices: what could stand there; at most ten, `choice_count` says how many there are.
         nearest: the choice most like what was given.
+        belongs_to: the folder below ComfyUI's `models/`, or the package of custom nodes, where such things are.
     """
 
     type: str
@@ -47,21 +56,35 @@ class Problem:
     choices: tuple[str, ...] = ()
     choice_count: int = 0
     nearest: str | None = None
+    belongs_to: str | None = None
+
+    @property
+    def is_missing_node(self) -> bool:
+        """Whether a node class is not there."""
+        return self.type == _MISSING_NODE
+
+    @property
+    def is_missing_model(self) -> bool:
+        """Whether a model file is not there."""
+        return self.type == _NOT_IN_LIST and bool(MODEL_FILE.search(str(self.given)))
 
     def __str__(self) -> str:
         """Return the whole sentence, in the form "Node 30 (ckpt_name): …"."""
-        sentence = self.message
-        if self.type == "value_not_in_list" and not self.choices:
-            sentence += f" ({self.class_type} has none)"
-        if self.choices:
-            more = ", …" if self.choice_count > len(self.choices) else ""
-            sentence += f" ({self.class_type} has {', '.join(map(repr, self.choices))}{more})"
+        known = [part for part in (self._known(), self.belongs_to) if part]
+        sentence = f"{self.message} ({'; '.join(known)})" if known else self.message
         if self.nearest:
             sentence += f"; did you mean {self.nearest!r}?"
         if not self.node_id:
             return sentence
         where = f"Node {self.node_id} ({self.input_name})" if self.input_name else f"Node {self.node_id}"
         return f"{where}: {sentence}"
+
+    def _known(self) -> str:
+        """Return what ComfyUI takes in place of a value that it does not."""
+        if self.type != _NOT_IN_LIST:
+            return ""
+        more = ", …" if self.choice_count > len(self.choices) else ""
+        return f"{self.class_type} has {', '.join(map(repr, self.choices)) or 'none'}{more}"
 
     def as_details(self) -> dict[str, Any]:
         """Return the problem for a program; what does not apply is left out."""
@@ -70,15 +93,26 @@ class Problem:
         return details if self.given is None else {**details, "given": self.given}
 
 
-def refusal(body: Mapping[str, Any], workflow: Workflow, choices: Choices, class_names: ClassNames) -> InvalidWorkflow:
-    """Return the error for an answer 400 of `/prompt`: every problem in one sentence, and each in `details`."""
-    problems = list(node_problems(body.get("node_errors") or {}, workflow, choices))
-    problems = problems or [_whole_problem(body.get("error") or {}, workflow, class_names)]
-    return InvalidWorkflow(
+def refusal(body: Mapping[str, Any], workflow: Workflow, object_info: ObjectInfo) -> InvalidWorkflow:
+    """Return the error for an answer 400 of `/prompt`: every problem in one sentence, and each in `details`.
+
+    ComfyUI stops at the first class that it does not have; what else is missing is looked up.
+    """
+    problems = list(node_problems(body.get("node_errors") or {}, workflow, object_info))
+    if not problems and _names_missing_class(body.get("error") or {}):
+        problems = list(_all_that_is_missing(workflow, object_info()))
+    problems = problems or [_whole_problem(body.get("error") or {}, workflow)]
+    return _error_class(problems)(
         f"Workflow validation failed: {'; '.join(str(problem) for problem in problems)}",
         details={"problems": [problem.as_details() for problem in problems]},
         hint=_hint(problems),
     )
+
+
+def _error_class(problems: Sequence[Problem]) -> type[InvalidWorkflow]:
+    if any(problem.is_missing_node for problem in problems):
+        return MissingNodes
+    return MissingModels if any(problem.is_missing_model for problem in problems) else InvalidWorkflow
 
 
 def _hint(problems: Sequence[Problem]) -> str | None:
@@ -87,23 +121,23 @@ def _hint(problems: Sequence[Problem]) -> str | None:
     return None
 
 
-def skipped_outputs(node_errors: Mapping[str, Any], workflow: Workflow, choices: Choices) -> list[str]:
+def skipped_outputs(node_errors: Mapping[str, Any], workflow: Workflow, object_info: ObjectInfo) -> list[str]:
     """Return a warning for each problem of an answer 200 with `node_errors`: ComfyUI skips what depends on it."""
     warnings = []
     for node_id, node in node_errors.items():
         outputs = [str(output) for output in node.get("dependent_outputs") or [node_id]]
         skipped = ", ".join(f"{output} ({title(workflow, output)})" for output in outputs)
-        for problem in node_problems({node_id: node}, workflow, choices):
+        for problem in node_problems({node_id: node}, workflow, object_info):
             warnings.append(f"{problem}; ComfyUI skipped output node {skipped}")
     return warnings
 
 
-def node_problems(node_errors: Mapping[str, Any], workflow: Workflow, choices: Choices) -> Iterator[Problem]:
+def node_problems(node_errors: Mapping[str, Any], workflow: Workflow, object_info: ObjectInfo) -> Iterator[Problem]:
     """Yield every problem that ComfyUI found, in the order of the workflow; ComfyUI's own order is chance."""
     order = {node_id: place for place, node_id in enumerate(workflow)}
     for node_id, node in sorted(node_errors.items(), key=lambda item: order.get(str(item[0]), len(order))):
         problems = [
-            _node_problem(str(node_id), str(node.get("class_type", "")), error, workflow, choices)
+            _node_problem(str(node_id), str(node.get("class_type", "")), error, workflow, object_info)
             for error in node.get("errors") or []
         ]
         inputs = list(workflow.get(str(node_id), {}).get("inputs", {}))
@@ -114,15 +148,16 @@ def node_problems(node_errors: Mapping[str, Any], workflow: Workflow, choices: C
 
 
 def _node_problem(
-    node_id: str, node_class: str, error: Mapping[str, Any], workflow: Workflow, choices: Choices
+    node_id: str, node_class: str, error: Mapping[str, Any], workflow: Workflow, object_info: ObjectInfo
 ) -> Problem:
     extra = error.get("extra_info") or {}
     kind = str(error.get("type", ""))
     input_name = str(extra.get("input_name") or _input_in_details(kind, error))
-    given = extra.get("received_value")
-    values: Sequence[str] = ()
-    if kind == "value_not_in_list":
-        values = _listed(extra.get("input_config")) or choices(node_class, input_name) or ()
+    if kind == _NOT_IN_LIST:
+        values = combo_values(extra.get("input_config"))
+        if values is None:  # ComfyUI leaves long lists out
+            values = _choices(object_info(), node_class, input_name)
+        return _not_in_list(node_id, input_name, extra.get("received_value"), values, workflow)
     if kind.startswith("exception_during"):
         # ComfyUI blames the input through which it came here; the missing node is what matters.
         input_name = ""
@@ -133,11 +168,32 @@ def _node_problem(
         class_type=node_class,
         title=title(workflow, node_id),
         input_name=input_name,
+        given=extra.get("received_value"),
+    )
+
+
+def _not_in_list(node_id: str, input_name: str, given: Any, values: Sequence[str], workflow: Workflow) -> Problem:
+    node_class = class_type(workflow, node_id)
+    is_model = bool(MODEL_FILE.search(str(given)))
+    folder = model_folder(node_class, input_name) if is_model else None
+    return Problem(
+        type=_NOT_IN_LIST,
+        message=f"{given!r} not in available {'models' if is_model else 'values'}",
+        node_id=node_id,
+        class_type=node_class,
+        title=title(workflow, node_id),
+        input_name=input_name,
         given=given,
         choices=tuple(values[:_SHOWN_CHOICES]),
         choice_count=len(values),
         nearest=nearest(str(given), values),
+        belongs_to=f"they lie in models/{folder}" if folder else None,
     )
+
+
+def _choices(object_info: Mapping[str, Any], node_class: str, input_name: str) -> list[str]:
+    inputs = object_info.get(node_class, {}).get("input", {})
+    return combo_values({**inputs.get("optional", {}), **inputs.get("required", {})}.get(input_name)) or []
 
 
 def _input_in_details(kind: str, error: Mapping[str, Any]) -> str:
@@ -148,9 +204,6 @@ def _message(kind: str, error: Mapping[str, Any], extra: Mapping[str, Any], work
     given = extra.get("received_value")
     config = extra.get("input_config")
     details = str(error.get("details", ""))
-    if kind == "value_not_in_list":
-        place = "models" if _MODEL_FILE.search(str(given)) else "values"
-        return f"{given!r} not in available {place}"
     if kind == "required_input_missing":
         return "required input is missing"
     if kind in ("value_smaller_than_min", "value_bigger_than_max"):
@@ -178,14 +231,6 @@ def _exception_message(extra: Mapping[str, Any], details: str, workflow: Workflo
     return f"ComfyUI could not check it: {extra.get('exception_type', 'error')}: {details}"
 
 
-def _listed(config: Any) -> list[str]:
-    """Return the values of a combo in either of its two forms: `[[…], {…}]` and `["COMBO", {"options": […]}]`."""
-    if not isinstance(config, Sequence) or not config:
-        return []
-    values = config[0] if isinstance(config[0], list) else _option(config, "options")
-    return [str(value) for value in values] if isinstance(values, list) else []
-
-
 def _option(config: Any, name: str) -> Any:
     return config[1].get(name) if isinstance(config, Sequence) and len(config) > 1 else None
 
@@ -197,22 +242,39 @@ def _type_name(config: Any) -> str:
 # ----------------------------------------------------------------------------------------- whole workflow
 
 
-def _whole_problem(error: Mapping[str, Any], workflow: Workflow, class_names: ClassNames) -> Problem:
+def _names_missing_class(error: Mapping[str, Any]) -> bool:
+    # Newer ComfyUIs have a type for it, older ones only a message.
+    return error.get("type") == _MISSING_NODE or "does not exist" in str(error.get("message", ""))
+
+
+def _all_that_is_missing(workflow: Workflow, object_info: Mapping[str, Any]) -> Iterator[Problem]:
+    """Yield every class and every model file that the workflow needs and ComfyUI does not have."""
+    for node_id in missing_classes(workflow, object_info):
+        node_class = class_type(workflow, node_id)
+        package = package_of(node_class)
+        message = f"node class {node_class!r} does not exist here"
+        if is_canvas_only(node_class):
+            message = f"{node_class!r} exists on ComfyUI's canvas only: use Workflow > Export (API)"
+        yield Problem(
+            type=_MISSING_NODE,
+            message=message,
+            node_id=node_id,
+            class_type=node_class,
+            title=title(workflow, node_id),
+            given=node_class,
+            nearest=nearest(node_class, object_info),
+            belongs_to=f"it comes with the custom nodes {package}" if package else None,
+        )
+    for node_id, input_name, given, choices in missing_models(workflow, object_info):
+        yield _not_in_list(node_id, input_name, given, choices, workflow)
+
+
+def _whole_problem(error: Mapping[str, Any], workflow: Workflow) -> Problem:
     """Return the problem of a refusal that names no node's input."""
     kind, message, details = (str(error.get(key, "")) for key in ("type", "message", "details"))
     node = re.search(r"Node ID '#([^']*)'", details)
     node_id = node[1] if node else ""
     node_class = class_type(workflow, node_id)
-    if (node_class and "does not exist" in message) or kind == "missing_node_type":
-        return Problem(
-            type=kind,
-            message=f"node class {node_class!r} does not exist here",
-            node_id=node_id,
-            class_type=node_class,
-            title=title(workflow, node_id),
-            given=node_class,
-            nearest=nearest(node_class, class_names()),
-        )
     if kind == "prompt_no_outputs":
         return Problem(kind, "the workflow has no output node, such as SaveImage")
     if loop := find_loop(workflow):
@@ -235,4 +297,4 @@ def nearest(given: str, values: Iterable[str]) -> str | None:
 
 
 def _key(value: str) -> str:
-    return _MODEL_FILE.sub("", re.split(r"[/\\]", value)[-1]).lower()
+    return MODEL_FILE.sub("", re.split(r"[/\\]", value)[-1]).lower()

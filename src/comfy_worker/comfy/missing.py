@@ -1,0 +1,114 @@
+"""What a workflow needs that ComfyUI does not have, and where it belongs: no I/O."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from comfy_worker.jobs import Workflow
+
+MODEL_FILE = re.compile(r"\.(safetensors|sft|ckpt|pt|pt2|pth|bin|pkl|gguf|onnx)$", re.IGNORECASE)
+
+_FOLDERS = {
+    ("CLIPVisionLoader", "clip_name"): "clip_vision",
+    ("UpscaleModelLoader", "model_name"): "upscale_models",
+    ("LatentUpscaleModelLoader", "model_name"): "latent_upscale_models",
+    ("PhotoMakerLoader", "photomaker_model_name"): "photomaker",
+    ("ModelPatchLoader", "name"): "model_patches",
+}
+_FOLDERS_BY_INPUT = {
+    "ckpt_name": "checkpoints",
+    "unet_name": "diffusion_models",
+    "clip_name": "text_encoders",
+    "vae_name": "vae",
+    "lora_name": "loras",
+    "control_net_name": "controlnet",
+    "style_model_name": "style_models",
+    "gligen_name": "gligen",
+    "hypernetwork_name": "hypernetworks",
+    "audio_encoder_name": "audio_encoders",
+}
+"""The folders of ComfyUI's own loaders below `models/`."""
+
+_PACKAGES: tuple[tuple[str, str], ...] = (
+    (r"VHS_", "ComfyUI-VideoHelperSuite"),
+    (r"ADE_|AnimateDiff", "ComfyUI-AnimateDiff-Evolved"),
+    (r"ACN_", "ComfyUI-Advanced-ControlNet"),
+    (r".*Preprocessor$|AIO_Preprocessor|DWPose", "comfyui_controlnet_aux"),
+    (r"IPAdapter", "ComfyUI_IPAdapter_plus"),
+    (r"(Apply)?InstantID", "ComfyUI_InstantID"),
+    (r"FaceDetailer|DetailerForEach|SAMLoader|SEGS|ImpactW|Impact", "ComfyUI-Impact-Pack"),
+    (r"Ultralytics", "ComfyUI-Impact-Subpack"),
+    (r".*//\s*Inspire$", "ComfyUI-Inspire-Pack"),
+    (r"UltimateSDUpscale", "ComfyUI_UltimateSDUpscale"),
+    (r".*\((?:Efficient|Eff\.).*\)|Efficient Loader|Eff\. Loader", "efficiency-nodes-comfyui"),
+    (r".*\(rgthree\)$", "rgthree-comfy"),
+    (r".*\|pysssss$", "ComfyUI-Custom-Scripts"),
+    (r"easy ", "ComfyUI-Easy-Use"),
+    (r"CR ", "ComfyUI_Comfyroll_CustomNodes"),
+    (r"ttN ", "ComfyUI_tinyterraNodes"),
+    (r"Layer(Utility|Mask|Color|Filter|Style): ", "ComfyUI_LayerStyle"),
+    (r".*\(mtb\)$", "comfy-mtb"),
+    (r".*\[Crystools\]$", "ComfyUI-Crystools"),
+    (r".*GGUF", "ComfyUI-GGUF"),
+    (r".*KJ$|INTConstant|FloatConstant|ColorMatch", "ComfyUI-KJNodes"),
+    (r"ReActor", "ComfyUI-ReActor"),
+    (r"WanVideo", "ComfyUI-WanVideoWrapper"),
+    (r"HyVideo", "ComfyUI-HunyuanVideoWrapper"),
+    (r"CogVideo", "ComfyUI-CogVideoXWrapper"),
+    (r".*Florence2", "ComfyUI-Florence2"),
+    (r"SUPIR", "ComfyUI-SUPIR"),
+    (r"GroundingDino", "comfyui_segment_anything"),
+    (r"BiRefNet|RMBG", "ComfyUI-RMBG"),
+    (r"Pulid", "ComfyUI-PuLID-Flux"),
+    (r".*\+$", "ComfyUI_essentials"),
+)
+"""Well-known packages of custom nodes, by how their classes are called."""
+
+_CANVAS_ONLY = frozenset(
+    {"Note", "MarkdownNote", "Reroute", "PrimitiveNode", "GetNode", "SetNode", "Anything Everywhere"}
+)
+
+
+def model_folder(class_type: str, input_name: str) -> str | None:
+    """Return the folder below ComfyUI's `models/` from which an input takes its files, None if it is not known."""
+    known = _FOLDERS.get((class_type, input_name))
+    return known or _FOLDERS_BY_INPUT.get(re.sub(r"_?\d+$", "", input_name))
+
+
+def package_of(class_type: str) -> str | None:
+    """Return the package of custom nodes that a class is likely to come from, None if it is not known."""
+    return next((package for pattern, package in _PACKAGES if re.match(pattern, class_type)), None)
+
+
+def is_canvas_only(class_type: str) -> bool:
+    """Return whether a node exists on ComfyUI's canvas only and is resolved when a workflow is exported for the API."""
+    return class_type in _CANVAS_ONLY
+
+
+def missing_classes(workflow: Workflow, object_info: Mapping[str, Any]) -> list[str]:
+    """Return the ids of all nodes whose class ComfyUI does not have; ComfyUI itself names the first one only."""
+    return [node_id for node_id, node in workflow.items() if node.get("class_type") not in object_info]
+
+
+def missing_models(workflow: Workflow, object_info: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Sequence[str]]]:
+    """Yield `(node_id, input_name, value, choices)` for every model file that is named and not there."""
+    for node_id, node in workflow.items():
+        inputs = object_info.get(str(node.get("class_type")), {}).get("input", {})
+        for name, value in node.get("inputs", {}).items():
+            choices = combo_values({**inputs.get("optional", {}), **inputs.get("required", {})}.get(name))
+            if isinstance(value, str) and MODEL_FILE.search(value) and choices is not None and value not in choices:
+                yield node_id, name, value, choices
+
+
+def combo_values(config: Any) -> list[str] | None:
+    """Return what a combo offers, in either of its forms: `[[…], {…}]` and `["COMBO", {"options": […]}]`.
+
+    None for an input that is no combo.
+    """
+    if not isinstance(config, Sequence) or isinstance(config, str) or not config:
+        return None
+    options = config[1] if len(config) > 1 and isinstance(config[1], Mapping) else {}
+    values = config[0] if isinstance(config[0], list) else options.get("options")
+    return [str(value) for value in values] if isinstance(values, list) else None
