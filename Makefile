@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 help:
 	@echo "make demo    run test_input.json on the embedded emulator; the picture lands in output/"
 	@echo "make test    lint, type check and run all tests"
-	@echo "make lint    ruff, mypy, shellcheck"
+	@echo "make lint    ruff, mypy, shellcheck, hadolint"
 	@echo "make bench   measure the worker beside a bare client"
 	@echo "make setup   only install (into $(VENV))"
 
@@ -42,6 +42,7 @@ lint: $(VENV)/.dev-ready
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/shellcheck start.sh .ci/run
+	@$(BIN)/hadolint Dockerfile
 
 test: lint
 	@$(BIN)/python -m pytest -n 2 --dist loadfile

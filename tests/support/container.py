@@ -67,7 +67,7 @@ signal.pause()
 # Tells what it was given and ends with code HANDLER_EXIT.
 HANDLER = """
 import json, os, sys
-names = ("COMFYUI_URL", "COMFYUI_PID_FILE", "COMFYUI_LOG_FILE", "LD_PRELOAD")
+names = ("COMFYUI_URL", "COMFYUI_PID_FILE", "COMFYUI_LOG_FILE", "COMFYUI_BASE_DIRECTORY", "LD_PRELOAD")
 about = {"args": sys.argv[1:], "cwd": os.getcwd(), "env": {name: os.environ.get(name) for name in names}}
 os.write(1, f"handler {json.dumps(about)}\\n".encode())
 sys.exit(int(os.environ.get("HANDLER_EXIT", "0")))
@@ -80,7 +80,7 @@ import os, pathlib, signal, sys
 def comfyui_lives():
     try:
         os.kill(int(pathlib.Path(os.environ["COMFYUI_PID_FILE"]).read_text()), 0)
-    except (FileNotFoundError, ProcessLookupError):
+    except (FileNotFoundError, ProcessLookupError, ValueError):
         return False
     return True
 

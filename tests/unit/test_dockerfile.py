@@ -73,7 +73,7 @@ def test_what_is_copied_from_the_project_reaches_the_builder_and_nothing_else_do
     assert copied == {line.removeprefix("!") for line in ignored if line.startswith("!")}
 
 
-@pytest.mark.parametrize("name", ["handler.py", "test_input.json", "README.md", "start.sh", "workflows"])
+@pytest.mark.parametrize("name", ["handler.py", "test_input.json", "README.md", "start.sh"])
 def test_what_is_copied_is_in_the_project(name: str) -> None:
     assert (ROOT / name).exists()
 

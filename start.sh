@@ -1,0 +1,367 @@
+#!/usr/bin/env bash
+# Container entry: starts ComfyUI, keeps it up, and runs the worker beside it. The variables and the exit
+# codes are described in docs/deployment.md.
+# shellcheck disable=SC2329  # it does not count what `trap` calls as called
+set -euo pipefail
+
+readonly EXIT_NO_GPU=1 EXIT_CONFIG=2 EXIT_COMFYUI=3
+readonly MAX_BACKOFF_S=30 STABLE_S=60 STOP_GRACE_S=10 GIVE_UP_GRACE_S=60
+readonly LOG_BYTES=1048576 # what is kept of ComfyUI's log for the worker to quote from
+
+here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+readonly here
+
+say() { printf 'start.sh: %s\n' "$*" >&2; }
+
+fail() { # EXIT_CODE SENTENCE
+  local code=$1
+  shift
+  say "$*"
+  exit "$code"
+}
+
+is_true() { [[ ${1,,} =~ ^(1|true|yes|on)$ ]]; }
+
+# --- what is to run -------------------------------------------------------------------------------------------
+
+check_bash() {
+  ((BASH_VERSINFO[0] >= 5)) || fail "$EXIT_CONFIG" "bash 5 or newer is needed, this one is $BASH_VERSION."
+}
+
+check_port() { # NAME VALUE
+  if ! [[ $2 =~ ^[0-9]{1,5}$ ]] || ((10#$2 < 1 || 10#$2 > 65535)); then
+    fail "$EXIT_CONFIG" "$1 must be a port number from 1 to 65535, not '$2'."
+  fi
+}
+
+absolute() { # PATH, which is relative to where start.sh was called
+  [[ $1 == /* ]] && printf '%s' "$1" || printf '%s/%s' "$PWD" "$1"
+}
+
+program() { # NAME that is looked up in PATH, or a path
+  [[ $1 == */* ]] && absolute "$1" || printf '%s' "$1"
+}
+
+find_worker_python() {
+  local candidate
+  for candidate in /opt/worker/bin/python "$here/.venv/bin/python"; do
+    [[ ! -x $candidate ]] || { printf '%s' "$candidate" && return; }
+  done
+  printf 'python3'
+}
+
+find_comfyui_python() {
+  local candidate
+  for candidate in "$comfyui_dir/../venv/bin/python" "$comfyui_dir/.venv/bin/python" "$comfyui_dir/venv/bin/python"; do
+    [[ ! -x $candidate ]] || { printf '%s' "$candidate" && return; }
+  done
+  fail "$EXIT_CONFIG" "There is no virtual environment beside or in $comfyui_dir; set COMFYUI_PYTHON to the python" \
+    "that ComfyUI's requirements are installed for."
+}
+
+read_worker_settings() {
+  worker_python=$(program "${WORKER_PYTHON:-$(find_worker_python)}")
+  command -v -- "$worker_python" >/dev/null ||
+    fail "$EXIT_CONFIG" "The worker's python '$worker_python' cannot be run; set WORKER_PYTHON to one that can."
+  worker_handler=$(absolute "${WORKER_HANDLER:-$here/handler.py}")
+  [[ -f $worker_handler ]] || fail "$EXIT_CONFIG" "There is no worker at $worker_handler; WORKER_HANDLER says where."
+  handler_arguments=()
+  if is_true "${SERVE_API_LOCALLY:-false}"; then
+    check_port PORT "${PORT:-8000}"
+    handler_arguments=(--rp_serve_api --rp_api_host 0.0.0.0 --rp_api_port "${PORT:-8000}")
+  fi
+}
+
+# Where ComfyUI comes from: `emulator` and `installed` are started here, `elsewhere` is somebody else's.
+choose_comfyui() {
+  comfyui_port=${COMFYUI_PORT:-8188}
+  check_port COMFYUI_PORT "$comfyui_port"
+  comfyui_dir=$(absolute "${COMFYUI_DIR:-/opt/comfyui/ComfyUI}")
+  if is_true "${COMFY_EMULATOR:-false}"; then
+    comfyui=emulator
+  elif [[ ${COMFYUI_DIR:-} != none && -f $comfyui_dir/main.py ]]; then
+    comfyui=installed
+  elif [[ -n ${COMFYUI_DIR:-} && $COMFYUI_DIR != none ]]; then
+    fail "$EXIT_CONFIG" "COMFYUI_DIR is $COMFYUI_DIR, but there is no main.py of ComfyUI in it."
+  elif [[ -n ${COMFYUI_URL:-} ]]; then
+    comfyui=elsewhere
+  else
+    fail "$EXIT_CONFIG" "No ComfyUI is installed here: set COMFYUI_DIR to the folder with its main.py, COMFYUI_URL to" \
+      "one that runs elsewhere, or COMFY_EMULATOR=true to try the worker without one."
+  fi
+}
+
+check_gpu() {
+  [[ $(nvidia-smi -L 2>/dev/null) == *"GPU "* ]] ||
+    fail "$EXIT_NO_GPU" "nvidia-smi finds no GPU: start the container with one (docker run --gpus all, or a GPU for" \
+      "the RunPod endpoint or pod), or set COMFY_CPU=true to go without."
+  # nvidia-smi also answers on a host whose driver can no longer open CUDA; the driver's own first call tells,
+  # and takes a fraction of the time that importing torch would.
+  "$worker_python" -I -S -c '
+import ctypes, sys
+try:
+    sys.exit(0 if ctypes.CDLL("libcuda.so.1").cuInit(0) == 0 else 1)
+except (OSError, AttributeError):
+    sys.exit(1)
+' || fail "$EXIT_NO_GPU" "There is a GPU, but CUDA does not start on it: take a host with a working driver, or set" \
+    "COMFY_CPU=true to go without."
+}
+
+read_log_level() {
+  log_level=${COMFY_LOG_LEVEL:-INFO}
+  log_level=${log_level^^}
+  [[ $log_level =~ ^(DEBUG|INFO|WARNING|ERROR|CRITICAL)$ ]] ||
+    fail "$EXIT_CONFIG" "COMFY_LOG_LEVEL must be DEBUG, INFO, WARNING, ERROR or CRITICAL, not '$COMFY_LOG_LEVEL'."
+}
+
+find_tcmalloc() {
+  local ldconfig
+  ldconfig=$(PATH=$PATH:/usr/sbin:/sbin command -v ldconfig) || return 0
+  "$ldconfig" -p | sed -n 's/^[[:space:]]*libtcmalloc\(_minimal\)\{0,1\}\.so\.[0-9]* .*=> //p' | sed -n 1p
+}
+
+build_emulator_command() {
+  comfyui_workdir=$here
+  comfyui_base=$run_dir/comfyui
+  mkdir -p "$comfyui_base"
+  comfyui_command=("$worker_python" -m comfy_worker.emulator --port "$comfyui_port" --base-directory "$comfyui_base")
+}
+
+build_comfyui_command() {
+  local tcmalloc python extra=()
+  python=${COMFYUI_PYTHON:-$(find_comfyui_python)}
+  python=$(program "$python")
+  command -v -- "$python" >/dev/null ||
+    fail "$EXIT_CONFIG" "ComfyUI's python '$python' cannot be run; set COMFYUI_PYTHON to that of its environment."
+  tcmalloc=$(find_tcmalloc)
+  comfyui_workdir=$comfyui_dir
+  comfyui_command=(env PYTHONUNBUFFERED=1)
+  [[ -z $tcmalloc ]] || comfyui_command+=("LD_PRELOAD=$tcmalloc${LD_PRELOAD:+:$LD_PRELOAD}")
+  comfyui_command+=("$python" main.py --listen 127.0.0.1 --port "$comfyui_port" --verbose "$log_level")
+  is_true "${COMFY_CPU:-false}" && comfyui_command+=(--cpu)
+  read -r -d '' -a extra <<<"${COMFYUI_ARGS:-}" || true # read ends with 1 at the end of its text
+  comfyui_command+=("${extra[@]}")                      # last, so that it can take back what is above
+  # Where the worker removes a job's files; with folders of one's own it has to be told.
+  [[ " ${extra[*]:-} " == *-directory* ]] || comfyui_base=$COMFYUI_DIR
+}
+
+read_max_deaths() {
+  max_deaths=${COMFYUI_MAX_DEATHS:-5}
+  [[ $max_deaths =~ ^[1-9][0-9]{0,3}$ ]] ||
+    fail "$EXIT_CONFIG" "COMFYUI_MAX_DEATHS must be a number from 1 to 9999, not '$max_deaths'."
+}
+
+# --- ComfyUI, kept up -----------------------------------------------------------------------------------------
+
+keep_log_small() {
+  [[ -f $COMFYUI_LOG_FILE ]] && (($(stat -c %s "$COMFYUI_LOG_FILE") > LOG_BYTES)) || return 0
+  tail -c "$LOG_BYTES" "$COMFYUI_LOG_FILE" >"$COMFYUI_LOG_FILE.tail"
+  cat "$COMFYUI_LOG_FILE.tail" >"$COMFYUI_LOG_FILE" # in place: tee goes on appending to the same file
+  rm -f "$COMFYUI_LOG_FILE.tail"
+}
+
+keep_log_small_always() {
+  while sleep 60; do keep_log_small; done
+}
+
+# Starts a job in the background; job_pid is its process id and leads a group of its own. So Ctrl-C reaches only this
+# shell, which passes it on, and the job does not come to life with SIGINT ignored, as without job control it would.
+start_job() { # COMMAND ARGUMENT…
+  set -m
+  "$@" &
+  job_pid=$!
+  set +m
+}
+
+# A child's exit status, however often a signal interrupts the wait for it.
+wait_for() { # PID
+  local status
+  while :; do
+    interrupted=no
+    status=0
+    wait "$1" 2>/dev/null || status=$? # without what bash says of a child that a signal ended
+    [[ $interrupted == yes ]] || return "$status"
+  done
+}
+
+kill_group() { # PID of the job that leads it; what is left of it goes
+  kill -KILL -- "-$1" 2>/dev/null || true
+}
+
+end_job() { # PID
+  kill_group "$1"
+  wait_for "$1" || true
+}
+
+# Until the job is the program that it is to become: a signal that comes before gets lost in the shell it still is.
+wait_for_program() { # PID
+  while [[ -e /proc/$1 ]] && cmp -s "/proc/$1/cmdline" "/proc/$BASHPID/cmdline"; do sleep 0.01; done
+}
+
+become_comfyui() {
+  cd -- "$comfyui_workdir"
+  printf '%s\n' "$BASHPID" >"$COMFYUI_PID_FILE.new"
+  mv -f "$COMFYUI_PID_FILE.new" "$COMFYUI_PID_FILE"
+  exec "${comfyui_command[@]}" </dev/null >&"$log_pipe" 2>&1 {log_pipe}>&-
+}
+
+# Runs ComfyUI once; comfyui_status is how it ended. The pid file is there exactly while it lives.
+run_comfyui() {
+  start_job become_comfyui
+  wait_for_program "$job_pid"
+  comfyui_pid=$job_pid
+  [[ $stopping == no ]] || on_stop # the order came while ComfyUI was being started
+  comfyui_status=0
+  wait_for "$comfyui_pid" || comfyui_status=$?
+  rm -f "$COMFYUI_PID_FILE"
+  kill_group "$comfyui_pid" # processes that custom nodes started, and that may hold GPU memory
+  comfyui_pid=
+}
+
+# Traps start no processes here: bash may lose track of the child that it was waiting for.
+on_stop() {
+  stopping=yes
+  interrupted=yes
+  [[ -z $comfyui_pid ]] || kill -TERM "$comfyui_pid" 2>/dev/null || true
+  [[ -z $pause_pid ]] || kill_group "$pause_pid"
+}
+
+pause() { # SECONDS, fewer when the order to stop comes
+  start_job sleep "$1"
+  pause_pid=$job_pid
+  [[ $stopping == no ]] || kill_group "$pause_pid"
+  wait_for "$pause_pid" || true
+  pause_pid=
+}
+
+# The worker reads the reason in place of a process id, tells RunPod and ends; one that serves an API is told to.
+give_up() { # REASON
+  printf '%s\n' "$1" >"$COMFYUI_PID_FILE.new"
+  mv -f "$COMFYUI_PID_FILE.new" "$COMFYUI_PID_FILE"
+  say "$1; it is not started again." 2>&"$log_pipe"
+  pause "$GIVE_UP_GRACE_S"
+  [[ $stopping == yes ]] || kill -TERM "$$" # which in here is still the shell that waits for the worker
+  while [[ $stopping == no ]]; do pause 60; done
+}
+
+# Runs in a process of its own; SIGTERM ends it together with ComfyUI.
+supervise_comfyui() {
+  local backoff=1 deaths=0 started tee_pid keeper_pid
+  stopping=no interrupted=no comfyui_pid='' pause_pid=''
+  trap on_stop TERM
+  : >"$COMFYUI_LOG_FILE" # from here on SIGTERM is not lost
+  start_job keep_log_small_always
+  keeper_pid=$job_pid
+  exec {log_pipe}> >(exec tee -a "$COMFYUI_LOG_FILE")
+  tee_pid=$!
+  while [[ $stopping == no ]]; do
+    started=$SECONDS
+    run_comfyui
+    [[ $stopping == no ]] || break
+    ((SECONDS - started < STABLE_S)) || backoff=1 deaths=0
+    deaths=$((deaths + 1))
+    if ((deaths >= max_deaths)); then
+      give_up "ComfyUI died $deaths times in a row"
+      break
+    fi
+    say "ComfyUI ended with exit code $comfyui_status and is started again in $backoff s." 2>&"$log_pipe"
+    pause "$backoff"
+    backoff=$((backoff * 2 < MAX_BACKOFF_S ? backoff * 2 : MAX_BACKOFF_S))
+    keep_log_small
+  done
+  end_job "$keeper_pid"
+  exec {log_pipe}>&-
+  wait "$tee_pid" || true # what ComfyUI said last is still on its way
+}
+
+start_comfyui() {
+  start_job supervise_comfyui
+  supervisor_pid=$job_pid
+  until [[ -e $COMFYUI_LOG_FILE ]]; do sleep 0.01; done
+}
+
+kill_comfyui_after_grace() {
+  sleep "$STOP_GRACE_S"
+  [[ -e $COMFYUI_PID_FILE && $(<"$COMFYUI_PID_FILE") =~ ^[0-9]+$ ]] || return 0
+  say "ComfyUI did not end within $STOP_GRACE_S s and is killed."
+  kill_group "$(<"$COMFYUI_PID_FILE")"
+}
+
+stop_comfyui() {
+  [[ -n $supervisor_pid ]] || return 0
+  kill -TERM "$supervisor_pid" 2>/dev/null || true
+  start_job kill_comfyui_after_grace
+  wait_for "$supervisor_pid" || true
+  end_job "$job_pid"
+  supervisor_pid=
+}
+
+# --- the worker -----------------------------------------------------------------------------------------------
+
+on_signal() { # SIGNAL
+  stop_signal=$1
+  interrupted=yes
+  [[ -z $handler_pid ]] || kill -s "$1" "$handler_pid" 2>/dev/null || true
+}
+
+become_worker() { # ARGUMENT…
+  cd -- "$here" # where it looks for test_input.json
+  exec "$worker_python" "$worker_handler" "$@" </dev/null
+}
+
+run_handler() { # ARGUMENT…
+  [[ -z $stop_signal ]] || return $((128 + $(kill -l "$stop_signal")))
+  start_job become_worker "$@"
+  wait_for_program "$job_pid"
+  handler_pid=$job_pid
+  [[ -z $stop_signal ]] || on_signal "$stop_signal" # it came while the worker was being started
+  wait_for "$handler_pid"
+}
+
+clean_up() {
+  trap - EXIT
+  [[ -z $handler_pid ]] || kill_group "$handler_pid" # what the worker left behind
+  stop_comfyui
+  [[ -z $run_dir ]] || rm -rf -- "$run_dir"
+}
+
+prepare_comfyui() {
+  [[ -z ${COMFYUI_URL:-} ]] ||
+    say "COMFYUI_URL=$COMFYUI_URL is not used, because ComfyUI is started here; with COMFYUI_DIR=none it is."
+  run_dir=$(mktemp -d "${TMPDIR:-/tmp}/comfy-worker.XXXXXX")
+  comfyui_base=
+  if [[ $comfyui == emulator ]]; then
+    build_emulator_command
+  else
+    is_true "${COMFY_CPU:-false}" || check_gpu
+    build_comfyui_command
+  fi
+  [[ -z $comfyui_base ]] || export COMFYUI_BASE_DIRECTORY=${COMFYUI_BASE_DIRECTORY:-$comfyui_base}
+  export COMFYUI_URL="http://127.0.0.1:$comfyui_port"
+  export COMFYUI_PID_FILE=$run_dir/comfyui.pid COMFYUI_LOG_FILE=$run_dir/comfyui.log
+}
+
+main() {
+  local status=0
+  stop_signal='' handler_pid='' supervisor_pid='' run_dir='' interrupted=no
+  check_bash
+  read_log_level
+  read_worker_settings
+  read_max_deaths
+  choose_comfyui
+  trap clean_up EXIT
+  trap 'on_signal TERM' TERM
+  trap 'on_signal INT' INT
+  if [[ $comfyui != elsewhere ]]; then
+    prepare_comfyui
+    start_comfyui
+  fi
+  run_handler "${handler_arguments[@]}" "$@" || status=$?
+  if [[ $status == 0 && $comfyui != elsewhere && -e $COMFYUI_PID_FILE && ! $(<"$COMFYUI_PID_FILE") =~ ^[0-9]+$ ]]; then
+    status=$EXIT_COMFYUI # it ended in good order, but because ComfyUI could not be kept up
+  fi
+  clean_up
+  exit "$status"
+}
+
+main "$@"
