@@ -124,7 +124,8 @@ build_emulator_command() {
   comfyui_workdir=$here
   comfyui_base=$run_dir/comfyui
   mkdir -p "$comfyui_base"
-  comfyui_command=("$worker_python" -m comfy_worker.emulator --port "$comfyui_port" --base-directory "$comfyui_base")
+  comfyui_command=("$worker_python" -m comfy_worker.emulator --port "$comfyui_port" --base-directory "$comfyui_base"
+    --max-upload-size "${INPUT_MAX_MB:-1024}")
 }
 
 build_comfyui_command() {
@@ -137,7 +138,8 @@ build_comfyui_command() {
   comfyui_workdir=$comfyui_dir
   comfyui_command=(env PYTHONUNBUFFERED=1)
   [[ -z $tcmalloc ]] || comfyui_command+=("LD_PRELOAD=$tcmalloc${LD_PRELOAD:+:$LD_PRELOAD}")
-  comfyui_command+=("$python" main.py --listen 127.0.0.1 --port "$comfyui_port" --verbose "$log_level")
+  comfyui_command+=("$python" main.py --listen 127.0.0.1 --port "$comfyui_port" --verbose "$log_level"
+    --max-upload-size "${INPUT_MAX_MB:-1024}") # what the worker takes as an input, ComfyUI takes too
   is_true "${COMFY_CPU:-false}" && comfyui_command+=(--cpu)
   read -r -d '' -a extra <<<"${COMFYUI_ARGS:-}" || true # read ends with 1 at the end of its text
   comfyui_command+=("${extra[@]}")                      # last, so that it can take back what is above

@@ -29,11 +29,10 @@ def main(arguments: Sequence[str], settings: Settings) -> int:
     parser.add_argument("--test_input", help='the job as JSON, {"input": {"workflow": {…}}}')
     options, _others = parser.parse_known_args(arguments)
     try:
-        job = read_job(options.test_input)
+        output = run(read_job(options.test_input), settings)
     except WorkerError as error:
         print(json.dumps(error.as_output(), indent=2, ensure_ascii=False))
         return 1
-    output = run(job, settings)
     print(json.dumps(output, indent=2, ensure_ascii=False))
     return 1 if "error" in output else 0
 

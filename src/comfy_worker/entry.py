@@ -8,12 +8,17 @@ from collections.abc import Mapping, Sequence
 from comfy_worker.errors import WorkerError
 from comfy_worker.logs import configure_logs
 from comfy_worker.settings import load_settings
+from comfy_worker.storage import Storages
+from comfy_worker.webhooks import Webhooks
 
 
 def run(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
     """Run until the end of the worker, the API or the job; return the process's exit code."""
     try:
         settings = load_settings()
+        # What can only fail later is refused now, before a job has been run for nothing.
+        Storages(settings).check()
+        Webhooks(settings).close()
     except WorkerError as error:
         print(error.message, file=sys.stderr)
         return 2

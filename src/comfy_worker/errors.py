@@ -4,7 +4,10 @@
 WorkerError
 ├── InvalidInput               invalid_input         the request itself
 ├── InvalidWorkflow            invalid_workflow      ComfyUI refused the graph
-│   └── UiFormatWorkflow       ui_format_workflow    saved for the canvas, not for the API
+│   ├── UiFormatWorkflow       ui_format_workflow    saved for the canvas, not for the API
+│   ├── MissingNodes           missing_nodes         classes that no installed package has
+│   └── MissingModels          missing_models        files that are in none of ComfyUI's model folders
+├── InputFetchFailed           input_fetch_failed
 ├── UploadFailed               upload_failed
 ├── DiskFull                   disk_full
 ├── ComfyUnreachable           comfyui_unreachable
@@ -91,6 +94,25 @@ class UiFormatWorkflow(InvalidWorkflow):
     """The workflow is in the format of ComfyUI's canvas, which only the browser can turn into a prompt."""
 
     code = "ui_format_workflow"
+
+
+class MissingNodes(InvalidWorkflow):
+    """The workflow uses node classes that ComfyUI does not have; `details` lists all of them."""
+
+    code = "missing_nodes"
+
+
+class MissingModels(InvalidWorkflow):
+    """The workflow names model files that ComfyUI does not have; `details` lists all of them."""
+
+    code = "missing_models"
+
+
+class InputFetchFailed(WorkerError):
+    """An input could not be fetched from its URL, or may not be; the sentence names the URL without its query."""
+
+    code = "input_fetch_failed"
+    http_status = 422
 
 
 class UploadFailed(WorkerError):

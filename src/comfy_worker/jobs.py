@@ -29,18 +29,20 @@ class JobState(str, Enum):
 
 @dataclass(frozen=True)
 class InputFile:
-    """A file that the workflow loads.
+    """A file that the workflow loads; it has either its content or a URL.
 
     Attributes:
         name: as the workflow refers to it; may have folders (`poses/a.png`), never leads out of its own.
-        content: the bytes.
+        content: the bytes, where the job brought them.
+        url: http(s) or s3, where they are to be fetched.
     """
 
     name: str
-    content: bytes = field(repr=False)
+    content: bytes | None = field(default=None, repr=False)
+    url: str | None = field(default=None, repr=False)
 
 
-DeliveryType: TypeAlias = Literal["auto", "base64", "s3"]
+DeliveryType: TypeAlias = Literal["auto", "base64", "s3", "both", "local"]
 
 
 @dataclass(frozen=True)
@@ -48,14 +50,60 @@ class Delivery:
     """How the caller wants the outputs.
 
     Attributes:
-        type: `auto` is S3 where the worker has a bucket, base64 where it has none.
+        type: `auto` puts into the answer what fits, and the rest into the bucket; `both` does both with each file;
+            `local` leaves it in a folder that somebody serves; None is what the worker's settings say.
         prefix: folder in the bucket; the job's id if None.
         expires_s: how long a presigned URL is good for, in seconds; the worker's setting if None.
     """
 
-    type: DeliveryType = "auto"
+    type: DeliveryType | None = None
     prefix: str | None = None
     expires_s: int | None = None
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """How pictures are to be made smaller before they are delivered.
+
+    Attributes:
+        format: what they become; None leaves the format.
+        quality: of JPEG and WebP, 1 to 100.
+        max_side: longest side in pixels; larger ones are scaled down, smaller ones left.
+        keep_metadata: whether the workflow and prompt that ComfyUI writes into pictures stay in them.
+    """
+
+    format: Literal["png", "jpeg", "webp"] | None = None
+    quality: int = 90
+    max_side: int | None = None
+    keep_metadata: bool = True
+
+
+@dataclass(frozen=True)
+class JobBucket:
+    """A bucket of the caller's own, for the outputs (and `s3://` inputs) of one job; never stored or logged."""
+
+    endpoint_url: str
+    name: str
+    access_key_id: str = field(repr=False)
+    secret_access_key: str = field(repr=False)
+    region: str | None = None
+
+
+@dataclass(frozen=True)
+class Webhook:
+    """Who is told of the job's end.
+
+    Attributes:
+        url: gets a POST.
+        secret: signs it, as Standard Webhooks describes; None leaves it unsigned.
+        extra_params: handed back with it.
+        progress: whether progress is told too.
+    """
+
+    url: str
+    secret: str | None = field(default=None, repr=False)
+    extra_params: Mapping[str, Any] = field(default_factory=dict)
+    progress: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,6 +117,9 @@ class Job:
         workflow: the graph, as the caller sent it.
         files: what the graph loads.
         delivery: how to hand the outputs back.
+        conversion: how to make pictures smaller; None leaves them.
+        bucket: the caller's own; None for the worker's.
+        webhook: who is told of the end; None for whoever the worker's settings name.
         timeout_s: how long ComfyUI may take from submission to end, in seconds; the worker's setting if None.
         execution_timeout_s: how long the whole job may take from its start, as the platform says; None for no limit.
         retry_on_crash: run the workflow again, once, if ComfyUI dies while it runs; the worker's setting if None.
@@ -84,6 +135,9 @@ class Job:
     workflow: Workflow
     files: tuple[InputFile, ...] = ()
     delivery: Delivery = Delivery()
+    conversion: Conversion | None = None
+    bucket: JobBucket | None = None
+    webhook: Webhook | None = None
     timeout_s: float | None = None
     execution_timeout_s: float | None = None
     retry_on_crash: bool | None = None
@@ -97,7 +151,9 @@ class Job:
     def secrets(self) -> list[str]:
         """Values that the job brought and nobody else may see."""
         values = (value for name, value in self.extra_data.items() if "key" in name or "token" in name)
-        return [value for value in (self.comfy_org_api_key, *values) if isinstance(value, str)]
+        bucket = (self.bucket.access_key_id, self.bucket.secret_access_key) if self.bucket else ()
+        webhook = (self.webhook.secret,) if self.webhook else ()
+        return [value for value in (self.comfy_org_api_key, *bucket, *webhook, *values) if isinstance(value, str)]
 
 
 # ------------------------------------------------------------------------------------------------ outputs
@@ -147,10 +203,16 @@ class OutputText:
 
 @dataclass(frozen=True)
 class Delivered:
-    """Where an output can be had: `type` "base64" with the bytes in `data`, or "s3_url" with a URL."""
+    """Where an output can be had.
 
-    type: Literal["base64", "s3_url"]
+    Attributes:
+        type: "base64": `data` is the file itself; "s3_url" and "url": `data` is where it can be fetched.
+        url: where it can be fetched as well, if it is in the answer and in a bucket.
+    """
+
+    type: Literal["base64", "s3_url", "url"]
     data: str = field(repr=False)
+    url: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -163,7 +225,8 @@ class Artifact:
         delivered: where it can be had.
         mime_type: by its content, or else by its name.
         size_bytes: of the file itself.
-        width: in pixels, for a picture; None otherwise. So `height`.
+        width: in pixels, for a picture or a video; None otherwise. So `height`.
+        duration_s: of a video or a sound, in seconds; None where it is not known.
     """
 
     file: OutputFile
@@ -173,6 +236,7 @@ class Artifact:
     size_bytes: int
     width: int | None = None
     height: int | None = None
+    duration_s: float | None = None
 
 
 @dataclass(frozen=True)

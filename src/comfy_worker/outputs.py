@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from concurrent.futures import wait
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from comfy_worker.comfy.client import ComfyClient
 from comfy_worker.comfy.protocol import NodeOutputs, WebsocketImage
-from comfy_worker.errors import OutputMissing, OutputTooLarge, WorkerError
+from comfy_worker.comfy.view import content_of
+from comfy_worker.convert import ConversionFailed, convert
+from comfy_worker.errors import Cancelled, OutputMissing, OutputTooLarge, WorkerError
 from comfy_worker.jobs import Artifact, Job, Kind, OutputFile, OutputText, Workflow
-from comfy_worker.media import inspect, kind_of
+from comfy_worker.media import Media, inspect, kind_of
 from comfy_worker.stop import Stop
-from comfy_worker.storage import Parcel, Storage
+from comfy_worker.storage import Content, InMemory, Parcel, Storage, Watched, read_all
+from comfy_worker.storage.keys import safe_name, safe_path
 from comfy_worker.workflow import WEBSOCKET_OUTPUT_NODE, class_type, nodes_of_class, title
 
 _WEBSOCKET = "websocket"
@@ -117,76 +121,150 @@ def _lost(received: Iterable[OutputFile], workflow: Workflow) -> Iterator[str]:
 def deliver_outputs(
     job: Job, found: Found, client: ComfyClient, storage: Storage, stop: Stop
 ) -> tuple[list[Artifact], list[str]]:
-    """Fetch every file from ComfyUI and hand it to the storage, several at a time.
+    """Take every file from where ComfyUI left it and hand it to the storage, several at a time.
 
     Returns:
-        What was delivered, and a warning for each file that could not be.
+        What was delivered, and a warning for each file that could not be, or not as it was wanted.
 
     Raises:
         OutputTooLarge: they do not fit into the answer; a part of them would be no result.
+        Cancelled: the job was cancelled meanwhile.
         WorkerError: there were files and none could be delivered; the first one's failure.
     """
     delivery = _Delivery(job, client, storage, found, stop)
-    pending: list[tuple[OutputFile, Future[Artifact]]] = [
-        (file, client.transfers.submit(delivery.deliver, file, path))
+    pending = [
+        client.transfers.submit(delivery.deliver, file, path)
         for file, path in zip(found.files, _paths(found.files, job.prompt_id), strict=True)
     ]
-    artifacts, failures = [], []
-    for file, artifact in pending:
+    # Whatever becomes of one of them: none is under way any more when the job's folder is removed.
+    wait(pending)
+    artifacts, warnings, failures = [], list(found.lost), []
+    for file, future in zip(found.files, pending, strict=True):
         try:
-            artifacts.append(artifact.result())
+            artifact, notes = future.result()
         except WorkerError as error:
-            failures.append((file, error))
-    for _file, failure in failures:
-        if isinstance(failure, OutputTooLarge):
+            failures.append(error)
+            notes = (f"Output {file.filename}: {error.message}",)
+        else:
+            artifacts.append(artifact)
+        warnings += notes
+    _check_failures(failures, artifacts, found)
+    return artifacts, warnings
+
+
+def _check_failures(failures: Sequence[WorkerError], artifacts: Sequence[Artifact], found: Found) -> None:
+    """Raise what makes the whole job fail."""
+    for failure in failures:
+        if isinstance(failure, (OutputTooLarge, Cancelled)):
             raise failure
     if failures and not artifacts:
-        raise failures[0][1]
+        raise failures[0]
     if not artifacts and found.lost:
         raise OutputMissing("; ".join(found.lost))
-    return artifacts, [*found.lost, *(f"Output {file.filename}: {failure.message}" for file, failure in failures)]
 
 
 @dataclass(frozen=True)
-class _Delivery:
-    job: Job
-    client: ComfyClient
-    storage: Storage
-    found: Found
-    stop: Stop
+class _Item:
+    """One file on its way: where it goes, what it is, and what there is to say about it."""
 
-    def deliver(self, file: OutputFile, path: str) -> Artifact:
-        content = self._content(file)
-        media = inspect(file.filename, content)
-        parcel = Parcel(job_id=self.job.id, path=path, mime_type=media.mime_type, content=content)
-        return Artifact(
-            file=file,
-            folder=_folder(file, self.job.prompt_id),
-            delivered=self.storage.deliver(parcel),
-            mime_type=media.mime_type,
-            size_bytes=len(content),
-            width=media.width,
-            height=media.height,
+    file: OutputFile
+    path: str
+    content: Content
+    media: Media
+    notes: tuple[str, ...] = ()
+
+
+class _Delivery:
+    """One job's files on their way to the storage, from several threads."""
+
+    def __init__(self, job: Job, client: ComfyClient, storage: Storage, found: Found, stop: Stop) -> None:
+        self._job = job
+        self._client = client
+        self._storage = storage
+        self._received = found.received
+        self._stop = stop
+        self._lock = threading.Lock()
+        self._owners = dict(zip(_paths(found.files, job.prompt_id), found.files, strict=True))
+
+    def deliver(self, file: OutputFile, path: str) -> tuple[Artifact, tuple[str, ...]]:
+        """Return the delivered file, and what there is to say about it."""
+        self._stop.check()
+        # A ComfyUI that died meanwhile still has its files when it is back.
+        return self._client.patiently(lambda: self._deliver(file, path), self._stop)
+
+    def _deliver(self, file: OutputFile, path: str) -> tuple[Artifact, tuple[str, ...]]:
+        received = self._received.get(file)
+        content = content_of(file, self._client) if received is None else InMemory(received)
+        item = self._converted(_Item(file, path, content, _look_at(file.filename, content)))
+        parcel = Parcel(
+            job_id=self._job.id,
+            path=item.path,
+            mime_type=item.media.mime_type,
+            content=Watched(item.content, self._stop.check),
+            node_id=file.node_id,
+            index=file.index,
+        )
+        artifact = Artifact(
+            file=item.file,
+            folder=_folder(file, self._job.prompt_id),
+            delivered=self._storage.deliver(parcel),
+            mime_type=item.media.mime_type,
+            size_bytes=item.content.size,
+            width=item.media.width,
+            height=item.media.height,
+            duration_s=item.media.duration_s,
+        )
+        return artifact, item.notes
+
+    def _converted(self, item: _Item) -> _Item:
+        """Return a picture as the job wants it; as it is, with a warning, where that cannot be done."""
+        conversion, name = self._job.conversion, item.file.filename
+        if conversion is None or not item.media.mime_type.startswith("image/"):
+            return item
+        try:
+            converted = convert(read_all(item.content), name, conversion)
+        except ConversionFailed as error:
+            return replace(item, notes=(f"Output {name} was not converted: {error}",))
+        content = InMemory(converted.content)
+        return _Item(
+            file=replace(item.file, filename=converted.filename),
+            path=item.path if converted.filename == name else self._renamed(item, converted.filename),
+            content=content,
+            media=_look_at(converted.filename, content),
+            notes=(f"Output {name}: {converted.note}",) if converted.note else (),
         )
 
-    def _content(self, file: OutputFile) -> bytes:
-        received = self.found.received.get(file)
-        if received is not None:
-            return received
-        # A ComfyUI that died meanwhile still has its files when it is back.
-        return self.client.patiently(lambda: self.client.view(file), self.stop)
+    def _renamed(self, item: _Item, filename: str) -> str:
+        """Return the path for a file that got another extension, under which another may lie already."""
+        folder, slash, _old = item.path.rpartition("/")
+        path = f"{folder}{slash}{safe_path(filename)}"
+        with self._lock:
+            owner = self._owners.setdefault(path, item.file)
+        return path if owner == item.file else f"{_apart(item.file)}/{path}"
+
+
+def _look_at(filename: str, content: Content) -> Media:
+    try:
+        with content.open_seekable() as opened:
+            return inspect(filename, opened)
+    except OSError as error:
+        raise OutputMissing(f"{filename} could not be read: {error.strerror}") from error
 
 
 def _paths(files: Sequence[OutputFile], prompt_id: str) -> list[str]:
-    """Return a path for each file that no other file of the job has."""
+    """Return a path for each file that no other file of the job has, and that does not lead out of its folder."""
     paths: list[str] = []
     for file in files:
-        folder = _folder(file, prompt_id)
-        path = f"{folder}/{file.filename}" if folder else file.filename
+        path = safe_path(f"{_folder(file, prompt_id)}/{file.filename}")
         if path in paths:
-            path = f"node_{file.node_id.replace(':', '-')}_{file.index}/{path}"
+            path = f"{_apart(file)}/{path}"
         paths.append(path)
     return paths
+
+
+def _apart(file: OutputFile) -> str:
+    """Return a folder for a file whose name another file of the job has too."""
+    return f"node_{safe_name(file.node_id)}_{file.index}"
 
 
 def _folder(file: OutputFile, prompt_id: str) -> str:

@@ -16,10 +16,23 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, Strict
 from pydantic.aliases import AliasChoices
 
 from comfy_worker.errors import InvalidInput, InvalidWorkflow, WorkerError
-from comfy_worker.jobs import Artifact, Delivery, DeliveryType, InputFile, Job, JobResult, Kind, Workflow
+from comfy_worker.jobs import (
+    Artifact,
+    Conversion,
+    Delivery,
+    DeliveryType,
+    InputFile,
+    Job,
+    JobBucket,
+    JobResult,
+    Kind,
+    Webhook,
+    Workflow,
+)
 from comfy_worker.workflow import check_workflow
 
 _DATA_URI = re.compile(r"data:[^,]*,", re.IGNORECASE)
+_URL = re.compile(r"(https?|s3)://", re.IGNORECASE)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _ANNOTATION = re.compile(r"\[(input|output|temp)\]$")
 """ComfyUI takes it for an annotation without a space before it too."""
@@ -62,13 +75,38 @@ def _accepted_names(field: str, info: Any) -> list[str]:
 
 class _FileInput(_Model):
     name: StrictStr
-    image: StrictStr
+    image: StrictStr | None = None
+    url: StrictStr | None = None
 
 
 class _DeliveryInput(_Model):
-    type: Literal["auto", "base64", "s3"] = "auto"
+    type: DeliveryType | None = None
     prefix: StrictStr | None = None
     expires_s: Annotated[StrictInt, Field(ge=1, le=7 * 24 * 3600)] | None = None
+
+
+class _ConvertInput(_Model):
+    format: Literal["png", "jpeg", "webp"] | None = None
+    quality: Annotated[StrictInt, Field(ge=1, le=100)] = 90
+    max_side: Annotated[StrictInt, Field(ge=1, le=65535)] | None = None
+    keep_metadata: StrictBool = True
+
+
+class _BucketInput(_Model):
+    """Takes the names of `input.s3` and those of RunPod's own `s3Config`."""
+
+    endpoint_url: StrictStr = Field(validation_alias=AliasChoices("endpoint_url", "endpointUrl"))
+    bucket_name: StrictStr = Field(validation_alias=AliasChoices("bucket_name", "bucketName"))
+    access_key_id: StrictStr = Field(validation_alias=AliasChoices("access_key_id", "accessId"))
+    secret_access_key: StrictStr = Field(validation_alias=AliasChoices("secret_access_key", "accessSecret"))
+    region: StrictStr | None = None
+
+
+class _WebhookInput(_Model):
+    url: StrictStr
+    secret: StrictStr | None = None
+    extra_params: dict[str, Any] = Field(default_factory=dict)
+    progress: StrictBool = False
 
 
 class _JobInput(_Model):
@@ -76,6 +114,9 @@ class _JobInput(_Model):
     images: list[_FileInput] = Field(default_factory=list)
     files: list[_FileInput] = Field(default_factory=list)
     delivery: _DeliveryInput = _DeliveryInput()
+    convert: _ConvertInput | None = None
+    s3: _BucketInput | None = None
+    webhook: _WebhookInput | None = None
     timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)] | None = None
     retry_on_crash: StrictBool | None = None
     strict: StrictBool = False
@@ -112,6 +153,9 @@ def parse_job(job: Mapping[str, Any]) -> Job:
         workflow=check_workflow(workflow),
         files=_decode_files([*parsed.images, *parsed.files]),
         delivery=_parse_delivery(parsed.delivery),
+        conversion=_parse_conversion(parsed.convert),
+        bucket=_parse_bucket(parsed.s3 or _platform_bucket(job.get("s3Config"))),
+        webhook=_parse_webhook(parsed.webhook),
         timeout_s=parsed.timeout_s,
         execution_timeout_s=_execution_timeout(job.get("policy")),
         retry_on_crash=parsed.retry_on_crash,
@@ -130,6 +174,15 @@ def workflow_of(job: Mapping[str, Any]) -> Workflow:
         return check_workflow(_parse_workflow(payload.get("workflow") or {}))
     except WorkerError:
         return {}
+
+
+def webhook_of(job: Mapping[str, Any]) -> Webhook | None:
+    """Return who is to be told of a job that may yet turn out to be invalid; None if nobody can be made out."""
+    try:
+        asked = _json_object(job.get("input")).get("webhook")
+        return _parse_webhook(_WebhookInput.model_validate(asked)) if asked is not None else None
+    except (WorkerError, ValidationError):
+        return None
 
 
 def _wrapped_extra_data(workflow: Any) -> Mapping[str, Any]:
@@ -157,14 +210,14 @@ def _json_object(value: Any) -> Mapping[str, Any]:
     return value
 
 
-def _sentence(error: ValidationError) -> str:
+def _sentence(error: ValidationError, where: str = "input") -> str:
     """Return all problems that pydantic found as one sentence, each at its place, without the values."""
     problems: dict[str, str] = {}
     for item in error.errors(include_url=False, include_input=False):
         # The parts of a union that did not fit ("str", "dict[str,any]") are pydantic's words, not the caller's.
         place = ".".join(str(part) for part in item["loc"] if not re.search(r"[\[\]()]|^str$", str(part)))
         words = _REFUSALS.get(item["type"]) or item["msg"].replace("Input should", "must")
-        problems.setdefault(f"input.{place}", words)
+        problems.setdefault(f"{where}.{place}", words)
     return "; ".join(f"{place} {words}" for place, words in problems.items())
 
 
@@ -178,14 +231,48 @@ def _parse_workflow(workflow: dict[str, Any] | str) -> Any:
 
 
 def _parse_delivery(delivery: _DeliveryInput) -> Delivery:
-    delivery_type: DeliveryType = delivery.type
     prefix = check_name(delivery.prefix.strip("/"), "input.delivery.prefix") if delivery.prefix else None
-    return Delivery(type=delivery_type, prefix=prefix, expires_s=delivery.expires_s)
+    return Delivery(type=delivery.type, prefix=prefix, expires_s=delivery.expires_s)
+
+
+def _parse_conversion(convert: _ConvertInput | None) -> Conversion | None:
+    if convert is None:
+        return None
+    return Conversion(convert.format, convert.quality, convert.max_side, convert.keep_metadata)
+
+
+def _platform_bucket(config: Any) -> _BucketInput | None:
+    """Return the bucket of RunPod's `s3Config`, which stands beside `input` in the job."""
+    if config is None:
+        return None
+    try:
+        return _BucketInput.model_validate(config)
+    except ValidationError as error:
+        raise InvalidInput(_sentence(error, "s3Config")) from None
+
+
+def _parse_bucket(bucket: _BucketInput | None) -> JobBucket | None:
+    if bucket is None:
+        return None
+    return JobBucket(
+        endpoint_url=bucket.endpoint_url,
+        name=bucket.bucket_name,
+        access_key_id=bucket.access_key_id,
+        secret_access_key=bucket.secret_access_key,
+        region=bucket.region,
+    )
+
+
+def _parse_webhook(webhook: _WebhookInput | None) -> Webhook | None:
+    return Webhook(webhook.url, webhook.secret, webhook.extra_params, webhook.progress) if webhook else None
 
 
 def _warnings(parsed: _JobInput) -> Iterator[str]:
     yield from parsed.unknown_keys("input")
-    yield from parsed.delivery.unknown_keys("input.delivery")
+    for place in ("delivery", "convert", "s3", "webhook"):
+        part = getattr(parsed, place)
+        if part is not None:
+            yield from part.unknown_keys(f"input.{place}")
     for place in ("images", "files"):
         for number, item in enumerate(getattr(parsed, place)):
             yield from item.unknown_keys(f"input.{place}.{number}")
@@ -197,8 +284,20 @@ def _decode_files(items: Sequence[_FileInput]) -> tuple[InputFile, ...]:
         name = check_name(item.name, "Image name")
         if name in files:
             raise InvalidInput(f"Two images are named {name!r}")
-        files[name] = InputFile(name, decode_base64(item.image, name))
+        files[name] = _parse_file(item, name)
     return tuple(files.values())
+
+
+def _parse_file(item: _FileInput, name: str) -> InputFile:
+    """Return a file that is there or is to be fetched; a URL may stand in either field, and so may a data URI."""
+    given = [value for value in (item.image, item.url) if value is not None]
+    if len(given) != 1:
+        raise InvalidInput(f"Image {name!r} needs either 'image' (base64) or 'url'")
+    if _URL.match(given[0]):
+        return InputFile(name, url=given[0])
+    if item.url is not None and not _DATA_URI.match(item.url[:1024]):
+        raise InvalidInput(f"The url of image {name!r} is neither http(s) nor s3 nor a data URI")
+    return InputFile(name, decode_base64(given[0], name))
 
 
 def check_name(name: str, what: str) -> str:
@@ -300,4 +399,8 @@ def _artifact(artifact: Artifact) -> dict[str, Any]:
     }
     if artifact.width is not None and artifact.height is not None:
         described |= {"width": artifact.width, "height": artifact.height}
+    if artifact.duration_s is not None:
+        described["duration_s"] = artifact.duration_s
+    if artifact.delivered.url is not None:
+        described["url"] = artifact.delivered.url
     return described

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 import uuid
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ from comfy_worker.comfy.protocol import (
 )
 from comfy_worker.comfy.socket import EventSocket
 from comfy_worker.comfy.validation import skipped_outputs
-from comfy_worker.comfy.watch import Watch
+from comfy_worker.comfy.watch import Deadline, Watch
 from comfy_worker.errors import (
     Cancelled,
     ComfyCrashed,
@@ -30,7 +31,7 @@ from comfy_worker.errors import (
     ExecutionFailed,
     InvalidWorkflow,
     OutOfMemory,
-    TimedOut,
+    UploadFailed,
     WorkerError,
 )
 from comfy_worker.inputs import stage_inputs
@@ -48,7 +49,7 @@ from comfy_worker.jobs import (
 from comfy_worker.outputs import deliver_outputs, find_outputs
 from comfy_worker.stop import Stop
 from comfy_worker.storage import Storage
-from comfy_worker.workflow import copy_graph, prefix_outputs
+from comfy_worker.workflow import WEBSOCKET_OUTPUT_NODE, copy_graph, prefix_outputs
 
 log = logging.getLogger(__name__)
 
@@ -94,20 +95,30 @@ class _Run:
 
     def _run(self) -> JobResult:
         self._enter(Stage.STAGING)
-        # Connected before the prompt is sent, so that no event of it is missed.
-        with self._client.sockets.lend() as socket:
-            if not socket.is_open:
-                self._wait_for_comfyui()
-                socket.renew()
-            self._stage()
-            outputs = self._execute(socket)
-        return self._deliver(outputs)
+        try:
+            # Connected before the prompt is sent, so that no event of it is missed.
+            with self._client.sockets.lend() as socket:
+                if not socket.is_open:
+                    self._wait_for_comfyui()
+                    socket.renew()
+                self._stage()
+                outputs = self._execute(socket)
+            return self._deliver(outputs)
+        except (ComfyUnreachable, UploadFailed):
+            self._end_hanging_comfyui()
+            raise
 
     def _wait_for_comfyui(self) -> None:
         """Wait for a ComfyUI that is starting; one that answers but takes no websocket will be polled."""
-        if not self._client.is_ready():
-            self._on_event(Notice("Waiting for ComfyUI to start"))
-            self._client.wait_until_ready(self._stop)
+        if self._client.is_ready():
+            return
+        self._on_event(Notice("Waiting for ComfyUI to start"))
+        deadline = self._deadline()
+        try:
+            self._client.wait_until_ready(self._stop, deadline.at - time.monotonic())
+        except ComfyUnreachable:
+            deadline.check()
+            raise
 
     def _stage(self) -> None:
         self._warnings += stage_inputs(self._job, self._graph, self._client, self._stop)
@@ -119,44 +130,69 @@ class _Run:
     def _execute(self, socket: EventSocket) -> NodeOutputs:
         """Run the prompt, once more where that may help, and return what its nodes reported."""
         outcome = self._attempt(socket)
-        for second_chance in (self._after_death_in_queue, self._after_death, self._after_out_of_memory):
-            if second_chance(outcome):
-                self._protocol = PromptProtocol(str(uuid.uuid4()), self._job.workflow)
-                self._wait_for_comfyui()
-                socket.renew()
-                outcome = self._attempt(socket)
+        chances = [self._after_death_in_queue, self._after_death, self._after_out_of_memory]
+        while chance := next((chance for chance in chances if chance(outcome)), None):
+            chances.remove(chance)
+            self._protocol = PromptProtocol(str(uuid.uuid4()), self._job.workflow)
+            self._wait_for_comfyui()
+            socket.renew()
+            outcome = self._attempt(socket)
+        if socket.was_lost and self._protocol.images:
+            self._warnings.append(
+                f"The websocket was lost meanwhile: pictures of {WEBSOCKET_OUTPUT_NODE} nodes may be missing"
+            )
         return self._outputs_of(outcome)
 
     def _attempt(self, socket: EventSocket) -> Outcome:
         """Queue the prompt and follow it; it is out of ComfyUI afterwards, however this ends."""
         self._enter(Stage.QUEUED)
-        client, prompt_id = self._client, self._protocol.prompt_id
-        watch = Watch(client, socket, self._protocol, self._pass_on, self._stop, self._time_left())
+        deadline = self._deadline()
+        deadline.check()
+        watch = Watch(self._client, socket, self._protocol, self._pass_on, self._stop, deadline)
         try:
-            node_errors = client.submit(self._graph, prompt_id, socket.client_id, self._extra_data())
-            self._check_skipped(skipped_outputs(node_errors, self._job.workflow, client.choices))
-            return watch.follow()
-        except ComfyUnreachable as error:
-            if error.never_sent:
-                return Lost(had_started=False)
-            self._remove_prompt(prompt_id)
-            self._end_hanging_comfyui()
+            outcome = self._submit(socket) or watch.follow()
+        except ComfyUnreachable:
+            if not self._client.is_listening():
+                return Lost(had_started=True)
+            self._remove_prompt(self._protocol.prompt_id)
             raise
         except BaseException:
-            self._remove_prompt(prompt_id)
+            self._remove_prompt(self._protocol.prompt_id)
+            self._note_unheard_outputs()
             raise
         finally:
             self._reported.update(self._protocol.outputs)
+        if isinstance(outcome, (NodeFailed, WasInterrupted)):
+            self._note_unheard_outputs()
+        self._end_broken_comfyui(outcome)
+        return outcome
 
-    def _time_left(self) -> float:
-        """Return the seconds that the workflow may still take; a second attempt does not start the clock again."""
-        now = time.monotonic()
-        limits = [self._began[Stage.QUEUED] + (self._job.timeout_s or self._client.settings.workflow_timeout_s)]
+    def _submit(self, socket: EventSocket) -> Lost | None:
+        """Queue the prompt; return None when ComfyUI has it."""
+        client, prompt_id = self._client, self._protocol.prompt_id
+        try:
+            node_errors = client.submit(self._graph, prompt_id, socket.client_id, self._extra_data())
+        except ComfyUnreachable as error:
+            if error.never_sent:
+                return Lost(had_started=False)
+            raise
+        self._check_skipped(skipped_outputs(node_errors, self._job.workflow, client.object_info))
+        return None
+
+    def _deadline(self) -> Deadline:
+        """Return when the job has to be done; a second attempt does not start the clock again."""
+        deadlines = []
+        if Stage.QUEUED in self._began:
+            limit_s = self._job.timeout_s or self._client.settings.workflow_timeout_s
+            deadlines.append(
+                Deadline(self._began[Stage.QUEUED] + limit_s, f"The workflow took longer than {limit_s:g} seconds")
+            )
         if self._job.execution_timeout_s is not None:
-            limits.append(self._began[Stage.STAGING] + self._job.execution_timeout_s)
-        if min(limits) <= now:
-            raise TimedOut("The job took longer than it may before ComfyUI could run its workflow")
-        return min(limits) - now
+            limit_s = self._job.execution_timeout_s
+            deadlines.append(
+                Deadline(self._began[Stage.STAGING] + limit_s, f"The job took longer than {limit_s:g} seconds")
+            )
+        return min(deadlines, key=lambda deadline: deadline.at, default=Deadline(math.inf, ""))
 
     def _extra_data(self) -> Mapping[str, Any]:
         own_key = self._client.settings.comfy_org_api_key
@@ -175,11 +211,30 @@ class _Run:
         except WorkerError as error:
             log.warning("prompt %s could not be taken out of ComfyUI: %s", prompt_id, error)
 
+    def _note_unheard_outputs(self) -> None:
+        """Note what a prompt without success left on ComfyUI's disk and the websocket did not tell: to be removed."""
+        if self._client.disk is None:
+            return
+        try:
+            entry = self._client.history(self._protocol.prompt_id) or {}
+        except WorkerError as error:
+            log.warning("previews of prompt %s may stay on the disk: %s", self._protocol.prompt_id, error)
+        else:
+            self._reported.update(entry.get("outputs") or {})
+
     def _end_hanging_comfyui(self) -> None:
         """Have start.sh start a new ComfyUI in place of one that takes connections and never answers."""
-        if self._client.process is not None and not self._client.is_ready():
+        process = self._client.process
+        if process is not None and self._client.is_listening() and not self._client.is_ready():
             log.error("ComfyUI does not answer any more and is restarted")
-            self._client.process.kill()
+            process.kill()
+
+    def _end_broken_comfyui(self, outcome: Outcome) -> None:
+        """Have start.sh start a new ComfyUI in place of one whose every later job would fail too."""
+        process = self._client.process
+        if process is not None and isinstance(outcome, NodeFailed) and is_broken_device(outcome):
+            log.error("node %s broke the GPU context; ComfyUI is restarted", outcome.node_id)
+            process.kill()
 
     # ------------------------------------------------------------------------------------- second chances
 
@@ -196,18 +251,11 @@ class _Run:
         wanted = self._client.settings.retry_on_crash if wanted is None else wanted
         died = isinstance(outcome, Lost) and outcome.had_started
         if isinstance(outcome, NodeFailed) and is_broken_device(outcome):
-            died = self._restart_comfyui(outcome)
+            died = self._client.process is not None
         if died and wanted:
             self._warnings.append("ComfyUI died while it ran the workflow, which was run again")
             self._on_event(Notice(self._warnings[-1]))
         return died and wanted
-
-    def _restart_comfyui(self, failed: NodeFailed) -> bool:
-        if self._client.process is None:
-            return False
-        log.error("node %s broke the GPU context; ComfyUI is restarted", failed.node_id)
-        self._client.process.kill()
-        return True
 
     def _after_out_of_memory(self, outcome: Outcome) -> bool:
         """Return whether memory was freed for another try."""

@@ -8,15 +8,18 @@ from __future__ import annotations
 import hashlib
 import json
 import statistics
-from collections import defaultdict, deque
+from collections import deque
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from comfy_worker.jobs import Stage, Workflow
 
 _MOST_JOBS_IN_HAND = 4
 """Jobs whose outputs are still on their way out stay in memory; more of them would only queue up."""
 _RUNS_REMEMBERED = 5
+_SIGNATURES_REMEMBERED = 256
 _RUNS_NEEDED = 3
 _STEADY = 1.25
 """Longest by shortest of the remembered runs, up to which they tell how long the next one takes."""
@@ -52,9 +55,7 @@ class Prefetch:
 
     mode: PrefetchMode
     _jobs: dict[str, _JobInHand] = field(default_factory=dict)
-    _run_times: dict[str, deque[float]] = field(
-        default_factory=lambda: defaultdict(lambda: deque(maxlen=_RUNS_REMEMBERED))
-    )
+    _run_times: dict[str, deque[float]] = field(default_factory=dict)
     _leads: deque[float] = field(default_factory=lambda: deque(maxlen=_RUNS_REMEMBERED))
 
     def took(self, job_id: str, signature: str, now: float) -> None:
@@ -66,13 +67,15 @@ class Prefetch:
         job = self._jobs.get(job_id)
         if job is None:
             return
-        job.stage = stage
         if stage is Stage.QUEUED:
-            self._leads.append(now - job.fetched_at)
+            if job.stage is Stage.STAGING:
+                self._leads.append(now - job.fetched_at)
+            job.running_since = None  # a second attempt begins anew
         elif stage is Stage.RUNNING:
             job.running_since = now
         elif stage is Stage.DELIVERING and job.running_since is not None:
-            self._run_times[job.signature].append(now - job.running_since)
+            self._remember_run(job.signature, now - job.running_since)
+        job.stage = stage
 
     def ended(self, job_id: str) -> None:
         """A job is out of hand, however it ended."""
@@ -88,6 +91,13 @@ class Prefetch:
         if len(before_gpu) > 1 or self.mode is PrefetchMode.OFF:
             return None
         return 0.0 if self.mode is PrefetchMode.EAGER else self._seconds_to_lead(before_gpu[0], now)
+
+    def _remember_run(self, signature: str, seconds: float) -> None:
+        runs = self._run_times.pop(signature, None) or deque(maxlen=_RUNS_REMEMBERED)
+        runs.append(seconds)
+        self._run_times[signature] = runs
+        if len(self._run_times) > _SIGNATURES_REMEMBERED:
+            del self._run_times[next(iter(self._run_times))]  # the one that ran longest ago
 
     def _seconds_to_lead(self, job: _JobInHand, now: float) -> float | None:
         runs = self._run_times.get(job.signature, ())
@@ -111,10 +121,14 @@ _TIMED_INPUTS = frozenset(
 def signature(workflow: Workflow) -> str:
     """Return what two workflows share that take about as long: their nodes, and how much these are to do."""
     parts = [
-        (
-            str(node.get("class_type")),
-            sorted((name, value) for name, value in node.get("inputs", {}).items() if name in _TIMED_INPUTS),
-        )
+        (str(node.get("class_type")), sorted(_work(node.get("inputs", {}))))
         for _node_id, node in sorted(workflow.items())
     ]
-    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _work(inputs: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield how much a node is to do, as far as it is set in the node itself."""
+    for name, value in inputs.items():
+        if name in _TIMED_INPUTS and isinstance(value, (str, int, float)):
+            yield name, str(value)

@@ -14,6 +14,7 @@ from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_vali
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from comfy_worker.errors import InvalidInput
+from comfy_worker.jobs import DeliveryType
 from comfy_worker.prefetch import PrefetchMode
 
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
@@ -113,23 +114,115 @@ class Settings(BaseSettings):
         description="Key for ComfyUI's paid API nodes, for jobs that bring none.",
     )
 
+    # -------------------------------------------------------------------------------------------- inputs
+    input_max_files: int = _named(
+        "INPUT_MAX_FILES", default=64, ge=1, description="How many input files a job may have."
+    )
+    input_max_mb: float = _named("INPUT_MAX_MB", default=1024.0, gt=0, description="Largest input file, in MB.")
+    input_fetch_timeout_s: float = _named(
+        "INPUT_FETCH_TIMEOUT_S", default=300.0, gt=0, description="Seconds that fetching one input by URL may take."
+    )
+    input_cache_dir: str | None = _named(
+        "INPUT_CACHE_DIR",
+        default=None,
+        description="Where fetched inputs are kept for later jobs; a folder of the system's temporary one if not set.",
+    )
+    input_cache_mb: float = _named(
+        "INPUT_CACHE_MB",
+        default=2048.0,
+        ge=0,
+        description="How many MB of fetched inputs are kept, the least recently used go first; 0 keeps none.",
+    )
+    allow_private_urls: bool = _named(
+        "RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS",
+        default=False,
+        description="Fetch inputs from, and send webhooks to, addresses that are not public.",
+    )
+
+    # ------------------------------------------------------------------------------------------ delivery
+    delivery: DeliveryType | None = _named(
+        "DELIVERY",
+        "STORAGE_TYPE",
+        default=None,
+        description="How outputs are delivered where the job does not say: `auto`, `base64`, `s3`, `both` or `local`; "
+        "if not set, `s3` where there is a bucket and `base64` where there is none.",
+    )
+    local_delivery_dir: str | None = _named(
+        "LOCAL_DELIVERY_DIR", default=None, description="Folder for outputs that are delivered as `local`."
+    )
+    local_delivery_url: str | None = _named(
+        "LOCAL_DELIVERY_URL", default=None, description="Where that folder is served; the outputs' URLs begin with it."
+    )
+
     # ------------------------------------------------------------------------------------------------ S3
     bucket_endpoint_url: str | None = _named(
         "BUCKET_ENDPOINT_URL",
+        "S3_ENDPOINT_URL",
         default=None,
         description="S3 endpoint; may carry the bucket in its host or as its path. Outputs go to S3 when it is set.",
     )
     bucket_access_key_id: SecretStr | None = _named(
-        "BUCKET_ACCESS_KEY_ID", default=None, description="Access key of the bucket."
+        "BUCKET_ACCESS_KEY_ID",
+        "S3_ACCESS_KEY_ID",
+        "S3_ACCESS_KEY",
+        default=None,
+        description="Access key of the bucket.",
     )
     bucket_secret_access_key: SecretStr | None = _named(
-        "BUCKET_SECRET_ACCESS_KEY", default=None, description="Secret key of the bucket."
+        "BUCKET_SECRET_ACCESS_KEY",
+        "S3_SECRET_ACCESS_KEY",
+        "S3_SECRET_KEY",
+        default=None,
+        description="Secret key of the bucket.",
     )
     bucket_name: str | None = _named(
-        "BUCKET_NAME", default=None, description="The bucket, where the endpoint does not carry it."
+        "BUCKET_NAME",
+        "S3_BUCKET_NAME",
+        default=None,
+        description="The bucket, where the endpoint does not carry it.",
     )
     bucket_region: str | None = _named(
-        "BUCKET_REGION", default=None, description="Region, where it cannot be read out of the endpoint."
+        "BUCKET_REGION",
+        "S3_REGION",
+        "S3_REGION_NAME",
+        default=None,
+        description="Region, where it cannot be read out of the endpoint.",
+    )
+    bucket_addressing: Literal["auto", "path", "virtual"] = _named(
+        "BUCKET_ADDRESSING",
+        default="auto",
+        description="Whether the bucket stands in the path or the host of a request; `auto` knows the large services.",
+    )
+    bucket_key_template: str = _named(
+        "BUCKET_KEY_TEMPLATE",
+        default="{job_id}/{filename}",
+        description="Key of an output, with `{job_id}`, `{filename}`, `{node_id}`, `{index}`, `{date}`, `{prefix}`.",
+    )
+    bucket_public_url: str | None = _named(
+        "BUCKET_PUBLIC_URL",
+        default=None,
+        description="Where the bucket is public; outputs get this URL with their key instead of a presigned one.",
+    )
+    bucket_acl: str | None = _named(
+        "BUCKET_ACL", default=None, description="Canned ACL of outputs, such as `public-read`."
+    )
+    bucket_encryption: Literal["AES256", "aws:kms"] | None = _named(
+        "BUCKET_ENCRYPTION", default=None, description="Server-side encryption of outputs: `AES256` or `aws:kms`."
+    )
+    bucket_kms_key_id: str | None = _named(
+        "BUCKET_KMS_KEY_ID", default=None, description="Key for `aws:kms`, if not the account's own."
+    )
+    bucket_part_mb: int = _named(
+        "BUCKET_PART_MB", default=8, ge=5, le=64, description="Size of the parts in which large outputs are uploaded."
+    )
+    allow_job_bucket: bool = _named(
+        "ALLOW_JOB_S3", default=False, description="Whether a job may bring a bucket of its own (`s3`, `s3Config`)."
+    )
+    job_bucket_endpoints: str = _named(
+        "JOB_S3_ENDPOINTS",
+        default="",
+        description="Hosts of the endpoints that such a bucket may have, separated by commas, with `*`; empty for any "
+        "public address.",
     )
     bucket_url_expires_s: int = _named(
         "BUCKET_URL_EXPIRES_S",
@@ -137,6 +230,20 @@ class Settings(BaseSettings):
         ge=1,
         le=7 * 24 * 3600,
         description="Seconds that a presigned URL is good for; S3 allows at most seven days.",
+    )
+
+    # ------------------------------------------------------------------------------------------ webhooks
+    webhook_url: str | None = _named(
+        "WEBHOOK_URL", default=None, description="Is told of every job's end, unless the job names another."
+    )
+    webhook_secret: SecretStr | None = _named(
+        "WEBHOOK_SECRET", default=None, description="Signs webhooks as Standard Webhooks describes (`whsec_…`)."
+    )
+    webhook_timeout_s: float = _named(
+        "WEBHOOK_TIMEOUT", default=30.0, gt=0, description="Seconds that a webhook's receiver may take to answer."
+    )
+    webhook_attempts: int = _named(
+        "WEBHOOK_ATTEMPTS", default=5, ge=1, le=20, description="How often a webhook is sent until it is accepted."
     )
 
     # -------------------------------------------------------------------------------------------- worker
@@ -209,7 +316,12 @@ class Settings(BaseSettings):
 
     def secrets(self) -> list[str]:
         """Return every secret value, for masking."""
-        values = (self.comfy_org_api_key, self.bucket_access_key_id, self.bucket_secret_access_key)
+        values = (
+            self.comfy_org_api_key,
+            self.bucket_access_key_id,
+            self.bucket_secret_access_key,
+            self.webhook_secret,
+        )
         return [value.get_secret_value() for value in values if value is not None]
 
 

@@ -15,11 +15,14 @@ from comfy_worker.pipeline import run_job
 from comfy_worker.settings import Settings
 from comfy_worker.stop import Stop
 from comfy_worker.storage import Storages
+from comfy_worker.webhooks import Webhooks, check_webhook
 
 log = logging.getLogger(__name__)
 
 _ENVELOPE = 64 * 1024
 """Bytes of an answer that are not base64: names, sizes, texts, warnings."""
+_LONGEST_SENTENCE = 1000
+"""Characters that are kept of a failure's sentence which does not fit into an answer."""
 
 
 class Worker:
@@ -31,12 +34,16 @@ class Worker:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self._webhooks = Webhooks(settings)
         self.client = ComfyClient(settings)
         self._storages = Storages(settings)
+        self._storages.prepare()
 
     def close(self) -> None:
-        """Close the connections."""
+        """Send the webhooks that wait, for at most half a minute, and close the connections."""
+        self._webhooks.close()
         self.client.close()
+        self._storages.close()
 
     def run(
         self,
@@ -44,6 +51,8 @@ class Worker:
         on_event: OnEvent = ignore_events,
         stop: Stop | None = None,
         result_limit: int | None = None,
+        *,
+        tell: bool = True,
     ) -> dict[str, Any]:
         """Run a RunPod job and return its `output`: a fresh dict of JSON values, with `error` if it failed.
 
@@ -54,36 +63,69 @@ class Worker:
             on_event: is told how the job gets on, in this thread.
             stop: ends the job early.
             result_limit: bytes that the output may have as JSON; None for no limit.
+            tell: whether the webhooks are told; in the background, so that nothing waits for them.
         """
-        secrets: list[str | None] = list(self.settings.secrets())
+        if not tell:
+            return self._run_to_end(job, on_event, stop, result_limit)
+        report = self._webhooks.report_on(job, result_limit)
         try:
-            parsed = parse_job(job)
-            secrets += parsed.secrets
-            storage = self._storages.choose(parsed.delivery, None if result_limit is None else result_limit - _ENVELOPE)
-            output = _within(result_as_output(run_job(parsed, self.client, storage, on_event, stop)), result_limit)
-        except WorkerError as error:
-            output = error.as_output(secrets)
-            log.info("job %s failed: %s", job.get("id"), output["error"])
+            output = self._run_to_end(job, report.listening(on_event), stop, result_limit)
+        except KeyboardInterrupt:
+            report.end({}, cancelled=True)
+            raise
+        report.end(output, cancelled=stop is not None and stop.is_set())
+        return output
+
+    def _run_to_end(
+        self, job: Mapping[str, Any], on_event: OnEvent, stop: Stop | None, result_limit: int | None
+    ) -> dict[str, Any]:
+        try:
+            return _within(json_safe(self._run(job, on_event, stop, result_limit)), result_limit)
+        except OutputTooLarge as error:
+            log.info("job %s failed: %s", job.get("id"), error)
+            return error.as_output()
         except KeyboardInterrupt:  # at a desk
             raise
         # The last edge: whatever else is let out, SystemExit too, would end the worker or reach the client whole.
         except BaseException:
             log.exception("job %s met a bug", job.get("id"))
-            output = InternalError("The worker failed because of a bug of its own; its log says where").as_output()
-        return {key: json_safe(value) for key, value in output.items()}
+            return InternalError("The worker failed because of a bug of its own; its log says where").as_output()
+
+    def _run(
+        self, job: Mapping[str, Any], on_event: OnEvent, stop: Stop | None, result_limit: int | None
+    ) -> dict[str, Any]:
+        secrets: list[str | None] = list(self.settings.secrets())
+        try:
+            parsed = parse_job(job)
+            secrets += parsed.secrets
+            check_webhook(parsed.webhook)
+            budget = None if result_limit is None else result_limit - _ENVELOPE
+            storage = self._storages.choose(parsed.delivery, budget, parsed.bucket)
+            return result_as_output(run_job(parsed, self.client, storage, on_event, stop))
+        except WorkerError as error:
+            output = error.as_output(secrets)
+            log.info("job %s failed: %s", job.get("id"), output["error"])
+            return output
 
 
 def _within(output: dict[str, Any], limit: int | None) -> dict[str, Any]:
-    """Return the output, or raise `OutputTooLarge`: the platform would drop it and call the job done."""
-    if limit is None:
+    """Return the output if it fits; the platform would drop it otherwise and call the job done.
+
+    Of a failure that does not fit, the beginning of its sentence is kept.
+
+    Raises:
+        OutputTooLarge: it does not fit.
+    """
+    # As the RunPod SDK sends it: other alphabets are not escaped.
+    size = 0 if limit is None else len(json.dumps(output, ensure_ascii=False).encode())
+    if limit is None or size <= limit:
         return output
-    size = len(json.dumps(output).encode())
-    if size > limit:
-        raise OutputTooLarge(
-            f"The answer has {size} bytes and may have {limit}",
-            hint="Set up S3 (BUCKET_ENDPOINT_URL and its keys), or make fewer or smaller outputs and texts",
-        )
-    return output
+    if "error" in output:
+        return {"error": f"{output['error'][:_LONGEST_SENTENCE]}…", "code": output["code"]}
+    raise OutputTooLarge(
+        f"The answer has {size} bytes and may have {limit}",
+        hint="Set up S3 (BUCKET_ENDPOINT_URL and its keys), or make fewer or smaller outputs and texts",
+    )
 
 
 def json_safe(value: Any) -> Any:

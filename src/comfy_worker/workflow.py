@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
 from comfy_worker.errors import InvalidWorkflow, UiFormatWorkflow
@@ -12,7 +12,7 @@ from comfy_worker.jobs import Workflow
 Graph: TypeAlias = dict[str, dict[str, Any]]
 """A workflow of our own that may be changed."""
 
-_ANNOTATED = re.compile(r"^(?P<name>.*?)(?P<annotation> \[input\])?\Z", re.DOTALL)
+_ANNOTATION = " [input]"
 
 _DEFAULT_PREFIX = "ComfyUI"
 """For a prefix that is empty; ComfyUI would name the files after the folder."""
@@ -104,27 +104,7 @@ def string_inputs(workflow: Workflow) -> Iterator[tuple[str, str, str]]:
 
 def split_annotation(value: str) -> tuple[str, str]:
     """Split `name [input]` into the name and the annotation, which is "" where there is none."""
-    match = _ANNOTATED.match(value)
-    assert match is not None, "the pattern matches every string"  # noqa: S101 - both parts are optional
-    return match["name"], match["annotation"] or ""
-
-
-def refer_to_staged(graph: Graph, staged: Mapping[str, str], loads_file: Callable[[str, str], bool]) -> set[str]:
-    """Rewrite references to input files to where they were staged, in place; return the names that were used.
-
-    Args:
-        graph: changed in place.
-        staged: the caller's name of each file to its name in ComfyUI's input folder.
-        loads_file: tells of `(class_type, input_name)` whether the node loads a file there; a text that happens to
-            read like a file name is left alone.
-    """
-    used = set()
-    for node_id, name, value in list(string_inputs(graph)):
-        file_name, annotation = split_annotation(value)
-        if file_name in staged and loads_file(graph[node_id]["class_type"], name):
-            graph[node_id]["inputs"][name] = staged[file_name] + annotation
-            used.add(file_name)
-    return used
+    return (value.removesuffix(_ANNOTATION), _ANNOTATION) if value.endswith(_ANNOTATION) else (value, "")
 
 
 def prefix_outputs(graph: Graph, folder: str) -> None:

@@ -257,6 +257,15 @@ class Board:
             self.changed.notify_all()
         return jobs
 
+    def put_back(self, jobs: list[PlatformJob]) -> None:
+        """Queue jobs again, in front, whose worker hung up at the moment when they were handed out."""
+        with self.changed:
+            for job in reversed(jobs):
+                job.state, job.worker_id, job.started_at = "IN_QUEUE", None, None
+                self._queue.appendleft(job)
+                _wake(self._polls)
+            self.changed.notify_all()
+
     async def stops(self, worker_id: str, hold_s: float) -> list[str]:
         """Return the jobs that a worker is to stop, as soon as there is one; nothing after `hold_s`."""
         if not self._stops[worker_id]:

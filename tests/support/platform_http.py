@@ -123,6 +123,9 @@ class _WorkerSide:
         is_batch = request.match_info["kind"] == "job-take-batch"
         most = int(request.query.get("batch_size", "1")) if is_batch else 1
         jobs = await self._board.take(request.match_info["worker"], most, self._platform.take_hold_s)
+        if request.transport is None or request.transport.is_closing():
+            self._board.put_back(jobs)
+            return web.Response(status=204)
         for job in jobs:
             self._limit_time(job)
         if not jobs:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import pytest
+from botocore.handlers import validate_bucket_name
+from botocore.utils import is_valid_endpoint_url, is_valid_ipv6_endpoint_url
 from hypothesis import given
 from hypothesis import strategies as st
 
 from comfy_worker.errors import InvalidInput
-from comfy_worker.storage.endpoint import Bucket, parse_endpoint
+from comfy_worker.storage.endpoint import Addressing, Bucket, known_service, parse_endpoint
 
 ACCOUNT = "0123456789abcdef0123456789abcdef"
+AWS_EU = "https://s3.eu-central-1.amazonaws.com"
 
 
 @pytest.mark.parametrize(
@@ -117,7 +120,8 @@ ACCOUNT = "0123456789abcdef0123456789abcdef"
         ("http://127.0.0.1:9000/shop", Bucket("http://127.0.0.1:9000", "shop", "us-east-1", False)),
         ("http://[::1]:9000/shop", Bucket("http://[::1]:9000", "shop", "us-east-1", False)),
         ("http://minio:9000/shop/", Bucket("http://minio:9000", "shop", "us-east-1", False)),
-        ("https://s3.example.com/my%20shop", Bucket("https://s3.example.com", "my shop", "us-east-1", False)),
+        ("https://s3.example.com/my%2Eshop", Bucket("https://s3.example.com", "my.shop", "us-east-1", False)),
+        ("https://s3.example.com./shop", Bucket("https://s3.example.com", "shop", "us-east-1", False)),
         (" https://s3.example.com/shop\n", Bucket("https://s3.example.com", "shop", "us-east-1", False)),
     ],
 )
@@ -148,6 +152,14 @@ def test_a_bucket_in_host_or_path(url: str, bucket: Bucket) -> None:
             Bucket("https://s3.eu-central-1.amazonaws.com", "shop", "eu-central-1", True),
         ),
         ("http://minio:9000/shop", Bucket("http://minio:9000", "shop", "us-east-1", False)),
+        ("https://shop.s3.eu-central-1.amazonaws.com/shop", Bucket(AWS_EU, "shop", "eu-central-1", True)),
+        # A path beside a name belongs to the endpoint.
+        (
+            "https://abc.supabase.co/storage/v1/s3",
+            Bucket("https://abc.supabase.co/storage/v1/s3", "shop", "us-east-1", False),
+        ),
+        ("http://minio:9000/s3/shop", Bucket("http://minio:9000/s3", "shop", "us-east-1", False)),
+        ("http://minio:9000/my%2Ds3", Bucket("http://minio:9000/my-s3", "shop", "us-east-1", False)),
     ],
 )
 def test_a_bucket_by_its_own_name(url: str, bucket: Bucket) -> None:
@@ -157,6 +169,53 @@ def test_a_bucket_by_its_own_name(url: str, bucket: Bucket) -> None:
 def test_a_region_that_is_said_wins() -> None:
     assert parse_endpoint("https://shop.s3.eu-central-1.amazonaws.com", region="eu-west-3").region == "eu-west-3"
     assert parse_endpoint("http://minio:9000/shop", region="home").region == "home"
+
+
+def test_a_region_beside_the_global_host_of_aws_is_where_requests_go() -> None:
+    bucket = parse_endpoint("https://s3.amazonaws.com", "shop", "eu-west-1")
+    assert bucket == Bucket("https://s3.eu-west-1.amazonaws.com", "shop", "eu-west-1", True)
+    assert parse_endpoint("https://s3.amazonaws.com", "shop", "us-east-1").endpoint_url == "https://s3.amazonaws.com"
+
+
+@pytest.mark.parametrize(
+    ("url", "addressing", "host"),
+    [
+        ("http://minio:9000/shop", "auto", "minio"),
+        ("http://minio:9000/shop", "virtual", "shop.minio"),
+        ("https://s3.eu-central-1.amazonaws.com/shop", "auto", "shop.s3.eu-central-1.amazonaws.com"),
+        ("https://shop.s3.eu-central-1.amazonaws.com", "path", "s3.eu-central-1.amazonaws.com"),
+        ("https://my.shop.s3.eu-central-1.amazonaws.com", "virtual", "my.shop.s3.eu-central-1.amazonaws.com"),
+    ],
+)
+def test_addressing_that_is_said_wins(url: str, addressing: Addressing, host: str) -> None:
+    assert parse_endpoint(url, addressing=addressing).host == host
+
+
+@pytest.mark.parametrize(
+    ("url", "port"),
+    [("http://minio:9000/shop", 9000), ("http://minio/shop", 80), ("https://minio/shop", 443)],
+)
+def test_the_port_that_requests_go_to(url: str, port: int) -> None:
+    assert parse_endpoint(url).port == port
+
+
+@pytest.mark.parametrize(
+    ("url", "name"),
+    [
+        ("https://s3.example.com/shop/folder", None),
+        ("https://shop.s3.eu-central-1.amazonaws.com/folder", None),
+        ("https://s3.eu-central-1.amazonaws.com/shop/folder", None),
+        ("https://s3.eu-central-1.amazonaws.com/folder", "shop"),
+        (f"https://{ACCOUNT}.r2.cloudflarestorage.com/shop/folder", "shop"),
+    ],
+)
+def test_a_path_behind_the_bucket_is_refused_instead_of_dropped(url: str, name: str | None) -> None:
+    with pytest.raises(InvalidInput) as refused:
+        parse_endpoint(url, name)
+    assert refused.value.message == (
+        "BUCKET_ENDPOINT_URL has more in its path than a bucket: folders belong into the outputs' keys, "
+        "and a path of the endpoint itself needs BUCKET_NAME"
+    )
 
 
 @pytest.mark.parametrize(
@@ -194,6 +253,22 @@ def test_an_endpoint_without_a_bucket(url: str) -> None:
         parse_endpoint(url)
 
 
+@pytest.mark.parametrize(
+    ("host", "service"),
+    [
+        ("shop.s3.eu-central-1.amazonaws.com", "s3.eu-central-1.amazonaws.com"),
+        ("S3.EU-CENTRAL-1.AMAZONAWS.COM", "s3.eu-central-1.amazonaws.com"),
+        (f"shop.{ACCOUNT}.r2.cloudflarestorage.com", f"{ACCOUNT}.r2.cloudflarestorage.com"),
+        ("storage.googleapis.com", "storage.googleapis.com"),
+        ("shop.minio.example.com", None),
+        ("s3.amazonaws.com.example.com", None),
+        ("", None),
+    ],
+)
+def test_the_large_services_are_known(host: str, service: str | None) -> None:
+    assert known_service(host) == service
+
+
 BUCKET_NAMES = st.from_regex(r"\A[a-z0-9][a-z0-9-]{1,20}[a-z0-9]\Z")
 
 
@@ -214,4 +289,20 @@ def test_any_text_is_a_bucket_or_a_sentence(text: str, name: str | None) -> None
         except InvalidInput:
             continue
         assert bucket.name
+        assert is_valid_endpoint_url(bucket.endpoint_url) or is_valid_ipv6_endpoint_url(bucket.endpoint_url)
         assert bucket.endpoint_url.startswith(("http://", "https://"))
+
+
+@given(
+    st.sampled_from(["http://", "https://"]),
+    st.text("abz019.-_:[]%@/?# \\ä", max_size=30),
+    st.none() | BUCKET_NAMES,
+)
+def test_botocore_takes_every_endpoint_that_is_not_refused(scheme: str, rest: str, name: str | None) -> None:
+    try:
+        bucket = parse_endpoint(scheme + rest, name)
+    except InvalidInput:
+        return
+    url = bucket.endpoint_url
+    assert is_valid_endpoint_url(url) or is_valid_ipv6_endpoint_url(url)
+    validate_bucket_name({"Bucket": bucket.name})

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import io
 import mimetypes
+from collections.abc import Iterator
+from fractions import Fraction
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+import av
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -83,7 +88,7 @@ def test_a_picture_is_known_by_its_content_whatever_its_name(form: str, frames: 
 
 
 def test_what_is_no_picture_goes_by_its_name() -> None:
-    assert inspect("a.mp4", picture("PNG")) == Media("video/mp4")
+    assert inspect("a.mp4", b"not a video") == Media("video/mp4")
     assert inspect("a.png", b"") == Media("image/png")
     assert inspect("a.exr", b"\x76\x2f\x31\x01") == Media("image/x-exr")
     assert inspect("a.svg", b"<svg/>") == Media("image/svg+xml")
@@ -114,3 +119,149 @@ def test_an_avif_whose_header_is_broken() -> None:
     content = picture("AVIF")
     place = content.index(b"av01")
     assert inspect("a.avif", content.replace(b"pitm", b"xxxx")) == Media("image/avif"), place
+
+
+# ---------------------------------------------------------------------------------- videos and sounds
+
+
+@cache
+def recording(form: str, *, video: str | None = None, audio: str | None = None) -> bytes:
+    """Return two seconds of a grey picture of 64 x 48, of silence, or of both, in a container of FFmpeg's name."""
+    written = io.BytesIO()
+    with av.open(written, "w", format=form) as container:
+        # All streams are there before the first packet, with which the header is written.
+        pictures = add_video(container, video) if video else None
+        sounds = container.add_stream(audio, rate=48_000, layout="mono") if audio else None
+        packets = [*(film(pictures) if pictures else ()), *(silence(sounds) if sounds else ())]
+        for packet in packets:
+            container.mux(packet)
+    return written.getvalue()
+
+
+def add_video(container: Any, codec: str) -> Any:
+    stream = container.add_stream(codec, rate=10)
+    stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+    return stream
+
+
+def film(stream: Any) -> Iterator[Any]:
+    for number in range(20):
+        frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 128, np.uint8), format="rgb24")
+        frame.pts, frame.time_base = number, Fraction(1, 10)
+        yield from stream.encode(frame)
+    yield from stream.encode(None)
+
+
+def silence(stream: Any) -> Iterator[Any]:
+    context = stream.codec_context
+    context.open(strict=False)
+    size = context.frame_size or 1024
+    for start in range(0, 96_000, size):
+        frame = av.AudioFrame(format=context.format.name, layout="mono", samples=min(size, 96_000 - start))
+        for plane in frame.planes:
+            plane.update(bytes(plane.buffer_size))
+        frame.sample_rate, frame.pts = 48_000, start
+        yield from stream.encode(frame)
+    yield from stream.encode(None)
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "video", "audio", "mime_type"),
+    [
+        ("a.mp4", "mp4", "mpeg4", "aac", "video/mp4"),
+        ("a.mp4", "mov", "mpeg4", None, "video/quicktime"),
+        ("a.bin", "webm", "libvpx", "libopus", "video/webm"),
+        ("a.webm", "matroska", "libvpx", None, "video/x-matroska"),
+        ("a.avi", "avi", "mpeg4", None, "video/x-msvideo"),
+        ("a.png", "mp4", "mpeg4", None, "video/mp4"),
+        ("a.m4a", "ipod", None, "aac", "audio/mp4"),
+        ("a.mp4", "mp4", None, "aac", "audio/mp4"),
+        ("a.webm", "webm", None, "libopus", "audio/webm"),
+        ("a.flac", "flac", None, "flac", "audio/flac"),
+        ("a.mp3", "mp3", None, "libmp3lame", "audio/mpeg"),
+        ("a.opus", "ogg", None, "libopus", "audio/opus"),
+        ("a.ogg", "ogg", None, "libopus", "audio/ogg"),
+        ("a.mp3", "ogg", None, "libopus", "audio/ogg"),
+        ("a", "wav", None, "pcm_s16le", "audio/wav"),
+    ],
+)
+def test_a_recording_is_known_by_its_content(
+    name: str, form: str, video: str | None, audio: str | None, mime_type: str
+) -> None:
+    media = inspect(name, recording(form, video=video, audio=audio))
+    assert (media.mime_type, media.width, media.height) == (mime_type, *((64, 48) if video else (None, None)))
+    assert media.duration_s == pytest.approx(2.0, abs=0.15)
+
+
+def test_a_sound_with_a_cover_is_a_sound() -> None:
+    """A cover is a video stream of one picture to FFmpeg."""
+    with av.open(io.BytesIO(recording("flac", audio="flac"))) as plain:
+        written = io.BytesIO()
+        with av.open(written, "w", format="flac") as container:
+            sound = container.add_stream_from_template(plain.streams.audio[0])
+            cover = container.add_stream("png", rate=1)
+            cover.width, cover.height, cover.pix_fmt = 6, 4, "rgb24"
+            cover.disposition = av.stream.Disposition.attached_pic
+            packet = av.Packet(picture("PNG"))
+            packet.stream, packet.pts, packet.dts = cover, 0, 0
+            container.mux(packet)
+            for packet in plain.demux(plain.streams.audio[0]):
+                if packet.dts is not None:
+                    packet.stream = sound
+                    container.mux(packet)
+    media = inspect("a.flac", written.getvalue())
+    assert (media.mime_type, media.width, media.height) == ("audio/flac", None, None)
+
+
+def test_bytes_a_path_and_an_open_file_are_the_same(tmp_path: Path) -> None:
+    content = recording("mp4", video="mpeg4")
+    path = tmp_path / "a.mp4"
+    path.write_bytes(content)
+    with path.open("rb") as file:
+        file.seek(100)
+        assert inspect("a.mp4", content) == inspect("a.mp4", path) == inspect("a.mp4", file)
+        assert file.read() == content
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mp3", "a.mkv", "a"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nhttp://127.0.0.1:9/a.ts\n#EXT-X-ENDLIST\n",
+        b"ffconcat version 1.0\nfile /etc/hostname\n",
+        b"ID3\x04" + bytes(200),
+        bytes(5000),
+    ],
+)
+def test_a_text_under_the_name_of_a_video_is_not_played(name: str, content: bytes) -> None:
+    media = inspect(name, content)
+    assert media == Media(mime_type_of_name(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "mime_type"),
+    [
+        ("BMW.txt", b"BMW builds cars", "text/plain"),
+        ("BMW", b"BMW builds cars", "application/octet-stream"),
+        ("a.latent", b"MZ\0\0\0\0\0\0{}", "application/octet-stream"),
+        ("a.docx", b"PK\x03\x04" + bytes(60), mime_type_of_name("a.docx")),
+        ("result", b"%PDF-1.7\n", "application/pdf"),
+        ("a.glb", b"glTF\x02\0\0\0", "model/gltf-binary"),
+    ],
+)
+def test_a_few_letters_do_not_outweigh_a_name(name: str, content: bytes, mime_type: str) -> None:
+    assert inspect(name, content) == Media(mime_type)
+
+
+@given(
+    form=st.sampled_from(["mp4", "webm", "flac", "ogg", "wav"]),
+    changes=st.lists(st.tuples(st.integers(0, 3000), st.integers(0, 255)), max_size=20),
+    length=st.integers(0, 20_000),
+)
+def test_a_broken_recording_is_still_delivered(form: str, changes: list[tuple[int, int]], length: int) -> None:
+    codecs = {"mp4": {"video": "mpeg4"}, "webm": {"video": "libvpx"}, "flac": {"audio": "flac"}}
+    content = bytearray(recording(form, **codecs.get(form, {"audio": "libopus" if form == "ogg" else "pcm_s16le"})))
+    for place, value in changes:
+        content[place % len(content)] = value
+    media = inspect("a.mp4", bytes(content[:length]))
+    assert media.duration_s is None or media.duration_s > 0

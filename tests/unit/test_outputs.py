@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import io
 import json
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
+from comfy_worker.comfy.client import ComfyClient
 from comfy_worker.comfy.protocol import Succeeded, WebsocketImage, outcome_from_history
-from comfy_worker.jobs import Artifact, Delivered, JobResult, Kind, OutputFile, Timings
-from comfy_worker.outputs import Found, find_outputs
+from comfy_worker.comfy.view import find_on_disk
+from comfy_worker.jobs import Artifact, Conversion, Delivered, Job, JobResult, Kind, OutputFile, Timings
+from comfy_worker.outputs import Found, deliver_outputs, find_outputs
 from comfy_worker.payload import result_as_output
+from comfy_worker.settings import load_settings
+from comfy_worker.stop import Stop
+from comfy_worker.storage import OnDisk
+from comfy_worker.storage.local import LocalStorage
+from tests.support import graphs
 from tests.support.recordings import VERSIONS, recording
 
 
@@ -239,3 +251,165 @@ def test_every_reported_file_is_found_once_with_its_place_counted(outputs: Any, 
         item for reported in outputs.values() for items in reported.values() for item in items if isinstance(item, str)
     ]
     assert sorted(text.text for text in found.texts) == sorted(texts)
+
+
+# ----------------------------------------------------------------------------------------------- delivery
+
+
+def received(
+    name: str, content: bytes, folder: str = "", node_id: str = "9", index: int = 0
+) -> tuple[OutputFile, bytes]:
+    return OutputFile(name, folder, "websocket", Kind.IMAGE, node_id, "SaveImage", "Save", index), content
+
+
+def delivered_to(
+    folder: Path, *files: tuple[OutputFile, bytes], conversion: Conversion | None = None
+) -> tuple[list[Artifact], list[str], dict[str, bytes]]:
+    """Return what `deliver_outputs` says, and what lies in the folder afterwards, as paths in it."""
+    job = Job(id="job", prompt_id="prompt", workflow={}, conversion=conversion)
+    found = Found(files=tuple(file for file, _content in files), texts=(), received=dict(files))
+    storage = LocalStorage(folder, "https://files.example.com")
+    with closing(ComfyClient(load_settings())) as client:
+        artifacts, warnings = deliver_outputs(job, found, client, storage, Stop())
+    written = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return artifacts, warnings, written
+
+
+def test_the_jobs_own_folder_is_left_out_and_folders_of_the_author_stay(tmp_path: Path) -> None:
+    files = [received("a.png", b"1", "prompt"), received("b.png", b"2", "prompt/sub"), received("c.png", b"3", "other")]
+    artifacts, _warnings, written = delivered_to(tmp_path, *files)
+    assert written == {"job/a.png": b"1", "job/sub/b.png": b"2", "job/other/c.png": b"3"}
+    assert [artifact.folder for artifact in artifacts] == ["", "sub", "other"]
+
+
+def test_two_files_of_one_name_are_both_there(tmp_path: Path) -> None:
+    files = [received("a.png", b"1"), received("a.png", b"2", node_id="12:3", index=4)]
+    _artifacts, _warnings, written = delivered_to(tmp_path, *files)
+    assert written == {"job/a.png": b"1", "job/node_12-3_4/a.png": b"2"}
+
+
+@pytest.mark.parametrize(
+    ("folder", "name", "path"),
+    [
+        ("..", "a.png", "a.png"),
+        ("../../etc", "a.png", "etc/a.png"),
+        ("/etc", "a.png", "etc/a.png"),
+        ("sub/./..//x", "a.png", "sub/x/a.png"),
+        ("", "../../a.png", "a.png"),
+        ("", "..", "_"),
+        ("", "a\nb\x00.png", "a_b_.png"),
+        ("", "lone \ud800.png", "lone ?.png"),
+    ],
+)
+def test_no_name_leads_out_of_the_jobs_folder(tmp_path: Path, folder: str, name: str, path: str) -> None:
+    _artifacts, _warnings, written = delivered_to(tmp_path, received(name, b"1", folder))
+    assert written == {f"job/{path}": b"1"}
+
+
+def test_a_picture_is_known_by_its_content(tmp_path: Path) -> None:
+    [artifact], _warnings, _written = delivered_to(tmp_path, received("a.webp", graphs.png((1, 2, 3))))
+    assert (artifact.mime_type, artifact.width, artifact.height) == ("image/png", graphs.SIDE, graphs.SIDE)
+    assert artifact.size_bytes == len(graphs.png((1, 2, 3)))
+
+
+def test_converted_pictures_get_the_name_of_their_format(tmp_path: Path) -> None:
+    files = [
+        received(name, graphs.png((9, 8, 7)), index=index) for index, name in enumerate(("a.png", "a.tiff", "b.png"))
+    ]
+    artifacts, warnings, written = delivered_to(tmp_path, *files, conversion=Conversion(format="jpeg"))
+    assert [(artifact.file.filename, artifact.mime_type) for artifact in artifacts] == [
+        ("a.jpg", "image/jpeg"),
+        ("a.jpg", "image/jpeg"),
+        ("b.jpg", "image/jpeg"),
+    ]
+    assert warnings == []
+    # Which of the two that are called alike now comes first is not said.
+    assert set(written) in (
+        {"job/a.jpg", "job/node_9_1/a.jpg", "job/b.jpg"},
+        {"job/node_9_0/a.jpg", "job/a.jpg", "job/b.jpg"},
+    )
+    assert all(content[:2] == b"\xff\xd8" for content in written.values())
+
+
+def test_a_picture_that_cannot_be_converted_is_delivered_as_it_is(tmp_path: Path) -> None:
+    files = [received("a.png", b"no picture"), received("b.mp4", b"no video", index=1)]
+    artifacts, warnings, written = delivered_to(tmp_path, *files, conversion=Conversion(format="webp"))
+    assert written == {"job/a.png": b"no picture", "job/b.mp4": b"no video"}
+    assert len(artifacts) == 2
+    assert warnings == ["Output a.png was not converted: it is broken, or in a format that cannot be read"]
+
+
+def test_what_a_conversion_loses_is_told(tmp_path: Path) -> None:
+    picture = io.BytesIO()
+    text = PngInfo()
+    text.add_text("workflow", json.dumps(["x" * 70_000]))
+    Image.new("RGB", (8, 8)).save(picture, "PNG", pnginfo=text)
+    _artifacts, warnings, written = delivered_to(
+        tmp_path, received("a.png", picture.getvalue()), conversion=Conversion(format="jpeg")
+    )
+    assert list(written) == ["job/a.jpg"]
+    assert warnings == ["Output a.png: its metadata is too long for a JPEG and was left out"]
+
+
+# ------------------------------------------------------------------------------------------ ComfyUI's disk
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    for folder in ("output/sub", "temp", "input", "models"):
+        (tmp_path / "base" / folder).mkdir(parents=True)
+    for path in ("output/a.png", "output/sub/b.png", "temp/c.png", "models/secret.bin", "output/..odd.png"):
+        (tmp_path / "base" / path).write_bytes(b"12345")
+    (tmp_path / "outside.png").write_bytes(b"secret")
+    (tmp_path / "base/output/link.png").symlink_to(tmp_path / "outside.png")
+    (tmp_path / "base/output/folder").symlink_to(tmp_path)
+    return tmp_path / "base"
+
+
+@pytest.mark.parametrize(
+    ("folder", "name", "kind", "path"),
+    [
+        ("", "a.png", "output", "output/a.png"),
+        ("sub", "b.png", "output", "output/sub/b.png"),
+        ("sub/..", "a.png", "output", "output/a.png"),
+        ("", "sub/b.png", "output", "output/sub/b.png"),
+        ("", "c.png", "temp", "temp/c.png"),
+        ("", "..odd.png", "output", "output/..odd.png"),
+    ],
+)
+def test_a_file_is_found_on_comfyuis_disk(base: Path, folder: str, name: str, kind: str, path: str) -> None:
+    found = find_on_disk(base, OutputFile(name, folder, kind, Kind.IMAGE, "9", "Any", "Any", 0))
+    assert found == OnDisk(base / path, 5)
+
+
+@pytest.mark.parametrize(
+    ("folder", "name", "kind"),
+    [
+        ("", "missing.png", "output"),
+        ("", "sub", "output"),
+        ("../models", "secret.bin", "output"),
+        ("", "../models/secret.bin", "output"),
+        ("..", "secret.bin", "models"),
+        ("", "secret.bin", "models"),
+        ("", "models/secret.bin", ""),
+        ("", "c.png", "../temp"),
+        ("", "link.png", "output"),
+        ("folder", "outside.png", "output"),
+        ("/etc", "passwd", "output"),
+        ("", "/etc/passwd", "output"),
+        ("", "a\x00.png", "output"),
+        ("", "x" * 300, "output"),
+        ("", "\ud800.png", "output"),
+        ("", "", "output"),
+        ("", "a.png", "websocket"),
+    ],
+)
+def test_no_name_leads_out_of_comfyuis_folders(base: Path, folder: str, name: str, kind: str) -> None:
+    assert find_on_disk(base, OutputFile(name, folder, kind, Kind.IMAGE, "9", "Any", "Any", 0)) is None
+
+
+@given(st.text(max_size=20), st.text(max_size=20), st.sampled_from(["output", "temp", "..", ""]))
+def test_any_name_is_a_file_inside_or_nothing(folder: str, name: str, kind: str) -> None:
+    base = Path(__file__).parent
+    found = find_on_disk(base, OutputFile(name, folder, kind, Kind.IMAGE, "9", "Any", "Any", 0))
+    assert found is None

@@ -252,7 +252,7 @@ def test_a_workflow_of_the_canvas_is_explained() -> None:
     [
         ({"images": {}}, "input.images must be a list"),
         ({"images": ["SECRET"]}, "input.images.0 must be an object"),
-        ({"images": [{}]}, "input.images.0.name is missing; input.images.0.image is missing"),
+        ({"images": [{}]}, "input.images.0.name is missing"),
         (
             {"images": [{"name": "a", "image": "YQ=="}, {"name": 5, "image": "YQ=="}]},
             "input.images.1.name must be a string",
@@ -265,7 +265,7 @@ def test_a_workflow_of_the_canvas_is_explained() -> None:
         ({"strict": "SECRET"}, "input.strict must be true or false"),
         ({"include_previews": 1}, "input.include_previews must be true or false"),
         ({"delivery": "SECRET"}, "input.delivery must be an object"),
-        ({"delivery": {"type": "SECRET"}}, "input.delivery.type must be 'auto', 'base64' or 's3'"),
+        ({"delivery": {"type": "SECRET"}}, "input.delivery.type must be 'auto', 'base64', 's3', 'both' or 'local'"),
         ({"delivery": {"expires_s": True}}, "input.delivery.expires_s must be a whole number"),
         ({"delivery": {"expires_s": 0}}, "input.delivery.expires_s must be greater than or equal to 1"),
         ({"delivery": {"expires_s": 604801}}, "input.delivery.expires_s must be less than or equal to 604800"),

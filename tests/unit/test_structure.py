@@ -22,6 +22,7 @@ PURE = [
     "comfy_worker.settings",
     "comfy_worker.jobs",
     "comfy_worker.workflow",
+    "comfy_worker.references",
     "comfy_worker.progress",
     "comfy_worker.redact",
     "comfy_worker.payload",
@@ -29,6 +30,7 @@ PURE = [
     "comfy_worker.comfy.protocol",
     "comfy_worker.comfy.validation",
     "comfy_worker.comfy.faults",
+    "comfy_worker.comfy.missing",
     "comfy_worker.storage.endpoint",
 ]
 OUTSIDE_WORLD = {

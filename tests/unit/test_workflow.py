@@ -19,7 +19,6 @@ from comfy_worker.workflow import (
     is_ui_format,
     nodes_of_class,
     prefix_outputs,
-    refer_to_staged,
     split_annotation,
     title,
 )
@@ -27,10 +26,6 @@ from comfy_worker.workflow import (
 
 def node(kind: str = "A", **inputs: Any) -> dict[str, Any]:
     return {"class_type": kind, "inputs": inputs}
-
-
-def everywhere(_class_type: str, _input_name: str) -> bool:
-    return True
 
 
 # ------------------------------------------------------------------------------------------ what is a graph
@@ -141,42 +136,6 @@ def test_a_copy_can_be_changed_without_the_original() -> None:
     graph["2"]["inputs"]["more"] = 1
     del graph["2"]
     assert original == kept
-
-
-def test_references_are_rewritten_only_where_a_file_is_loaded() -> None:
-    graph = {
-        "1": node("LoadImage", image="a.png", upload="image"),
-        "2": node("CLIPTextEncode", text="a.png"),
-        "3": node("LoadImage", image="b.png"),
-        "4": node("LoadAudio", audio="sounds/a.wav [input]"),
-        "5": node("LoadImage", image=["1", 0]),
-    }
-    staged = {"a.png": "job/a.png", "sounds/a.wav": "job/sounds/a.wav", "unused.png": "job/unused.png"}
-    used = refer_to_staged(graph, staged, lambda kind, name: (kind, name) != ("CLIPTextEncode", "text"))
-    assert used == {"a.png", "sounds/a.wav"}
-    assert {node_id: item["inputs"] for node_id, item in graph.items()} == {
-        "1": {"image": "job/a.png", "upload": "image"},
-        "2": {"text": "a.png"},
-        "3": {"image": "b.png"},
-        "4": {"audio": "job/sounds/a.wav [input]"},
-        "5": {"image": ["1", 0]},
-    }
-
-
-@pytest.mark.parametrize(
-    "value", ["a.png [output]", "a.png [temp]", "A.png", "./a.png", "a.png ", "x a.png", "a.png[input]"]
-)
-def test_what_only_looks_like_the_file_is_left_alone(value: str) -> None:
-    graph = {"1": node("LoadImage", image=value)}
-    assert refer_to_staged(graph, {"a.png": "job/a.png"}, everywhere) == set()
-    assert graph["1"]["inputs"]["image"] == value
-
-
-def test_nobody_is_asked_about_texts_that_name_no_file() -> None:
-    def never(class_type: str, input_name: str) -> bool:
-        raise AssertionError(f"{class_type}.{input_name} names no file")
-
-    assert refer_to_staged({"1": node(text="a castle")}, {"a.png": "job/a.png"}, never) == set()
 
 
 @pytest.mark.parametrize(

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
+import math
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 from urllib.parse import quote, urlsplit
 
 import requests
 from requests.adapters import HTTPAdapter
+from requests_toolbelt import MultipartEncoder
 from urllib3.exceptions import NewConnectionError
 from urllib3.util import Retry
 
@@ -21,6 +24,7 @@ from comfy_worker.comfy.process import ComfyProcess
 from comfy_worker.comfy.protocol import QueuePlace, place_in_queue
 from comfy_worker.comfy.socket import SocketPool
 from comfy_worker.comfy.validation import refusal
+from comfy_worker.comfy.view import ViewStream
 from comfy_worker.errors import ComfyUnreachable, InvalidWorkflow, OutputMissing, UploadFailed
 from comfy_worker.jobs import OutputFile, Workflow
 from comfy_worker.settings import Settings
@@ -31,6 +35,8 @@ _QUESTION_TIMEOUT_S = 5.0
 """For questions that ComfyUI answers from memory; files take as long as they take."""
 _READY_INTERVAL_S = 0.05
 _SUBMIT_ATTEMPTS = 3
+_LATE_PROMPT_S = 5.0
+"""How long a prompt is looked for that ComfyUI did not answer in time, before it is sent again."""
 _REMOVE_TIMEOUT_S = 10.0
 _REMOVE_INTERVALS_S = (0.02, 0.05, 0.1, 0.25)
 
@@ -57,6 +63,7 @@ class ComfyClient:
             settings.comfyui_url,
             reconnect_attempts=settings.websocket_reconnect_attempts,
             reconnect_delay_s=settings.websocket_reconnect_delay_s,
+            connect_timeout_s=min(_CONNECT_TIMEOUT_S, settings.comfyui_request_timeout_s),
         )
         self.transfers = ThreadPoolExecutor(settings.transfer_threads, thread_name_prefix="transfer")
 
@@ -96,14 +103,14 @@ class ComfyClient:
             return False
         return True
 
-    def wait_until_ready(self, stop: Stop) -> None:
+    def wait_until_ready(self, stop: Stop, limit_s: float = math.inf) -> None:
         """Return as soon as ComfyUI answers.
 
         Raises:
-            ComfyUnreachable: it did not within `ready_timeout_s`.
+            ComfyUnreachable: it did not within `ready_timeout_s`, or within `limit_s` if that is less.
             Cancelled: the job was cancelled meanwhile.
         """
-        deadline = time.monotonic() + self._settings.ready_timeout_s
+        deadline = time.monotonic() + min(limit_s, self._settings.ready_timeout_s)
         while not self.is_ready():
             if time.monotonic() >= deadline or (self.process and self.process.given_up()):
                 raise self.unreachable()
@@ -147,13 +154,16 @@ class ComfyClient:
             try:
                 response = self._request("POST", "/prompt", json=body)
             except ComfyUnreachable as error:
+                # One that was sent before may have arrived, whatever became of this one.
+                error.never_sent = error.never_sent and attempt == 1
                 if error.never_sent or attempt == _SUBMIT_ATTEMPTS:
                     raise
-                if self.knows(prompt_id):
+                is_late = isinstance(error.__cause__, requests.ReadTimeout)
+                if self._took(prompt_id, _LATE_PROMPT_S if is_late else 0.0):
                     return {}
                 continue
             if response.status_code == requests.codes.bad_request:
-                raise refusal(_json(response), graph, self.choices, self.class_names)
+                raise refusal(_json(response), graph, self.object_info)
             _check(response)
             return _json(response).get("node_errors") or {}
         raise AssertionError("every attempt returns or raises")
@@ -161,6 +171,18 @@ class ComfyClient:
     def knows(self, prompt_id: str) -> bool:
         """Return whether the prompt is waiting, running or done."""
         return self.place(prompt_id) is not None or self.history(prompt_id) is not None
+
+    def _took(self, prompt_id: str, patience_s: float) -> bool:
+        """Return whether a prompt arrived whose answer got lost; a busy ComfyUI may take it a little later."""
+        deadline = time.monotonic() + patience_s
+        try:
+            while not (is_known := self.knows(prompt_id)) and time.monotonic() < deadline:
+                time.sleep(_READY_INTERVAL_S)
+        except ComfyUnreachable as error:
+            # That nobody takes the question says nothing of the prompt.
+            error.never_sent = False
+            raise
+        return is_known
 
     def history(self, prompt_id: str) -> Mapping[str, Any] | None:
         """Return the entry of a prompt that has ended, None for one that has not (or is not known)."""
@@ -177,19 +199,31 @@ class ComfyClient:
         `/interrupt` is only sent while our own prompt is the running one: older ComfyUIs ignore the id in it and
         interrupt whatever runs.
         """
-        deadline = time.monotonic() + _REMOVE_TIMEOUT_S
+        deadline = time.monotonic() + min(_REMOVE_TIMEOUT_S, self._settings.comfyui_lost_after_s)
         for interval_s in itertools.chain(_REMOVE_INTERVALS_S, itertools.repeat(_REMOVE_INTERVALS_S[-1])):
-            if time.monotonic() >= deadline:
+            is_last = time.monotonic() >= deadline
+            try:
+                if self._is_out(prompt_id):
+                    return True
+            except ComfyUnreachable:
+                # One answer that is lost or wrong must not leave a prompt in for hours.
+                if is_last or not self.is_listening():
+                    raise
+            if is_last:
                 return False
-            place = self.place(prompt_id)
-            if place is None:
-                return True
-            if place.running:
-                _check(self._request("POST", "/interrupt", json={"prompt_id": prompt_id}))
-            else:
-                _check(self._request("POST", "/queue", json={"delete": [prompt_id]}))
             time.sleep(interval_s)
         raise AssertionError("the loop ends by returning")
+
+    def _is_out(self, prompt_id: str) -> bool:
+        """Return whether a prompt is out of ComfyUI; ask for it to be taken out if it is not."""
+        place = self.place(prompt_id)
+        if place is None:
+            return True
+        if place.running:
+            _check(self._request("POST", "/interrupt", json={"prompt_id": prompt_id}))
+        else:
+            _check(self._request("POST", "/queue", json={"delete": [prompt_id]}))
+        return False
 
     def free_memory(self) -> None:
         """Have ComfyUI unload its models and empty its caches, before it runs the next prompt."""
@@ -206,15 +240,9 @@ class ComfyClient:
             self._node_inputs[class_type] = self._fetch_inputs(class_type)
         return self._node_inputs[class_type]
 
-    def choices(self, class_type: str, input_name: str) -> Sequence[str] | None:
-        """Return what a combo offers now, None if the input is no combo."""
-        config = self._fetch_inputs(class_type).get(input_name) or [None]
-        offered = config[0] if isinstance(config[0], list) else (config[1:] or [{}])[0].get("options")
-        return [str(value) for value in offered] if isinstance(offered, list) else None
-
-    def class_names(self) -> Sequence[str]:
-        """Return every node class that ComfyUI has."""
-        return list(self._get_json("/object_info", timeout_s=self._settings.comfyui_request_timeout_s))
+    def object_info(self) -> Mapping[str, Any]:
+        """Return what ComfyUI says of all its node classes: megabytes on a machine with many custom nodes."""
+        return self._get_json("/object_info", timeout_s=self._settings.comfyui_request_timeout_s)
 
     def _fetch_inputs(self, class_type: str) -> Mapping[str, Any]:
         path = f"/object_info/{quote(class_type, safe='')}"
@@ -223,45 +251,57 @@ class ComfyClient:
 
     # ---------------------------------------------------------------------------------------------- files
 
-    def upload(self, name: str, content: bytes, folder: str) -> str:
-        """Put a file into ComfyUI's input folder; return the name by which a node loads it.
+    def upload(self, content: BinaryIO, name: str, folder: str, content_type: str) -> str:
+        """Put a file into a folder of ComfyUI's input folder; return the name by which a node loads it.
+
+        It is read from `content`, from its start, as it is sent.
 
         Raises:
             UploadFailed: ComfyUI did not take it.
+            DiskFull: ComfyUI's disk has no room for it.
             ComfyUnreachable: it does not answer.
         """
-        subfolder, _, filename = f"{folder}/{name}".rpartition("/")
-        response = self._request(
-            "POST",
-            "/upload/image",
-            data={"subfolder": subfolder, "overwrite": "true", "type": "input"},
-            files={"image": (filename, content)},
+        size = content.seek(0, io.SEEK_END)
+        content.seek(0)
+        form = MultipartEncoder(
+            {"subfolder": folder, "overwrite": "true", "type": "input", "image": (name, content, content_type)}
         )
+        response = self._request("POST", "/upload/image", data=form, headers={"Content-Type": form.content_type})
         if response.status_code == requests.codes.request_entity_too_large:
-            raise UploadFailed(f"{name}: it is larger than ComfyUI takes")
+            raise UploadFailed("it is larger than ComfyUI takes")
+        if response.status_code >= requests.codes.server_error and self.disk is not None:
+            self.disk.check_free(size)
         if not response.ok:
-            raise UploadFailed(f"{name}: ComfyUI answered {response.status_code}")
+            raise UploadFailed(f"ComfyUI answered {response.status_code}")
         stored = _json(response)
         return "/".join(part for part in (stored.get("subfolder", ""), stored["name"]) if part)
 
-    def view(self, file: OutputFile) -> bytes:
-        """Return the content of an output.
+    def view(self, file: OutputFile, start: int = 0) -> ViewStream:
+        """Return the content of an output, on its way; close it.
+
+        Args:
+            file: as ComfyUI reported it.
+            start: the first byte that is wanted.
 
         Raises:
             OutputMissing: ComfyUI does not have the file that it reported.
             ComfyUnreachable: it does not answer.
         """
         params = {"filename": file.filename, "subfolder": file.subfolder, "type": file.type}
-        response = self._request("GET", "/view", params=params)
+        # Compressed by a proxy, it would have another length than it says.
+        headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={start}-"} if start else {})}
+        response = self._request("GET", "/view", params=params, headers=headers, stream=True)
+        if not response.ok:
+            response.close()
         if response.status_code in (400, 403, 404):
             raise OutputMissing(f"ComfyUI reported {file.filename} and does not have it")
         _check(response)
-        return response.content
+        return ViewStream(response, file.filename, is_part=start > 0)
 
     # ------------------------------------------------------------------------------------------- requests
 
     def _get_json(self, path: str, timeout_s: float = _QUESTION_TIMEOUT_S) -> Mapping[str, Any]:
-        response = self._request("GET", path, timeout_s=timeout_s)
+        response = self._request("GET", path, timeout_s=min(timeout_s, self._settings.comfyui_request_timeout_s))
         _check(response)
         return _json(response)
 

@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from comfy_worker.comfy.protocol import NodeOutputs
-from comfy_worker.errors import DiskFull
+from comfy_worker.errors import ComfyUnreachable, DiskFull
 from comfy_worker.settings import Settings
 
 log = logging.getLogger(__name__)
 
+LISTED_FOLDERS = ("", "3d")
+"""Folders of the input folder whose files ComfyUI's nodes offer as a list."""
 _MB = 1024 * 1024
 
 
@@ -35,23 +37,30 @@ class ComfyDisk:
             min_free_mb=settings.min_free_disk_mb,
         )
 
-    def check_free(self) -> None:
-        """Raise `DiskFull` if there is too little room for a job's outputs."""
-        free = shutil.disk_usage(self._base).free
-        if free < self._min_free_bytes:
+    def check_free(self, file_bytes: int = 0) -> None:
+        """Raise `DiskFull` if there is too little room for a job's outputs, or for a file of this size."""
+        try:
+            free = shutil.disk_usage(self._base).free
+        except OSError as error:
+            raise ComfyUnreachable("ComfyUI's folders are not where COMFYUI_BASE_DIRECTORY says") from error
+        needed = max(self._min_free_bytes, file_bytes)
+        if free < needed:
             raise DiskFull(
-                f"ComfyUI's disk has {free // _MB} MB left, and a job needs {self._min_free_bytes / _MB:g} MB",
+                f"ComfyUI's disk has {free // _MB} MB left, and a job needs {needed / _MB:g} MB",
                 hint="Give the worker a larger disk; MIN_FREE_DISK_MB says how much a job needs",
             )
 
     def clean_up(self, folder: str, reported: NodeOutputs) -> None:
-        """Remove a job's own input and output folders, and the previews that its nodes reported."""
+        """Remove a job's own folders, its inputs beside them, and the previews that its nodes reported."""
         if self._keep_files:
             return
         for place in ("input", "output", "temp"):
             _remove(self._base / place / folder)
+        for listed in (self._base / "input" / name for name in LISTED_FOLDERS):
+            for file in listed.glob(f"{folder}_*"):
+                _unlink(file)
         for preview in self._previews(reported):
-            preview.unlink(missing_ok=True)
+            _unlink(preview)
 
     def _previews(self, reported: NodeOutputs) -> Iterator[Path]:
         temp = (self._base / "temp").resolve()
@@ -62,6 +71,13 @@ class ComfyDisk:
                     # A node may report any name; only ComfyUI's temp folder is ours to clean.
                     if path.is_relative_to(temp):
                         yield path
+
+
+def _unlink(file: Path) -> None:
+    try:
+        file.unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("%s could not be removed: %s", file.name, error.strerror)
 
 
 def _remove(folder: Path) -> None:

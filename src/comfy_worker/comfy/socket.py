@@ -9,12 +9,12 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import websocket
 
 from comfy_worker.comfy.protocol import FEATURE_FLAGS
 
-_CONNECT_TIMEOUT_S = 5.0
 _LONGEST_IDLE_S = 60.0
 
 
@@ -28,12 +28,15 @@ class EventSocket:
         was_lost: whether frames may have been missed.
     """
 
-    def __init__(self, comfyui_url: str, *, reconnect_attempts: int, reconnect_delay_s: float) -> None:
+    def __init__(
+        self, comfyui_url: str, *, reconnect_attempts: int, reconnect_delay_s: float, connect_timeout_s: float
+    ) -> None:
         self.client_id = str(uuid.uuid4())
         scheme, _, rest = comfyui_url.partition("://")
         self._url = f"{'wss' if scheme == 'https' else 'ws'}://{rest}/ws?clientId={self.client_id}"
         self._attempts_left = reconnect_attempts
         self._delay_s = reconnect_delay_s
+        self._connect_timeout_s = connect_timeout_s
         self._next_attempt = 0.0
         self._socket: websocket.WebSocket | None = None
         self.was_lost = False
@@ -48,14 +51,14 @@ class EventSocket:
         try:
             self._socket = websocket.create_connection(
                 self._url,
-                timeout=_CONNECT_TIMEOUT_S,
+                timeout=self._connect_timeout_s,
                 sockopt=((sockets.IPPROTO_TCP, sockets.TCP_NODELAY, 1),),
                 http_no_proxy=["*"],
                 skip_utf8_validation=True,
             )
             self._socket.send(FEATURE_FLAGS)
         except (OSError, websocket.WebSocketException):
-            self._lose()
+            self.lose()
         return self.is_open
 
     def renew(self) -> None:
@@ -86,13 +89,13 @@ class EventSocket:
         except websocket.WebSocketTimeoutException:
             return None
         except (OSError, websocket.WebSocketException):
-            self._lose()
+            self.lose()
             return None
         if opcode == websocket.ABNF.OPCODE_TEXT:
             return bytes(data).decode("utf-8", errors="replace")
         if opcode == websocket.ABNF.OPCODE_BINARY:
             return bytes(data)
-        self._lose()
+        self.lose()
         return None
 
     def is_usable(self) -> bool:
@@ -108,8 +111,10 @@ class EventSocket:
 
     def abort(self) -> None:
         """Wake up whoever is in `receive`; for another thread."""
-        if self._socket is not None:
-            self._socket.abort()
+        # The thread that listens may lose the socket at this very moment.
+        socket = self._socket
+        if socket is not None:
+            socket.abort()
 
     def close(self) -> None:
         """Hang up without waiting for ComfyUI to agree."""
@@ -117,7 +122,8 @@ class EventSocket:
             self._socket.shutdown()
             self._socket = None
 
-    def _lose(self) -> None:
+    def lose(self) -> None:
+        """Give the socket up as one that frames may have been missed on."""
         self.was_lost = True
         self.close()
 
@@ -129,10 +135,16 @@ class SocketPool:
     closed instead of lent: ComfyUI sends every client its queue's length, and must not wait for one that never reads.
     """
 
-    def __init__(self, comfyui_url: str, *, reconnect_attempts: int, reconnect_delay_s: float) -> None:
-        self._url = comfyui_url
-        self._attempts = reconnect_attempts
-        self._delay_s = reconnect_delay_s
+    def __init__(
+        self, comfyui_url: str, *, reconnect_attempts: int, reconnect_delay_s: float, connect_timeout_s: float
+    ) -> None:
+        self._make = partial(
+            EventSocket,
+            comfyui_url,
+            reconnect_attempts=reconnect_attempts,
+            reconnect_delay_s=reconnect_delay_s,
+            connect_timeout_s=connect_timeout_s,
+        )
         self._lock = threading.Lock()
         self._idle: EventSocket | None = None
         self._idle_since = 0.0
@@ -165,7 +177,7 @@ class SocketPool:
         return None
 
     def _open(self) -> EventSocket:
-        socket = EventSocket(self._url, reconnect_attempts=self._attempts, reconnect_delay_s=self._delay_s)
+        socket = self._make()
         socket.open()
         return socket
 

@@ -112,7 +112,9 @@ def refusal(body: Mapping[str, Any], workflow: Workflow, object_info: ObjectInfo
 def _error_class(problems: Sequence[Problem]) -> type[InvalidWorkflow]:
     if any(problem.is_missing_node for problem in problems):
         return MissingNodes
-    return MissingModels if any(problem.is_missing_model for problem in problems) else InvalidWorkflow
+    if any(problem.is_missing_model for problem in problems):
+        return MissingModels
+    return InvalidWorkflow
 
 
 def _hint(problems: Sequence[Problem]) -> str | None:

@@ -6,6 +6,7 @@ and at the end.
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass, field
 
@@ -24,6 +25,8 @@ from comfy_worker.errors import ComfyUnreachable, TimedOut
 from comfy_worker.jobs import OnEvent, QueuePosition
 from comfy_worker.stop import Stop
 
+log = logging.getLogger(__name__)
+
 _HISTORY_GRACE_S = 1.0
 """How long a prompt may be in neither queue nor history before it counts as gone."""
 _DOWN_GRACE_S = 0.5
@@ -32,25 +35,38 @@ _HURRIED_INTERVAL_S = 0.25
 """Between two questions while something is wrong; without a socket there is nothing else to go by."""
 
 
-@dataclass
-class Watch:
-    """One prompt being followed.
+@dataclass(frozen=True)
+class Deadline:
+    """When a job has to be done at the latest.
 
     Attributes:
-        timeout_s: how long the prompt may take from now on.
+        at: on the monotonic clock, in seconds.
+        sentence: what the caller is told when it was not.
     """
+
+    at: float
+    sentence: str
+
+    def check(self) -> None:
+        """Raise `TimedOut` if it has passed."""
+        if time.monotonic() >= self.at:
+            raise TimedOut(self.sentence)
+
+
+@dataclass
+class Watch:
+    """One prompt being followed."""
 
     client: ComfyClient
     socket: EventSocket
     protocol: PromptProtocol
     on_event: OnEvent
     stop: Stop
-    timeout_s: float
+    deadline: Deadline
 
-    _began: float = field(default=0.0, init=False)
     _ask_at: float = field(default=0.0, init=False)
     _last_sign: float = field(default=0.0, init=False)
-    """When the prompt was last seen to get on, or to wait behind another."""
+    """When the prompt was last seen to get on, or to wait behind another, or could not be heard."""
     _last_place: QueuePlace | None = field(default=None, init=False)
     _pid: int | None = field(default=None, init=False)
     _unanswered_since: float | None = field(default=None, init=False)
@@ -58,6 +74,9 @@ class Watch:
     _missing_since: float | None = field(default=None, init=False)
     _was_down: bool = field(default=False, init=False)
     _listened_from_start: bool = field(default=False, init=False)
+    _heard_frames: bool = field(default=False, init=False)
+    _hears_prompt: bool = field(default=False, init=False)
+    """Whether this socket, since it was opened, has told of the prompt: then its silence means something."""
 
     def follow(self) -> Outcome:
         """Return how the prompt ended.
@@ -67,8 +86,9 @@ class Watch:
             TimedOut: it took too long, or nothing happened for too long; the prompt is still in ComfyUI.
             ComfyUnreachable: ComfyUI takes connections and gave no answer for `comfyui_lost_after_s`.
         """
-        self._began = self._last_sign = time.monotonic()
-        self._ask_at = self._began + self.client.settings.comfyui_poll_interval_s
+        self._last_sign = time.monotonic()
+        # Soon for the first time: one that has to wait is told its place, one of which nothing is heard is found.
+        self._ask_at = self._last_sign + min(self._interval(), _HURRIED_INTERVAL_S)
         self._listened_from_start = self.socket.is_open and not self.socket.was_lost
         self._pid = self.client.process.pid() if self.client.process else None
         with self.stop.waking(self.socket.abort):
@@ -86,6 +106,7 @@ class Watch:
     def _listen(self) -> None:
         """Take in one frame, or find out that none comes."""
         if not self.socket.is_open:
+            self._hears_prompt = False
             if self.socket.reopen():
                 self._ask_at = time.monotonic()
             else:
@@ -99,8 +120,8 @@ class Watch:
 
     def _patience(self) -> float:
         """Return the seconds until something other than a frame is due."""
-        settings = self.client.settings
-        due = [self._ask_at, self._began + self.timeout_s, self._last_sign + settings.comfyui_stall_timeout_s]
+        stall_s = self.client.settings.comfyui_stall_timeout_s
+        due = [self._ask_at, self.deadline.at, self._last_sign + stall_s]
         patience = min(due) - time.monotonic()
         if not self.socket.is_open:
             attempt = self.socket.seconds_to_next_attempt()
@@ -108,8 +129,16 @@ class Watch:
         return max(0.0, patience)
 
     def _tell(self, frame: str | bytes) -> None:
-        events = self.protocol.receive(frame)
+        self._heard_frames = True
+        try:
+            events = self.protocol.receive(frame)
+        except ComfyUnreachable as error:
+            log.warning("the websocket is given up: %s", error)
+            self.socket.lose()
+            self._ask_at = time.monotonic()
+            return
         if events:
+            self._hears_prompt = True
             self._last_sign = time.monotonic()
             self._ask_at = self._last_sign + self.client.settings.comfyui_poll_interval_s
         for event in events:
@@ -118,26 +147,29 @@ class Watch:
     # --------------------------------------------------------------------------------------------- limits
 
     def _check_limits(self) -> None:
-        now = time.monotonic()
-        if now - self._began >= self.timeout_s:
-            raise TimedOut(f"The workflow took longer than {self.timeout_s:g} seconds")
+        self.deadline.check()
         stall = self.client.settings.comfyui_stall_timeout_s
-        if now - self._last_sign >= stall:
+        if time.monotonic() - self._last_sign >= stall:
             raise TimedOut(f"The workflow showed no sign of progress for {stall:g} seconds")
 
     # ------------------------------------------------------------------------------------------ questions
 
     def _ask(self) -> Outcome | None:
         """Return the outcome if there is one."""
-        settled = self.socket.is_open and not self.protocol.ended
-        interval = self.client.settings.comfyui_poll_interval_s
-        self._ask_at = time.monotonic() + (interval if settled else min(interval, _HURRIED_INTERVAL_S))
+        asked_at = time.monotonic()
+        self._ask_at = asked_at + self._interval()
         try:
             outcome = self._look_up()
         except ComfyUnreachable as error:
-            return self._without_answer(error)
+            return self._without_answer(error, asked_at)
         self._unanswered_since = self._down_since = None
         return outcome
+
+    def _interval(self) -> float:
+        """Return the seconds until the next question if nothing is heard before."""
+        interval = self.client.settings.comfyui_poll_interval_s
+        settled = self.socket.is_open and not self.protocol.ended
+        return interval if settled else min(interval, _HURRIED_INTERVAL_S)
 
     def _look_up(self) -> Outcome | None:
         entry = self.client.history(self.protocol.prompt_id)
@@ -155,15 +187,16 @@ class Watch:
         self._missing_since = None
         if not place.running:
             self.on_event(QueuePosition(place.ahead))
-            if place.ahead:
-                self._last_sign = time.monotonic()
+        # A prompt that runs and cannot be heard may get on for all one knows: only the deadline counts for it.
+        if place.ahead or (place.running and not self._hears_prompt):
+            self._last_sign = time.monotonic()
 
     def _without_history(self) -> Outcome | None:
         """Return what to make of a prompt that ComfyUI does not know (any more)."""
         if self.protocol.heard is not None and not self.socket.was_lost:
             return self.protocol.heard
         if self._was_down or self._is_another_process():
-            return Lost(self._had_started())
+            return Lost(self._may_have_started())
         now = time.monotonic()
         if self._missing_since is None:
             self._missing_since = now
@@ -173,15 +206,15 @@ class Watch:
         if self.protocol.heard is not None and not isinstance(self.protocol.heard, Succeeded):
             return self.protocol.heard
         # A success of which some frames were missed, and which the history does not have: its outputs are not known.
-        return Lost(had_started=True) if self._had_started() else Deleted()
+        return Lost(had_started=True) if self._may_have_started() else Deleted()
 
-    def _without_answer(self, error: ComfyUnreachable) -> Outcome | None:
+    def _without_answer(self, error: ComfyUnreachable, asked_at: float) -> Outcome | None:
         """Return what to make of a ComfyUI that did not answer: dead, starting again, or hanging."""
         now = time.monotonic()
         self._ask_at = now + _HURRIED_INTERVAL_S
         if self._is_dead():
-            return Lost(self._had_started())
-        self._unanswered_since = self._unanswered_since or now
+            return Lost(self._may_have_started())
+        self._unanswered_since = self._unanswered_since or asked_at
         if now - self._unanswered_since >= self.client.settings.comfyui_lost_after_s:
             raise self.client.unreachable() from error
         return None
@@ -201,10 +234,11 @@ class Watch:
     def _is_another_process(self) -> bool:
         return self._pid is not None and self.client.process is not None and self.client.process.pid() != self._pid
 
-    def _had_started(self) -> bool:
+    def _may_have_started(self) -> bool:
         """Return whether the prompt may have begun: only a socket that missed nothing, or the queue, tells that not."""
         if self.protocol.started:
             return True
         if self._last_place is not None:
             return self._last_place.running
-        return not self._listened_from_start
+        # That a prompt was queued is told to everyone: who heard not even that has a socket on which nothing comes.
+        return not (self._listened_from_start and self._heard_frames)

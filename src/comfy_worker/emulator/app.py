@@ -100,6 +100,8 @@ async def meet_faults(request: web.Request, handler: Handler) -> web.StreamRespo
     """Let the faults that are set befall a request; those that control them are spared."""
     emulator = emulator_of(request)
     faults = emulator.faults
+    if emulator.closing.is_set():
+        return cut(request)
     if request.path.startswith(_CONTROL):
         return await handler(request)
     if faults.hang:

@@ -84,10 +84,10 @@ class PromptQueue:
     def put(self, item: QueueItem) -> None:
         """Queue a prompt; a prompt with the same number goes by its id, as in ComfyUI."""
         with self._changed:
-            if self._faults.takes_submission():
-                return
             heapq.heappush(self._waiting, (item.number, item.prompt_id, next(self._arrivals), item))
             self._updated()
+            if self._faults.takes_submission():
+                self.delete(item.prompt_id)
             self._changed.notify()
 
     def take(self, free_memory: Callable[[], None]) -> QueueItem | None:

@@ -51,8 +51,10 @@ class Service:
 
     def cut(self) -> None:
         """Refuse new connections, and drop the open ones without a word, as a process that dies does."""
-        if self._server is not None:
-            self._server.close()
+        if self._listener.fileno() >= 0:
+            # Not by closing the server: asyncio leaves a connection open then that it has just accepted.
+            asyncio.get_running_loop().remove_reader(self._listener)
+            self._listener.close()
         self.emulator.halt()
         for connection in self._runner.server.connections if self._runner.server is not None else ():
             if connection.transport is not None:

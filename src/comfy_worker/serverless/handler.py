@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import threading
 from collections.abc import Mapping
@@ -34,6 +35,12 @@ def shared_worker() -> Worker:
     return Worker(load_settings())
 
 
+def close_shared_worker() -> None:
+    """Close the process's worker, if it was ever needed; the webhooks of its last jobs are sent before."""
+    if shared_worker.cache_info().currsize:
+        shared_worker().close()
+
+
 async def handler(job: dict[str, Any]) -> dict[str, Any]:
     """Run one job of the RunPod SDK; the event loop stays free, so that cancels arrive.
 
@@ -48,15 +55,19 @@ async def handler(job: dict[str, Any]) -> dict[str, Any]:
             sender = await stack.enter_async_context(ProgressSender(session, job))
             listeners.append(_post_progress(job, sender))
         output = await _in_thread(worker, job, partial(_tell, listeners), result_limit(job, worker))
-    if worker.settings.refresh_worker or wants_refresh(job):
+    if is_last(job):
         output["refresh_worker"] = True
     return output
 
 
-def wants_refresh(job: Mapping[str, Any]) -> bool:
-    """Return whether the job itself asks for the worker to be replaced after it."""
+def is_last(job: Mapping[str, Any]) -> bool:
+    """Return whether the worker is to be replaced after this job: the settings say so, or the job itself."""
     payload = job.get("input")
-    return isinstance(payload, Mapping) and payload.get("refresh_worker") is True
+    if isinstance(payload, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            payload = json.loads(payload)
+    wanted = isinstance(payload, Mapping) and payload.get("refresh_worker") is True
+    return wanted or shared_worker().settings.refresh_worker
 
 
 def result_limit(job: Mapping[str, Any], worker: Worker) -> int | None:

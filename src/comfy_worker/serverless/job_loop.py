@@ -2,8 +2,8 @@
 
 The SDK's `JobScaler` sleeps up to a second between two jobs, loses a job that arrives while it shuts down, asks a
 failing platform thousands of times a second and takes a job ahead only by leaving it in a queue. This one takes the
-next job when `Prefetch` says so, reacts at once, backs off, and runs whatever it took. Signals, stop signals, posting
-of results and pings stay the SDK's.
+next job when `Prefetch` says so, reacts at once, backs off, and runs whatever it took. Stop signals, posting of results
+and pings stay the SDK's.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import asyncio
 import logging
 import signal
 import time
-from types import FrameType
+from collections.abc import Collection
+from functools import partial
 from typing import Any
 
 from runpod.http_client import AsyncClientSession, TooManyRequests
@@ -21,18 +22,22 @@ from runpod.serverless.modules import rp_fitness, rp_scale
 from comfy_worker.jobs import JobEvent, OnEvent, StageStarted
 from comfy_worker.payload import workflow_of
 from comfy_worker.prefetch import Prefetch, signature
-from comfy_worker.serverless.handler import job_events, platform_session, shared_worker, wants_refresh
+from comfy_worker.serverless.handler import is_last, job_events, platform_session, shared_worker
+from comfy_worker.serverless.polls import JobPolls
 from comfy_worker.serverless.progress import Session
+from comfy_worker.serverless.start import END_SIGNALS
 
 log = logging.getLogger(__name__)
 
-_LONGEST_POLL_S = 90.0
 _SHORTEST_EMPTY_POLL_S = 0.5
 """A platform that answers "no job" at once is not asked again before that."""
 _FIRST_BACK_OFF_S = 0.5
 _LONGEST_BACK_OFF_S = 30.0
+_MOST_DOUBLINGS = 6
 _RATE_LIMITED_BACK_OFF_S = 5.0
 _HEALTH_INTERVAL_S = 1.0
+_OVERTAKING_S = 2.0
+"""How much earlier than its job a stop may arrive: the two come over different connections."""
 
 
 class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
@@ -46,7 +51,8 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
         super().__init__(config)
         self.unhealthy: str | None = None
         self._prefetch = Prefetch(shared_worker().settings.prefetch)
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._early_stops: dict[str, float] = {}
         self._stopping: asyncio.Event
         self._changed: asyncio.Event
         self._failures = 0
@@ -55,46 +61,57 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
 
     def start(self) -> None:
         """Run until a signal, or until the worker must not go on; the SDK calls this last."""
-        signal.signal(signal.SIGTERM, self.handle_shutdown)
-        signal.signal(signal.SIGINT, self.handle_shutdown)
         asyncio.run(self.run())
         if self.unhealthy is not None:
             raise SystemExit(1)
 
-    def handle_shutdown(self, signum: int, frame: FrameType | None) -> None:
-        """Take no more jobs; finish those in hand."""
-        del frame
-        log.info("received %s: no more jobs are taken", signal.Signals(signum).name)
-        self.kill_worker()
-
     def kill_worker(self) -> None:
-        """End the loop when the jobs in hand are done; may be called from a signal handler."""
-        super().kill_worker()
-        if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._stopping.set)
+        """Take no more jobs, and end when those in hand are done; in the event loop's thread."""
+        self._stopping.set()
+
+    async def stop_job(self, job_id: str) -> bool:
+        """Stop a job, even one that has not arrived yet; return whether it was in hand."""
+        if job_id not in self.jobs_tasks:
+            self._early_stops[job_id] = time.monotonic()
+        return bool(await super().stop_job(job_id))
 
     async def run(self) -> None:
         """Take and run jobs until the loop is to end, then finish what was taken."""
-        self._loop = asyncio.get_running_loop()
         self._stopping, self._changed = asyncio.Event(), asyncio.Event()
-        if not self.is_alive():  # a signal came before there was a loop
-            self._stopping.set()
-        async with AsyncClientSession() as session:
+        self._heed_signals()
+        async with AsyncClientSession() as session, JobPolls(self.jobs_fetcher) as polls:
             helpers = [
                 asyncio.create_task(self.monitor_stop_signals(session)),
                 asyncio.create_task(self._monitor_comfyui()),
             ]
-            await self._take_jobs(session)
-            await asyncio.gather(*self.jobs_tasks.values(), return_exceptions=True)
+            await self._take_jobs(session, polls)
+            await asyncio.gather(*self._tasks, return_exceptions=True)
             for helper in helpers:
                 helper.cancel()
             await asyncio.gather(*helpers, return_exceptions=True)
+        self._ignore_signals()
+
+    # ---------------------------------------------------------------------------------------------- signals
+
+    def _heed_signals(self) -> None:
+        for number in END_SIGNALS:
+            asyncio.get_running_loop().add_signal_handler(number, self._told_to_end, number)
+
+    def _told_to_end(self, number: signal.Signals) -> None:
+        log.info("received %s: no more jobs are taken", number.name)
+        self.kill_worker()
+
+    def _ignore_signals(self) -> None:
+        """Let nothing change the exit code of a worker that has done all its jobs."""
+        for number in END_SIGNALS:
+            asyncio.get_running_loop().remove_signal_handler(number)
+            signal.signal(number, signal.SIG_IGN)
 
     # ---------------------------------------------------------------------------------------- taking jobs
 
-    async def _take_jobs(self, session: Session) -> None:
+    async def _take_jobs(self, session: Session, polls: JobPolls) -> None:
         while await self._until_job_is_wanted():
-            for job in await self._take(session):
+            for job in await self._take(polls):
                 self._begin(session, job)
 
     async def _until_job_is_wanted(self) -> bool:
@@ -107,22 +124,11 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
             await self._first_of(self._changed, timeout_s=seconds)
         return False
 
-    async def _take(self, session: Session) -> list[dict[str, Any]]:
+    async def _take(self, polls: JobPolls) -> list[dict[str, Any]]:
         """Return the jobs that the platform hands out now; none if it has none, fails, or the loop is to end."""
         began = time.monotonic()
-        poll = asyncio.create_task(asyncio.wait_for(self.jobs_fetcher(session, 1), _LONGEST_POLL_S))
-        ending = asyncio.create_task(self._stopping.wait())
-        await asyncio.wait([poll, ending], return_when=asyncio.FIRST_COMPLETED)
-        ending.cancel()
-        if not poll.done():
-            # Hanging up leaves the next job in the platform's queue.
-            poll.cancel()
         try:
-            jobs: list[dict[str, Any]] = await poll or []
-        except asyncio.CancelledError:
-            return []
-        except asyncio.TimeoutError:
-            jobs = []
+            jobs = await polls.ask(self._stopping)
         except TooManyRequests:
             await self._first_of(timeout_s=_RATE_LIMITED_BACK_OFF_S)
             return []
@@ -135,7 +141,7 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
         return jobs
 
     async def _back_off(self, error: Exception) -> None:
-        seconds = min(_LONGEST_BACK_OFF_S, _FIRST_BACK_OFF_S * 2**self._failures)
+        seconds = min(_LONGEST_BACK_OFF_S, _FIRST_BACK_OFF_S * 2 ** min(self._failures, _MOST_DOUBLINGS))
         self._failures += 1
         status = getattr(error, "status", None)
         log.warning(
@@ -155,30 +161,50 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
     # --------------------------------------------------------------------------------------- running jobs
 
     def _begin(self, session: Session, job: dict[str, Any]) -> None:
-        self.job_progress.add(job)
-        self._prefetch.took(job["id"], signature(workflow_of(job)), time.monotonic())
-        self.jobs_tasks[job["id"]] = asyncio.create_task(self._run(session, job))
-
-    async def _run(self, session: Session, job: dict[str, Any]) -> None:
-        """Run one job and post its result; the result is posted before the job is out of hand."""
         job_id = job["id"]
+        if self._was_stopped_early(job_id):
+            log.info("job %s was stopped by RunPod before it began", job_id)
+            return
+        before: Collection[asyncio.Task[None]] = ()
+        if is_last(job):
+            log.info("job %s is the last one of this worker", job_id)
+            # RunPod stops the worker at this job's result: no other may be in hand then.
+            before = set(self._tasks)
+            self.kill_worker()
+        self.job_progress.add(job_id)
+        self._prefetch.took(job_id, signature(workflow_of(job)), time.monotonic())
+        task = self.jobs_tasks[job_id] = asyncio.create_task(self._run(session, job, before))
+        self._tasks.add(task)
+        # A task that is stopped before its first step never gets to a `finally` of its own.
+        task.add_done_callback(partial(self._ended, job))
+
+    def _was_stopped_early(self, job_id: str) -> bool:
+        earliest = time.monotonic() - _OVERTAKING_S
+        self._early_stops = {stopped: at for stopped, at in self._early_stops.items() if at >= earliest}
+        return self._early_stops.pop(job_id, None) is not None
+
+    async def _run(self, session: Session, job: dict[str, Any], before: Collection[asyncio.Task[None]]) -> None:
+        """Run one job and post its result, when the jobs that come `before` it are done."""
         platform_session.set(session)
-        job_events.set(self._listener(job_id))
+        job_events.set(self._listener(job["id"]))
+        if before:
+            await asyncio.wait(before)
         try:
             await self.jobs_handler(session, self.config, job)
-        except asyncio.CancelledError:
-            log.info("job %s was stopped by RunPod", job_id)
-            raise
         except Exception:
-            log.exception("the result of job %s could not be posted", job_id)
-        finally:
-            self.job_progress.remove(job)
-            self.jobs_tasks.pop(job_id, None)
-            self._prefetch.ended(job_id)
-            self._changed.set()
-        if shared_worker().settings.refresh_worker or wants_refresh(job):
-            log.info("job %s was the last one of this worker", job_id)
-            self.kill_worker()
+            log.exception("the result of job %s could not be posted", job["id"])
+
+    def _ended(self, job: dict[str, Any], task: asyncio.Task[None]) -> None:
+        """Note that a job is out of hand: its result was posted, or RunPod stopped it."""
+        job_id = job["id"]
+        if task.cancelled():
+            log.info("job %s was stopped by RunPod", job_id)
+        self._tasks.discard(task)
+        if self.jobs_tasks.get(job_id) is task:
+            del self.jobs_tasks[job_id]
+        self.job_progress.remove(job_id)
+        self._prefetch.ended(job_id)
+        self._changed.set()
 
     def _listener(self, job_id: str) -> OnEvent:
         loop = asyncio.get_running_loop()

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import logging
+import multiprocessing
 import os
 import signal
 import sys
+from collections.abc import Callable
+from types import FrameType
 from typing import Any, NoReturn
 
 from comfy_worker.errors import WorkerError
 from comfy_worker.logs import configure_logs
+from comfy_worker.sdk import import_runpod
 from comfy_worker.settings import Settings
+from comfy_worker.stop import Stop
 
 log = logging.getLogger(__name__)
+
+END_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+"""What ends a worker: no more jobs, and those in hand are finished."""
 
 _PR_SET_PDEATHSIG = 1
 """From Linux' prctl(2)."""
@@ -21,6 +30,8 @@ _PR_SET_PDEATHSIG = 1
 
 def start(settings: Settings) -> None:
     """Hand the process over to the RunPod SDK: its job loop, or its own HTTP API with `--rp_serve_api`."""
+    for number in END_SIGNALS:
+        signal.signal(number, end_at_once)
     # The SDK's own checks would import torch and open a CUDA context beside ComfyUI's.
     os.environ.setdefault("RUNPOD_SKIP_AUTO_SYSTEM_CHECKS", "true")
     os.environ.setdefault("RUNPOD_SKIP_GPU_CHECK", "true")
@@ -28,39 +39,67 @@ def start(settings: Settings) -> None:
     os.environ.setdefault("RUNPOD_LOG_LEVEL", os.environ.get("RUNPOD_DEBUG_LEVEL", "INFO"))
     import_runpod()
     import runpod
-    from runpod.serverless.modules import rp_ping, rp_scale
+    from runpod.serverless.modules import rp_http, rp_ping, rp_scale
 
     # The SDK configures the root logger as it is imported; ours comes after.
     configure_logs(settings.log_level, settings.secrets())
-    from comfy_worker.serverless.handler import handler
+    from comfy_worker.serverless.handler import close_shared_worker, handler
     from comfy_worker.serverless.job_loop import JobLoop
+    from comfy_worker.serverless.results import patient_retries
 
     rp_scale.JobScaler = JobLoop
+    rp_http.FibonacciRetry = patient_retries
     rp_ping.Heartbeat.process_loop = staticmethod(ping_while_the_worker_lives)
     runpod.serverless.register_fitness_check(comfyui_is_ready)
     runpod.serverless.register_fitness_check(worker_is_warm)
-    runpod.serverless.start({"handler": handler})
+    try:
+        runpod.serverless.start({"handler": handler})
+    finally:
+        close_shared_worker()
 
 
-def comfyui_is_ready() -> None:
+# ------------------------------------------------------------------------------------------------------ checks
+
+
+async def comfyui_is_ready() -> None:
     """Return when ComfyUI answers; the first fitness check."""
     from comfy_worker.serverless.handler import shared_worker
-    from comfy_worker.stop import Stop
 
     try:
-        shared_worker().client.wait_until_ready(Stop())
+        await unless_told_to_end(shared_worker().client.wait_until_ready)
     except WorkerError as error:
         end_unhealthy("comfyui_is_ready", error.message)
 
 
-def worker_is_warm() -> None:
+async def worker_is_warm() -> None:
     """Return when the warm-up workflow has run; the second fitness check."""
     from comfy_worker.serverless.warmup import WarmUpFailed, warm_up
 
     try:
-        warm_up()
+        await unless_told_to_end(warm_up)
     except WarmUpFailed as error:
         end_unhealthy("worker_is_warm", str(error))
+
+
+async def unless_told_to_end(work: Callable[[Stop], None]) -> None:
+    """Do a part of the start in a thread; a signal stops it, and the process ends: it has no job yet."""
+    loop, stop = asyncio.get_running_loop(), Stop()
+    for number in END_SIGNALS:
+        loop.add_signal_handler(number, stop.set)
+    [failure] = await asyncio.gather(asyncio.to_thread(work, stop), return_exceptions=True)
+    for number in END_SIGNALS:
+        loop.remove_signal_handler(number)
+        signal.signal(number, end_at_once)
+    if stop.is_set():
+        log.info("told to end before the first job was taken")
+        raise SystemExit(0)
+    if failure is not None:
+        raise failure
+
+
+def end_at_once(_number: int, _frame: FrameType | None) -> NoReturn:
+    """End the process while it has no job; as process 1 of a container it would not heed a signal otherwise."""
+    raise SystemExit(0)
 
 
 def end_unhealthy(check: str, reason: str) -> NoReturn:
@@ -72,28 +111,14 @@ def end_unhealthy(check: str, reason: str) -> NoReturn:
     raise SystemExit(1)
 
 
-def import_runpod() -> None:
-    """Import the SDK without its probe of the processor, which takes a second in a child process.
-
-    What it finds out, the processor's name, is only used in the output of the SDK's debugger.
-    """
-    import cpuinfo
-
-    probe = cpuinfo.get_cpu_info
-    cpuinfo.get_cpu_info = lambda: {"brand_raw": "not probed"}
-    try:
-        import runpod  # noqa: F401 - loaded here so that later imports find it
-    finally:
-        cpuinfo.get_cpu_info = probe
-
-
 def ping_while_the_worker_lives(mirror: Any = None, test: bool = False) -> None:
     """Be the SDK's ping process, one that ends with its parent: a killed worker must not look alive."""
     from runpod.serverless.modules.rp_ping import Heartbeat
 
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() == 1:
+        worker = multiprocessing.parent_process()
+        if worker is None or not worker.is_alive():
             return
     heartbeat = Heartbeat()
     heartbeat._mirror = mirror

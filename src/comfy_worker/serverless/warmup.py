@@ -9,16 +9,20 @@ from typing import Any
 
 from comfy_worker.errors import InvalidInput, WorkerError
 from comfy_worker.serverless.handler import shared_worker
+from comfy_worker.stop import Stop
 
 log = logging.getLogger(__name__)
+
+_NOWHERE = {"delivery": {"type": "base64"}}
+"""Nobody wants the outputs: a bucket would get new ones with every start."""
 
 
 class WarmUpFailed(Exception):
     """The warm-up failed and the settings say that the worker cannot do without."""
 
 
-def warm_up() -> None:
-    """Run the workflow of WARMUP_WORKFLOW, if there is one, and log how it went.
+def warm_up(stop: Stop) -> None:
+    """Run the workflow of WARMUP_WORKFLOW, if there is one, and log how it went; `stop` ends it early.
 
     Raises:
         WarmUpFailed: it failed, and WARMUP_REQUIRED is set; the worker then ends.
@@ -27,7 +31,8 @@ def warm_up() -> None:
     if worker.settings.warmup_workflow is None:
         return
     try:
-        output = worker.run({"id": "warmup", "input": read_warm_up(worker.settings.warmup_workflow)})
+        job = {"id": "warmup", "input": {**read_warm_up(worker.settings.warmup_workflow), **_NOWHERE}}
+        output = worker.run(job, stop=stop, tell=False)
     except WorkerError as error:
         output = error.as_output()
     if "error" not in output:

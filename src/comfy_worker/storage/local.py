@@ -1,0 +1,45 @@
+"""Outputs in a folder that somebody else serves over HTTP."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from pathlib import Path
+from urllib.parse import quote
+
+from comfy_worker.errors import DeliveryFailed
+from comfy_worker.jobs import Delivered
+from comfy_worker.storage.keys import safe_name
+from comfy_worker.storage.parcel import Parcel
+
+_PIECE = 1024 * 1024
+
+
+class LocalStorage:
+    """Writes the files of one job below `folder`; `url` is where that folder is served."""
+
+    def __init__(self, folder: Path, url: str, prefix: str | None = None) -> None:
+        self._folder = folder
+        self._url = url.rstrip("/")
+        self._prefix = prefix
+
+    def deliver(self, parcel: Parcel) -> Delivered:
+        """Write the file and return its URL; nobody who fetches it sees half of it."""
+        path = f"{self._prefix or safe_name(parcel.job_id)}/{parcel.path}"
+        try:
+            self._write(self._folder / path, parcel)
+        except OSError as error:
+            raise DeliveryFailed(f"{parcel.path} could not be written: {error.strerror}") from error
+        return Delivered("url", f"{self._url}/{quote(path)}")
+
+    def _write(self, target: Path, parcel: Parcel) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.parent.resolve().is_relative_to(self._folder.resolve()):
+            raise DeliveryFailed(f"{parcel.path} could not be written: a link in its folder leads elsewhere")
+        part = target.with_name(f".{uuid.uuid4().hex}.part")
+        try:
+            with parcel.content.open() as source, part.open("xb") as file:
+                shutil.copyfileobj(source, file, _PIECE)
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)

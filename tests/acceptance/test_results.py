@@ -1,0 +1,224 @@
+"""What a worker posts as a result is something that RunPod takes: JSON, in UTF-8, and not too large."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import requests
+from PIL import Image
+
+from comfy_worker.jobs import JobEvent
+from comfy_worker.settings import Settings
+from comfy_worker.worker import Worker
+from tests.support import graphs
+from tests.support.comfyui import ComfyUI, comfyui
+from tests.support.endpoint import Endpoint, endpoint
+from tests.support.platform_http import CLIENT_KEY
+from tests.support.s3 import ACCESS_KEY, SECRET_KEY, S3Server, s3_server
+
+RUN_LIMIT = 80_000
+LIMITS = {"RUN_RESULT_LIMIT_MB": str(RUN_LIMIT / 1e6), "RUNSYNC_RESULT_LIMIT_MB": "20"}
+LARGE = 64
+"""Side of a picture of noise that does not fit into a result of /run, but into one of /runsync."""
+
+
+@pytest.fixture(scope="module")
+def comfy() -> Iterator[ComfyUI]:
+    with comfyui() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[S3Server]:
+    with s3_server() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def plain(comfy: ComfyUI) -> Iterator[Endpoint]:
+    with endpoint(comfy.url, LIMITS) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def bucket(s3: S3Server) -> str:
+    return s3.create_bucket()
+
+
+@pytest.fixture(scope="module")
+def with_bucket(comfy: ComfyUI, s3: S3Server, bucket: str) -> Iterator[Endpoint]:
+    settings = {
+        "BUCKET_ENDPOINT_URL": f"{s3.url}/{bucket}",
+        "BUCKET_ACCESS_KEY_ID": ACCESS_KEY,
+        "BUCKET_SECRET_ACCESS_KEY": SECRET_KEY,
+        "WARMUP_WORKFLOW": json.dumps(graphs.picture((9, 9, 9))),
+    }
+    with endpoint(comfy.url, {**LIMITS, **settings}) as running:
+        yield running
+
+
+def ask(ends: Endpoint, job_input: dict[str, Any], *, sync: bool = False) -> dict[str, Any]:
+    """Run a job as from /run or /runsync and return its status, when all that was posted for it is well."""
+    job_id = ends.platform.submit(job_input, sync=sync)
+    ends.platform.wait_for_end(job_id)
+    [result] = ends.platform.job(job_id).results
+    size = len(json.dumps(result, ensure_ascii=False, allow_nan=False).encode("utf-8"))
+    # What the SDK puts around the output is a few bytes.
+    assert size <= (20_000_000 if sync else RUN_LIMIT) + 20
+    return ends.platform.status(job_id)
+
+
+def noise(side: int = LARGE) -> dict[str, str]:
+    buffer = io.BytesIO()
+    Image.frombytes("RGB", (side, side), random.Random(side).randbytes(3 * side * side)).save(buffer, "PNG")
+    return {"name": "noise.png", "image": base64.b64encode(buffer.getvalue()).decode()}
+
+
+def large_picture(**more: Any) -> dict[str, Any]:
+    return {"workflow": graphs.inverted("noise.png"), "images": [noise()], **more}
+
+
+def small_and_large(**more: Any) -> dict[str, Any]:
+    small = {f"{node_id}0": node for node_id, node in graphs.picture((1, 2, 3), "small").items()}
+    small["90"]["inputs"]["images"] = ["10", 0]
+    return {"workflow": {**small, **graphs.inverted("noise.png")}, "images": [noise()], **more}
+
+
+def text(value: str) -> dict[str, Any]:
+    return {
+        "workflow": {"1": graphs.node("PrimitiveString", value=value), "2": graphs.node("PreviewAny", source=["1", 0])}
+    }
+
+
+# ------------------------------------------------------------------------------------------------------ size
+
+
+def test_outputs_that_do_not_fit_fail_the_job_and_say_what_to_do(plain: Endpoint) -> None:
+    status = ask(plain, large_picture())
+
+    assert status["status"] == "FAILED"
+    assert status["error"].startswith("The outputs do not fit into the answer")
+    assert status["output"]["code"] == "output_too_large"
+    assert "BUCKET_ENDPOINT_URL" in status["output"]["hint"]
+
+
+def test_runsync_takes_more_than_run(plain: Endpoint) -> None:
+    status = ask(plain, large_picture(), sync=True)
+
+    assert status["status"] == "COMPLETED"
+    assert status["output"]["images"][0]["type"] == "base64"
+
+
+def test_a_part_of_the_outputs_is_no_result(plain: Endpoint) -> None:
+    status = ask(plain, small_and_large())
+
+    assert status["status"] == "FAILED"
+    assert status["output"]["code"] == "output_too_large"
+    assert "images" not in status["output"]
+
+
+def test_what_does_not_fit_goes_to_the_bucket(with_bucket: Endpoint, s3: S3Server, bucket: str) -> None:
+    status = ask(with_bucket, small_and_large(delivery={"type": "auto"}))
+
+    assert status["status"] == "COMPLETED"
+    images = {image["filename"]: image for image in status["output"]["images"]}
+    assert images["small_00001_.png"]["type"] == "base64"
+    assert images["inverted_00001_.png"]["type"] == "s3_url"
+    assert "errors" not in status["output"]
+    [key] = s3.keys(bucket)
+    assert key == f"{status['id']}/inverted_00001_.png", "and the outputs of the warm-up did not"
+
+
+def test_base64_that_does_not_fit_goes_to_the_bucket_too(with_bucket: Endpoint) -> None:
+    status = ask(with_bucket, large_picture(delivery={"type": "base64"}))
+
+    assert status["status"] == "COMPLETED"
+    assert [image["type"] for image in status["output"]["images"]] == ["s3_url"]
+
+
+def test_texts_that_do_not_fit_fail_the_job(plain: Endpoint) -> None:
+    status = ask(plain, text("a" * 100_000))
+
+    assert status["status"] == "FAILED"
+    assert status["output"]["code"] == "output_too_large"
+    assert "and may have 80000" in status["error"]
+    assert "texts" in status["output"]["hint"]
+    assert ask(plain, text("a" * 100_000), sync=True)["status"] == "COMPLETED"
+
+
+def test_other_alphabets_count_as_they_are_sent(plain: Endpoint) -> None:
+    value = "語" * 25_000  # 75 kB as sent, 150 kB escaped
+    status = ask(plain, text(value))
+
+    assert status["status"] == "COMPLETED"
+    assert [item["text"] for item in status["output"]["texts"]] == [value]
+
+
+def test_a_failure_that_does_not_fit_is_still_a_failure(plain: Endpoint) -> None:
+    workflow = graphs.picture((1, 2, 3))
+    workflow["1"]["inputs"]["width"] = "wide" * 50_000
+    status = ask(plain, {"workflow": workflow})
+
+    assert status["status"] == "FAILED"
+    assert status["error"].startswith("Workflow validation failed: Node 1 (width)")
+    assert status["output"] == {"code": "invalid_workflow"}
+
+
+# ------------------------------------------------------------------------------------------------------ JSON
+
+
+def test_a_text_that_is_no_unicode_is_mended(plain: Endpoint) -> None:
+    status = ask(plain, text("left \ud800 right"))
+
+    assert status["status"] == "COMPLETED"
+    assert [item["text"] for item in status["output"]["texts"]] == ["left ? right"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "\udfff", "\x00", 10**400])
+def test_a_value_that_json_lacks_ends_the_job(plain: Endpoint, value: Any) -> None:
+    workflow = graphs.picture((1, 2, 3))
+    workflow["1"]["inputs"]["width"] = value
+
+    assert ask(plain, {"workflow": workflow})["status"] == "FAILED"
+    assert ask(plain, {"workflow": graphs.picture((1, 2, 3))})["status"] == "COMPLETED"
+
+
+@pytest.mark.parametrize("depth", [50, 200, 400, 900])
+def test_a_value_that_is_nested_deeply_ends_the_job(plain: Endpoint, depth: int) -> None:
+    workflow = graphs.picture((1, 2, 3))
+    workflow["1"]["inputs"]["width"] = json.loads("[" * depth + "]" * depth)
+
+    assert ask(plain, {"workflow": workflow})["status"] == "FAILED"
+    assert ask(plain, {"workflow": graphs.picture((1, 2, 3))})["status"] == "COMPLETED"
+
+
+def test_what_stands_beside_the_input_cannot_end_the_worker(plain: Endpoint) -> None:
+    platform = plain.platform
+    request = {"input": {"workflow": graphs.picture((1, 2, 3))}, "self": 1, "webhook": [], "policy": {}, "kwargs": {}}
+    headers = {"Authorization": f"Bearer {CLIENT_KEY}"}
+    answer = requests.post(f"{platform.url}/{platform.endpoint_id}/run", json=request, headers=headers, timeout=10)
+
+    assert platform.wait_for_end(answer.json()["id"]) == "COMPLETED"
+
+
+@pytest.mark.parametrize("bug", [SystemExit(3), asyncio.CancelledError(), RecursionError(), ValueError("/home/x.py")])
+def test_whatever_is_raised_in_a_job_becomes_an_answer(comfy: ComfyUI, bug: BaseException) -> None:
+    def raise_it(_event: JobEvent) -> None:
+        raise bug
+
+    worker = Worker(Settings(comfyui_url=comfy.url))
+    try:
+        output = worker.run({"id": "job", "input": {"workflow": graphs.picture((1, 2, 3))}}, raise_it)
+        following = worker.run({"id": "next", "input": {"workflow": graphs.picture((1, 2, 3))}})
+    finally:
+        worker.close()
+
+    assert output == {"error": "The worker failed because of a bug of its own; its log says where", "code": "internal"}
+    assert "error" not in following

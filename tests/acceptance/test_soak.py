@@ -1,0 +1,50 @@
+"""A short soak: the real worker, faults of every kind by lot, and nothing lost, doubled, mixed up or left behind.
+
+`make soak` runs thousands of jobs; docs/reliability.md has its figures.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.soak.kinds import OWN_KINDS
+from benchmarks.soak.run import Soak, soak
+from benchmarks.soak.schedule import rounds
+from benchmarks.soak.shapes import SHAPES
+
+JOBS = 60
+SEED = 11
+
+
+@pytest.fixture(scope="module")
+def found() -> Soak:
+    return soak(JOBS, SEED, show_progress=False)
+
+
+@pytest.mark.timeout(240)
+def test_nothing_is_lost_doubled_or_mixed_up(found: Soak) -> None:
+    assert found.violations == []
+    assert found.outcomes.total() == found.ended_jobs == JOBS
+
+
+def test_nothing_is_left_in_comfyui(found: Soak) -> None:
+    assert found.prompts_left == found.files_left == 0
+
+
+def test_there_were_faults_and_jobs_that_met_none(found: Soak) -> None:
+    assert found.fault_counts.total() > 10
+    assert 0 < found.touched < JOBS
+    assert found.outcomes["COMPLETED"] > JOBS / 2
+
+
+def test_a_seed_gives_the_same_jobs_and_faults_again() -> None:
+    assert list(rounds(5, 200)) == list(rounds(5, 200))
+    assert list(rounds(5, 200)) != list(rounds(6, 200))
+
+
+def test_a_long_soak_has_every_shape_and_every_fault() -> None:
+    drawn = list(rounds(1, 2000))
+
+    assert [job.number for plan in drawn for job in plan.jobs] == list(range(2000))
+    assert len({job.shape for plan in drawn for job in plan.jobs}) == len(SHAPES)
+    assert len({fault.name for plan in drawn for fault in plan.faults}) == len(OWN_KINDS)

@@ -1,0 +1,107 @@
+"""Buckets that jobs bring: used where they may be, and no way to addresses that are not public."""
+
+from __future__ import annotations
+
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+from comfy_worker.errors import DeliveryFailed
+from comfy_worker.jobs import Delivery, JobBucket
+from tests.support.delivered import (
+    CONTENT,
+    JOB_ACCESS_KEY,
+    JOB_SECRET_KEY,
+    LARGE,
+    Make,
+    open_base64,
+    parcel,
+    query_of,
+    resolve,
+    with_bucket,
+)
+from tests.support.s3 import S3Server
+
+
+def job_bucket(url: str, name: str, **more: Any) -> JobBucket:
+    return JobBucket(url, name, JOB_ACCESS_KEY, JOB_SECRET_KEY, **more)
+
+
+ALLOWED: dict[str, Any] = {"allow_job_bucket": True, "job_bucket_endpoints": "127.0.0.1"}
+
+
+def test_the_bucket_of_a_job_goes_before_the_workers(s3: S3Server, bucket: str, storages: Make) -> None:
+    theirs = s3.create_bucket()
+    ours = storages(**with_bucket(f"{s3.url}/{bucket}", bucket_acl="public-read", **ALLOWED))
+    delivered = ours.choose(Delivery(prefix="mine"), None, job_bucket(s3.url, theirs)).deliver(parcel("a.png"))
+
+    assert s3.keys(theirs) == ["mine/a.png"]
+    assert "mine/a.png" not in s3.keys(bucket)
+    assert query_of(delivered)["X-Amz-Credential"].startswith(f"{JOB_ACCESS_KEY}/")
+    assert JOB_SECRET_KEY not in unquote(delivered.data)
+    grants = s3.client.get_object_acl(Bucket=theirs, Key="mine/a.png")["Grants"]
+    assert [grant["Permission"] for grant in grants] == ["FULL_CONTROL"], "what the worker's own bucket is like"
+
+
+def test_a_job_with_a_bucket_for_its_inputs_may_have_base64(s3: S3Server, bucket: str, storages: Make) -> None:
+    ours = storages(**ALLOWED)
+    delivered = ours.choose(Delivery(type="base64"), None, job_bucket(s3.url, bucket)).deliver(parcel("a.png"))
+    assert open_base64(delivered).content == CONTENT
+
+
+def test_more_buckets_than_are_kept(s3: S3Server, storages: Make) -> None:
+    ours = storages(**ALLOWED)
+    names = [s3.create_bucket() for _ in range(7)]
+    chosen = [ours.choose(Delivery(prefix="p"), None, job_bucket(s3.url, name)) for name in names]
+    for storage in chosen:
+        storage.deliver(parcel("small.png"))
+        storage.deliver(parcel("large.png", LARGE))
+    assert [s3.keys(name) for name in names] == [["p/large.png", "p/small.png"]] * 7
+
+
+@pytest.mark.parametrize("kind", ["small", "large"])
+def test_a_name_that_means_another_address_later_gets_nothing(
+    s3: S3Server, storages: Make, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    addresses = {"rebinding.example.com": "93.184.216.34"}
+    resolve(monkeypatch, addresses)
+    bucket = s3.create_bucket()
+    endpoint = f"http://rebinding.example.com:{urlsplit(s3.url).port}"
+    storage = storages(allow_job_bucket=True).choose(Delivery(), None, job_bucket(endpoint, bucket))
+    addresses["rebinding.example.com"] = "127.0.0.1"
+    with pytest.raises(DeliveryFailed, match=r"S3 could not be reached to store a\.png: EndpointConnectionError"):
+        storage.deliver(parcel("a.png", CONTENT if kind == "small" else LARGE))
+    assert s3.keys(bucket) == []
+
+
+def test_a_proxy_of_the_environment_is_not_asked_for_an_address_that_must_be_public(
+    s3: S3Server, bucket: str, storages: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolve(monkeypatch, {"shop.example.com": "93.184.216.34"})
+    monkeypatch.setenv("HTTP_PROXY", s3.url)
+    storage = storages(allow_job_bucket=True).choose(Delivery(), None, job_bucket("http://shop.example.com", bucket))
+    resolve(monkeypatch, {"shop.example.com": "127.0.0.1"})
+    with pytest.raises(DeliveryFailed):
+        storage.deliver(parcel("proxied.png"))
+    assert not [key for key in s3.keys(bucket) if "proxied" in key]
+
+
+@pytest.mark.parametrize(
+    ("listed", "endpoint"),
+    [
+        ("s3.eu-central-1.amazonaws.com", "https://s3.eu-central-1.amazonaws.com"),
+        ("s3.eu-central-1.amazonaws.com", "https://shop.s3.eu-central-1.amazonaws.com"),
+        ("*.amazonaws.com", "https://shop.s3.eu-central-1.amazonaws.com/"),
+        ("a.example.com , S3.Example.com", "https://s3.example.com"),
+        ("minio:9000", "http://minio:9000"),
+        ("minio", "http://MINIO:9000"),
+        ("*", "http://127.0.0.1:9000"),
+    ],
+)
+def test_hosts_that_the_worker_lists_are_taken(storages: Make, listed: str, endpoint: str) -> None:
+    storages(allow_job_bucket=True, job_bucket_endpoints=listed).choose(Delivery(), None, job_bucket(endpoint, "shop"))
+
+
+def test_a_public_address_is_taken_where_none_is_listed(storages: Make) -> None:
+    storages(allow_job_bucket=True).choose(Delivery(), None, job_bucket("https://93.184.216.34", "shop"))

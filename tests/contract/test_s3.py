@@ -1,0 +1,270 @@
+"""What S3 promises besides: where objects lie, what they are like, what is sent, and what goes wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import pytest
+import requests
+from hypothesis import given
+from hypothesis import strategies as st
+
+from comfy_worker.errors import Cancelled, DeliveryFailed, InvalidInput
+from comfy_worker.jobs import Delivery
+from comfy_worker.settings import load_settings
+from comfy_worker.stop import Stop
+from comfy_worker.storage import InMemory, OnDisk, Parcel, Watched
+from comfy_worker.storage.keys import safe_path
+from tests.support.delivered import (
+    CONTENT,
+    LARGE,
+    Make,
+    Recorder,
+    Trickle,
+    parcel,
+    query_of,
+    resolve,
+    with_bucket,
+)
+from tests.support.leaks import assert_nothing_leaks
+from tests.support.ports import silent_port
+from tests.support.s3 import ACCESS_KEY, SECRET_KEY, S3Server
+
+
+def test_the_object_lies_under_the_job_and_opens_under_its_name(s3: S3Server, bucket: str, storages: Make) -> None:
+    storage = storages(**with_bucket(f"{s3.url}/{bucket}")).choose(Delivery())
+    delivered = storage.deliver(parcel("größe/my picture.png", job_id="job-7"))
+
+    assert unquote(urlsplit(delivered.data).path) == f"/{bucket}/job-7/größe/my picture.png"
+    assert s3.read(bucket, "job-7/größe/my picture.png").content_type == "image/png"
+    disposition = requests.get(delivered.data, timeout=10).headers["Content-Disposition"]
+    assert disposition == "inline; filename*=UTF-8''my%20picture.png"
+
+
+@pytest.mark.parametrize(
+    ("name", "mime_type", "how"),
+    [
+        ("a.png", "image/png", "inline"),
+        ("a.mp4", "video/mp4", "inline"),
+        ("a.flac", "audio/flac", "inline"),
+        ("a.txt", "text/plain", "inline"),
+        ("a.svg", "image/svg+xml", "attachment"),
+        ("a.html", "text/html", "attachment"),
+        ("a.bin", "application/octet-stream", "attachment"),
+    ],
+)
+def test_a_browser_shows_what_cannot_run_scripts(
+    s3: S3Server, bucket: str, storages: Make, name: str, mime_type: str, how: str
+) -> None:
+    storage = storages(**with_bucket(f"{s3.url}/{bucket}")).choose(Delivery())
+    delivered = storage.deliver(Parcel("job-1", name, mime_type, InMemory(b"")))
+    response = requests.get(delivered.data, timeout=10)
+    assert response.headers["Content-Disposition"].startswith(f"{how}; ")
+    assert response.headers["Content-Type"].startswith(mime_type)
+
+
+def test_a_job_may_choose_folder_and_expiry(s3: S3Server, bucket: str, storages: Make) -> None:
+    ours = storages(**with_bucket(f"{s3.url}/{bucket}", bucket_url_expires_s=1234))
+    chosen = ours.choose(Delivery(type="s3", prefix="customers/7", expires_s=60)).deliver(parcel("a.png"))
+    default = ours.choose(Delivery()).deliver(parcel("a.png"))
+
+    assert urlsplit(chosen.data).path == f"/{bucket}/customers/7/a.png"
+    assert query_of(chosen)["X-Amz-Expires"] == "60"
+    assert urlsplit(default.data).path == f"/{bucket}/job-1/a.png"
+    assert query_of(default)["X-Amz-Expires"] == "1234"
+
+
+def test_a_url_does_not_carry_the_secret_key(s3: S3Server, bucket: str, storages: Make) -> None:
+    delivered = storages(**with_bucket(f"{s3.url}/{bucket}")).choose(Delivery()).deliver(parcel("a.png"))
+
+    assert SECRET_KEY not in unquote(delivered.data)
+
+
+@pytest.mark.parametrize(("region", "signed"), [(None, "us-east-1"), ("eu-central-1", "eu-central-1")])
+def test_the_region_stands_in_the_signature(
+    s3: S3Server, bucket: str, storages: Make, region: str | None, signed: str
+) -> None:
+    storage = storages(**with_bucket(f"{s3.url}/{bucket}", bucket_region=region)).choose(Delivery())
+    credential = query_of(storage.deliver(parcel("a.png")))["X-Amz-Credential"]
+    assert credential.split("/")[0] == ACCESS_KEY
+    assert credential.split("/")[2:] == [signed, "s3", "aws4_request"]
+
+
+def test_a_bucket_in_the_host_stays_there(
+    s3: S3Server, bucket: str, storages: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = f"{bucket}.s3.us-east-1.amazonaws.com"
+    resolve(monkeypatch, {host: "127.0.0.1"})
+    url = f"http://s3.us-east-1.amazonaws.com:{urlsplit(s3.url).port}"
+    delivered = storages(**with_bucket(url, bucket_name=bucket)).choose(Delivery()).deliver(parcel("a.png"))
+
+    assert urlsplit(delivered.data).hostname == host
+    assert urlsplit(delivered.data).path == "/job-1/a.png"
+
+
+def test_a_public_bucket_gives_plain_urls(s3: S3Server, bucket: str, storages: Make) -> None:
+    settings = with_bucket(f"{s3.url}/{bucket}", bucket_public_url="https://cdn.example.com/outputs/")
+    delivered = storages(**settings).choose(Delivery()).deliver(parcel("sub/my picture é.png"))
+
+    assert delivered.data == "https://cdn.example.com/outputs/job-1/sub/my%20picture%20%C3%A9.png"
+    assert s3.read(bucket, "job-1/sub/my picture é.png").content == CONTENT
+
+
+def test_objects_are_encrypted_where_that_is_set(s3: S3Server, bucket: str, storages: Make) -> None:
+    settings = with_bucket(f"{s3.url}/{bucket}", bucket_encryption="aws:kms", bucket_kms_key_id="alias/outputs")
+    storage = storages(**settings).choose(Delivery(prefix="encrypted"))
+    for name, content in (("small.bin", b"1"), ("large.bin", LARGE)):
+        storage.deliver(parcel(name, content))
+        head = s3.client.head_object(Bucket=bucket, Key=f"encrypted/{name}")
+        assert (head["ServerSideEncryption"], head["SSEKMSKeyId"]) == ("aws:kms", "alias/outputs")
+
+
+def test_a_large_file_goes_in_parts_and_a_cancelled_one_leaves_none(s3: S3Server, bucket: str, storages: Make) -> None:
+    storage = storages(**with_bucket(f"{s3.url}/{bucket}", bucket_part_mb=5)).choose(Delivery(prefix="parts"))
+    storage.deliver(parcel("large.bin", LARGE))
+    assert s3.client.head_object(Bucket=bucket, Key="parts/large.bin")["ETag"].strip('"').endswith("-5")
+
+    stop = Stop()
+    content = Watched(Trickle(len(LARGE), before_last=stop.set), stop.check)
+    with pytest.raises(Cancelled):
+        storage.deliver(Parcel("job-1", "cancelled.bin", "application/octet-stream", content))
+    assert "Uploads" not in s3.client.list_multipart_uploads(Bucket=bucket)
+    assert "parts/cancelled.bin" not in s3.keys(bucket)
+
+
+# -------------------------------------------------------------------------------------------- what is sent
+
+
+def test_a_picture_is_one_request_that_waits_for_nothing(recorder: Recorder, storages: Make, tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(CONTENT)
+    storage = storages(**with_bucket(f"{recorder.url}/bucket")).choose(Delivery())
+    storage.deliver(Parcel("job-1", "a.png", "image/png", OnDisk(path, len(CONTENT))))
+
+    [(method, url, headers)] = recorder.requests
+    assert (method, url) == ("PUT", "/bucket/job-1/a.png")
+    assert int(headers["content-length"]) == len(CONTENT)
+    assert not {"expect", "content-md5", "transfer-encoding", "content-encoding"} & headers.keys()
+    assert not [name for name in headers if "checksum" in name or "trailer" in name]
+
+
+def test_a_path_of_the_endpoint_itself_is_kept(recorder: Recorder, storages: Make) -> None:
+    settings = with_bucket(f"{recorder.url}/storage/v1/s3", bucket_name="shop")
+    delivered = storages(**settings).choose(Delivery()).deliver(parcel("a.png"))
+
+    assert [path for _method, path, _headers in recorder.requests] == ["/storage/v1/s3/shop/job-1/a.png"]
+    assert urlsplit(delivered.data).path == "/storage/v1/s3/shop/job-1/a.png"
+
+
+# ---------------------------------------------------------------------------------------------------- keys
+
+
+def key_of(template: str, parcel: Parcel, recorder: Recorder, storages: Make, **delivery: Any) -> str:
+    settings = with_bucket(f"{recorder.url}/bucket", bucket_key_template=template)
+    storages(**settings).choose(Delivery(**delivery)).deliver(parcel)
+    return unquote(recorder.requests[-1][1]).removeprefix("/bucket/")
+
+
+@pytest.mark.parametrize(
+    ("template", "delivery", "key"),
+    [
+        ("{job_id}/{filename}", {}, "job-1/sub/a.png"),
+        ("{job_id}/{filename}", {"prefix": "shop/7"}, "shop/7/sub/a.png"),
+        ("comfy/{prefix}/{job_id}/{filename}", {"prefix": "shop/7"}, "comfy/shop/7/job-1/sub/a.png"),
+        ("comfy/{prefix}/{filename}", {}, "comfy/job-1/sub/a.png"),
+        ("{job_id}-{node_id}-{index}.png", {}, "job-1-12-3-4.png"),
+        ("{{outputs}}/{job_id}/{filename}", {}, "{outputs}/job-1/sub/a.png"),
+    ],
+)
+def test_keys_are_as_the_template_says(
+    recorder: Recorder, storages: Make, template: str, delivery: dict[str, Any], key: str
+) -> None:
+    output = parcel("sub/a.png", node_id="12:3", index=4)
+    assert key_of(template, output, recorder, storages, **delivery) == key
+
+
+def test_a_key_may_have_the_day(recorder: Recorder, storages: Make) -> None:
+    key = key_of("{date}/{job_id}/{filename}", parcel("a.png"), recorder, storages)
+    assert len(key.split("/")[0].split("-")) == 3
+
+
+@pytest.mark.parametrize(
+    ("job_id", "folder"),
+    [
+        ("../../etc", "..-..-etc"),
+        ("..", "-"),
+        ("a/b", "a-b"),
+        ("größe 1", "gr--e-1"),
+        ("sync-1234-u1", "sync-1234-u1"),
+    ],
+)
+def test_no_id_of_a_job_leads_anywhere(recorder: Recorder, storages: Make, job_id: str, folder: str) -> None:
+    assert key_of("{job_id}/{filename}", parcel("a.png", job_id=job_id), recorder, storages) == f"{folder}/a.png"
+
+
+def test_a_key_that_is_too_long_is_a_sentence(recorder: Recorder, storages: Make) -> None:
+    with pytest.raises(DeliveryFailed, match=r"The key of x{40}… would be longer than 1024 bytes"):
+        key_of("{job_id}/{filename}", parcel("x" * 1100), recorder, storages)
+
+
+@given(st.text(max_size=40))
+def test_any_name_becomes_a_path_that_stays(name: str) -> None:
+    path = safe_path(name)
+    assert path.encode()
+    assert all(part not in ("", ".", "..") for part in path.split("/"))
+    assert safe_path(path) == path
+
+
+# ---------------------------------------------------------------------------------------------------- failure
+
+
+def test_a_bucket_that_is_not_there_is_named_without_a_secret(s3: S3Server, storages: Make) -> None:
+    storage = storages(**with_bucket(f"{s3.url}/no-such-bucket")).choose(Delivery())
+    for content in (CONTENT, LARGE):
+        with pytest.raises(DeliveryFailed) as failure:
+            storage.deliver(parcel("a.png", content))
+
+        assert failure.value.message == "S3 refused a.png for bucket 'no-such-bucket': NoSuchBucket"
+        assert_secrets_are_kept(failure.value)
+
+
+def test_a_host_that_does_not_answer_is_an_error_without_a_secret(storages: Make) -> None:
+    with silent_port() as port:
+        storage = storages(**with_bucket(f"http://127.0.0.1:{port}/bucket")).choose(Delivery())
+        with pytest.raises(DeliveryFailed) as failure:
+            storage.deliver(parcel("a.png"))
+
+    assert failure.value.message == "S3 could not be reached to store a.png: EndpointConnectionError"
+    assert_secrets_are_kept(failure.value)
+
+
+def assert_secrets_are_kept(failure: DeliveryFailed) -> None:
+    assert failure.retryable
+    for text in (failure.message, str(failure.as_output())):
+        assert_nothing_leaks(text)
+        assert ACCESS_KEY not in text
+
+
+GIVEN = with_bucket("http://127.0.0.1:9/bucket")
+
+
+@pytest.mark.parametrize("missing", list(GIVEN))
+def test_half_a_configuration_is_refused_by_name(missing: str) -> None:
+    with pytest.raises(InvalidInput) as failure:
+        load_settings(**{name: value for name, value in GIVEN.items() if name != missing})
+
+    assert failure.value.message == f"S3 is only half configured: {missing.upper()} must be set too"
+    assert_nothing_leaks(failure.value.message)
+
+
+def test_an_endpoint_without_a_bucket_is_refused(s3: S3Server, storages: Make) -> None:
+    with pytest.raises(InvalidInput, match="No bucket is named"):
+        storages(**with_bucket(s3.url)).choose(Delivery())
+
+
+def test_s3_without_a_configuration_is_refused(storages: Make) -> None:
+    for kind in ("s3", "both"):
+        with pytest.raises(InvalidInput, match="this worker has no bucket"):
+            storages().choose(Delivery(type=kind))

@@ -1,0 +1,618 @@
+"""Files of every kind on their way into ComfyUI, the emulator or a real one: as base64, by URL, out of a bucket."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import requests
+from PIL import Image
+from safetensors.numpy import load
+
+from comfy_worker.comfy.client import ComfyClient
+from comfy_worker.emulator import EmulatorServer
+from comfy_worker.emulator.interfaces import load_object_info
+from comfy_worker.emulator.node import Context, NodeResult, Registry
+from comfy_worker.emulator.nodes import REGISTRY
+from comfy_worker.errors import Cancelled, DiskFull, InputFetchFailed, InvalidInput, UploadFailed
+from comfy_worker.fetch import Fetcher
+from comfy_worker.inputs import stage_inputs
+from comfy_worker.jobs import Delivery, Job, JobResult
+from comfy_worker.payload import parse_job
+from comfy_worker.pipeline import run_job
+from comfy_worker.settings import Settings, load_settings
+from comfy_worker.stop import Stop
+from comfy_worker.storage import Storages
+from comfy_worker.workflow import copy_graph
+from tests.support import media_files
+from tests.support.comfyui import ComfyUI, comfyui
+from tests.support.file_server import FileServer, RawAnswer, ServedFile, file_server
+from tests.support.graphs import Graph, colors, data_uri, inverted, node, png
+from tests.support.s3 import ACCESS_KEY, SECRET_KEY, S3Server, s3_server
+
+_TIMEOUT_S = 30.0
+RED = (200, 10, 20)
+TEAL = (0, 128, 127)
+
+
+# ------------------------------------------------------------------------------------------------ the bench
+
+
+@pytest.fixture(autouse=True)
+def bare_environment(environment: pytest.MonkeyPatch) -> None:
+    """Take the settings of this machine away."""
+
+
+@pytest.fixture(scope="module")
+def comfy() -> Iterator[ComfyUI]:
+    with comfyui() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def files() -> Iterator[FileServer]:
+    with file_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[S3Server]:
+    with s3_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def bucket(s3: S3Server) -> str:
+    return s3.create_bucket()
+
+
+@pytest.fixture
+def settings(comfy: ComfyUI, s3: S3Server, bucket: str, tmp_path: Path) -> Settings:
+    return load_settings(
+        comfyui_url=comfy.url,
+        allow_private_urls=True,
+        input_cache_dir=str(tmp_path / "cache"),
+        bucket_endpoint_url=s3.url,
+        bucket_name=bucket,
+        bucket_access_key_id=ACCESS_KEY,
+        bucket_secret_access_key=SECRET_KEY,
+    )
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A worker's inside with a ComfyUI."""
+
+    client: ComfyClient
+    storages: Storages
+
+    def run(self, workflow: Graph, *images: Mapping[str, str], **more: Any) -> tuple[JobResult, Job]:
+        """Run a job; return what came out and what was asked."""
+        job = parse_job({"id": "job", "input": {"workflow": workflow, "images": list(images), **more}})
+        return run_job(job, self.client, self.storages.choose(Delivery(type="base64"))), job
+
+    def stage(self, workflow: Graph, *images: Mapping[str, str], stop: Stop | None = None) -> Graph:
+        """Only stage a job; return the graph as ComfyUI would get it."""
+        job = parse_job({"id": "job", "input": {"workflow": workflow, "images": list(images)}})
+        graph = copy_graph(job.workflow)
+        stage_inputs(job, graph, self.client, stop or Stop())
+        return graph
+
+    def read(self, name: str) -> bytes:
+        """Return a file of ComfyUI's input folder."""
+        subfolder, _, filename = name.removesuffix(" [input]").rpartition("/")
+        params = {"filename": filename, "subfolder": subfolder, "type": "input"}
+        response = requests.get(f"{self.client.url}/view", params=params, timeout=_TIMEOUT_S)
+        response.raise_for_status()
+        return response.content
+
+    def loaded(self, result: JobResult, node_id: str, input_name: str) -> Any:
+        """Return what an input of a prompt that has run was."""
+        entry = self.client.history(result.prompt_id)
+        assert entry is not None
+        return entry["prompt"][2][node_id]["inputs"][input_name]
+
+
+@pytest.fixture
+def bench(settings: Settings) -> Iterator[Bench]:
+    with closing(ComfyClient(settings)) as client:
+        yield Bench(client, Storages(settings))
+
+
+def outputs(result: JobResult) -> list[bytes]:
+    return [base64.b64decode(artifact.delivered.data) for artifact in result.artifacts]
+
+
+# ---------------------------------------------------------------------------------------------- round trips
+
+
+@dataclass(frozen=True)
+class Trip:
+    """A file that a workflow loads and hands back.
+
+    Attributes:
+        name: of the file.
+        content: of it.
+        loader: the node "1" that loads it, with `input_name`.
+        rest: the nodes behind it.
+        check: looks at what came back.
+    """
+
+    name: str
+    content: bytes
+    loader: str
+    input_name: str
+    rest: Graph
+    check: Callable[[bytes], None]
+    more: Mapping[str, Any] | None = None
+
+    def workflow(self, name: str | None = None) -> Graph:
+        return {"1": node(self.loader, **{self.input_name: name or self.name}, **(self.more or {})), **self.rest}
+
+
+def _is_red(content: bytes) -> None:
+    assert colors(content) == [RED]
+
+
+def _is_the_red_channel(content: bytes) -> None:
+    assert colors(content) == [(RED[0],) * 3]
+
+
+def _is_the_tone(content: bytes) -> None:
+    with av.open(io.BytesIO(content)) as container:
+        frames = [frame.to_ndarray() for frame in container.decode(audio=0)]
+    samples = np.concatenate([frame.reshape(-1) for frame in frames]).astype(np.int64)
+    assert np.abs((samples >> (16 if np.abs(samples).max() > 2**16 else 0)) - media_files.tone(800)).max() <= 1
+
+
+def _is_the_video(content: bytes) -> None:
+    with av.open(io.BytesIO(content)) as container:
+        assert len(list(container.decode(video=0))) == 5
+
+
+def _is_the_latent(content: bytes) -> None:
+    assert np.array_equal(load(content)["latent_tensor"], load(media_files.latent())["latent_tensor"])
+
+
+TRIPS = {
+    "picture": Trip(
+        "cat.png",
+        png(RED),
+        "LoadImage",
+        "image",
+        {"9": node("SaveImage", images=["1", 0], filename_prefix="x")},
+        _is_red,
+    ),
+    "mask": Trip(
+        "mask.png",
+        png(RED),
+        "LoadImageMask",
+        "image",
+        {"2": node("MaskToImage", mask=["1", 0]), "9": node("SaveImage", images=["2", 0], filename_prefix="x")},
+        _is_the_red_channel,
+        {"channel": "red"},
+    ),
+    "audio": Trip(
+        "tone.wav",
+        media_files.wav(),
+        "LoadAudio",
+        "audio",
+        {"9": node("SaveAudio", audio=["1", 0], filename_prefix="x")},
+        _is_the_tone,
+    ),
+    "video": Trip(
+        "clip.mp4",
+        media_files.mp4(),
+        "LoadVideo",
+        "file",
+        {"9": node("SaveVideo", video=["1", 0], filename_prefix="x", format="auto", codec="auto")},
+        _is_the_video,
+    ),
+    "latent": Trip(
+        "noise.latent",
+        media_files.latent(),
+        "LoadLatent",
+        "latent",
+        {"9": node("SaveLatent", samples=["1", 0], filename_prefix="x")},
+        _is_the_latent,
+    ),
+}
+
+
+@pytest.fixture(params=TRIPS)
+def trip(request: pytest.FixtureRequest) -> Trip:
+    return TRIPS[request.param]
+
+
+def assert_round_trip(bench: Bench, trip: Trip, result: JobResult) -> None:
+    [output] = outputs(result)
+    trip.check(output)
+    assert bench.read(bench.loaded(result, "1", trip.input_name)) == trip.content
+    assert result.warnings == ()
+
+
+@pytest.mark.parametrize("name", ["{}", "sub folder/{}", "Größe é/日本 {}"])
+def test_there_and_back_as_base64(bench: Bench, trip: Trip, name: str) -> None:
+    named = name.format(trip.name)
+    result, _job = bench.run(trip.workflow(named), {"name": named, "image": base64.b64encode(trip.content).decode()})
+    assert_round_trip(bench, trip, result)
+
+
+def test_there_and_back_by_url(bench: Bench, trip: Trip, files: FileServer) -> None:
+    url = files.put(f"/{trip.name}", trip.content)
+    result, _job = bench.run(trip.workflow(f"{trip.name} [input]"), {"name": trip.name, "url": f"{url}?signature=x"})
+    assert_round_trip(bench, trip, result)
+
+
+def test_there_and_back_out_of_the_workers_bucket(bench: Bench, trip: Trip, s3: S3Server, bucket: str) -> None:
+    s3.client.put_object(Bucket=bucket, Key=f"in/{trip.name}", Body=trip.content)
+    result, _job = bench.run(trip.workflow(), {"name": trip.name, "url": f"s3://{bucket}/in/{trip.name}"})
+    assert_round_trip(bench, trip, result)
+
+
+@pytest.mark.parametrize("last", ["/{}", "/download", "/file.php?name={}"], ids=["named", "bare", "misnamed"])
+def test_there_and_back_by_url_in_the_workflow(bench: Bench, trip: Trip, files: FileServer, last: str) -> None:
+    path = last.format(trip.name)
+    files.put(path.partition("?")[0], trip.content)
+    result, job = bench.run(trip.workflow(files.url + path))
+    assert_round_trip(bench, trip, result)
+    loaded = bench.loaded(result, "1", trip.input_name)
+    assert loaded.startswith(f"{job.prompt_id}/url1/")
+    assert trip.loader == "LoadLatent" or loaded.endswith(Path(trip.name).suffix)
+
+
+def test_there_and_back_as_a_data_uri_in_the_workflow(bench: Bench, trip: Trip) -> None:
+    uri = f"data:application/octet-stream;base64,{base64.b64encode(trip.content).decode()}"
+    result, _job = bench.run(trip.workflow(uri))
+    assert_round_trip(bench, trip, result)
+
+
+# ------------------------------------------------------------------------------------------------------- 3D
+
+
+def _with_load_3d() -> EmulatorServer:
+    """Return an emulator with the node that only a browser gives its pictures to."""
+    registry = Registry(dict(REGISTRY.nodes))
+
+    @registry.add("Load3D")
+    def load_3d(context: Context, model_file: str, image: Any, width: int, height: int) -> NodeResult:
+        content = (context.input_dir / image["image"].removesuffix(" [input]")).read_bytes()
+        pixels = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"), dtype=np.float32)[np.newaxis] / 255
+        return NodeResult((pixels, None, model_file, None, None, None))
+
+    info = {
+        "input": {
+            "required": {
+                "model_file": ["COMBO", {"options": [], "file_upload": True}],
+                "image": ["LOAD_3D", {}],
+                "width": ["INT", {}],
+                "height": ["INT", {}],
+            }
+        },
+        "output": ["IMAGE", "MASK", "STRING", "IMAGE", "LOAD3D_CAMERA", "VIDEO"],
+        "output_is_list": [False] * 6,
+        "output_node": False,
+    }
+    return EmulatorServer(registry=registry, object_info={**load_object_info(), "Load3D": info})
+
+
+@pytest.fixture(scope="module")
+def comfy_3d(comfy: ComfyUI) -> Iterator[str]:
+    if not comfy.is_emulator:
+        yield comfy.url
+        return
+    with _with_load_3d() as server:
+        yield server.url
+
+
+@pytest.fixture
+def bench_3d(settings: Settings, comfy_3d: str) -> Iterator[Bench]:
+    with closing(ComfyClient(settings.model_copy(update={"comfyui_url": comfy_3d}))) as client:
+        yield Bench(client, Storages(settings))
+
+
+def _scene(mesh: str, picture: str) -> Graph:
+    views = {"image": picture, "mask": f"{picture} [input]", "normal": picture, "lineart": picture, "recording": ""}
+    return {
+        "1": node("Load3D", model_file=mesh, image={**views, "camera_info": {"zoom": 1}}, width=64, height=64),
+        "2": node("PreviewAny", source=["1", 2]),
+        "9": node("SaveImage", images=["1", 0], filename_prefix="x"),
+    }
+
+
+@pytest.mark.parametrize("mesh", ["mesh.glb", "meshes/a/mesh.glb"])
+@pytest.mark.parametrize("way", ["base64", "url", "workflow"])
+def test_a_3d_model_is_where_its_node_lists_it(bench_3d: Bench, files: FileServer, mesh: str, way: str) -> None:
+    url = files.put("/mesh.glb", media_files.glb())
+    picture = {"name": "views/scene.png", "image": data_uri(png(TEAL))}
+    if way == "workflow":
+        result, _job = bench_3d.run(_scene(url, "views/scene.png"), picture)
+    else:
+        given = {"url": url} if way == "url" else {"image": base64.b64encode(media_files.glb()).decode()}
+        result, _job = bench_3d.run(_scene(mesh, "views/scene.png"), {"name": mesh, **given}, picture)
+
+    [text] = result.texts
+    assert text.text.startswith("3d/")
+    assert bench_3d.read(text.text) == media_files.glb()
+    [output] = outputs(result)
+    assert colors(output) == [TEAL]
+    loaded = bench_3d.loaded(result, "1", "image")
+    assert loaded["mask"] == f"{loaded['image']} [input]"
+    assert loaded["camera_info"] == {"zoom": 1}
+
+
+def test_a_3d_file_beside_the_jobs_folder_is_cleaned_up_too(settings: Settings) -> None:
+    with _with_load_3d() as server:
+        reachable = settings.model_copy(
+            update={"comfyui_url": server.url, "comfyui_base_directory": str(server.base_directory)}
+        )
+        with closing(ComfyClient(reachable)) as client:
+            mesh = {"name": "mesh.glb", "image": base64.b64encode(media_files.glb()).decode()}
+            picture = {"name": "scene.png", "image": data_uri(png(TEAL))}
+            result, _job = Bench(client, Storages(settings)).run(_scene("mesh.glb", "scene.png"), mesh, picture)
+        assert result.artifacts
+        assert [path for path in (server.base_directory / "input").rglob("*") if path.is_file()] == []
+
+
+# --------------------------------------------------------------------------------------------- what is named
+
+
+def test_a_url_in_a_text_stays_a_text(bench: Bench, files: FileServer) -> None:
+    url = files.put("/prompt.png", png(RED))
+    files.requests.clear()
+    graph = bench.stage({"1": node("CLIPTextEncode", text=url, clip=["2", 0]), "3": node("PreviewAny", source=url)})
+    assert graph["1"]["inputs"]["text"] == graph["3"]["inputs"]["source"] == url
+    assert not files.requests
+
+
+def test_a_model_is_not_fetched_into_the_inputs(bench: Bench, files: FileServer) -> None:
+    url = files.put("/model.safetensors", bytes(100))
+    files.requests.clear()
+    graph = bench.stage({"1": node("CheckpointLoaderSimple", ckpt_name=url)})
+    assert graph["1"]["inputs"]["ckpt_name"] == url
+    assert not files.requests
+
+
+def test_the_same_url_is_one_file_however_often_it_is_named(bench: Bench, files: FileServer) -> None:
+    url = files.put("/same.png", png(RED))
+    files.requests.clear()
+    first, second = inverted(url), inverted(url)
+    graph = bench.stage({**first, "11": second["1"], "12": node("LoadImageMask", image=url, channel="red")})
+    assert graph["1"]["inputs"]["image"] == graph["11"]["inputs"]["image"] == graph["12"]["inputs"]["image"]
+    assert files.requests["/same.png"] == 1
+
+
+def test_two_urls_that_end_alike_are_two_files(bench: Bench, files: FileServer) -> None:
+    one, other = files.put("/one/same.png", png(RED)), files.put("/other/same.png", png(TEAL))
+    given = {"name": "url1/same.png", "image": data_uri(png((1, 2, 3)))}
+    graph = bench.stage(
+        {
+            "1": node("LoadImage", image=one),
+            "2": node("LoadImage", image=other),
+            "3": node("LoadImage", image="url1/same.png"),
+        },
+        given,
+    )
+    contents = [bench.read(graph[node_id]["inputs"]["image"]) for node_id in "123"]
+    assert contents == [png(RED), png(TEAL), png((1, 2, 3))]
+
+
+def test_two_jobs_with_the_same_name_never_meet(bench: Bench) -> None:
+    graphs = [
+        bench.stage(inverted("input.png"), {"name": "input.png", "image": data_uri(png(color))})
+        for color in (RED, TEAL)
+    ]
+    assert [bench.read(graph["1"]["inputs"]["image"]) for graph in graphs] == [png(RED), png(TEAL)]
+
+
+def test_what_nobody_loads_is_not_even_fetched(bench: Bench, files: FileServer) -> None:
+    url = files.put("/unused.png", png(RED))
+    files.requests.clear()
+    result, _job = bench.run(
+        inverted("a.png"), {"name": "a.png", "image": data_uri(png(RED))}, {"name": "unused.png", "url": url}
+    )
+    assert result.warnings == ("Image 'unused.png' is not used: no node of the workflow loads it",)
+    assert not files.requests
+
+
+FOLDER_LOADER = {
+    "input": {"required": {"folder": ["COMBO", {"options": []}]}},
+    "output": ["IMAGE"],
+    "output_is_list": [True],
+    "output_node": False,
+}
+LIST_LOADER = {
+    "input": {"required": {"file": [["old.txt"], {}]}},
+    "output": ["STRING"],
+    "output_is_list": [False],
+    "output_node": False,
+}
+
+
+def test_lists_of_folders_and_files_of_unknown_nodes(settings: Settings) -> None:
+    """What a node offers as a list is refused elsewhere, unless it says otherwise, which cannot be asked."""
+    info = {"LoadFolder": FOLDER_LOADER, "LoadText": LIST_LOADER}
+    registry = Registry(dict.fromkeys(info, REGISTRY.nodes["LoadImage"]))
+    with (
+        EmulatorServer(registry=registry, object_info=info) as server,
+        closing(ComfyClient(settings.model_copy(update={"comfyui_url": server.url}))) as client,
+    ):
+        bench = Bench(client, Storages(settings))
+        texts = [{"name": name, "image": base64.b64encode(name.encode()).decode()} for name in ("a/b.txt", "a_b.txt")]
+        graph = bench.stage(
+            {
+                "1": node("LoadFolder", folder="set/one"),
+                "2": node("LoadText", file="a/b.txt"),
+                "3": node("LoadText", file="a_b.txt"),
+                "4": node("LoadText", file="old.txt"),
+            },
+            {"name": "set/one/a.png", "image": data_uri(png(RED))},
+            {"name": "set/one/deep/b.png", "image": data_uri(png(TEAL))},
+            *texts,
+        )
+        folder = graph["1"]["inputs"]["folder"]
+        assert folder.endswith("/set/one")
+        assert bench.read(f"{folder}/a.png") == png(RED)
+        assert bench.read(f"{folder}/deep/b.png") == png(TEAL)
+        staged = [graph[node_id]["inputs"]["file"] for node_id in "23"]
+        assert all("/" not in name for name in staged)
+        assert [bench.read(name) for name in staged] == [b"a/b.txt", b"a_b.txt"]
+        assert graph["4"]["inputs"]["file"] == "old.txt"
+
+
+# ----------------------------------------------------------------------------------------------------- cache
+
+
+def test_a_later_job_fetches_nothing_that_did_not_change(
+    bench: Bench, files: FileServer, s3: S3Server, bucket: str
+) -> None:
+    s3.client.put_object(Bucket=bucket, Key="kept.png", Body=png(TEAL))
+    url = files.put("/kept.png", png(RED))
+    workflow = {"1": node("LoadImage", image=url), "2": node("LoadImage", image=f"s3://{bucket}/kept.png")}
+    files.bodies.clear()
+    graphs = [bench.stage(workflow) for _ in range(2)]
+    assert files.bodies["/kept.png"] == 1
+    for graph in graphs:
+        assert [bench.read(graph[node_id]["inputs"]["image"]) for node_id in "12"] == [png(RED), png(TEAL)]
+
+
+def test_an_object_is_asked_for_on_the_condition_that_it_changed(settings: Settings, s3: S3Server, bucket: str) -> None:
+    def fetch() -> bytes:
+        with closing(Fetcher(settings)) as fetcher, fetcher.fetch(f"s3://{bucket}/changing.png", Stop()) as file:
+            return file.read()
+
+    s3.client.put_object(Bucket=bucket, Key="changing.png", Body=png(RED))
+    assert fetch() == png(RED)
+    [about] = Path(str(settings.input_cache_dir)).glob("*.about")
+    noted = about.stat().st_mtime_ns
+    assert fetch() == png(RED)
+    assert about.stat().st_mtime_ns == noted, "it was not fetched again"
+    s3.client.put_object(Bucket=bucket, Key="changing.png", Body=png(TEAL))
+    assert fetch() == png(TEAL)
+
+
+# ------------------------------------------------------------------------------------------------------ S3
+
+
+def _job_bucket(s3: S3Server, bucket: str) -> dict[str, str]:
+    return {
+        "endpoint_url": s3.url,
+        "bucket_name": bucket,
+        "access_key_id": ACCESS_KEY,
+        "secret_access_key": SECRET_KEY,
+        "region": "us-east-1",
+    }
+
+
+def test_a_jobs_own_bucket(settings: Settings, s3: S3Server) -> None:
+    own = s3.create_bucket()
+    s3.client.put_object(Bucket=own, Key="a b/ü.png", Body=png(RED))
+    allowed = settings.model_copy(update={"allow_job_bucket": True})
+    with closing(ComfyClient(allowed)) as client:
+        bench = Bench(client, Storages(allowed))
+        for key in ("a b/ü.png", "a%20b/%C3%BC.png"):
+            result, _job = bench.run(inverted(f"s3://{own}/{key}"), s3=_job_bucket(s3, own))
+            assert bench.read(bench.loaded(result, "1", "image")) == png(RED)
+
+
+def test_a_jobs_own_bucket_that_the_worker_does_not_take(bench: Bench, s3: S3Server, bucket: str) -> None:
+    with pytest.raises(InvalidInput, match="does not take"):
+        bench.run(inverted(f"s3://{bucket}/a.png"), s3=_job_bucket(s3, bucket))
+
+
+@pytest.mark.parametrize(
+    ("url", "sentence"),
+    [
+        (
+            "s3://{bucket}/missing.png",
+            "s3://{bucket}/missing.png could not be fetched: its server answered 404 NoSuchKey",
+        ),
+        (
+            "s3://other-bucket/a.png",
+            "s3://other-bucket/a.png could not be fetched: it is not in this worker's bucket, and the job brings no "
+            "credentials for another (input.s3)",
+        ),
+    ],
+)
+def test_an_object_that_cannot_be_had(bench: Bench, bucket: str, url: str, sentence: str) -> None:
+    with pytest.raises(InputFetchFailed) as failed:
+        bench.stage(inverted(url.format(bucket=bucket)))
+    assert failed.value.message == sentence.format(bucket=bucket)
+
+
+# -------------------------------------------------------------------------------------------------- failures
+
+
+def test_several_failures_are_named_together(bench: Bench, files: FileServer) -> None:
+    workflow = {"1": node("LoadImage", image="a.png"), "2": node("LoadImage", image="b.png")}
+    missing = [{"name": name, "url": f"{files.url}/gone/{name}?secret"} for name in ("a.png", "b.png")]
+    with pytest.raises(InputFetchFailed) as failed:
+        bench.stage(workflow, *missing)
+    sentences = {
+        f"{files.url}/gone/{name} could not be fetched: its server answered 404 Not Found"
+        for name in ("a.png", "b.png")
+    }
+    assert set(failed.value.message.split("; ")) <= sentences
+
+
+def test_one_that_cannot_be_had_ends_the_others(bench: Bench, files: FileServer) -> None:
+    silent = files.put("/silent.png", RawAnswer(b"HTTP/1.1 200 OK\r\n", closes=False))
+    late = files.put("/late-404.png", ServedFile(status=404, has_etag=False))
+    workflow = {"1": node("LoadImage", image=silent), "2": node("LoadImage", image=late)}
+    with pytest.raises(InputFetchFailed, match=r"late-404\.png could not be fetched: its server answered 404"):
+        bench.stage(workflow)
+
+
+def test_a_job_that_is_cancelled_while_it_fetches(bench: Bench, files: FileServer) -> None:
+    stop = Stop()
+
+    url = files.put("/cancelled.png", RawAnswer(b"HTTP/1.1 200 OK\r\n", closes=False))
+    files.requests.clear()
+    with ThreadPoolExecutor(1) as threads:
+        staging = threads.submit(bench.stage, inverted(url), stop=stop)
+        while not files.requests["/cancelled.png"]:
+            assert files.at_work.acquire(timeout=_TIMEOUT_S)
+        stop.set()
+        with pytest.raises(Cancelled):
+            staging.result(_TIMEOUT_S)
+
+
+def test_a_file_that_comfyui_finds_too_large(settings: Settings) -> None:
+    with (
+        EmulatorServer(max_upload_bytes=100_000) as server,
+        closing(ComfyClient(settings.model_copy(update={"comfyui_url": server.url}))) as client,
+    ):
+        large = base64.b64encode(bytes(200_000)).decode()
+        with pytest.raises(UploadFailed) as failed:
+            Bench(client, Storages(settings)).stage(inverted("a.png"), {"name": "a.png", "image": large})
+        assert (
+            failed.value.message == "Failed to upload one or more input images: a.png: it is larger than ComfyUI takes"
+        )
+
+
+def test_a_disk_of_comfyui_that_is_full(settings: Settings) -> None:
+    """No disk is filled: ComfyUI fails as it does on a full one, and a job needs more room than any disk has."""
+    with EmulatorServer() as server:
+        base = {"comfyui_base_directory": str(server.base_directory), "min_free_disk_mb": 1e12}
+        full = settings.model_copy(update={"comfyui_url": server.url, **base})
+        server.faults.answer_with(500, "/upload/image")
+        with closing(ComfyClient(full)) as client, pytest.raises(DiskFull, match="ComfyUI's disk has"):
+            Bench(client, Storages(full)).stage(inverted("a.png"), {"name": "a.png", "image": data_uri(png(RED))})
+
+
+def test_a_comfyui_that_comes_back_gets_the_whole_file(settings: Settings) -> None:
+    with EmulatorServer() as server:
+        server.faults.lose_answer("/upload/image")
+        with closing(ComfyClient(settings.model_copy(update={"comfyui_url": server.url}))) as client:
+            bench = Bench(client, Storages(settings))
+            graph = bench.stage(inverted("a.png"), {"name": "a.png", "image": data_uri(png(RED))})
+            assert bench.read(graph["1"]["inputs"]["image"]) == png(RED)

@@ -1,0 +1,136 @@
+"""A small TCP proxy in front of a ComfyUI: websockets can be cut, silenced or refused while HTTP goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from asyncio import StreamReader, StreamWriter
+from concurrent.futures import Future
+from contextlib import suppress
+from enum import Enum
+
+_CHUNK = 65536
+_END_OF_HEAD = b"\r\n\r\n"
+_TIMEOUT_S = 20
+_PATIENCE_S = 1
+"""How long an end waits for connections to ComfyUI itself that are in the middle of something."""
+
+
+class Websockets(Enum):
+    """What becomes of websockets."""
+
+    PASSED = "passed"
+    SILENCED = "silenced"
+    """They open and stay open, and nothing that ComfyUI says arrives."""
+    REFUSED = "refused"
+    """New ones are cut before they are open; open ones are left alone."""
+
+
+class Proxy:
+    """Passes connections on to a port of this machine, from `start` to `stop`, as often as wanted.
+
+    Attributes:
+        websockets: what becomes of them from now on.
+        port: where it listens; the same after a stop.
+        refused: how many websockets were refused.
+    """
+
+    def __init__(self, target_host: str, target_port: int) -> None:
+        self.websockets = Websockets.PASSED
+        self.port = 0
+        self.refused = 0
+        self._target = (target_host, target_port)
+        self._open: set[StreamWriter] = set()
+        self._open_websockets: set[StreamWriter] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+
+    @property
+    def url(self) -> str:
+        """The address to reach it at, without a closing slash."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        """Begin to listen."""
+        listens: Future[int] = Future()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run(listens)), daemon=True)
+        self._thread.start()
+        self.port = listens.result(_TIMEOUT_S)
+
+    def stop(self) -> None:
+        """Refuse new connections and cut all open ones, as a machine does on which a process was killed."""
+        if self._loop is not None and self._thread is not None:
+            self._loop.call_soon_threadsafe(self._stopping.set)
+            self._thread.join(_TIMEOUT_S)
+            self._loop = self._thread = None
+
+    def cut_websockets(self) -> None:
+        """Cut the open websockets without a word."""
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(lambda: _abort(self._open_websockets))
+
+    def say(self, text: str) -> None:
+        """Put a short text between what ComfyUI says on the open websockets."""
+        frame = bytes([0x81, len(text)]) + text.encode("ascii")
+        if self._loop is not None:
+            for writer in list(self._open_websockets):
+                self._loop.call_soon_threadsafe(writer.write, frame)
+
+    async def _run(self, listens: Future[int]) -> None:
+        self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
+        server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
+        listens.set_result(server.sockets[0].getsockname()[1])
+        await self._stopping.wait()
+        server.close()
+        _abort(self._open)
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=_PATIENCE_S)
+
+    async def _serve(self, reader: StreamReader, writer: StreamWriter) -> None:
+        self._open.add(writer)
+        task = asyncio.current_task()
+        if task is not None:
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        try:
+            with suppress(ConnectionError, asyncio.IncompleteReadError):
+                await self._pass_on(reader, writer)
+        finally:
+            _abort({writer})
+            self._open.discard(writer)
+            self._open_websockets.discard(writer)
+
+    async def _pass_on(self, reader: StreamReader, writer: StreamWriter) -> None:
+        head = await reader.readuntil(_END_OF_HEAD)
+        is_websocket = head.startswith(b"GET /ws")
+        if is_websocket and self.websockets is Websockets.REFUSED:
+            self.refused += 1
+            return
+        upstream_reader, upstream_writer = await asyncio.open_connection(*self._target)
+        try:
+            upstream_writer.write(head)
+            if is_websocket:
+                self._open_websockets.add(writer)
+                writer.write(await upstream_reader.readuntil(_END_OF_HEAD))
+            ways = [
+                asyncio.create_task(self._pump(reader, upstream_writer, may_be_silenced=False)),
+                asyncio.create_task(self._pump(upstream_reader, writer, may_be_silenced=is_websocket)),
+            ]
+            await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+            for way in ways:
+                way.cancel()
+            await asyncio.gather(*ways, return_exceptions=True)
+        finally:
+            _abort({upstream_writer})
+
+    async def _pump(self, reader: StreamReader, writer: StreamWriter, *, may_be_silenced: bool) -> None:
+        while chunk := await reader.read(_CHUNK):
+            if not (may_be_silenced and self.websockets is Websockets.SILENCED):
+                writer.write(chunk)
+                await writer.drain()
+
+
+def _abort(writers: set[StreamWriter]) -> None:
+    for writer in list(writers):
+        writer.transport.abort()

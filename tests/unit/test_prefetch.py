@@ -1,0 +1,353 @@
+"""When a worker takes its next job: by example, and whatever the order in which its jobs come and go."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from comfy_worker.jobs import Stage
+from comfy_worker.prefetch import Prefetch, PrefetchMode, signature
+
+MODES = list(PrefetchMode)
+BEFORE_GPU = (Stage.STAGING, Stage.QUEUED, Stage.RUNNING)
+MOST_IN_HAND = 4
+LONGEST_LEAD_S = 2.0
+
+
+def just_in_time() -> Prefetch:
+    return Prefetch(PrefetchMode.JUST_IN_TIME)
+
+
+def take(prefetch: Prefetch, job_id: str, *stages: Stage, now: float = 0.0, kind: str = "kind") -> None:
+    """Take a job and bring it to the last of `stages`, all at once."""
+    prefetch.took(job_id, kind, now)
+    for stage in stages:
+        prefetch.entered(job_id, stage, now)
+
+
+def run(prefetch: Prefetch, seconds: float, *, kind: str = "kind", staging_s: float = 0.5) -> None:
+    """Run a job from beginning to end; the GPU works on it for `seconds`."""
+    prefetch.took("past", kind, 0.0)
+    prefetch.entered("past", Stage.QUEUED, staging_s)
+    prefetch.entered("past", Stage.RUNNING, 10.0)
+    prefetch.entered("past", Stage.DELIVERING, 10.0 + seconds)
+    prefetch.ended("past")
+
+
+# ------------------------------------------------------------------------------------------------ by example
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_worker_without_a_job_wants_one(mode: PrefetchMode) -> None:
+    assert Prefetch(mode).seconds_to_next(0.0) == 0.0
+
+
+@pytest.mark.parametrize("stages", [(), (Stage.QUEUED,), (Stage.QUEUED, Stage.RUNNING)])
+def test_a_worker_that_does_not_know_how_long_a_job_takes_leaves_the_next_one_to_others(
+    stages: tuple[Stage, ...],
+) -> None:
+    prefetch = just_in_time()
+    take(prefetch, "a", *stages)
+    assert prefetch.seconds_to_next(1000.0) is None
+
+
+def test_the_next_job_is_wanted_when_the_first_leaves_the_gpu() -> None:
+    prefetch = just_in_time()
+    take(prefetch, "a", Stage.QUEUED, Stage.RUNNING, Stage.DELIVERING)
+    assert prefetch.seconds_to_next(0.0) == 0.0
+
+
+@pytest.mark.parametrize("stages", [(), (Stage.QUEUED,), (Stage.QUEUED, Stage.RUNNING)])
+def test_a_job_that_failed_before_it_left_the_gpu_leaves_a_worker_that_wants_one(stages: tuple[Stage, ...]) -> None:
+    prefetch = just_in_time()
+    take(prefetch, "a", *stages)
+    prefetch.ended("a")
+    assert prefetch.seconds_to_next(0.0) == 0.0
+
+
+def test_the_next_job_is_wanted_as_long_before_the_end_of_a_run_as_taking_it_takes() -> None:
+    prefetch = just_in_time()
+    for seconds in (10.0, 10.5, 11.0):
+        run(prefetch, seconds, staging_s=0.75)
+    take(prefetch, "a", now=100.0)
+    prefetch.entered("a", Stage.QUEUED, 100.75)
+    assert prefetch.seconds_to_next(101.0) is None, "it may wait behind others for any time"
+
+    prefetch.entered("a", Stage.RUNNING, 102.0)
+    assert prefetch.seconds_to_next(102.0) == pytest.approx(10.0 - 0.75)
+    assert prefetch.seconds_to_next(111.0) == pytest.approx(0.25)
+    assert prefetch.seconds_to_next(111.5) == 0.0
+    assert prefetch.seconds_to_next(999.0) == 0.0
+
+
+@pytest.mark.parametrize(("staging_s", "lead_s"), [(0.0, 0.02), (0.3, 0.3), (60.0, 2.0)])
+def test_the_lead_is_never_long(staging_s: float, lead_s: float) -> None:
+    prefetch = just_in_time()
+    for _ in range(4):
+        run(prefetch, 10.0, staging_s=staging_s)
+    take(prefetch, "a", now=0.0)
+    prefetch.entered("a", Stage.QUEUED, staging_s)
+    prefetch.entered("a", Stage.RUNNING, 100.0)
+    assert prefetch.seconds_to_next(100.0) == pytest.approx(10.0 - lead_s)
+
+
+@pytest.mark.parametrize("runs", [(10.0, 10.0), (10.0, 10.0, 12.6)])
+def test_few_or_uneven_runs_tell_nothing(runs: tuple[float, ...]) -> None:
+    prefetch = just_in_time()
+    for seconds in runs:
+        run(prefetch, seconds)
+    take(prefetch, "a", Stage.QUEUED, Stage.RUNNING)
+    assert prefetch.seconds_to_next(1000.0) is None
+
+
+def test_runs_long_past_are_forgotten() -> None:
+    prefetch = just_in_time()
+    run(prefetch, 100.0)
+    for _ in range(5):
+        run(prefetch, 10.0)
+    take(prefetch, "a", Stage.QUEUED, Stage.RUNNING)
+    assert prefetch.seconds_to_next(1000.0) == 0.0
+
+
+def test_the_runs_of_one_workflow_tell_nothing_about_another() -> None:
+    prefetch = just_in_time()
+    for _ in range(5):
+        run(prefetch, 10.0, kind="one")
+    take(prefetch, "a", Stage.QUEUED, Stage.RUNNING, kind="another")
+    assert prefetch.seconds_to_next(1000.0) is None
+
+
+def test_a_worker_that_sees_ever_new_workflows_forgets_the_old_ones() -> None:
+    prefetch = just_in_time()
+    for kind in ("old", *(f"new {number}" for number in range(256))):
+        for _ in range(3):
+            run(prefetch, 10.0, kind=kind)
+    take(prefetch, "a", Stage.QUEUED, Stage.RUNNING, kind="old")
+    assert prefetch.seconds_to_next(1000.0) is None
+    prefetch.ended("a")
+    take(prefetch, "b", Stage.QUEUED, Stage.RUNNING, kind="new 255")
+    assert prefetch.seconds_to_next(1000.0) == 0.0
+
+
+def test_a_second_attempt_begins_anew() -> None:
+    prefetch = just_in_time()
+    for _ in range(3):
+        run(prefetch, 10.0, staging_s=0.5)
+    take(prefetch, "a", Stage.QUEUED, Stage.RUNNING)
+    prefetch.entered("a", Stage.QUEUED, 500.0)
+    assert prefetch.seconds_to_next(500.0) is None, "ComfyUI died, and the GPU has not begun again"
+
+    prefetch.entered("a", Stage.RUNNING, 600.0)
+    assert prefetch.seconds_to_next(600.0) == pytest.approx(9.5), "the lead is what staging took, not the first attempt"
+
+
+def test_only_one_job_is_ahead_of_a_busy_gpu() -> None:
+    for mode in (PrefetchMode.EAGER, PrefetchMode.JUST_IN_TIME):
+        prefetch = Prefetch(mode)
+        take(prefetch, "a", Stage.QUEUED, Stage.RUNNING, Stage.DELIVERING)
+        take(prefetch, "b", Stage.QUEUED, Stage.RUNNING)
+        take(prefetch, "c")
+        assert prefetch.seconds_to_next(0.0) is None
+
+
+def test_an_eager_worker_always_has_one_ahead() -> None:
+    prefetch = Prefetch(PrefetchMode.EAGER)
+    take(prefetch, "a")
+    assert prefetch.seconds_to_next(0.0) == 0.0
+
+
+@pytest.mark.parametrize("stages", [(), (Stage.QUEUED, Stage.RUNNING, Stage.DELIVERING)])
+def test_without_prefetching_a_job_is_over_before_the_next_one(stages: tuple[Stage, ...]) -> None:
+    prefetch = Prefetch(PrefetchMode.OFF)
+    for _ in range(5):
+        run(prefetch, 10.0)
+    take(prefetch, "a", *stages)
+    assert prefetch.seconds_to_next(1000.0) is None
+    prefetch.ended("a")
+    assert prefetch.seconds_to_next(1000.0) == 0.0
+
+
+@pytest.mark.parametrize("mode", [PrefetchMode.EAGER, PrefetchMode.JUST_IN_TIME])
+def test_outputs_that_are_slow_to_deliver_do_not_pile_up(mode: PrefetchMode) -> None:
+    prefetch = Prefetch(mode)
+    for number in range(MOST_IN_HAND):
+        assert prefetch.seconds_to_next(0.0) == 0.0
+        take(prefetch, str(number), Stage.QUEUED, Stage.RUNNING, Stage.DELIVERING)
+    assert prefetch.seconds_to_next(0.0) is None
+    prefetch.ended("2")
+    assert prefetch.seconds_to_next(0.0) == 0.0
+
+
+def test_news_of_a_job_that_is_out_of_hand_changes_nothing() -> None:
+    prefetch = just_in_time()
+    prefetch.entered("gone", Stage.DELIVERING, 0.0)
+    prefetch.ended("gone")
+    assert prefetch.seconds_to_next(0.0) == 0.0
+
+
+# --------------------------------------------------------------------------------------------- by any sequence
+
+
+class Hands(RuleBasedStateMachine):
+    """Jobs come when they are wanted and go as they please; beside it, what is known of them."""
+
+    @initialize(mode=st.sampled_from(MODES))
+    def begin(self, mode: PrefetchMode) -> None:
+        self.prefetch = Prefetch(mode)
+        self.now = 0.0
+        self.ids = map(str, itertools.count())
+        self.kinds: dict[str, str] = {}
+        self.stages: dict[str, Stage] = {}
+        self.running_since: dict[str, float] = {}
+        self.runs: dict[str, list[float]] = {"one": [], "another": []}
+
+    @precondition(lambda self: self.prefetch.seconds_to_next(self.now) == 0.0)
+    @rule(kind=st.sampled_from(["one", "another"]))
+    def take(self, kind: str) -> None:
+        job_id = next(self.ids)
+        self.prefetch.took(job_id, kind, self.now)
+        self.kinds[job_id], self.stages[job_id] = kind, Stage.STAGING
+
+    @precondition(lambda self: not self.stages)
+    @rule(kind=st.sampled_from(["one", "another"]), seconds=st.sampled_from([4.0, 4.5, 60.0]))
+    def run_a_few(self, kind: str, seconds: float) -> None:
+        for _ in range(3):
+            self.take(kind)
+            for stage, duration in ((Stage.QUEUED, 0.1), (Stage.RUNNING, 0.1), (Stage.DELIVERING, seconds)):
+                self.wait(duration)
+                self._enter(next(iter(self.stages)), stage)
+            self._end(next(iter(self.stages)))
+
+    @rule(seconds=st.floats(0.0, 10.0))
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+
+    @precondition(lambda self: any(stage is not Stage.DELIVERING for stage in self.stages.values()))
+    @rule(data=st.data())
+    def get_on(self, data: st.DataObject) -> None:
+        job_id = data.draw(st.sampled_from([id_ for id_, stage in self.stages.items() if stage in BEFORE_GPU]))
+        self._enter(job_id, list(Stage)[list(Stage).index(self.stages[job_id]) + 1])
+
+    @precondition(lambda self: Stage.RUNNING in self.stages.values())
+    @rule(data=st.data())
+    def begin_again(self, data: st.DataObject) -> None:
+        running = [id_ for id_, stage in self.stages.items() if stage is Stage.RUNNING]
+        self._enter(data.draw(st.sampled_from(running)), Stage.QUEUED)
+
+    @precondition(lambda self: self.stages)
+    @rule(data=st.data())
+    def end(self, data: st.DataObject) -> None:
+        self._end(data.draw(st.sampled_from(list(self.stages))))
+
+    @precondition(lambda self: self.stages)
+    @rule()
+    def end_all(self) -> None:
+        for job_id in list(self.stages):
+            self._end(job_id)
+
+    def _enter(self, job_id: str, stage: Stage) -> None:
+        self.prefetch.entered(job_id, stage, self.now)
+        self.stages[job_id] = stage
+        if stage is Stage.RUNNING:
+            self.running_since[job_id] = self.now
+        elif stage is Stage.DELIVERING:
+            self.runs[self.kinds[job_id]].append(self.now - self.running_since[job_id])
+
+    def _end(self, job_id: str) -> None:
+        self.prefetch.ended(job_id)
+        del self.stages[job_id]
+
+    @invariant()
+    def never_too_many(self) -> None:
+        before_gpu = sum(stage in BEFORE_GPU for stage in self.stages.values())
+        assert len(self.stages) <= (1 if self.prefetch.mode is PrefetchMode.OFF else MOST_IN_HAND)
+        assert before_gpu <= 2
+
+    @invariant()
+    def empty_hands_want_a_job(self) -> None:
+        if not self.stages:
+            assert self.prefetch.seconds_to_next(self.now) == 0.0
+
+    @invariant()
+    def a_busy_worker_is_not_early(self) -> None:
+        """Before its lead time, a job is left to workers that are idle."""
+        before_gpu = [job_id for job_id, stage in self.stages.items() if stage in BEFORE_GPU]
+        if self.prefetch.mode is not PrefetchMode.JUST_IN_TIME or not before_gpu:
+            return
+        seconds = self.prefetch.seconds_to_next(self.now)
+        if seconds is None:
+            return
+        [job_id] = before_gpu
+        assert self.stages[job_id] is Stage.RUNNING
+        runs = self.runs[self.kinds[job_id]][-5:]
+        assert len(runs) >= 3
+        assert self.now + seconds >= self.running_since[job_id] + min(runs) - LONGEST_LEAD_S - 1e-6
+
+    @invariant()
+    def what_is_wanted_later_is_wanted_then(self) -> None:
+        seconds = self.prefetch.seconds_to_next(self.now)
+        if seconds is not None:
+            assert seconds >= 0.0
+            assert self.prefetch.seconds_to_next(self.now + seconds + 1e-6) == 0.0
+
+
+TestHands = Hands.TestCase
+
+
+# ---------------------------------------------------------------------------------------------- signatures
+
+NODES = st.fixed_dictionaries(
+    {
+        "class_type": st.sampled_from(["KSampler", "SaveImage"]),
+        "inputs": st.dictionaries(
+            st.sampled_from(["steps", "width", "seed", "text"]),
+            st.integers() | st.text() | st.just(["1", 0]) | st.just(math.nan) | st.just("\ud800"),
+        ),
+    }
+)
+WORKFLOWS = st.dictionaries(st.sampled_from(["1", "2", "10"]), NODES)
+
+
+def workflow(class_type: str = "KSampler", **inputs: Any) -> dict[str, Any]:
+    return {"3": {"class_type": class_type, "inputs": {"seed": 1, "steps": 20, **inputs}}}
+
+
+@pytest.mark.parametrize("inputs", [{"seed": 2}, {"text": "a cat"}, {"model": ["4", 0]}])
+def test_what_does_not_take_longer_is_the_same(inputs: dict[str, Any]) -> None:
+    assert signature(workflow(**inputs)) == signature(workflow())
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        workflow(steps=21),
+        workflow(width=1024),
+        workflow("KSamplerAdvanced"),
+        {**workflow(), "4": {"class_type": "KSampler", "inputs": {}}},
+    ],
+)
+def test_what_may_take_longer_is_not(other: dict[str, Any]) -> None:
+    assert signature(other) != signature(workflow())
+
+
+@given(WORKFLOWS)
+@example({"1": {"class_type": "KSampler"}})
+def test_neither_the_order_of_nodes_nor_what_has_no_weight_counts(graph: dict[str, Any]) -> None:
+    weighed = {
+        node_id: {**node, "inputs": {k: v for k, v in node.get("inputs", {}).items() if k in ("steps", "width")}}
+        for node_id, node in reversed(graph.items())
+    }
+    assert signature(weighed) == signature(graph)
+
+
+def test_a_monstrous_workflow_has_a_signature() -> None:
+    nested: list[Any] = []
+    for _ in range(100_000):
+        nested = [nested]
+    assert signature(workflow(steps=nested)) == signature(workflow(steps=["4", 0]))
