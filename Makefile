@@ -4,13 +4,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test lint bench soak clean
 
 help:
 	@echo "make demo    run test_input.json on the embedded emulator; the picture lands in output/"
 	@echo "make test    lint, type check and run all tests"
 	@echo "make lint    ruff, mypy, shellcheck, hadolint"
 	@echo "make bench   measure the worker beside a bare client"
+	@echo "make soak    2,000 jobs while everything goes wrong, about ten minutes; output/soak gets the figures"
 	@echo "make setup   only install (into $(VENV))"
 
 # A Debian or Ubuntu Python may come without venv: install it where that is allowed, say so where it is not.
@@ -49,6 +50,9 @@ test: lint
 
 bench: $(VENV)/.dev-ready
 	@$(BIN)/python -m benchmarks.overhead
+
+soak: $(VENV)/.dev-ready
+	@$(BIN)/python -m benchmarks.soak
 
 clean:
 	rm -rf $(VENV) output .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -60,6 +60,8 @@ def bare_environment(environment: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def comfy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     if url := os.environ.get("COMFYUI_URL"):
+        if "COMFYUI_BASE_DIRECTORY" not in os.environ:
+            pytest.skip("COMFYUI_BASE_DIRECTORY does not say where the folders of the real ComfyUI are")
         yield Place(url, Path(os.environ["COMFYUI_BASE_DIRECTORY"]))
         return
     base = tmp_path_factory.mktemp("comfyui")

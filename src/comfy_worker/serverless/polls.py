@@ -71,8 +71,8 @@ class JobPolls:
 
     async def _hang_up(self, poll: asyncio.Future[list[dict[str, Any]] | None]) -> list[dict[str, Any]]:
         """End a question; return the jobs that were on their way already."""
-        self._connector.hang_up()
-        await asyncio.wait([poll], timeout=self._hang_up_s)
+        if self._connector.hang_up():
+            await asyncio.wait([poll], timeout=self._hang_up_s)
         poll.cancel()
         await asyncio.wait([poll])
         return [] if poll.cancelled() or poll.exception() else poll.result() or []
@@ -92,15 +92,21 @@ class _PollConnector(aiohttp.TCPConnector):
 
     async def connect(self, *arguments: Any, **named: Any) -> Connection:
         """Connect, as aiohttp asks for it; not after `hang_up`, when it wants to repeat the poll that was cut off."""
-        if self._hung_up:
-            raise aiohttp.ClientConnectionError("the poll was ended")
         connection = await super().connect(*arguments, **named)
+        if self._hung_up:
+            connection.close()
+            raise aiohttp.ClientConnectionError("the poll was ended")
         self._transport = connection.transport
         return connection
 
-    def hang_up(self) -> None:
-        """Close our half of the connection: RunPod sees that nobody waits, and an answer on its way still arrives."""
+    def hang_up(self) -> bool:
+        """Close our half of the connection: RunPod sees that nobody waits, and an answer on its way still arrives.
+
+        Returns whether anything can be on its way.
+        """
         self._hung_up = True
-        if self._transport is not None and not self._transport.is_closing():
-            with contextlib.suppress(OSError):  # RunPod was faster
-                self._transport.get_extra_info("socket").shutdown(socket.SHUT_WR)
+        if self._transport is None:
+            return False
+        with contextlib.suppress(OSError):  # RunPod was faster
+            self._transport.get_extra_info("socket").shutdown(socket.SHUT_WR)
+        return True
