@@ -10,7 +10,7 @@ help:
 	@echo "make demo    run test_input.json on the embedded emulator; the picture lands in output/"
 	@echo "make test    lint, type check and run all tests"
 	@echo "make lint    ruff, mypy, shellcheck, hadolint"
-	@echo "make bench   measure the worker beside a bare client"
+	@echo "make bench   measure everything that docs/benchmarks.md tells of, about ten minutes"
 	@echo "make soak    2,000 jobs while everything goes wrong, about ten minutes; output/soak gets the figures"
 	@echo "make setup   only install (into $(VENV))"
 
@@ -35,8 +35,8 @@ $(VENV)/.dev-ready: $(BIN)/python pyproject.toml requirements.txt
 setup: $(VENV)/.dev-ready
 
 demo: $(VENV)/.run-ready
-	@COMFY_EMULATOR=true COMFYUI_PORT=$$($(BIN)/python -m comfy_worker.emulator --free-port) \
-	  WORKER_PYTHON=$(BIN)/python ./start.sh
+	@port=$$($(BIN)/python -c 'import socket; s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1])'); \
+	  COMFY_EMULATOR=true COMFYUI_PORT=$$port WORKER_PYTHON=$(BIN)/python ./start.sh
 
 lint: $(VENV)/.dev-ready
 	@$(BIN)/ruff check .
@@ -49,7 +49,8 @@ test: lint
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 bench: $(VENV)/.dev-ready
-	@$(BIN)/python -m benchmarks.overhead
+	@for name in overhead throughput cold_start staging delivery; do \
+	  echo; echo "== $$name"; $(BIN)/python -m benchmarks.$$name || failed=1; done; exit $${failed:-0}
 
 soak: $(VENV)/.dev-ready
 	@$(BIN)/python -m benchmarks.soak
