@@ -353,7 +353,9 @@ class TestEmulator:
             COMFY_CPU="false", COMFY_EMULATOR="true", COMFYUI_DIR="none", COMFYUI_PORT="8299", WORKER_PYTHON=str(python)
         )
         started.wait_for_line("handler waits")
-        started.wait_for_line(r"^emulator: -m comfy_worker.emulator --port 8299 --base-directory \S+/comfyui --max-\S+ 1024$")
+        started.wait_for_line(
+            r"^emulator: -m comfy_worker.emulator --port 8299 --base-directory \S+/comfyui --max-\S+ 1024$"
+        )
 
 
 class TestComfyUIElsewhere:
