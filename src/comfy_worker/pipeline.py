@@ -210,6 +210,8 @@ class _Run:
                 log.warning("prompt %s is still in ComfyUI: the node at work does not heed interrupts", prompt_id)
         except WorkerError as error:
             log.warning("prompt %s could not be taken out of ComfyUI: %s", prompt_id, error)
+            # It would run on, and the next job would wait for it.
+            self._end_hanging_comfyui()
 
     def _note_unheard_outputs(self) -> None:
         """Note what a prompt without success left on ComfyUI's disk and the websocket did not tell: to be removed."""

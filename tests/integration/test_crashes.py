@@ -20,7 +20,7 @@ from tests.support.gate import Gate, job
 from tests.support.kept_up import KeptUp, kept_up
 from tests.support.outcomes import lose, shrunk
 from tests.support.running import RunningJob, wait_until
-from tests.support.victims import Emulated
+from tests.support.victims import Emulated, proxy_to
 
 ORANGE = (255, 128, 0)
 
@@ -393,6 +393,22 @@ def test_pictures_that_were_lost_with_the_websocket_are_missed_aloud(
         assert output["errors"] == [sentence]
     else:
         assert (output["code"], output["error"]) == ("output_missing", sentence)
+
+
+def test_pictures_on_a_slow_connection_are_waited_for(victim: Emulated, gate: Gate) -> None:
+    with proxy_to(victim) as proxy, closing(Worker(shrunk(proxy.url))) as worker:
+        running = RunningJob(worker, job(sent(gate, saved_too=True)))
+        running.wait_for(lambda event: isinstance(event, NodeStarted) and event.node_id == "3")
+        proxy.hold_websockets()
+        gate.open()
+        wait_until(lambda: victim.finished() != [])
+        # The history has been asked several times by then.
+        with pytest.raises(AssertionError, match="has not ended"):
+            running.output(timeout_s=1)
+        proxy.release_websockets()
+        output = running.output()
+    assert sorted(image["node_id"] for image in output["images"]) == ["8", "9"]
+    assert "errors" not in output
 
 
 def test_that_some_pictures_may_be_missing_is_said(victim: Emulated, gate: Gate) -> None:

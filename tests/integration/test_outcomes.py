@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -33,9 +33,9 @@ from tests.support.outcomes import (
     wait_until_it_runs,
 )
 from tests.support.processes import ROOT
-from tests.support.proxy import Proxy, Websockets
+from tests.support.proxy import Websockets
 from tests.support.running import RunningJob, wait_until
-from tests.support.victims import Emulated, Real
+from tests.support.victims import Emulated, Real, proxy_to
 
 REAL_COMMAND, REAL_URL = os.environ.get("COMFYUI_REAL_COMMAND"), os.environ.get("COMFYUI_URL")
 PAGE = ROOT / "docs" / "outcomes.md"
@@ -102,16 +102,6 @@ def test_death_is_noticed_within_two_seconds(socket: Socket, tmp_path: Path) -> 
 
 
 # ------------------------------------------------------------------------------------------- the websocket
-
-
-@contextmanager
-def proxy_to(victim: Emulated) -> Iterator[Proxy]:
-    proxy = Proxy("127.0.0.1", victim.server.port)
-    proxy.start()
-    try:
-        yield proxy
-    finally:
-        proxy.stop()
 
 
 def test_a_websocket_that_comes_back_tells_the_rest(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from enum import Enum
 
 _CHUNK = 65536
 _END_OF_HEAD = b"\r\n\r\n"
+_LOOK_S = 0.005
 _TIMEOUT_S = 20
 _PATIENCE_S = 1
 """How long an end waits for connections to ComfyUI itself that are in the middle of something."""
@@ -40,6 +41,8 @@ class Proxy:
         self.port = 0
         self.refused = 0
         self._target = (target_host, target_port)
+        self._may_pass = threading.Event()
+        self._may_pass.set()
         self._open: set[StreamWriter] = set()
         self._open_websockets: set[StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -69,6 +72,14 @@ class Proxy:
         """Cut the open websockets without a word."""
         if self._loop is not None:
             self._loop.call_soon_threadsafe(lambda: _abort(self._open_websockets))
+
+    def hold_websockets(self) -> None:
+        """Keep what ComfyUI says on websockets back, as a slow connection does."""
+        self._may_pass.clear()
+
+    def release_websockets(self) -> None:
+        """Let all of that through."""
+        self._may_pass.set()
 
     def say(self, text: str) -> None:
         """Put a short text between what ComfyUI says on the open websockets."""
@@ -114,8 +125,8 @@ class Proxy:
                 self._open_websockets.add(writer)
                 writer.write(await upstream_reader.readuntil(_END_OF_HEAD))
             ways = [
-                asyncio.create_task(self._pump(reader, upstream_writer, may_be_silenced=False)),
-                asyncio.create_task(self._pump(upstream_reader, writer, may_be_silenced=is_websocket)),
+                asyncio.create_task(self._pump(reader, upstream_writer, is_events=False)),
+                asyncio.create_task(self._pump(upstream_reader, writer, is_events=is_websocket)),
             ]
             await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
             for way in ways:
@@ -124,9 +135,11 @@ class Proxy:
         finally:
             _abort({upstream_writer})
 
-    async def _pump(self, reader: StreamReader, writer: StreamWriter, *, may_be_silenced: bool) -> None:
+    async def _pump(self, reader: StreamReader, writer: StreamWriter, *, is_events: bool) -> None:
         while chunk := await reader.read(_CHUNK):
-            if not (may_be_silenced and self.websockets is Websockets.SILENCED):
+            while is_events and not self._may_pass.is_set():
+                await asyncio.sleep(_LOOK_S)
+            if not (is_events and self.websockets is Websockets.SILENCED):
                 writer.write(chunk)
                 await writer.drain()
 

@@ -7,6 +7,8 @@ import shlex
 import signal
 import tempfile
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from shutil import copy
 from typing import Any
@@ -166,6 +168,17 @@ class Emulated(Victim):
 
     def wake(self) -> None:
         self.server.faults.hang = False
+
+
+@contextmanager
+def proxy_to(victim: Emulated) -> Iterator[Proxy]:
+    """Put a proxy in front of an emulator until the end of the block."""
+    proxy = Proxy("127.0.0.1", victim.server.port)
+    proxy.start()
+    try:
+        yield proxy
+    finally:
+        proxy.stop()
 
 
 class Real(Victim):

@@ -20,7 +20,7 @@ from urllib3.exceptions import NewConnectionError
 from urllib3.util import Retry
 
 from comfy_worker.comfy.disk import ComfyDisk
-from comfy_worker.comfy.process import ComfyProcess
+from comfy_worker.comfy.process import ComfyProcess, Hang
 from comfy_worker.comfy.protocol import QueuePlace, place_in_queue
 from comfy_worker.comfy.socket import SocketPool
 from comfy_worker.comfy.validation import refusal
@@ -104,16 +104,19 @@ class ComfyClient:
         return True
 
     def wait_until_ready(self, stop: Stop, limit_s: float = math.inf) -> None:
-        """Return as soon as ComfyUI answers.
+        """Return as soon as ComfyUI answers; one of our own that hangs is restarted meanwhile.
 
         Raises:
             ComfyUnreachable: it did not within `ready_timeout_s`, or within `limit_s` if that is less.
             Cancelled: the job was cancelled meanwhile.
         """
         deadline = time.monotonic() + min(limit_s, self._settings.ready_timeout_s)
+        hang = Hang(self.process, self._settings.comfyui_lost_after_s) if self.process else None
         while not self.is_ready():
             if time.monotonic() >= deadline or (self.process and self.process.given_up()):
                 raise self.unreachable()
+            if hang is not None:
+                hang.went_on(is_listening=self.is_listening())
             stop.wait(_READY_INTERVAL_S)
             stop.check()
 

@@ -5,6 +5,8 @@ start.sh writes the pid of the running ComfyUI into COMFYUI_PID_FILE, removes th
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import signal
 import time
@@ -12,6 +14,8 @@ from collections import deque
 from pathlib import Path
 
 from comfy_worker.settings import Settings
+
+log = logging.getLogger(__name__)
 
 _GIVEN_UP = "ComfyUI died"
 """How start.sh begins the sentence that it writes in place of a process id when it gives up."""
@@ -58,7 +62,8 @@ class ComfyProcess:
         pid = self.pid()
         if pid is None:
             return
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has ended by itself meanwhile
+            os.kill(pid, signal.SIGKILL)
         deadline = time.monotonic() + _KILL_TIMEOUT_S
         while self.pid() == pid and time.monotonic() < deadline:
             time.sleep(_KILL_INTERVAL_S)
@@ -68,7 +73,35 @@ class ComfyProcess:
         if self._log_file is None:
             return []
         try:
-            with self._log_file.open(encoding="utf-8", errors="replace") as log:
-                return [line.rstrip()[:_LONGEST_LINE] for line in deque(log, _LAST_LINES)]
+            with self._log_file.open(encoding="utf-8", errors="replace") as lines:
+                return [line.rstrip()[:_LONGEST_LINE] for line in deque(lines, _LAST_LINES)]
         except OSError:
             return []
+
+
+class Hang:
+    """Ends a ComfyUI of our own that takes connections and has answered nothing for too long."""
+
+    def __init__(self, process: ComfyProcess, limit_s: float) -> None:
+        """Begin to watch.
+
+        Args:
+            process: what is to be ended.
+            limit_s: for how many seconds the same process may go on without an answer.
+        """
+        self._process = process
+        self._limit_s = limit_s
+        self._pid: int | None = None
+        self._since = 0.0
+
+    def went_on(self, *, is_listening: bool) -> None:
+        """Note that ComfyUI did not answer this time either, and end it if that is enough.
+
+        One that does not even listen is dead or starting, and not to be disturbed.
+        """
+        now, pid = time.monotonic(), self._process.pid() if is_listening else None
+        if pid is None or pid != self._pid:
+            self._pid, self._since = pid, now
+        elif now - self._since >= self._limit_s:
+            log.error("ComfyUI takes connections and does not answer for %g s: it is restarted", self._limit_s)
+            self._process.kill()

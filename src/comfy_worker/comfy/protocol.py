@@ -27,7 +27,7 @@ from comfy_worker.jobs import (
     StageStarted,
     Workflow,
 )
-from comfy_worker.workflow import WEBSOCKET_OUTPUT_NODE, class_type, title
+from comfy_worker.workflow import WEBSOCKET_OUTPUT_NODE, class_type, nodes_of_class, title
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +101,7 @@ class PromptProtocol:
         heard: the outcome as far as the websocket told it; None while it has not.
         images: pictures of SaveImageWebsocket nodes so far.
         outputs: what the nodes reported so far.
+        awaits_pictures: whether the workflow has nodes whose pictures come over the websocket alone.
     """
 
     def __init__(self, prompt_id: str, workflow: Workflow) -> None:
@@ -109,6 +110,7 @@ class PromptProtocol:
         self.ended = False
         self.heard: Succeeded | NodeFailed | WasInterrupted | None = None
         self.images: list[WebsocketImage] = []
+        self.awaits_pictures = any(nodes_of_class(workflow, WEBSOCKET_OUTPUT_NODE))
         self._workflow = workflow
         self._node_id: str | None = None
         self._finished: set[str] = set()

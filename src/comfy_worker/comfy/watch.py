@@ -99,6 +99,7 @@ class Watch:
                 if self.protocol.ended or time.monotonic() >= self._ask_at:
                     outcome = self._ask()
                     if outcome is not None:
+                        self._hear_out()
                         return outcome
 
     # ------------------------------------------------------------------------------------------ websocket
@@ -117,6 +118,18 @@ class Watch:
             self._tell(frame)
         elif not self.socket.is_open:
             self._ask_at = time.monotonic()
+
+    def _hear_out(self) -> None:
+        """Take in the pictures that are still on their way over a slow connection: they exist nowhere else."""
+        until = time.monotonic() + self.client.settings.comfyui_lost_after_s
+        while self.protocol.awaits_pictures and self._hears_prompt and self.socket.is_open:
+            patience = min(until, self.deadline.at) - time.monotonic()
+            if self.protocol.ended or patience <= 0:
+                return
+            frame = self.socket.receive(patience)
+            self.stop.check()
+            if frame is not None:
+                self._tell(frame)
 
     def _patience(self) -> float:
         """Return the seconds until something other than a frame is due."""
