@@ -221,9 +221,11 @@ def _sentence(error: ValidationError, where: str = "input") -> str:
     return "; ".join(f"{place} {words}" for place, words in problems.items())
 
 
-def _parse_workflow(workflow: dict[str, Any] | str) -> Any:
+def _parse_workflow(workflow: Any) -> Any:
     if isinstance(workflow, dict):
         return workflow
+    if not isinstance(workflow, str):
+        raise InvalidWorkflow("Workflow validation failed: the workflow is neither an object nor a string")
     try:
         return json.loads(workflow)
     except (ValueError, RecursionError):

@@ -26,7 +26,7 @@ from comfy_worker.jobs import (
     OutputText,
     Timings,
 )
-from comfy_worker.payload import check_name, decode_base64, parse_job, result_as_output
+from comfy_worker.payload import check_name, decode_base64, parse_job, result_as_output, workflow_of
 
 WORKFLOW: dict[str, Any] = {
     "6": {"class_type": "CLIPTextEncode", "inputs": {"text": "a beautiful landscape", "clip": ["30", 1]}},
@@ -530,3 +530,8 @@ def test_every_output_is_json_with_each_artifact_in_one_list(made: list[Any], wa
     assert listed == {kind: [name for name, its_kind, _size in made if its_kind is kind] for kind in Kind}
     assert output.get("errors", []) == warnings
     assert ("status" in output) is (not made)
+
+
+@pytest.mark.parametrize("workflow", [3, 1.5, True, [1], ["x"], {"nodes": []}, "not json", None])
+def test_the_graph_of_a_job_that_will_be_refused_is_empty(workflow: object) -> None:
+    assert workflow_of({"id": "1", "input": {"workflow": workflow}}) == {}
