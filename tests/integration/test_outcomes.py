@@ -62,6 +62,8 @@ def test_a_job_ends(socket: Socket, ending: Ending, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def running_comfyui() -> Iterator[Real]:
     with Real(REAL_COMMAND, REAL_URL) as victim:
+        if not victim.has_gate:
+            pytest.skip("the ComfyUI at COMFYUI_URL lacks tests/data/gate_node.py in its custom_nodes/")
         yield victim
 
 

@@ -216,6 +216,11 @@ class Real(Victim):
             self._folder.cleanup()
 
     @property
+    def has_gate(self) -> bool:
+        """Whether the gate is among its nodes."""
+        return "TestGate" in self._ask("GET", "/object_info/TestGate").json()
+
+    @property
     def can_be_killed(self) -> bool:
         """Whether its process is ours."""
         return self._command is not None
