@@ -16,6 +16,8 @@ import websocket
 from comfy_worker.comfy.protocol import FEATURE_FLAGS
 
 _LONGEST_IDLE_S = 60.0
+_REST_OF_FRAME_S = 0.1
+"""How long the rest of a frame may take that has begun to arrive while nobody listened."""
 
 
 class EventSocket:
@@ -99,15 +101,19 @@ class EventSocket:
         return None
 
     def is_usable(self) -> bool:
-        """Return whether an open socket that nobody listened to for a while is still connected."""
-        if self._socket is None or not isinstance(self._socket.sock, sockets.socket):
-            return False
-        if not select.select([self._socket.sock], [], [], 0)[0]:
-            return True
-        try:
-            return self._socket.sock.recv(1, sockets.MSG_PEEK) != b""
-        except (OSError, ValueError):  # ValueError: TLS cannot peek
-            return False
+        """Return whether an open socket that nobody listened to for a while is still connected.
+
+        What ComfyUI told everybody meanwhile is thrown away; the end of the connection may lie behind it.
+        """
+        while self._has_unread_frames():
+            if self.receive(_REST_OF_FRAME_S) is None:
+                return False
+        return self.is_open
+
+    def _has_unread_frames(self) -> bool:
+        """Return whether something has arrived, be it the end of the connection."""
+        connection = None if self._socket is None else self._socket.sock
+        return connection is not None and bool(select.select([connection], [], [], 0)[0])
 
     def abort(self) -> None:
         """Wake up whoever is in `receive`; for another thread."""
