@@ -127,6 +127,7 @@ class Job:
         include_previews: hand back files of type `temp` too.
         comfy_org_api_key: key for ComfyUI's paid API nodes.
         extra_data: passed on with the prompt.
+        resumed: its prompt may be in ComfyUI already, sent there by a gateway that was killed meanwhile.
         warnings: what was odd about the input without being wrong.
     """
 
@@ -145,6 +146,7 @@ class Job:
     include_previews: bool = False
     comfy_org_api_key: str | None = field(default=None, repr=False)
     extra_data: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    resumed: bool = False
     warnings: tuple[str, ...] = ()
 
     @property

@@ -7,6 +7,7 @@ import math
 import time
 import uuid
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from comfy_worker.comfy.client import ComfyClient
@@ -54,8 +55,32 @@ from comfy_worker.workflow import WEBSOCKET_OUTPUT_NODE, copy_graph, prefix_outp
 log = logging.getLogger(__name__)
 
 
+class Turns:
+    """When a job may do what: here at once; a gateway with many jobs lets them take turns.
+
+    Each method returns a context in which the job does its part; entering it waits for the job's turn.
+    """
+
+    def staging(self) -> AbstractContextManager[None]:
+        """Upload inputs."""
+        return nullcontext()
+
+    def generating(self) -> AbstractContextManager[None]:
+        """Be in ComfyUI's queue."""
+        return nullcontext()
+
+    def delivering(self) -> AbstractContextManager[None]:
+        """Hand outputs over."""
+        return nullcontext()
+
+
 def run_job(
-    job: Job, client: ComfyClient, storage: Storage, on_event: OnEvent = ignore_events, stop: Stop | None = None
+    job: Job,
+    client: ComfyClient,
+    storage: Storage,
+    on_event: OnEvent = ignore_events,
+    stop: Stop | None = None,
+    turns: Turns | None = None,
 ) -> JobResult:
     """Run a job against ComfyUI and return its outputs, delivered.
 
@@ -65,18 +90,21 @@ def run_job(
     Raises:
         WorkerError: the job failed, was cancelled or took too long; the class says which.
     """
-    return _Run(job, client, storage, on_event, stop or Stop()).run()
+    return _Run(job, client, storage, on_event, stop or Stop(), turns or Turns()).run()
 
 
 class _Run:
     """One job on its way, and when each part of it began."""
 
-    def __init__(self, job: Job, client: ComfyClient, storage: Storage, on_event: OnEvent, stop: Stop) -> None:
+    def __init__(
+        self, job: Job, client: ComfyClient, storage: Storage, on_event: OnEvent, stop: Stop, turns: Turns
+    ) -> None:
         self._job = job
         self._client = client
         self._storage = storage
         self._on_event = on_event
         self._stop = stop
+        self._turns = turns
         self._graph = copy_graph(job.workflow)
         self._warnings = list(job.warnings)
         self._protocol = PromptProtocol(job.prompt_id, job.workflow)
@@ -91,7 +119,8 @@ class _Run:
         try:
             return self._run()
         finally:
-            disk.clean_up(self._job.prompt_id, self._reported)
+            if not self._stop.detached:
+                disk.clean_up(self._job.prompt_id, self._reported)
 
     def _run(self) -> JobResult:
         self._enter(Stage.STAGING)
@@ -101,11 +130,21 @@ class _Run:
                 if not socket.is_open:
                     self._wait_for_comfyui()
                     socket.renew()
-                self._stage()
-                outputs = self._execute(socket)
-            return self._deliver(outputs)
+                with self._turns.staging():
+                    is_there = self._job.resumed and self._client.knows(self._job.prompt_id)
+                    if not is_there:
+                        self._stage()
+                with self._turns.generating():
+                    outputs = self._execute(socket, is_there=is_there)
+            with self._turns.delivering():
+                return self._deliver(outputs)
         except (ComfyUnreachable, UploadFailed):
             self._end_hanging_comfyui()
+            raise
+        except BaseException:
+            if self._job.resumed:
+                # It was sent before this run began, which may have ended before it got to follow it.
+                self._remove_prompt(self._job.prompt_id)
             raise
 
     def _wait_for_comfyui(self) -> None:
@@ -127,9 +166,9 @@ class _Run:
 
     # ------------------------------------------------------------------------------------------ execution
 
-    def _execute(self, socket: EventSocket) -> NodeOutputs:
+    def _execute(self, socket: EventSocket, *, is_there: bool) -> NodeOutputs:
         """Run the prompt, once more where that may help, and return what its nodes reported."""
-        outcome = self._attempt(socket)
+        outcome = self._attempt(socket, is_there=is_there)
         chances = [self._after_death_in_queue, self._after_death, self._after_out_of_memory]
         while chance := next((chance for chance in chances if chance(outcome)), None):
             chances.remove(chance)
@@ -143,14 +182,14 @@ class _Run:
             )
         return self._outputs_of(outcome)
 
-    def _attempt(self, socket: EventSocket) -> Outcome:
-        """Queue the prompt and follow it; it is out of ComfyUI afterwards, however this ends."""
+    def _attempt(self, socket: EventSocket, *, is_there: bool = False) -> Outcome:
+        """Queue the prompt, unless it `is_there` already, and follow it; it is out of ComfyUI afterwards."""
         self._enter(Stage.QUEUED)
         deadline = self._deadline()
         deadline.check()
         watch = Watch(self._client, socket, self._protocol, self._pass_on, self._stop, deadline)
         try:
-            outcome = self._submit(socket) or watch.follow()
+            outcome = (None if is_there else self._submit(socket)) or watch.follow(joined_late=is_there)
         except ComfyUnreachable:
             if not self._client.is_listening():
                 return Lost(had_started=True)
@@ -205,6 +244,8 @@ class _Run:
         self._warnings += [warning for warning in warnings if warning not in self._warnings]
 
     def _remove_prompt(self, prompt_id: str) -> None:
+        if self._stop.detached:
+            return
         try:
             if not self._client.remove(prompt_id):
                 log.warning("prompt %s is still in ComfyUI: the node at work does not heed interrupts", prompt_id)

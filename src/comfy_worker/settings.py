@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import Enum
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
@@ -18,6 +18,8 @@ from comfy_worker.jobs import DeliveryType
 from comfy_worker.prefetch import PrefetchMode
 
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
+
+AnySettings = TypeVar("AnySettings", bound="Settings")
 
 
 def _named(*names: str, default: Any, description: str, **limits: Any) -> Any:
@@ -331,8 +333,13 @@ def load_settings(**overrides: Any) -> Settings:
     Raises:
         InvalidInput: a variable has a value that it cannot have; the sentence names each, without its value.
     """
+    return read_settings(Settings, overrides)
+
+
+def read_settings(kind: type[AnySettings], overrides: Mapping[str, Any]) -> AnySettings:
+    """Read the settings of one kind out of the environment, as `load_settings` does."""
     try:
-        settings = Settings(**overrides)
+        settings = kind(**overrides)
     except ValidationError as error:
         problems = [f"{item['loc'][0]}: {item['msg']}" for item in error.errors()]
         raise InvalidInput(f"Invalid settings: {'; '.join(problems)}") from None

@@ -18,11 +18,16 @@ class Stop:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._event = threading.Event()
+        self.detached = False
         self._wake_ups: list[Callable[[], None]] = []
 
-    def set(self) -> None:
-        """Ask the job to end; more than once changes nothing."""
+    def set(self, *, detach: bool = False) -> None:
+        """Ask the job to end; more than once changes nothing.
+
+        With `detach` only whoever follows it ends: its prompt stays in ComfyUI, and another takes it up there.
+        """
         with self._lock:
+            self.detached = self.detached or (detach and not self._event.is_set())
             self._event.set()
             wake_ups = list(self._wake_ups)
         for wake_up in wake_ups:

@@ -9,9 +9,9 @@ from typing import Any
 
 from comfy_worker.comfy.client import ComfyClient
 from comfy_worker.errors import InternalError, OutputTooLarge, WorkerError
-from comfy_worker.jobs import OnEvent, ignore_events
+from comfy_worker.jobs import Job, OnEvent, ignore_events
 from comfy_worker.payload import parse_job, result_as_output
-from comfy_worker.pipeline import run_job
+from comfy_worker.pipeline import Turns, run_job
 from comfy_worker.settings import Settings
 from comfy_worker.stop import Stop
 from comfy_worker.storage import Storages
@@ -32,11 +32,11 @@ class Worker:
         client: speaks to ComfyUI.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, storages: Storages | None = None) -> None:
         self.settings = settings
         self._webhooks = Webhooks(settings)
         self.client = ComfyClient(settings)
-        self._storages = Storages(settings)
+        self._storages = storages or Storages(settings)
         self._storages.prepare()
 
     def close(self) -> None:
@@ -99,12 +99,28 @@ class Worker:
             parsed = parse_job(job)
             secrets += parsed.secrets
             check_webhook(parsed.webhook)
-            budget = None if result_limit is None else result_limit - _ENVELOPE
-            storage = self._storages.choose(parsed.delivery, budget, parsed.bucket)
-            return result_as_output(run_job(parsed, self.client, storage, on_event, stop))
         except WorkerError as error:
             output = error.as_output(secrets)
             log.info("job %s failed: %s", job.get("id"), output["error"])
+            return output
+        return self.run_parsed(parsed, on_event, stop, result_limit)
+
+    def run_parsed(
+        self,
+        job: Job,
+        on_event: OnEvent = ignore_events,
+        stop: Stop | None = None,
+        result_limit: int | None = None,
+        turns: Turns | None = None,
+    ) -> dict[str, Any]:
+        """Run a job and return its `output`; what is no failure of a kind of ours is let out."""
+        budget = None if result_limit is None else result_limit - _ENVELOPE
+        try:
+            storage = self._storages.choose(job.delivery, budget, job.bucket)
+            return result_as_output(run_job(job, self.client, storage, on_event, stop, turns))
+        except WorkerError as error:
+            output = error.as_output([*self.settings.secrets(), *job.secrets])
+            log.info("job %s failed: %s", job.id, output["error"])
             return output
 
 

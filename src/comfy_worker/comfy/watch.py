@@ -78,8 +78,8 @@ class Watch:
     _hears_prompt: bool = field(default=False, init=False)
     """Whether this socket, since it was opened, has told of the prompt: then its silence means something."""
 
-    def follow(self) -> Outcome:
-        """Return how the prompt ended.
+    def follow(self, *, joined_late: bool = False) -> Outcome:
+        """Return how the prompt ended; `joined_late` if it was in ComfyUI before this listened.
 
         Raises:
             Cancelled: `stop` was set; the prompt is still in ComfyUI.
@@ -89,7 +89,7 @@ class Watch:
         self._last_sign = time.monotonic()
         # Soon for the first time: one that has to wait is told its place, one of which nothing is heard is found.
         self._ask_at = self._last_sign + min(self._interval(), _HURRIED_INTERVAL_S)
-        self._listened_from_start = self.socket.is_open and not self.socket.was_lost
+        self._listened_from_start = not joined_late and self.socket.is_open and not self.socket.was_lost
         self._pid = self.client.process.pid() if self.client.process else None
         with self.stop.waking(self.socket.abort):
             while True:

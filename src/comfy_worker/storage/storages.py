@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,8 +32,12 @@ _NO_BUCKET_HINT = "Set BUCKET_ENDPOINT_URL, BUCKET_ACCESS_KEY_ID and BUCKET_SECR
 class Storages:
     """The storages of one worker's settings; clients that cost time to make are made once."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(
+        self, settings: Settings, inline: Callable[[int | None, Storage | None], Storage] | None = None
+    ) -> None:
+        """Take the settings; `inline` makes what holds outputs for the answer, out of a budget and an overflow."""
         self._settings = settings
+        self._inline = inline or InlineStorage
         self._lock = threading.Lock()
         self._own: S3Connection | None = None
         self._of_jobs: OrderedDict[JobBucket, S3Connection] = OrderedDict()
@@ -96,14 +101,14 @@ class Storages:
             return self._local(delivery)
         has_bucket = self._settings.has_bucket or job_bucket is not None
         if kind in ("auto", "base64") and (inline_budget is None or not has_bucket):
-            return InlineStorage(inline_budget)
+            return self._inline(inline_budget, None)
         if not has_bucket:
             whose = "input.delivery.type" if delivery.type else "DELIVERY"
             raise InvalidInput(f"{whose} is '{kind}', but this worker has no bucket", hint=_NO_BUCKET_HINT)
         bucket = self._bucket(delivery, job_bucket, permitted)
         if kind in ("auto", "base64"):
             # Also where base64 was asked for: a result in the bucket is better than one that is lost.
-            return InlineStorage(inline_budget, overflow=bucket)
+            return self._inline(inline_budget, bucket)
         return BothStorage(InlineStorage(inline_budget), bucket) if kind == "both" else bucket
 
     def _kind(self, delivery: Delivery, job_bucket: JobBucket | None) -> DeliveryType:

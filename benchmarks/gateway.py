@@ -1,0 +1,216 @@
+"""What the gateway adds to the handler, how soon its events arrive, and how it holds a thousand jobs.
+
+    python -m benchmarks.gateway [--rounds N] [--jobs N]
+
+It starts the emulator and a gateway with an SQLite database in processes of their own, and measures over loopback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import requests
+from tqdm import tqdm
+
+from benchmarks.overhead import run_worker, seconds, workflow
+from benchmarks.servers import emulator, free_port, wait_until_it_answers
+from comfy_worker.settings import load_settings
+from comfy_worker.worker import Worker
+
+ADDED_MS_LIMIT = 10.0
+EVENT_MS_LIMIT = 20.0
+_WARM_UP = 3
+_CLIENTS = 8
+_FINAL = ("COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; without a limit the figure is only told."""
+
+    name: str
+    figure: float
+    unit: str
+    limit: float | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the figure is larger than it may be."""
+        return self.limit is not None and self.figure > self.limit
+
+    def __str__(self) -> str:
+        told = f"{self.name:52}{self.figure:10.2f} {self.unit:6}"
+        return told if self.limit is None else f"{told} limit {self.limit:g}, ratio {self.figure / self.limit:.2f}"
+
+
+class Client:
+    """A client of the gateway with a connection that stays open."""
+
+    def __init__(self, url: str) -> None:
+        """Take the gateway's URL."""
+        self._url = url
+        self._session = requests.Session()
+        self._session.trust_env = False
+
+    def runsync(self, graph: dict[str, Any]) -> None:
+        """Run a workflow that makes one picture."""
+        answer = self._session.post(f"{self._url}/runsync", json={"input": {"workflow": graph}}).json()
+        if len(answer.get("output", {}).get("images", [])) != 1:
+            raise SystemExit(f"the gateway returned no picture: {answer}")
+
+    def run(self, graph: dict[str, Any]) -> str:
+        """Queue a workflow; return its job's id."""
+        answer = self._session.post(f"{self._url}/run", json={"input": {"workflow": graph}}).json()
+        if "id" not in answer:
+            raise SystemExit(f"the gateway took no job: {answer}")
+        job_id: str = answer["id"]
+        return job_id
+
+    def status(self, job_id: str) -> str:
+        """Return a job's state."""
+        answer = self._session.get(f"{self._url}/status/{job_id}").json()
+        if "status" not in answer:
+            raise SystemExit(f"the gateway told no state: {answer}")
+        status: str = answer["status"]
+        return status
+
+    def event_delays(self, job_id: str) -> Iterator[float]:
+        """Yield the seconds between each event of a job and its arrival here: its id is the time of its making."""
+        number = 0
+        with closing(self._session.get(f"{self._url}/events/{job_id}", stream=True)) as answer:
+            for line in answer.iter_lines(chunk_size=1):
+                if line.startswith(b"id: "):
+                    number = int(line[4:])
+                elif line.startswith(b"data: ") and number:
+                    yield time.time() - number / 1_000_000
+                    number = 0
+
+
+@contextmanager
+def gateway(comfyui_url: str, jobs: int) -> Iterator[str]:
+    """Yield the URL of a gateway of our own."""
+    port = free_port()
+    with tempfile.TemporaryDirectory() as data:
+        environment = {
+            **os.environ,
+            "COMFYUI_URL": comfyui_url,
+            "API_PORT": str(port),
+            "DATA_DIR": data,
+            "MAX_QUEUE_SIZE": str(jobs + 1),
+            "LOG_LEVEL": "ERROR",
+            **{f"RATE_LIMIT_{name}": "off" for name in ("RUN", "RUNSYNC", "CANCEL", "STATUS")},
+        }
+        process = subprocess.Popen([sys.executable, "-m", "comfy_worker", "serve"], env=environment)
+        try:
+            wait_until_it_answers(f"http://127.0.0.1:{port}/live", process)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+            process.wait(timeout=30)
+
+
+def measure_added(comfyui_url: str, url: str, rounds: int) -> Iterator[Row]:
+    """Let the handler and `/runsync` take turns at one small picture."""
+    worker, client = Worker(load_settings(comfyui_url=comfyui_url)), Client(url)
+    pairs = []
+    for number in tqdm(range(rounds + _WARM_UP), desc="/runsync", leave=False, disable=None):
+        alone = seconds(lambda: run_worker(worker, workflow(1, 64), 1))
+        through = seconds(lambda: client.runsync(workflow(1, 64)))
+        if number >= _WARM_UP:
+            pairs.append((alone, through))
+    worker.close()
+    yield Row("the handler alone, one small picture, median", 1000 * statistics.median(a for a, _ in pairs), "ms")
+    yield Row("/runsync, one small picture, median", 1000 * statistics.median(b for _, b in pairs), "ms")
+    added = 1000 * statistics.median(through - alone for alone, through in pairs)
+    yield Row("what the gateway adds, median of the pairs", added, "ms", ADDED_MS_LIMIT)
+
+
+def measure_events(url: str, rounds: int) -> Iterator[Row]:
+    """Follow jobs of many steps."""
+    client = Client(url)
+    delays: list[float] = []
+    for _ in tqdm(range(max(1, rounds // 10)), desc="events", leave=False, disable=None):
+        delays += client.event_delays(client.run(_work(0.5, 20)))
+    yield Row(f"event to client, median of {len(delays)}", 1000 * statistics.median(delays), "ms", EVENT_MS_LIMIT)
+    yield Row("event to client, p99", 1000 * _p99(delays), "ms")
+
+
+def _work(wanted_s: float, steps: int) -> dict[str, Any]:
+    graph = workflow(1, 64)
+    graph["3"] = {
+        "class_type": "TestWork",
+        "inputs": {"image": ["1", 0], "seconds": wanted_s, "steps": steps, "preview": False, "fail_at": 0},
+    }
+    graph["9"]["inputs"]["images"] = ["3", 0]
+    return graph
+
+
+def measure_load(url: str, jobs: int) -> Iterator[Row]:
+    """Submit many jobs at once, and ask for the state of one or the other while they run."""
+    clients = [Client(url) for _ in range(_CLIENTS)]
+    graphs = [_work(0.01, 1) for _ in range(jobs)]
+    with ThreadPoolExecutor(_CLIENTS) as threads:
+        began = time.perf_counter()
+        parts = [threads.submit(_submit, client, graphs[place::_CLIENTS]) for place, client in enumerate(clients)]
+        ids = [job_id for part in parts for job_id in part.result()]
+        yield Row(f"submissions, {jobs} jobs from {_CLIENTS} clients", jobs / (time.perf_counter() - began), "/s")
+    delays = []
+    waiting = set(ids)
+    while waiting:
+        job_id = random.choice(ids) if len(waiting) > 1 else next(iter(waiting))
+        asked = time.perf_counter()
+        state = clients[0].status(job_id)
+        delays.append(time.perf_counter() - asked)
+        if state in _FINAL:
+            waiting.discard(job_id)
+        if len(waiting) < jobs // 10 or len(delays) > 50 * jobs:
+            break
+    states = [clients[0].status(job_id) for job_id in ids]
+    yield Row(f"/status while they run, median of {len(delays)}", 1000 * statistics.median(delays), "ms")
+    yield Row("/status while they run, p99", 1000 * _p99(delays), "ms")
+    yield Row("jobs that failed", sum(state in _FINAL[1:] for state in states), "jobs", 0.5)
+
+
+def _submit(client: Client, graphs: list[dict[str, Any]]) -> list[str]:
+    return [client.run(graph) for graph in graphs]
+
+
+def _p99(delays: list[float]) -> float:
+    return sorted(delays)[int(len(delays) * 0.99)]
+
+
+def main() -> int:
+    """Print the table; return 1 if a figure is over its limit."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--jobs", type=int, default=1000)
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    options = parser.parse_args()
+    with emulator() as comfyui_url, gateway(comfyui_url, options.jobs) as url:
+        rows = [
+            *measure_added(comfyui_url, url, options.rounds),
+            *measure_events(url, options.rounds),
+            *measure_load(url, options.jobs),
+        ]
+    if options.json:
+        print(json.dumps({row.name: row.figure for row in rows}))
+    else:
+        print("\n".join([str(row) + ("   OVER" if row.is_over else "") for row in rows]))
+    return int(any(row.is_over for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

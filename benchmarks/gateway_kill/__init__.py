@@ -1,0 +1,1 @@
+"""The gateway, killed again and again under load: what it accepted must end all the same, once."""

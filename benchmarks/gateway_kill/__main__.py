@@ -1,0 +1,47 @@
+"""Kill the gateway at random moments under load, on SQLite and on PostgreSQL.
+
+    python -m benchmarks.gateway_kill [--kills N] [--seed N]
+
+Exit code 1 if a job was lost, doubled or not told.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from benchmarks.gateway_kill.run import Found, run
+from tests.support.postgres import postgres
+
+
+def main() -> int:
+    """Run on both databases and print a table."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gateway_kill",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    found = {"SQLite": run(options.kills, options.seed)}
+    with postgres() as server:
+        found["PostgreSQL"] = run(options.kills, options.seed, server.new_database())
+    print(_table(found))
+    violations = [f"- {name}: {text}" for name, one in found.items() for text in one.violations]
+    print("\n".join(violations))
+    return int(bool(violations))
+
+
+def _table(found: dict[str, Found]) -> str:
+    names = ("kills", "kills_before_listening", "accepted", "states", "resumed", "repeated", "seconds", "violations")
+    rows = [f"| | {' | '.join(found)} |", "| --- |" + " ---: |" * len(found)]
+    for name in names:
+        values = [getattr(one, name) for one in found.values()]
+        shown = [str(len(v)) if name == "violations" else str(dict(v)) if name == "states" else str(v) for v in values]
+        rows.append(f"| {name.replace('_', ' ')} | {' | '.join(shown)} |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""The ComfyUIs of an engine, and what each has to do."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from comfy_worker.engines.turns import Gate
+from comfy_worker.engines.waiting import Waiting
+from comfy_worker.jobs import Stage
+from comfy_worker.stop import Stop
+from comfy_worker.worker import Worker
+
+log = logging.getLogger(__name__)
+
+_PROBE_INTERVAL_S = 2.0
+_SICK_PROBE_INTERVAL_S = 0.5
+_FAILURES = 2
+"""Probes in a row that fail before a ComfyUI is taken out: one that is busy may miss one."""
+
+
+@dataclass(eq=False)
+class RunningJob:
+    """A job that an engine has in hand.
+
+    Attributes:
+        stage: which part of its way it is on.
+        began_at: when ComfyUI began it, in seconds since the epoch; None before.
+        deadline: until when it may run, on the monotonic clock; None before it does.
+        timed_out: it was stopped because of that.
+        done: set when it is out of hand.
+    """
+
+    job: Waiting
+    backend: Backend
+    stop: Stop = field(default_factory=Stop)
+    stage: Stage = Stage.STAGING
+    began_at: float | None = None
+    deadline: float | None = None
+    timed_out: bool = False
+    done: threading.Event = field(default_factory=threading.Event)
+
+    def entered(self, stage: Stage) -> None:
+        """Note that it entered a stage; its time runs from when ComfyUI begins it, once."""
+        self.stage = stage
+        if stage is Stage.RUNNING and self.began_at is None:
+            self.began_at = time.time()
+            self.deadline = time.monotonic() + self.job.record.execution_timeout_s
+
+
+@dataclass(eq=False)
+class Backend:
+    """One ComfyUI, and the jobs that it has.
+
+    Attributes:
+        gate: lets so many jobs into its queue.
+        places: how many jobs it may have that are not being delivered yet.
+        healthy: whether it answers; not before it was asked.
+    """
+
+    worker: Worker
+    gate: Gate
+    places: int
+    healthy: bool = False
+    jobs: set[RunningJob] = field(default_factory=set)
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        return self.worker.client.url
+
+    @property
+    def load(self) -> int:
+        """How many jobs it has that are not being delivered yet."""
+        return sum(running.stage is not Stage.DELIVERING for running in self.jobs)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether it can take a job."""
+        return self.healthy and self.load < self.places
+
+    def probe(self, mark: Callable[[Backend, bool], None], stopping: threading.Event) -> None:
+        """Ask it again and again whether it answers, until the engine stops."""
+        failures = 0
+        while not stopping.is_set():
+            is_ready = self.worker.client.is_ready()
+            failures = 0 if is_ready else failures + 1
+            if is_ready or failures >= _FAILURES:
+                mark(self, is_ready)
+            stopping.wait(_PROBE_INTERVAL_S if self.healthy and is_ready else _SICK_PROBE_INTERVAL_S)
+
+
+def choose(job: Waiting, backends: list[Backend]) -> Backend | None:
+    """Return the ComfyUI for a job: the one that has it already, or else the least loaded; None if it has to wait."""
+    if job.was_running:
+        own = next((backend for backend in backends if backend.url == job.record.backend), None)
+        if own is not None and (own.healthy or len(backends) == 1):
+            return own if own.healthy else None
+    free = [backend for backend in backends if backend.has_room]
+    return min(free, key=lambda backend: backend.load, default=None)

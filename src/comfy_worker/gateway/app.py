@@ -1,0 +1,107 @@
+"""The HTTP application: its parts put together, its errors made answers, its doors guarded."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+
+from comfy_worker import __version__
+from comfy_worker.errors import InternalError, InvalidInput, WorkerError
+from comfy_worker.gateway import live
+from comfy_worker.gateway.auth import Guard, Keys, kept_secret
+from comfy_worker.gateway.core import Gateway
+from comfy_worker.gateway.doors import operations, runpod
+from comfy_worker.gateway.errors import NotFound
+from comfy_worker.gateway.events import LocalEventBus
+from comfy_worker.gateway.limits import RateLimits
+from comfy_worker.gateway.metrics import GatewayCollector, MeteredBus, StageClock, make_registry
+from comfy_worker.gateway.middleware import Gate, Outside, answer_error
+from comfy_worker.gateway.openapi import describe
+from comfy_worker.gateway.settings import GatewaySettings
+from comfy_worker.gateway.signing import AssetLinks
+
+log = logging.getLogger(__name__)
+
+_CODES = {405: "method_not_allowed", 416: "range_not_satisfiable"}
+
+
+def create_app(settings: GatewaySettings, keys: Keys) -> FastAPI:
+    """Return the application; it begins to run jobs when it is started.
+
+    Raises:
+        InvalidInput: a setting is not sound, or another gateway uses the same database.
+    """
+    registry = make_registry()
+    gateway = Gateway(settings, MeteredBus(LocalEventBus(), StageClock(registry)))
+    registry.register(GatewayCollector(gateway.store, gateway.service.backends))
+    links = AssetLinks(kept_secret(Path(settings.data_dir) / "links.key"), settings.asset_url_expires_s)
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        await run_in_threadpool(gateway.start)
+        yield
+        await run_in_threadpool(gateway.stop)
+
+    app = FastAPI(title="comfy-worker", version=__version__, lifespan=lifespan, redoc_url=None)
+    app.include_router(runpod.router(gateway.service, gateway.assets, links, settings.public_url))
+    app.include_router(live.router(gateway.service))
+    app.include_router(operations.router(gateway.service, gateway.assets, links, registry))
+    describe(app)
+    _answer_errors(app)
+    _guard(app, settings, keys)
+    return app
+
+
+def _guard(app: FastAPI, settings: GatewaySettings, keys: Keys) -> None:
+    """Put what every request passes around the application; what is added last is the outermost."""
+    origins = settings.allowed_origins
+    app.add_middleware(Gate, guard=Guard(keys, origins), limits=RateLimits(settings))
+    if origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID"],
+            expose_headers=["Retry-After"],
+        )
+    app.add_middleware(Outside)
+
+
+def _answer_errors(app: FastAPI) -> None:
+    app.add_exception_handler(WorkerError, _answer_error)
+    app.add_exception_handler(RequestValidationError, _answer_invalid)
+    app.add_exception_handler(HTTPException, _answer_http)
+    app.add_exception_handler(Exception, _answer_bug)
+
+
+async def _answer_error(_request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, WorkerError), "registered for these"  # noqa: S101
+    return answer_error(error)
+
+
+async def _answer_invalid(_request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError), "registered for these"  # noqa: S101
+    problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+    return answer_error(InvalidInput(problems))
+
+
+async def _answer_http(_request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException), "registered for these"  # noqa: S101
+    if error.status_code == NotFound.http_status:
+        return answer_error(NotFound("There is nothing at this path"))
+    problem = {"error": str(error.detail), "code": _CODES.get(error.status_code, InvalidInput.code)}
+    return JSONResponse(problem, status_code=error.status_code, headers=error.headers)
+
+
+async def _answer_bug(_request: Request, error: Exception) -> JSONResponse:
+    log.error("a request met a bug", exc_info=error)
+    return answer_error(InternalError("The gateway failed because of a bug of its own"))

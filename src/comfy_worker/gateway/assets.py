@@ -1,0 +1,78 @@
+"""The outputs' bytes, in a folder beside the database: one folder a job."""
+
+from __future__ import annotations
+
+import base64
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+from comfy_worker.gateway.errors import NotFound
+from comfy_worker.jobs import Kind
+from comfy_worker.storage.keys import safe_name
+from comfy_worker.storage.local import LocalStorage
+
+_SCHEME = "asset:"
+"""Of the URL under which an output is noted in the store; the rest is `/<job>/<path>`."""
+
+
+class AssetStore:
+    """Keeps outputs until their job expires."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def storage(self) -> LocalStorage:
+        """Return the storage that puts outputs here."""
+        return LocalStorage(self._folder, _SCHEME)
+
+    def path_of(self, path: str) -> Path:
+        """Return where the asset `<job>/<path>` lies.
+
+        Raises:
+            NotFound: there is none of this name (any more), or the name leads elsewhere.
+        """
+        found = (self._folder / path).resolve()
+        if not found.is_relative_to(self._folder.resolve()) or not found.is_file():
+            raise NotFound("There is no such file (any more)")
+        return found
+
+    def remove(self, job_id: str) -> None:
+        """Remove all assets of a job."""
+        shutil.rmtree(self._folder / safe_name(job_id), ignore_errors=True)
+
+    def as_base64(self, output: Mapping[str, Any]) -> dict[str, Any]:
+        """Return an output with the bytes of its files in it, as a worker's answer has them."""
+        return _replaced(output, self._inline)
+
+    def _inline(self, item: dict[str, Any], path: str) -> dict[str, Any]:
+        data = base64.b64encode(self.path_of(path).read_bytes()).decode("ascii")
+        return {**item, "type": "base64", "data": data}
+
+
+def with_urls(output: Mapping[str, Any], url_of: Callable[[str], str]) -> dict[str, Any]:
+    """Return an output with a URL for each of its files; `url_of` makes it out of `<job>/<path>`."""
+    return _replaced(output, lambda item, path: {**item, "type": "url", "data": url_of(path)})
+
+
+def without_files(output: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an output that tells of its files and has neither their bytes nor where they are."""
+    return _replaced(output, lambda item, _path: {key: value for key, value in item.items() if key != "data"})
+
+
+def _replaced(output: Mapping[str, Any], replace: Callable[[dict[str, Any], str], dict[str, Any]]) -> dict[str, Any]:
+    replaced = dict(output)
+    for kind in Kind:
+        if kind.value in output:
+            replaced[kind.value] = [
+                replace(item, path) if (path := _path_of(item)) is not None else item for item in output[kind.value]
+            ]
+    return replaced
+
+
+def _path_of(item: Mapping[str, Any]) -> str | None:
+    data = str(item.get("data", ""))
+    return unquote(data.removeprefix(f"{_SCHEME}/")) if data.startswith(f"{_SCHEME}/") else None

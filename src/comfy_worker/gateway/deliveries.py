@@ -1,0 +1,193 @@
+"""Sends the webhooks that the store says are to be sent; what a crash interrupts is sent again, under the same id."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from sqlalchemy.exc import InterfaceError, OperationalError
+
+from comfy_worker.errors import InvalidInput, WorkerError
+from comfy_worker.fetch.address import shown
+from comfy_worker.gateway.assets import AssetStore, without_files
+from comfy_worker.gateway.records import JobRecord, WebhookDelivery, status_body
+from comfy_worker.gateway.store import Store
+from comfy_worker.jobs import Kind, Webhook
+from comfy_worker.logs import where_it_broke
+from comfy_worker.payload import webhook_of
+from comfy_worker.redact import redact
+from comfy_worker.settings import Settings
+from comfy_worker.webhooks.message import Message, check_webhook
+from comfy_worker.webhooks.sending import Refused, TryAgain, post
+
+log = logging.getLogger(__name__)
+
+_MB = 1_000_000
+_AT_ONCE = 32
+_LOOK_S = 1.0
+"""Between two looks at the store, for what nobody announced."""
+_FIRST_BACK_OFF_S = 10.0
+"""RunPod's pause between two attempts; here it doubles each time."""
+_LONGEST_BACK_OFF_S = 600.0
+_LAST_WAIT_S = 5.0
+
+
+def webhook_of_request(request: Mapping[str, Any]) -> Webhook | None:
+    """Return who is to be told of a job: its `input.webhook`, or RunPod's `webhook`, a URL beside the input."""
+    plain = request.get("webhook")
+    return webhook_of(request) or (Webhook(plain) if isinstance(plain, str) and plain else None)
+
+
+class Deliveries:
+    """Sends webhooks in a thread of its own, a few at a time, each until it is accepted or given up."""
+
+    def __init__(
+        self, store: Store, assets: AssetStore, settings: Settings, *, first_back_off_s: float = _FIRST_BACK_OFF_S
+    ) -> None:
+        """Take the parts.
+
+        Raises:
+            InvalidInput: WEBHOOK_URL or WEBHOOK_SECRET is not sound.
+        """
+        self._store = store
+        self._assets = assets
+        self._settings = settings
+        self._first_back_off_s = first_back_off_s
+        secret = settings.webhook_secret
+        # The operator's secret signs for the operator's receiver alone: what a job names could use it to forge.
+        self._own = (
+            Webhook(settings.webhook_url, secret.get_secret_value() if secret else None)
+            if settings.webhook_url
+            else None
+        )
+        check_webhook(self._own, "WEBHOOK_URL")
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._news = asyncio.Event()
+        self._stopping = False
+        self._under_way: dict[str, asyncio.Task[None]] = {}
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._send_all()), name="webhooks")
+
+    def start(self) -> None:
+        """Send what is due, and from now on what will be."""
+        self._store.when_webhook_is_due = self.wake
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Let what is under way arrive, for a few seconds; the rest is sent after the next start."""
+        self._stopping = True
+        self.wake()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def wake(self) -> None:
+        """Look at once what is due; may be called from any thread."""
+        loop = self._loop
+        if loop is not None:
+            # Its loop may end just now, when nothing is sent any more.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(self._news.set)
+
+    # ----------------------------------------------------------------------------------------------- loop
+
+    async def _send_all(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        while not self._stopping:
+            self._news.clear()
+            try:
+                await self._begin_due()
+            except (OperationalError, InterfaceError) as error:
+                log.warning("the database does not answer: %s", type(error.orig).__name__)
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._news.wait(), _LOOK_S)
+        if self._under_way:
+            await asyncio.wait(self._under_way.values(), timeout=_LAST_WAIT_S)
+        for task in list(self._under_way.values()):
+            task.cancel()
+
+    async def _begin_due(self) -> None:
+        limit = _AT_ONCE + len(self._under_way)
+        for delivery in await asyncio.to_thread(self._store.due_deliveries, time.time(), limit):
+            if len(self._under_way) < _AT_ONCE and delivery.id not in self._under_way:
+                self._under_way[delivery.id] = asyncio.create_task(self._send_and_note(delivery))
+
+    async def _send_and_note(self, delivery: WebhookDelivery) -> None:
+        try:
+            error, may_try_again = await self._send(delivery)
+            retry_at = self._retry_at(delivery) if error and may_try_again else None
+            await asyncio.to_thread(
+                self._store.note_delivery, delivery.id, time.time(), retry_at=retry_at, error=error or ""
+            )
+            if error:
+                what = "is given up" if retry_at is None else "will be sent again"
+                log.warning("the webhook of job %s %s: %s", delivery.job_id, what, error)
+            if retry_at is not None:
+                asyncio.get_running_loop().call_later(max(0.0, retry_at - time.time()), self._news.set)
+        except (OperationalError, InterfaceError) as error:
+            # Not noted, so it is due still, and sent again under the same id.
+            log.warning("the database does not answer: %s", type(error.orig).__name__)
+            await asyncio.sleep(_LOOK_S)
+        finally:
+            del self._under_way[delivery.id]
+            self._news.set()
+
+    def _retry_at(self, delivery: WebhookDelivery) -> float | None:
+        """Return when to try again, None if that was the last attempt."""
+        if delivery.attempts + 1 >= self._settings.webhook_attempts:
+            return None
+        back_off_s: float = self._first_back_off_s * 2**delivery.attempts
+        return time.time() + min(back_off_s, _LONGEST_BACK_OFF_S)
+
+    # -------------------------------------------------------------------------------------------- message
+
+    async def _send(self, delivery: WebhookDelivery) -> tuple[str | None, bool]:
+        """Make one attempt; return why it was not accepted, None if it was, and whether another may be."""
+        webhook: Webhook | None = None
+        try:
+            message = await asyncio.to_thread(self._message, delivery)
+            if message is None:
+                return "it names nobody who could be told", False
+            webhook = message.webhook
+            await post(message, self._settings, self._settings.webhook_timeout_s)
+        except (Refused, WorkerError) as error:
+            where = f" by {shown(webhook.url)}" if webhook else ""
+            return f"it was not accepted{where}: {error}", isinstance(error, TryAgain)
+        except (OperationalError, InterfaceError):
+            raise
+        except Exception as error:  # noqa: BLE001 - one webhook's bug must not end all others
+            secrets = [webhook.secret, webhook.url] if webhook else []
+            return redact(f"it met a bug: {where_it_broke(error)}", secrets), True
+        return None, False
+
+    def _message(self, delivery: WebhookDelivery) -> Message | None:
+        record = self._store.get(delivery.job_id)
+        request = self._store.request_of(delivery.job_id)
+        webhook = self._receiver(request or {})
+        if record is None or webhook is None:
+            return None
+        settings = self._settings
+        limit_mb = settings.runsync_result_limit_mb if record.id.startswith("sync-") else settings.run_result_limit_mb
+        limit = int(limit_mb * _MB)
+        return Message.of(webhook, delivery.id, status_body(record, self._output(record, limit)), limit)
+
+    def _receiver(self, request: Mapping[str, Any]) -> Webhook | None:
+        """Return the job's own receiver if it can be told anything; the settings' one otherwise."""
+        webhook = webhook_of_request(request)
+        try:
+            check_webhook(webhook)
+        except InvalidInput:
+            webhook = None
+        return webhook or self._own
+
+    def _output(self, record: JobRecord, limit: int) -> Mapping[str, Any] | None:
+        """Return the output with its files in it, or without them if they are too large for a message."""
+        if record.output is None:
+            return None
+        files = [item for kind in Kind for item in record.output.get(kind.value, [])]
+        if sum(item["size_bytes"] for item in files) * 4 / 3 > limit:
+            return without_files(record.output)
+        return self._assets.as_base64(record.output)

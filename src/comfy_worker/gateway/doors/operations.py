@@ -1,0 +1,105 @@
+"""For who runs the gateway: alive, ready, figures; and the outputs' files."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Path, Query, Request
+from fastapi.responses import FileResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from starlette.concurrency import run_in_threadpool
+
+from comfy_worker.errors import ComfyUnreachable
+from comfy_worker.gateway.answers import Answer, State, problems
+from comfy_worker.gateway.assets import AssetStore
+from comfy_worker.gateway.metrics import Cached
+from comfy_worker.gateway.service import JobService
+from comfy_worker.gateway.signing import PATH, AssetLinks
+from comfy_worker.media import mime_type_of_name
+
+Responses = dict[int | str, dict[str, Any]]
+
+_READY_AGE_S = 1.0
+_SHOWN = ("image/png", "image/jpeg", "image/webp", "image/gif", "image/avif", "video/", "audio/")
+"""What a browser may show in place; everything else, SVG and HTML with their scripts above all, it is to save."""
+
+
+def router(service: JobService, assets: AssetStore, links: AssetLinks, registry: CollectorRegistry) -> APIRouter:
+    """Return the routes."""
+    door = _Door(service, assets, links, registry)
+    api = APIRouter()
+    figures: Responses = {
+        200: {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Prometheus's format."}
+    }
+    file: Responses = {
+        200: {"content": {"*/*": {"schema": {"type": "string", "format": "binary"}}}, "description": "The file."},
+        206: {"content": {"*/*": {"schema": {"type": "string", "format": "binary"}}}, "description": "A part of it."},
+    }
+    api.add_api_route("/live", door.live, operation_id="live", response_model=State, tags=["Operations"])
+    api.add_api_route(
+        "/ready", door.ready, operation_id="ready", response_model=State, responses=problems(503), tags=["Operations"]
+    )
+    api.add_api_route(
+        "/metrics",
+        door.metrics,
+        operation_id="metrics",
+        response_class=Response,
+        responses={**problems(), **figures},
+        tags=["Operations"],
+    )
+    api.add_api_route(
+        f"{PATH}/{{job_id}}/{{path:path}}",
+        door.asset,
+        operation_id="asset",
+        response_class=FileResponse,
+        responses={**problems(404, 416), **file},
+        tags=["Files"],
+    )
+    return api
+
+
+class _Door:
+    def __init__(self, service: JobService, assets: AssetStore, links: AssetLinks, registry: CollectorRegistry) -> None:
+        self._service = service
+        self._assets = assets
+        self._links = links
+        self._registry = registry
+        self._has_backend = Cached(lambda: any(backend["healthy"] for backend in service.backends()), _READY_AGE_S)
+
+    async def live(self) -> Answer:
+        """Say that something listens; needs no key."""
+        return Answer({"status": "ok"})
+
+    async def ready(self) -> Answer:
+        """Say whether jobs can run: the database answers, and so does a ComfyUI."""
+        await self._service.counts()
+        if not await run_in_threadpool(self._has_backend.get):
+            raise ComfyUnreachable("No ComfyUI answers")
+        return Answer({"status": "ok"})
+
+    async def metrics(self) -> Response:
+        """Return the figures, for Prometheus."""
+        return Response(await run_in_threadpool(generate_latest, self._registry), media_type=CONTENT_TYPE_LATEST)
+
+    async def asset(
+        self,
+        job_id: Annotated[str, Path(max_length=255)],
+        path: Annotated[str, Path(max_length=2048)],
+        request: Request,
+        expires: Annotated[int | None, Query(ge=0, le=2**53, description="Seconds since the epoch.")] = None,
+        signature: Annotated[str | None, Query(max_length=255)] = None,
+    ) -> FileResponse:
+        """Return an output's file, or a range of it; needs a key or a signed link out of an answer."""
+        name = f"{job_id}/{path}"
+        if not hasattr(request.state, "client"):
+            self._links.check(name, expires or 0, signature or "")
+        file = await run_in_threadpool(self._assets.path_of, name)
+        mime_type = mime_type_of_name(file.name)
+        place = "inline" if mime_type.startswith(_SHOWN) else "attachment"
+        return FileResponse(
+            file,
+            media_type=mime_type,
+            filename=file.name,
+            content_disposition_type=place,
+            headers={"Cache-Control": "private, max-age=3600"},
+        )

@@ -1,0 +1,282 @@
+"""RunPod's own API, so that a client written for an endpoint of RunPod needs only another base URL."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Header, Path, Query, Request
+from starlette.concurrency import run_in_threadpool
+
+from comfy_worker.errors import OutputTooLarge
+from comfy_worker.gateway.answers import (
+    JOB_ID,
+    Answer,
+    HealthAnswer,
+    JobAnswer,
+    PurgeAnswer,
+    StatusAnswer,
+    StreamAnswer,
+    problems,
+)
+from comfy_worker.gateway.assets import AssetStore, with_urls
+from comfy_worker.gateway.bodies import read_job
+from comfy_worker.gateway.events import PROGRESS, Event
+from comfy_worker.gateway.limits import MB, RUN_LIMIT, RUNSYNC_LIMIT
+from comfy_worker.gateway.records import JobRecord, status_body
+from comfy_worker.gateway.service import JobService
+from comfy_worker.gateway.signing import AssetLinks
+from comfy_worker.jobs import JobState, Kind
+
+_WAIT_MS = 90_000
+_STREAM_WAIT_S = 5.0
+"""How long `/stream` waits for something to tell: RunPod's client gives an answer 10 s."""
+_READERS = 4096
+_ROOM = 100_000
+"""Bytes of an answer that are kept for all that is no file."""
+
+JobId = Annotated[str, Path(pattern=JOB_ID)]
+Files = Annotated[
+    Literal["base64", "url"],
+    Query(description="How files come: in the answer, or as links that work for a while without a key."),
+]
+Idempotency = Annotated[
+    str | None,
+    Header(
+        description="The same key with the same body is the same job.", min_length=1, max_length=255,
+        pattern=r"^[\x21-\x7e]+$",
+    ),
+]  # fmt: skip
+_ENDPOINT_PATTERN = r"^[A-Za-z0-9._-]{1,128}$"
+_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/RunRequest"}}},
+    }
+}
+
+
+@dataclass(frozen=True)
+class _Route:
+    path: str
+    methods: tuple[str, ...]
+    handler: Callable[..., Any]
+    model: type
+    errors: tuple[int, ...] = ()
+    extra: dict[str, Any] | None = None
+
+
+def router(service: JobService, assets: AssetStore, links: AssetLinks, public_url: str = "") -> APIRouter:
+    """Return the door's routes; they stand at the root and below `/v2/{endpoint_id}` alike."""
+    door = _Door(service, assets, links, public_url)
+    routes = [
+        _Route("/run", ("POST",), door.run, JobAnswer, (409, 503), _BODY),
+        _Route("/runsync", ("POST",), door.runsync, StatusAnswer, (404, 409, 503), _BODY),
+        _Route("/status/{job_id}", ("GET", "POST"), door.status, StatusAnswer, (404,)),
+        _Route("/stream/{job_id}", ("GET", "POST"), door.stream, StreamAnswer, (404,)),
+        _Route("/cancel/{job_id}", ("POST",), door.cancel, JobAnswer, (404,)),
+        _Route("/retry/{job_id}", ("POST",), door.retry, JobAnswer, (404, 409)),
+        _Route("/purge-queue", ("POST",), door.purge, PurgeAnswer),
+        _Route("/health", ("GET",), door.health, HealthAnswer),
+    ]
+    api = APIRouter()
+    for prefix, tag in (("", "Jobs"), ("/v2/{endpoint_id}", "Jobs of an endpoint")):
+        for route in routes:
+            for method in route.methods:
+                _add(api, prefix, tag, route, method)
+    return api
+
+
+def _add(api: APIRouter, prefix: str, tag: str, route: _Route, method: str) -> None:
+    names = [method.lower(), route.path.split("/")[1].replace("-", "_"), *(["endpoint"] if prefix else [])]
+    endpoint: dict[str, Any] = {
+        "parameters": [
+            {
+                "name": "endpoint_id",
+                "in": "path",
+                "required": True,
+                "description": "Any name; jobs are counted together, the queue is purged by it.",
+                "schema": {"type": "string", "pattern": _ENDPOINT_PATTERN, "default": "local"},
+            }
+        ]
+    }
+    api.add_api_route(
+        f"{prefix}{route.path}",
+        route.handler,
+        methods=[method],
+        response_model=route.model,
+        response_model_exclude_none=True,
+        responses=problems(*route.errors),
+        tags=[tag],
+        operation_id="_".join(names),
+        openapi_extra={**(route.extra or {}), **(endpoint if prefix else {})},
+    )
+
+
+@dataclass
+class _Reader:
+    """What `/stream` has told a client of a job."""
+
+    after: int = -1
+    has_output: bool = False
+
+
+class _Door:
+    def __init__(self, service: JobService, assets: AssetStore, links: AssetLinks, public_url: str) -> None:
+        self._service = service
+        self._assets = assets
+        self._links = links
+        self._public_url = public_url
+        self._readers: OrderedDict[tuple[str, str], _Reader] = OrderedDict()
+
+    async def run(self, request: Request, idempotency_key: Idempotency = None) -> Answer:
+        """Queue a job and return its id."""
+        return _brief(await self._submit(request, idempotency_key, sync=False))
+
+    async def runsync(
+        self,
+        request: Request,
+        wait: Annotated[int, Query(ge=1000, le=300_000, description="Milliseconds.")] = _WAIT_MS,
+        files: Files = "base64",
+        idempotency_key: Idempotency = None,
+    ) -> Answer:
+        """Queue a job and return its result, or where it stands after `wait` milliseconds."""
+        record = await self._submit(request, idempotency_key, sync=True)
+        return await self._answer(request, await self._service.wait(record.id, wait / 1000), files)
+
+    async def _submit(self, request: Request, idempotency_key: str | None, *, sync: bool) -> JobRecord:
+        body = await read_job(request)
+        endpoint_id = _endpoint(request) or "local"
+        # A key of one client must not lead to the job of another.
+        key = _own_key(request.state.client, endpoint_id, idempotency_key) if idempotency_key else None
+        record = await self._service.submit(body, endpoint_id=endpoint_id, sync=sync, idempotency_key=key)
+        # For the line that the log has of this request.
+        request.state.job_id = record.id
+        return record
+
+    async def status(self, request: Request, job_id: JobId, files: Files = "base64") -> Answer:
+        """Return where a job stands, with its output when it has one."""
+        return await self._answer(request, await self._service.get(job_id), files)
+
+    async def stream(self, request: Request, job_id: JobId) -> Answer:
+        """Return what a job has told since the last call with this key; waits up to 5 s for something to tell."""
+        reader = self._reader(request.state.client, job_id)
+        record = await self._service.get(job_id)
+        told = self._service.recent_events(job_id, reader.after)
+        if not told and not record.state.is_terminal:
+            told = await self._wait_for_one(job_id, reader.after)
+            record = await self._service.get(job_id)
+        if told:
+            reader.after = told[-1].number
+        chunks = [{"output": dict(event.data)} for event in told if event.type == PROGRESS]
+        if record.state is JobState.COMPLETED and not reader.has_output:
+            chunks.append({"output": await run_in_threadpool(self._output, record, "base64", self._base(request))})
+        reader.has_output = record.state is JobState.COMPLETED
+        return Answer({"status": record.state.value, "stream": chunks})
+
+    async def _wait_for_one(self, job_id: str, after: int) -> list[Event]:
+        try:
+            return [await asyncio.wait_for(self._next_event(job_id, after), _STREAM_WAIT_S)]
+        except (asyncio.TimeoutError, StopAsyncIteration):
+            return []
+
+    async def _next_event(self, job_id: str, after: int) -> Event:
+        async with aclosing(self._service.events(job_id, after)) as events:
+            return await anext(events)
+
+    def _reader(self, client: str, job_id: str) -> _Reader:
+        reader = self._readers.setdefault((client, job_id), _Reader())
+        self._readers.move_to_end((client, job_id))
+        if len(self._readers) > _READERS:
+            self._readers.popitem(last=False)
+        return reader
+
+    async def cancel(self, job_id: JobId) -> Answer:
+        """End a job; when this answers, it is off the GPU. One that has ended stays as it is."""
+        return _brief(await self._service.cancel(job_id))
+
+    async def retry(self, job_id: JobId) -> Answer:
+        """Run a job again that failed or timed out, under its id."""
+        return _brief(await self._service.retry(job_id))
+
+    async def purge(self, request: Request) -> Answer:
+        """Cancel all jobs that wait; below an endpoint, those of that endpoint."""
+        return Answer({"removed": await self._service.purge(_endpoint(request)), "status": "completed"})
+
+    async def health(self) -> Answer:
+        """Return how many jobs and workers there are; touches no ComfyUI."""
+        counts = await self._service.counts()
+        backends = self._service.backends()
+        running = sum(bool(backend["jobs"]) for backend in backends if backend["healthy"])
+        healthy = sum(bool(backend["healthy"]) for backend in backends)
+        jobs = {
+            "completed": counts.get(JobState.COMPLETED, 0),
+            "failed": counts.get(JobState.FAILED, 0) + counts.get(JobState.TIMED_OUT, 0),
+            "inProgress": counts.get(JobState.IN_PROGRESS, 0),
+            "inQueue": counts.get(JobState.IN_QUEUE, 0),
+            "retried": 0,
+        }
+        workers = {"idle": healthy - running, "initializing": 0, "ready": healthy, "running": running, "throttled": 0}
+        return Answer({"jobs": jobs, "workers": {**workers, "unhealthy": len(backends) - healthy}})
+
+    async def _answer(self, request: Request, record: JobRecord, files: str) -> Answer:
+        return await run_in_threadpool(self._render, record, files, self._base(request))
+
+    def _render(self, record: JobRecord, files: str, base: str) -> Answer:
+        """Return RunPod's `/status` of a job."""
+        has_output = record.output is not None
+        shown = self._output(record, files, base) if has_output else self._progress(record)
+        answer = Answer(status_body(record, shown))
+        if has_output and len(answer.body) > _limit(record):
+            raise OutputTooLarge(
+                f"The answer would have more than {_limit(record)} bytes", hint="Let the workflow make less"
+            )
+        return answer
+
+    def _output(self, record: JobRecord, files: str, base: str) -> dict[str, Any]:
+        """Return a job's output; files that do not fit into an answer come as links."""
+        output = record.output or {}
+        limit = _limit(record)
+        if files == "base64" and _bytes_of_files(output) * 4 // 3 + _ROOM < limit:
+            return self._assets.as_base64(output)
+        linked = with_urls(output, lambda path: self._links.url(base, path))
+        if files == "base64":
+            notice = f"The files come as links: with them, the answer would have more than {limit // MB} MB"
+            linked["errors"] = [*linked.get("errors", []), notice]
+        return linked
+
+    def _progress(self, record: JobRecord) -> dict[str, Any] | None:
+        """Return how far a job is, as RunPod shows a worker's progress updates."""
+        if record.state.is_terminal:
+            return None
+        told = [event.data for event in self._service.recent_events(record.id) if event.type == PROGRESS]
+        return dict(told[-1]) if told else None
+
+    def _base(self, request: Request) -> str:
+        return self._public_url or str(request.base_url)
+
+
+def _endpoint(request: Request) -> str | None:
+    endpoint_id: str | None = request.path_params.get("endpoint_id")
+    return endpoint_id
+
+
+def _own_key(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode(errors="surrogatepass")).hexdigest()
+
+
+def _brief(record: JobRecord) -> Answer:
+    return Answer({"id": record.id, "status": record.state.value})
+
+
+def _limit(record: JobRecord) -> int:
+    return RUNSYNC_LIMIT if record.id.startswith("sync-") else RUN_LIMIT
+
+
+def _bytes_of_files(output: Mapping[str, Any]) -> int:
+    return sum(int(item.get("size_bytes", 0)) for kind in Kind for item in output.get(kind.value, []))

@@ -1,0 +1,69 @@
+"""Failures that only the gateway knows: errors of ours like all others, with a code and an HTTP status."""
+
+from __future__ import annotations
+
+from comfy_worker.errors import WorkerError
+
+
+class NotFound(WorkerError):
+    """There is no such job, file or path."""
+
+    code = "not_found"
+    http_status = 404
+
+
+class Unauthorized(WorkerError):
+    """The request has no key, or one that is not ours."""
+
+    code = "unauthorized"
+    http_status = 401
+
+
+class RateLimited(WorkerError):
+    """The key was used too often in too short a time."""
+
+    code = "rate_limited"
+    http_status = 429
+    retryable = True
+
+
+class QueueFull(WorkerError):
+    """No more jobs can wait."""
+
+    code = "queue_full"
+    http_status = 503
+    retryable = True
+
+
+class RequestTooLarge(WorkerError):
+    """The body has more bytes than the path takes."""
+
+    code = "request_too_large"
+    http_status = 413
+
+
+class DuplicateKey(WorkerError):
+    """An Idempotency-Key came with another body than before."""
+
+    code = "idempotency_conflict"
+    http_status = 409
+
+
+class DuplicateRequest(WorkerError):
+    """A caller's own id is in use."""
+
+    code = "duplicate_request"
+    http_status = 409
+
+
+class NotPossible(WorkerError):
+    """The job is in a state in which this cannot be done."""
+
+    code = "not_possible"
+    http_status = 409
+
+
+class UnreadableRequest(WorkerError):
+    """What the caller sent was encrypted with another key than the gateway's present one."""
+
+    code = "unreadable_request"

@@ -1,0 +1,195 @@
+"""What happens to jobs, told to whoever listens the moment it happens.
+
+The numbers of a job's events grow, over restarts too, so that a client that comes back can say what it heard last.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+STATUS = "status"
+"""Type of the events that tell of a change of state; no listener misses one."""
+PROGRESS = "progress"
+PREVIEW = "preview"
+
+_REMEMBERED = 64
+"""Events of a job that a listener who comes late can still hear."""
+_JOBS_REMEMBERED = 1000
+_WAITING = 256
+"""Events that a slow listener may be behind; beyond that the oldest that is no change of state is left out."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened to a job."""
+
+    number: int
+    job_id: str
+    type: str
+    data: Mapping[str, Any]
+
+
+class Listening(Protocol):
+    """A job's events on their way to one listener, from the moment this was made until it is closed."""
+
+    def __enter__(self) -> Listening:
+        """Listen within a block."""
+
+    def __exit__(self, *exception: object) -> None:
+        """Stop listening."""
+
+    def __aiter__(self) -> Listening:
+        """Be the iterator."""
+
+    async def __anext__(self) -> Event:
+        """Return the next event, when there is one."""
+
+
+class EventBus(Protocol):
+    """Carries events from whoever runs jobs to whoever watches them."""
+
+    def publish(self, job_id: str, kind: str, data: Mapping[str, Any], number: int | None = None) -> Event:
+        """Tell every listener of a job; may be called from any thread.
+
+        Args:
+            job_id: the job.
+            kind: `STATUS`, `PROGRESS` or `PREVIEW`.
+            data: what happened.
+            number: that the store has for this event; it is larger if the job's last event has a larger one.
+        """
+
+    def listen(self, job_id: str, after: int | None = None) -> Listening:
+        """Listen to a job from now on; with `after`, those remembered after that number come first."""
+
+    def recent(self, job_id: str, after: int = 0) -> list[Event]:
+        """Return the remembered events of a job after that number: all changes of state, and the latest others."""
+
+    def has_listeners(self, job_id: str) -> bool:
+        """Return whether anybody listens to a job."""
+
+    def forget(self, job_id: str) -> None:
+        """Remember nothing of a job any more."""
+
+
+class LocalEventBus:
+    """An event bus within one process."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._remembered: OrderedDict[str, deque[Event]] = OrderedDict()
+        self._listeners: dict[str, set[_Listener]] = {}
+        self._last = 0
+
+    def publish(self, job_id: str, kind: str, data: Mapping[str, Any], number: int | None = None) -> Event:
+        """Tell every listener of a job; may be called from any thread."""
+        with self._lock:
+            event = Event(self._number(job_id, number), job_id, kind, data)
+            if kind != PREVIEW:
+                self._remember(event)
+            # Handed over under the lock: two threads' events reach every listener in the order of their numbers.
+            for listener in self._listeners.get(job_id, ()):
+                listener.hand_over(event)
+        return event
+
+    def listen(self, job_id: str, after: int | None = None) -> Listening:
+        """Listen to a job from now on; with `after`, those remembered after that number come first."""
+        with self._lock:
+            missed = [] if after is None else [e for e in self._remembered.get(job_id, ()) if e.number > after]
+            listener = _Listener(missed, lambda: self._leave(job_id, listener))
+            self._listeners.setdefault(job_id, set()).add(listener)
+        return listener
+
+    def recent(self, job_id: str, after: int = 0) -> list[Event]:
+        """Return the remembered events of a job after that number: all changes of state, and the latest others."""
+        with self._lock:
+            return [event for event in self._remembered.get(job_id, ()) if event.number > after]
+
+    def has_listeners(self, job_id: str) -> bool:
+        """Return whether anybody listens to a job."""
+        with self._lock:
+            return job_id in self._listeners
+
+    def forget(self, job_id: str) -> None:
+        """Remember nothing of a job any more."""
+        with self._lock:
+            self._remembered.pop(job_id, None)
+
+    def _leave(self, job_id: str, listener: _Listener) -> None:
+        with self._lock:
+            listeners = self._listeners.get(job_id, set())
+            listeners.discard(listener)
+            if not listeners:
+                self._listeners.pop(job_id, None)
+
+    def _number(self, job_id: str, number: int | None) -> int:
+        """Return the next number: microseconds, and so larger than any that was given out before a restart."""
+        remembered = self._remembered.get(job_id)
+        last = remembered[-1].number if remembered else 0
+        if number is not None:
+            return max(number, last + 1)
+        self._last = max(time.time_ns() // 1000, last + 1, self._last + 1)
+        return self._last
+
+    def _remember(self, event: Event) -> None:
+        events = self._remembered.setdefault(event.job_id, deque())
+        events.append(event)
+        if len(events) > _REMEMBERED:
+            _leave_one_out(events)
+        self._remembered.move_to_end(event.job_id)
+        while len(self._remembered) > _JOBS_REMEMBERED:
+            self._remembered.popitem(last=False)
+
+
+class _Listener:
+    """Events on their way to one listener, in its own event loop."""
+
+    def __init__(self, missed: list[Event], leave: Callable[[], None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._waiting = deque(missed)
+        self._leave = leave
+        self._arrived = asyncio.Event()
+
+    def hand_over(self, event: Event) -> None:
+        """Take an event, from any thread."""
+        # A loop that has ended has nobody left who could hear it.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._take, event)
+
+    def __enter__(self) -> _Listener:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._leave()
+
+    def __aiter__(self) -> _Listener:
+        return self
+
+    async def __anext__(self) -> Event:
+        while not self._waiting:
+            self._arrived.clear()
+            await self._arrived.wait()
+        return self._waiting.popleft()
+
+    def _take(self, event: Event) -> None:
+        if event.type == PREVIEW:
+            # Large, and only the latest is worth looking at.
+            self._waiting = deque(waiting for waiting in self._waiting if waiting.type != PREVIEW)
+        self._waiting.append(event)
+        if len(self._waiting) > _WAITING:
+            _leave_one_out(self._waiting)
+        self._arrived.set()
+
+
+def _leave_one_out(events: deque[Event]) -> None:
+    """Leave out the oldest event that is no change of state."""
+    for place, event in enumerate(events):
+        if event.type != STATUS:
+            del events[place]
+            return

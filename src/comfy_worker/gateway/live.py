@@ -1,0 +1,137 @@
+"""What happens to a job, told the moment it happens: as server-sent events and over a WebSocket."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, Path, Query, WebSocket, WebSocketDisconnect
+from sse_starlette import EventSourceResponse, ServerSentEvent
+
+from comfy_worker.gateway.answers import JOB_ID, problems
+from comfy_worker.gateway.errors import NotFound
+from comfy_worker.gateway.events import PREVIEW, STATUS, Event
+from comfy_worker.gateway.middleware import answer_error
+from comfy_worker.gateway.records import JobRecord
+from comfy_worker.gateway.service import JobService
+
+_KEEP_ALIVE_S = 15
+_PATIENCE_S = 30
+"""A client that takes nothing for so long is let go; it can come back and say what it heard last."""
+
+JobId = Annotated[str, Path(pattern=JOB_ID)]
+LastNumber = Annotated[str | None, Header(description="The `id` of the last event that was heard.")]
+Previews = Annotated[bool, Query(description="Whether pictures of what is being made are told too.")]
+
+
+def router(service: JobService) -> APIRouter:
+    """Return the routes."""
+    live = _Live(service)
+    api = APIRouter(tags=["Live"])
+    stream = {
+        "description": "Events: `status`, `progress` and, on request, `preview`; the last is the job's end.",
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    }
+    api.add_api_route(
+        "/events/{job_id}",
+        live.events,
+        methods=["GET"],
+        operation_id="get_events",
+        response_class=EventSourceResponse,
+        responses={200: stream, **problems(404)},
+    )
+    api.add_api_websocket_route("/ws/{job_id}", live.websocket)
+    return api
+
+
+class _Live:
+    def __init__(self, service: JobService) -> None:
+        self._service = service
+
+    async def events(
+        self, job_id: JobId, last_event_id: LastNumber = None, previews: Previews = False
+    ) -> EventSourceResponse:
+        """Tell what happens to a job until it has ended; keep-alives every 15 s."""
+        record = await self._service.get(job_id)
+        told = self._as_sse(record, _number(last_event_id), previews)
+        return EventSourceResponse(told, ping=_KEEP_ALIVE_S, send_timeout=_PATIENCE_S)
+
+    async def _as_sse(
+        self, record: JobRecord, after: int | None, previews: bool
+    ) -> AsyncGenerator[ServerSentEvent, None]:
+        async with aclosing(self._told(record, after, previews)) as told:
+            async for number, kind, data in told:
+                # What only says where the job stands has no number: a client that comes back did not hear it.
+                event_id = None if number is None else str(number)
+                yield ServerSentEvent(json.dumps(data), event=kind, id=event_id)
+
+    async def websocket(self, websocket: WebSocket, job_id: str, after: int | None = None) -> None:
+        """Tell what happens to a job until it has ended: JSON objects `{"id", "event", "data"}`."""
+        try:
+            record = await self._service.get(job_id)
+        except NotFound as error:
+            await websocket.send_denial_response(answer_error(error))
+            return
+        await websocket.accept()
+        previews = websocket.query_params.get("previews", "").lower() in ("1", "true", "yes")
+        telling = asyncio.ensure_future(self._tell(websocket, record, after, previews))
+        leaving = asyncio.ensure_future(_until_gone(websocket))
+        try:
+            await asyncio.wait((telling, leaving), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            telling.cancel()
+            leaving.cancel()
+            await asyncio.gather(telling, leaving, return_exceptions=True)
+
+    async def _tell(self, websocket: WebSocket, record: JobRecord, after: int | None, previews: bool) -> None:
+        async with aclosing(self._told(record, after, previews)) as told:
+            async for number, kind, data in told:
+                text = json.dumps({"id": number, "event": kind, "data": data})
+                await asyncio.wait_for(websocket.send_text(text), _PATIENCE_S)
+        await websocket.close()
+
+    async def _told(
+        self, record: JobRecord, after: int | None, previews: bool
+    ) -> AsyncGenerator[tuple[int | None, str, dict[str, Any]], None]:
+        """Yield number, kind and data of each event; to a client that is new, where the job stands comes first."""
+        if after is None and not record.state.is_terminal:
+            yield None, STATUS, self._standing(record)
+        async with aclosing(self._service.events(record.id, after)) as events:
+            async for event in events:
+                if event.type != PREVIEW:
+                    yield event.number, event.type, dict(event.data)
+                elif previews:
+                    yield None, PREVIEW, _preview(event)
+
+    def _standing(self, record: JobRecord) -> dict[str, Any]:
+        standing: dict[str, Any] = {"status": record.state.value}
+        if place := self._service.place(record.id):
+            standing["queue_position"] = place.position
+            if place.wait_s is not None:
+                standing["estimated_wait_s"] = round(place.wait_s, 1)
+        return standing
+
+
+def _number(last_event_id: str | None) -> int | None:
+    """Return the number in a Last-Event-ID; None for one that is none of ours, as if it were not there."""
+    if last_event_id is None or not (last_event_id.isascii() and last_event_id.isdecimal()):
+        return None
+    return min(int(last_event_id[:19]), 2**63 - 1)
+
+
+def _preview(event: Event) -> dict[str, Any]:
+    content = base64.b64encode(event.data["content"]).decode("ascii")
+    return {"mime_type": event.data["mime_type"], "content": content}
+
+
+async def _until_gone(websocket: WebSocket) -> None:
+    """Return when the client has left; what it says is not listened to."""
+    try:
+        while True:
+            await websocket.receive()
+    except (WebSocketDisconnect, RuntimeError):
+        return

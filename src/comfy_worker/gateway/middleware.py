@@ -1,0 +1,163 @@
+"""What every request passes before it reaches a door: headers, log, key, rate, size."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from urllib.parse import parse_qs
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocket
+
+from comfy_worker.errors import WorkerError
+from comfy_worker.gateway.auth import Guard
+from comfy_worker.gateway.errors import RequestTooLarge
+from comfy_worker.gateway.limits import RateLimits, TooOften, body_limit
+from comfy_worker.gateway.signing import PATH as ASSETS_PATH
+
+log = logging.getLogger(__name__)
+
+OPEN_PATHS = frozenset({"/live"})
+"""Whoever asks these learns only that something listens."""
+_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "cross-origin",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'; sandbox",
+    "Cache-Control": "no-store",
+}
+_DOCS_POLICY = (
+    "default-src 'none'; connect-src 'self'; img-src 'self' data: https://fastapi.tiangolo.com; "
+    "script-src 'unsafe-inline' https://cdn.jsdelivr.net; style-src 'unsafe-inline' https://cdn.jsdelivr.net; "
+    "frame-ancestors 'none'"
+)
+_RETRY_AFTER_S = 5
+
+
+def answer_error(error: WorkerError) -> JSONResponse:
+    """Return an error as the answer to a request."""
+    response = JSONResponse(error.as_output(), status_code=error.http_status)
+    if isinstance(error, TooOften):
+        response.headers["Retry-After"] = str(error.retry_after_s)
+    elif error.http_status in (429, 503):
+        response.headers["Retry-After"] = str(_RETRY_AFTER_S)
+    if error.http_status == 401:
+        response.headers["WWW-Authenticate"] = "Bearer"
+    return response
+
+
+class Outside:
+    """Adds the security headers to every answer and writes one line a request, without its query, to the log."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        """Stand around an application."""
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began, status = time.perf_counter(), 0
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                for name, value in _HEADERS.items():
+                    headers.setdefault(name, value)
+                if scope["path"] == "/docs":
+                    headers["Content-Security-Policy"] = _DOCS_POLICY
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_headers)
+        finally:
+            milliseconds = (time.perf_counter() - began) * 1000
+            log.info("%s %s %d %.1f ms", scope["method"], _logged(scope), status, milliseconds, extra=_about(scope))
+
+
+def _logged(scope: Scope) -> str:
+    """Return a path as it was sent, so that no line break is in it; without its first slash it is no local path."""
+    path: str = scope.get("raw_path", b"").decode("latin-1").partition("?")[0]
+    return path.lstrip("/")
+
+
+def _about(scope: Scope) -> dict[str, str]:
+    job_id = scope.get("path_params", {}).get("job_id") or scope.get("state", {}).get("job_id")
+    return {"job_id": job_id} if job_id else {}
+
+
+class Gate:
+    """Lets in who has a key, uses it not too often and sends not too much."""
+
+    def __init__(self, app: ASGIApp, guard: Guard, limits: RateLimits) -> None:
+        """Stand around an application."""
+        self._app = app
+        self._guard = guard
+        self._limits = limits
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request, or refuse it."""
+        if scope["type"] not in ("http", "websocket"):
+            await self._app(scope, receive, send)
+            return
+        try:
+            await self._admit(scope)
+            limited = self._limited(scope, receive) if scope["type"] == "http" else receive
+        except WorkerError as error:
+            await _refuse(scope, receive, send, error)
+            return
+        await self._app(scope, limited, send)
+
+    async def _admit(self, scope: Scope) -> None:
+        path = scope["path"]
+        if path in OPEN_PATHS or (path.startswith(f"{ASSETS_PATH}/") and _is_signed(scope)):
+            return
+        client = self._guard.admit(scope.get("method", "GET"), Headers(scope=scope))
+        scope.setdefault("state", {})["client"] = client
+        await self._limits.count(client, path)
+
+    @staticmethod
+    def _limited(scope: Scope, receive: Receive) -> Receive:
+        """Return `receive`, reading no further than the path's limit."""
+        limit = body_limit(scope["path"])
+        declared = Headers(scope=scope).get("content-length", "")
+        too_large = _too_large(limit)
+        if declared.isdecimal() and int(declared) > limit:
+            raise too_large()
+        received = 0
+
+        async def receive_limited() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > limit:
+                raise too_large()
+            return message
+
+        return receive_limited
+
+
+def _too_large(limit: int) -> Callable[[], RequestTooLarge]:
+    return lambda: RequestTooLarge(f"The request has more than {limit} bytes", hint="Send inputs by URL")
+
+
+def _is_signed(scope: Scope) -> bool:
+    return "signature" in parse_qs(scope["query_string"].decode("latin-1"))
+
+
+async def _refuse(scope: Scope, receive: Receive, send: Send, error: WorkerError) -> None:
+    response = answer_error(error)
+    if "text/html" in Headers(scope=scope).get("accept", "") and error.http_status == 401:
+        # A person at a browser is asked for the key, as the password.
+        response.headers["WWW-Authenticate"] = 'Basic realm="comfy-worker"'
+    if scope["type"] == "websocket":
+        await WebSocket(scope, receive, send).send_denial_response(response)
+    else:
+        await response(scope, receive, send)

@@ -1,0 +1,101 @@
+"""A job as the gateway keeps it: data without behaviour."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from comfy_worker.jobs import JobState
+
+NORMAL_PRIORITY = 0
+LOW_PRIORITY = -1
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """One accepted job and what has become of it.
+
+    Times are seconds since the epoch; None for what has not happened.
+
+    Attributes:
+        id: RunPod's form of an id, `sync-<uuid>` or `<uuid>-u1`, or the caller's own.
+        priority: jobs of a higher one run first; among equals the earlier one.
+        execution_timeout_s: how long it may run, once ComfyUI runs it.
+        queue_ttl_s: how long it may wait in the queue.
+        retention_s: how long it is kept after its end.
+        request: what was sent: `input` and what stands beside it (`webhook`, `policy`, `s3Config`). Empty in what the
+            store returns: it is large and secret, and whoever needs it asks `Store.request_of`.
+        signature: of its workflow, the same for those that take about as long.
+        webhook: whether somebody is to be told of its end.
+        started_at: when it was taken out of the queue; of a job that has ended, when ComfyUI began it.
+        prompt_id: its name in ComfyUI, from before it is sent there.
+        backend: the URL of the ComfyUI that it was given to.
+        output: what it made; files are references (`type: "url"`, `asset:/…`) to the asset store.
+        error: `{error, code, …}` of one that failed.
+    """
+
+    id: str
+    endpoint_id: str
+    state: JobState
+    created_at: float
+    priority: int = NORMAL_PRIORITY
+    execution_timeout_s: float = 600.0
+    queue_ttl_s: float = 86400.0
+    retention_s: float = 1800.0
+    request: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    signature: str = ""
+    webhook: bool = False
+    started_at: float | None = None
+    ended_at: float | None = None
+    prompt_id: str | None = None
+    backend: str | None = None
+    output: Mapping[str, Any] | None = field(default=None, repr=False)
+    error: Mapping[str, Any] | None = None
+
+    @property
+    def delay_ms(self) -> int | None:
+        """How long it waited for its run, in milliseconds; None while it waits."""
+        return None if self.started_at is None else max(0, round((self.started_at - self.created_at) * 1000))
+
+    @property
+    def execution_ms(self) -> int | None:
+        """How long it ran, in milliseconds; None while it has not ended, or if it never ran."""
+        if self.started_at is None or self.ended_at is None:
+            return None
+        return max(0, round((self.ended_at - self.started_at) * 1000))
+
+
+def status_body(record: JobRecord, output: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return a job in the shape of RunPod's `/status`.
+
+    Args:
+        record: the job.
+        output: its output as the reader can use it, with the bytes of its files or URLs in place of references.
+    """
+    body: dict[str, Any] = {"id": record.id, "status": record.state.value}
+    if record.delay_ms is not None:
+        body["delayTime"] = record.delay_ms
+    if record.execution_ms is not None:
+        body["executionTime"] = record.execution_ms
+    if output is not None:
+        body["output"] = output
+    if record.error is not None:
+        body["error"] = record.error["error"]
+        body["output"] = {key: value for key, value in record.error.items() if key != "error"}
+    return body
+
+
+@dataclass(frozen=True)
+class WebhookDelivery:
+    """A webhook that is to be sent, once, for the end of a job.
+
+    Attributes:
+        id: stays the same over all attempts, so that a receiver can tell a repetition.
+        attempts: how often it was tried.
+    """
+
+    id: str
+    job_id: str
+    attempts: int
+    due_at: float

@@ -1,0 +1,138 @@
+"""The gateway's own settings, beside those that it shares with the worker."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from limits import parse
+from pydantic import AliasChoices, Field, SecretStr, field_validator
+
+from comfy_worker.settings import Settings, read_settings
+
+
+def _named(*names: str, default: Any, description: str, **limits: Any) -> Any:
+    return Field(default=default, validation_alias=AliasChoices(*names), description=description, **limits)
+
+
+class GatewaySettings(Settings):
+    """All settings of `python -m comfy_worker serve`."""
+
+    api_host: str = _named("API_HOST", default="127.0.0.1", description="Address to listen on.")
+    api_port: int = _named(
+        "API_PORT", "PORT", default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one."
+    )
+    api_keys: SecretStr | None = _named(
+        "API_KEYS", default=None, description="Keys that clients may use, separated by commas."
+    )
+    data_dir: str = _named(
+        "DATA_DIR", default="data", description="Folder for the database, the outputs and the gateway's own key."
+    )
+    gateway_key: SecretStr | None = _named(
+        "GATEWAY_KEY",
+        default=None,
+        description="What requests are encrypted with in the database; made and kept in DATA_DIR if not set.",
+    )
+    database_url: SecretStr | None = _named(
+        "DATABASE_URL", default=None, description="SQLAlchemy URL of a PostgreSQL; SQLite in DATA_DIR if not set."
+    )
+    comfyui_backends: str = _named(
+        "COMFYUI_BACKENDS",
+        default="",
+        description="URLs of several ComfyUIs, separated by commas; COMFYUI_URL if empty.",
+    )
+    preprocess_workers: int = _named(
+        "PREPROCESS_WORKERS", default=3, ge=1, le=64, description="How many jobs are staged at the same time."
+    )
+    generation_workers: int = _named(
+        "GENERATION_WORKERS",
+        default=2,
+        ge=1,
+        le=16,
+        description="How many jobs a ComfyUI has at the same time: one runs, the others are next.",
+    )
+    postprocess_workers: int = _named(
+        "POSTPROCESS_WORKERS", default=3, ge=1, le=64, description="How many jobs are delivered at the same time."
+    )
+    max_queue_size: int = _named("MAX_QUEUE_SIZE", default=100, ge=1, description="How many jobs may wait.")
+
+    api_keys_file: str = _named(
+        "API_KEYS_FILE",
+        default="",
+        description="File with the SHA-256 of one key a line, as `sha256sum` prints it; `#` begins a comment.",
+    )
+    cors_origins: str = _named(
+        "CORS_ORIGINS",
+        default="",
+        description="Origins whose pages may use the API, separated by commas (`https://app.example.com`).",
+    )
+    public_url: str = _named(
+        "PUBLIC_URL",
+        default="",
+        description="URL under which clients reach the gateway, for links to outputs; taken from the request if empty.",
+    )
+    asset_url_expires_s: int = _named(
+        "ASSET_URL_EXPIRES_S", default=3600, ge=1, le=604_800, description="How long a link to an output works."
+    )
+    rate_limit_run: str = _named(
+        "RATE_LIMIT_RUN",
+        default="1000/10 seconds",
+        description="Most calls of `/run` with one key; `off` for no limit.",
+    )
+    rate_limit_runsync: str = _named(
+        "RATE_LIMIT_RUNSYNC", default="2000/10 seconds", description="The same for `/runsync`."
+    )
+    rate_limit_cancel: str = _named(
+        "RATE_LIMIT_CANCEL", default="100/10 seconds", description="The same for `/cancel`."
+    )
+    rate_limit_status: str = _named(
+        "RATE_LIMIT_STATUS", default="2000/10 seconds", description="The same for `/status` and each other path."
+    )
+    log_format: Literal["text", "json"] = _named(
+        "LOG_FORMAT", default="text", description="`json` writes one JSON object a line, with the job's id."
+    )
+
+    @field_validator("rate_limit_run", "rate_limit_runsync", "rate_limit_cancel", "rate_limit_status")
+    @classmethod
+    def _readable(cls, value: str) -> str:
+        if value.lower() == "off":
+            return ""
+        parse(value)
+        return value
+
+    @field_validator("public_url")
+    @classmethod
+    def _absolute(cls, value: str) -> str:
+        if value and not value.startswith(("http://", "https://")):
+            raise ValueError("must begin with http:// or https://")
+        return value.rstrip("/")
+
+    @property
+    def allowed_origins(self) -> list[str]:
+        """The origins whose pages may use the API."""
+        return [origin.strip().rstrip("/") for origin in self.cors_origins.split(",") if origin.strip()]
+
+    @property
+    def given_keys(self) -> list[str]:
+        """The keys of API_KEYS."""
+        keys = self.api_keys.get_secret_value().split(",") if self.api_keys else []
+        return [key.strip() for key in keys if key.strip()]
+
+    @property
+    def backends(self) -> list[str]:
+        """The URLs of all ComfyUIs."""
+        urls = [url.strip() for url in self.comfyui_backends.split(",") if url.strip()]
+        return urls or [self.comfyui_url]
+
+    def secrets(self) -> list[str]:
+        """Return every secret value, for masking."""
+        own = [value.get_secret_value() for value in (self.database_url, self.gateway_key) if value is not None]
+        return [*super().secrets(), *self.given_keys, *own]
+
+
+def load_gateway_settings(**overrides: Any) -> GatewaySettings:
+    """Read the environment; `overrides` are fields by their names.
+
+    Raises:
+        InvalidInput: a variable has a value that it cannot have.
+    """
+    return read_settings(GatewaySettings, overrides)

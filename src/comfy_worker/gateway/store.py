@@ -1,0 +1,345 @@
+"""The gateway's memory: jobs, their events and their webhooks, in SQLite or PostgreSQL.
+
+Every change of a job's state is one conditional statement, so that of two who would change it at the same time one
+finds it changed already; a terminal state never changes, but for a retry that its caller asks for. The event that tells
+of a change, and the webhook that is to tell of an end, are noted in the same transaction.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from cryptography.fernet import Fernet, InvalidToken
+from sqlalchemy import Connection, Engine, Row, Select, delete, func, insert, literal, select, text, update
+from sqlalchemy.exc import IntegrityError
+
+from comfy_worker.gateway.database import WRITES, connect
+from comfy_worker.gateway.errors import DuplicateKey, DuplicateRequest, QueueFull, UnreadableRequest
+from comfy_worker.gateway.migrate import bring_up_to_date
+from comfy_worker.gateway.records import JobRecord, WebhookDelivery
+from comfy_worker.gateway.tables import events, idempotency_keys, jobs, webhook_deliveries
+from comfy_worker.jobs import JobState
+
+__all__ = ["Store", "connect", "moment"]
+
+STATUS = "status"
+_OPEN = (JobState.IN_QUEUE.value, JobState.IN_PROGRESS.value)
+_SHOWN = [column for column in jobs.c if column.name != "request"]
+_QUEUE_LOCK = 0x636F6D68
+"""Any number that nobody else locks in PostgreSQL."""
+
+
+def moment(at: float) -> int:
+    """Return the number of an event that happened then: microseconds since the epoch."""
+    return int(at * 1_000_000)
+
+
+class Store:
+    """Keeps jobs; methods may be called from any thread, and return when what they did is safe.
+
+    Attributes:
+        when_webhook_is_due: called, in the thread of whoever ended a job, when its webhook was noted.
+    """
+
+    def __init__(self, engine: Engine, secret: bytes) -> None:
+        """Open the database and bring its tables up to date.
+
+        Args:
+            engine: made by `connect`.
+            secret: requests are encrypted with it; all who use the database need the same.
+        """
+        self._engine = engine
+        self._writer = engine.execution_options(**WRITES)
+        self._cipher = Fernet(base64.urlsafe_b64encode(hashlib.sha256(secret).digest()))
+        self.when_webhook_is_due: Callable[[], None] = _nothing
+        bring_up_to_date(self._writer)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._engine.dispose()
+
+    # ---------------------------------------------------------------------------------------------- jobs
+
+    def add(
+        self,
+        record: JobRecord,
+        idempotency_key: str | None = None,
+        body_hash: str = "",
+        *,
+        max_waiting: int | None = None,
+    ) -> JobRecord:
+        """Keep a new job; return it, or the job that was accepted under the same key before.
+
+        Args:
+            record: the job, with its request.
+            idempotency_key: the caller's own name for this request.
+            body_hash: of what was sent under that key.
+            max_waiting: how many jobs may be waiting at most, this one included.
+
+        Raises:
+            DuplicateKey: the key was used with another body.
+            DuplicateRequest: there is a job with this id.
+            QueueFull: too many jobs are waiting.
+        """
+        columns = self._columns(record)
+        try:
+            with self._writer.begin() as connection:
+                earlier = self._accepted_before(connection, idempotency_key, body_hash)
+                if earlier is not None:
+                    return earlier
+                _check_room(connection, max_waiting)
+                connection.execute(insert(jobs).values(**columns))
+                _note(connection, record.id, record.state, record.created_at)
+                if idempotency_key is not None:
+                    row = {"key": idempotency_key, "body_hash": body_hash, "job_id": record.id}
+                    connection.execute(insert(idempotency_keys).values(**row))
+        except IntegrityError:
+            # Somebody else was quicker, with the same key or with the same id.
+            with self._engine.connect() as connection:
+                earlier = self._accepted_before(connection, idempotency_key, body_hash)
+            if earlier is None:
+                raise DuplicateRequest(f"There is a job with the id {record.id!r} already") from None
+            return earlier
+        return record
+
+    def _accepted_before(self, connection: Connection, key: str | None, body_hash: str) -> JobRecord | None:
+        if key is None:
+            return None
+        query = select(idempotency_keys.c.body_hash, *_SHOWN).join(jobs).where(idempotency_keys.c.key == key)
+        row = connection.execute(query).one_or_none()
+        if row is None:
+            return None
+        if row.body_hash != body_hash:
+            raise DuplicateKey("This Idempotency-Key was used with another body")
+        return _record(row)
+
+    def get(self, job_id: str) -> JobRecord | None:
+        """Return a job without its request, None if there is none with this id (any more)."""
+        if "\0" in job_id:  # PostgreSQL does not take it
+            return None
+        with self._engine.connect() as connection:
+            row = connection.execute(select(*_SHOWN).where(jobs.c.id == job_id)).one_or_none()
+        return None if row is None else _record(row)
+
+    def request_of(self, job_id: str) -> Mapping[str, Any] | None:
+        """Return what was sent, None if there is no such job (any more).
+
+        Raises:
+            UnreadableRequest: it was encrypted with another key.
+        """
+        with self._engine.connect() as connection:
+            encrypted = connection.execute(select(jobs.c.request).where(jobs.c.id == job_id)).scalar_one_or_none()
+        if encrypted is None:
+            return None
+        try:
+            request: Mapping[str, Any] = json.loads(self._cipher.decrypt(encrypted))
+        except InvalidToken:
+            raise UnreadableRequest(
+                "The job was accepted under another GATEWAY_KEY and cannot be read", hint="Send it again"
+            ) from None
+        return request
+
+    def latest(self, endpoint_id: str | None = None, limit: int = 100) -> Sequence[JobRecord]:
+        """Return the latest jobs, newest first, without their requests."""
+        query = select(*_SHOWN).order_by(jobs.c.created_at.desc()).limit(limit)
+        if endpoint_id is not None:
+            query = query.where(jobs.c.endpoint_id == endpoint_id)
+        return self._records(query)
+
+    def unfinished(self) -> Sequence[JobRecord]:
+        """Return all jobs that have not ended, without their requests, the one to run first in front."""
+        query = select(*_SHOWN).where(jobs.c.state.in_(_OPEN))
+        return self._records(query.order_by(jobs.c.priority.desc(), jobs.c.created_at))
+
+    def counts(self) -> Mapping[JobState, int]:
+        """Return how many jobs are in each state."""
+        query = select(jobs.c.state, func.count()).group_by(jobs.c.state)
+        with self._engine.connect() as connection:
+            return {JobState(state): count for state, count in connection.execute(query)}
+
+    # --------------------------------------------------------------------------------------------- states
+
+    def start(self, job_id: str, prompt_id: str, backend: str, now: float) -> bool:
+        """Note that a waiting job runs, before it is sent to ComfyUI; return whether it was still waiting."""
+        values = {"prompt_id": prompt_id, "backend": backend, "started_at": now}
+        return self._change(job_id, [JobState.IN_QUEUE.value], JobState.IN_PROGRESS, values, now)
+
+    def requeue(self, job_id: str, now: float) -> bool:
+        """Put a running job back into the queue; return whether it was running."""
+        values = {"prompt_id": None, "backend": None, "started_at": None}
+        return self._change(job_id, [JobState.IN_PROGRESS.value], JobState.IN_QUEUE, values, now)
+
+    def finish(
+        self,
+        job_id: str,
+        state: JobState,
+        now: float,
+        *,
+        output: Mapping[str, Any] | None = None,
+        error: Mapping[str, Any] | None = None,
+        ran_from: float | None = None,
+    ) -> bool:
+        """End a job, and in the same transaction note that its webhook is to be sent; return whether it was open.
+
+        Args:
+            job_id: the job.
+            state: how it ended.
+            now: when.
+            output: what it made.
+            error: why it failed.
+            ran_from: when ComfyUI began it, if it did; it counts as the job's start from then on.
+        """
+        values = {"ended_at": now, "output": output, "error": error}
+        values |= {} if ran_from is None else {"started_at": ran_from}
+        return self._change(job_id, _OPEN, state, values, now)
+
+    def cancel_waiting(self, endpoint_id: str | None, now: float) -> Sequence[str]:
+        """Cancel all waiting jobs; return their ids."""
+        condition = jobs.c.state == JobState.IN_QUEUE.value
+        if endpoint_id is not None:
+            condition &= jobs.c.endpoint_id == endpoint_id
+        with self._engine.connect() as connection:
+            waiting = list(connection.execute(select(jobs.c.id).where(condition)).scalars())
+        values = {"ended_at": now}
+        return [
+            job_id
+            for job_id in waiting
+            if self._change(job_id, [JobState.IN_QUEUE.value], JobState.CANCELLED, values, now)
+        ]
+
+    def retry(self, job_id: str, now: float) -> bool:
+        """Put a job that failed or timed out into the queue again; return whether it had."""
+        values = dict.fromkeys(("started_at", "ended_at", "prompt_id", "backend", "output", "error"))
+        states = [JobState.FAILED.value, JobState.TIMED_OUT.value]
+        return self._change(job_id, states, JobState.IN_QUEUE, {**values, "created_at": now}, now)
+
+    def _change(
+        self, job_id: str, states: Iterable[str], state: JobState, values: Mapping[str, Any], now: float
+    ) -> bool:
+        """Bring a job that is in one of `states` into another; return whether it was."""
+        condition = (jobs.c.id == job_id) & jobs.c.state.in_(list(states))
+        with self._writer.begin() as connection:
+            changed = connection.execute(update(jobs).where(condition).values(state=state.value, **values)).rowcount
+            if not changed:
+                return False
+            _note(connection, job_id, state, now)
+            if state is JobState.IN_QUEUE:
+                # A new end will be told in place of one that has not been told yet.
+                connection.execute(delete(webhook_deliveries).where(webhook_deliveries.c.job_id == job_id))
+            is_due = state.is_terminal and _note_webhook(connection, job_id, now)
+        if is_due:
+            self.when_webhook_is_due()
+        return True
+
+    # --------------------------------------------------------------------------------------------- expiry
+
+    def expired(self, now: float) -> Sequence[str]:
+        """Return jobs that ended longer ago than they are kept, unless their webhook is yet to be sent."""
+        with self._engine.connect() as connection:
+            return list(connection.execute(select(jobs.c.id).where(_has_expired(now))).scalars())
+
+    def remove_expired(self, job_ids: Iterable[str], now: float) -> Sequence[str]:
+        """Remove those of these jobs that are expired still; return them."""
+        removed = []
+        for job_id in job_ids:
+            with self._writer.begin() as connection:
+                if connection.execute(delete(jobs).where(jobs.c.id == job_id, _has_expired(now))).rowcount:
+                    removed.append(job_id)
+        return removed
+
+    # --------------------------------------------------------------------------------------------- events
+
+    def events_of(self, job_id: str, after: int = 0) -> Sequence[tuple[int, str, Mapping[str, Any]]]:
+        """Return `(number, type, data)` of each change of a job's state that came after a number."""
+        query = select(events).where(events.c.job_id == job_id, events.c.number > after).order_by(events.c.number)
+        with self._engine.connect() as connection:
+            return [(row.number, row.type, row.data) for row in connection.execute(query)]
+
+    # ------------------------------------------------------------------------------------------- webhooks
+
+    def due_deliveries(self, now: float, limit: int = 100) -> Sequence[WebhookDelivery]:
+        """Return webhooks that are to be sent now, the one that has waited longest in front."""
+        table = webhook_deliveries
+        query = select(table).where(table.c.done_at.is_(None), table.c.due_at <= now).order_by(table.c.due_at)
+        with self._engine.connect() as connection:
+            rows = connection.execute(query.limit(limit))
+            return [WebhookDelivery(row.id, row.job_id, row.attempts, row.due_at) for row in rows]
+
+    def next_delivery_at(self) -> float | None:
+        """Return when the next webhook is to be sent, None if none is."""
+        query = select(func.min(webhook_deliveries.c.due_at)).where(webhook_deliveries.c.done_at.is_(None))
+        with self._engine.connect() as connection:
+            at: float | None = connection.execute(query).scalar_one()
+        return at
+
+    def note_delivery(self, delivery_id: str, now: float, *, retry_at: float | None = None, error: str = "") -> None:
+        """Note that a webhook was tried: done (accepted, or given up), or to be tried again at `retry_at`."""
+        table = webhook_deliveries
+        values: dict[str, Any] = {"attempts": table.c.attempts + 1, "last_error": error or None}
+        values |= {"done_at": now} if retry_at is None else {"due_at": retry_at}
+        with self._writer.begin() as connection:
+            connection.execute(update(table).where(table.c.id == delivery_id).values(**values))
+
+    def delivery_of(self, job_id: str) -> Mapping[str, Any] | None:
+        """Return how the webhook of a job's end is doing: `id`, `attempts`, `due_at`, `done_at`, `last_error`."""
+        query = select(webhook_deliveries).where(webhook_deliveries.c.job_id == job_id)
+        with self._engine.connect() as connection:
+            row = connection.execute(query).one_or_none()
+        return None if row is None else dict(row._mapping)
+
+    # ---------------------------------------------------------------------------------------------- rows
+
+    def _columns(self, record: JobRecord) -> dict[str, Any]:
+        columns = {name: getattr(record, name) for name in set(jobs.c.keys()) - {"state", "request"}}
+        encrypted = self._cipher.encrypt(json.dumps(record.request).encode())
+        return {**columns, "state": record.state.value, "request": encrypted}
+
+    def _records(self, query: Select[Any]) -> Sequence[JobRecord]:
+        with self._engine.connect() as connection:
+            return [_record(row) for row in connection.execute(query)]
+
+
+def _record(row: Row[Any]) -> JobRecord:
+    columns = {column.name: row._mapping[column] for column in _SHOWN}
+    return JobRecord(**{**columns, "state": JobState(columns["state"])})
+
+
+def _has_expired(now: float) -> Any:
+    waiting = select(webhook_deliveries.c.job_id).where(webhook_deliveries.c.done_at.is_(None))
+    return (jobs.c.ended_at + jobs.c.retention_s < now) & jobs.c.id.not_in(waiting)
+
+
+def _check_room(connection: Connection, max_waiting: int | None) -> None:
+    """Raise `QueueFull` if no more jobs may wait; nobody else adds one until the transaction ends."""
+    if max_waiting is None:
+        return
+    if connection.dialect.name == "postgresql":
+        connection.execute(text(f"SELECT pg_advisory_xact_lock({_QUEUE_LOCK})"))
+    query = select(func.count()).select_from(jobs).where(jobs.c.state == JobState.IN_QUEUE.value)
+    if connection.execute(query).scalar_one() >= max_waiting:
+        raise QueueFull(f"{max_waiting} jobs are waiting already", hint="Try again in a while")
+
+
+def _note(connection: Connection, job_id: str, state: JobState, now: float) -> None:
+    """Note the event of a change; its number is larger than that of the job's last one, whatever the clock says."""
+    last = select(func.max(events.c.number)).where(events.c.job_id == job_id)
+    number = max(moment(now), (connection.execute(last).scalar_one() or 0) + 1)
+    row = {"job_id": job_id, "number": number, "type": STATUS, "data": {"status": state.value}}
+    connection.execute(insert(events).values(**row))
+
+
+def _note_webhook(connection: Connection, job_id: str, now: float) -> bool:
+    """Note that the end of a job is to be told, if somebody wants to know; return whether somebody does."""
+    columns = [literal(f"msg_{uuid.uuid4().hex}"), jobs.c.id, literal(0), literal(now)]
+    wanted = select(*columns).where(jobs.c.id == job_id, jobs.c.webhook)
+    names = ["id", "job_id", "attempts", "due_at"]
+    return bool(connection.execute(insert(webhook_deliveries).from_select(names, wanted)).rowcount)
+
+
+def _nothing() -> None:
+    """Be the callback of a store whose webhooks nobody sends."""

@@ -1,0 +1,166 @@
+"""The real client of RunPod drives the gateway: only its base URL is another."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import Iterator
+from pathlib import Path
+
+import aiohttp
+import pytest
+import requests
+import runpod
+from runpod import AsyncioEndpoint, AsyncioJob, Endpoint
+
+from tests.support.comfyui import ComfyUI, emulator
+from tests.support.graphs import colors, picture, work
+from tests.support.served import KEY, Served, served
+
+RED = (255, 0, 0)
+
+
+@pytest.fixture(scope="module")
+def comfyui() -> Iterator[ComfyUI]:
+    with emulator() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def gateway(comfyui: ComfyUI, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with served(
+        comfyui.url, tmp_path_factory.mktemp("data"), GENERATION_WORKERS="1", PREPROCESS_WORKERS="1"
+    ) as running:
+        yield running
+
+
+@pytest.fixture
+def endpoint(gateway: Served, monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
+    monkeypatch.setattr(runpod, "endpoint_url_base", f"{gateway.url}/v2")
+    monkeypatch.setattr(runpod, "api_key", KEY)
+    made = Endpoint("mine")
+    yield made
+    made.rp_client.rp_session.close()
+
+
+def test_run_sync_returns_the_picture(endpoint: Endpoint) -> None:
+    output = endpoint.run_sync({"workflow": picture(RED)}, timeout=60)
+    image = output["images"][0]
+    assert image["type"] == "base64"
+    assert colors(base64.b64decode(image["data"])) == [RED]
+
+
+def test_run_is_followed_to_its_output(endpoint: Endpoint, gateway: Served) -> None:
+    job = endpoint.run({"input": {"workflow": work(0.3)}})
+    assert job.job_id.endswith("-u1")
+    assert job.status() in ("IN_QUEUE", "IN_PROGRESS", "COMPLETED")
+    assert job.output(timeout=30)["images"][0]["type"] == "base64"
+    assert job.status() == "COMPLETED"
+    status = gateway.get(f"/v2/mine/status/{job.job_id}").json()
+    assert status["executionTime"] >= 300
+    assert status["delayTime"] >= 0
+
+
+def test_a_stream_tells_of_steps_and_ends_with_the_output(endpoint: Endpoint) -> None:
+    job = endpoint.run({"workflow": work(1.5, steps=5)})
+    told = list(job.stream())
+    assert any(chunk.get("stage") == "running" and chunk.get("steps") == 5 for chunk in told)
+    assert [chunk for chunk in told if "images" in chunk] == told[-1:]
+
+
+def test_a_job_that_is_cancelled_is_off_the_gpu(endpoint: Endpoint, comfyui: ComfyUI) -> None:
+    job = endpoint.run({"workflow": work(60)})
+    comfyui.wait_until_running()
+    assert job.cancel(timeout=10) == {"id": job.job_id, "status": "CANCELLED"}
+    assert comfyui.queue() == []
+    assert job.status() == "CANCELLED"
+    assert job.output() is None
+
+
+def test_a_failing_job_says_why(endpoint: Endpoint, gateway: Served) -> None:
+    job = endpoint.run({"workflow": work(0.1, fail_at=1)})
+    assert job.output(timeout=30)["code"] == "out_of_memory"
+    assert job.status() == "FAILED"
+    status = gateway.get(f"/status/{job.job_id}").json()
+    assert status["error"].startswith("Workflow execution error")
+    assert gateway.post(f"/retry/{job.job_id}").json() == {"id": job.job_id, "status": "IN_QUEUE"}
+    assert gateway.ended(job.job_id)["status"] == "FAILED"
+
+
+def test_a_job_longer_than_the_wait_is_polled(gateway: Served, endpoint: Endpoint) -> None:
+    answer = gateway.post("/v2/mine/runsync?wait=1000", {"input": {"workflow": work(2)}}).json()
+    assert answer["id"].startswith("sync-")
+    assert answer["status"] == "IN_PROGRESS"
+    assert "images" in runpod.endpoint.runner.Job("mine", answer["id"], endpoint.rp_client).output(timeout=30)
+
+
+def test_a_client_gone_in_the_middle_of_runsync_leaves_its_job_running(gateway: Served) -> None:
+    body = {"input": {"workflow": work(1)}}
+    headers = {**gateway.headers, "Idempotency-Key": "gone"}
+    with pytest.raises(requests.ReadTimeout):
+        requests.post(f"{gateway.url}/runsync", json=body, headers=headers, timeout=0.5)
+    again = gateway.post("/runsync", body, **{"Idempotency-Key": "gone"}).json()
+    assert again["status"] == "COMPLETED"
+
+
+def test_health_and_purge_count_what_there_is(endpoint: Endpoint, comfyui: ComfyUI) -> None:
+    running = endpoint.run({"workflow": work(60)})
+    comfyui.wait_until_running()
+    waiting = [endpoint.run({"workflow": work(60)}) for _ in range(4)]
+    jobs = endpoint.health()["jobs"]
+    assert jobs["inProgress"] + jobs["inQueue"] == 5
+    purged = endpoint.purge_queue()
+    assert purged == {"removed": jobs["inQueue"], "status": "completed"}
+    assert sum(job.status() == "CANCELLED" for job in waiting) == purged["removed"]
+    for job in (running, *waiting):
+        job.cancel(timeout=10)
+    assert endpoint.health()["workers"]["ready"] == 1
+
+
+def test_a_wrong_key_is_what_the_client_says(gateway: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runpod, "endpoint_url_base", f"{gateway.url}/v2")
+    endpoint = Endpoint("mine", api_key="wrong")
+    with pytest.raises(RuntimeError, match="401"):
+        endpoint.health()
+    endpoint.rp_client.rp_session.close()
+
+
+def test_the_asyncio_client_does_it_all_too(endpoint: Endpoint, comfyui: ComfyUI) -> None:
+    async def drive() -> None:
+        async with aiohttp.ClientSession() as session:
+            mine = AsyncioEndpoint("mine", session)
+            job: AsyncioJob = await mine.run({"workflow": picture(RED)})
+            output = await job.output(timeout=30)
+            assert colors(base64.b64decode(output["images"][0]["data"])) == [RED]
+            assert await job.status() == "COMPLETED"
+            streamed = await mine.run({"workflow": work(0.5, steps=5)})
+            told = [chunk async for chunk in streamed.stream()]
+            assert "images" in told[-1]
+            long = await mine.run({"workflow": work(60)})
+            await asyncio.to_thread(comfyui.wait_until_running)
+            assert (await long.cancel())["status"] == "CANCELLED"
+            failing = await mine.run({"workflow": work(0.1, fail_at=1)})
+            assert (await failing.output(timeout=30))["code"] == "out_of_memory"
+            assert (await mine.health())["workers"]["ready"] == 1
+            assert (await mine.purge_queue())["status"] == "completed"
+
+    asyncio.run(drive())
+
+
+def test_neither_key_nor_prompt_is_in_the_log(gateway: Served, endpoint: Endpoint) -> None:
+    graph = picture(RED, prefix="a-very-secret-prompt")
+    endpoint.run_sync({"workflow": graph, "comfy_org_api_key": "comfy-secret"}, timeout=30)
+    for secret in (KEY, "a-very-secret-prompt", "comfy-secret"):
+        assert secret not in gateway.process.output
+
+
+def test_beyond_loopback_a_key_is_made_kept_and_printed_once(comfyui: ComfyUI, tmp_path: Path) -> None:
+    settings = {"API_KEYS": "", "API_HOST": "0.0.0.0"}
+    with served(comfyui.url, tmp_path, **settings) as first:
+        key = first.process.wait_for_line(r"api\.key: (\S+)").group(1)
+        assert requests.get(f"{first.url}/health", timeout=10).status_code == 401
+        headers = {"Authorization": f"Bearer {key}"}
+        assert requests.get(f"{first.url}/health", headers=headers, timeout=10).status_code == 200
+    with served(comfyui.url, tmp_path, **settings) as second:
+        assert requests.get(f"{second.url}/health", headers=headers, timeout=10).status_code == 200
+        assert key not in second.process.output

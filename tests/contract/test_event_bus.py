@@ -1,0 +1,160 @@
+"""What every event bus promises."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from comfy_worker.gateway.events import PREVIEW, PROGRESS, STATUS, Event, EventBus, Listening, LocalEventBus
+
+BUSES: list[Callable[[], EventBus]] = [LocalEventBus]
+TIMEOUT_S = 20.0
+
+
+@pytest.fixture(params=BUSES)
+def bus(request: pytest.FixtureRequest) -> EventBus:
+    made: EventBus = request.param()
+    return made
+
+
+async def hear(listening: Listening, count: int) -> list[Event]:
+    return [await asyncio.wait_for(listening.__anext__(), TIMEOUT_S) for _ in range(count)]
+
+
+def numbers(events: list[Event]) -> list[int]:
+    return [event.data["n"] for event in events]
+
+
+def test_a_listener_hears_what_comes_after_it_began_and_only_of_its_job(bus: EventBus) -> None:
+    async def listen() -> list[Event]:
+        bus.publish("a", PROGRESS, {"n": 0})
+        with bus.listen("a") as listening:
+            bus.publish("a", PROGRESS, {"n": 1})
+            bus.publish("b", PROGRESS, {"n": 2})
+            bus.publish("a", STATUS, {"n": 3})
+            return await hear(listening, 2)
+
+    assert numbers(asyncio.run(listen())) == [1, 3]
+
+
+def test_nothing_is_lost_between_beginning_to_listen_and_waiting(bus: EventBus) -> None:
+    async def listen() -> list[Event]:
+        with bus.listen("a") as listening:
+            publisher = threading.Thread(target=bus.publish, args=("a", STATUS, {"n": 1}))
+            publisher.start()
+            publisher.join()
+            return await hear(listening, 1)
+
+    assert numbers(asyncio.run(listen())) == [1]
+
+
+def test_who_comes_back_hears_what_it_missed_first(bus: EventBus) -> None:
+    heard = bus.publish("a", PROGRESS, {"n": 1})
+    bus.publish("a", PROGRESS, {"n": 2})
+
+    async def listen() -> list[Event]:
+        with bus.listen("a", heard.number) as listening:
+            bus.publish("a", PROGRESS, {"n": 3})
+            return await hear(listening, 2)
+
+    assert numbers(asyncio.run(listen())) == [2, 3]
+    assert numbers(bus.recent("a", heard.number)) == [2, 3]
+    assert bus.recent("b") == []
+
+
+def test_previews_are_told_and_not_remembered(bus: EventBus) -> None:
+    async def listen() -> list[Event]:
+        with bus.listen("a") as listening:
+            for number in range(3):
+                bus.publish("a", PREVIEW, {"n": number})
+            bus.publish("a", STATUS, {"n": 9})
+            # Whatever waits is taken in, of the previews the last.
+            return await hear(listening, 2)
+
+    assert numbers(asyncio.run(listen())) == [2, 9]
+    assert numbers(bus.recent("a")) == [9]
+
+
+def test_a_slow_listener_misses_no_change_of_state(bus: EventBus) -> None:
+    async def listen() -> list[Event]:
+        with bus.listen("a") as listening:
+            bus.publish("a", STATUS, {"n": -1})
+            for number in range(1000):
+                bus.publish("a", PROGRESS, {"n": number})
+            bus.publish("a", STATUS, {"n": 1000})
+            heard = await hear(listening, 1)
+            while heard[-1].data["n"] != 1000:
+                heard += await hear(listening, 1)
+            return heard
+
+    heard = numbers(asyncio.run(listen()))
+    assert heard[0] == -1
+    assert len(heard) < 400
+    assert heard == sorted(heard)
+
+
+def test_changes_of_state_are_remembered_longest(bus: EventBus) -> None:
+    bus.publish("a", STATUS, {"n": -1})
+    for number in range(500):
+        bus.publish("a", PROGRESS, {"n": number})
+
+    remembered = numbers(bus.recent("a"))
+    assert remembered[0] == -1
+    assert remembered[-1] == 499
+    assert len(remembered) < 100
+
+
+def test_numbers_grow_from_several_threads_and_listeners_hear_them_in_order(bus: EventBus) -> None:
+    async def listen() -> list[Event]:
+        with bus.listen("a") as listening:
+            threads = [
+                threading.Thread(target=lambda: [bus.publish("a", STATUS, {"n": 0}) for _ in range(50)])
+                for _ in range(4)
+            ]
+            for thread in threads:
+                thread.start()
+            return await hear(listening, 200)
+
+    heard = [event.number for event in asyncio.run(listen())]
+    assert heard == sorted(set(heard))
+
+
+def test_an_event_has_the_stores_number_unless_it_would_not_grow(bus: EventBus) -> None:
+    assert bus.publish("a", STATUS, {}, 5).number == 5
+    assert bus.publish("a", STATUS, {}, 5).number == 6
+    assert bus.publish("a", STATUS, {}, 9).number == 9
+
+
+def test_who_has_left_is_no_listener(bus: EventBus) -> None:
+    async def listen() -> None:
+        with bus.listen("a"):
+            assert bus.has_listeners("a")
+            assert not bus.has_listeners("b")
+        assert not bus.has_listeners("a")
+
+    asyncio.run(listen())
+    bus.publish("a", STATUS, {"n": 1})
+
+
+def test_a_listener_whose_loop_has_ended_harms_nobody(bus: EventBus) -> None:
+    loop = asyncio.new_event_loop()
+
+    async def begin() -> Listening:
+        return bus.listen("a")
+
+    listening = loop.run_until_complete(begin())
+    loop.close()
+    bus.publish("a", STATUS, {"n": 1})
+    listening.__exit__(None, None, None)
+    assert not bus.has_listeners("a")
+
+
+def test_a_forgotten_job_is_not_remembered(bus: EventBus) -> None:
+    bus.publish("a", STATUS, {})
+    bus.forget("a")
+    bus.forget("never heard of")
+
+    assert bus.recent("a") == []

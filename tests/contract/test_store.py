@@ -1,0 +1,381 @@
+"""What the store promises, on SQLite and on PostgreSQL."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import text
+
+from comfy_worker.errors import InvalidInput
+from comfy_worker.gateway.database import connect, owned
+from comfy_worker.gateway.errors import DuplicateKey, DuplicateRequest, QueueFull, UnreadableRequest
+from comfy_worker.gateway.records import JobRecord
+from comfy_worker.gateway.store import Store, moment
+from comfy_worker.jobs import JobState
+from tests.support.postgres import Postgres, postgres
+
+SECRET = b"a key of this test"
+NOW = 1_700_000_000.0
+ENDS = [state for state in JobState if state.is_terminal]
+
+Open = Callable[..., Store]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Postgres]:
+    with postgres() as running:
+        yield running
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/jobs.db"
+    server: Postgres = request.getfixturevalue("server")
+    return server.new_database()
+
+
+@pytest.fixture
+def opened(url: str) -> Iterator[Open]:
+    """Yield what opens the database once more, as a gateway that starts again does."""
+    with ExitStack() as stack:
+
+        def open_store(secret: bytes = SECRET) -> Store:
+            store = Store(connect(url), secret)
+            stack.callback(store.close)
+            return store
+
+        yield open_store
+
+
+@pytest.fixture
+def store(opened: Open) -> Store:
+    return opened()
+
+
+def job(**values: Any) -> JobRecord:
+    """Return a waiting job."""
+    given = {"id": f"{uuid.uuid4()}-u1", "endpoint_id": "local", "state": JobState.IN_QUEUE, "created_at": NOW}
+    return JobRecord(**{**given, "request": {"input": {"workflow": {"1": "é 日本 \u0000"}}}, **values})
+
+
+def add(store: Store, **values: Any) -> str:
+    return store.add(job(**values)).id
+
+
+def get(store: Store, job_id: str) -> JobRecord:
+    found = store.get(job_id)
+    assert found is not None
+    return found
+
+
+def statuses(store: Store, job_id: str) -> list[str]:
+    return [data["status"] for _number, _type, data in store.events_of(job_id)]
+
+
+# -------------------------------------------------------------------------------------------------- jobs
+
+
+def test_a_job_is_there_after_a_new_start(store: Store, opened: Open) -> None:
+    kept = job(priority=-1, execution_timeout_s=5.0, queue_ttl_s=10.0, retention_s=60.0, signature="s", webhook=True)
+    store.add(kept)
+
+    again = opened()
+    found = get(again, kept.id)
+
+    assert {**vars(found), "request": kept.request} == vars(kept)
+    assert again.request_of(kept.id) == kept.request
+
+
+def test_what_is_not_there_is_not_found(store: Store) -> None:
+    assert store.get("nobody") is None
+    assert store.get("nul \0") is None
+    assert store.request_of("nobody") is None
+    assert store.events_of("nobody") == []
+    assert not store.finish("nobody", JobState.FAILED, NOW)
+
+
+def test_a_request_is_unreadable_in_the_database(store: Store, url: str) -> None:
+    job_id = add(store, request={"input": {"comfy_org_api_key": "very-secret-key"}})
+    engine = connect(url)
+    with engine.connect() as connection:
+        rows = connection.execute(text("SELECT * FROM jobs")).mappings().all()
+    engine.dispose()
+
+    assert [row["id"] for row in rows] == [job_id]
+    assert "very-secret-key" not in repr([dict(row) for row in rows])
+
+
+def test_another_key_reads_no_request_and_says_so(store: Store, opened: Open) -> None:
+    job_id = add(store)
+
+    with pytest.raises(UnreadableRequest, match="GATEWAY_KEY"):
+        opened(b"another key").request_of(job_id)
+
+
+def test_two_jobs_of_one_id_are_refused(store: Store) -> None:
+    job_id = add(store)
+
+    with pytest.raises(DuplicateRequest):
+        store.add(job(id=job_id))
+
+
+def test_unfinished_are_those_that_have_not_ended_in_the_order_of_their_turns(store: Store) -> None:
+    late, low, high = (
+        add(store, created_at=NOW + 1),
+        add(store, priority=-1),
+        add(store, priority=1, created_at=NOW + 2),
+    )
+    early = add(store)
+    store.start(late, "p", "http://comfyui", NOW)
+    store.finish(add(store), JobState.COMPLETED, NOW)
+
+    assert [record.id for record in store.unfinished()] == [high, early, late, low]
+
+
+def test_latest_and_counts(store: Store) -> None:
+    first, second = add(store), add(store, created_at=NOW + 1)
+    other = add(store, endpoint_id="other", created_at=NOW + 2)
+    store.finish(first, JobState.FAILED, NOW)
+
+    assert [record.id for record in store.latest()] == [other, second, first]
+    assert [record.id for record in store.latest("local", 1)] == [second]
+    assert store.counts() == {JobState.IN_QUEUE: 2, JobState.FAILED: 1}
+
+
+# ------------------------------------------------------------------------------------------- idempotency
+
+
+def test_the_same_key_and_body_is_the_same_job(store: Store) -> None:
+    first = store.add(job(), "key", "hash")
+
+    assert store.add(job(), "key", "hash").id == first.id
+    assert store.counts() == {JobState.IN_QUEUE: 1}
+
+
+def test_the_same_key_and_another_body_is_refused(store: Store) -> None:
+    store.add(job(), "key", "hash")
+
+    with pytest.raises(DuplicateKey):
+        store.add(job(), "key", "another")
+
+
+def test_a_key_is_free_again_when_its_job_is_gone(store: Store) -> None:
+    first = store.add(job(), "key", "hash")
+    store.finish(first.id, JobState.COMPLETED, NOW)
+    store.remove_expired([first.id], NOW + 10_000)
+
+    assert store.add(job(), "key", "another").id != first.id
+
+
+def test_of_many_with_one_key_at_the_same_time_one_is_accepted(store: Store) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        found = {record.id for record in pool.map(lambda _: store.add(job(), "key", "hash"), range(16))}
+
+    assert len(found) == 1
+    assert store.counts() == {JobState.IN_QUEUE: 1}
+
+
+# ------------------------------------------------------------------------------------------------- queue
+
+
+def test_no_more_jobs_wait_than_may(store: Store) -> None:
+    def try_to_add(_number: int) -> bool:
+        try:
+            store.add(job(), max_waiting=5)
+        except QueueFull:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        accepted = list(pool.map(try_to_add, range(16)))
+
+    assert accepted.count(True) == 5
+    assert store.counts() == {JobState.IN_QUEUE: 5}
+
+
+def test_a_request_that_was_accepted_before_is_found_in_a_full_queue(store: Store) -> None:
+    first = store.add(job(), "key", "hash", max_waiting=1)
+
+    assert store.add(job(), "key", "hash", max_waiting=1).id == first.id
+
+
+def test_waiting_jobs_are_cancelled_and_running_ones_are_not(store: Store) -> None:
+    running, waiting, other = add(store), add(store), add(store, endpoint_id="other")
+    store.start(running, "p", "http://comfyui", NOW)
+
+    assert store.cancel_waiting("local", NOW) == [waiting]
+    assert get(store, waiting).state is JobState.CANCELLED
+    assert store.cancel_waiting(None, NOW) == [other]
+    assert get(store, running).state is JobState.IN_PROGRESS
+
+
+# ------------------------------------------------------------------------------------------------ states
+
+
+def test_a_job_runs_and_ends(store: Store) -> None:
+    job_id = add(store, created_at=NOW)
+    assert store.start(job_id, "prompt", "http://comfyui", NOW + 1)
+    assert store.finish(job_id, JobState.COMPLETED, NOW + 5, output={"images": []}, ran_from=NOW + 2)
+
+    found = get(store, job_id)
+    assert (found.prompt_id, found.backend, found.output) == ("prompt", "http://comfyui", {"images": []})
+    assert (found.delay_ms, found.execution_ms) == (2000, 3000)
+    assert statuses(store, job_id) == ["IN_QUEUE", "IN_PROGRESS", "COMPLETED"]
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_an_end_never_changes(store: Store, end: JobState) -> None:
+    job_id = add(store)
+    store.finish(job_id, end, NOW, error={"error": "so"})
+
+    assert not store.start(job_id, "p", "http://comfyui", NOW)
+    assert not store.requeue(job_id, NOW)
+    assert not any(store.finish(job_id, other, NOW + 1) for other in ENDS)
+    assert (get(store, job_id).state, get(store, job_id).ended_at) == (end, NOW)
+
+
+def test_of_many_who_end_a_job_at_the_same_time_one_does(store: Store) -> None:
+    for _ in range(10):
+        job_id = add(store, webhook=True)
+        with ThreadPoolExecutor(8) as pool:
+            done = [pool.submit(store.finish, job_id, end, NOW) for end in [*ENDS, *ENDS]]
+
+        assert [future.result() for future in done].count(True) == 1
+        assert len(statuses(store, job_id)) == 2
+        assert len([delivery for delivery in store.due_deliveries(NOW, 1000) if delivery.job_id == job_id]) == 1
+
+
+def test_a_running_job_goes_back_to_its_place(store: Store) -> None:
+    job_id = add(store)
+    store.start(job_id, "p", "http://comfyui", NOW + 1)
+
+    assert store.requeue(job_id, NOW + 2)
+    assert not store.requeue(job_id, NOW + 3)
+    found = get(store, job_id)
+    assert (found.state, found.created_at, found.prompt_id, found.backend) == (JobState.IN_QUEUE, NOW, None, None)
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_only_what_failed_or_timed_out_is_retried(store: Store, end: JobState) -> None:
+    job_id = add(store, webhook=True)
+    store.start(job_id, "p", "http://comfyui", NOW)
+    store.finish(job_id, end, NOW, error={"error": "so"})
+
+    is_retried = store.retry(job_id, NOW + 9)
+
+    assert is_retried is (end in (JobState.FAILED, JobState.TIMED_OUT))
+    if is_retried:
+        found = get(store, job_id)
+        assert (found.state, found.created_at, found.error, found.started_at) == (
+            JobState.IN_QUEUE,
+            NOW + 9,
+            None,
+            None,
+        )
+        assert store.delivery_of(job_id) is None
+
+
+# ------------------------------------------------------------------------------------------------ events
+
+
+def test_events_are_numbered_upwards_even_if_the_clock_is_not(store: Store) -> None:
+    job_id = add(store, created_at=NOW)
+    store.start(job_id, "p", "http://comfyui", NOW)
+    store.requeue(job_id, NOW - 5)
+
+    numbers = [number for number, _type, _data in store.events_of(job_id)]
+    assert numbers == [moment(NOW), moment(NOW) + 1, moment(NOW) + 2]
+    assert [data for _number, _type, data in store.events_of(job_id, numbers[1])] == [{"status": "IN_QUEUE"}]
+
+
+# ---------------------------------------------------------------------------------------------- webhooks
+
+
+def test_a_webhook_is_noted_with_the_end_and_only_then(store: Store) -> None:
+    heard: list[bool] = []
+    store.when_webhook_is_due = lambda: heard.append(True)
+    job_id = add(store, webhook=True)
+    store.start(job_id, "p", "http://comfyui", NOW)
+    assert store.due_deliveries(NOW) == []
+
+    store.finish(job_id, JobState.COMPLETED, NOW)
+    store.finish(job_id, JobState.FAILED, NOW)
+
+    assert [delivery.job_id for delivery in store.due_deliveries(NOW)] == [job_id]
+    assert heard == [True]
+
+
+def test_a_job_that_nobody_wants_to_be_told_of_has_no_webhook(store: Store) -> None:
+    job_id = add(store)
+    store.finish(job_id, JobState.COMPLETED, NOW)
+
+    assert store.due_deliveries(NOW) == []
+    assert store.delivery_of(job_id) is None
+
+
+def test_a_webhook_is_due_again_when_it_was_put_off_and_never_when_it_is_done(store: Store) -> None:
+    job_id = add(store, webhook=True)
+    store.finish(job_id, JobState.COMPLETED, NOW)
+    (delivery,) = store.due_deliveries(NOW)
+
+    store.note_delivery(delivery.id, NOW, retry_at=NOW + 10, error="it answered 503")
+    assert store.due_deliveries(NOW + 9) == []
+    assert [(again.id, again.attempts) for again in store.due_deliveries(NOW + 10)] == [(delivery.id, 1)]
+
+    store.note_delivery(delivery.id, NOW + 11)
+    assert store.due_deliveries(NOW + 100) == []
+    noted = store.delivery_of(job_id)
+    assert noted is not None
+    assert (noted["attempts"], noted["done_at"], noted["last_error"]) == (2, NOW + 11, None)
+
+
+# ------------------------------------------------------------------------------------------------ expiry
+
+
+def test_a_job_expires_after_its_end_and_its_webhook(store: Store) -> None:
+    open_job = add(store)
+    ended = add(store, retention_s=60.0)
+    untold = add(store, retention_s=60.0, webhook=True)
+    for job_id in (ended, untold):
+        store.finish(job_id, JobState.COMPLETED, NOW)
+
+    assert store.expired(NOW + 59) == []
+    assert store.expired(NOW + 61) == [ended]
+    assert store.remove_expired([open_job, ended, untold], NOW + 61) == [ended]
+    assert store.get(ended) is None
+    assert store.events_of(ended) == []
+
+    store.note_delivery(store.due_deliveries(NOW)[0].id, NOW)
+    assert store.remove_expired([untold], NOW + 61) == [untold]
+
+
+# ---------------------------------------------------------------------------------------------- database
+
+
+def test_several_that_start_at_once_bring_the_database_up_to_date_once(opened: Open) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        stores = [future.result() for future in [pool.submit(opened) for _ in range(4)]]
+
+    add(stores[0])
+    assert stores[3].counts() == {JobState.IN_QUEUE: 1}
+
+
+def test_a_database_has_one_gateway_at_a_time(store: Store, url: str) -> None:
+    first, second = connect(url), connect(url)
+    try:
+        with owned(first), pytest.raises(InvalidInput, match="Another gateway"), owned(second, 0.2):
+            pass
+        began = time.monotonic()
+        with owned(second, 20.0):
+            assert time.monotonic() - began < 10
+    finally:
+        first.dispose()
+        second.dispose()

@@ -1,0 +1,308 @@
+"""A gateway that starts again: where every job, output and webhook stands then."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from comfy_worker.gateway.assets import AssetStore
+from comfy_worker.gateway.core import Gateway
+from comfy_worker.gateway.database import connect
+from comfy_worker.gateway.deliveries import Deliveries
+from comfy_worker.gateway.errors import NotFound
+from comfy_worker.gateway.events import LocalEventBus
+from comfy_worker.gateway.records import JobRecord
+from comfy_worker.gateway.settings import load_gateway_settings
+from comfy_worker.gateway.store import Store
+from comfy_worker.gateway.upkeep import Upkeep
+from comfy_worker.jobs import JobState
+from tests.contract.test_engine import Bench
+from tests.support import graphs
+from tests.support.gate import Gate
+from tests.support.postgres import postgres
+from tests.support.receiver import Receiver
+from tests.support.running import wait_until
+from tests.support.victims import Emulated
+
+RED = (255, 0, 0)
+NOW = 1_700_000_000.0
+SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"  # a test's own
+
+
+@pytest.fixture(autouse=True)
+def bare_environment(environment: pytest.MonkeyPatch) -> None:
+    """Run every test with nothing but its own settings."""
+
+
+@pytest.fixture
+def comfyui(tmp_path: Path) -> Iterator[Emulated]:
+    with Emulated(base_directory=tmp_path / "comfyui") as running:
+        yield running
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return tmp_path / "data"
+
+
+# ------------------------------------------------------------------------------------------------ ComfyUI
+
+
+def test_a_prompt_that_still_runs_is_watched_again(data: Path, comfyui: Emulated, tmp_path: Path) -> None:
+    gate = Gate(tmp_path)
+    with Bench(data, comfyui.url) as before:
+        job_id = before.submit(gate.graph())
+        gate.wait_until_run()
+    assert len(comfyui.running()) == 1
+
+    with Bench(data, comfyui.url) as after:
+        assert after.get(job_id).state is JobState.IN_PROGRESS
+        gate.open()
+        assert after.ended(job_id).state is JobState.COMPLETED
+    assert gate.runs == 1
+
+
+def test_a_prompt_that_finished_meanwhile_is_collected(data: Path, comfyui: Emulated, tmp_path: Path) -> None:
+    gate = Gate(tmp_path)
+    with Bench(data, comfyui.url) as before:
+        job_id = before.submit(gate.graph())
+        gate.wait_until_run()
+    gate.open()
+    comfyui.wait_until_idle()
+
+    with Bench(data, comfyui.url) as after:
+        assert after.ended(job_id).state is JobState.COMPLETED
+        assert after.picture(job_id)
+    assert gate.runs == 1
+
+
+def test_what_waited_waits_in_its_place_and_runs(data: Path, comfyui: Emulated, tmp_path: Path) -> None:
+    gate = Gate(tmp_path)
+    with Bench(data, comfyui.url) as before:
+        running = before.submit(gate.graph())
+        gate.wait_until_run()
+        waiting = [before.submit(graphs.picture((number, 0, 0))) for number in range(4)]
+
+    with Bench(data, comfyui.url) as after:
+        gate.open()
+        assert after.ended(running).state is JobState.COMPLETED
+        assert [after.picture(job_id)[0] for job_id in waiting] == [0, 1, 2, 3]
+
+
+def test_a_prompt_that_comfyui_forgot_runs_again(data: Path, comfyui: Emulated, tmp_path: Path) -> None:
+    gate = Gate(tmp_path)
+    with Bench(data, comfyui.url) as before:
+        job_id = before.submit(gate.graph())
+        gate.wait_until_run()
+    comfyui.kill()
+    comfyui.start()
+
+    with Bench(data, comfyui.url) as after:
+        gate.wait_until_run(2)
+        gate.open()
+        assert after.ended(job_id).state is JobState.COMPLETED
+
+
+def test_a_job_waits_for_a_comfyui_that_is_not_back_yet(data: Path, comfyui: Emulated, tmp_path: Path) -> None:
+    gate = Gate(tmp_path)
+    with Bench(data, comfyui.url) as before:
+        job_id = before.submit(gate.graph())
+        gate.wait_until_run()
+    comfyui.kill()
+    gate.open()
+
+    with Bench(data, comfyui.url) as after:
+        assert not after.get(job_id).state.is_terminal
+        comfyui.start()
+        assert after.ended(job_id).state is JobState.COMPLETED
+
+
+def test_files_that_were_cleaned_up_before_the_end_was_noted_are_made_again(
+    data: Path, comfyui: Emulated, tmp_path: Path
+) -> None:
+    gate = Gate(tmp_path)
+    with Bench(data, comfyui.url) as before:
+        job_id = before.submit(gate.graph())
+        gate.wait_until_run()
+    gate.open()
+    comfyui.wait_until_idle()
+    shutil.rmtree(tmp_path / "comfyui" / "output")
+    (tmp_path / "comfyui" / "output").mkdir()
+
+    with Bench(data, comfyui.url) as after:
+        assert after.picture(job_id)
+
+
+def test_a_job_that_was_cancelled_stays_so(data: Path, comfyui: Emulated, tmp_path: Path) -> None:
+    gate = Gate(tmp_path)
+    with Bench(data, comfyui.url) as before:
+        job_id = before.submit(gate.graph())
+        gate.wait_until_run()
+        before.call(before.service.cancel(job_id))
+
+    with Bench(data, comfyui.url) as after:
+        assert after.get(job_id).state is JobState.CANCELLED
+        assert after.service.place(job_id) is None
+
+
+def test_a_job_that_is_cancelled_before_it_is_taken_up_is_off_the_gpu(
+    data: Path, comfyui: Emulated, tmp_path: Path
+) -> None:
+    gate = Gate(tmp_path)
+    with Bench(data, comfyui.url) as before:
+        job_id = before.submit(gate.graph())
+        gate.wait_until_run()
+
+    with Bench(data, comfyui.url) as after:
+        assert after.call(after.service.cancel(job_id)).state is JobState.CANCELLED
+        comfyui.wait_until_idle()
+        assert after.get(job_id).state is JobState.CANCELLED
+
+
+def test_a_job_ends_whose_database_was_away_meanwhile(data: Path, comfyui: Emulated, tmp_path: Path) -> None:
+    gate = Gate(tmp_path)
+    with postgres() as server, Bench(data, comfyui.url, database_url=server.new_database()) as bench:
+        job_id = bench.submit(gate.graph())
+        gate.wait_until_run()
+        server.stop()
+        gate.open()
+        comfyui.wait_until_idle()
+        server.start()
+
+        assert bench.ended(job_id).state is JobState.COMPLETED
+
+
+# ----------------------------------------------------------------------------------------------- webhooks
+
+
+def webhook_job(job_id: str, webhook: object, *, plain: bool) -> JobRecord:
+    request = {"input": {}, "webhook": webhook} if plain else {"input": {"webhook": webhook}}
+    return JobRecord(job_id, "local", JobState.IN_QUEUE, NOW, request=request, webhook=True)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    opened = Store(connect(f"sqlite:///{tmp_path}/jobs.db"), b"key")
+    yield opened
+    opened.close()
+
+
+def sender(store: Store, tmp_path: Path, **settings: object) -> Deliveries:
+    values = {"allow_private_urls": True, **settings}
+    return Deliveries(
+        store, AssetStore(tmp_path / "assets"), load_gateway_settings(**values), first_back_off_s=0.01
+    )  # fmt: skip
+
+
+def is_done(store: Store, job_id: str) -> bool:
+    delivery = store.delivery_of(job_id)
+    return delivery is not None and delivery["done_at"] is not None
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_webhook_is_the_status_of_the_job_and_is_repeated_under_one_id(
+    store: Store, tmp_path: Path, *, plain: bool
+) -> None:
+    with Receiver(503, 500) as receiver:
+        webhook = receiver.url if plain else {"url": receiver.url, "secret": SECRET, "extra_params": {"a": 1}}
+        store.add(webhook_job("job", webhook, plain=plain))
+        store.start("job", "p", "http://comfyui", NOW + 1)
+        store.finish("job", JobState.COMPLETED, NOW + 3, output={"images": []})
+        deliveries = sender(store, tmp_path)
+        deliveries.start()
+        received = receiver.wait_for(3)
+        wait_until(lambda: is_done(store, "job"))
+        deliveries.stop()
+
+    extra = {} if plain else {"extra_params": {"a": 1}}
+    body = {"id": "job", "status": "COMPLETED", "delayTime": 1000, "executionTime": 2000, "output": {"images": []}}
+    assert [one.body for one in received] == [{**body, **extra}] * 3
+    assert len({one.id for one in received}) == 1
+    if not plain:
+        received[-1].verify(SECRET)
+
+
+def test_a_webhook_that_was_not_sent_before_the_end_is_sent_after_the_start(store: Store, tmp_path: Path) -> None:
+    with Receiver() as receiver:
+        store.add(webhook_job("job", receiver.url, plain=True))
+        store.finish("job", JobState.FAILED, NOW, error={"error": "so", "code": "internal"})
+        deliveries = sender(store, tmp_path)
+        deliveries.start()
+        (received,) = receiver.wait_for(1)
+        wait_until(lambda: is_done(store, "job"))
+        deliveries.stop()
+        again = sender(store, tmp_path)
+        again.start()
+        again.stop()
+
+    assert received.body == {"id": "job", "status": "FAILED", "error": "so", "output": {"code": "internal"}}
+    assert len(receiver.received) == 1
+
+
+def test_a_receiver_that_never_accepts_is_given_up(store: Store, tmp_path: Path) -> None:
+    with Receiver(*[503] * 9) as receiver:
+        store.add(webhook_job("job", receiver.url, plain=True))
+        deliveries = sender(store, tmp_path, webhook_attempts=3)
+        deliveries.start()
+        store.finish("job", JobState.FAILED, NOW, error={"error": "so"})
+        wait_until(lambda: is_done(store, "job"))
+        deliveries.stop()
+
+    assert len(receiver.received) == 3
+    delivery = store.delivery_of("job")
+    assert delivery is not None
+    assert "it answered 503" in delivery["last_error"]
+    assert "query-secret" not in delivery["last_error"]
+
+
+def test_a_private_address_is_not_told(store: Store, tmp_path: Path) -> None:
+    with Receiver() as receiver:
+        store.add(webhook_job("job", receiver.url, plain=True))
+        store.finish("job", JobState.FAILED, NOW, error={"error": "so"})
+        deliveries = sender(store, tmp_path, allow_private_urls=False)
+        deliveries.start()
+        wait_until(lambda: is_done(store, "job"))
+        deliveries.stop()
+
+    assert receiver.received == []
+
+
+def test_a_receiver_that_hangs_keeps_no_other_waiting(store: Store, tmp_path: Path) -> None:
+    with Receiver("hang") as slow, Receiver() as quick:
+        for job_id, url in (("slow", slow.url), ("quick", quick.url)):
+            store.add(webhook_job(job_id, url, plain=True))
+            store.finish(job_id, JobState.FAILED, NOW, error={"error": "so"})
+        deliveries = sender(store, tmp_path)
+        deliveries.start()
+        slow.wait_for(1)
+        quick.wait_for(1)
+        slow.released.set()
+        deliveries.stop()
+
+
+def test_the_gateways_own_receiver_is_told_of_every_end(data: Path, comfyui: Emulated) -> None:
+    with Receiver() as receiver, Bench(data, comfyui.url, webhook_url=receiver.url) as bench:
+        job_id = bench.submit(graphs.picture(RED))
+        (received,) = receiver.wait_for(1)
+
+    assert (received.body["id"], received.body["status"]) == (job_id, "COMPLETED")
+    assert received.body["output"]["images"][0]["type"] == "base64"
+
+
+# ------------------------------------------------------------------------------------------------- expiry
+
+
+def test_a_jobs_files_go_with_it(data: Path, comfyui: Emulated) -> None:
+    with Bench(data, comfyui.url) as bench:
+        job_id = bench.submit(graphs.picture(RED))
+        assert bench.picture(job_id) == RED
+        gateway: Gateway = bench.gateway
+        Upkeep(gateway.store, LocalEventBus(), gateway.assets).remove_expired(time.time() + 1801)
+
+        with pytest.raises(NotFound):
+            bench.get(job_id)
+    assert list((data / "assets").iterdir()) == []

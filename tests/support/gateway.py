@@ -1,0 +1,100 @@
+"""A gateway: in this process for tests of its parts, or as a process of its own that a test may kill."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import requests
+
+from comfy_worker.gateway.core import Gateway
+from comfy_worker.gateway.settings import load_gateway_settings
+from tests.support.ports import silent_port
+from tests.support.processes import Process
+from tests.support.running import wait_until
+
+TIMEOUT_S = 30.0
+Body = dict[str, Any]
+
+
+@contextmanager
+def gateway(folder: Path, comfyui_url: str, **settings: Any) -> Iterator[Gateway]:
+    """Run a gateway without doors until the end of the block."""
+    values = {"data_dir": str(folder), "comfyui_url": comfyui_url, "allow_private_urls": True, **settings}
+    running = Gateway(load_gateway_settings(**values))
+    running.start()
+    try:
+        yield running
+    finally:
+        running.stop()
+
+
+class GatewayProcess:
+    """`python -m comfy_worker serve` on a port that stays the same over kills and starts."""
+
+    def __init__(self, folder: Path, comfyui_url: str, **environment: str) -> None:
+        with silent_port() as port:
+            self._port = port
+        self._environment = {
+            "API_PORT": str(port),
+            "DATA_DIR": str(folder),
+            "COMFYUI_URL": comfyui_url,
+            "RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS": "true",
+            "MAX_QUEUE_SIZE": "1000",
+            "PYTHONPATH": "src",
+            **environment,
+        }
+        self._process: Process | None = None
+        self.logs: list[str] = []
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        return f"http://127.0.0.1:{self._port}"
+
+    def launch(self) -> None:
+        """Begin to start it; it may be killed before it listens."""
+        self._process = Process([sys.executable, "-m", "comfy_worker", "serve"], environment=self._environment)
+
+    def start(self) -> None:
+        """Start it, and return when it answers."""
+        self.launch()
+        wait_until(self.is_up)
+
+    def is_up(self) -> bool:
+        """Return whether it answers."""
+        assert self._process is not None
+        assert self._process.is_running, self._process.output
+        try:
+            return requests.get(f"{self.url}/health", timeout=TIMEOUT_S).ok
+        except requests.ConnectionError:
+            return False
+
+    def kill(self) -> None:
+        """End it by SIGKILL."""
+        assert self._process is not None
+        self._process.kill()
+        self.logs.append(self._process.output)
+
+    def stop(self) -> None:
+        """End it by SIGTERM."""
+        assert self._process is not None
+        self._process.stop(TIMEOUT_S)
+        self.logs.append(self._process.output)
+
+    def post(self, path: str, body: Body | None = None, **headers: str) -> Body:
+        """Send JSON; return the answer."""
+        response = requests.post(f"{self.url}{path}", json=body or {}, headers=headers, timeout=TIMEOUT_S)
+        response.raise_for_status()
+        answer: Body = response.json()
+        return answer
+
+    def status(self, job_id: str) -> Body:
+        """Return the answer of /status."""
+        response = requests.get(f"{self.url}/status/{job_id}", timeout=TIMEOUT_S)
+        response.raise_for_status()
+        answer: Body = response.json()
+        return answer

@@ -1,0 +1,222 @@
+"""The application without a ComfyUI: its routes, its guard, its headers, its limits."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from starlette.routing import WebSocketRoute
+from starlette.testclient import WebSocketDenialResponse
+
+from comfy_worker.gateway.answers import EXAMPLE_JOB
+from comfy_worker.gateway.app import create_app
+from comfy_worker.gateway.auth import Keys
+from comfy_worker.gateway.jsonlogs import JsonFormatter, about_job
+from comfy_worker.gateway.limits import RUN_LIMIT
+from comfy_worker.gateway.settings import load_gateway_settings
+from tests.support.ports import silent_port
+
+KEY = {"Authorization": "Bearer key"}
+Make = Callable[..., TestClient]
+
+
+@pytest.fixture
+def make(environment: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Make]:
+    """Return a maker of clients of an application that has no ComfyUI."""
+    with ExitStack() as stack, silent_port() as port:
+
+        def make(keys: tuple[str, ...] = ("key",), **settings: Any) -> TestClient:
+            url = f"http://127.0.0.1:{port}"
+            loaded = load_gateway_settings(comfyui_url=url, data_dir=str(tmp_path), **settings)
+            client = TestClient(create_app(loaded, Keys(keys)), base_url="http://127.0.0.1")
+            stack.enter_context(client)
+            return client
+
+        yield make
+
+
+def routes(app: FastAPI) -> Iterator[tuple[str, str]]:
+    """Yield method and path of each route."""
+    for route in walk(app.routes):
+        path = str(route.path)
+        for part in ("job_id", "endpoint_id", "path:path", "path"):
+            path = path.replace(f"{{{part}}}", "x")
+        for method in ["WEBSOCKET"] if isinstance(route, WebSocketRoute) else sorted(getattr(route, "methods", ())):
+            yield method, path
+
+
+def walk(found: Any) -> Iterator[Any]:
+    """Yield routes, those inside of routers too."""
+    for route in found:
+        inner = getattr(route, "routes", None) or getattr(getattr(route, "original_router", None), "routes", None)
+        if inner:
+            yield from walk(inner)
+        else:
+            yield route
+
+
+def test_no_route_answers_without_a_key_but_the_one_that_tells_nothing(make: Make) -> None:
+    client = make()
+    app = client.app
+    assert isinstance(app, FastAPI)
+    found = sorted(set(routes(app)))
+    paths = {path for _, path in found}
+    assert {"/run", "/v2/x/run", "/events/x", "/ws/x", "/metrics", "/docs", "/openapi.json", "/assets/x/x"} <= paths
+    assert len(found) > 25
+    for method, path in found:
+        expected = 200 if path == "/live" else 401
+        assert status_of(client, method, path) == expected, (method, path)
+    assert status_of(client, "GET", "/nothing") == 401
+    assert status_of(client, "OPTIONS", "/run") == 401
+
+
+def status_of(client: TestClient, method: str, path: str) -> int:
+    if method == "WEBSOCKET":
+        with pytest.raises(WebSocketDenialResponse) as denied, client.websocket_connect(path):
+            pass
+        return int(denied.value.status_code)
+    return int(client.request(method, path).status_code)
+
+
+def test_a_refusal_says_what_is_missing_and_asks_a_browser_for_it(make: Make) -> None:
+    client = make()
+    answer = client.get("/health")
+    assert answer.json()["code"] == "unauthorized"
+    assert answer.headers["www-authenticate"] == "Bearer"
+    assert client.get("/docs", headers={"Accept": "text/html"}).headers["www-authenticate"].startswith("Basic")
+    assert client.get("/docs", auth=("me", "key")).status_code == 200
+
+
+def test_every_answer_has_the_security_headers(make: Make) -> None:
+    client = make()
+    for answer in (client.get("/live"), client.get("/health"), client.get("/nothing", headers=KEY)):
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert answer.headers["x-frame-options"] == "DENY"
+        assert "default-src 'none'" in answer.headers["content-security-policy"]
+        assert answer.headers["cache-control"] == "no-store"
+
+
+def test_pages_of_other_origins_are_admitted_by_setting(make: Make) -> None:
+    asked = {"Origin": "https://ours", "Access-Control-Request-Method": "POST"}
+    client = make(cors_origins="https://ours, https://others")
+    assert client.options("/run", headers=asked).headers["access-control-allow-origin"] == "https://ours"
+    assert client.get("/health", headers={**KEY, **asked}).headers["access-control-allow-origin"] == "https://ours"
+    assert "access-control-allow-origin" not in client.options("/run", headers={**asked, "Origin": "https://x"}).headers
+
+
+def test_a_key_used_too_often_is_told_when_to_come_back(make: Make) -> None:
+    client = make(keys=("key", "other"), rate_limit_status="3/minute", rate_limit_cancel="1/minute")
+    assert [client.get("/status/x", headers=KEY).status_code for _ in range(4)] == [404, 404, 404, 429]
+    answer = client.get("/v2/x/status/x", headers=KEY)
+    assert (answer.status_code, answer.json()["code"]) == (429, "rate_limited")
+    assert 1 <= int(answer.headers["retry-after"]) <= 60
+    assert client.get("/status/x", headers={"Authorization": "Bearer other"}).status_code == 404
+    assert [client.post("/cancel/x", headers=KEY).status_code for _ in range(2)] == [404, 429]
+
+
+def test_a_body_that_is_too_large_is_refused_before_it_is_read(make: Make) -> None:
+    client = make()
+    answer = client.post("/run", headers={**KEY, "Content-Length": str(RUN_LIMIT + 1)}, content=b"{}")
+    assert (answer.status_code, answer.json()["code"]) == (413, "request_too_large")
+    in_pieces = client.post("/run", headers=KEY, content=(b" " * 1_000_000 for _ in range(11)))
+    assert in_pieces.status_code == 413
+    assert client.post("/cancel/x", headers=KEY, content=b" " * 1_000_001).status_code == 413
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"no JSON",
+        b"[]",
+        b"{}",
+        b"null",
+        b'{"input": 1}',
+        b'{"input": null}',
+        b'{"input": {"seed": NaN}}',
+        b'{"input": {"seed": -Infinity}}',
+        b"\xff\xfe",
+        b'{"input": {"x": ' + b"[" * 500 + b"]" * 500 + b"}}",
+        b'{"input": ' + b"[" * 100_000,
+        b'{"input": {}, "policy": {"ttl": 1}}',
+        b'{"input": {}, "policy": 1}',
+        b'{"input": {}, "webhook": {}}',
+        b'{"input": {}, "s3Config": {"bucketName": "b"}}',
+        b'{"input": {"x": ' + b"9" * 5000 + b"}}",
+    ],
+)
+def test_a_request_that_is_none_is_refused_in_one_sentence(make: Make, body: bytes) -> None:
+    answer = make().post("/run", headers=KEY, content=body)
+    assert answer.status_code == 400
+    assert answer.json()["code"] == "invalid_input"
+    assert answer.json()["error"]
+
+
+def test_the_same_idempotency_key_is_the_same_job(make: Make) -> None:
+    client = make(keys=("key", "other"))
+    headers = {**KEY, "Idempotency-Key": "once"}
+    first = client.post("/run", headers=headers, json=EXAMPLE_JOB).json()["id"]
+    assert client.post("/run", headers=headers, json=EXAMPLE_JOB).json()["id"] == first
+    assert client.post("/v2/elsewhere/run", headers=headers, json=EXAMPLE_JOB).json()["id"] != first
+    of_another = {**headers, "Authorization": "Bearer other"}
+    assert client.post("/run", headers=of_another, json=EXAMPLE_JOB).json()["id"] != first
+    answer = client.post("/run", headers=headers, json={"input": {}})
+    assert (answer.status_code, answer.json()["code"]) == (409, "idempotency_conflict")
+
+
+def test_a_full_queue_says_when_to_come_back(make: Make) -> None:
+    client = make(max_queue_size=1)
+    assert client.post("/run", headers=KEY, json=EXAMPLE_JOB).json()["status"] == "IN_QUEUE"
+    answer = client.post("/run", headers=KEY, json=EXAMPLE_JOB)
+    assert (answer.status_code, answer.json()["code"]) == (503, "queue_full")
+    assert int(answer.headers["retry-after"]) > 0
+    assert client.post("/purge-queue", headers=KEY).json() == {"removed": 1, "status": "completed"}
+
+
+def test_the_queue_of_one_endpoint_is_purged_alone(make: Make) -> None:
+    client = make()
+    kept = client.post("/v2/a/run", headers=KEY, json=EXAMPLE_JOB).json()["id"]
+    client.post("/v2/b/run", headers=KEY, json=EXAMPLE_JOB)
+    assert client.post("/v2/b/purge-queue", headers=KEY).json()["removed"] == 1
+    assert client.get(f"/v2/a/status/{kept}", headers=KEY).json()["status"] == "IN_QUEUE"
+    assert client.post(f"/v2/a/cancel/{kept}", headers=KEY).json() == {"id": kept, "status": "CANCELLED"}
+    assert client.post(f"/v2/a/retry/{kept}", headers=KEY).status_code == 409
+
+
+def test_without_a_comfyui_it_is_alive_and_not_ready(make: Make) -> None:
+    client = make()
+    assert client.get("/live").json() == {"status": "ok"}
+    assert client.get("/health", headers=KEY).json()["workers"]["running"] == 0
+    assert client.get("/metrics", headers=KEY).status_code == 200
+
+
+def test_what_is_no_ones_path_has_our_form(make: Make) -> None:
+    client = make()
+    assert client.get("/nothing", headers=KEY).json()["code"] == "not_found"
+    wrong = client.get("/run", headers=KEY)
+    assert (wrong.status_code, wrong.json()["code"]) == (405, "method_not_allowed")
+
+
+def test_a_log_line_as_json_has_the_job_and_no_secret() -> None:
+    record = logging.LogRecord("comfy", logging.INFO, __file__, 1, "used %s in %s", ("s3cret", "/root/x/y.png"), None)
+    record.job_id = "job-1"
+    line = json.loads(JsonFormatter(["s3cret"]).format(record))
+    assert line["job_id"] == "job-1"
+    assert line["message"] == "used *** in y.png"
+    assert line["level"] == "INFO"
+
+
+def test_lines_within_a_job_carry_its_id(caplog: pytest.LogCaptureFixture) -> None:
+    from comfy_worker.gateway.jsonlogs import _add_job_id
+
+    record = logging.LogRecord("comfy", logging.INFO, __file__, 1, "x", (), None)
+    with about_job("job-2"):
+        assert _add_job_id(record)
+    assert record.__dict__["job_id"] == "job-2"

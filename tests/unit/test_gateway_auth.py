@@ -1,0 +1,161 @@
+"""Who may use the gateway: keys, pages of other origins, links, rates and sizes."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import stat
+from pathlib import Path
+
+import pytest
+from starlette.datastructures import Headers
+
+from comfy_worker.errors import InvalidInput
+from comfy_worker.gateway.auth import Guard, Keys, is_loopback, kept_secret, read_hashes
+from comfy_worker.gateway.errors import Unauthorized
+from comfy_worker.gateway.limits import RUN_LIMIT, RUNSYNC_LIMIT, body_limit
+from comfy_worker.gateway.signing import AssetLinks
+
+KEY = "the key"
+
+
+def basic(password: str) -> str:
+    return f"Basic {base64.b64encode(f'me:{password}'.encode()).decode()}"
+
+
+@pytest.mark.parametrize("header", [f"Bearer {KEY}", f"bearer {KEY}", KEY, basic(KEY)])
+def test_a_key_is_taken_in_every_form_that_clients_send(header: str) -> None:
+    assert Keys([KEY]).check(header) == Keys([], [hashlib.sha256(KEY.encode()).hexdigest()]).check(header)
+
+
+@pytest.mark.parametrize("header", [None, "", "Bearer", "Bearer ", "Bearer wrong", "Basic !", basic("wrong"), "\udcff"])
+def test_anything_else_is_refused(header: str | None) -> None:
+    with pytest.raises(Unauthorized):
+        Keys([KEY, "another"]).check(header)
+
+
+def test_the_name_of_a_key_does_not_tell_it() -> None:
+    assert KEY not in Keys([KEY]).check(KEY)
+    assert Keys([KEY, "b"]).check(KEY) != Keys([KEY, "b"]).check("b")
+
+
+@pytest.mark.parametrize(
+    ("method", "headers", "is_admitted"),
+    [
+        ("POST", {"authorization": f"Bearer {KEY}", "origin": "https://elsewhere", "host": "pod"}, True),
+        ("GET", {"authorization": basic(KEY), "host": "pod"}, True),
+        ("GET", {"authorization": basic(KEY), "origin": "https://pod", "host": "pod"}, True),
+        ("GET", {"authorization": basic(KEY), "origin": "https://ours", "host": "pod"}, True),
+        ("GET", {"authorization": basic(KEY), "origin": "https://elsewhere", "host": "pod"}, False),
+        ("POST", {"authorization": basic(KEY), "host": "pod"}, False),
+    ],
+)
+def test_a_foreign_page_cannot_use_what_was_typed_into_the_browser(
+    method: str, headers: dict[str, str], is_admitted: bool
+) -> None:
+    assert admits(Guard(Keys([KEY]), ["https://ours"]), method, headers) is is_admitted
+
+
+@pytest.mark.parametrize(
+    ("headers", "is_admitted"),
+    [
+        ({"host": "127.0.0.1:8000"}, True),
+        ({"host": "localhost:8000", "origin": "http://localhost:8000"}, True),
+        ({"host": "[::1]:8000"}, True),
+        ({"host": "127.0.0.1:8000", "origin": "https://elsewhere"}, False),
+        ({"host": "rebound.example:8000"}, False),
+        ({}, False),
+    ],
+)
+def test_without_keys_no_page_from_elsewhere_gets_through_a_browser(headers: dict[str, str], is_admitted: bool) -> None:
+    assert admits(Guard(Keys([]), []), "POST", headers) is is_admitted
+
+
+def admits(guard: Guard, method: str, headers: dict[str, str]) -> bool:
+    try:
+        guard.admit(method, Headers(headers))
+    except Unauthorized:
+        return False
+    return True
+
+
+def test_a_secret_is_made_once_and_only_its_owner_can_read_it(tmp_path: Path) -> None:
+    file = tmp_path / "data" / "api.key"
+    secret = kept_secret(file)
+    assert kept_secret(file) == secret
+    assert len(secret) >= 32
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+def test_a_secret_whose_writing_was_cut_off_is_made_again(tmp_path: Path) -> None:
+    file = tmp_path / "api.key"
+    file.touch()
+    assert kept_secret(file) == kept_secret(file) != ""
+
+
+def test_a_file_of_hashes_is_read_as_sha256sum_writes_it(tmp_path: Path) -> None:
+    file = tmp_path / "hashes"
+    digest = hashlib.sha256(KEY.encode()).hexdigest()
+    file.write_text(f"# ours\n{digest.upper()}  -\n\n")
+    assert read_hashes(str(file)) == [digest]
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "the key itself\n"])
+def test_a_file_without_hashes_is_refused(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "hashes"
+    file.write_text(text)
+    with pytest.raises(InvalidInput):
+        read_hashes(str(file))
+
+
+def test_a_file_that_is_not_there_is_refused_without_its_path(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput) as refused:
+        read_hashes(str(tmp_path / "none"))
+    assert str(tmp_path) not in refused.value.message
+
+
+@pytest.mark.parametrize(
+    ("host", "is_one"),
+    [("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False), ("pod", False)],
+)
+def test_loopback_is_told_from_everything_else(host: str, is_one: bool) -> None:
+    assert is_loopback(host) is is_one
+
+
+def parts_of(url: str) -> tuple[int, str]:
+    query = dict(part.split("=") for part in url.partition("?")[2].split("&"))
+    return int(query["expires"]), query["signature"]
+
+
+def test_a_link_works_for_its_file_alone() -> None:
+    links = AssetLinks("secret", 60)
+    url = links.url("http://gateway/", "job/a b.png")
+    assert url.startswith("http://gateway/assets/job/a%20b.png?")
+    expires, signature = parts_of(url)
+    links.check("job/a b.png", expires, signature)
+    for path, when, given in (("job/b.png", expires, signature), ("job/a b.png", expires + 1, signature)):
+        with pytest.raises(Unauthorized, match="signature"):
+            links.check(path, when, given)
+    with pytest.raises(Unauthorized, match="signature"):
+        AssetLinks("other", 60).check("job/a b.png", expires, signature)
+
+
+def test_a_link_expires() -> None:
+    links = AssetLinks("secret", -1)
+    with pytest.raises(Unauthorized, match="expired"):
+        links.check("job/a.png", *parts_of(links.url("http://gateway", "job/a.png")))
+
+
+@pytest.mark.parametrize(
+    ("path", "limit"),
+    [
+        ("/run", RUN_LIMIT),
+        ("/v2/mine/run", RUN_LIMIT),
+        ("/runsync", RUNSYNC_LIMIT),
+        ("/v2/run/runsync", RUNSYNC_LIMIT),
+        ("/status/x", 1_000_000),
+        ("/", 1_000_000),
+    ],
+)
+def test_a_path_has_runpods_limit(path: str, limit: int) -> None:
+    assert body_limit(path) == limit
