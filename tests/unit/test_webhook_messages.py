@@ -123,7 +123,8 @@ def test_what_a_job_names_is_never_signed_with_the_workers_secret() -> None:
 def test_the_state_follows_from_the_error() -> None:
     states = {Cancelled: JobState.CANCELLED, TimedOut: JobState.TIMED_OUT}
     for error in all_errors():
-        assert status_of(error("It went wrong").as_output()) is states.get(error, JobState.FAILED)
+        output = {"error": "It went wrong", "code": error.code}
+        assert status_of(output) is states.get(error, JobState.FAILED)
     assert status_of({"images": []}) is JobState.COMPLETED
 
 
