@@ -60,7 +60,7 @@ class EventSocket:
             )
             self._socket.send(FEATURE_FLAGS)
         except (OSError, websocket.WebSocketException):
-            self.lose()
+            self._lose()
         return self.is_open
 
     def renew(self) -> None:
@@ -91,13 +91,13 @@ class EventSocket:
         except websocket.WebSocketTimeoutException:
             return None
         except (OSError, websocket.WebSocketException):
-            self.lose()
+            self._lose()
             return None
         if opcode == websocket.ABNF.OPCODE_TEXT:
             return bytes(data).decode("utf-8", errors="replace")
         if opcode == websocket.ABNF.OPCODE_BINARY:
             return bytes(data)
-        self.lose()
+        self._lose()
         return None
 
     def is_usable(self) -> bool:
@@ -128,7 +128,7 @@ class EventSocket:
             self._socket.shutdown()
             self._socket = None
 
-    def lose(self) -> None:
+    def _lose(self) -> None:
         """Give the socket up as one that frames may have been missed on."""
         self.was_lost = True
         self.close()

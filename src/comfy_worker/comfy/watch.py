@@ -6,7 +6,6 @@ and at the end.
 
 from __future__ import annotations
 
-import logging
 import time
 from dataclasses import dataclass, field
 
@@ -24,8 +23,6 @@ from comfy_worker.comfy.socket import EventSocket
 from comfy_worker.errors import ComfyUnreachable, TimedOut
 from comfy_worker.jobs import OnEvent, QueuePosition
 from comfy_worker.stop import Stop
-
-log = logging.getLogger(__name__)
 
 _HISTORY_GRACE_S = 1.0
 """How long a prompt may be in neither queue nor history before it counts as gone."""
@@ -143,13 +140,7 @@ class Watch:
 
     def _tell(self, frame: str | bytes) -> None:
         self._heard_frames = True
-        try:
-            events = self.protocol.receive(frame)
-        except ComfyUnreachable as error:
-            log.warning("the websocket is given up: %s", error)
-            self.socket.lose()
-            self._ask_at = time.monotonic()
-            return
+        events = self.protocol.receive(frame)
         if events:
             self._hears_prompt = True
             self._last_sign = time.monotonic()
