@@ -212,6 +212,33 @@ def test_the_pings_of_a_killed_worker_end_with_it(platform: Platform, comfy: Com
         assert process.wait() == -signal.SIGKILL
 
 
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_worker_does_not_wait_for_its_pings(platform: Platform, comfy: ComfyUI, number: signal.Signals) -> None:
+    """The SDK's ping process is asked to end and waited for; one that cannot must not keep the worker."""
+    with worker(platform, comfy.url) as process:
+        platform.wait_until(lambda: count(platform, "ping"), "a ping")
+        [child] = children(process.pid)
+        os.kill(child, signal.SIGSTOP)
+        process.send_signal(number)
+        assert process.wait(15) == 0
+
+
+def test_a_worker_that_finishes_its_job_is_pinged_for(platform: Platform, comfy: ComfyUI) -> None:
+    """The signal goes to the ping process, too, as it does where a whole group of processes is told to end."""
+    with worker(platform, comfy.url) as process:
+        platform.wait_until(lambda: count(platform, "ping"), "a ping")
+        [child] = children(process.pid)
+        job_id = platform.submit(working(2.5))
+        comfy.wait_until_running()
+        os.kill(child, signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)
+        pings = count(platform, "ping")
+        platform.wait_until(lambda: count(platform, "ping") > pings, "another ping")
+        assert states(platform, job_id) == ["IN_PROGRESS"]
+        assert process.wait(60) == 0
+    assert states(platform, job_id) == ["COMPLETED"]
+
+
 def children(pid: int) -> list[int]:
     """Return the processes that a process started and that still run."""
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

@@ -86,6 +86,8 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
             ]
             await self._take_jobs(session, polls)
             await asyncio.gather(*self._tasks, return_exceptions=True)
+            # The SDK's loops look at this; one whose poll ends as it is cancelled would otherwise begin another.
+            super().kill_worker()
             for helper in helpers:
                 helper.cancel()
             await asyncio.gather(*helpers, return_exceptions=True)

@@ -56,6 +56,7 @@ def start(settings: Settings) -> None:
         runpod.serverless.start({"handler": handler})
     finally:
         close_shared_worker()
+        end_pings()
 
 
 # ------------------------------------------------------------------------------------------------------ checks
@@ -113,6 +114,10 @@ def end_unhealthy(check: str, reason: str) -> NoReturn:
 
 def ping_while_the_worker_lives(mirror: Any = None, test: bool = False) -> None:
     """Be the SDK's ping process, one that ends with its parent: a killed worker must not look alive."""
+    # The worker's own handlers, with which it was forked, raise: an exception that gets lost would leave it alive.
+    # A worker that finishes its jobs is pinged for, so that the signal may well go to the whole group of processes.
+    for number in END_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     from runpod.serverless.modules.rp_ping import Heartbeat
 
     if sys.platform == "linux":
@@ -123,3 +128,9 @@ def ping_while_the_worker_lives(mirror: Any = None, test: bool = False) -> None:
     heartbeat = Heartbeat()
     heartbeat._mirror = mirror
     heartbeat.ping_loop(test)
+
+
+def end_pings() -> None:
+    """End the ping process for certain; multiprocessing would ask it to end and then wait for ever."""
+    for process in multiprocessing.active_children():
+        process.kill()
