@@ -7,7 +7,7 @@ import base64
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +63,9 @@ def run(job: dict[str, Any], settings: Settings) -> dict[str, Any]:
     """Run a job, show how it gets on, and write what comes back as base64 into files."""
     worker = Worker(settings)
     try:
-        with ProgressBar(job) as bar:
-            output = worker.run(job, bar.show)
+        expanded = worker.expanded(job)
+        with ProgressBar(expanded) as bar:
+            output = worker.run(expanded, bar.show)
     finally:
         worker.close()
     return write_files(output, Path(settings.output_dir))
@@ -73,7 +74,7 @@ def run(job: dict[str, Any], settings: Settings) -> dict[str, Any]:
 class ProgressBar:
     """Shows a job's progress on standard error: a bar on a terminal, a line a node elsewhere."""
 
-    def __init__(self, job: dict[str, Any]) -> None:
+    def __init__(self, job: Mapping[str, Any]) -> None:
         self._progress = Progress.of(workflow_of(job))
         self._bar = tqdm(
             total=100,

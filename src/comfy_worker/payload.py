@@ -140,7 +140,10 @@ def parse_job(job: Mapping[str, Any]) -> Job:
     """
     payload = _json_object(job.get("input"))
     if payload.get("workflow") is None:
-        raise InvalidInput("Missing 'workflow' parameter", hint="Send the workflow as input.workflow")
+        raise InvalidInput(
+            "Missing 'workflow' parameter",
+            hint="Send the workflow as input.workflow, or name one of the catalog as input.template",
+        )
     try:
         # A field that is null is one that was left out, as for every client that fills in a template.
         parsed = _JobInput.model_validate({key: value for key, value in payload.items() if value is not None})

@@ -141,6 +141,13 @@ class Settings(BaseSettings):
         description="Fetch inputs from, and send webhooks to, addresses that are not public.",
     )
 
+    # ----------------------------------------------------------------------------------------- workflows
+    workflows_dir: str = _named(
+        "WORKFLOWS_DIR",
+        default="workflows",
+        description="Folder with the named workflows that a job may call as its `template`.",
+    )
+
     # ------------------------------------------------------------------------------------------ delivery
     delivery: DeliveryType | None = _named(
         "DELIVERY",
@@ -273,7 +280,9 @@ class Settings(BaseSettings):
         default=False,
         description="A warm-up that fails ends the worker instead of being logged.",
     )
-    log_level: LogLevel = _named("LOG_LEVEL", default="INFO", description="Level of the worker's own log.")
+    log_level: LogLevel = _named(
+        "LOG_LEVEL", "API_LOG_LEVEL", default="INFO", description="Level of the worker's own log."
+    )
     output_dir: str = _named(
         "OUTPUT_DIR",
         default="output",
@@ -359,15 +368,18 @@ def _check_bucket(settings: Settings) -> None:
         raise InvalidInput(f"S3 is only half configured: {' and '.join(missing)} must be set too")
 
 
-def describe() -> str:
-    """Return the table of all settings for docs/configuration.md, in Markdown."""
+def describe(kind: type[Settings] = Settings) -> str:
+    """Return the table of the settings that only this kind has, in Markdown, for the documentation."""
+    shared = {} if kind is Settings else Settings.model_fields
     rows = ["| variable | default | meaning |", "| --- | --- | --- |"]
-    for field in Settings.model_fields.values():
+    for name, field in kind.model_fields.items():
+        if name in shared:
+            continue
         choices = field.validation_alias.choices if isinstance(field.validation_alias, AliasChoices) else []
         names = [f"`{name}`" for name in choices]
         also = f" Also read from {', '.join(names[1:])}." if names[1:] else ""
         value = field.default.value if isinstance(field.default, Enum) else field.default
-        default = "not set" if value is None else f"`{value}`"
+        default = "not set" if value in (None, "") else f"`{value}`"
         rows.append(f"| {names[0]} | {default} | {field.description}{also} |")
     return "\n".join(rows)
 

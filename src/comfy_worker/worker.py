@@ -7,8 +7,10 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from comfy_worker.catalog.library import Library
+from comfy_worker.catalog.template import expand_job
 from comfy_worker.comfy.client import ComfyClient
-from comfy_worker.errors import InternalError, OutputTooLarge, WorkerError
+from comfy_worker.errors import InternalError, InvalidInput, OutputTooLarge, WorkerError
 from comfy_worker.jobs import Job, OnEvent, ignore_events
 from comfy_worker.payload import parse_job, result_as_output
 from comfy_worker.pipeline import Turns, run_job
@@ -38,12 +40,23 @@ class Worker:
         self.client = ComfyClient(settings)
         self._storages = storages or Storages(settings)
         self._storages.prepare()
+        self._library = Library(settings.workflows_dir)
 
     def close(self) -> None:
         """Send the webhooks that wait, for at most half a minute, and close the connections."""
         self._webhooks.close()
         self.client.close()
         self._storages.close()
+
+    def expanded(self, job: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return a job with the workflow that its template stands for, for who wants to look at it before `run`.
+
+        One whose template cannot be filled in is returned as it is; `run` says why.
+        """
+        try:
+            return expand_job(job, self._library)
+        except InvalidInput:
+            return job
 
     def run(
         self,
@@ -96,7 +109,7 @@ class Worker:
     ) -> dict[str, Any]:
         secrets: list[str | None] = list(self.settings.secrets())
         try:
-            parsed = parse_job(job)
+            parsed = parse_job(expand_job(job, self._library))
             secrets += parsed.secrets
             check_webhook(parsed.webhook)
         except WorkerError as error:

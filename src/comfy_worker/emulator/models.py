@@ -35,6 +35,7 @@ MODEL_FOLDERS = (
 DEFAULT_MODELS: Models = {
     "checkpoints": (
         "flux1-dev-fp8.safetensors",
+        "sd3_medium_incl_clips_t5xxlfp8.safetensors",
         "sd3.5_large_fp8_scaled.safetensors",
         "sd_xl_base_1.0.safetensors",
         "v1-5-pruned-emaonly-fp16.safetensors",

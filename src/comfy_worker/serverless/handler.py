@@ -48,13 +48,15 @@ async def handler(job: dict[str, Any]) -> dict[str, Any]:
     prompt in ComfyUI before it is let through.
     """
     worker = shared_worker()
+    # Files are read for it.
+    expanded = await asyncio.to_thread(worker.expanded, job)
     async with AsyncExitStack() as stack:
         listeners = [job_events.get()]
         session = platform_session.get()
         if session is not None:
             sender = await stack.enter_async_context(ProgressSender(session, job))
-            listeners.append(_post_progress(job, sender))
-        output = await _in_thread(worker, job, partial(_tell, listeners), result_limit(job, worker))
+            listeners.append(_post_progress(expanded, sender))
+        output = await _in_thread(worker, expanded, partial(_tell, listeners), result_limit(job, worker))
     if is_last(job):
         output["refresh_worker"] = True
     return output
@@ -79,7 +81,7 @@ def result_limit(job: Mapping[str, Any], worker: Worker) -> int | None:
     return int((settings.runsync_result_limit_mb if is_sync else settings.run_result_limit_mb) * _MB)
 
 
-async def _in_thread(worker: Worker, job: dict[str, Any], on_event: OnEvent, limit: int | None) -> dict[str, Any]:
+async def _in_thread(worker: Worker, job: Mapping[str, Any], on_event: OnEvent, limit: int | None) -> dict[str, Any]:
     """Run the job in a thread of its own; when this is cancelled, the job is stopped and waited for first."""
     loop, stop = asyncio.get_running_loop(), Stop()
     done: asyncio.Future[dict[str, Any]] = loop.create_future()

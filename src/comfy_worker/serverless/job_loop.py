@@ -174,7 +174,7 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
             before = set(self._tasks)
             self.kill_worker()
         self.job_progress.add(job_id)
-        self._prefetch.took(job_id, signature(workflow_of(job)), time.monotonic())
+        self._prefetch.took(job_id, signature(workflow_of(shared_worker().expanded(job))), time.monotonic())
         task = self.jobs_tasks[job_id] = asyncio.create_task(self._run(session, job, before))
         self._tasks.add(task)
         # A task that is stopped before its first step never gets to a `finally` of its own.

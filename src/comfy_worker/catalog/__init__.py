@@ -1,0 +1,1 @@
+"""Named workflows with parameters: graphs in files, manifests beside them, and no code."""

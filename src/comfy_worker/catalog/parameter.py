@@ -1,0 +1,280 @@
+"""One parameter of a named workflow: what it takes, and what it sets in the graph."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    Tag,
+    model_validator,
+)
+
+from comfy_worker.errors import InvalidInput
+from comfy_worker.payload import decode_base64
+
+ParameterType = Literal["string", "integer", "number", "boolean", "choice", "file"]
+Value: TypeAlias = StrictBool | StrictInt | StrictFloat | StrictStr
+
+RANDOM_INT = "__RANDOM_INT__"
+"""A default that is another number for each request."""
+_LARGEST_RANDOM = 2**53 - 1
+"""Up to here every program reads a whole number in JSON exactly."""
+_PLACE_OF_VALUE = "{value}"
+_URL = re.compile(r"(https?|s3)://", re.IGNORECASE)
+
+
+class Strict(BaseModel):
+    """Refuses keys that it does not know: in a file that is written once, they are slips."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Target(Strict):
+    """An input of a node."""
+
+    node: StrictStr
+    input: StrictStr
+
+
+class NumberMap(Strict):
+    """The number times `multiply`, brought to the nearest multiple of `multiple_of`, plus `add`."""
+
+    multiply: StrictInt | StrictFloat = 1
+    multiple_of: Annotated[StrictInt, Field(gt=0)] | None = None
+    add: StrictInt | StrictFloat = 0
+
+    def apply(self, value: float) -> float:
+        """Return what is set; whole where `multiple_of` and `add` are."""
+        product = value * self.multiply
+        if self.multiple_of is not None:
+            product = math.floor(product / self.multiple_of + 0.5) * self.multiple_of
+        return product + self.add
+
+
+class TextMap(Strict):
+    """A text around the value, which takes the place of `{value}`; an empty value stays empty."""
+
+    text: StrictStr
+
+    @model_validator(mode="after")
+    def _has_place(self) -> TextMap:
+        if _PLACE_OF_VALUE not in self.text:
+            raise ValueError(f"text must have a {_PLACE_OF_VALUE}")
+        return self
+
+    def apply(self, value: str) -> str:
+        """Return what is set."""
+        return self.text.replace(_PLACE_OF_VALUE, value) if value else value
+
+
+class ChoiceMap(Strict):
+    """What is set for each choice."""
+
+    values: dict[StrictStr, Value]
+
+    def apply(self, value: str) -> Value:
+        """Return what is set."""
+        return self.values[value]
+
+
+def _kind_of_map(value: Any) -> str:
+    keys = value if isinstance(value, Mapping) else {}
+    return "text" if "text" in keys else "values" if "values" in keys else "number"
+
+
+AnyMap = Annotated[
+    Annotated[NumberMap, Tag("number")] | Annotated[TextMap, Tag("text")] | Annotated[ChoiceMap, Tag("values")],
+    Discriminator(_kind_of_map),
+]
+_MAP_OF_TYPE: Mapping[str, type[Strict]] = {
+    "integer": NumberMap,
+    "number": NumberMap,
+    "string": TextMap,
+    "choice": ChoiceMap,
+}
+
+
+class Parameter(Strict):
+    """What a request may say, and where it goes; one without a default must be given.
+
+    Attributes:
+        sets: the inputs that get the value, each the same.
+        map: makes what is set out of what was given; None sets it as it is.
+    """
+
+    type: ParameterType
+    description: StrictStr
+    default: Value | None = None
+    minimum: StrictInt | StrictFloat | None = None
+    maximum: StrictInt | StrictFloat | None = None
+    multiple_of: Annotated[StrictInt, Field(gt=0)] | None = None
+    choices: Annotated[list[StrictStr], Field(min_length=1)] | None = None
+    sets: Annotated[list[Target], Field(min_length=1)]
+    map: AnyMap | None = None
+
+    @property
+    def is_required(self) -> bool:
+        """Whether a request must give it."""
+        return self.default is None
+
+    @property
+    def is_random(self) -> bool:
+        """Whether it is another number for each request that does not give it."""
+        return self.type == "integer" and self.default == RANDOM_INT
+
+    @property
+    def random_range(self) -> tuple[int, int]:
+        """The least and the greatest of these numbers."""
+        least = 0 if self.minimum is None else math.ceil(self.minimum)
+        most = _LARGEST_RANDOM if self.maximum is None else min(_LARGEST_RANDOM, math.floor(self.maximum))
+        return least, most
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Parameter:
+        self._check_limits()
+        self._check_choices()
+        if self.map is not None and not isinstance(self.map, _MAP_OF_TYPE.get(self.type, ())):
+            raise ValueError(f"a map of this kind does not go with type {self.type}")
+        if isinstance(self.map, NumberMap):
+            self._check_number_map(self.map)
+        self._check_default()
+        return self
+
+    def _check_limits(self) -> None:
+        if (self.minimum is not None or self.maximum is not None) and self.type not in ("integer", "number"):
+            raise ValueError(f"minimum and maximum do not go with type {self.type}")
+        if self.minimum is not None and self.maximum is not None and self.minimum > self.maximum:
+            raise ValueError("minimum is greater than maximum")
+        if self.multiple_of is not None and self.type != "integer":
+            raise ValueError(f"multiple_of does not go with type {self.type}")
+
+    def _check_choices(self) -> None:
+        if (self.choices is not None) != (self.type == "choice"):
+            raise ValueError("choices go with type choice, and it needs them")
+        if isinstance(self.map, ChoiceMap) and set(self.map.values) != set(self.choices or ()):
+            raise ValueError("map.values must have each of the choices and nothing else")
+
+    def _check_number_map(self, number_map: NumberMap) -> None:
+        if self.minimum is None or self.maximum is None:
+            raise ValueError("a map of numbers needs a minimum and a maximum")
+        # What is between the two maps to what is between their results.
+        if not (_can_map(number_map, self.minimum) and _can_map(number_map, self.maximum)):
+            raise ValueError("the map leads to numbers that are too large")
+
+    def _check_default(self) -> None:
+        if self.is_random:
+            least, most = self.random_range
+            if self.multiple_of is not None or least > most:
+                raise ValueError(f"{RANDOM_INT} needs a range from 0 up, and no multiple_of")
+        elif self.type == "file" and self.default is not None:
+            raise ValueError("a file has no default")
+        elif self.default is not None:
+            try:
+                self.checked(self.default)
+            except ValueError as problem:
+                raise ValueError(f"the default {problem}") from None
+
+    def checked(self, value: Any) -> Any:
+        """Return a value that this parameter may have; a whole number that was written as `5.0` as 5.
+
+        Raises:
+            ValueError: it may not; its text goes on after the parameter's name ("must be …").
+        """
+        return _CHECKS[self.type](self, value)
+
+    def mapped(self, value: Any) -> Any:
+        """Return what is set in the graph for a checked value."""
+        return value if self.map is None else self.map.apply(value)
+
+
+def _text(_parameter: Parameter, value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("must be a string")  # noqa: TRY004 - pydantic turns no TypeError into its own error
+    return value
+
+
+def _flag(_parameter: Parameter, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("must be true or false")  # noqa: TRY004
+    return value
+
+
+def _integer(parameter: Parameter, value: Any) -> int:
+    whole = _number(parameter, value, "must be a whole number")
+    if whole != math.floor(whole):
+        raise ValueError("must be a whole number")
+    number = int(whole)
+    if parameter.multiple_of is not None and number % parameter.multiple_of:
+        raise ValueError(f"must be a multiple of {parameter.multiple_of}")
+    return number
+
+
+def _number(parameter: Parameter, value: Any, otherwise: str = "must be a number") -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not _is_finite(value):
+        raise ValueError(otherwise)
+    if parameter.minimum is not None and value < parameter.minimum:
+        raise ValueError(f"must be at least {parameter.minimum}")
+    if parameter.maximum is not None and value > parameter.maximum:
+        raise ValueError(f"must be at most {parameter.maximum}")
+    return value
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def _can_map(number_map: NumberMap, value: float) -> bool:
+    try:
+        return _is_finite(number_map.apply(value))
+    except (OverflowError, ValueError):
+        return False
+
+
+def _choice(parameter: Parameter, value: Any) -> str:
+    choices = parameter.choices or []
+    if value in choices:
+        return str(value)
+    near = get_close_matches(value, choices, n=1) if isinstance(value, str) else []
+    advice = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"must be one of {', '.join(map(repr, choices))}{advice}")
+
+
+def _file(_parameter: Parameter, value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("must be a file: base64, a data URI or a URL")  # noqa: TRY004
+    if not is_fetched(value):
+        try:
+            decode_base64(value, "file")
+        except InvalidInput as problem:
+            raise ValueError(problem.message.replace("Image 'file' ", "", 1)) from None
+    return value
+
+
+def is_fetched(file: str) -> bool:
+    """Return whether a file is given as a URL, and not in itself."""
+    return _URL.match(file) is not None
+
+
+_CHECKS: Mapping[ParameterType, Callable[[Parameter, Any], Any]] = {
+    "string": _text,
+    "integer": _integer,
+    "number": _number,
+    "boolean": _flag,
+    "choice": _choice,
+    "file": _file,
+}

@@ -1,0 +1,72 @@
+"""What docs/catalog.md tells is so: its examples, and the table of what there is."""
+
+from __future__ import annotations
+
+import json
+import re
+from random import Random
+from typing import Any
+
+import pytest
+
+from comfy_worker.catalog.entry import fill
+from comfy_worker.catalog.library import Library
+from comfy_worker.catalog.manifest import Manifest
+from comfy_worker.catalog.parameter import Parameter
+from comfy_worker.catalog.template import expand
+from comfy_worker.errors import InvalidInput
+from tests.support.processes import ROOT
+
+PAGE = (ROOT / "docs" / "catalog.md").read_text(encoding="utf-8")
+LIBRARY = Library(ROOT / "workflows")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+
+
+def requests() -> list[dict[str, Any]]:
+    """Return the inputs of all requests on the page."""
+    quoted = [text for block in blocks("bash") for text in re.findall(r"'\s*(\{.*?\})'", block, re.DOTALL)]
+    found = [json.loads(text) for text in [*quoted, *blocks("json")]]
+    return [request["input"] for request in found if "input" in request]
+
+
+def test_every_request_can_be_filled_in() -> None:
+    templates = [request["template"] for request in requests()]
+    assert templates == ["solid-color", "text-to-image-sd15", "upscale"]
+    for request in requests():
+        assert expand(request, LIBRARY)["workflow"]
+
+
+def test_the_refusal_is_to_the_letter() -> None:
+    [told] = [json.loads(block) for block in blocks("json") if '"error"' in block]
+    with pytest.raises(InvalidInput) as refused:
+        expand({"template": "solid-color", "inputs": {"widht": 5, "height": 5000}}, LIBRARY)
+    assert refused.value.as_output() == told
+
+
+def test_the_example_is_a_sound_manifest() -> None:
+    [manifest] = [json.loads(block) for block in blocks("json") if '"parameters"' in block]
+    assert Manifest.model_validate(manifest).parameters["seed"].is_random
+
+
+def test_the_table_has_every_entry_and_what_it_needs() -> None:
+    section = PAGE.partition("## What is there")[2].partition("## A workflow of your own")[0]
+    rows = re.findall(r"^\| `([a-z0-9-]+)` \| [^|]+ \| ([^|]+) \|", section, re.MULTILINE)
+    told = {name: set(re.findall(r"`(\w+)`", needs)) for name, needs in rows}
+    assert told == {
+        entry.name: {name for name, one in entry.manifest.parameters.items() if one.is_required}
+        for entry in LIBRARY.entries()
+    }
+
+
+def test_every_field_of_a_parameter_is_told() -> None:
+    section = PAGE.partition("### Parameters")[2].partition("## Versions")[0]
+    assert [field for field in Parameter.model_fields if f"`{field}`" not in section] == []
+
+
+def test_the_map_of_the_example_does_what_is_said() -> None:
+    inputs = {"prompt": "x", "duration": 5}
+    workflow = fill(LIBRARY.get("text-to-video-hunyuan"), inputs, Random(1)).workflow
+    assert workflow["8"]["inputs"]["length"] == 121

@@ -1,0 +1,235 @@
+"""A folder of named workflows is read when it has changed, and one bad file does not take down the others."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from comfy_worker.catalog.library import Library
+from comfy_worker.errors import InvalidInput
+from tests.support.graphs import picture
+from tests.support.processes import ROOT
+
+RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+WIDTH = {"type": "integer", "description": "Width.", "default": 64, "sets": [{"node": "1", "input": "width"}]}
+
+
+class Clock:
+    """A clock that a test sets."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Shelf:
+    """A folder, and the library of it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.clock = Clock()
+        self.library = Library(folder, self.clock)
+
+    def write(self, name: str, content: Any) -> None:
+        text = content if isinstance(content, str) else json.dumps(content)
+        (self.folder / name).write_text(text, encoding="utf-8")
+
+    def later(self) -> Library:
+        self.clock.now += 1.0
+        return self.library
+
+    def names(self) -> list[str]:
+        return [entry.name for entry in self.later().entries()]
+
+
+@pytest.fixture
+def shelf(tmp_path: Path) -> Shelf:
+    return Shelf(tmp_path)
+
+
+def manifest(**parameters: Any) -> dict[str, Any]:
+    return {"title": "A title", "description": "", "parameters": parameters}
+
+
+def refusal(library: Library, name: str, version: str | None = None) -> str:
+    with pytest.raises(InvalidInput) as refused:
+        library.get(name, version)
+    return refused.value.message
+
+
+def test_entries_are_sorted_and_have_their_manifests(shelf: Shelf) -> None:
+    shelf.write("red.json", picture(RED))
+    shelf.write("blue.json", picture(BLUE))
+    shelf.write("blue.manifest.json", manifest(width=WIDTH))
+    assert shelf.names() == ["blue", "red"]
+    assert list(shelf.library.get("blue").manifest.parameters) == ["width"]
+    assert not shelf.library.get("red").manifest.parameters
+    assert shelf.library.problems() == {}
+
+
+def test_a_folder_that_is_not_there_is_an_empty_library(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path / "later")
+    assert shelf.names() == []
+    assert shelf.library.problems() == {}
+    assert refusal(shelf.library, "red") == "There is no template 'red': there is none at all"
+    shelf.folder.mkdir()
+    shelf.write("red.json", picture(RED))
+    assert shelf.names() == ["red"]
+
+
+def test_a_file_in_place_of_the_folder_is_a_problem(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    library = Library(tmp_path / "file")
+    assert library.entries() == []
+    assert library.problems() == {"file": "the folder cannot be read: Not a directory"}
+
+
+def test_an_unknown_name_hears_of_the_nearest_or_of_all(shelf: Shelf) -> None:
+    shelf.write("text-to-image.json", picture(RED))
+    shelf.write("upscale.json", picture(BLUE))
+    library = shelf.later()
+    assert refusal(library, "TextToImage") == "There is no template 'TextToImage': did you mean 'text-to-image'?"
+    assert refusal(library, "zzz") == "There is no template 'zzz': there is 'text-to-image', 'upscale'"
+    assert len(refusal(library, "z" * 100_000)) < 200
+    assert refusal(library, "../upscale").startswith("There is no template")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "problem"),
+    [
+        ("bad.json", "{", "it is not JSON: "),
+        ("bad.json", '{"1": {"class_type": "A", "inputs": {"x": NaN}}}', "it is not JSON: NaN is no number"),
+        ("bad.json", "[" * 100_000, "it is not JSON: "),
+        ("bad.json", f'{{"1": {{"class_type": "A", "inputs": {{"x": {"[" * 600}{"]" * 600}}}}}}}', "it is nested too"),
+        ("bad.json", {"nodes": [], "links": []}, "the workflow is in ComfyUI's UI format"),
+        ("bad.json", [], "the workflow is a list"),
+        ("Bad Name.json", picture(RED), "its name may have small letters"),
+        ("red.manifest.json", "{", "it is not JSON"),
+        ("red.manifest.json", "null", "it is not an object"),
+        ("red.manifest.json", {"title": "x"}, "description: Field required"),
+        ("red.manifest.json", manifest(w={**WIDTH, "sets": [{"node": "7", "input": "x"}]}), "has no input 'x' of node"),
+        ("alone.manifest.json", manifest(), "there is no alone.json that it goes with"),
+    ],
+)
+def test_a_bad_file_is_told_once_and_the_others_go_on(
+    shelf: Shelf, caplog: pytest.LogCaptureFixture, file: str, content: Any, problem: str
+) -> None:
+    shelf.write("red.json", picture(RED))
+    shelf.write("blue.json", picture(BLUE))
+    shelf.write(file, content)
+    with caplog.at_level(logging.WARNING):
+        names = [shelf.names() for _ in range(3)]
+        shelf.write("green.json", picture(GREEN))
+        shelf.names()
+    assert names == [["blue"] if file.startswith("red") else ["blue", "red"]] * 3
+    [(told_file, sentence)] = shelf.library.problems().items()
+    assert told_file == file
+    assert problem in sentence
+    assert [record.getMessage() for record in caplog.records] == [f"the workflow file {file} is left out: {sentence}"]
+    name = file.partition(".")[0]
+    assert refusal(shelf.library, name) == f"The template {name!r} cannot be used: {sentence}"
+
+
+def test_a_file_that_is_mended_is_used_again(shelf: Shelf) -> None:
+    shelf.write("red.json", "{")
+    assert shelf.names() == []
+    shelf.write("red.json", picture(RED))
+    assert shelf.names() == ["red"]
+    assert shelf.library.problems() == {}
+
+
+def test_a_link_that_leads_nowhere_is_a_problem_and_hidden_files_are_none(shelf: Shelf) -> None:
+    (shelf.folder / "gone.json").symlink_to(shelf.folder / "nowhere")
+    shelf.write(".hidden.json", "{")
+    shelf.write("notes.txt", "{")
+    assert shelf.names() == []
+    assert shelf.library.problems() == {"gone.json": "it cannot be read: No such file or directory"}
+
+
+def test_changes_are_seen_at_most_once_a_second(shelf: Shelf) -> None:
+    shelf.write("red.json", picture(RED))
+    assert shelf.names() == ["red"]
+    shelf.write("blue.json", picture(BLUE))
+    shelf.clock.now += 0.9
+    assert [entry.name for entry in shelf.library.entries()] == ["red"]
+    shelf.clock.now += 0.1
+    assert [entry.name for entry in shelf.library.entries()] == ["blue", "red"]
+    (shelf.folder / "red.json").unlink()
+    assert shelf.names() == ["blue"]
+
+
+def test_a_change_of_the_same_size_and_time_is_seen_when_the_file_is_replaced(shelf: Shelf) -> None:
+    shelf.write("red.json", "X")
+    before = (shelf.folder / "red.json").stat()
+    shelf.write("red.json", picture((1, 2, 3)))
+    os.utime(shelf.folder / "red.json", ns=(before.st_atime_ns, before.st_mtime_ns))
+    first = shelf.later().get("red")
+    shelf.write("new", picture((1, 2, 4)))
+    os.utime(shelf.folder / "new", ns=(before.st_atime_ns, before.st_mtime_ns))
+    (shelf.folder / "new").replace(shelf.folder / "red.json")
+    assert shelf.later().get("red").version != first.version
+
+
+def test_versions_are_kept_by_their_content(shelf: Shelf) -> None:
+    shelf.write("red.json", picture(RED))
+    first = shelf.later().get("red")
+    shelf.write("red.manifest.json", manifest(width=WIDTH))
+    second = shelf.later().get("red")
+    assert shelf.library.versions("red") == [first, second]
+    assert shelf.library.get("red", first.version) is first
+    (shelf.folder / "red.manifest.json").unlink()
+    assert [entry.version for entry in shelf.later().versions("red")] == [second.version, first.version]
+    (shelf.folder / "red.json").unlink()
+    assert shelf.names() == []
+    assert shelf.library.get("red", second.version) == second
+    assert refusal(shelf.library, "red", "0" * 12) == (
+        f"The template 'red' has no version '000000000000' (any more), but {first.version!r}"
+    )
+    assert "There is no template 'blue'" in refusal(shelf.library, "blue", first.version)
+    assert shelf.library.versions("blue") == []
+
+
+def test_a_file_that_is_rewritten_again_and_again_does_not_fill_the_memory(shelf: Shelf) -> None:
+    for blue in range(120):
+        shelf.write("red.json", picture((0, 0, blue)))
+        shelf.later().get("red")
+    assert len(shelf.library.versions("red")) == 100
+
+
+def test_threads_share_a_library_while_files_change(shelf: Shelf) -> None:
+    shelf.write("red.json", picture(RED))
+    ended = threading.Event()
+
+    def read() -> int:
+        count = 0
+        while not ended.is_set():
+            assert shelf.later().get("red").name == "red"
+            count += len(shelf.library.entries())
+        return count
+
+    with ThreadPoolExecutor(4) as pool:
+        readers = [pool.submit(read) for _ in range(4)]
+        for blue in range(50):
+            shelf.write("new", picture((0, 0, blue)))
+            (shelf.folder / "new").replace(shelf.folder / "red.json")
+        ended.set()
+        assert all(reader.result() for reader in readers)
+    assert shelf.later().get("red").graph == picture((0, 0, 49))
+
+
+def test_the_projects_own_folder_is_found_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert Library("workflows").get("solid-color").name == "solid-color"
+    (tmp_path / "workflows").mkdir()
+    assert Library("workflows").entries() == []
+    monkeypatch.chdir(ROOT)
+    assert Library("workflows").get("solid-color").name == "solid-color"
