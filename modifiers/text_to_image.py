@@ -1,0 +1,22 @@
+"""A picture from a text: an example of a modifier."""
+
+from comfy_worker.modifiers import BaseModifier
+
+
+class TextToImage(BaseModifier):
+    """Needs a `prompt`; what else is not given stays as it is in the workflow's file, and the seed is a random one."""
+
+    WORKFLOW_JSON = "workflows/text-to-image-sd15.json"
+
+    async def apply_modifications(self) -> None:
+        """Put the values into the nodes of the workflow."""
+        checkpoint, prompt, negative, size, sampler = (self.workflow[node]["inputs"] for node in "12345")
+        prompt["text"] = await self.modify_workflow_value("prompt")
+        negative["text"] = await self.modify_workflow_value("negative_prompt", negative["text"])
+        checkpoint["ckpt_name"] = await self.modify_workflow_value("ckpt_name", checkpoint["ckpt_name"])
+        for name in ("width", "height", "batch_size"):
+            size[name] = await self.modify_workflow_value(name, size[name])
+        for name in ("steps", "cfg", "sampler_name", "scheduler"):
+            sampler[name] = await self.modify_workflow_value(name, sampler[name])
+        sampler["seed"] = await self.modify_workflow_value("seed", "__RANDOM_INT__")
+        await super().apply_modifications()

@@ -1,0 +1,84 @@
+"""The two modifiers in `modifiers/`: what they take, what they need, what they leave alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from comfy_worker.modifiers import MissingValue, Modifiers, apply
+from comfy_worker.workflow import check_workflow
+
+ROOT = Path(__file__).parents[2]
+PHOTO = "https://example.com/photo.png"
+
+
+@pytest.fixture
+def own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Modifiers:
+    monkeypatch.chdir(tmp_path)
+    return Modifiers(ROOT / "modifiers")
+
+
+def inputs_of(made: dict[str, Any], class_type: str) -> list[dict[str, Any]]:
+    return [node["inputs"] for node in check_workflow(made).values() if node["class_type"] == class_type]
+
+
+def test_our_own_are_these(own: Modifiers) -> None:
+    assert own.names() == ["ImageToImage", "TextToImage"]
+
+
+def test_text_to_image_takes_its_values(own: Modifiers) -> None:
+    numbers = {"steps": 7, "cfg": 3.5, "sampler_name": "heun", "scheduler": "karras", "seed": 5}
+    size = {"width": 640, "height": 384, "batch_size": 2}
+    words = {"prompt": "a lighthouse", "negative_prompt": "rain", "ckpt_name": "other.safetensors"}
+    made = apply(own, "TextToImage", {**numbers, **size, **words})
+    (sampler,) = inputs_of(made, "KSampler")
+    assert {name: sampler[name] for name in numbers} == numbers
+    assert inputs_of(made, "EmptyLatentImage") == [size]
+    assert inputs_of(made, "CheckpointLoaderSimple") == [{"ckpt_name": "other.safetensors"}]
+    assert made[sampler["positive"][0]]["inputs"]["text"] == "a lighthouse"
+    assert made[sampler["negative"][0]]["inputs"]["text"] == "rain"
+
+
+def test_image_to_image_takes_its_values(own: Modifiers) -> None:
+    numbers = {"steps": 7, "cfg": 3.5, "sampler_name": "heun", "scheduler": "karras", "denoise": 0.25, "seed": 5}
+    size = {"width": 640, "height": 384}
+    words = {"prompt": "a lighthouse", "negative_prompt": "rain", "ckpt_name": "other.safetensors"}
+    made = apply(own, "ImageToImage", {**numbers, **size, **words, "input_image": PHOTO})
+    (sampler,), (scaled,) = inputs_of(made, "KSampler"), inputs_of(made, "ImageScale")
+    assert {name: sampler[name] for name in numbers} == numbers
+    assert {name: scaled[name] for name in size} == size
+    assert inputs_of(made, "LoadImage") == [{"image": PHOTO}]
+    assert inputs_of(made, "CheckpointLoaderSimple") == [{"ckpt_name": "other.safetensors"}]
+    assert made[sampler["positive"][0]]["inputs"]["text"] == "a lighthouse"
+    assert made[sampler["negative"][0]]["inputs"]["text"] == "rain"
+
+
+REQUIRED: dict[str, dict[str, Any]] = {
+    "TextToImage": {"prompt": "a lighthouse"},
+    "ImageToImage": {"prompt": "a lighthouse", "input_image": "there.png"},
+}
+
+
+@pytest.mark.parametrize("name", REQUIRED)
+def test_our_own_leave_what_is_not_given_as_it_is_in_the_file(own: Modifiers, name: str) -> None:
+    made = apply(own, name, REQUIRED[name])
+    before = json.loads((ROOT / own.find(name).modifier.WORKFLOW_JSON).read_text())
+    changed = {
+        (made[node_id]["class_type"], key)
+        for node_id, node in before.items()
+        for key in node["inputs"].keys() | made[node_id]["inputs"].keys()
+        if node["inputs"].get(key) != made[node_id]["inputs"].get(key)
+    }
+    pictures = {("LoadImage", "image")} if name == "ImageToImage" else set()
+    assert changed == {("CLIPTextEncode", "text"), ("KSampler", "seed"), *pictures}
+    assert isinstance(inputs_of(made, "KSampler")[0]["seed"], int)
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in REQUIRED.items() for value in values])
+def test_our_own_name_what_they_miss(own: Modifiers, name: str, value: str) -> None:
+    given = {key: other for key, other in REQUIRED[name].items() if key != value}
+    with pytest.raises(MissingValue, match=f"Modifier {name} needs the value '{value}'"):
+        apply(own, name, given)

@@ -1,0 +1,524 @@
+"""Modifiers: found by name, loaded again, run to an end, and a sentence for all that foreign code can do."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from comfy_worker.errors import InvalidInput
+from comfy_worker.modifiers import BaseModifier, MissingValue, ModifierFailed, Modifiers, apply, randomized
+
+ROOT = Path(__file__).parents[2]
+PHOTO = "https://example.com/photo.png"
+GRAPH: dict[str, Any] = {
+    "3": {"class_type": "KSampler", "inputs": {"seed": "__RANDOM_INT__", "steps": 4, "noise": "__RANDOM_INT__"}},
+    "6": {"class_type": "CLIPTextEncode", "inputs": {"text": "", "clip": ["4", 1]}},
+    "10": {"class_type": "LoadImage", "inputs": {"image": "there.png"}},
+}
+
+WRITTEN_ELSEWHERE = '''
+from modifiers.basemodifier import BaseModifier
+import random
+import time
+
+
+class Photo2Photo(BaseModifier):
+    """Bound to one workflow file."""
+
+    WORKFLOW_JSON = "workflows/photo.json"
+
+    def __init__(self, modifications={}):
+        super().__init__(modifications)
+
+    async def apply_modifications(self):
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        self.workflow["3"]["inputs"]["seed"] = await self.modify_workflow_value(
+            "seed", random.randint(0, 2**32))
+        self.workflow["6"]["inputs"]["text"] = await self.modify_workflow_value(
+            "prompt", "")
+        self.workflow["10"]["inputs"]["image"] = await self.modify_workflow_value(
+            "https://example.com/photo.png")
+        await super().apply_modifications()
+'''
+"""In the shape of the contract's own description, with the import line of the wrapper that it is from."""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Return an empty folder of modifiers, beside a folder with a workflow."""
+    (tmp_path / "workflows").mkdir()
+    (tmp_path / "workflows/photo.json").write_text(json.dumps(GRAPH))
+    (tmp_path / "modifiers").mkdir()
+    return tmp_path / "modifiers"
+
+
+@pytest.fixture
+def modifiers(folder: Path) -> Modifiers:
+    return Modifiers(folder)
+
+
+def write(
+    folder: Path, name: str, body: str, *, file: str | None = None, workflow: str = "workflows/photo.json"
+) -> None:
+    """Write a modifier whose `apply_modifications` has this body."""
+    lines = "\n        ".join(body.splitlines())
+    (folder / (file or f"{name.lower()}.py")).write_text(
+        "import asyncio, sys, time\n"
+        "from comfy_worker.errors import InvalidInput\n"
+        "from comfy_worker.modifiers import BaseModifier\n"
+        f"class {name}(BaseModifier):\n"
+        f"    WORKFLOW_JSON = {workflow!r}\n"
+        "    async def apply_modifications(self):\n"
+        f"        {lines}\n"
+    )
+
+
+def failure(modifiers: Modifiers, name: str, **options: Any) -> ModifierFailed:
+    with pytest.raises(ModifierFailed) as failed:
+        apply(modifiers, name, **options)
+    assert failed.value.http_status == 500
+    return failed.value
+
+
+# ------------------------------------------------------------------------------------------------ the contract
+
+
+@pytest.fixture
+def written_elsewhere(folder: Path) -> None:
+    ours = WRITTEN_ELSEWHERE.replace("from modifiers.basemodifier import", "from comfy_worker.modifiers import")
+    (folder / "photo2photo.py").write_text(ours)
+
+
+@pytest.mark.usefixtures("written_elsewhere")
+def test_a_modifier_written_elsewhere_runs_with_only_its_import_line_changed(modifiers: Modifiers) -> None:
+    made = apply(modifiers, "Photo2Photo", {"prompt": "a sunset", "steps": 30})
+    seed, noise = made["3"]["inputs"]["seed"], made["3"]["inputs"]["noise"]
+    assert 0 <= seed <= 2**32
+    assert 0 <= noise < 2**32
+    assert made == {
+        "3": {"class_type": "KSampler", "inputs": {"seed": seed, "steps": 4, "noise": noise}},
+        "6": {"class_type": "CLIPTextEncode", "inputs": {"text": "a sunset", "clip": ["4", 1]}},
+        "10": {"class_type": "LoadImage", "inputs": {"image": PHOTO}},
+    }
+
+
+@pytest.mark.usefixtures("written_elsewhere")
+def test_a_url_that_is_a_key_may_be_replaced(modifiers: Modifiers) -> None:
+    made = apply(modifiers, "Photo2Photo", {PHOTO: "https://example.com/other.png", "seed": 7})
+    assert made["10"]["inputs"]["image"] == "https://example.com/other.png"
+    assert made["3"]["inputs"]["seed"] == 7
+
+
+def test_runs_do_not_share_their_workflow_or_the_callers_values(folder: Path, modifiers: Modifiers) -> None:
+    write(folder, "Grows", "self.modifications['list'].append(1)\nself.workflow['list'] = self.modifications['list']")
+    values: dict[str, Any] = {"list": []}
+    assert apply(modifiers, "Grows", values)["list"] == [1]
+    assert apply(modifiers, "Grows", values)["list"] == [1]
+    assert values == {"list": []}
+
+
+def test_a_modifier_without_a_workflow_changes_the_one_that_it_is_sent(folder: Path, modifiers: Modifiers) -> None:
+    write(folder, "Any", "self.workflow['6']['inputs']['text'] = 'hello'", workflow="")
+    sent = json.loads(json.dumps(GRAPH))
+    assert apply(modifiers, "Any", workflow_json=sent)["6"]["inputs"]["text"] == "hello"
+    assert sent == GRAPH
+    with pytest.raises(InvalidInput, match="Modifier Any has no workflow of its own"):
+        apply(modifiers, "Any")
+
+
+def test_what_a_modifier_may_take_over_from_its_base(folder: Path, modifiers: Modifiers) -> None:
+    (folder / "own.py").write_text(
+        "from comfy_worker.modifiers import BaseModifier\n"
+        "class Own(BaseModifier):\n"
+        "    async def load_workflow(self, workflow=None):\n"
+        "        self.workflow = {'1': {'seed': '__RANDOM_INT__'}}\n"
+        "    async def get_modified_workflow(self):\n"
+        "        return {'wrapped': await super().get_modified_workflow()}\n"
+    )
+    assert isinstance(apply(modifiers, "Own")["wrapped"]["1"]["seed"], int)
+
+
+@pytest.mark.parametrize("value", ["words", 0, 1.5, False, None, [], {"a": 1}])
+def test_a_value_that_was_sent_is_taken_whatever_it_is(folder: Path, modifiers: Modifiers, value: Any) -> None:
+    write(folder, "Takes", "self.workflow = {'value': await self.modify_workflow_value('value', 'default')}")
+    assert apply(modifiers, "Takes", {"value": value}) == {"value": value}
+    assert apply(modifiers, "Takes", {}) == {"value": "default"}
+
+
+@pytest.mark.parametrize("arguments", ["'prompt'", "'prompt', None", "'prompt', default=None"])
+def test_a_missing_value_is_named_with_its_modifier(folder: Path, modifiers: Modifiers, arguments: str) -> None:
+    write(folder, "Needs", f"await self.modify_workflow_value({arguments})")
+    with pytest.raises(MissingValue) as missing:
+        apply(modifiers, "Needs", {"Prompt": "spelled otherwise"})
+    assert missing.value.as_output() == {
+        "error": "Modifier Needs needs the value 'prompt'",
+        "code": "invalid_input",
+        "hint": "Send it as modifications.prompt",
+    }
+    assert missing.value.http_status == 400
+
+
+def test_a_modifier_may_catch_that_a_value_is_missing(folder: Path, modifiers: Modifiers) -> None:
+    body = "try:\n    await self.modify_workflow_value('a')\nexcept IndexError:\n    self.workflow = {'caught': True}"
+    write(folder, "Catches", body)
+    assert apply(modifiers, "Catches") == {"caught": True}
+
+
+def test_the_base_by_itself_has_no_workflow() -> None:
+    assert BaseModifier().modifications == {}
+    assert BaseModifier({"a": 1}).modifications == {"a": 1}
+
+
+# ------------------------------------------------------------------------------------------------ random integers
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text() | st.sampled_from(["__RANDOM_INT__", "a__RANDOM_INT__b"]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+)
+
+
+def same(before: Any, after: Any) -> bool:
+    """Return whether one value is the other with numbers where it had placeholders."""
+    if isinstance(before, dict):
+        return list(before) == list(after) and all(same(item, after[key]) for key, item in before.items())
+    if isinstance(before, list):
+        return len(before) == len(after) and all(map(same, before, after))
+    if before == "__RANDOM_INT__":
+        return type(after) is int and 0 <= after < 2**32
+    if before == "a__RANDOM_INT__b":
+        return re.fullmatch(r"a\d{1,10}b", after) is not None
+    return type(before) is type(after) and bool(before == after)
+
+
+@given(workflow=JSON)
+def test_placeholders_become_numbers_and_nothing_else_changes(workflow: Any) -> None:
+    before = json.dumps(workflow)
+    assert same(workflow, randomized(workflow))
+    assert json.dumps(workflow) == before, "the given one is left as it was"
+
+
+def test_each_placeholder_gets_a_number_of_its_own() -> None:
+    drawn = randomized({"1": {"inputs": {"seeds": ["__RANDOM_INT__"] * 20, "name": "__RANDOM_INT__-__RANDOM_INT__"}}})
+    inputs = drawn["1"]["inputs"]
+    assert len(set(inputs["seeds"])) > 15
+    first, second = str(inputs["name"]).split("-")
+    assert first.isdigit() and second.isdigit()
+
+
+@pytest.mark.parametrize("text", ["draw a random int", "RANDOM_INT", "_RANDOM_INT_", "__random_int__", ""])
+def test_what_only_looks_like_the_placeholder_stays(text: str) -> None:
+    assert randomized({"text": text}) == {"text": text}
+
+
+# ------------------------------------------------------------------------------------------------ finding them
+
+
+def test_an_unknown_modifier_is_told_the_nearest_one(folder: Path, modifiers: Modifiers) -> None:
+    write(folder, "Portrait", "pass")
+    with pytest.raises(InvalidInput) as unknown:
+        apply(modifiers, "Potrait")
+    assert unknown.value.message == "There is no modifier 'Potrait'; did you mean 'Portrait'?"
+    assert unknown.value.hint is None
+
+
+def test_a_folder_that_is_not_there_has_no_modifiers(tmp_path: Path) -> None:
+    modifiers = Modifiers(tmp_path / "nowhere")
+    assert modifiers.names() == []
+    with pytest.raises(InvalidInput, match=r"^There is no modifier 'A'$"):
+        modifiers.find("A")
+
+
+def test_only_modifiers_that_a_file_defines_are_found(folder: Path, modifiers: Modifiers) -> None:
+    (folder / "several.py").write_text(
+        "from collections import OrderedDict\n"
+        "from comfy_worker.modifiers import BaseModifier\n"
+        "class Helper: pass\n"
+        "class First(BaseModifier): pass\n"
+        "class Second(First): pass\n"
+        "Alias = First\n"
+        "value = 7\n"
+    )
+    (folder / "_private.py").write_text("raise RuntimeError('not for anybody')")
+    (folder / "__init__.py").write_text("")
+    (folder / "notes.txt").write_text("no Python")
+    assert modifiers.names() == ["First", "Second"]
+    for name in ("BaseModifier", "Helper", "OrderedDict", "Alias", "value", "__class__", ""):
+        with pytest.raises(InvalidInput):
+            modifiers.find(name)
+
+
+def test_a_file_is_no_module_that_anybody_else_can_import(folder: Path, modifiers: Modifiers) -> None:
+    write(folder, "Json", "pass", file="json.py")
+    module = modifiers.find("Json").modifier.__module__
+    assert module.startswith("_comfy_worker_modifier_json_")
+    assert sys.modules["json"] is json
+    assert not list(folder.glob("__pycache__"))
+
+
+def test_the_same_file_name_in_two_folders_makes_two_modifiers(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "others").mkdir()
+    write(folder, "Which", "self.workflow = {'from': 1}")
+    write(tmp_path / "others", "Which", "self.workflow = {'from': 2}")
+    here, there = Modifiers(folder), Modifiers(tmp_path / "others")
+    assert [apply(here, "Which"), apply(there, "Which"), apply(here, "Which")] == [
+        {"from": 1},
+        {"from": 2},
+        {"from": 1},
+    ]
+
+
+def test_of_two_with_the_same_name_the_first_counts_and_the_log_says_so(
+    folder: Path, modifiers: Modifiers, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(folder, "Twice", "self.workflow = {'from': 'a'}", file="a.py")
+    write(folder, "Twice", "self.workflow = {'from': 'b'}", file="b.py")
+    assert apply(modifiers, "Twice") == apply(modifiers, "Twice") == {"from": "a"}
+    assert caplog.messages == ["The modifier Twice of b.py is left out: a.py has one too"]
+
+
+def test_a_file_that_changes_is_loaded_again_even_within_the_same_second_and_size(
+    folder: Path, modifiers: Modifiers
+) -> None:
+    for turn in range(10):
+        write(folder, "Turn", f"self.workflow = {{'turn': {turn}}}")
+        assert apply(modifiers, "Turn") == {"turn": turn}
+
+
+def test_a_file_that_did_not_change_is_not_loaded_again(folder: Path, modifiers: Modifiers) -> None:
+    write(folder, "Same", "pass")
+    assert modifiers.find("Same").modifier is modifiers.find("Same").modifier
+
+
+def test_a_file_that_is_taken_away_takes_its_modifiers_along(folder: Path, modifiers: Modifiers) -> None:
+    write(folder, "Gone", "pass")
+    module = modifiers.find("Gone").modifier.__module__
+    (folder / "gone.py").unlink()
+    assert modifiers.names() == []
+    assert module not in sys.modules
+
+
+BROKEN = {
+    "def broken(:\n": "SyntaxError in line 1",
+    "\nimport a_package_that_is_nowhere\n": "ModuleNotFoundError in line 2",
+    "raise SystemExit(3)\n": "SystemExit in line 1",
+    "x = 1\n\nx / 0\n": "ZeroDivisionError in line 3",
+}
+
+
+@pytest.mark.parametrize(("source", "words"), BROKEN.items(), ids=BROKEN.values())
+def test_a_broken_file_is_logged_once_and_costs_the_others_nothing(
+    folder: Path, modifiers: Modifiers, caplog: pytest.LogCaptureFixture, source: str, words: str
+) -> None:
+    (folder / "broken.py").write_text(source)
+    write(folder, "Fine", "pass")
+    assert modifiers.names() == modifiers.names() == ["Fine"]
+    assert caplog.messages == [f"The modifier file broken.py could not be loaded: {words}"]
+    with pytest.raises(InvalidInput) as unknown:
+        modifiers.find("Broken")
+    assert unknown.value.hint == "A file of MODIFIERS_DIR could not be loaded; the log says why"
+
+
+def test_a_file_that_cannot_be_read_is_logged_once(
+    folder: Path, modifiers: Modifiers, caplog: pytest.LogCaptureFixture
+) -> None:
+    (folder / "folder.py").mkdir()
+    assert modifiers.names() == modifiers.names() == []
+    assert caplog.messages == ["The modifier file folder.py could not be loaded: IsADirectoryError"]
+
+
+def test_a_broken_file_that_is_mended_works(folder: Path, modifiers: Modifiers) -> None:
+    (folder / "mended.py").write_text("class")
+    assert modifiers.names() == []
+    write(folder, "Mended", "pass")
+    assert modifiers.names() == ["Mended"]
+
+
+def test_many_threads_use_one_and_a_file_is_loaded_once(folder: Path, modifiers: Modifiers) -> None:
+    write(folder, "Shared", "self.workflow = {'mine': await self.modify_workflow_value('mine')}")
+    with ThreadPoolExecutor(8) as threads:
+        classes = set(threads.map(lambda _: modifiers.find("Shared").modifier, range(40)))
+        made = list(threads.map(lambda turn: apply(modifiers, "Shared", {"mine": turn}), range(40)))
+    assert len(classes) == 1
+    assert made == [{"mine": turn} for turn in range(40)]
+
+
+# ------------------------------------------------------------------------------------------------ its workflow
+
+
+@pytest.mark.parametrize("place", ["modifiers", ".", "current", "catalog"])
+def test_where_a_workflow_is_looked_for(folder: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    root = folder.parent
+    for name in ("current", "catalog"):
+        (root / name).mkdir()
+    monkeypatch.chdir(root / "current")
+    (root / place / "here.json").write_text('{"found": 1}')
+    write(folder, "Looks", "pass", workflow="here.json")
+    assert apply(Modifiers(folder, [root / "catalog"]), "Looks") == {"found": 1}
+
+
+def test_a_workflow_may_have_an_absolute_name(folder: Path, modifiers: Modifiers, tmp_path: Path) -> None:
+    write(folder, "Absolute", "pass", workflow=str(tmp_path / "workflows/photo.json"))
+    assert set(apply(modifiers, "Absolute")) == set(GRAPH)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "finds no workflow own.json"),
+        ("{", "cannot read its workflow own.json"),
+        ("[1]", "has a workflow that is no object of nodes: own.json"),
+    ],
+)
+def test_a_workflow_that_cannot_be_used(folder: Path, modifiers: Modifiers, content: str | None, words: str) -> None:
+    write(folder, "Lost", "pass", workflow="deep/own.json")
+    if content is not None:
+        (folder / "deep").mkdir()
+        (folder / "deep/own.json").write_text(content)
+    assert failure(modifiers, "Lost").message == f"Modifier Lost {words}"
+
+
+# ------------------------------------------------------------------------------------------------ when it fails
+
+RAISES = {
+    "self.workflow['99']": "KeyError: '99' is missing",
+    "self.modifications['prompt']": "KeyError: 'prompt' is missing",
+    "raise ValueError('the password is hunter2')": "ValueError",
+    "raise TimeoutError('of its own')": "TimeoutError",
+    "raise asyncio.TimeoutError": "TimeoutError",
+    "raise asyncio.CancelledError": "CancelledError",
+    "sys.exit(1)": "SystemExit",
+    "self.nothing()": "AttributeError",
+}
+
+
+@pytest.mark.parametrize(("body", "kind"), RAISES.items(), ids=RAISES.keys())
+def test_whatever_it_raises_is_one_sentence(
+    folder: Path, modifiers: Modifiers, caplog: pytest.LogCaptureFixture, body: str, kind: str
+) -> None:
+    write(folder, "Raises", body)
+    error = failure(modifiers, "Raises")
+    assert error.as_output() == {"error": f"Modifier Raises failed with {kind}", "code": "modifier_failed"}
+    assert error.__cause__ is None and error.__suppress_context__
+    name = kind.partition(":")[0]
+    ours = [record.getMessage() for record in caplog.records if record.name.startswith("comfy_worker")]
+    assert ours == [f"The modifier Raises failed: {name} in line 7 of raises.py"]
+    assert str(folder) not in caplog.text and "hunter2" not in caplog.text
+
+
+def test_what_fails_before_its_workflow_is_loaded_is_told_too(folder: Path, modifiers: Modifiers) -> None:
+    (folder / "early.py").write_text(
+        "from comfy_worker.modifiers import BaseModifier\nclass Early(BaseModifier):\n    def __init__(self): pass\n"
+    )
+    assert failure(modifiers, "Early").message == "Modifier Early failed with TypeError"
+
+
+def test_it_may_refuse_a_value_in_its_own_words(folder: Path, modifiers: Modifiers) -> None:
+    write(folder, "Refuses", "raise InvalidInput('steps must be 1 to 50', hint='Try 20', details={'steps': 99})")
+    with pytest.raises(InvalidInput) as refused:
+        apply(modifiers, "Refuses")
+    assert refused.value.as_output() == {
+        "error": "Modifier Refuses: steps must be 1 to 50",
+        "code": "invalid_input",
+        "hint": "Try 20",
+        "details": {"steps": 99},
+    }
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        ("None", "no workflow but a NoneType"),
+        ("[]", "no workflow but a list"),
+        ("{'1': {1, 2}}", "a workflow that is not JSON"),
+        ("{'1': float('nan')}", "a workflow that is not JSON"),
+        ("{'1': self}", "a workflow that is not JSON"),
+    ],
+)
+def test_what_it_makes_must_be_json(folder: Path, modifiers: Modifiers, made: str, words: str) -> None:
+    write(folder, "Makes", f"self.workflow = {made}")
+    assert failure(modifiers, "Makes").message == f"Modifier Makes made {words}"
+
+
+def test_one_that_waits_too_long_is_cancelled(
+    folder: Path, modifiers: Modifiers, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(folder, "Waits", "try:\n    await asyncio.Event().wait()\nfinally:\n    type(self).ended.set()")
+    ended = threading.Event()
+    modifiers.find("Waits").modifier.ended = ended  # type: ignore[attr-defined]
+    assert failure(modifiers, "Waits", timeout_s=0.05).message == "Modifier Waits took longer than 0.05 s"
+    assert ended.wait(30)
+    assert caplog.messages == ["The modifier Waits of waits.py took longer than 0.05 s"]
+
+
+@pytest.fixture
+def gate() -> Iterator[threading.Event]:
+    """Yield what a modifier waits for that blocks; it opens when the test ends."""
+    gate = threading.Event()
+    yield gate
+    gate.set()
+    for thread in threading.enumerate():
+        if thread.name == "modifier-Blocks":
+            thread.join(30)
+
+
+@pytest.mark.parametrize(
+    "body", ["type(self).gate.wait()", "while not type(self).gate.is_set():\n    time.sleep(0.01)"]
+)
+def test_one_that_blocks_its_thread_is_left_behind(
+    folder: Path, modifiers: Modifiers, gate: threading.Event, body: str
+) -> None:
+    write(folder, "Blocks", body)
+    modifiers.find("Blocks").modifier.gate = gate  # type: ignore[attr-defined]
+    assert failure(modifiers, "Blocks", timeout_s=0.05).message == "Modifier Blocks took longer than 0.05 s"
+    assert all(thread.daemon for thread in threading.enumerate() if thread.name == "modifier-Blocks")
+
+
+def test_it_runs_in_the_context_of_its_caller_so_that_its_log_names_the_job(folder: Path, modifiers: Modifiers) -> None:
+    job_id: ContextVar[str] = ContextVar("job_id")
+    job_id.set("job-7")
+    write(folder, "Logs", "self.workflow = {'job': type(self).job_id.get()}")
+    modifiers.find("Logs").modifier.job_id = job_id  # type: ignore[attr-defined]
+    assert apply(modifiers, "Logs") == {"job": "job-7"}
+
+
+def test_nothing_is_logged_when_all_is_well(
+    folder: Path, modifiers: Modifiers, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(folder, "Quiet", "await super().apply_modifications()")
+    with caplog.at_level(logging.INFO):
+        apply(modifiers, "Quiet")
+    assert caplog.messages == []
+
+
+# ------------------------------------------------------------------------------------------------ the documentation
+
+
+def blocks(language: str) -> list[str]:
+    page = (ROOT / "docs/modifiers.md").read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)
+
+
+def test_the_example_in_the_documentation_runs(folder: Path, modifiers: Modifiers) -> None:
+    (source,), (request,) = blocks("python"), blocks("json")
+    (folder / "postcard.py").write_text(source)
+    (folder.parent / "workflows/postcard.json").write_text(json.dumps(GRAPH))
+    asked = json.loads(request)["input"]
+    made = apply(modifiers, asked["modifier"], asked["modifications"])
+    assert made["6"]["inputs"]["text"] == "a lighthouse"
+    assert made["10"]["inputs"]["image"] == "https://example.com/sea.png"
+    assert made["3"]["inputs"]["steps"] == 20
+    assert isinstance(made["3"]["inputs"]["noise"], int)
+    with pytest.raises(MissingValue, match="Modifier Postcard needs the value 'prompt'"):
+        apply(modifiers, asked["modifier"], {})
