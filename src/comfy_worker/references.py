@@ -17,6 +17,7 @@ from comfy_worker.workflow import Graph, is_link, split_annotation
 Path: TypeAlias = tuple[str | int, ...]
 
 _URL = re.compile(r"(https?|s3)://|data:", re.IGNORECASE)
+_AROUND_A_NAME = re.compile(r"^[\s.]+|[\s.]+$")
 _NOT_IN_A_NAME = re.compile(r"[\x00-\x1f\x7f/\\:*?\"<>|\ud800-\udfff]")
 _ANNOTATION = re.compile(r"\s*\[(input|output|temp)\]\Z")
 _LONGEST_NAME = 120
@@ -92,7 +93,7 @@ def name_of_url(url: str) -> str:
         return "input"
     path = re.split(r"[?#]", url, maxsplit=1)[0].partition("://")[2].partition("/")[2]
     last = unquote(path.rstrip("/").rpartition("/")[2], errors="replace")
-    clean = _ANNOTATION.sub("", _NOT_IN_A_NAME.sub("_", last)).strip(" .")
+    clean = _AROUND_A_NAME.sub("", _ANNOTATION.sub("", _NOT_IN_A_NAME.sub("_", last)))
     return shortened(clean, _LONGEST_NAME) or "input"
 
 

@@ -108,6 +108,8 @@ def test_what_is_a_url(value: str, is_url: bool) -> None:
         ("https://example.com/" + "é" * 200 + ".png", "é" * 58 + ".png"),
         ("s3://bucket/folder/a.png", "a.png"),
         ("data:image/png;base64,AAAA", "input"),
+        ("https://example.com/%C2%85.", "input"),
+        ("https://example.com/\u2003a.png\x85", "a.png"),
         ("http://[::gggg]/a.png", "a.png"),
     ],
 )
