@@ -161,25 +161,38 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     python3 -m venv /opt/worker \
     && /opt/worker/bin/pip install --requirement requirements.txt
 
-# `emulator` lets the image be tried without a GPU, see docs/deployment.md.
+# `gateway` is what serves the HTTP API; `emulator` lets the image be tried without a GPU, see docs/deployment.md.
 ARG WORKER_EXTRAS=
 COPY pyproject.toml README.md ./
 COPY src src
 RUN --mount=type=cache,target=/root/.cache/pip \
-    /opt/worker/bin/pip install ".${WORKER_EXTRAS:+[${WORKER_EXTRAS}]}"
+    /opt/worker/bin/pip install ".[gateway${WORKER_EXTRAS:+,${WORKER_EXTRAS}}]"
 
 COPY --chmod=755 start.sh ./
 COPY handler.py test_input.json ./
+COPY modifiers modifiers
+COPY workflows workflows
 
 LABEL org.opencontainers.image.title="comfy-worker" \
       org.opencontainers.image.description="A serverless worker that turns a ComfyUI workflow into an API"
 
-# 8000 is the local API (SERVE_API_LOCALLY=true), 8188 ComfyUI, which listens on loopback unless COMFYUI_ARGS says else.
+# 8000 is the gateway (SERVE_API_LOCALLY=true), 8188 ComfyUI, which listens on loopback unless COMFYUI_ARGS says else.
 EXPOSE 8000 8188
 
-# RunPod does not look at it; docker and compose do. The queue is the cheapest question that ComfyUI answers.
-HEALTHCHECK --interval=30s --timeout=10s --start-period=180s --retries=3 \
-    CMD ["bash", "-c", "curl -fsS -o /dev/null \"${COMFYUI_URL:-http://127.0.0.1:${COMFYUI_PORT:-8188}}/queue\""]
+COPY --chmod=755 <<'HEALTH' /usr/local/bin/health
+#!/usr/bin/env bash
+# health: ends with 0 if ComfyUI answers, and the gateway too where it is to be served.
+set -euo pipefail
+
+# The queue is the cheapest question that ComfyUI answers.
+curl -fsS -o /dev/null "${COMFYUI_URL:-http://127.0.0.1:${COMFYUI_PORT:-8188}}/queue"
+serves=${SERVE_API_LOCALLY:-false}
+[[ ! ${serves,,} =~ ^(1|true|yes|on)$ ]] ||
+  curl -fsS -o /dev/null "http://${API_HOST:-127.0.0.1}:${API_PORT:-${PORT:-8000}}/live"
+HEALTH
+
+# RunPod does not look at it; docker and compose do.
+HEALTHCHECK --interval=30s --timeout=10s --start-period=180s --retries=3 CMD ["health"]
 
 # tini takes in what custom nodes leave behind; start.sh passes signals and arguments on to the worker.
 ENTRYPOINT ["/usr/bin/tini", "--", "/app/start.sh"]

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Container entry: starts ComfyUI, keeps it up, and runs the worker beside it. The variables and the exit
-# codes are described in docs/deployment.md.
+# Container entry: starts ComfyUI, keeps it up, and runs the worker beside it: one that takes jobs from RunPod, or the
+# gateway, which serves an HTTP API. The variables and the exit codes are described in docs/deployment.md.
 # shellcheck disable=SC2329  # it does not count what `trap` calls as called
 set -euo pipefail
 
@@ -63,13 +63,38 @@ read_worker_settings() {
   worker_python=$(program "${WORKER_PYTHON:-$(find_worker_python)}")
   command -v -- "$worker_python" >/dev/null ||
     fail "$EXIT_CONFIG" "The worker's python '$worker_python' cannot be run; set WORKER_PYTHON to one that can."
-  worker_handler=$(absolute "${WORKER_HANDLER:-$here/handler.py}")
-  [[ -f $worker_handler ]] || fail "$EXIT_CONFIG" "There is no worker at $worker_handler; WORKER_HANDLER says where."
-  handler_arguments=()
   if is_true "${SERVE_API_LOCALLY:-false}"; then
-    check_port PORT "${PORT:-8000}"
-    handler_arguments=(--rp_serve_api --rp_api_host 0.0.0.0 --rp_api_port "${PORT:-8000}")
+    build_gateway_command
+  else
+    build_handler_command
   fi
+}
+
+build_handler_command() {
+  local handler
+  handler=$(absolute "${WORKER_HANDLER:-$here/handler.py}")
+  [[ -f $handler ]] || fail "$EXIT_CONFIG" "There is no worker at $handler; WORKER_HANDLER says where."
+  worker_command=("$worker_python" "$handler")
+}
+
+build_gateway_command() {
+  if [[ -n ${API_PORT:-} ]]; then
+    check_port API_PORT "$API_PORT"
+  else
+    check_port PORT "${PORT:-8000}"
+  fi
+  # Nobody reaches a container's loopback. The folder `src` is what handler.py adds for itself.
+  worker_command=(env "API_HOST=${API_HOST:-0.0.0.0}" "DATA_DIR=$(absolute "${DATA_DIR:-$(find_data_dir)}")"
+    "PYTHONPATH=$here/src${PYTHONPATH:+:$PYTHONPATH}" "$worker_python" -m comfy_worker serve)
+}
+
+# On the volume, if there is one: what is written elsewhere in a container goes with it.
+find_data_dir() {
+  local volume
+  for volume in /workspace /runpod-volume; do
+    ! mountpoint -q "$volume" 2>/dev/null || { printf '%s/comfy-worker' "$volume" && return; }
+  done
+  printf 'data'
 }
 
 # Where ComfyUI comes from: `emulator` and `installed` are started here, `elsewhere` is somebody else's.
@@ -303,26 +328,26 @@ stop_comfyui() {
 on_signal() { # SIGNAL
   stop_signal=$1
   interrupted=yes
-  [[ -z $handler_pid ]] || kill -s "$1" "$handler_pid" 2>/dev/null || true
+  [[ -z $worker_pid ]] || kill -s "$1" "$worker_pid" 2>/dev/null || true
 }
 
 become_worker() { # ARGUMENT…
   cd -- "$here" # where it looks for test_input.json
-  exec "$worker_python" "$worker_handler" "$@" </dev/null
+  exec "${worker_command[@]}" "$@" </dev/null
 }
 
-run_handler() { # ARGUMENT…
+run_worker() { # ARGUMENT…
   [[ -z $stop_signal ]] || return $((128 + $(kill -l "$stop_signal")))
   start_job become_worker "$@"
   wait_for_program "$job_pid"
-  handler_pid=$job_pid
+  worker_pid=$job_pid
   [[ -z $stop_signal ]] || on_signal "$stop_signal" # it came while the worker was being started
-  wait_for "$handler_pid"
+  wait_for "$worker_pid"
 }
 
 clean_up() {
   trap - EXIT
-  [[ -z $handler_pid ]] || kill_group "$handler_pid" # what the worker left behind
+  [[ -z $worker_pid ]] || kill_group "$worker_pid" # what the worker left behind
   stop_comfyui
   [[ -z $run_dir ]] || rm -rf -- "$run_dir"
 }
@@ -345,7 +370,7 @@ prepare_comfyui() {
 
 main() {
   local status=0
-  stop_signal='' handler_pid='' supervisor_pid='' run_dir='' interrupted=no
+  stop_signal='' worker_pid='' supervisor_pid='' run_dir='' interrupted=no
   check_bash
   read_log_level
   read_worker_settings
@@ -358,7 +383,7 @@ main() {
     prepare_comfyui
     start_comfyui
   fi
-  run_handler "${handler_arguments[@]}" "$@" || status=$?
+  run_worker "$@" || status=$?
   if [[ $status == 0 && $comfyui != elsewhere && -e $COMFYUI_PID_FILE && ! $(<"$COMFYUI_PID_FILE") =~ ^[0-9]+$ ]]; then
     status=$EXIT_COMFYUI # it ended in good order, but because ComfyUI could not be kept up
   fi

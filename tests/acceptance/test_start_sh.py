@@ -120,10 +120,11 @@ class TestWhatIsRefused:
         assert name in sentence
         assert value in sentence
 
-    def test_a_port_of_the_local_api_that_is_none(self, container: Container) -> None:
-        code, output = container.run(SERVE_API_LOCALLY="true", PORT="0")
+    @pytest.mark.parametrize("ports", [{"PORT": "0"}, {"API_PORT": "eighty", "PORT": "8000"}])
+    def test_a_port_of_the_gateway_that_is_none(self, container: Container, ports: dict[str, str]) -> None:
+        code, output = container.run(SERVE_API_LOCALLY="true", **ports)
         assert code == 2
-        assert "PORT" in only_sentence(output)
+        assert only_sentence(output).startswith(next(iter(ports)))
 
     def test_a_comfyui_without_a_virtual_environment(self, container: Container) -> None:
         del container.env["COMFYUI_PYTHON"]
@@ -179,15 +180,6 @@ class TestWorker:
     def test_gives_the_exit_code(self, container: Container, exit_code: int) -> None:
         code, _ = container.run(HANDLER_EXIT=str(exit_code))
         assert code == exit_code
-
-    def test_serves_the_local_api(self, container: Container) -> None:
-        _, output = container.run("--rp_debugger", SERVE_API_LOCALLY="True")
-        expected = ["--rp_serve_api", "--rp_api_host", "0.0.0.0", "--rp_api_port", "8000", "--rp_debugger"]
-        assert told(output, "handler")["args"] == expected
-
-    def test_serves_the_local_api_on_another_port(self, container: Container) -> None:
-        _, output = container.run(SERVE_API_LOCALLY="true", PORT="9000")
-        assert str(told(output, "handler")["args"]).endswith("'9000']")
 
     def test_is_told_where_comfyui_is(self, container: Container) -> None:
         _, output = container.run(COMFYUI_PORT="8299")
