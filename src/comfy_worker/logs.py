@@ -32,9 +32,13 @@ def configure_logs(level: str, secrets: Sequence[str]) -> None:
     """Send everything to standard error; `secrets` are masked. Overrides what `import runpod` configured."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_RedactingFormatter(secrets))
+    # Not by the loggers' levels: RunPod's SDK sets some of them anew whenever it is loaded.
+    handler.addFilter(_may_be_told)
     logging.basicConfig(level=level, handlers=[handler], force=True)
-    for name in _CHATTY:
-        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _may_be_told(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR or record.name.partition(".")[0] not in _CHATTY
 
 
 def where_it_broke(exception: BaseException) -> str:

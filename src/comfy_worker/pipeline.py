@@ -185,6 +185,8 @@ class _Run:
     def _attempt(self, socket: EventSocket, *, is_there: bool = False) -> Outcome:
         """Queue the prompt, unless it `is_there` already, and follow it; it is out of ComfyUI afterwards."""
         self._enter(Stage.QUEUED)
+        # Whoever stops a job and finds it in an earlier stage relies on its prompt not being sent any more.
+        self._stop.check()
         deadline = self._deadline()
         deadline.check()
         watch = Watch(self._client, socket, self._protocol, self._pass_on, self._stop, deadline)
@@ -360,7 +362,7 @@ class _Run:
         now = time.monotonic()
         staged, queued = self._began[Stage.STAGING], self._began[Stage.QUEUED]
         delivering = self._began[Stage.DELIVERING]
-        # A prompt that was followed by polling alone was never heard to start.
+        # A prompt may have ended before it was heard, or seen in the queue, to run.
         running = self._began.get(Stage.RUNNING, queued)
         return Timings(
             staged_ms=_ms(queued - staged),

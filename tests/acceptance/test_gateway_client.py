@@ -13,7 +13,8 @@ import requests
 import runpod
 from runpod import AsyncioEndpoint, AsyncioJob, Endpoint
 
-from tests.support.comfyui import ComfyUI, emulator
+from tests.support.comfyui import ComfyUI
+from tests.support.comfyui import comfyui as running_comfyui
 from tests.support.graphs import colors, picture, work
 from tests.support.served import KEY, Served, served
 
@@ -22,7 +23,7 @@ RED = (255, 0, 0)
 
 @pytest.fixture(scope="module")
 def comfyui() -> Iterator[ComfyUI]:
-    with emulator() as running:
+    with running_comfyui() as running:
         yield running
 
 
@@ -71,7 +72,7 @@ def test_a_stream_tells_of_steps_and_ends_with_the_output(endpoint: Endpoint) ->
 def test_a_job_that_is_cancelled_is_off_the_gpu(endpoint: Endpoint, comfyui: ComfyUI) -> None:
     job = endpoint.run({"workflow": work(60)})
     comfyui.wait_until_running()
-    assert job.cancel(timeout=10) == {"id": job.job_id, "status": "CANCELLED"}
+    assert job.cancel(timeout=10) == {"id": job.job_id, "status": "CANCELLED", "message": "The job is cancelled"}
     assert comfyui.queue() == []
     assert job.status() == "CANCELLED"
     assert job.output() is None

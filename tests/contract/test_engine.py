@@ -278,6 +278,23 @@ def test_who_waits_is_told_where_and_how_long(bench: Bench, tmp_path: Path) -> N
     assert bench.service.place(waiting[0]) is None
 
 
+def test_what_ran_before_a_restart_tells_how_long_to_wait(tmp_path: Path, engine: str, comfyui: Emulated) -> None:
+    with Bench(tmp_path / "data", comfyui.url) as before:
+        assert before.ended(before.submit(graphs.work(0.2, steps=2))).state is JobState.COMPLETED
+    gate = Gate(tmp_path)
+    with Bench(tmp_path / "data", comfyui.url) as after:
+        for _ in range(2):
+            after.submit(gate.graph())
+        gate.wait_until_run()
+        wait_until(lambda: after.service.backends()[0]["jobs"] == 2)
+        place = after.service.place(after.submit(graphs.work(0.2, steps=2)))
+        gate.open()
+
+    assert place is not None
+    assert place.wait_s is not None
+    assert place.wait_s >= 0.2
+
+
 def test_waiting_for_a_job_returns_it_as_it_is_when_the_time_is_over(bench: Bench, tmp_path: Path) -> None:
     gate = Gate(tmp_path)
     job_id = bench.submit(gate.graph())

@@ -158,3 +158,32 @@ def test_a_forgotten_job_is_not_remembered(bus: EventBus) -> None:
     bus.forget("never heard of")
 
     assert bus.recent("a") == []
+
+
+def test_a_bus_that_is_closed_lets_its_listeners_go_when_they_have_heard_what_there_is(bus: EventBus) -> None:
+    async def listen() -> list[Event]:
+        with bus.listen("a") as listening, bus.listen("b") as silent:
+            waiting = asyncio.ensure_future(all_of(silent))
+            bus.publish("a", STATUS, {"n": 1})
+            await asyncio.sleep(0)
+            closing = threading.Thread(target=bus.close)
+            closing.start()
+            closing.join()
+            assert await asyncio.wait_for(waiting, TIMEOUT_S) == []
+            return await asyncio.wait_for(all_of(listening), TIMEOUT_S)
+
+    async def all_of(listening: Listening) -> list[Event]:
+        return [event async for event in listening]
+
+    assert numbers(asyncio.run(listen())) == [1]
+
+
+def test_a_bus_that_is_closed_keeps_nobody(bus: EventBus) -> None:
+    async def listen() -> list[Event]:
+        bus.publish("a", STATUS, {"n": 1})
+        bus.close()
+        bus.publish("a", STATUS, {"n": 2})
+        with bus.listen("a", after=0) as listening:
+            return [event async for event in listening]
+
+    assert numbers(asyncio.run(listen())) == [1, 2]

@@ -11,15 +11,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
 from sqlalchemy import text
 
 from comfy_worker.errors import InvalidInput
-from comfy_worker.gateway.database import connect, owned
-from comfy_worker.gateway.errors import DuplicateKey, DuplicateRequest, QueueFull, UnreadableRequest
+from comfy_worker.gateway.database import WRITES, connect
+from comfy_worker.gateway.errors import (
+    DatabaseUnavailable,
+    DuplicateKey,
+    DuplicateRequest,
+    QueueFull,
+    UnreadableRequest,
+)
+from comfy_worker.gateway.migrate import bring_up_to_date
+from comfy_worker.gateway.ownership import owned
 from comfy_worker.gateway.records import JobRecord
 from comfy_worker.gateway.store import Store, moment
+from comfy_worker.gateway.tables import metadata
 from comfy_worker.jobs import JobState
 from tests.support.postgres import Postgres, postgres
+from tests.support.webhook_notes import delivery_of
 
 SECRET = b"a key of this test"
 NOW = 1_700_000_000.0
@@ -264,7 +276,7 @@ def test_a_running_job_goes_back_to_its_place(store: Store) -> None:
 
 
 @pytest.mark.parametrize("end", ENDS)
-def test_only_what_failed_or_timed_out_is_retried(store: Store, end: JobState) -> None:
+def test_only_what_failed_or_timed_out_is_retried(store: Store, url: str, end: JobState) -> None:
     job_id = add(store, webhook=True)
     store.start(job_id, "p", "http://comfyui", NOW)
     store.finish(job_id, end, NOW, error={"error": "so"})
@@ -280,7 +292,23 @@ def test_only_what_failed_or_timed_out_is_retried(store: Store, end: JobState) -
             None,
             None,
         )
-        assert store.delivery_of(job_id) is None
+        assert delivery_of(url, job_id) is None
+
+
+def test_a_job_counts_how_often_it_was_put_back_into_the_queue(store: Store) -> None:
+    add(store)
+    job_id = add(store)
+    assert store.retried() == 0
+
+    for moment_of_retry in (NOW + 2, NOW + 3):
+        store.start(job_id, "p", "http://comfyui", NOW + 1)
+        store.requeue(job_id, moment_of_retry)
+    assert not store.requeue(job_id, NOW + 4)
+    store.finish(job_id, JobState.FAILED, NOW + 5, error={"error": "so"})
+    store.retry(job_id, NOW + 6)
+    assert not store.retry(job_id, NOW + 7)
+
+    assert (get(store, job_id).retries, store.retried()) == (3, 1)
 
 
 # ------------------------------------------------------------------------------------------------ events
@@ -313,15 +341,15 @@ def test_a_webhook_is_noted_with_the_end_and_only_then(store: Store) -> None:
     assert heard == [True]
 
 
-def test_a_job_that_nobody_wants_to_be_told_of_has_no_webhook(store: Store) -> None:
+def test_a_job_that_nobody_wants_to_be_told_of_has_no_webhook(store: Store, url: str) -> None:
     job_id = add(store)
     store.finish(job_id, JobState.COMPLETED, NOW)
 
     assert store.due_deliveries(NOW) == []
-    assert store.delivery_of(job_id) is None
+    assert delivery_of(url, job_id) is None
 
 
-def test_a_webhook_is_due_again_when_it_was_put_off_and_never_when_it_is_done(store: Store) -> None:
+def test_a_webhook_is_due_again_when_it_was_put_off_and_never_when_it_is_done(store: Store, url: str) -> None:
     job_id = add(store, webhook=True)
     store.finish(job_id, JobState.COMPLETED, NOW)
     (delivery,) = store.due_deliveries(NOW)
@@ -332,9 +360,25 @@ def test_a_webhook_is_due_again_when_it_was_put_off_and_never_when_it_is_done(st
 
     store.note_delivery(delivery.id, NOW + 11)
     assert store.due_deliveries(NOW + 100) == []
-    noted = store.delivery_of(job_id)
+    noted = delivery_of(url, job_id)
     assert noted is not None
     assert (noted["attempts"], noted["done_at"], noted["last_error"]) == (2, NOW + 11, None)
+
+
+def test_when_the_next_webhook_is_due_is_known(store: Store) -> None:
+    assert store.next_delivery_at(NOW) is None
+    for seconds in (20, 10):
+        job_id = add(store, webhook=True)
+        store.finish(job_id, JobState.COMPLETED, NOW)
+        (delivery,) = store.due_deliveries(NOW)
+        store.note_delivery(delivery.id, NOW, retry_at=NOW + seconds)
+
+    assert store.next_delivery_at(NOW) == NOW + 10
+    assert store.next_delivery_at(NOW + 10) == NOW + 20
+    assert store.next_delivery_at(NOW + 20) is None
+    for delivery in store.due_deliveries(NOW + 20):
+        store.note_delivery(delivery.id, NOW + 20)
+    assert store.next_delivery_at(NOW) is None
 
 
 # ------------------------------------------------------------------------------------------------ expiry
@@ -368,6 +412,59 @@ def test_several_that_start_at_once_bring_the_database_up_to_date_once(opened: O
     assert stores[3].counts() == {JobState.IN_QUEUE: 1}
 
 
+def test_jobs_of_the_first_version_are_kept(url: str, opened: Open) -> None:
+    engine = connect(url)
+    bring_up_to_date(engine.execution_options(**WRITES), "0001")
+    old = job()
+    columns = {
+        "id": old.id,
+        "endpoint_id": "local",
+        "state": "FAILED",
+        "request": b"",
+        "priority": 0,
+        "execution_timeout_s": 1.0,
+        "queue_ttl_s": 1.0,
+        "retention_s": 1.0,
+        "signature": "",
+        "webhook": False,
+        "created_at": NOW,
+        "ended_at": NOW,
+    }
+    names = ", ".join(columns)
+    with engine.begin() as connection:
+        connection.execute(
+            text(f"INSERT INTO jobs ({names}) VALUES ({', '.join(f':{name}' for name in columns)})"), columns
+        )
+    engine.dispose()
+
+    store = opened()
+    assert get(store, old.id).retries == 0
+    assert store.retry(old.id, NOW + 1)
+    assert store.retried() == 1
+
+
+def test_tables_are_as_their_migrations_make_them(store: Store, url: str) -> None:
+    engine = connect(url)
+    with engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert compare_metadata(context, metadata) == []
+    engine.dispose()
+
+
+def test_who_has_given_the_database_up_touches_it_no_more(store: Store) -> None:
+    job_id = add(store)
+    store.give_up()
+
+    for touch in (
+        lambda: store.get(job_id),
+        lambda: add(store),
+        lambda: store.finish(job_id, JobState.FAILED, NOW),
+        lambda: store.due_deliveries(NOW),
+    ):
+        with pytest.raises(DatabaseUnavailable, match="Another gateway"):
+            touch()
+
+
 def test_a_database_has_one_gateway_at_a_time(store: Store, url: str) -> None:
     first, second = connect(url), connect(url)
     try:
@@ -379,3 +476,36 @@ def test_a_database_has_one_gateway_at_a_time(store: Store, url: str) -> None:
     finally:
         first.dispose()
         second.dispose()
+
+
+# ------------------------------------------------------------------------------------- several at once, and again
+
+
+def test_several_jobs_are_kept_all_or_none(store: Store) -> None:
+    store.add(job(id="batch-2"))
+    with pytest.raises(DuplicateRequest):
+        store.add_all([job(id="batch-1"), job(id="batch-2")])
+    assert store.get("batch-1") is None
+    with pytest.raises(QueueFull, match="1 jobs are waiting already, and with these 2 there would be more than 2"):
+        store.add_all([job(id="batch-1"), job(id="batch-3")], max_waiting=2)
+    store.add_all([job(id="batch-1"), job(id="batch-3")], max_waiting=3)
+    assert len(store.events_of("batch-3")) == 1
+    assert store.request_of("batch-1") == job().request
+
+
+def test_jobs_are_found_by_how_their_ids_begin(store: Store) -> None:
+    for number, name in enumerate(("a_b-2", "a_b-1", "aXb-3", "other-a_b-4")):
+        store.add(job(id=name, created_at=NOW + number))
+    assert [record.id for record in store.with_prefix("a_b-")] == ["a_b-2", "a_b-1"]
+    assert list(store.with_prefix("nothing-")) == []
+
+
+@pytest.mark.parametrize("state", ENDS)
+def test_a_key_is_given_away_by_a_job_that_ended_without_a_result(store: Store, state: JobState) -> None:
+    first, second = job(), job()
+    assert store.add(first, "key", renew=True).id == first.id
+    assert store.add(second, "key", renew=True).id == first.id
+    store.finish(first.id, state, NOW)
+    is_kept = state is JobState.COMPLETED
+    assert store.add(second, "key", renew=True).id == (first.id if is_kept else second.id)
+    assert store.add(job(), "key", renew=True).id == (first.id if is_kept else second.id)

@@ -20,7 +20,8 @@ import requests
 import websocket
 from PIL import Image
 
-from tests.support.comfyui import ComfyUI, emulator
+from tests.support.comfyui import ComfyUI
+from tests.support.comfyui import comfyui as running_comfyui
 from tests.support.graphs import node, picture, work
 from tests.support.processes import Process
 from tests.support.running import wait_until
@@ -31,7 +32,7 @@ STREAMS = 200
 
 @pytest.fixture(scope="module")
 def comfyui() -> Iterator[ComfyUI]:
-    with emulator() as running:
+    with running_comfyui() as running:
         yield running
 
 
@@ -104,6 +105,24 @@ def test_a_waiting_job_tells_its_place(gateway: Served, comfyui: ComfyUI) -> Non
         assert gateway.post(f"/cancel/{job_id}").json()["status"] == "CANCELLED"
 
 
+def test_place_and_estimated_wait_shrink_as_the_queue_moves(gateway: Served) -> None:
+    gateway.ended(gateway.run(work(0.6, steps=2)))
+    *before, last = [gateway.run(work(0.6, steps=2)) for _ in range(6)]
+    told = [event["data"] for event in events(gateway.get(f"/events/{last}").text)]
+    # In ComfyUI's own queue it has a place too, among those that were handed over.
+    waiting = [data for data in told if data.get("stage") != "queued" and "queue_position" in data]
+    positions = [data["queue_position"] for data in waiting]
+    waits = [data["estimated_wait_s"] for data in waiting]
+    assert positions == sorted(positions, reverse=True)
+    assert positions[0] >= 2
+    assert positions[-1] <= 1
+    assert waits[0] > waits[-1]
+    assert min(waits) >= 0
+    assert told[-1] == {"status": "COMPLETED"}
+    for job_id in before:
+        assert gateway.ended(job_id)["status"] == "COMPLETED"
+
+
 @contextmanager
 def socket_of(gateway: Served, path: str) -> Iterator[websocket.WebSocket]:
     headers = [f"{name}: {value}" for name, value in gateway.headers.items()]
@@ -171,7 +190,7 @@ def test_many_streams_are_open_at_once_and_memory_stays(gateway: Served) -> None
 
 
 def follow(gateway: Served) -> None:
-    """Open many streams of one job, poll its status from two sides, and see all streams end with it."""
+    """Open many streams of one job of either kind, poll its status from two sides, and see all end with it."""
     job_id = gateway.run(work(3, steps=10))
     opened = threading.Semaphore(0)
 
@@ -183,8 +202,16 @@ def follow(gateway: Served) -> None:
                 last = line if line.startswith("data") else last
         return last
 
+    def listen_on_websocket() -> str:
+        last: Any = None
+        with socket_of(gateway, f"/ws/{job_id}") as connection:
+            opened.release()
+            for event in heard(connection):
+                last = event["data"]
+        return f"data: {json.dumps(last)}"
+
     with ThreadPoolExecutor(STREAMS + 2) as threads:
-        streams = [threads.submit(listen) for _ in range(STREAMS)]
+        streams = [threads.submit(listen if number % 2 else listen_on_websocket) for number in range(STREAMS)]
         polls = [threads.submit(gateway.get, f"/status/{job_id}") for _ in range(2)]
         for _ in range(STREAMS):
             assert opened.acquire(timeout=30)

@@ -27,6 +27,7 @@ from tests.support.postgres import postgres
 from tests.support.receiver import Receiver
 from tests.support.running import wait_until
 from tests.support.victims import Emulated
+from tests.support.webhook_notes import delivery_of
 
 RED = (255, 0, 0)
 NOW = 1_700_000_000.0
@@ -198,8 +199,8 @@ def sender(store: Store, tmp_path: Path, **settings: object) -> Deliveries:
     )  # fmt: skip
 
 
-def is_done(store: Store, job_id: str) -> bool:
-    delivery = store.delivery_of(job_id)
+def is_done(folder: Path, job_id: str) -> bool:
+    delivery = delivery_of(f"sqlite:///{folder}/jobs.db", job_id)
     return delivery is not None and delivery["done_at"] is not None
 
 
@@ -215,7 +216,7 @@ def test_a_webhook_is_the_status_of_the_job_and_is_repeated_under_one_id(
         deliveries = sender(store, tmp_path)
         deliveries.start()
         received = receiver.wait_for(3)
-        wait_until(lambda: is_done(store, "job"))
+        wait_until(lambda: is_done(tmp_path, "job"))
         deliveries.stop()
 
     extra = {} if plain else {"extra_params": {"a": 1}}
@@ -233,7 +234,7 @@ def test_a_webhook_that_was_not_sent_before_the_end_is_sent_after_the_start(stor
         deliveries = sender(store, tmp_path)
         deliveries.start()
         (received,) = receiver.wait_for(1)
-        wait_until(lambda: is_done(store, "job"))
+        wait_until(lambda: is_done(tmp_path, "job"))
         deliveries.stop()
         again = sender(store, tmp_path)
         again.start()
@@ -249,11 +250,11 @@ def test_a_receiver_that_never_accepts_is_given_up(store: Store, tmp_path: Path)
         deliveries = sender(store, tmp_path, webhook_attempts=3)
         deliveries.start()
         store.finish("job", JobState.FAILED, NOW, error={"error": "so"})
-        wait_until(lambda: is_done(store, "job"))
+        wait_until(lambda: is_done(tmp_path, "job"))
         deliveries.stop()
 
     assert len(receiver.received) == 3
-    delivery = store.delivery_of("job")
+    delivery = delivery_of(f"sqlite:///{tmp_path}/jobs.db", "job")
     assert delivery is not None
     assert "it answered 503" in delivery["last_error"]
     assert "query-secret" not in delivery["last_error"]
@@ -265,7 +266,7 @@ def test_a_private_address_is_not_told(store: Store, tmp_path: Path) -> None:
         store.finish("job", JobState.FAILED, NOW, error={"error": "so"})
         deliveries = sender(store, tmp_path, allow_private_urls=False)
         deliveries.start()
-        wait_until(lambda: is_done(store, "job"))
+        wait_until(lambda: is_done(tmp_path, "job"))
         deliveries.stop()
 
     assert receiver.received == []

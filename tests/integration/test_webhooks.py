@@ -172,8 +172,7 @@ def test_a_receiver_that_hangs_is_not_waited_for(
         worker.close()
         assert len(receiver.received) == 1 and not receiver.released.is_set()
     assert problems(caplog) == [
-        f"the webhook of job job-1 was not accepted by http://127.0.0.1:{receiver.port}/hook: "
-        "it did not answer within 0.3 s"
+        f"the webhook of job job-1 was not accepted by http://127.0.0.1:{receiver.port}: it did not answer within 0.3 s"
     ]
 
 
@@ -210,7 +209,7 @@ def test_a_receiver_that_refuses_is_not_asked_again(
         assert len(receiver.received) == 1
     assert colors(output) == [[ORANGE]]
     assert problems(caplog) == [
-        f"the webhook of job job-1 was not accepted by http://127.0.0.1:{receiver.port}/hook: it answered {status}"
+        f"the webhook of job job-1 was not accepted by http://127.0.0.1:{receiver.port}: it answered {status}"
     ]
 
 

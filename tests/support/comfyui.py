@@ -63,12 +63,15 @@ class ComfyUI:
 
     @contextmanager
     def faults(self, **faults: Any) -> Iterator[None]:
-        """Let things go wrong inside the block."""
+        """Let things go wrong inside the block; without faults it is any ComfyUI's."""
+        if not faults:
+            yield
+            return
         self._set_faults(faults)
         try:
             yield
         finally:
-            self._set_faults({})
+            requests.delete(f"{self.url}/_emulator/faults", timeout=_TIMEOUT_S).raise_for_status()
 
     def _set_faults(self, faults: Mapping[str, Any]) -> None:
         requests.post(f"{self.url}/_emulator/faults", json=faults, timeout=_TIMEOUT_S).raise_for_status()

@@ -44,19 +44,30 @@ class Postgres:
         """Start it, and return when it takes connections."""
         options = [item for option in _QUICK for item in ("-c", option)]
         where = ["-D", str(self._folder / "data"), "-h", "127.0.0.1", "-p", str(self._port), "-k", str(self._folder)]
-        self._process = subprocess.Popen(
-            [str(self._binaries / "postgres"), *where, *options],
-            user=self._user,
-            cwd=self._folder,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        wait_until(self._answers)
 
-    def stop(self) -> None:
-        """End it at once, as a crash does; what was committed is there after the next start."""
+        def is_up() -> bool:
+            if self._process is None or self._process.poll() is not None:
+                # After a kill it does not start before its last child has ended.
+                self._process = subprocess.Popen(
+                    [str(self._binaries / "postgres"), *where, *options],
+                    user=self._user,
+                    cwd=self._folder,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                )
+            return self._answers()
+
+        wait_until(is_up)
+
+    def stop(self, number: signal.Signals = signal.SIGQUIT) -> None:
+        """End it; what was committed is there after the next start.
+
+        Args:
+            number: SIGQUIT ends it at once, as a crash does; SIGINT cuts all connections and ends in order; SIGKILL
+                leaves its children to find out by themselves.
+        """
         if self._process is not None:
-            self._process.send_signal(signal.SIGQUIT)
+            self._process.send_signal(number)
             self._process.wait()
 
     def new_database(self) -> str:

@@ -49,8 +49,8 @@ class Served:
 
 
 @contextmanager
-def served(comfyui_url: str, data: Path, **settings: str) -> Iterator[Served]:
-    """Run a gateway until the end of the block."""
+def served(comfyui_url: str, data: Path, *module: str, **settings: str) -> Iterator[Served]:
+    """Run a gateway until the end of the block; `module` is what starts it in place of its own, with arguments."""
     environment = {
         "COMFYUI_URL": comfyui_url,
         "API_PORT": "0",
@@ -59,6 +59,6 @@ def served(comfyui_url: str, data: Path, **settings: str) -> Iterator[Served]:
         "PYTHONPATH": "src",
         **settings,
     }
-    with Process([sys.executable, "-m", "comfy_worker", "serve"], environment=environment) as process:
+    with Process([sys.executable, "-m", *(module or ("comfy_worker", "serve"))], environment=environment) as process:
         url = process.wait_for_line(r"running on (http://\S+:\d+)").group(1)
         yield Served(url.replace("0.0.0.0", "127.0.0.1"), process)

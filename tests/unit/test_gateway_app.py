@@ -10,10 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fastapi import FastAPI
 from fastapi.testclient import TestClient
-from starlette.routing import WebSocketRoute
-from starlette.testclient import WebSocketDenialResponse
 
 from comfy_worker.gateway.answers import EXAMPLE_JOB
 from comfy_worker.gateway.app import create_app
@@ -40,49 +37,6 @@ def make(environment: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Make]:
             return client
 
         yield make
-
-
-def routes(app: FastAPI) -> Iterator[tuple[str, str]]:
-    """Yield method and path of each route."""
-    for route in walk(app.routes):
-        path = str(route.path)
-        for part in ("job_id", "endpoint_id", "path:path", "path"):
-            path = path.replace(f"{{{part}}}", "x")
-        for method in ["WEBSOCKET"] if isinstance(route, WebSocketRoute) else sorted(getattr(route, "methods", ())):
-            yield method, path
-
-
-def walk(found: Any) -> Iterator[Any]:
-    """Yield routes, those inside of routers too."""
-    for route in found:
-        inner = getattr(route, "routes", None) or getattr(getattr(route, "original_router", None), "routes", None)
-        if inner:
-            yield from walk(inner)
-        else:
-            yield route
-
-
-def test_no_route_answers_without_a_key_but_the_one_that_tells_nothing(make: Make) -> None:
-    client = make()
-    app = client.app
-    assert isinstance(app, FastAPI)
-    found = sorted(set(routes(app)))
-    paths = {path for _, path in found}
-    assert {"/run", "/v2/x/run", "/events/x", "/ws/x", "/metrics", "/docs", "/openapi.json", "/assets/x/x"} <= paths
-    assert len(found) > 25
-    for method, path in found:
-        expected = 200 if path == "/live" else 401
-        assert status_of(client, method, path) == expected, (method, path)
-    assert status_of(client, "GET", "/nothing") == 401
-    assert status_of(client, "OPTIONS", "/run") == 401
-
-
-def status_of(client: TestClient, method: str, path: str) -> int:
-    if method == "WEBSOCKET":
-        with pytest.raises(WebSocketDenialResponse) as denied, client.websocket_connect(path):
-            pass
-        return int(denied.value.status_code)
-    return int(client.request(method, path).status_code)
 
 
 def test_a_refusal_says_what_is_missing_and_asks_a_browser_for_it(make: Make) -> None:
@@ -112,7 +66,7 @@ def test_pages_of_other_origins_are_admitted_by_setting(make: Make) -> None:
 
 
 def test_a_key_used_too_often_is_told_when_to_come_back(make: Make) -> None:
-    client = make(keys=("key", "other"), rate_limit_status="3/minute", rate_limit_cancel="1/minute")
+    client = make(keys=("key", "other"), rate_limit_status="3/day", rate_limit_cancel="1/day")
     assert [client.get("/status/x", headers=KEY).status_code for _ in range(4)] == [404, 404, 404, 429]
     answer = client.get("/v2/x/status/x", headers=KEY)
     assert (answer.status_code, answer.json()["code"]) == (429, "rate_limited")
@@ -186,7 +140,8 @@ def test_the_queue_of_one_endpoint_is_purged_alone(make: Make) -> None:
     client.post("/v2/b/run", headers=KEY, json=EXAMPLE_JOB)
     assert client.post("/v2/b/purge-queue", headers=KEY).json()["removed"] == 1
     assert client.get(f"/v2/a/status/{kept}", headers=KEY).json()["status"] == "IN_QUEUE"
-    assert client.post(f"/v2/a/cancel/{kept}", headers=KEY).json() == {"id": kept, "status": "CANCELLED"}
+    cancelled = {"id": kept, "status": "CANCELLED", "message": "The job is cancelled"}
+    assert client.post(f"/v2/a/cancel/{kept}", headers=KEY).json() == cancelled
     assert client.post(f"/v2/a/retry/{kept}", headers=KEY).status_code == 409
 
 

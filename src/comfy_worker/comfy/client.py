@@ -8,7 +8,7 @@ import itertools
 import math
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO, TypeVar
 from urllib.parse import quote, urlsplit
@@ -37,6 +37,7 @@ _READY_INTERVAL_S = 0.05
 _SUBMIT_ATTEMPTS = 3
 _LATE_PROMPT_S = 5.0
 """How long a prompt is looked for that ComfyUI did not answer in time, before it is sent again."""
+_NO_MODELS = "custom_nodes"
 _REMOVE_TIMEOUT_S = 10.0
 _REMOVE_INTERVALS_S = (0.02, 0.05, 0.1, 0.25)
 
@@ -246,6 +247,30 @@ class ComfyClient:
     def object_info(self) -> Mapping[str, Any]:
         """Return what ComfyUI says of all its node classes: megabytes on a machine with many custom nodes."""
         return self._get_json("/object_info", timeout_s=self._settings.comfyui_request_timeout_s)
+
+    def models(self, folders: Iterable[str] | None = None) -> Mapping[str, Sequence[str]]:
+        """Return the files in ComfyUI's model folders, by folder: `/models` and `/models/{folder}`.
+
+        Args:
+            folders: those that are wanted, empty for one that there is not; all if None, but for `custom_nodes`, in
+                which each file of each package counts as a model.
+        """
+        wanted = self._get_names("/models") if folders is None else folders
+        return {
+            folder: self._get_names(f"/models/{quote(folder, safe='')}") for folder in wanted if folder != _NO_MODELS
+        }
+
+    def _get_names(self, path: str) -> Sequence[str]:
+        """Return a list of names; an empty one where ComfyUI has nothing at the path."""
+        response = self._request("GET", path)
+        if response.status_code == requests.codes.not_found:
+            return []
+        _check(response)
+        with contextlib.suppress(ValueError):
+            names = response.json()
+            if isinstance(names, list):
+                return [str(name) for name in names]
+        raise ComfyUnreachable(f"ComfyUI answered GET {_endpoint(path)} with something that is not a list")
 
     def _fetch_inputs(self, class_type: str) -> Mapping[str, Any]:
         path = f"/object_info/{quote(class_type, safe='')}"

@@ -96,7 +96,7 @@ class PromptProtocol:
     """Reads the websocket frames of one `client_id` for one prompt.
 
     Attributes:
-        started: whether ComfyUI was heard to begin.
+        started: whether ComfyUI was heard, or seen, to begin.
         ended: whether the last frame of the prompt was heard; the history has it by then.
         heard: the outcome as far as the websocket told it; None while it has not.
         images: pictures of SaveImageWebsocket nodes so far.
@@ -159,6 +159,10 @@ class PromptProtocol:
             self.heard = _node_failed(data)
         elif kind == "execution_interrupted":
             self.heard = _was_interrupted(data)
+
+    def seen_running(self) -> list[JobEvent]:
+        """Return what it tells that the queue shows the prompt as running: its beginning, if that was not heard."""
+        return list(self._start())
 
     def _start(self) -> Iterator[JobEvent]:
         if not self.started:

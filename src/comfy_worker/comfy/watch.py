@@ -189,8 +189,9 @@ class Watch:
     def _stands_at(self, place: QueuePlace) -> None:
         self._last_place = place
         self._missing_since = None
-        if not place.running:
-            self.on_event(QueuePosition(place.ahead))
+        # Its beginning may have been told while nobody could hear it; the clock of a job runs from there.
+        for event in self.protocol.seen_running() if place.running else [QueuePosition(place.ahead)]:
+            self.on_event(event)
         # A prompt that runs and cannot be heard may get on for all one knows: only the deadline counts for it.
         if place.ahead or (place.running and not self._hears_prompt):
             self._last_sign = time.monotonic()

@@ -28,8 +28,9 @@ class RunningJob:
 
     Attributes:
         stage: which part of its way it is on.
-        began_at: when ComfyUI began it, in seconds since the epoch; None before.
-        deadline: until when it may run, on the monotonic clock; None before it does.
+        began_at: when ComfyUI began it, in seconds since the epoch; None before. A gateway before this one may have
+            noted it.
+        deadline: until when it may run, on the monotonic clock; None as long as it was not heard or seen to run.
         timed_out: it was stopped because of that.
         done: set when it is out of hand.
     """
@@ -43,12 +44,20 @@ class RunningJob:
     timed_out: bool = False
     done: threading.Event = field(default_factory=threading.Event)
 
+    @property
+    def may_be_in_comfyui(self) -> bool:
+        """Whether its prompt may be in ComfyUI; once its stop is set, a False stays so."""
+        return self.job.was_running or self.stage in (Stage.QUEUED, Stage.RUNNING)
+
     def entered(self, stage: Stage) -> None:
         """Note that it entered a stage; its time runs from when ComfyUI begins it, once."""
         self.stage = stage
-        if stage is Stage.RUNNING and self.began_at is None:
-            self.began_at = time.time()
-            self.deadline = time.monotonic() + self.job.record.execution_timeout_s
+        if stage is Stage.RUNNING and self.deadline is None:
+            now = time.time()
+            self.began_at = now if self.began_at is None else self.began_at
+            # Of a clock that was set back meanwhile, no more is counted than nothing.
+            ran_s = max(0.0, now - self.began_at)
+            self.deadline = time.monotonic() + self.job.record.execution_timeout_s - ran_s
 
 
 @dataclass(eq=False)
@@ -99,5 +108,6 @@ def choose(job: Waiting, backends: list[Backend]) -> Backend | None:
         own = next((backend for backend in backends if backend.url == job.record.backend), None)
         if own is not None and (own.healthy or len(backends) == 1):
             return own if own.healthy else None
-    free = [backend for backend in backends if backend.has_room]
+    only = job.record.only_backend
+    free = [backend for backend in backends if backend.has_room and only in (None, backend.url)]
     return min(free, key=lambda backend: backend.load, default=None)

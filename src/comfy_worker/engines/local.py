@@ -7,14 +7,15 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
-from sqlalchemy.exc import InterfaceError, OperationalError
-
+from comfy_worker.comfy.client import ComfyClient
 from comfy_worker.engines.backends import Backend, RunningJob, choose
+from comfy_worker.engines.patience import Patience
 from comfy_worker.engines.places import as_progress, places_of
+from comfy_worker.engines.telling import Telling
 from comfy_worker.engines.turns import Gate, JobTurns
 from comfy_worker.engines.waiting import Queue, RunTimes, Waiting
 from comfy_worker.errors import (
@@ -30,15 +31,16 @@ from comfy_worker.errors import (
 )
 from comfy_worker.gateway.assets import AssetStore
 from comfy_worker.gateway.deliveries import webhook_of_request
-from comfy_worker.gateway.events import PREVIEW, PROGRESS, STATUS, EventBus
+from comfy_worker.gateway.errors import DatabaseUnavailable
+from comfy_worker.gateway.events import PROGRESS, STATUS, EventBus
 from comfy_worker.gateway.jsonlogs import about_job
+from comfy_worker.gateway.progress_webhooks import ProgressWebhooks, Tell
 from comfy_worker.gateway.records import JobRecord
 from comfy_worker.gateway.service import Place
 from comfy_worker.gateway.settings import GatewaySettings
 from comfy_worker.gateway.store import Store, moment
-from comfy_worker.jobs import Job, JobEvent, JobState, Preview, Stage, StageStarted
+from comfy_worker.jobs import Job, JobState, Stage
 from comfy_worker.payload import parse_job
-from comfy_worker.progress import Progress
 from comfy_worker.storage import Storages
 from comfy_worker.webhooks import check_webhook
 from comfy_worker.worker import Worker, json_safe
@@ -46,10 +48,9 @@ from comfy_worker.workflow import WEBSOCKET_OUTPUT_NODE
 
 log = logging.getLogger(__name__)
 
-Answer = TypeVar("Answer")
-
 _TICK_S = 0.5
-_STORE_AGAIN_S = 0.5
+_LEARNED_FROM = 256
+"""The latest jobs, of which the start takes in how long they ran."""
 _MOST_ATTEMPTS = 3
 """How many ComfyUIs are given a job; after that its last failure is its own."""
 _NOT_ITS_FAULT = {ComfyUnreachable.code, ComfyCrashed.code, UploadFailed.code}
@@ -67,8 +68,11 @@ class LocalEngine:
     finds out from the store and from ComfyUI where each job stands.
     """
 
-    def __init__(self, store: Store, bus: EventBus, assets: AssetStore, settings: GatewaySettings) -> None:
+    def __init__(
+        self, store: Store, bus: EventBus, assets: AssetStore, settings: GatewaySettings, progress: ProgressWebhooks
+    ) -> None:
         self._store = store
+        self._progress = progress
         self._bus = bus
         self._settings = settings
         self._staging = Gate(settings.preprocess_workers)
@@ -77,8 +81,11 @@ class LocalEngine:
         self._lock = threading.Condition()
         self._queue = Queue()
         self._run_times = RunTimes()
+        self._telling = Telling(store, bus, self._run_times, self._lock)
         self._running: dict[str, RunningJob] = {}
         self._stopping = threading.Event()
+        self._patience = Patience(store, self._stopping)
+        self._unknown: set[str] = set()
         in_hand = settings.postprocess_workers + sum(backend.places for backend in self._backends)
         self._threads = [threading.Thread(target=self._work, name=f"job {number}") for number in range(in_hand)]
         self._threads.append(threading.Thread(target=self._keep_time, name="clock"))
@@ -87,8 +94,14 @@ class LocalEngine:
             self._threads.append(threading.Thread(target=backend.probe, args=arguments, name="probe"))
 
     def _connect(self, url: str, assets: AssetStore) -> Backend:
-        settings = self._settings.model_copy(update={"comfyui_url": url})
+        own: dict[str, Any] = {"comfyui_url": url}
+        if self._settings.delivery == "local" and not self._settings.local_delivery_dir:
+            # Nothing is inline in a gateway: such outputs go to its assets, and these are served.
+            own["delivery"] = "base64"
+        settings = self._settings.model_copy(update=own)
         storages = Storages(settings, inline=lambda _budget, _overflow: assets.storage())
+        # What can only fail later is refused now, before a job has been run for nothing.
+        storages.check()
         places = settings.generation_workers + max(1, settings.preprocess_workers // len(settings.backends))
         return Backend(Worker(settings, storages), Gate(settings.generation_workers), places)
 
@@ -96,6 +109,7 @@ class LocalEngine:
 
     def start(self) -> None:
         """Take up every job that has not ended, and begin to work."""
+        self._run_times.learn(reversed(self._store.latest(limit=_LEARNED_FROM)))
         for record in self._store.unfinished():
             self.submit(record)
         for thread in self._threads:
@@ -121,6 +135,22 @@ class LocalEngine:
         """Let a job that the store has wait for its turn."""
         self._enqueue(Waiting(replace(record, request={})))
 
+    def take_up_forgotten(self) -> None:
+        """Take up jobs that the store has and nobody here knows, those that were so at the last call already.
+
+        The database accepted them, or noted them as running, and its answer got lost.
+
+        Raises:
+            DatabaseUnavailable: it is away.
+        """
+        found = {record.id: record for record in self._store.unfinished()}
+        with self._lock:
+            unknown = found.keys() - self._running.keys() - {job.id for job in self._queue}
+        for job_id in unknown & self._unknown:
+            log.warning("job %s is taken up, which the database has and nobody worked on", job_id)
+            self.submit(found[job_id])
+        self._unknown = unknown
+
     def _enqueue(self, job: Waiting) -> None:
         with self._lock:
             position = self._queue.add(job)
@@ -130,13 +160,17 @@ class LocalEngine:
             self._tell_place(job.id, self.place(job.id))
 
     def cancel(self, job_id: str) -> None:
-        """Drop a job whose end the store has already; return when it is out of ComfyUI."""
+        """Drop a job whose end the store has already; return when it is out of ComfyUI.
+
+        What it still uploads or downloads then ends by itself: nobody has to wait for that.
+        """
         with self._lock:
             waiting = self._queue.remove(job_id)
             running = self._running.get(job_id)
         if running is not None:
             running.stop.set()
-            running.done.wait()
+            if running.may_be_in_comfyui:
+                running.done.wait()
         if waiting is not None and waiting.was_running:
             self._take_out_of_comfyui(waiting)
 
@@ -151,12 +185,24 @@ class LocalEngine:
             log.warning("the prompt of job %s may still be in ComfyUI, which does not answer", job.id)
 
     def backends(self) -> Sequence[Mapping[str, Any]]:
-        """Return how each ComfyUI is doing: `url`, `healthy`, and how many `jobs` it has."""
+        """Return how each ComfyUI is doing: `url`, `healthy`, its `jobs`, and its `load`: those not delivered yet."""
         with self._lock:
             return [
-                {"url": backend.url, "healthy": backend.healthy, "jobs": len(backend.jobs)}
+                {"url": backend.url, "healthy": backend.healthy, "jobs": len(backend.jobs), "load": backend.load}
                 for backend in self._backends
             ]
+
+    def comfyui(self) -> ComfyClient:
+        """Return a client of a ComfyUI that answers.
+
+        Raises:
+            ComfyUnreachable: none does.
+        """
+        with self._lock:
+            healthy = next((backend for backend in self._backends if backend.healthy), None)
+        if healthy is None:
+            raise ComfyUnreachable("No ComfyUI answers")
+        return healthy.worker.client
 
     def place(self, job_id: str) -> Place | None:
         """Return where a job stands in the queue, None if it does not wait."""
@@ -200,8 +246,18 @@ class LocalEngine:
         with self._lock:
             expired = self._queue.take_expired(time.time())
         for job in expired:
-            error = TimedOut("The job waited in the queue for longer than its ttl").as_output()
-            self._finish(job, JobState.TIMED_OUT, error=error)
+            try:
+                self._expire(job)
+            except DatabaseUnavailable:
+                # Not waited for: the clock is there for the jobs that run, too.
+                with self._lock:
+                    self._queue.add(job)
+
+    def _expire(self, job: Waiting) -> None:
+        error = TimedOut("The job waited in the queue for longer than its ttl").as_output()
+        now = time.time()
+        if self._store.finish(job.id, JobState.TIMED_OUT, now, error=error):
+            self._bus.publish(job.id, STATUS, {"status": JobState.TIMED_OUT.value}, moment(now))
 
     # ------------------------------------------------------------------------------------------------- work
 
@@ -213,7 +269,7 @@ class LocalEngine:
     def _work_on(self, running: RunningJob) -> None:
         try:
             self._run(running)
-        except (OperationalError, InterfaceError):
+        except DatabaseUnavailable:
             log.warning("job %s stays as the database has it: that does not answer", running.job.id)
         except Exception:
             log.exception("job %s met a bug", running.job.id)
@@ -230,7 +286,7 @@ class LocalEngine:
                     backend = choose(job, self._backends)
                     if backend is not None:
                         return self._take_in_hand(job, backend)
-                    if not job.was_running:
+                    if not job.was_running and job.record.only_backend is None:
                         break  # nobody has room, so none behind it gets in either
                 self._lock.wait()
             return None
@@ -256,6 +312,10 @@ class LocalEngine:
         if isinstance(job, WorkerError):
             self._finish(running.job, JobState.FAILED, error=job.as_output(self._settings.secrets()))
             return
+        with self._progress.told(job) as tell:
+            self._follow(running, job, tell)
+
+    def _follow(self, running: RunningJob, job: Job, tell: Tell) -> None:
         try:
             prompt_id = self._prompt_to_resume(running, job)
         except ComfyUnreachable:
@@ -274,19 +334,21 @@ class LocalEngine:
         turns = JobTurns(self._staging, running.backend.gate, self._delivering, priority, running.stop)
         # How long it may run is the engine's to watch: waiting for others in ComfyUI's queue does not count.
         job = replace(job, prompt_id=prompt_id, resumed=is_resumed, execution_timeout_s=None)
-        listen = self._listener(running, job.workflow)
+        listen = self._telling.listener(running, job, tell)
         output = running.backend.worker.run_parsed(job, listen, running.stop, turns=turns)
         self._settle(running, json_safe(output), is_resumed=is_resumed)
 
     def _is_open(self, job_id: str) -> bool:
-        record = self._surely(lambda: self._store.get(job_id))
+        record = self._patience.surely(lambda: self._store.get(job_id))
         return record is not None and not record.state.is_terminal
 
     def _prepare(self, running: RunningJob) -> Job | WorkerError:
         try:
-            request = self._surely(lambda: self._store.request_of(running.job.id)) or {}
+            request = self._patience.surely(lambda: self._store.request_of(running.job.id)) or {}
             check_webhook(webhook_of_request(request))
             return parse_job({**request, "id": running.job.id})
+        except DatabaseUnavailable:
+            raise
         except WorkerError as error:
             return error
 
@@ -299,8 +361,7 @@ class LocalEngine:
         if is_here and client.knows(record.prompt_id):
             if not any(node["class_type"] == WEBSOCKET_OUTPUT_NODE for node in job.workflow.values()):
                 log.info("job %s is taken up again", record.id)
-                running.entered(Stage.RUNNING)
-                running.began_at = record.started_at
+                running.began_at = record.began_at
                 return record.prompt_id
             # Its pictures were sent to the gateway that ended, and to nobody else.
             client.remove(record.prompt_id)
@@ -312,46 +373,16 @@ class LocalEngine:
         """Note that a job runs; return whether it was still waiting."""
         job, url = running.job, running.backend.url
         if job.was_running:
-            self._surely(lambda: self._store.requeue(job.id, time.time()))
+            self._patience.surely(lambda: self._store.requeue(job.id, time.time()))
         now = time.time()
-        if not self._surely(lambda: self._store.start(job.id, prompt_id, url, now)):
+
+        def start() -> bool:
+            return self._store.start(job.id, prompt_id, url, now)
+
+        if not self._patience.change(job.id, start, lambda record: record.prompt_id == prompt_id):
             return False
         self._bus.publish(job.id, STATUS, {"status": JobState.IN_PROGRESS.value}, moment(now))
         return True
-
-    def _listener(self, running: RunningJob, workflow: Mapping[str, Any]) -> Callable[[JobEvent], None]:
-        progress, job_id = Progress.of(workflow), running.job.id
-
-        def tell(event: JobEvent) -> None:
-            if isinstance(event, Preview):
-                data = {"node_id": event.node_id, "mime_type": event.mime_type, "content": event.content}
-                self._bus.publish(job_id, PREVIEW, data)
-                return
-            if isinstance(event, StageStarted):
-                self._enter(running, event.stage)
-            progress.apply(event)
-            self._bus.publish(job_id, PROGRESS, {**progress.as_output(), **self._estimate(running)})
-
-        return tell
-
-    def _enter(self, running: RunningJob, stage: Stage) -> None:
-        with self._lock:
-            running.entered(stage)
-            if stage is Stage.DELIVERING:
-                # How long one ran that was taken up again also tells how long nobody watched.
-                if running.began_at is not None and not running.job.was_running:
-                    self._run_times.remember(running.job.record.signature, time.time() - running.began_at)
-                self._lock.notify_all()  # its ComfyUI has room for another
-
-    def _estimate(self, running: RunningJob) -> dict[str, float]:
-        """Return how long a job that runs will run on, if that is known."""
-        if running.stage is not Stage.RUNNING or running.began_at is None:
-            return {}
-        with self._lock:
-            expected = self._run_times.expected(running.job.record.signature)
-        if expected is None:
-            return {}
-        return {"estimated_s": round(max(0.0, expected - (time.time() - running.began_at)), 1)}
 
     # -------------------------------------------------------------------------------------------------- end
 
@@ -385,7 +416,11 @@ class LocalEngine:
     def _again(self, running: RunningJob, why: str) -> bool:
         """Put a job back into the queue; return whether it was still open."""
         job, now = running.job, time.time()
-        if not self._surely(lambda: self._store.requeue(job.id, now)):
+
+        def requeue() -> bool:
+            return self._store.requeue(job.id, now)
+
+        if not self._patience.change(job.id, requeue, lambda record: record.state is JobState.IN_QUEUE):
             return False
         log.warning("job %s waits again: %s", job.id, why)
         self._bus.publish(job.id, STATUS, {"status": JobState.IN_QUEUE.value}, moment(now))
@@ -407,18 +442,8 @@ class LocalEngine:
         def finish() -> bool:
             return self._store.finish(job.id, state, now, output=output, error=error, ran_from=ran_from)
 
-        if self._surely(finish):
+        if self._patience.change(job.id, finish, lambda record: (record.state, record.ended_at) == (state, now)):
             self._bus.publish(job.id, STATUS, {"status": state.value}, moment(now))
-
-    def _surely(self, action: Callable[[], Answer]) -> Answer:
-        """Do something with the store, as often as it takes while the database is away."""
-        while True:
-            try:
-                return action()
-            except (OperationalError, InterfaceError) as error:
-                log.warning("the database does not answer: %s", type(error.orig).__name__)
-                if self._stopping.wait(_STORE_AGAIN_S):
-                    raise
 
     def _mark(self, backend: Backend, healthy: bool) -> None:
         """Note whether a ComfyUI answers."""

@@ -17,8 +17,8 @@ def places_of(queue: Queue, in_hand: Iterable[RunningJob], run_times: RunTimes, 
     wait_s = _seconds_in_hand(in_hand, run_times)
     places = {}
     for position, job in enumerate(queue):
-        places[job.id] = Place(position, None if wait_s is None else round(wait_s / max(1, at_work), 1))
         own = run_times.expected(job.record.signature)
+        places[job.id] = Place(position, None if wait_s is None else round(wait_s / max(1, at_work), 1), own)
         wait_s = None if wait_s is None or own is None else wait_s + own
     return places
 

@@ -6,7 +6,7 @@ import bisect
 import itertools
 import statistics
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from comfy_worker.gateway.records import JobRecord
@@ -99,6 +99,12 @@ class RunTimes:
         self._by_signature[signature] = runs
         if len(self._by_signature) > _SIGNATURES_REMEMBERED:
             del self._by_signature[next(iter(self._by_signature))]  # the one that ran longest ago
+
+    def learn(self, records: Iterable[JobRecord]) -> None:
+        """Take in how long jobs ran before a restart, the oldest first; their delivery counts too."""
+        for record in records:
+            if record.state is JobState.COMPLETED and record.began_at is not None and record.ended_at is not None:
+                self.remember(record.signature, max(0.0, record.ended_at - record.began_at))
 
     def expected(self, signature: str) -> float | None:
         """Return how long one will run: as those like it, or else as the latest; None if none ran yet."""

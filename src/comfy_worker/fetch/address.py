@@ -158,3 +158,9 @@ def shown(url: str) -> str:
     clean = f"{scheme}{separator}{authority.rpartition('@')[2]}{slash}{path}" if separator else without_secrets
     printable = "".join(character if character.isprintable() else "\ufffd" for character in clean)
     return printable if len(printable) <= _LONGEST_SHOWN else f"{printable[:_LONGEST_SHOWN]}…"
+
+
+def shown_host(url: str) -> str:
+    """Return how a sentence names where a URL leads if its path may be secret too, as those of many webhooks are."""
+    scheme, separator, rest = shown(url).partition("://")
+    return f"{scheme}{separator}{rest.partition('/')[0]}"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field
+from fastapi.responses import FileResponse, JSONResponse
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool
+from starlette.datastructures import Headers
+from starlette.types import Message, Receive, Scope, Send
 
 from comfy_worker.jobs import JobState
 
@@ -23,6 +25,37 @@ EXAMPLE_JOB: dict[str, Any] = {
     }
 }
 """A job that any ComfyUI can run: it needs no model."""
+EXAMPLE_WITH_INPUT: dict[str, Any] = {
+    "input": {
+        "workflow": {
+            "1": {"class_type": "LoadImage", "inputs": {"image": "mine.png"}},
+            "2": {"class_type": "ImageInvert", "inputs": {"image": ["1", 0]}},
+            "9": {"class_type": "SaveImage", "inputs": {"images": ["2", 0], "filename_prefix": "inverted"}},
+        },
+        "images": [
+            {
+                "name": "mine.png",
+                "image": (
+                    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAIAAAD91JpzAAAAFklEQVR42mOMWnCHgYGBiYGBgY"
+                    "GBAQAVsAHanTiGiQAAAABJRU5ErkJggg=="
+                ),
+            }
+        ],
+    }
+}
+"""A job with a picture of its own."""
+EXAMPLE_IN_FULL: dict[str, Any] = {
+    "input": {**EXAMPLE_JOB["input"], "convert": {"format": "webp", "quality": 80}, "timeout_s": 60},
+    "policy": {"executionTimeout": 120_000, "ttl": 3_600_000, "lowPriority": True},
+}
+"""A job that says how it is to be run and delivered."""
+
+
+_SCHEMAS = "#/components/schemas/"
+_RANGE_REFUSALS = {
+    400: {"error": "The header Range cannot be read", "code": "invalid_input"},
+    416: {"error": "The file has no such range", "code": "range_not_satisfiable"},
+}
 
 
 class Answer(JSONResponse):
@@ -36,6 +69,27 @@ class Answer(JSONResponse):
             return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
 
 
+class FileAnswer(FileResponse):
+    """A file, or a range of it; a range that there is not is refused in our form."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        refusal: Answer | None = None
+
+        async def send_unless_refused(message: Message) -> None:
+            nonlocal refusal
+            if message["type"] == "http.response.start" and message["status"] in _RANGE_REFUSALS:
+                refusal = Answer(_RANGE_REFUSALS[message["status"]], status_code=message["status"])
+                if of_all := Headers(raw=message["headers"]).get("content-range"):
+                    refusal.headers["Content-Range"] = of_all
+            if refusal is None:
+                await send(message)
+
+        await super().__call__(scope, receive, send_unless_refused)
+        if refusal is not None:
+            await refusal(scope, receive, send)
+
+
 class Problem(BaseModel):
     """Why a request was refused."""
 
@@ -45,17 +99,48 @@ class Problem(BaseModel):
     details: Any = Field(None, description="What exactly is wrong, where there is more to say.")
 
 
+class DetailedProblem(Problem):
+    """Why a request was refused, in FastAPI's own words too."""
+
+    detail: str = Field(description="The same sentence.")
+
+
+class EnvelopedError(BaseModel):
+    """One thing that went wrong."""
+
+    code: str
+    message: str
+    details: str | None = None
+
+
+class EnvelopedProblem(BaseModel):
+    """Why a request was refused, in the catalog API's envelope."""
+
+    status: Literal["error"] = "error"
+    message: str
+    errors: list[EnvelopedError]
+
+
+def _no_text(value: Any) -> Any:
+    if isinstance(value, str):
+        raise ValueError("must be a number")  # noqa: TRY004 - pydantic makes a sentence of this one only
+    return value
+
+
+# Text that reads like a number is none, or it would be taken for no time at all.
+_RunTime = Annotated[int, Field(ge=5_000, le=604_800_000), BeforeValidator(_no_text)]
+_WaitTime = Annotated[int, Field(ge=10_000, le=604_800_000), BeforeValidator(_no_text)]
+
+
 class Policy(BaseModel):
     """RunPod's policy of a job."""
 
     model_config = ConfigDict(extra="allow")
-    executionTimeout: int | None = Field(
-        None, ge=5_000, le=604_800_000, description="Milliseconds that the job may run; 600,000 if not given."
+    executionTimeout: _RunTime | None = Field(
+        None, description="Milliseconds that the job may run; 600,000 if not given."
     )
-    ttl: int | None = Field(
-        None, ge=10_000, le=604_800_000, description="Milliseconds that the job may wait; 86,400,000 if not given."
-    )
-    lowPriority: bool | None = Field(None, description="Whether others go first.")
+    ttl: _WaitTime | None = Field(None, description="Milliseconds that the job may wait; 86,400,000 if not given.")
+    lowPriority: StrictBool | None = Field(None, description="Whether others go first.")
 
 
 class BucketConfig(BaseModel):
@@ -71,7 +156,10 @@ class BucketConfig(BaseModel):
 class RunRequest(BaseModel):
     """A job."""
 
-    model_config = ConfigDict(extra="allow", json_schema_extra={"examples": [EXAMPLE_JOB]})
+    HINT: ClassVar[str] = 'Send {"input": {"workflow": {…}}}'
+    model_config = ConfigDict(
+        extra="allow", json_schema_extra={"examples": [EXAMPLE_JOB, EXAMPLE_WITH_INPUT, EXAMPLE_IN_FULL]}
+    )
     input: dict[str, Any] | str = Field(description="The workflow and its files; see docs/api.md.")
     webhook: str | None = Field(None, description="URL that is told of the job's end.")
     policy: Policy | None = None
@@ -83,6 +171,7 @@ class JobAnswer(BaseModel):
 
     id: str
     status: JobState
+    message: str | None = Field(None, description="What came of cancelling it.")
 
 
 class StatusAnswer(JobAnswer):
@@ -135,11 +224,31 @@ class WorkerCounts(BaseModel):
     unhealthy: int
 
 
+class ComfyUIState(BaseModel):
+    """Whether jobs can run now."""
+
+    reachable: bool = Field(description="Whether any ComfyUI answered when it was asked last, seconds ago.")
+    healthy: int = Field(description="How many did.")
+    total: int
+
+
+class QueueSizes(BaseModel):
+    """How many jobs each queue has; see `GET /queue-info`."""
+
+    preprocess: int
+    generation: int
+    postprocess: int
+
+
 class HealthAnswer(BaseModel):
     """How the endpoint is doing."""
 
     jobs: JobCounts
     workers: WorkerCounts
+    status: Literal["healthy", "unhealthy"] = Field(description="`healthy` as long as any ComfyUI answers.")
+    comfyui: ComfyUIState
+    queues: QueueSizes
+    version: str = Field(description="The gateway's.")
 
 
 class State(BaseModel):
@@ -148,7 +257,22 @@ class State(BaseModel):
     status: Literal["ok"] = "ok"
 
 
-def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def request_body(model: type[BaseModel]) -> dict[str, Any]:
+    """Return the declaration of a body that a route reads by itself, with the model's examples.
+
+    `x-schemas` is for `openapi.describe`, which puts them where the description has all its schemas.
+    """
+    schema = model.model_json_schema(ref_template=_SCHEMAS + "{model}")
+    examples = {f"example {number}": {"value": value} for number, value in enumerate(schema.get("examples", []), 1)}
+    reference = {"$ref": _SCHEMAS + model.__name__}
+    content = {"schema": reference, **({"examples": examples} if examples else {})}
+    return {
+        "requestBody": {"required": True, "content": {"application/json": content}},
+        "x-schemas": {**schema.pop("$defs", {}), model.__name__: schema},
+    }
+
+
+def problems(*statuses: int, model: type[BaseModel] = Problem) -> dict[int | str, dict[str, Any]]:
     """Return the declaration of the errors that a route answers with, beside those that all do."""
     words = {
         400: "The request is not as it must be.",
@@ -157,9 +281,16 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
         409: "It cannot be done as things are.",
         413: "The request, or the answer, is too large.",
         416: "The file has no such part.",
+        422: "The job could not be run as it is.",
         429: "The key is used too often; Retry-After says when to come back.",
+        500: "The gateway failed because of a bug of its own; its log says where.",
+        501: "It is not there yet.",
         503: "It cannot be done now; Retry-After says when to come back.",
+        507: "The GPU's memory, or a disk, is full.",
+        504: "It took too long.",
+        502: "ComfyUI, or where the outputs go, failed.",
     }
     return {
-        status: {"model": Problem, "description": words[status]} for status in sorted({400, 401, 413, 429, *statuses})
+        status: {"model": model, "description": words[status]}
+        for status in sorted({400, 401, 413, 429, 500, 503} | {*statuses})
     }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -19,15 +21,18 @@ from comfy_worker.errors import InternalError, InvalidInput, WorkerError
 from comfy_worker.gateway import live
 from comfy_worker.gateway.auth import Guard, Keys, kept_secret
 from comfy_worker.gateway.core import Gateway
-from comfy_worker.gateway.doors import operations, runpod
+from comfy_worker.gateway.doors import batch, catalog, generate, operations, runpod, tasks, video, workflow
+from comfy_worker.gateway.doors.parts import Parts
 from comfy_worker.gateway.errors import NotFound
 from comfy_worker.gateway.events import LocalEventBus
 from comfy_worker.gateway.limits import RateLimits
 from comfy_worker.gateway.metrics import GatewayCollector, MeteredBus, StageClock, make_registry
 from comfy_worker.gateway.middleware import Gate, Outside, answer_error
-from comfy_worker.gateway.openapi import describe
+from comfy_worker.gateway.openapi import describe, methods_at
+from comfy_worker.gateway.problems import problem_body
 from comfy_worker.gateway.settings import GatewaySettings
 from comfy_worker.gateway.signing import AssetLinks
+from comfy_worker.modifiers import Modifiers
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +41,8 @@ _CODES = {405: "method_not_allowed", 416: "range_not_satisfiable"}
 
 def create_app(settings: GatewaySettings, keys: Keys) -> FastAPI:
     """Return the application; it begins to run jobs when it is started.
+
+    Its `state.let_go` is to be called when it is told to end: answers that wait for a job end at once then.
 
     Raises:
         InvalidInput: a setting is not sound, or another gateway uses the same database.
@@ -52,13 +59,28 @@ def create_app(settings: GatewaySettings, keys: Keys) -> FastAPI:
         await run_in_threadpool(gateway.stop)
 
     app = FastAPI(title="comfy-worker", version=__version__, lifespan=lifespan, redoc_url=None)
-    app.include_router(runpod.router(gateway.service, gateway.assets, links, settings.public_url))
+    app.state.let_go = gateway.let_go
+    gateway.when_taken_over = _end_process
+    modifiers = Modifiers(settings.modifiers_dir, [settings.workflows_dir])
+    parts = Parts(gateway.service, gateway.assets, links, settings, gateway.library, modifiers)
+    app.include_router(runpod.router(parts))
+    app.include_router(tasks.router(parts))
+    app.include_router(catalog.router(parts))
+    app.include_router(workflow.router(parts))
+    app.include_router(video.router(parts))
+    app.include_router(batch.router(parts))
     app.include_router(live.router(gateway.service))
-    app.include_router(operations.router(gateway.service, gateway.assets, links, registry))
+    app.include_router(generate.router(parts))
+    app.include_router(operations.router(parts, registry))
     describe(app)
     _answer_errors(app)
     _guard(app, settings, keys)
     return app
+
+
+def _end_process() -> None:
+    """End in good order, as if somebody had asked for it."""
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _guard(app: FastAPI, settings: GatewaySettings, keys: Keys) -> None:
@@ -70,7 +92,13 @@ def _guard(app: FastAPI, settings: GatewaySettings, keys: Keys) -> None:
             CORSMiddleware,
             allow_origins=origins,
             allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID"],
+            allow_headers=[
+                "Authorization",
+                "Content-Type",
+                "Idempotency-Key",
+                "Last-Event-ID",
+                "X-Return-Outputs-As-Base64",
+            ],
             expose_headers=["Retry-After"],
         )
     app.add_middleware(Outside)
@@ -83,25 +111,30 @@ def _answer_errors(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _answer_bug)
 
 
-async def _answer_error(_request: Request, error: Exception) -> JSONResponse:
+async def _answer_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, WorkerError), "registered for these"  # noqa: S101
-    return answer_error(error)
+    return answer_error(error, request.url.path)
 
 
-async def _answer_invalid(_request: Request, error: Exception) -> JSONResponse:
+async def _answer_invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError), "registered for these"  # noqa: S101
     problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
-    return answer_error(InvalidInput(problems))
+    return answer_error(InvalidInput(problems), request.url.path)
 
 
-async def _answer_http(_request: Request, error: Exception) -> JSONResponse:
+async def _answer_http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException), "registered for these"  # noqa: S101
     if error.status_code == NotFound.http_status:
-        return answer_error(NotFound("There is nothing at this path"))
+        return answer_error(NotFound("There is nothing at this path"), request.url.path)
     problem = {"error": str(error.detail), "code": _CODES.get(error.status_code, InvalidInput.code)}
-    return JSONResponse(problem, status_code=error.status_code, headers=error.headers)
+    body = problem_body(problem, request.url.path)
+    response = JSONResponse(body, status_code=error.status_code, headers=error.headers)
+    if error.status_code == 405 and (methods := methods_at(request.app, request.url.path)):
+        # The framework names those of one route, and a path may have several.
+        response.headers["Allow"] = ", ".join(methods)
+    return response
 
 
-async def _answer_bug(_request: Request, error: Exception) -> JSONResponse:
+async def _answer_bug(request: Request, error: Exception) -> JSONResponse:
     log.error("a request met a bug", exc_info=error)
-    return answer_error(InternalError("The gateway failed because of a bug of its own"))
+    return answer_error(InternalError("The gateway failed because of a bug of its own"), request.url.path)

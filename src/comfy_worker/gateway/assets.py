@@ -35,8 +35,13 @@ class AssetStore:
         Raises:
             NotFound: there is none of this name (any more), or the name leads elsewhere.
         """
-        found = (self._folder / path).resolve()
-        if not found.is_relative_to(self._folder.resolve()) or not found.is_file():
+        try:
+            found = (self._folder / path).resolve()
+            is_ours = found.is_relative_to(self._folder.resolve()) and found.is_file()
+        except (OSError, ValueError):
+            # No file can have such a name: it is too long, or has a zero byte.
+            is_ours = False
+        if not is_ours:
             raise NotFound("There is no such file (any more)")
         return found
 

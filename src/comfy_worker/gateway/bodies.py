@@ -1,4 +1,4 @@
-"""Reads a job out of a request, and refuses what could not be kept or sent on."""
+"""Reads the body of a request, and refuses what could not be kept or sent on."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from fastapi import Request
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.concurrency import run_in_threadpool
 
 from comfy_worker.errors import InvalidInput
-from comfy_worker.gateway.answers import RunRequest
 
 _DEEPEST = 200
 """Levels that a request may nest: far more than any workflow has, and less than Python's own limit."""
@@ -19,32 +18,37 @@ _LARGE = 100_000
 """Bytes from which on reading would hold up everybody else."""
 
 
-async def read_job(request: Request) -> Mapping[str, Any]:
-    """Return what a client wants to have run.
+async def read_body(request: Request, model: type[BaseModel]) -> Mapping[str, Any]:
+    """Return what a client sent, as it is.
 
     Raises:
         RequestTooLarge: the body has more bytes than the path takes.
-        InvalidInput: it is no JSON object of RunPod's form; the sentence names every problem.
+        InvalidInput: it is no JSON object of the model's form; the sentence names every problem.
     """
     body = await request.body()
-    return await run_in_threadpool(parse_job_request, body) if len(body) > _LARGE else parse_job_request(body)
+    return await run_in_threadpool(parse_body, body, model) if len(body) > _LARGE else parse_body(body, model)
 
 
-def parse_job_request(body: bytes) -> Mapping[str, Any]:
-    """Return the JSON object in a body, as it is; raise `InvalidInput` if it is none of RunPod's form."""
+def parse_body(body: bytes, model: type[BaseModel]) -> Mapping[str, Any]:
+    """Return the JSON object in a body, as it is; raise `InvalidInput` if it is none of the model's form."""
     try:
         parsed = json.loads(body, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
         raise InvalidInput("The request is not JSON") from None
     if not isinstance(parsed, dict):
-        raise InvalidInput("The request must be an object with an input", hint='Send {"input": {"workflow": {…}}}')
+        raise InvalidInput("The request must be a JSON object", hint=_hint(model))
     if _depth(parsed) > _DEEPEST:
         raise InvalidInput(f"The request nests deeper than {_DEEPEST} levels")
     try:
-        RunRequest.model_validate(parsed)
+        model.model_validate(parsed)
     except ValidationError as error:
-        raise InvalidInput(_sentence(error), hint='Send {"input": {"workflow": {…}}}') from None
+        raise InvalidInput(_sentence(error), hint=_hint(model)) from None
     return parsed
+
+
+def _hint(model: type[BaseModel]) -> str | None:
+    """Return how a request of a model's form looks, if the model says so."""
+    return getattr(model, "HINT", None)
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
+from comfy_worker.catalog.library import Library
+from comfy_worker.catalog.versions import KeptVersions
 from comfy_worker.engines.local import LocalEngine
 from comfy_worker.gateway.assets import AssetStore
 from comfy_worker.gateway.auth import kept_secret
-from comfy_worker.gateway.database import connect, owned
+from comfy_worker.gateway.database import connect
 from comfy_worker.gateway.deliveries import Deliveries
 from comfy_worker.gateway.events import EventBus, LocalEventBus
+from comfy_worker.gateway.ownership import owned
 from comfy_worker.gateway.service import JobService
 from comfy_worker.gateway.settings import GatewaySettings
 from comfy_worker.gateway.store import Store
 from comfy_worker.gateway.upkeep import Upkeep
+
+log = logging.getLogger(__name__)
 
 
 class Gateway:
@@ -23,6 +30,9 @@ class Gateway:
     Attributes:
         service: what doors use.
         assets: where outputs lie.
+        library: the named workflows.
+        when_taken_over: called, in a thread of its own, when another gateway has taken over the database while that
+            was away. No job is worked on any more then, and nothing can be asked of the store.
     """
 
     def __init__(self, settings: GatewaySettings, bus: EventBus | None = None) -> None:
@@ -34,22 +44,25 @@ class Gateway:
         data = Path(settings.data_dir)
         data.mkdir(parents=True, exist_ok=True)
         database = settings.database_url.get_secret_value() if settings.database_url else f"sqlite:///{data}/jobs.db"
+        self.when_taken_over: Callable[[], None] = _nothing
         own_key = settings.gateway_key.get_secret_value() if settings.gateway_key else kept_secret(data / "gateway.key")
         with ExitStack() as stack:
             engine = connect(database)
             stack.callback(engine.dispose)
-            stack.enter_context(owned(engine))
+            stack.enter_context(owned(engine, when_lost=self._end_for_another))
             self.store = Store(engine, own_key.encode())
+            self.library = Library(settings.workflows_dir, kept=KeptVersions(data / "workflow_versions"))
             self.bus, self.assets = bus or LocalEventBus(), AssetStore(data / "assets")
             self._deliveries = Deliveries(self.store, self.assets, settings)
-            self._upkeep = Upkeep(self.store, self.bus, self.assets)
-            self._engine = LocalEngine(self.store, self.bus, self.assets, settings)
+            self._engine = LocalEngine(self.store, self.bus, self.assets, settings, self._deliveries.progress)
+            self._upkeep = Upkeep(self.store, self.bus, self.assets, take_up_forgotten=self._engine.take_up_forgotten)
             self.service = JobService(
                 self.store,
                 self.bus,
                 self._engine,
                 max_queue_size=settings.max_queue_size,
                 webhook_url=settings.webhook_url,
+                library=self.library,
             )
             self._held = stack.pop_all()
 
@@ -59,9 +72,24 @@ class Gateway:
         self._upkeep.start()
         self._engine.start()
 
+    def let_go(self) -> None:
+        """Let all who wait for a job or hear its events go at once, because the gateway ends."""
+        self.bus.close()
+
+    def _end_for_another(self) -> None:
+        """Work on nothing any more: another gateway has the database, and takes up what this one had."""
+        log.critical("Another gateway has taken over the database while it was away: this one ends")
+        self.store.give_up()
+        self._engine.stop()
+        self.when_taken_over()
+
     def stop(self) -> None:
         """End without losing anything: prompts stay in ComfyUI, and the next start takes them up."""
         self._engine.stop()
         self._deliveries.stop()
         self._upkeep.stop()
         self._held.close()
+
+
+def _nothing() -> None:
+    """Be told of a gateway's end without doing anything about it."""

@@ -1,27 +1,38 @@
-"""The database itself: SQLite set up to survive a kill, and one gateway at a time."""
+"""The database itself: SQLite set up to survive a kill and a power cut, and one word for a database that is away."""
 
 from __future__ import annotations
 
+import logging
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from filelock import FileLock, Timeout
-from sqlalchemy import Connection, Engine, create_engine, event, text
-from sqlalchemy.engine import make_url
+from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as NoConnectionFree
 
-from comfy_worker.errors import InvalidInput
+from comfy_worker.gateway.errors import DatabaseUnavailable
+
+log = logging.getLogger(__name__)
 
 WRITES = {"takes_write_lock": True}
 """Execution options of connections that write: SQLite's lock is taken at once, not when it may be too late."""
 
-_BUSY_TIMEOUT_S = 30.0
-_OWNER_LOCK = 0x636F6D67
-"""Any number that nobody else locks in PostgreSQL."""
-_TAKE_OVER_S = 20.0
-"""How long a gateway that starts waits for one that ends."""
-_LOOK_S = 0.1
+_SQLITE_PATIENCE_S = 10.0
+"""How long a statement waits for SQLite's lock, if the URL does not say (`?timeout=`)."""
+_POOL_PATIENCE_S = 10.0
+_NETWORK = {
+    # A server that is gone without a word is noticed in seconds, not in the hours of a system's defaults.
+    "connect_timeout": 5,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 15_000,
+}
+_SAID_EVERY_S = 10.0
 
 
 def connect(url: str) -> Engine:
@@ -29,19 +40,37 @@ def connect(url: str) -> Engine:
     parsed = make_url(url)
     if parsed.drivername in ("postgresql", "postgres"):
         parsed = parsed.set(drivername="postgresql+psycopg")
-    if parsed.get_backend_name() == "sqlite":
-        engine = create_engine(parsed, connect_args={"timeout": _BUSY_TIMEOUT_S})
-        event.listen(engine, "connect", _set_up_sqlite)
-        event.listen(engine, "begin", _begin_in_sqlite)
-        return engine
-    return create_engine(parsed, pool_pre_ping=True, pool_size=10, max_overflow=20)
+    # What a statement was given may be a secret, and an error's text is written to logs.
+    return _sqlite(parsed) if parsed.get_backend_name() == "sqlite" else _postgresql(parsed)
+
+
+def _sqlite(url: URL) -> Engine:
+    patience = {} if "timeout" in url.query else {"timeout": _SQLITE_PATIENCE_S}
+    engine = create_engine(url, connect_args=patience, hide_parameters=True)
+    event.listen(engine, "connect", _set_up_sqlite)
+    event.listen(engine, "begin", _begin_in_sqlite)
+    return engine
+
+
+def _postgresql(url: URL) -> Engine:
+    given = {name: value for name, value in _NETWORK.items() if name not in url.query}
+    return create_engine(
+        url,
+        connect_args=given,
+        hide_parameters=True,
+        pool_pre_ping=True,
+        pool_size=10,
+        max_overflow=20,
+        pool_timeout=_POOL_PATIENCE_S,
+    )
 
 
 def _set_up_sqlite(connection: Any, _record: object) -> None:
     # Python's own module would begin transactions when it sees fit.
     connection.isolation_level = None
     cursor = connection.cursor()
-    for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON"):
+    # With less than FULL, a power cut could take a job back that was accepted.
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
 
@@ -52,39 +81,53 @@ def _begin_in_sqlite(connection: Connection) -> None:
 
 
 @contextmanager
-def owned(engine: Engine, take_over_s: float = _TAKE_OVER_S) -> Iterator[None]:
-    """Be the only gateway of a database within this block: two would run every job twice.
+def in_our_words() -> Iterator[None]:
+    """Within this block a database that cannot be used is an error of ours; nothing of its statement is told.
 
     Raises:
-        InvalidInput: another gateway uses it and does not end.
+        DatabaseUnavailable: it is not there, is locked for too long, or has no room.
     """
-    with _locked_file(engine, take_over_s) if engine.dialect.name == "sqlite" else _locked(engine, take_over_s):
-        yield
-
-
-def _in_use() -> InvalidInput:
-    return InvalidInput("Another gateway uses this database", hint="Give each its own DATA_DIR or DATABASE_URL")
-
-
-@contextmanager
-def _locked_file(engine: Engine, take_over_s: float) -> Iterator[None]:
     try:
-        with FileLock(f"{engine.url.database}.lock", timeout=take_over_s):
-            yield
-    except Timeout:
-        raise _in_use() from None
+        yield
+    except (DBAPIError, NoConnectionFree) as error:
+        if not _is_unavailable(error):
+            raise
+        _outage.say(_why(error))
+        raise DatabaseUnavailable(
+            "The gateway's database cannot be used at the moment", hint="Try again in a while"
+        ) from None
 
 
-@contextmanager
-def _locked(engine: Engine, take_over_s: float) -> Iterator[None]:
-    deadline = time.monotonic() + take_over_s
-    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        while not connection.execute(text(f"SELECT pg_try_advisory_lock({_OWNER_LOCK})")).scalar_one():
-            if time.monotonic() >= deadline:
-                raise _in_use()
-            time.sleep(_LOOK_S)
-        try:
-            yield
-        finally:
-            # Closed instead of given back: the lock lasts as long as the connection.
-            connection.invalidate()
+def _is_unavailable(error: DBAPIError | NoConnectionFree) -> bool:
+    if isinstance(error, (NoConnectionFree, OperationalError, InterfaceError)):
+        return True
+    return error.connection_invalidated
+
+
+def _why(error: DBAPIError | NoConnectionFree) -> str:
+    """Return what a log may have of an error: its kind, without addresses, names and statements."""
+    if not isinstance(error, DBAPIError):
+        return "no connection is free"
+    kind = type(error.orig).__name__
+    detail = getattr(error.orig, "sqlstate", None) or getattr(error.orig, "sqlite_errorname", None)
+    return f"{kind}, {detail}" if detail else kind
+
+
+class _Outage:
+    """Says why the database cannot be used: not for every statement, of which there are many a second."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._said: tuple[str, float] | None = None
+
+    def say(self, why: str) -> None:
+        """Write it to the log, unless that was just done."""
+        now = time.monotonic()
+        with self._lock:
+            if self._said is not None and self._said[0] == why and now - self._said[1] < _SAID_EVERY_S:
+                return
+            self._said = (why, now)
+        log.warning("the database cannot be used: %s", why)
+
+
+_outage = _Outage()

@@ -10,11 +10,11 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy.exc import InterfaceError, OperationalError
-
 from comfy_worker.errors import InvalidInput, WorkerError
-from comfy_worker.fetch.address import shown
+from comfy_worker.fetch.address import shown_host
 from comfy_worker.gateway.assets import AssetStore, without_files
+from comfy_worker.gateway.errors import DatabaseUnavailable
+from comfy_worker.gateway.progress_webhooks import ProgressWebhooks
 from comfy_worker.gateway.records import JobRecord, WebhookDelivery, status_body
 from comfy_worker.gateway.store import Store
 from comfy_worker.jobs import Kind, Webhook
@@ -29,8 +29,9 @@ log = logging.getLogger(__name__)
 
 _MB = 1_000_000
 _AT_ONCE = 32
-_LOOK_S = 1.0
-"""Between two looks at the store, for what nobody announced."""
+_DATABASE_AGAIN_S = 1.0
+_LONGEST_LOOK_S = 30.0
+"""Between two looks at the store: one that is due may be announced by nobody, if the database lost an answer."""
 _FIRST_BACK_OFF_S = 10.0
 """RunPod's pause between two attempts; here it doubles each time."""
 _LONGEST_BACK_OFF_S = 600.0
@@ -44,7 +45,11 @@ def webhook_of_request(request: Mapping[str, Any]) -> Webhook | None:
 
 
 class Deliveries:
-    """Sends webhooks in a thread of its own, a few at a time, each until it is accepted or given up."""
+    """Sends webhooks in a thread of its own, a few at a time, each until it is accepted or given up.
+
+    Attributes:
+        progress: tells how jobs get on that have not ended.
+    """
 
     def __init__(
         self, store: Store, assets: AssetStore, settings: Settings, *, first_back_off_s: float = _FIRST_BACK_OFF_S
@@ -54,6 +59,7 @@ class Deliveries:
         Raises:
             InvalidInput: WEBHOOK_URL or WEBHOOK_SECRET is not sound.
         """
+        self.progress = ProgressWebhooks(settings)
         self._store = store
         self._assets = assets
         self._settings = settings
@@ -83,6 +89,7 @@ class Deliveries:
         self.wake()
         if self._thread.ident is not None:
             self._thread.join()
+        self.progress.close()
 
     def wake(self) -> None:
         """Look at once what is due; may be called from any thread."""
@@ -99,21 +106,24 @@ class Deliveries:
         while not self._stopping:
             self._news.clear()
             try:
-                await self._begin_due()
-            except (OperationalError, InterfaceError) as error:
-                log.warning("the database does not answer: %s", type(error.orig).__name__)
+                look_again_s = await self._begin_due()
+            except DatabaseUnavailable:
+                look_again_s = _DATABASE_AGAIN_S
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._news.wait(), _LOOK_S)
+                await asyncio.wait_for(self._news.wait(), look_again_s)
         if self._under_way:
             await asyncio.wait(self._under_way.values(), timeout=_LAST_WAIT_S)
         for task in list(self._under_way.values()):
             task.cancel()
 
-    async def _begin_due(self) -> None:
-        limit = _AT_ONCE + len(self._under_way)
-        for delivery in await asyncio.to_thread(self._store.due_deliveries, time.time(), limit):
+    async def _begin_due(self) -> float:
+        """Begin to send what is due; return in how many seconds there may be more."""
+        now, limit = time.time(), _AT_ONCE + len(self._under_way)
+        for delivery in await asyncio.to_thread(self._store.due_deliveries, now, limit):
             if len(self._under_way) < _AT_ONCE and delivery.id not in self._under_way:
                 self._under_way[delivery.id] = asyncio.create_task(self._send_and_note(delivery))
+        due_at = await asyncio.to_thread(self._store.next_delivery_at, now)
+        return _LONGEST_LOOK_S if due_at is None else min(max(0.0, due_at - time.time()), _LONGEST_LOOK_S)
 
     async def _send_and_note(self, delivery: WebhookDelivery) -> None:
         try:
@@ -125,12 +135,9 @@ class Deliveries:
             if error:
                 what = "is given up" if retry_at is None else "will be sent again"
                 log.warning("the webhook of job %s %s: %s", delivery.job_id, what, error)
-            if retry_at is not None:
-                asyncio.get_running_loop().call_later(max(0.0, retry_at - time.time()), self._news.set)
-        except (OperationalError, InterfaceError) as error:
+        except DatabaseUnavailable:
             # Not noted, so it is due still, and sent again under the same id.
-            log.warning("the database does not answer: %s", type(error.orig).__name__)
-            await asyncio.sleep(_LOOK_S)
+            await asyncio.sleep(_DATABASE_AGAIN_S)
         finally:
             del self._under_way[delivery.id]
             self._news.set()
@@ -152,12 +159,13 @@ class Deliveries:
             if message is None:
                 return "it names nobody who could be told", False
             webhook = message.webhook
+            await self.progress.end(delivery.job_id)
             await post(message, self._settings, self._settings.webhook_timeout_s)
-        except (Refused, WorkerError) as error:
-            where = f" by {shown(webhook.url)}" if webhook else ""
-            return f"it was not accepted{where}: {error}", isinstance(error, TryAgain)
-        except (OperationalError, InterfaceError):
+        except DatabaseUnavailable:
             raise
+        except (Refused, WorkerError) as error:
+            where = f" by {shown_host(webhook.url)}" if webhook else ""
+            return f"it was not accepted{where}: {error}", isinstance(error, TryAgain)
         except Exception as error:  # noqa: BLE001 - one webhook's bug must not end all others
             secrets = [webhook.secret, webhook.url] if webhook else []
             return redact(f"it met a bug: {where_it_broke(error)}", secrets), True

@@ -12,6 +12,14 @@ class NotFound(WorkerError):
     http_status = 404
 
 
+class WorkflowNotFound(NotFound):
+    """There is no such named workflow."""
+
+
+class ExecutionNotFound(NotFound):
+    """There is no such execution of a named workflow (any more)."""
+
+
 class Unauthorized(WorkerError):
     """The request has no key, or one that is not ours."""
 
@@ -31,6 +39,14 @@ class QueueFull(WorkerError):
     """No more jobs can wait."""
 
     code = "queue_full"
+    http_status = 503
+    retryable = True
+
+
+class DatabaseUnavailable(WorkerError):
+    """The gateway's database is not there, is locked for too long, or has no room."""
+
+    code = "database_unavailable"
     http_status = 503
     retryable = True
 
@@ -61,6 +77,13 @@ class NotPossible(WorkerError):
 
     code = "not_possible"
     http_status = 409
+
+
+class NotImplementedYet(WorkerError):
+    """The path is there for what is to come."""
+
+    code = "not_implemented"
+    http_status = 501
 
 
 class UnreadableRequest(WorkerError):

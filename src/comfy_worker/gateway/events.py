@@ -49,7 +49,7 @@ class Listening(Protocol):
         """Be the iterator."""
 
     async def __anext__(self) -> Event:
-        """Return the next event, when there is one."""
+        """Return the next event, when there is one; the iteration ends once the bus is closed."""
 
 
 class EventBus(Protocol):
@@ -77,6 +77,9 @@ class EventBus(Protocol):
     def forget(self, job_id: str) -> None:
         """Remember nothing of a job any more."""
 
+    def close(self) -> None:
+        """Let all listeners go, those too that come later: they hear what they have been told, and no more."""
+
 
 class LocalEventBus:
     """An event bus within one process."""
@@ -85,6 +88,7 @@ class LocalEventBus:
         self._lock = threading.Lock()
         self._remembered: OrderedDict[str, deque[Event]] = OrderedDict()
         self._listeners: dict[str, set[_Listener]] = {}
+        self._closed = False
         self._last = 0
 
     def publish(self, job_id: str, kind: str, data: Mapping[str, Any], number: int | None = None) -> Event:
@@ -104,6 +108,8 @@ class LocalEventBus:
             missed = [] if after is None else [e for e in self._remembered.get(job_id, ()) if e.number > after]
             listener = _Listener(missed, lambda: self._leave(job_id, listener))
             self._listeners.setdefault(job_id, set()).add(listener)
+            if self._closed:
+                listener.close()
         return listener
 
     def recent(self, job_id: str, after: int = 0) -> list[Event]:
@@ -120,6 +126,13 @@ class LocalEventBus:
         """Remember nothing of a job any more."""
         with self._lock:
             self._remembered.pop(job_id, None)
+
+    def close(self) -> None:
+        """Let all listeners go, those too that come later: they hear what they have been told, and no more."""
+        with self._lock:
+            self._closed = True
+            for listener in [one for listeners in self._listeners.values() for one in listeners]:
+                listener.close()
 
     def _leave(self, job_id: str, listener: _Listener) -> None:
         with self._lock:
@@ -155,12 +168,18 @@ class _Listener:
         self._waiting = deque(missed)
         self._leave = leave
         self._arrived = asyncio.Event()
+        self._closed = False
 
     def hand_over(self, event: Event) -> None:
         """Take an event, from any thread."""
         # A loop that has ended has nobody left who could hear it.
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._take, event)
+
+    def close(self) -> None:
+        """Let the listener go once it has heard what is waiting; from any thread."""
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._end)
 
     def __enter__(self) -> _Listener:
         return self
@@ -173,9 +192,15 @@ class _Listener:
 
     async def __anext__(self) -> Event:
         while not self._waiting:
+            if self._closed:
+                raise StopAsyncIteration
             self._arrived.clear()
             await self._arrived.wait()
         return self._waiting.popleft()
+
+    def _end(self) -> None:
+        self._closed = True
+        self._arrived.set()
 
     def _take(self, event: Event) -> None:
         if event.type == PREVIEW:

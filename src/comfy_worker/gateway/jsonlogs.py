@@ -13,6 +13,8 @@ from datetime import datetime, timezone
 from comfy_worker.logs import configure_logs, where_it_broke
 from comfy_worker.redact import redact
 
+_TELLS_HEADERS = ("uvicorn", "websockets")
+"""Whose debug logs have the headers of a WebSocket's request, the key among them."""
 _job_id: ContextVar[str | None] = ContextVar("job_id", default=None)
 
 
@@ -68,10 +70,15 @@ def _add_job_id(record: logging.LogRecord) -> bool:
     return True
 
 
+def _may_be_told(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.INFO or record.name.partition(".")[0] not in _TELLS_HEADERS
+
+
 def configure_gateway_logs(level: str, secrets: Sequence[str], form: str) -> None:
     """Send everything to standard error, in the form `text` or `json`; `secrets` are masked."""
     configure_logs(level, secrets)
     for handler in logging.getLogger().handlers:
+        handler.addFilter(_may_be_told)
         handler.addFilter(_add_job_id)
         inner = handler.formatter
         if form == "json":

@@ -14,6 +14,20 @@ from comfy_worker.gateway.errors import RateLimited
 from comfy_worker.gateway.settings import GatewaySettings
 
 _ENDPOINT = re.compile(r"^/v2/[^/]+(?=/)")
+_ACTIONS = [
+    (re.compile(pattern), action)
+    for pattern, action in (
+        (r"^/generate/sync/?$", "runsync"),
+        (r"^/generate(/stream)?/?$", "run"),
+        (r"^/api/workflow/(submit|batch)/?$", "run"),
+        (r"^/api/video/generate/?$", "run"),
+        (r"^/api/workflow/cancel/", "cancel"),
+        (r"^/api/workflow/batch/[^/]+/cancel/?$", "cancel"),
+        (r"^/task/?$", "run"),
+        (r"^/api/v1/comfyui/workflows/[^/]+/execute/?$", "run"),
+    )
+]
+"""Which of RunPod's paths the paths of the other APIs do the same as."""
 MB = 1_000_000
 RUN_LIMIT = 10 * MB
 RUNSYNC_LIMIT = 20 * MB
@@ -21,7 +35,10 @@ _OTHER_LIMIT = MB
 
 
 def action_of(path: str) -> str:
-    """Return the first part of a path, without the endpoint before it: `run`, `status`, …."""
+    """Return what a path does, as RunPod's paths call it: `run`, `runsync`, `cancel`; or else its first part."""
+    for pattern, action in _ACTIONS:
+        if pattern.match(path):
+            return action
     return _ENDPOINT.sub("", path).strip("/").partition("/")[0]
 
 

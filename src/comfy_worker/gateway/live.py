@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
+import contextlib
 import json
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Path, Query, WebSocket, WebSocketDisconnect
+from fastapi import APIRouter, Header, Path, Query, WebSocket
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
 from comfy_worker.gateway.answers import JOB_ID, problems
-from comfy_worker.gateway.errors import NotFound
-from comfy_worker.gateway.events import PREVIEW, STATUS, Event
+from comfy_worker.gateway.errors import DatabaseUnavailable, NotFound
+from comfy_worker.gateway.event_stream import EventStream
+from comfy_worker.gateway.events import PREVIEW, PROGRESS, STATUS, Event
 from comfy_worker.gateway.middleware import answer_error
 from comfy_worker.gateway.records import JobRecord
 from comfy_worker.gateway.service import JobService
+from comfy_worker.gateway.websockets import PATIENCE_S, tell
 
 _KEEP_ALIVE_S = 15
-_PATIENCE_S = 30
-"""A client that takes nothing for so long is let go; it can come back and say what it heard last."""
+
+_EVENT = {
+    "type": "object",
+    "required": ["event", "data"],
+    "properties": {
+        "id": {"type": "string", "description": "For `Last-Event-ID`; what only says where the job stands has none."},
+        "event": {"enum": [STATUS, PROGRESS, PREVIEW]},
+        "data": {"type": "string", "contentMediaType": "application/json"},
+    },
+}
 
 JobId = Annotated[str, Path(pattern=JOB_ID)]
 LastNumber = Annotated[str | None, Header(description="The `id` of the last event that was heard.")]
@@ -34,7 +44,7 @@ def router(service: JobService) -> APIRouter:
     api = APIRouter(tags=["Live"])
     stream = {
         "description": "Events: `status`, `progress` and, on request, `preview`; the last is the job's end.",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "content": {"text/event-stream": {"itemSchema": _EVENT}},
     }
     api.add_api_route(
         "/events/{job_id}",
@@ -58,41 +68,35 @@ class _Live:
         """Tell what happens to a job until it has ended; keep-alives every 15 s."""
         record = await self._service.get(job_id)
         told = self._as_sse(record, _number(last_event_id), previews)
-        return EventSourceResponse(told, ping=_KEEP_ALIVE_S, send_timeout=_PATIENCE_S)
+        return EventStream(told, ping=_KEEP_ALIVE_S, send_timeout=PATIENCE_S)
 
     async def _as_sse(
         self, record: JobRecord, after: int | None, previews: bool
     ) -> AsyncGenerator[ServerSentEvent, None]:
-        async with aclosing(self._told(record, after, previews)) as told:
-            async for number, kind, data in told:
-                # What only says where the job stands has no number: a client that comes back did not hear it.
-                event_id = None if number is None else str(number)
-                yield ServerSentEvent(json.dumps(data), event=kind, id=event_id)
+        # A stream that the database breaks off is no error of its own: the client comes back and says what it heard.
+        with contextlib.suppress(DatabaseUnavailable):
+            async with aclosing(self._told(record, after, previews)) as told:
+                async for number, kind, data in told:
+                    # What only says where the job stands has no number: a client that comes back did not hear it.
+                    event_id = None if number is None else str(number)
+                    yield ServerSentEvent(json.dumps(data), event=kind, id=event_id)
 
     async def websocket(self, websocket: WebSocket, job_id: str, after: int | None = None) -> None:
         """Tell what happens to a job until it has ended: JSON objects `{"id", "event", "data"}`."""
         try:
             record = await self._service.get(job_id)
-        except NotFound as error:
-            await websocket.send_denial_response(answer_error(error))
+        except (NotFound, DatabaseUnavailable) as error:
+            await websocket.send_denial_response(answer_error(error, websocket.url.path))
             return
-        await websocket.accept()
         previews = websocket.query_params.get("previews", "").lower() in ("1", "true", "yes")
-        telling = asyncio.ensure_future(self._tell(websocket, record, after, previews))
-        leaving = asyncio.ensure_future(_until_gone(websocket))
-        try:
-            await asyncio.wait((telling, leaving), return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            telling.cancel()
-            leaving.cancel()
-            await asyncio.gather(telling, leaving, return_exceptions=True)
+        await tell(websocket, self._as_messages(record, after, previews))
 
-    async def _tell(self, websocket: WebSocket, record: JobRecord, after: int | None, previews: bool) -> None:
+    async def _as_messages(
+        self, record: JobRecord, after: int | None, previews: bool
+    ) -> AsyncGenerator[dict[str, Any], None]:
         async with aclosing(self._told(record, after, previews)) as told:
             async for number, kind, data in told:
-                text = json.dumps({"id": number, "event": kind, "data": data})
-                await asyncio.wait_for(websocket.send_text(text), _PATIENCE_S)
-        await websocket.close()
+                yield {"id": number, "event": kind, "data": data}
 
     async def _told(
         self, record: JobRecord, after: int | None, previews: bool
@@ -126,12 +130,3 @@ def _number(last_event_id: str | None) -> int | None:
 def _preview(event: Event) -> dict[str, Any]:
     content = base64.b64encode(event.data["content"]).decode("ascii")
     return {"mime_type": event.data["mime_type"], "content": content}
-
-
-async def _until_gone(websocket: WebSocket) -> None:
-    """Return when the client has left; what it says is not listened to."""
-    try:
-        while True:
-            await websocket.receive()
-    except (WebSocketDisconnect, RuntimeError):
-        return

@@ -13,6 +13,7 @@ import requests
 from prometheus_client import CollectorRegistry, Histogram, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+from pydantic import BaseModel, Field, ValidationError
 
 from comfy_worker.gateway.events import PREVIEW, PROGRESS, STATUS, Event, EventBus, Listening
 from comfy_worker.gateway.store import Store
@@ -110,6 +111,21 @@ class MeteredBus:
         """Remember nothing of a job any more."""
         self._bus.forget(job_id)
 
+    def close(self) -> None:
+        """Let all listeners go."""
+        self._bus.close()
+
+
+class _Device(BaseModel):
+    vram_total: float = 0.0
+    vram_free: float = 0.0
+
+
+class _SystemStats(BaseModel):
+    """What is wanted of ComfyUI's `/system_stats`; of several devices the first is its own."""
+
+    devices: list[_Device] = Field(default_factory=list)
+
 
 class GatewayCollector(Collector):
     """What is looked up when it is asked for: jobs in the store, ComfyUIs and their GPUs."""
@@ -132,6 +148,8 @@ class GatewayCollector(Collector):
             jobs.add_metric([state.value], counts.get(state, 0))
         yield jobs
         yield GaugeMetricFamily("comfy_queue_depth", "Jobs that wait.", counts.get(JobState.IN_QUEUE, 0))
+        pending = self._store.pending_deliveries()
+        yield GaugeMetricFamily("comfy_webhooks_pending", "Webhooks neither accepted nor given up.", pending)
         up = GaugeMetricFamily("comfy_backend_up", "Whether a ComfyUI answers.", labels=["backend"])
         running = GaugeMetricFamily("comfy_backend_jobs", "Jobs that a ComfyUI has.", labels=["backend"])
         for number, backend in enumerate(self._backends()):
@@ -146,28 +164,28 @@ class GatewayCollector(Collector):
         total = GaugeMetricFamily("comfy_gpu_memory_total_bytes", "Memory of a GPU.", labels=labels)
         free = GaugeMetricFamily("comfy_gpu_memory_free_bytes", "Free memory of a GPU.", labels=labels)
         for number, stats in enumerate(self._stats.get()):
-            for place, device in enumerate(stats.get("devices", [])):
-                total.add_metric([str(number), str(place)], float(device.get("vram_total", 0)))
-                free.add_metric([str(number), str(place)], float(device.get("vram_free", 0)))
+            for place, device in enumerate(stats.devices):
+                total.add_metric([str(number), str(place)], device.vram_total)
+                free.add_metric([str(number), str(place)], device.vram_free)
         yield total
         yield free
 
-    def _ask_all(self) -> list[Mapping[str, Any]]:
+    def _ask_all(self) -> list[_SystemStats]:
         backends = self._backends()
         with ThreadPoolExecutor(max(1, len(backends)), "system_stats") as threads:
             return list(threads.map(_system_stats, backends))
 
 
-def _system_stats(backend: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a ComfyUI's `/system_stats`; nothing for one that does not answer."""
+def _system_stats(backend: Mapping[str, Any]) -> _SystemStats:
+    """Return a ComfyUI's `/system_stats`; nothing for one that does not answer, or not in its usual form."""
     if not backend["healthy"]:
-        return {}
+        return _SystemStats()
     try:
-        stats: Mapping[str, Any] = requests.get(f"{backend['url']}/system_stats", timeout=_STATS_TIMEOUT_S).json()
-    except (requests.RequestException, ValueError) as error:
+        answer = requests.get(f"{backend['url']}/system_stats", timeout=_STATS_TIMEOUT_S)
+        return _SystemStats.model_validate_json(answer.content)
+    except (requests.RequestException, ValidationError) as error:
         log.info("ComfyUI %s told nothing of its memory: %s", backend["url"], type(error).__name__)
-        return {}
-    return stats
+        return _SystemStats()
 
 
 def make_registry() -> CollectorRegistry:

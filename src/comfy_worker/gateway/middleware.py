@@ -16,7 +16,8 @@ from comfy_worker.errors import WorkerError
 from comfy_worker.gateway.auth import Guard
 from comfy_worker.gateway.errors import RequestTooLarge
 from comfy_worker.gateway.limits import RateLimits, TooOften, body_limit
-from comfy_worker.gateway.signing import PATH as ASSETS_PATH
+from comfy_worker.gateway.problems import body_of
+from comfy_worker.gateway.signing import SIGNED_PATHS
 
 log = logging.getLogger(__name__)
 
@@ -38,9 +39,9 @@ _DOCS_POLICY = (
 _RETRY_AFTER_S = 5
 
 
-def answer_error(error: WorkerError) -> JSONResponse:
-    """Return an error as the answer to a request."""
-    response = JSONResponse(error.as_output(), status_code=error.http_status)
+def answer_error(error: WorkerError, path: str) -> JSONResponse:
+    """Return an error as the answer to a request for a path."""
+    response = JSONResponse(body_of(error, path), status_code=error.http_status)
     if isinstance(error, TooOften):
         response.headers["Retry-After"] = str(error.retry_after_s)
     elif error.http_status in (429, 503):
@@ -117,7 +118,7 @@ class Gate:
 
     async def _admit(self, scope: Scope) -> None:
         path = scope["path"]
-        if path in OPEN_PATHS or (path.startswith(f"{ASSETS_PATH}/") and _is_signed(scope)):
+        if path in OPEN_PATHS or (_has_files(path) and _is_signed(scope)):
             return
         client = self._guard.admit(scope.get("method", "GET"), Headers(scope=scope))
         scope.setdefault("state", {})["client"] = client
@@ -148,12 +149,16 @@ def _too_large(limit: int) -> Callable[[], RequestTooLarge]:
     return lambda: RequestTooLarge(f"The request has more than {limit} bytes", hint="Send inputs by URL")
 
 
+def _has_files(path: str) -> bool:
+    return any(path.startswith(f"{prefix}/") for prefix in SIGNED_PATHS)
+
+
 def _is_signed(scope: Scope) -> bool:
     return "signature" in parse_qs(scope["query_string"].decode("latin-1"))
 
 
 async def _refuse(scope: Scope, receive: Receive, send: Send, error: WorkerError) -> None:
-    response = answer_error(error)
+    response = answer_error(error, scope["path"])
     if "text/html" in Headers(scope=scope).get("accept", "") and error.http_status == 401:
         # A person at a browser is asked for the key, as the password.
         response.headers["WWW-Authenticate"] = 'Basic realm="comfy-worker"'

@@ -14,10 +14,10 @@ _alone = threading.Lock()
 """Alembic keeps what it does in variables of its modules."""
 
 
-def bring_up_to_date(engine: Engine) -> None:
-    """Run every migration that the database has not seen; of several who start at once, one does."""
+def bring_up_to_date(engine: Engine, version: str = "head") -> None:
+    """Run every migration up to a version that the database has not seen; of several who start at once, one does."""
     config = Config()
     config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
     with _alone, engine.begin() as connection:
         config.attributes["connection"] = connection
-        command.upgrade(config, "head")
+        command.upgrade(config, version)

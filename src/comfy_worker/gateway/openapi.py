@@ -6,11 +6,11 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from starlette.routing import compile_path
 
-from comfy_worker.gateway.answers import EXAMPLE_JOB, RunRequest
 from comfy_worker.gateway.middleware import OPEN_PATHS
 
-_TEMPLATE = "#/components/schemas/{model}"
+_NEVER_WHERE_OPEN = ("400", "401", "429", "503")
 _TEXT = (
     "RunPod's API on your own pod: a client written for an endpoint of RunPod needs only another base URL. "
     "Send a workflow in ComfyUI's API format; `GET /events/{job_id}` and the WebSocket `/ws/{job_id}` tell live how "
@@ -29,27 +29,35 @@ def describe(app: FastAPI) -> None:
     app.openapi = openapi  # type: ignore[method-assign]
 
 
+def methods_at(app: FastAPI, path: str) -> list[str]:
+    """Return the methods that a path takes, as far as the description knows it."""
+    found = [
+        operations
+        for template, operations in app.openapi()["paths"].items()
+        if compile_path(template)[0].fullmatch(path)
+    ]
+    return sorted({method.upper() for operations in found for method in operations})
+
+
 def _describe(app: FastAPI) -> dict[str, Any]:
     schema = get_openapi(title=app.title, version=app.version, description=_TEXT, routes=app.routes)
     components = schema["components"]
     components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-    components["schemas"] |= _request_schemas()
     schema["security"] = [{"key": []}]
     for path, operations in schema["paths"].items():
         for operation in operations.values():
-            # Ours answer 400, never FastAPI's 422.
-            operation["responses"].pop("422", None)
+            # Ours answer 400, never FastAPI's own 422.
+            if "HTTPValidationError" in str(operation["responses"].get("422")):
+                del operation["responses"]["422"]
             if path in OPEN_PATHS:
                 operation["security"] = []
-            if body := operation.get("requestBody"):
-                body["content"]["application/json"]["examples"] = {
-                    "one picture": {"summary": "A picture of one colour; needs no model", "value": EXAMPLE_JOB}
-                }
+                for status in _NEVER_WHERE_OPEN:
+                    operation["responses"].pop(status, None)
+            for status, response in operation["responses"].items():
+                if status >= "400":
+                    # Errors are JSON, whatever the route answers with where there is none.
+                    response["content"] = {"application/json": next(iter(response["content"].values()))}
+            components["schemas"] |= operation.pop("x-schemas", {})
     for unused in ("HTTPValidationError", "ValidationError"):
         components["schemas"].pop(unused, None)
     return schema
-
-
-def _request_schemas() -> dict[str, Any]:
-    own = RunRequest.model_json_schema(ref_template=_TEMPLATE)
-    return {**own.pop("$defs", {}), "RunRequest": own}

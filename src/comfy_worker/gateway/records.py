@@ -29,10 +29,14 @@ class JobRecord:
         signature: of its workflow, the same for those that take about as long.
         webhook: whether somebody is to be told of its end.
         started_at: when it was taken out of the queue; of a job that has ended, when ComfyUI began it.
+        began_at: when ComfyUI was first heard, or seen, to run it.
         prompt_id: its name in ComfyUI, from before it is sent there.
         backend: the URL of the ComfyUI that it was given to.
         output: what it made; files are references (`type: "url"`, `asset:/…`) to the asset store.
         error: `{error, code, …}` of one that failed.
+        door: which of the APIs it came through.
+        details: what that door has to remember of it; no secret, and nothing that the caller wrote at length.
+        retries: how often it was put back into the queue, by its caller or by the gateway.
     """
 
     id: str
@@ -47,11 +51,20 @@ class JobRecord:
     signature: str = ""
     webhook: bool = False
     started_at: float | None = None
+    began_at: float | None = None
     ended_at: float | None = None
     prompt_id: str | None = None
     backend: str | None = None
     output: Mapping[str, Any] | None = field(default=None, repr=False)
     error: Mapping[str, Any] | None = None
+    door: str = "runpod"
+    details: Mapping[str, Any] = field(default_factory=dict)
+    retries: int = 0
+
+    @property
+    def only_backend(self) -> str | None:
+        """The URL of the one ComfyUI that may run it; None for any."""
+        return self.details.get("only_backend")
 
     @property
     def delay_ms(self) -> int | None:

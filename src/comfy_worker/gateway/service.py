@@ -14,6 +14,9 @@ from typing import Any, Protocol
 
 from starlette.concurrency import run_in_threadpool
 
+from comfy_worker.catalog.library import Library
+from comfy_worker.catalog.template import expand_job
+from comfy_worker.comfy.client import ComfyClient
 from comfy_worker.errors import InvalidInput
 from comfy_worker.gateway.errors import NotFound, NotPossible
 from comfy_worker.gateway.events import STATUS, Event, EventBus
@@ -39,10 +42,12 @@ class Place:
     Attributes:
         position: how many jobs are in front of it.
         wait_s: how long it will wait, in seconds, by what jobs like those took before; None if that is not known.
+        run_s: how long it will run then, likewise.
     """
 
     position: int
     wait_s: float | None
+    run_s: float | None = None
 
 
 class Engine(Protocol):
@@ -64,21 +69,35 @@ class Engine(Protocol):
         """Return where a job stands in the queue, None if it does not wait."""
 
     def backends(self) -> Sequence[Mapping[str, Any]]:
-        """Return how each ComfyUI is doing."""
+        """Return how each ComfyUI is doing: `url`, `healthy`, its `jobs`, and its `load`: those not delivered yet."""
+
+    def comfyui(self) -> ComfyClient:
+        """Return a client of a ComfyUI that answers; raise `ComfyUnreachable` if none does."""
 
 
 class JobService:
     """Jobs of all doors, over a store, an event bus and an engine."""
 
     def __init__(
-        self, store: Store, bus: EventBus, engine: Engine, *, max_queue_size: int, webhook_url: str | None = None
+        self,
+        store: Store,
+        bus: EventBus,
+        engine: Engine,
+        *,
+        max_queue_size: int,
+        webhook_url: str | None = None,
+        library: Library | None = None,
     ) -> None:
-        """Take the parts; `webhook_url` is told of every job that names no webhook of its own."""
+        """Take the parts; `webhook_url` is told of every job that names no webhook of its own.
+
+        Without a library a job's `template` is left to fail.
+        """
         self._store = store
         self._bus = bus
         self._engine = engine
         self._max_queue_size = max_queue_size
         self._webhook_url = webhook_url
+        self._library = library
 
     async def submit(
         self,
@@ -89,11 +108,25 @@ class JobService:
         job_id: str | None = None,
         priority: int | None = None,
         idempotency_key: str | None = None,
+        cache_key: str | None = None,
+        door: str = "runpod",
+        details: Mapping[str, Any] | None = None,
     ) -> JobRecord:
         """Accept a job; when this returns, it survives the gateway.
 
+        Args:
+            request: the job in RunPod's words: `input`, and beside it `webhook`, `policy`, `s3Config`.
+            endpoint_id: jobs are counted together and purged by it.
+            sync: whether its result is kept as briefly as one that was waited for.
+            job_id: the caller's own name for it.
+            priority: jobs of a higher one run first; what the request's policy says if None.
+            idempotency_key: the same key with the same request is the same job.
+            cache_key: the same key is the same job, unless that ended without a result; in place of the other.
+            door: which API it came through.
+            details: what that door has to remember of it; `only_backend` names the one ComfyUI that may run it.
+
         Raises:
-            InvalidInput: a name is too long, or has characters that it cannot have.
+            InvalidInput: a name is too long, or has characters that it cannot have; a template cannot be filled in.
             QueueFull: no more jobs can wait.
             DuplicateKey: the idempotency key was used with another body.
             DuplicateRequest: there is a job with the caller's own id.
@@ -102,7 +135,7 @@ class JobService:
         own_id = job_id or (f"sync-{uuid.uuid4()}" if sync else f"{uuid.uuid4()}-u1")
         accepted = await run_in_threadpool(
             self._add, own_id, request, endpoint_id, _SYNC_RETENTION_S if sync else _RUN_RETENTION_S, priority,
-            idempotency_key,
+            idempotency_key, cache_key, door, details or {},
         )  # fmt: skip
         if accepted.id == own_id:
             self._publish(accepted, accepted.created_at)
@@ -117,12 +150,68 @@ class JobService:
         retention_s: float,
         priority: int | None,
         idempotency_key: str | None,
+        cache_key: str | None,
+        door: str,
+        details: Mapping[str, Any],
     ) -> JobRecord:
+        # The key stands for what was sent: a template may become another workflow each time.
+        body_hash = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+        record = self._record(job_id, request, endpoint_id, retention_s, priority, door, details)
+        if cache_key is not None:
+            # It was made of the request already.
+            return self._store.add(record, cache_key, max_waiting=self._max_queue_size, renew=True)
+        return self._store.add(record, idempotency_key, body_hash, max_waiting=self._max_queue_size)
+
+    async def submit_all(
+        self, requests: Mapping[str, Mapping[str, Any]], *, door: str, details: Mapping[str, Any] | None = None
+    ) -> Sequence[JobRecord]:
+        """Accept several jobs, all of them or none; they are queued in their order.
+
+        Args:
+            requests: each job's id, and the job in RunPod's words.
+            door: which API they came through.
+            details: what that door has to remember of each.
+
+        Raises:
+            InvalidInput: an id has characters that it cannot have; a template cannot be filled in.
+            QueueFull: so many jobs may not wait.
+            DuplicateRequest: there is a job with one of the ids.
+        """
+        for job_id in requests:
+            _check_names("", job_id, None)
+        records = await run_in_threadpool(self._add_all, requests, door, details or {})
+        for record in records:
+            self._publish(record, record.created_at)
+            self._engine.submit(record)
+        return records
+
+    def _add_all(
+        self, requests: Mapping[str, Mapping[str, Any]], door: str, details: Mapping[str, Any]
+    ) -> Sequence[JobRecord]:
+        records = [
+            self._record(job_id, request, "local", _RUN_RETENTION_S, None, door, details)
+            for job_id, request in requests.items()
+        ]
+        self._store.add_all(records, max_waiting=self._max_queue_size)
+        return records
+
+    def _record(
+        self,
+        job_id: str,
+        request: Mapping[str, Any],
+        endpoint_id: str,
+        retention_s: float,
+        priority: int | None,
+        door: str,
+        details: Mapping[str, Any],
+    ) -> JobRecord:
+        if self._library is not None:
+            request = expand_job(request, self._library)
         policy = request.get("policy")
         policy = policy if isinstance(policy, Mapping) else {}
         if priority is None:
             priority = LOW_PRIORITY if policy.get("lowPriority") is True else NORMAL_PRIORITY
-        record = JobRecord(
+        return JobRecord(
             id=job_id,
             endpoint_id=endpoint_id,
             state=JobState.IN_QUEUE,
@@ -134,9 +223,9 @@ class JobService:
             retention_s=retention_s,
             signature=signature(workflow_of(request)),
             webhook=self._has_webhook(request),
+            door=door,
+            details=details,
         )
-        body_hash = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
-        return self._store.add(record, idempotency_key, body_hash, max_waiting=self._max_queue_size)
 
     def _has_webhook(self, request: Mapping[str, Any]) -> bool:
         job_input = request.get("input")
@@ -156,7 +245,7 @@ class JobService:
         return record
 
     async def wait(self, job_id: str, seconds: float) -> JobRecord:
-        """Return a job when it has ended, or as it is after `seconds`."""
+        """Return a job when it has ended, or as it is after `seconds`, or when the gateway ends before."""
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._until_ended(job_id), seconds)
         return await self.get(job_id)
@@ -215,9 +304,21 @@ class JobService:
         """Return how many jobs are in each state."""
         return await run_in_threadpool(self._store.counts)
 
+    async def retried(self) -> int:
+        """Return how many of the jobs were put back into the queue, by their caller or by the gateway."""
+        return await run_in_threadpool(self._store.retried)
+
     async def latest(self, endpoint_id: str | None = None, limit: int = 100) -> Sequence[JobRecord]:
         """Return the latest jobs, newest first, without what was sent."""
         return await run_in_threadpool(self._store.latest, endpoint_id, limit)
+
+    async def with_prefix(self, prefix: str) -> Sequence[JobRecord]:
+        """Return the jobs whose ids begin so, without what was sent, the one that was accepted first in front."""
+        return await run_in_threadpool(self._store.with_prefix, prefix)
+
+    async def unfinished(self) -> Sequence[JobRecord]:
+        """Return the jobs that have not ended, without what was sent, in the order in which they get their turns."""
+        return await run_in_threadpool(self._store.unfinished)
 
     def place(self, job_id: str) -> Place | None:
         """Return where a job stands in the queue, None if it does not wait."""
@@ -227,10 +328,18 @@ class JobService:
         """Return how each ComfyUI is doing."""
         return self._engine.backends()
 
+    def comfyui(self) -> ComfyClient:
+        """Return a client of a ComfyUI that answers, for questions about its nodes and models.
+
+        Raises:
+            ComfyUnreachable: none answers.
+        """
+        return self._engine.comfyui()
+
     # --------------------------------------------------------------------------------------------- events
 
     async def events(self, job_id: str, after: int | None = None) -> AsyncGenerator[Event, None]:
-        """Yield what happens to a job, the moment it happens; ends with its end.
+        """Yield what happens to a job, the moment it happens; ends with its end, or the gateway's.
 
         Args:
             job_id: the job.

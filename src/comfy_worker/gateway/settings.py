@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from limits import parse
-from pydantic import AliasChoices, Field, SecretStr, field_validator
+from pydantic import AliasChoices, Field, SecretStr, ValidationInfo, ValidatorFunctionWrapHandler, field_validator
 
 from comfy_worker.settings import Settings, read_settings
 
@@ -21,6 +21,22 @@ class GatewaySettings(Settings):
     api_port: int = _named(
         "API_PORT", "PORT", default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one."
     )
+    api_workers: int = _named("API_WORKERS", default=1, description="How many processes serve the port; only 1 works.")
+    api_reload: bool = _named(
+        "API_RELOAD", default=False, description="Start again whenever the gateway's own code changes, to work on it."
+    )
+    api_cache: str = _named(
+        "API_CACHE",
+        default="memory",
+        description="What carries the news of jobs: `memory`; `redis` is refused, it is not supported yet.",
+    )
+    redis_host: str = _named(
+        "REDIS_HOST", default="localhost", description="Host of the Redis; read with `API_CACHE=redis` only."
+    )
+    redis_port: int = _named(
+        "REDIS_PORT", default=6379, ge=1, le=65535, description="Its port; read with `API_CACHE=redis` only."
+    )
+    redis_db: int = _named("REDIS_DB", default=0, ge=0, description="Its database; read with `API_CACHE=redis` only.")
     api_keys: SecretStr | None = _named(
         "API_KEYS", default=None, description="Keys that clients may use, separated by commas."
     )
@@ -87,9 +103,45 @@ class GatewaySettings(Settings):
     rate_limit_status: str = _named(
         "RATE_LIMIT_STATUS", default="2000/10 seconds", description="The same for `/status` and each other path."
     )
+    modifiers_dir: str = _named(
+        "MODIFIERS_DIR", default="modifiers", description="Folder of the modifiers that requests may name."
+    )
+    modifier_timeout_s: float = _named(
+        "MODIFIER_TIMEOUT_S", default=30.0, gt=0, le=3600, description="Seconds that a modifier may take."
+    )
     log_format: Literal["text", "json"] = _named(
         "LOG_FORMAT", default="text", description="`json` writes one JSON object a line, with the job's id."
     )
+
+    @field_validator("api_workers")
+    @classmethod
+    def _one(cls, value: int) -> int:
+        if value != 1:
+            raise ValueError(
+                "must be 1: one gateway has a database to itself, and serves several ComfyUIs if COMFYUI_BACKENDS "
+                "names them"
+            )
+        return value
+
+    @field_validator("api_cache")
+    @classmethod
+    def _known_cache(cls, value: str) -> str:
+        if value.lower() == "redis":
+            raise ValueError(
+                "redis is not supported yet: jobs and results are kept in the database, and one gateway serves them; "
+                "set it to memory"
+            )
+        if value.lower() != "memory":
+            raise ValueError("must be memory")
+        return value.lower()
+
+    @field_validator("redis_host", "redis_port", "redis_db", mode="wrap")
+    @classmethod
+    def _only_with_redis(cls, value: Any, check: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
+        """Leave out what nobody reads, however wrong it is."""
+        if info.data.get("api_cache") == "memory":
+            return cls.model_fields[str(info.field_name)].default
+        return check(value)
 
     @field_validator("rate_limit_run", "rate_limit_runsync", "rate_limit_cancel", "rate_limit_status")
     @classmethod

@@ -11,6 +11,9 @@ from itsdangerous import Signer
 from comfy_worker.gateway.errors import Unauthorized
 
 PATH = "/assets"
+IMAGES_PATH = "/api/v1/images/generated"
+SIGNED_PATHS = (PATH, IMAGES_PATH)
+"""Below these a link with a signature does without a key."""
 
 
 class AssetLinks:
@@ -21,11 +24,11 @@ class AssetLinks:
         self._signer = Signer(secret, salt="asset", digest_method=hashlib.sha256, key_derivation="hmac")
         self._expires_s = expires_s
 
-    def url(self, base: str, path: str) -> str:
-        """Return the link to the asset `<job>/<path>` below the gateway's own URL."""
+    def url(self, base: str, path: str, prefix: str = PATH) -> str:
+        """Return the link to the asset `<job>/<path>` below the gateway's own URL and one of `SIGNED_PATHS`."""
         expires = int(time.time()) + self._expires_s
         query = {"expires": expires, "signature": self._sign(path, expires)}
-        return f"{base.rstrip('/')}{PATH}/{quote(path)}?{urlencode(query)}"
+        return f"{base.rstrip('/')}{prefix}/{quote(path)}?{urlencode(query)}"
 
     def check(self, path: str, expires: int, signature: str) -> None:
         """Return if a link is whole and has not expired.

@@ -11,15 +11,22 @@ import base64
 import hashlib
 import json
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from cryptography.fernet import Fernet, InvalidToken
 from sqlalchemy import Connection, Engine, Row, Select, delete, func, insert, literal, select, text, update
 from sqlalchemy.exc import IntegrityError
 
-from comfy_worker.gateway.database import WRITES, connect
-from comfy_worker.gateway.errors import DuplicateKey, DuplicateRequest, QueueFull, UnreadableRequest
+from comfy_worker.gateway.database import WRITES, connect, in_our_words
+from comfy_worker.gateway.errors import (
+    DatabaseUnavailable,
+    DuplicateKey,
+    DuplicateRequest,
+    QueueFull,
+    UnreadableRequest,
+)
 from comfy_worker.gateway.migrate import bring_up_to_date
 from comfy_worker.gateway.records import JobRecord, WebhookDelivery
 from comfy_worker.gateway.tables import events, idempotency_keys, jobs, webhook_deliveries
@@ -29,6 +36,7 @@ __all__ = ["Store", "connect", "moment"]
 
 STATUS = "status"
 _OPEN = (JobState.IN_QUEUE.value, JobState.IN_PROGRESS.value)
+_WITHOUT_RESULT = (JobState.FAILED, JobState.TIMED_OUT, JobState.CANCELLED)
 _SHOWN = [column for column in jobs.c if column.name != "request"]
 _QUEUE_LOCK = 0x636F6D68
 """Any number that nobody else locks in PostgreSQL."""
@@ -42,6 +50,9 @@ def moment(at: float) -> int:
 class Store:
     """Keeps jobs; methods may be called from any thread, and return when what they did is safe.
 
+    Each raises `DatabaseUnavailable` while the database cannot be used. What it was to change may be changed even so:
+    the answer, too, can get lost.
+
     Attributes:
         when_webhook_is_due: called, in the thread of whoever ended a job, when its webhook was noted.
     """
@@ -52,16 +63,42 @@ class Store:
         Args:
             engine: made by `connect`.
             secret: requests are encrypted with it; all who use the database need the same.
+
+        Raises:
+            DatabaseUnavailable: it cannot be used.
         """
         self._engine = engine
         self._writer = engine.execution_options(**WRITES)
         self._cipher = Fernet(base64.urlsafe_b64encode(hashlib.sha256(secret).digest()))
         self.when_webhook_is_due: Callable[[], None] = _nothing
-        bring_up_to_date(self._writer)
+        self._is_given_up = False
+        with in_our_words():
+            bring_up_to_date(self._writer)
 
     def close(self) -> None:
         """Close the connections."""
         self._engine.dispose()
+
+    def give_up(self) -> None:
+        """Touch the database no more, because it belongs to another gateway now: all else raises from here on."""
+        self._is_given_up = True
+
+    @contextmanager
+    def _reading(self) -> Iterator[Connection]:
+        self._check_is_ours()
+        with in_our_words(), self._engine.connect() as connection:
+            yield connection
+
+    @contextmanager
+    def _writing(self) -> Iterator[Connection]:
+        """Make what is done within the block one transaction."""
+        self._check_is_ours()
+        with in_our_words(), self._writer.begin() as connection:
+            yield connection
+
+    def _check_is_ours(self) -> None:
+        if self._is_given_up:
+            raise DatabaseUnavailable("Another gateway has taken over the database, and this one ends")
 
     # ---------------------------------------------------------------------------------------------- jobs
 
@@ -72,6 +109,7 @@ class Store:
         body_hash: str = "",
         *,
         max_waiting: int | None = None,
+        renew: bool = False,
     ) -> JobRecord:
         """Keep a new job; return it, or the job that was accepted under the same key before.
 
@@ -80,6 +118,7 @@ class Store:
             idempotency_key: the caller's own name for this request.
             body_hash: of what was sent under that key.
             max_waiting: how many jobs may be waiting at most, this one included.
+            renew: whether a job that ended without a result gives its key away.
 
         Raises:
             DuplicateKey: the key was used with another body.
@@ -88,9 +127,11 @@ class Store:
         """
         columns = self._columns(record)
         try:
-            with self._writer.begin() as connection:
+            with self._writing() as connection:
                 earlier = self._accepted_before(connection, idempotency_key, body_hash)
-                if earlier is not None:
+                if earlier is not None and renew and earlier.state in _WITHOUT_RESULT:
+                    connection.execute(delete(idempotency_keys).where(idempotency_keys.c.key == idempotency_key))
+                elif earlier is not None:
                     return earlier
                 _check_room(connection, max_waiting)
                 connection.execute(insert(jobs).values(**columns))
@@ -100,12 +141,29 @@ class Store:
                     connection.execute(insert(idempotency_keys).values(**row))
         except IntegrityError:
             # Somebody else was quicker, with the same key or with the same id.
-            with self._engine.connect() as connection:
+            with self._reading() as connection:
                 earlier = self._accepted_before(connection, idempotency_key, body_hash)
             if earlier is None:
                 raise DuplicateRequest(f"There is a job with the id {record.id!r} already") from None
             return earlier
         return record
+
+    def add_all(self, records: Sequence[JobRecord], *, max_waiting: int | None = None) -> None:
+        """Keep new jobs, all of them or none.
+
+        Raises:
+            DuplicateRequest: there is a job with one of their ids.
+            QueueFull: so many jobs may not wait.
+        """
+        rows = [self._columns(record) for record in records]
+        try:
+            with self._writing() as connection:
+                _check_room(connection, max_waiting, len(rows))
+                connection.execute(insert(jobs), rows)
+                for record in records:
+                    _note(connection, record.id, record.state, record.created_at)
+        except IntegrityError:
+            raise DuplicateRequest("There is a job with one of these ids already") from None
 
     def _accepted_before(self, connection: Connection, key: str | None, body_hash: str) -> JobRecord | None:
         if key is None:
@@ -122,7 +180,7 @@ class Store:
         """Return a job without its request, None if there is none with this id (any more)."""
         if "\0" in job_id:  # PostgreSQL does not take it
             return None
-        with self._engine.connect() as connection:
+        with self._reading() as connection:
             row = connection.execute(select(*_SHOWN).where(jobs.c.id == job_id)).one_or_none()
         return None if row is None else _record(row)
 
@@ -132,7 +190,7 @@ class Store:
         Raises:
             UnreadableRequest: it was encrypted with another key.
         """
-        with self._engine.connect() as connection:
+        with self._reading() as connection:
             encrypted = connection.execute(select(jobs.c.request).where(jobs.c.id == job_id)).scalar_one_or_none()
         if encrypted is None:
             return None
@@ -151,6 +209,11 @@ class Store:
             query = query.where(jobs.c.endpoint_id == endpoint_id)
         return self._records(query)
 
+    def with_prefix(self, prefix: str) -> Sequence[JobRecord]:
+        """Return the jobs whose ids begin so, without their requests, the one that was accepted first in front."""
+        query = select(*_SHOWN).where(jobs.c.id.startswith(prefix, autoescape=True))
+        return self._records(query.order_by(jobs.c.created_at, jobs.c.id))
+
     def unfinished(self) -> Sequence[JobRecord]:
         """Return all jobs that have not ended, without their requests, the one to run first in front."""
         query = select(*_SHOWN).where(jobs.c.state.in_(_OPEN))
@@ -159,8 +222,15 @@ class Store:
     def counts(self) -> Mapping[JobState, int]:
         """Return how many jobs are in each state."""
         query = select(jobs.c.state, func.count()).group_by(jobs.c.state)
-        with self._engine.connect() as connection:
+        with self._reading() as connection:
             return {JobState(state): count for state, count in connection.execute(query)}
+
+    def retried(self) -> int:
+        """Return how many of the jobs were put back into the queue, by their caller or by the gateway."""
+        query = select(func.count()).select_from(jobs).where(jobs.c.retries > 0)
+        with self._reading() as connection:
+            count: int = connection.execute(query).scalar_one()
+        return count
 
     # --------------------------------------------------------------------------------------------- states
 
@@ -169,9 +239,16 @@ class Store:
         values = {"prompt_id": prompt_id, "backend": backend, "started_at": now}
         return self._change(job_id, [JobState.IN_QUEUE.value], JobState.IN_PROGRESS, values, now)
 
+    def note_began(self, job_id: str, prompt_id: str, at: float) -> None:
+        """Note when ComfyUI began a job that runs under this prompt_id; it changes nothing that others see."""
+        condition = (jobs.c.id == job_id) & (jobs.c.prompt_id == prompt_id)
+        condition &= jobs.c.state == JobState.IN_PROGRESS.value
+        with self._writing() as connection:
+            connection.execute(update(jobs).where(condition).values(began_at=at))
+
     def requeue(self, job_id: str, now: float) -> bool:
         """Put a running job back into the queue; return whether it was running."""
-        values = {"prompt_id": None, "backend": None, "started_at": None}
+        values = {**dict.fromkeys(("prompt_id", "backend", "started_at", "began_at")), "retries": jobs.c.retries + 1}
         return self._change(job_id, [JobState.IN_PROGRESS.value], JobState.IN_QUEUE, values, now)
 
     def finish(
@@ -203,7 +280,7 @@ class Store:
         condition = jobs.c.state == JobState.IN_QUEUE.value
         if endpoint_id is not None:
             condition &= jobs.c.endpoint_id == endpoint_id
-        with self._engine.connect() as connection:
+        with self._reading() as connection:
             waiting = list(connection.execute(select(jobs.c.id).where(condition)).scalars())
         values = {"ended_at": now}
         return [
@@ -214,16 +291,16 @@ class Store:
 
     def retry(self, job_id: str, now: float) -> bool:
         """Put a job that failed or timed out into the queue again; return whether it had."""
-        values = dict.fromkeys(("started_at", "ended_at", "prompt_id", "backend", "output", "error"))
-        states = [JobState.FAILED.value, JobState.TIMED_OUT.value]
-        return self._change(job_id, states, JobState.IN_QUEUE, {**values, "created_at": now}, now)
+        values = dict.fromkeys(("started_at", "began_at", "ended_at", "prompt_id", "backend", "output", "error"))
+        changed = {**values, "created_at": now, "retries": jobs.c.retries + 1}
+        return self._change(job_id, [JobState.FAILED.value, JobState.TIMED_OUT.value], JobState.IN_QUEUE, changed, now)
 
     def _change(
         self, job_id: str, states: Iterable[str], state: JobState, values: Mapping[str, Any], now: float
     ) -> bool:
         """Bring a job that is in one of `states` into another; return whether it was."""
         condition = (jobs.c.id == job_id) & jobs.c.state.in_(list(states))
-        with self._writer.begin() as connection:
+        with self._writing() as connection:
             changed = connection.execute(update(jobs).where(condition).values(state=state.value, **values)).rowcount
             if not changed:
                 return False
@@ -240,14 +317,14 @@ class Store:
 
     def expired(self, now: float) -> Sequence[str]:
         """Return jobs that ended longer ago than they are kept, unless their webhook is yet to be sent."""
-        with self._engine.connect() as connection:
+        with self._reading() as connection:
             return list(connection.execute(select(jobs.c.id).where(_has_expired(now))).scalars())
 
     def remove_expired(self, job_ids: Iterable[str], now: float) -> Sequence[str]:
         """Remove those of these jobs that are expired still; return them."""
         removed = []
         for job_id in job_ids:
-            with self._writer.begin() as connection:
+            with self._writing() as connection:
                 if connection.execute(delete(jobs).where(jobs.c.id == job_id, _has_expired(now))).rowcount:
                     removed.append(job_id)
         return removed
@@ -257,7 +334,7 @@ class Store:
     def events_of(self, job_id: str, after: int = 0) -> Sequence[tuple[int, str, Mapping[str, Any]]]:
         """Return `(number, type, data)` of each change of a job's state that came after a number."""
         query = select(events).where(events.c.job_id == job_id, events.c.number > after).order_by(events.c.number)
-        with self._engine.connect() as connection:
+        with self._reading() as connection:
             return [(row.number, row.type, row.data) for row in connection.execute(query)]
 
     # ------------------------------------------------------------------------------------------- webhooks
@@ -266,14 +343,22 @@ class Store:
         """Return webhooks that are to be sent now, the one that has waited longest in front."""
         table = webhook_deliveries
         query = select(table).where(table.c.done_at.is_(None), table.c.due_at <= now).order_by(table.c.due_at)
-        with self._engine.connect() as connection:
+        with self._reading() as connection:
             rows = connection.execute(query.limit(limit))
             return [WebhookDelivery(row.id, row.job_id, row.attempts, row.due_at) for row in rows]
 
-    def next_delivery_at(self) -> float | None:
-        """Return when the next webhook is to be sent, None if none is."""
-        query = select(func.min(webhook_deliveries.c.due_at)).where(webhook_deliveries.c.done_at.is_(None))
-        with self._engine.connect() as connection:
+    def pending_deliveries(self) -> int:
+        """Return how many webhooks are neither accepted nor given up."""
+        query = select(func.count()).where(webhook_deliveries.c.done_at.is_(None))
+        with self._reading() as connection:
+            count: int = connection.execute(query).scalar_one()
+        return count
+
+    def next_delivery_at(self, after: float) -> float | None:
+        """Return when the next webhook becomes due after a moment, None if none does."""
+        table = webhook_deliveries
+        query = select(func.min(table.c.due_at)).where(table.c.done_at.is_(None), table.c.due_at > after)
+        with self._reading() as connection:
             at: float | None = connection.execute(query).scalar_one()
         return at
 
@@ -282,15 +367,8 @@ class Store:
         table = webhook_deliveries
         values: dict[str, Any] = {"attempts": table.c.attempts + 1, "last_error": error or None}
         values |= {"done_at": now} if retry_at is None else {"due_at": retry_at}
-        with self._writer.begin() as connection:
+        with self._writing() as connection:
             connection.execute(update(table).where(table.c.id == delivery_id).values(**values))
-
-    def delivery_of(self, job_id: str) -> Mapping[str, Any] | None:
-        """Return how the webhook of a job's end is doing: `id`, `attempts`, `due_at`, `done_at`, `last_error`."""
-        query = select(webhook_deliveries).where(webhook_deliveries.c.job_id == job_id)
-        with self._engine.connect() as connection:
-            row = connection.execute(query).one_or_none()
-        return None if row is None else dict(row._mapping)
 
     # ---------------------------------------------------------------------------------------------- rows
 
@@ -300,7 +378,7 @@ class Store:
         return {**columns, "state": record.state.value, "request": encrypted}
 
     def _records(self, query: Select[Any]) -> Sequence[JobRecord]:
-        with self._engine.connect() as connection:
+        with self._reading() as connection:
             return [_record(row) for row in connection.execute(query)]
 
 
@@ -314,15 +392,21 @@ def _has_expired(now: float) -> Any:
     return (jobs.c.ended_at + jobs.c.retention_s < now) & jobs.c.id.not_in(waiting)
 
 
-def _check_room(connection: Connection, max_waiting: int | None) -> None:
-    """Raise `QueueFull` if no more jobs may wait; nobody else adds one until the transaction ends."""
+def _check_room(connection: Connection, max_waiting: int | None, wanted: int = 1) -> None:
+    """Raise `QueueFull` if so many more jobs may not wait; nobody else adds one until the transaction ends."""
     if max_waiting is None:
         return
     if connection.dialect.name == "postgresql":
         connection.execute(text(f"SELECT pg_advisory_xact_lock({_QUEUE_LOCK})"))
     query = select(func.count()).select_from(jobs).where(jobs.c.state == JobState.IN_QUEUE.value)
-    if connection.execute(query).scalar_one() >= max_waiting:
+    waiting = connection.execute(query).scalar_one()
+    if waiting >= max_waiting:
         raise QueueFull(f"{max_waiting} jobs are waiting already", hint="Try again in a while")
+    if waiting + wanted > max_waiting:
+        raise QueueFull(
+            f"{waiting} jobs are waiting already, and with these {wanted} there would be more than {max_waiting}",
+            hint="Try again in a while, or with fewer",
+        )
 
 
 def _note(connection: Connection, job_id: str, state: JobState, now: float) -> None:

@@ -1,18 +1,15 @@
-"""Removes what has been kept for long enough."""
+"""Removes what has been kept for long enough, and has jobs taken up that the database's outages left lying."""
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
-
-from sqlalchemy.exc import InterfaceError, OperationalError
+from collections.abc import Callable
 
 from comfy_worker.gateway.assets import AssetStore
+from comfy_worker.gateway.errors import DatabaseUnavailable
 from comfy_worker.gateway.events import EventBus
 from comfy_worker.gateway.store import Store
-
-log = logging.getLogger(__name__)
 
 _INTERVAL_S = 10.0
 
@@ -20,8 +17,26 @@ _INTERVAL_S = 10.0
 class Upkeep:
     """Removes jobs and their files when their retention is over, in a thread of its own."""
 
-    def __init__(self, store: Store, bus: EventBus, assets: AssetStore, *, interval_s: float = _INTERVAL_S) -> None:
+    def __init__(
+        self,
+        store: Store,
+        bus: EventBus,
+        assets: AssetStore,
+        *,
+        take_up_forgotten: Callable[[], None] | None = None,
+        interval_s: float = _INTERVAL_S,
+    ) -> None:
+        """Take the parts.
+
+        Args:
+            store: says which jobs have been kept for long enough.
+            bus: is to remember nothing of them either.
+            assets: has their files.
+            take_up_forgotten: is done in the same rhythm.
+            interval_s: seconds between two rounds.
+        """
         self._store = store
+        self._take_up_forgotten = take_up_forgotten
         self._bus = bus
         self._assets = assets
         self._interval_s = interval_s
@@ -42,8 +57,10 @@ class Upkeep:
         while not self._stopping.is_set():
             try:
                 self.remove_expired(time.time())
-            except (OperationalError, InterfaceError) as error:
-                log.warning("the database does not answer: %s", type(error.orig).__name__)
+                if self._take_up_forgotten is not None:
+                    self._take_up_forgotten()
+            except DatabaseUnavailable:
+                pass  # it has been logged, and the next round comes
             self._stopping.wait(self._interval_s)
 
     def remove_expired(self, now: float) -> None:

@@ -4,32 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Future
 from typing import Any
 
 from comfy_worker.errors import Cancelled, InvalidInput
-from comfy_worker.fetch.address import shown
 from comfy_worker.jobs import JobEvent, JobState, OnEvent, Webhook
-from comfy_worker.logs import where_it_broke
 from comfy_worker.payload import webhook_of, workflow_of
 from comfy_worker.progress import Progress
-from comfy_worker.redact import redact
 from comfy_worker.settings import Settings
 from comfy_worker.webhooks.message import Message, check_webhook, end_of, status_of
-from comfy_worker.webhooks.sending import Refused, deliver, post
+from comfy_worker.webhooks.progress import ProgressReport, harmless
+from comfy_worker.webhooks.sending import deliver
 
 __all__ = ["Report", "Webhooks", "check_webhook"]
 
 log = logging.getLogger(__name__)
 
 _MB = 1_000_000
-_PROGRESS_INTERVAL_S = 2.0
-_PROGRESS_TIMEOUT_S = 5.0
 _LAST_WAIT_S = 30.0
 """How long the worker's own end waits for what has not been told yet."""
 _MOST_OUTSTANDING = 32
@@ -144,14 +139,14 @@ class Report:
         self._webhook = webhook
         self._limit = limit
         self._began = time.monotonic()
-        self._progress: _ProgressReport | None = None
+        self._progress: ProgressReport | None = None
 
     def listening(self, on_event: OnEvent) -> OnEvent:
         """Return an `on_event` that tells this receiver too, if it asked for progress."""
         if self._webhook is None or not self._webhook.progress:
             return on_event
         progress = Progress.of(workflow_of(self._job))
-        report = self._progress = _ProgressReport(self._webhook, self._job_id, self._webhooks.settings)
+        report = self._progress = ProgressReport(self._webhook, self._job_id, self._webhooks.settings)
         self._webhooks.begin(report.send_all())
 
         def listen(event: JobEvent) -> None:
@@ -172,86 +167,10 @@ class Report:
         self._webhooks.deliver(work, self._job_id)
 
     async def _tell_end(self, webhook: Webhook, output: Mapping[str, Any], seconds: float) -> None:
-        with _harmless(self._job_id, webhook):
+        with harmless(self._job_id, webhook):
             if self._progress is not None:
                 await self._progress.close()
             content = end_of(self._job_id, output, seconds)
             message = Message.of(webhook, f"{self._job_id}_{content['status']}", content, self._limit)
             await deliver(message, self._webhooks.settings)
             log.debug("the webhook of job %s was accepted", self._job_id)
-
-
-class _ProgressReport:
-    """Sends what it was last told, one after the other and each once; in the loop of the thread that sends."""
-
-    def __init__(self, webhook: Webhook, job_id: str, settings: Settings) -> None:
-        self._webhook = webhook
-        self._job_id = job_id
-        self._settings = settings
-        self._latest: dict[str, Any] = {}
-        self._sent: dict[str, Any] = {}
-        self._news = asyncio.Event()
-        self._closing = asyncio.Event()
-        self._ended = asyncio.Event()
-
-    def update(self, value: dict[str, Any]) -> None:
-        """Note where the job stands."""
-        self._latest = value
-        if value != self._sent:
-            self._news.set()
-
-    async def send_all(self) -> None:
-        """Send until it is closed."""
-        try:
-            with _harmless(self._job_id, self._webhook):
-                await self._send_all()
-        finally:
-            self._ended.set()
-
-    async def _send_all(self) -> None:
-        number = 0
-        while await self._is_wanted():
-            number += 1
-            await self._send(number)
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._closing.wait(), _PROGRESS_INTERVAL_S)
-
-    async def _is_wanted(self) -> bool:
-        """Wait for news; return whether they are to be sent."""
-        await self._news.wait()
-        self._news.clear()
-        return not self._closing.is_set()
-
-    async def _send(self, number: int) -> None:
-        self._sent = self._latest
-        content = {
-            "type": "progress",
-            "id": self._job_id,
-            "status": JobState.IN_PROGRESS.value,
-            "output": self._latest,
-        }
-        message = Message.of(self._webhook, f"{self._job_id}_progress_{number}", content)
-        timeout_s = min(_PROGRESS_TIMEOUT_S, self._settings.webhook_timeout_s)
-        try:
-            await post(message, self._settings, timeout_s)
-        except Refused as error:
-            log.debug("progress of job %s was not accepted by %s: %s", self._job_id, shown(self._webhook.url), error)
-
-    async def close(self) -> None:
-        """Return when nothing more can come; what is under way has its own time limit."""
-        self._closing.set()
-        self._news.set()
-        await self._ended.wait()
-
-
-@contextlib.contextmanager
-def _harmless(job_id: str, webhook: Webhook) -> Iterator[None]:
-    """Log whatever goes wrong inside this block in one line, without the URL's query and the secret."""
-    where = shown(webhook.url)
-    try:
-        yield
-    except Refused as error:
-        log.warning("the webhook of job %s was not accepted by %s: %s", job_id, where, error)
-    except Exception as error:  # noqa: BLE001 - a webhook's bug is none of the job's business
-        why = redact(where_it_broke(error), [webhook.secret, webhook.url])
-        log.error("the webhook of job %s to %s met a bug: %s", job_id, where, why)  # noqa: TRY400

@@ -5,16 +5,17 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Query, Request
-from fastapi.responses import FileResponse, Response
+from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from starlette.concurrency import run_in_threadpool
 
 from comfy_worker.errors import ComfyUnreachable
-from comfy_worker.gateway.answers import Answer, State, problems
+from comfy_worker.gateway.answers import Answer, EnvelopedProblem, FileAnswer, Problem, State, problems
 from comfy_worker.gateway.assets import AssetStore
+from comfy_worker.gateway.doors.parts import Parts
 from comfy_worker.gateway.metrics import Cached
 from comfy_worker.gateway.service import JobService
-from comfy_worker.gateway.signing import PATH, AssetLinks
+from comfy_worker.gateway.signing import IMAGES_PATH, PATH, AssetLinks
 from comfy_worker.media import mime_type_of_name
 
 Responses = dict[int | str, dict[str, Any]]
@@ -24,9 +25,9 @@ _SHOWN = ("image/png", "image/jpeg", "image/webp", "image/gif", "image/avif", "v
 """What a browser may show in place; everything else, SVG and HTML with their scripts above all, it is to save."""
 
 
-def router(service: JobService, assets: AssetStore, links: AssetLinks, registry: CollectorRegistry) -> APIRouter:
+def router(parts: Parts, registry: CollectorRegistry) -> APIRouter:
     """Return the routes."""
-    door = _Door(service, assets, links, registry)
+    door = _Door(parts.service, parts.assets, parts.links, registry)
     api = APIRouter()
     figures: Responses = {
         200: {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Prometheus's format."}
@@ -35,7 +36,9 @@ def router(service: JobService, assets: AssetStore, links: AssetLinks, registry:
         200: {"content": {"*/*": {"schema": {"type": "string", "format": "binary"}}}, "description": "The file."},
         206: {"content": {"*/*": {"schema": {"type": "string", "format": "binary"}}}, "description": "A part of it."},
     }
-    api.add_api_route("/live", door.live, operation_id="live", response_model=State, tags=["Operations"])
+    api.add_api_route(
+        "/live", door.live, operation_id="live", response_model=State, responses=problems(), tags=["Operations"]
+    )
     api.add_api_route(
         "/ready", door.ready, operation_id="ready", response_model=State, responses=problems(503), tags=["Operations"]
     )
@@ -47,14 +50,15 @@ def router(service: JobService, assets: AssetStore, links: AssetLinks, registry:
         responses={**problems(), **figures},
         tags=["Operations"],
     )
-    api.add_api_route(
-        f"{PATH}/{{job_id}}/{{path:path}}",
-        door.asset,
-        operation_id="asset",
-        response_class=FileResponse,
-        responses={**problems(404, 416), **file},
-        tags=["Files"],
-    )
+    for prefix, name, problem in ((PATH, "asset", Problem), (IMAGES_PATH, "generated_image", EnvelopedProblem)):
+        api.add_api_route(
+            f"{prefix}/{{job_id}}/{{path:path}}",
+            door.asset,
+            operation_id=name,
+            response_class=FileAnswer,
+            responses={**problems(404, 416, model=problem), **file},
+            tags=["Files"],
+        )
     return api
 
 
@@ -88,7 +92,7 @@ class _Door:
         request: Request,
         expires: Annotated[int | None, Query(ge=0, le=2**53, description="Seconds since the epoch.")] = None,
         signature: Annotated[str | None, Query(max_length=255)] = None,
-    ) -> FileResponse:
+    ) -> FileAnswer:
         """Return an output's file, or a range of it; needs a key or a signed link out of an answer."""
         name = f"{job_id}/{path}"
         if not hasattr(request.state, "client"):
@@ -96,7 +100,7 @@ class _Door:
         file = await run_in_threadpool(self._assets.path_of, name)
         mime_type = mime_type_of_name(file.name)
         place = "inline" if mime_type.startswith(_SHOWN) else "attachment"
-        return FileResponse(
+        return FileAnswer(
             file,
             media_type=mime_type,
             filename=file.name,

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Header, Path, Query, Request
+from fastapi import APIRouter, Depends, Header, Path, Query, Request
 from starlette.concurrency import run_in_threadpool
 
+from comfy_worker import __version__
 from comfy_worker.errors import OutputTooLarge
 from comfy_worker.gateway.answers import (
     JOB_ID,
@@ -20,23 +20,25 @@ from comfy_worker.gateway.answers import (
     HealthAnswer,
     JobAnswer,
     PurgeAnswer,
+    RunRequest,
     StatusAnswer,
     StreamAnswer,
     problems,
+    request_body,
 )
-from comfy_worker.gateway.assets import AssetStore, with_urls
-from comfy_worker.gateway.bodies import read_job
+from comfy_worker.gateway.bodies import read_body
+from comfy_worker.gateway.cursors import Cursors
+from comfy_worker.gateway.doors.parts import Parts, queue_sizes
+from comfy_worker.gateway.errors import NotFound
 from comfy_worker.gateway.events import PROGRESS, Event
+from comfy_worker.gateway.leaving import while_connected
 from comfy_worker.gateway.limits import MB, RUN_LIMIT, RUNSYNC_LIMIT
 from comfy_worker.gateway.records import JobRecord, status_body
-from comfy_worker.gateway.service import JobService
-from comfy_worker.gateway.signing import AssetLinks
 from comfy_worker.jobs import JobState, Kind
 
 _WAIT_MS = 90_000
 _STREAM_WAIT_S = 5.0
 """How long `/stream` waits for something to tell: RunPod's client gives an answer 10 s."""
-_READERS = 4096
 _ROOM = 100_000
 """Bytes of an answer that are kept for all that is no file."""
 
@@ -52,13 +54,6 @@ Idempotency = Annotated[
         pattern=r"^[\x21-\x7e]+$",
     ),
 ]  # fmt: skip
-_ENDPOINT_PATTERN = r"^[A-Za-z0-9._-]{1,128}$"
-_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/RunRequest"}}},
-    }
-}
 
 
 @dataclass(frozen=True)
@@ -71,12 +66,12 @@ class _Route:
     extra: dict[str, Any] | None = None
 
 
-def router(service: JobService, assets: AssetStore, links: AssetLinks, public_url: str = "") -> APIRouter:
+def router(parts: Parts) -> APIRouter:
     """Return the door's routes; they stand at the root and below `/v2/{endpoint_id}` alike."""
-    door = _Door(service, assets, links, public_url)
+    door = _Door(parts)
     routes = [
-        _Route("/run", ("POST",), door.run, JobAnswer, (409, 503), _BODY),
-        _Route("/runsync", ("POST",), door.runsync, StatusAnswer, (404, 409, 503), _BODY),
+        _Route("/run", ("POST",), door.run, JobAnswer, (409, 503), request_body(RunRequest)),
+        _Route("/runsync", ("POST",), door.runsync, StatusAnswer, (404, 409, 503), request_body(RunRequest)),
         _Route("/status/{job_id}", ("GET", "POST"), door.status, StatusAnswer, (404,)),
         _Route("/stream/{job_id}", ("GET", "POST"), door.stream, StreamAnswer, (404,)),
         _Route("/cancel/{job_id}", ("POST",), door.cancel, JobAnswer, (404,)),
@@ -94,17 +89,6 @@ def router(service: JobService, assets: AssetStore, links: AssetLinks, public_ur
 
 def _add(api: APIRouter, prefix: str, tag: str, route: _Route, method: str) -> None:
     names = [method.lower(), route.path.split("/")[1].replace("-", "_"), *(["endpoint"] if prefix else [])]
-    endpoint: dict[str, Any] = {
-        "parameters": [
-            {
-                "name": "endpoint_id",
-                "in": "path",
-                "required": True,
-                "description": "Any name; jobs are counted together, the queue is purged by it.",
-                "schema": {"type": "string", "pattern": _ENDPOINT_PATTERN, "default": "local"},
-            }
-        ]
-    }
     api.add_api_route(
         f"{prefix}{route.path}",
         route.handler,
@@ -114,25 +98,29 @@ def _add(api: APIRouter, prefix: str, tag: str, route: _Route, method: str) -> N
         responses=problems(*route.errors),
         tags=[tag],
         operation_id="_".join(names),
-        openapi_extra={**(route.extra or {}), **(endpoint if prefix else {})},
+        dependencies=[Depends(_check_endpoint)] if prefix else None,
+        openapi_extra=route.extra,
     )
 
 
-@dataclass
-class _Reader:
-    """What `/stream` has told a client of a job."""
-
-    after: int = -1
-    has_output: bool = False
+async def _check_endpoint(
+    endpoint_id: Annotated[
+        str,
+        Path(
+            pattern=JOB_ID,
+            description="Any name; jobs are counted together, the queue is purged by it.",
+            examples=["local"],
+        ),
+    ],
+) -> None:
+    """Refuse a name that no endpoint has."""
 
 
 class _Door:
-    def __init__(self, service: JobService, assets: AssetStore, links: AssetLinks, public_url: str) -> None:
-        self._service = service
-        self._assets = assets
-        self._links = links
-        self._public_url = public_url
-        self._readers: OrderedDict[tuple[str, str], _Reader] = OrderedDict()
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._service = parts.service
+        self._cursors = Cursors()
 
     async def run(self, request: Request, idempotency_key: Idempotency = None) -> Answer:
         """Queue a job and return its id."""
@@ -147,10 +135,12 @@ class _Door:
     ) -> Answer:
         """Queue a job and return its result, or where it stands after `wait` milliseconds."""
         record = await self._submit(request, idempotency_key, sync=True)
-        return await self._answer(request, await self._service.wait(record.id, wait / 1000), files)
+        waited = await while_connected(request, self._service.wait(record.id, wait / 1000))
+        # Nobody reads the answer to a client that has left; its job goes on.
+        return await self._answer(request, waited, files) if waited else _brief(record)
 
     async def _submit(self, request: Request, idempotency_key: str | None, *, sync: bool) -> JobRecord:
-        body = await read_job(request)
+        body = await read_body(request, RunRequest)
         endpoint_id = _endpoint(request) or "local"
         # A key of one client must not lead to the job of another.
         key = _own_key(request.state.client, endpoint_id, idempotency_key) if idempotency_key else None
@@ -165,8 +155,8 @@ class _Door:
 
     async def stream(self, request: Request, job_id: JobId) -> Answer:
         """Return what a job has told since the last call with this key; waits up to 5 s for something to tell."""
-        reader = self._reader(request.state.client, job_id)
-        record = await self._service.get(job_id)
+        record = await self._get_followed(request.state.client, job_id)
+        reader = self._cursors.of(request.state.client, job_id)
         told = self._service.recent_events(job_id, reader.after)
         if not told and not record.state.is_terminal:
             told = await self._wait_for_one(job_id, reader.after)
@@ -175,7 +165,9 @@ class _Door:
             reader.after = told[-1].number
         chunks = [{"output": dict(event.data)} for event in told if event.type == PROGRESS]
         if record.state is JobState.COMPLETED and not reader.has_output:
-            chunks.append({"output": await run_in_threadpool(self._output, record, "base64", self._base(request))})
+            chunks.append(
+                {"output": await run_in_threadpool(self._output, record, "base64", self._parts.base_url(request))}
+            )
         reader.has_output = record.state is JobState.COMPLETED
         return Answer({"status": record.state.value, "stream": chunks})
 
@@ -189,16 +181,19 @@ class _Door:
         async with aclosing(self._service.events(job_id, after)) as events:
             return await anext(events)
 
-    def _reader(self, client: str, job_id: str) -> _Reader:
-        reader = self._readers.setdefault((client, job_id), _Reader())
-        self._readers.move_to_end((client, job_id))
-        if len(self._readers) > _READERS:
-            self._readers.popitem(last=False)
-        return reader
+    async def _get_followed(self, client: str, job_id: str) -> JobRecord:
+        try:
+            return await self._service.get(job_id)
+        except NotFound:
+            self._cursors.forget(client, job_id)
+            raise
 
     async def cancel(self, job_id: JobId) -> Answer:
         """End a job; when this answers, it is off the GPU. One that has ended stays as it is."""
-        return _brief(await self._service.cancel(job_id))
+        record = await self._service.cancel(job_id)
+        was_cancelled = record.state is JobState.CANCELLED
+        message = "The job is cancelled" if was_cancelled else f"The job had ended before: it is {record.state.value}"
+        return Answer({**_id_and_status(record), "message": message})
 
     async def retry(self, job_id: JobId) -> Answer:
         """Run a job again that failed or timed out, under its id."""
@@ -209,7 +204,7 @@ class _Door:
         return Answer({"removed": await self._service.purge(_endpoint(request)), "status": "completed"})
 
     async def health(self) -> Answer:
-        """Return how many jobs and workers there are; touches no ComfyUI."""
+        """Return how many jobs and workers there are, and whether jobs can run; touches no ComfyUI."""
         counts = await self._service.counts()
         backends = self._service.backends()
         running = sum(bool(backend["jobs"]) for backend in backends if backend["healthy"])
@@ -219,13 +214,22 @@ class _Door:
             "failed": counts.get(JobState.FAILED, 0) + counts.get(JobState.TIMED_OUT, 0),
             "inProgress": counts.get(JobState.IN_PROGRESS, 0),
             "inQueue": counts.get(JobState.IN_QUEUE, 0),
-            "retried": 0,
+            "retried": await self._service.retried(),
         }
         workers = {"idle": healthy - running, "initializing": 0, "ready": healthy, "running": running, "throttled": 0}
-        return Answer({"jobs": jobs, "workers": {**workers, "unhealthy": len(backends) - healthy}})
+        return Answer(
+            {
+                "jobs": jobs,
+                "workers": {**workers, "unhealthy": len(backends) - healthy},
+                "status": "healthy" if healthy else "unhealthy",
+                "comfyui": {"reachable": healthy > 0, "healthy": healthy, "total": len(backends)},
+                "queues": queue_sizes(counts, backends),
+                "version": __version__,
+            }
+        )
 
     async def _answer(self, request: Request, record: JobRecord, files: str) -> Answer:
-        return await run_in_threadpool(self._render, record, files, self._base(request))
+        return await run_in_threadpool(self._render, record, files, self._parts.base_url(request))
 
     def _render(self, record: JobRecord, files: str, base: str) -> Answer:
         """Return RunPod's `/status` of a job."""
@@ -243,8 +247,8 @@ class _Door:
         output = record.output or {}
         limit = _limit(record)
         if files == "base64" and _bytes_of_files(output) * 4 // 3 + _ROOM < limit:
-            return self._assets.as_base64(output)
-        linked = with_urls(output, lambda path: self._links.url(base, path))
+            return self._parts.assets.as_base64(output)
+        linked = self._parts.linked(output, base)
         if files == "base64":
             notice = f"The files come as links: with them, the answer would have more than {limit // MB} MB"
             linked["errors"] = [*linked.get("errors", []), notice]
@@ -257,9 +261,6 @@ class _Door:
         told = [event.data for event in self._service.recent_events(record.id) if event.type == PROGRESS]
         return dict(told[-1]) if told else None
 
-    def _base(self, request: Request) -> str:
-        return self._public_url or str(request.base_url)
-
 
 def _endpoint(request: Request) -> str | None:
     endpoint_id: str | None = request.path_params.get("endpoint_id")
@@ -271,7 +272,11 @@ def _own_key(*parts: str) -> str:
 
 
 def _brief(record: JobRecord) -> Answer:
-    return Answer({"id": record.id, "status": record.state.value})
+    return Answer(_id_and_status(record))
+
+
+def _id_and_status(record: JobRecord) -> dict[str, Any]:
+    return {"id": record.id, "status": record.state.value}
 
 
 def _limit(record: JobRecord) -> int:

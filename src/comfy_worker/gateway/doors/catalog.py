@@ -1,0 +1,255 @@
+"""The catalog API: named workflows, their executions and the nodes there are, in an envelope."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from typing import Annotated, Any, ClassVar
+
+from fastapi import APIRouter, Path, Request, WebSocket
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.concurrency import run_in_threadpool
+
+from comfy_worker.catalog.entry import Entry
+from comfy_worker.gateway.answers import JOB_ID, Answer, EnvelopedProblem, problems, request_body
+from comfy_worker.gateway.bodies import read_body
+from comfy_worker.gateway.doors import catalog_answers as answers
+from comfy_worker.gateway.doors.catalog_words import (
+    JOB_PREFIX,
+    execution_id_of,
+    failure,
+    iso,
+    job_id_of,
+    node_of,
+    nodes_of,
+    number_of,
+    outputs_of,
+    parameter_of,
+    status_of,
+)
+from comfy_worker.gateway.doors.parts import Parts
+from comfy_worker.gateway.errors import (
+    DatabaseUnavailable,
+    DuplicateRequest,
+    ExecutionNotFound,
+    NotFound,
+    WorkflowNotFound,
+)
+from comfy_worker.gateway.events import PREVIEW, PROGRESS
+from comfy_worker.gateway.middleware import answer_error
+from comfy_worker.gateway.records import JobRecord
+from comfy_worker.gateway.signing import IMAGES_PATH
+from comfy_worker.gateway.websockets import tell
+from comfy_worker.jobs import JobState
+
+DOOR = "catalog"
+_ROOT = "/api/v1/comfyui"
+_STATUSES: Mapping[JobState, str] = {
+    JobState.IN_QUEUE: "running",
+    JobState.IN_PROGRESS: "running",
+    JobState.COMPLETED: "completed",
+    JobState.FAILED: "failed",
+    JobState.TIMED_OUT: "failed",
+    JobState.CANCELLED: "cancelled",
+}
+_NODES_AGE_S = 60.0
+"""How long ComfyUI's nodes are remembered: they only change when it is started anew."""
+
+WorkflowId = Annotated[str, Path(pattern=r"^[A-Za-z0-9._-]{1,128}$", description="A workflow's `id`, or its `key`.")]
+ExecutionId = Annotated[str, Path(pattern=JOB_ID, description="An execution's `id`.")]
+
+
+class ExecuteRequest(BaseModel):
+    """What a workflow is to be filled in with."""
+
+    HINT: ClassVar[str] = 'Send {"inputs": {"prompt": "…"}}'
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"inputs": {}}]})
+    inputs: dict[str, Any] = Field(default_factory=dict, description="A value by the name of its parameter.")
+    version: str | None = Field(
+        None, description="The content of the workflow that is meant; the present one if not given."
+    )
+    webhook: dict[str, Any] | None = Field(None, description="Who is told of the end; see docs/webhooks.md.")
+
+
+def router(parts: Parts) -> APIRouter:
+    """Return the door's routes."""
+    door = _Door(parts)
+    api = APIRouter(prefix=_ROOT, tags=["Catalog"])
+    get, post = ["GET"], ["POST"]
+    refusals = problems(503, model=EnvelopedProblem)
+    not_found = problems(404, 503, model=EnvelopedProblem)
+    failed = problems(404, 409, 422, 500, 502, 503, 504, 507, model=EnvelopedProblem)
+    body = request_body(ExecuteRequest)
+    for path, methods, handler, model, responses, extra in (
+        ("/workflows", get, door.workflows, answers.Workflows, refusals, None),
+        ("/workflows/{workflow_id}", get, door.workflow, answers.OneWorkflow, not_found, None),
+        (
+            "/workflows/{workflow_id}/execute",
+            post,
+            door.execute,
+            answers.Execution,
+            not_found,
+            body,
+        ),
+        ("/executions/{execution_id}", get, door.execution, answers.Execution, failed, None),
+        ("/executions/{execution_id}/cancel", post, door.cancel, answers.Execution, failed, None),
+        ("/nodes", get, door.nodes, answers.Nodes, refusals, None),
+    ):
+        api.add_api_route(
+            path,
+            handler,
+            methods=methods,
+            operation_id=f"catalog_{handler.__name__}",
+            response_model=model,
+            response_model_exclude_none=True,
+            responses=responses,
+            openapi_extra=extra,
+        )
+    api.add_api_websocket_route("/executions/{execution_id}/ws", door.websocket)
+    return api
+
+
+class _Door:
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._service = parts.service
+        self._nodes: tuple[float, Sequence[Mapping[str, Any]]] | None = None
+
+    # ------------------------------------------------------------------------------------------- workflows
+
+    async def workflows(self) -> Answer:
+        """List the workflows that can be executed."""
+        entries = await run_in_threadpool(self._parts.library.entries)
+        return _success({"workflows": [self._shown(entry) for entry in entries]})
+
+    async def workflow(self, workflow_id: WorkflowId) -> Answer:
+        """Return one workflow."""
+        return _success({"workflow": self._shown(await run_in_threadpool(self._entry, workflow_id, None))})
+
+    def _shown(self, entry: Entry) -> dict[str, Any]:
+        created, updated = self._parts.library.times(entry.name)
+        return {
+            "id": number_of(entry),
+            "key": entry.name,
+            "name": entry.manifest.title,
+            "description": entry.manifest.description,
+            "version": entry.version,
+            "parameters": [parameter_of(name, entry) for name in entry.manifest.parameters],
+            "nodes": nodes_of(entry),
+            "created_at": iso(created),
+            "updated_at": iso(updated),
+        }
+
+    def _entry(self, workflow_id: str, version: str | None) -> Entry:
+        """Return the workflow with an id or a key.
+
+        Raises:
+            WorkflowNotFound: there is none.
+            InvalidInput: it has no such version.
+        """
+        for entry in self._parts.library.entries():
+            if workflow_id in (entry.name, str(number_of(entry))):
+                return entry if version is None else self._parts.library.get(entry.name, version)
+        raise WorkflowNotFound(f"Workflow with id {workflow_id} not found")
+
+    # ------------------------------------------------------------------------------------------ executions
+
+    async def execute(self, request: Request, workflow_id: WorkflowId) -> Answer:
+        """Execute a workflow with the inputs that are given, and the defaults of the others."""
+        body = await read_body(request, ExecuteRequest)
+        entry = await run_in_threadpool(self._entry, workflow_id, body.get("version"))
+        job_input = {"template": f"{entry.name}@{entry.version}", "inputs": body.get("inputs") or {}}
+        if body.get("webhook") is not None:
+            job_input["webhook"] = body["webhook"]
+        record = await self._submit({"input": job_input}, {"workflow_id": number_of(entry), "workflow": entry.name})
+        request.state.job_id = record.id
+        return _success({"execution": self._execution(record)})
+
+    async def _submit(self, request: Mapping[str, Any], details: Mapping[str, Any]) -> JobRecord:
+        """Queue a job under a number that no other has."""
+        while True:
+            # The microsecond is a number that grows, over restarts too, and that JavaScript reads exactly.
+            number = time.time_ns() // 1000
+            try:
+                return await self._service.submit(request, job_id=f"{JOB_PREFIX}{number}", door=DOOR, details=details)
+            except DuplicateRequest:
+                await asyncio.sleep(0)
+
+    async def execution(self, execution_id: ExecutionId) -> Answer:
+        """Return where an execution stands, with its outputs; of one that failed, why."""
+        return self._told(await self._record(execution_id))
+
+    async def _record(self, execution_id: str) -> JobRecord:
+        try:
+            return await self._service.get(job_id_of(execution_id))
+        except NotFound:
+            raise ExecutionNotFound(f"Execution with id {execution_id} not found") from None
+
+    async def cancel(self, execution_id: ExecutionId) -> Answer:
+        """End an execution; when this answers, it is off the GPU. One that has ended stays as it is."""
+        record = await self._record(execution_id)
+        return self._told(await self._service.cancel(record.id))
+
+    def _told(self, record: JobRecord) -> Answer:
+        execution = self._execution(record)
+        if record.error is None:
+            return _success({"execution": execution})
+        return Answer({**failure(record.error), "data": {"execution": execution}}, status_code=status_of(record.error))
+
+    def _execution(self, record: JobRecord) -> dict[str, Any]:
+        execution = {
+            "id": execution_id_of(record.id),
+            "workflow_id": record.details.get("workflow_id"),
+            "status": _STATUSES[record.state],
+            "progress": self._progress(record),
+            "created_at": iso(record.created_at),
+            "updated_at": iso(record.ended_at or record.started_at or record.created_at),
+        }
+        if (place := self._service.place(record.id)) is not None:
+            execution["queue_position"] = place.position
+        if record.output is not None:
+            execution["outputs"] = outputs_of(self._parts.linked(record.output, "", IMAGES_PATH))
+        return execution
+
+    def _progress(self, record: JobRecord) -> float:
+        if record.state is JobState.COMPLETED:
+            return 100
+        told = [event.data for event in self._service.recent_events(record.id) if event.type == PROGRESS]
+        return float(told[-1].get("percent", 0)) if told else 0
+
+    async def websocket(self, websocket: WebSocket, execution_id: str) -> None:
+        """Tell how far an execution is until it has ended: each time what `GET /executions/{id}` would answer."""
+        try:
+            record = await self._record(execution_id)
+        except (NotFound, DatabaseUnavailable) as error:
+            await websocket.send_denial_response(answer_error(error, websocket.url.path))
+            return
+        await tell(websocket, self._live(record))
+
+    async def _live(self, record: JobRecord) -> AsyncGenerator[Mapping[str, Any], None]:
+        yield self._message(record)
+        if record.state.is_terminal:
+            return
+        async with aclosing(self._service.events(record.id)) as events:
+            async for event in events:
+                if event.type != PREVIEW:
+                    yield self._message(await self._service.get(record.id))
+
+    def _message(self, record: JobRecord) -> Mapping[str, Any]:
+        data = {"execution": self._execution(record)}
+        return {"status": "success", "data": data} if record.error is None else {**failure(record.error), "data": data}
+
+    # ----------------------------------------------------------------------------------------------- nodes
+
+    async def nodes(self) -> Answer:
+        """List the nodes that ComfyUI has, with their inputs and outputs."""
+        if self._nodes is None or time.monotonic() - self._nodes[0] > _NODES_AGE_S:
+            info = await run_in_threadpool(lambda: self._service.comfyui().object_info())
+            self._nodes = time.monotonic(), [node_of(name, node) for name, node in sorted(info.items())]
+        return _success({"nodes": list(self._nodes[1])})
+
+
+def _success(data: Mapping[str, Any]) -> Answer:
+    return Answer({"status": "success", "data": data})

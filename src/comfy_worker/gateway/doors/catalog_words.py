@@ -1,0 +1,135 @@
+"""The catalog API's words: entries, jobs, failures and nodes as its clients know them. Pure."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from typing import Any
+
+from comfy_worker.catalog.entry import Entry
+from comfy_worker.errors import all_errors
+from comfy_worker.gateway.problems import envelope
+from comfy_worker.jobs import Kind
+
+JOB_PREFIX = "execution-"
+_LIMITS = {"default": "default", "minimum": "min", "maximum": "max"}
+"""Our names of what ComfyUI says of an input's value."""
+
+
+def number_of(entry: Entry) -> int:
+    """Return a workflow's number: what its manifest says, or else one made of its name."""
+    return entry.manifest.id if entry.manifest.id is not None else zlib.crc32(entry.name.encode())
+
+
+def job_id_of(execution_id: str) -> str:
+    """Return the job of an execution; one that came through another door is called by its own id."""
+    return f"{JOB_PREFIX}{execution_id}" if execution_id.isdecimal() else execution_id
+
+
+def execution_id_of(job_id: str) -> int | str:
+    """Return the number of an execution; the job's own id where it came through another door."""
+    number = job_id.removeprefix(JOB_PREFIX)
+    return int(number) if job_id.startswith(JOB_PREFIX) and number.isdecimal() else job_id
+
+
+def nodes_of(entry: Entry) -> list[dict[str, Any]]:
+    """Return a workflow's nodes, with `{parameter}` in place of what a parameter sets."""
+    places = {
+        (target.node, target.input): f"{{{name}}}"
+        for name, parameter in entry.manifest.parameters.items()
+        for target in parameter.sets
+    }
+    return [
+        {
+            "id": node_id,
+            "type": node["class_type"],
+            "inputs": {name: places.get((node_id, name), value) for name, value in node.get("inputs", {}).items()},
+        }
+        for node_id, node in entry.graph.items()
+    ]
+
+
+def parameter_of(name: str, entry: Entry) -> dict[str, Any]:
+    """Return what a request may say for one parameter."""
+    parameter = entry.manifest.parameters[name]
+    shown = parameter.model_dump(include={"type", "description", "default", "minimum", "maximum", "choices"})
+    return {"name": name, "required": parameter.is_required, **shown}
+
+
+def outputs_of(output: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an output whose files are links in this API's words."""
+    outputs: dict[str, Any] = {
+        kind.value: [_file(item) for item in output.get(kind.value, [])]
+        for kind in Kind
+        if kind is Kind.IMAGE or output.get(kind.value)
+    }
+    if texts := [item["text"] for item in output.get("texts", [])]:
+        outputs["texts"] = texts
+    if warnings := list(output.get("errors", [])):
+        outputs["warnings"] = warnings
+    return outputs
+
+
+def _file(item: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {name: item.get(name) for name in ("width", "height", "filename", "mime_type", "size_bytes", "duration_s")}
+    return {"url": item["data"], **{name: value for name, value in kept.items() if value is not None}}
+
+
+def failure(error: Mapping[str, Any]) -> dict[str, Any]:
+    """Return why an execution failed, in the envelope; `reason` is the failure's own code."""
+    body = envelope({**error, "code": "execution_error"}, "Workflow execution failed")
+    body["errors"][0]["reason"] = error["code"]
+    return body
+
+
+def status_of(error: Mapping[str, Any]) -> int:
+    """Return the HTTP status of a kept failure, by its code."""
+    return next((known.http_status for known in all_errors() if known.code == error.get("code")), 500)
+
+
+def node_of(name: str, info: Mapping[str, Any]) -> dict[str, Any]:
+    """Return one entry of ComfyUI's `/object_info` in this API's words."""
+    described = info.get("input", {})
+    inputs = [
+        _input(input_name, spec, required=part == "required")
+        for part in ("required", "optional")
+        for input_name, spec in described.get(part, {}).items()
+    ]
+    types, names = info.get("output", []), info.get("output_name", [])
+    outputs = [
+        {"name": str(names[at]) if at < len(names) else _type(kind), "type": _type(kind)}
+        for at, kind in enumerate(types)
+    ]
+    return {
+        "id": name,
+        "name": info.get("display_name") or name,
+        "description": info.get("description") or "",
+        "category": info.get("category") or "",
+        "inputs": inputs,
+        "outputs": outputs,
+    }
+
+
+def _input(name: str, spec: Any, *, required: bool) -> dict[str, Any]:
+    """Return an input of a node.
+
+    ComfyUI describes it as `[type, options]`, and a choice as `[[…]]` or, newer, as `["COMBO", {"options": […]}]`.
+    """
+    kind = spec[0] if isinstance(spec, list) and spec else spec
+    options = spec[1] if isinstance(spec, list) and len(spec) > 1 and isinstance(spec[1], Mapping) else {}
+    described: dict[str, Any] = {"name": name, "type": _type(kind), "required": required}
+    choices = kind if isinstance(kind, list) else options.get("options")
+    if isinstance(choices, list):
+        described["choices"] = choices
+    described |= {ours: options[theirs] for ours, theirs in _LIMITS.items() if theirs in options}
+    return described
+
+
+def _type(kind: Any) -> str:
+    return "choice" if isinstance(kind, list) or kind == "COMBO" else str(kind).lower()
+
+
+def iso(seconds: float) -> str:
+    """Return a time as ISO 8601, in UTC."""
+    return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -1,0 +1,300 @@
+"""The generate API: `POST /generate` and its kin, then `GET /result/{request_id}`; and the README as a page."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, Path, Query, Request
+from fastapi.responses import HTMLResponse
+from sse_starlette import EventSourceResponse, ServerSentEvent
+from starlette.concurrency import run_in_threadpool
+
+from comfy_worker.gateway.answers import JOB_ID, Answer, DetailedProblem, problems, request_body
+from comfy_worker.gateway.bodies import read_body
+from comfy_worker.gateway.doors.generate_page import readme_page
+from comfy_worker.gateway.doors.generate_words import (
+    Following,
+    GenerateEvent,
+    GenerateRequest,
+    GenerateResult,
+    QueueInfo,
+    Standing,
+    check_source,
+    ended,
+    files_of,
+    http_status,
+    result_of,
+    runpod_request,
+)
+from comfy_worker.gateway.doors.parts import Parts, queue_sizes
+from comfy_worker.gateway.errors import DatabaseUnavailable
+from comfy_worker.gateway.event_stream import EventStream
+from comfy_worker.gateway.leaving import while_connected
+from comfy_worker.gateway.records import JobRecord
+from comfy_worker.jobs import JobState
+from comfy_worker.modifiers import apply, randomized
+
+DOOR = "generate"
+_WAIT_S = 300.0
+_LONGEST_WAIT_S = 3600.0
+_KEEP_ALIVE_S = 15
+_PATIENCE_S = 30
+"""A client that takes nothing for so long is let go; its job goes on."""
+_COUNTS_AGE_S = 0.5
+_FAILED: dict[int, str] = {
+    400: "The request, or the job's input, is not as it must be.",
+    409: "There is a job with this request_id already; or the job was cancelled.",
+    413: "The request, or what the job made, is too large.",
+    422: "An input of the job could not be fetched.",
+    500: "The job failed, or the gateway, because of a bug of its own.",
+    502: "ComfyUI broke off, or the outputs could not be delivered.",
+    503: "No more jobs can wait, or no ComfyUI answers.",
+    504: "The job took too long.",
+    507: "ComfyUI's disk is full.",
+}
+
+RequestId = Annotated[str, Path(pattern=JOB_ID)]
+AsBase64 = Annotated[
+    str | None,
+    Header(
+        alias="X-Return-Outputs-As-Base64",
+        description="`1`, `true`, `yes` or `on`: the files' bytes come in the answer, as with "
+        "`return_outputs_as_base64`.",
+    ),
+]
+
+
+def router(parts: Parts) -> APIRouter:
+    """Return the door's routes."""
+    door = _Door(parts)
+    api = APIRouter(tags=["Generate"])
+    body = request_body(GenerateRequest)
+    api.add_api_route(
+        "/generate",
+        door.generate,
+        methods=["POST"],
+        operation_id="generate",
+        status_code=202,
+        response_model=GenerateResult,
+        responses=problems(409, 503, model=DetailedProblem),
+        openapi_extra=body,
+    )
+    api.add_api_route(
+        "/generate/sync",
+        door.sync,
+        methods=["POST"],
+        operation_id="generate_sync",
+        response_model=GenerateResult,
+        response_model_exclude_none=True,
+        responses={**problems(503, model=DetailedProblem), **_results(), 202: _unfinished()},
+        openapi_extra=body,
+    )
+    api.add_api_route(
+        "/generate/stream",
+        door.stream,
+        methods=["POST"],
+        operation_id="generate_stream",
+        response_class=EventSourceResponse,
+        responses={200: _stream(), **problems(409, 503, model=DetailedProblem)},
+        openapi_extra=body,
+    )
+    api.add_api_route(
+        "/result/{request_id}",
+        door.result,
+        methods=["GET"],
+        operation_id="get_result",
+        response_model=GenerateResult,
+        response_model_exclude_none=True,
+        responses={**problems(404, 503, model=DetailedProblem), **_results()},
+    )
+    api.add_api_route(
+        "/queue-info",
+        door.queue_info,
+        methods=["GET"],
+        operation_id="get_queue_info",
+        response_model=QueueInfo,
+        responses=problems(503, model=DetailedProblem),
+    )
+    api.add_api_route(
+        "/", readme_page, methods=["GET"], operation_id="readme", response_class=HTMLResponse, responses=problems(404)
+    )
+    return api
+
+
+def _results() -> dict[int | str, dict[str, Any]]:
+    """Return the declaration of answers with the result of a job that failed, or of a request that was refused."""
+    return {status: {"model": GenerateResult | DetailedProblem, "description": why} for status, why in _FAILED.items()}
+
+
+def _unfinished() -> dict[str, Any]:
+    return {"model": GenerateResult, "description": "The job goes on; ask `GET /result/{request_id}`."}
+
+
+def _stream() -> dict[str, Any]:
+    event = {"type": "object", "properties": {"data": {"type": "string", "contentMediaType": "application/json"}}}
+    schema = GenerateEvent.model_json_schema()
+    names = ", ".join(f"`{name}`" for name in schema["properties"])
+    return {
+        "description": f"Events with {names}; the last has the status `final_result`.",
+        "content": {"text/event-stream": {"itemSchema": event}},
+    }
+
+
+class _Door:
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._service = parts.service
+        self._counts: tuple[float, Mapping[JobState, int]] | None = None
+
+    async def generate(self, request: Request, as_base64: AsBase64 = None) -> Answer:
+        """Queue a job and return its id."""
+        record = await self._submit(request, as_base64)
+        return Answer(await self._result(request, record), status_code=202)
+
+    async def sync(
+        self,
+        request: Request,
+        as_base64: AsBase64 = None,
+        timeout: Annotated[
+            float, Query(gt=0, le=_LONGEST_WAIT_S, allow_inf_nan=False, description="Seconds.")
+        ] = _WAIT_S,
+    ) -> Answer:
+        """Queue a job and return its result; 202 and where it stands if that takes longer than `timeout` seconds."""
+        record = await self._submit(request, as_base64)
+        # Nobody reads the answer to a client that has left; its job goes on.
+        record = await while_connected(request, self._service.wait(record.id, timeout)) or record
+        status = http_status(record) if record.state.is_terminal else 202
+        return Answer(await self._result(request, record), status_code=status)
+
+    async def stream(self, request: Request, as_base64: AsBase64 = None) -> EventSourceResponse:
+        """Queue a job and tell what happens to it until it has ended; it goes on when the client leaves."""
+        record = await self._submit(request, as_base64)
+        return EventStream(self._as_sse(request, record), ping=_KEEP_ALIVE_S, send_timeout=_PATIENCE_S)
+
+    async def result(self, request: Request, request_id: RequestId, as_base64: AsBase64 = None) -> Answer:
+        """Return where a job stands, with its result when it has one."""
+        record = await self._service.get(request_id)
+        result = await self._result(request, record, as_base64=_is_yes(as_base64))
+        return Answer(result, status_code=http_status(record))
+
+    async def queue_info(self) -> Answer:
+        """Return how many jobs there are in each queue."""
+        return Answer(_queue_info(await self._sizes(at_most_s=0)))
+
+    # ----------------------------------------------------------------------------------------------- request
+
+    async def _submit(self, request: Request, as_base64: str | None) -> JobRecord:
+        body = await read_body(request, GenerateRequest)
+        job_input = body["input"]
+        check_source(job_input)
+        wants_base64 = bool(job_input.get("return_outputs_as_base64")) or _is_yes(as_base64)
+        job = runpod_request(body, await self._workflow(job_input))
+        record = await self._service.submit(
+            job,
+            job_id=job_input.get("request_id") or str(uuid.uuid4()),
+            door=DOOR,
+            details={"as_base64": True} if wants_base64 else {},
+        )
+        # For the line that the log has of this request.
+        request.state.job_id = record.id
+        return record
+
+    async def _workflow(self, job_input: Mapping[str, Any]) -> Mapping[str, Any]:
+        workflow: Mapping[str, Any] = job_input.get("workflow_json") or {}
+        if not job_input.get("modifier"):
+            return await run_in_threadpool(randomized, workflow)
+        modifications = job_input.get("modifications") or {}
+        limit_s = self._parts.settings.modifier_timeout_s
+        return await run_in_threadpool(
+            apply, self._parts.modifiers, job_input["modifier"], modifications, timeout_s=limit_s
+        )
+
+    # ------------------------------------------------------------------------------------------------ result
+
+    async def _result(self, request: Request, record: JobRecord, *, as_base64: bool = False) -> dict[str, Any]:
+        if not record.state.is_terminal:
+            following = Following.of(record, self._service.recent_events(record.id))
+            return result_of(record, following.standing(self._service.place(record.id)), [])
+        with_bytes = as_base64 or bool(record.details.get("as_base64"))
+        output = await run_in_threadpool(self._files, record, self._parts.base_url(request), with_bytes)
+        return result_of(record, ended(record), output)
+
+    def _files(self, record: JobRecord, base_url: str, as_base64: bool) -> list[dict[str, Any]]:
+        output = record.output or {}
+        return files_of(output, self._parts.linked(output, base_url), self._parts.assets, as_base64=as_base64)
+
+    # ------------------------------------------------------------------------------------------------ stream
+
+    async def _as_sse(self, request: Request, record: JobRecord) -> AsyncGenerator[ServerSentEvent, None]:
+        async with aclosing(self._told(request, record)) as told:
+            async for data in told:
+                yield ServerSentEvent(json.dumps(data))
+
+    async def _told(self, request: Request, record: JobRecord) -> AsyncGenerator[dict[str, Any], None]:
+        """Yield what each event says; the last has the result, or says why there is none yet."""
+        following = Following()
+        standing = following.standing(self._service.place(record.id))
+        try:
+            async with aclosing(self._standings(record, following)) as standings:
+                async for standing in standings:
+                    yield await self._event(record, standing)
+            record = await self._service.get(record.id)
+            if record.state.is_terminal:
+                standing = ended(record)
+                yield await self._event(record, standing)
+                result = await self._result(request, record)
+                yield {**_head(record, "final_result"), "result": result}
+                return
+        except DatabaseUnavailable:
+            # A stream that has begun cannot be answered with an error any more.
+            pass
+        words = f"The stream ends before the job: ask GET /result/{record.id}"
+        yield {**_head(record, standing.status), "message": words}
+
+    async def _standings(self, record: JobRecord, following: Following) -> AsyncGenerator[Standing, None]:
+        """Yield where the job stands, each time that it changes, until it ends or nothing more can be heard."""
+        told: Standing | None = None
+        async with aclosing(self._service.events(record.id, after=-1)) as events:
+            async for event in events:
+                following.hear(event)
+                if following.has_ended:
+                    return
+                standing = following.standing(self._service.place(record.id))
+                if standing != told:
+                    told = standing
+                    yield standing
+
+    async def _event(self, record: JobRecord, standing: Standing) -> dict[str, Any]:
+        sizes = await self._sizes(at_most_s=_COUNTS_AGE_S)
+        return {
+            **_head(record, standing.status),
+            "message": standing.message,
+            "queue_position": standing.queue_position(sizes),
+            "queue_info": _queue_info(sizes),
+        }
+
+    async def _sizes(self, at_most_s: float) -> dict[str, int]:
+        """Return how many jobs there are in each queue; how many wait, as it was so many seconds ago at most."""
+        now = time.monotonic()
+        if self._counts is None or now - self._counts[0] >= at_most_s:
+            # The database counts them, and need not do it for each event of each stream.
+            self._counts = (now, await self._service.counts())
+        return queue_sizes(self._counts[1], self._service.backends())
+
+
+def _head(record: JobRecord, status: str) -> dict[str, Any]:
+    elapsed = max(0.0, time.time() - record.created_at)
+    return {"request_id": record.id, "status": status, "elapsed_time": round(elapsed, 1)}
+
+
+def _queue_info(sizes: Mapping[str, int]) -> dict[str, int]:
+    return {f"{queue}_queue_size": size for queue, size in sizes.items()}
+
+
+def _is_yes(header: str | None) -> bool:
+    return header is not None and header.strip().lower() in ("1", "true", "yes", "on")

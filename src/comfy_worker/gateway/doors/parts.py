@@ -1,0 +1,57 @@
+"""What doors are made of: the jobs, the outputs' files and where clients find them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import Request
+
+from comfy_worker.catalog.library import Library
+from comfy_worker.gateway.assets import AssetStore, with_urls
+from comfy_worker.gateway.service import JobService
+from comfy_worker.gateway.settings import GatewaySettings
+from comfy_worker.gateway.signing import PATH, AssetLinks
+from comfy_worker.jobs import JobState
+from comfy_worker.modifiers import Modifiers
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What every door gets.
+
+    Attributes:
+        service: the jobs.
+        assets: the outputs' files.
+        links: makes the links to them.
+        settings: the gateway's.
+        library: the named workflows.
+        modifiers: the operator's classes that make workflows.
+    """
+
+    service: JobService
+    assets: AssetStore
+    links: AssetLinks
+    settings: GatewaySettings
+    library: Library
+    modifiers: Modifiers
+
+    def base_url(self, request: Request) -> str:
+        """Return the URL under which this client reaches the gateway."""
+        return self.settings.public_url or str(request.base_url).rstrip("/")
+
+    def linked(self, output: Mapping[str, Any], base_url: str, prefix: str = PATH) -> dict[str, Any]:
+        """Return a job's output with links to its files, below the gateway's URL or, if that is empty, its root."""
+        return with_urls(output, lambda path: self.links.url(base_url, path, prefix))
+
+
+def queue_sizes(counts: Mapping[JobState, int], backends: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Return how many jobs wait (`preprocess`), are with a ComfyUI (`generation`) or are delivered (`postprocess`)."""
+    in_comfyui = sum(int(backend["load"]) for backend in backends)
+    in_hand = sum(int(backend["jobs"]) for backend in backends)
+    return {
+        "preprocess": counts.get(JobState.IN_QUEUE, 0),
+        "generation": in_comfyui,
+        "postprocess": in_hand - in_comfyui,
+    }

@@ -1,0 +1,226 @@
+"""The task API: `POST /task`, then `GET /task/{task_id}` until it has a result."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from typing import Annotated, Any, ClassVar, Literal
+from urllib.parse import urlsplit
+
+from fastapi import APIRouter, Path, Query, Request
+from pydantic import BaseModel, ConfigDict, Field
+
+from comfy_worker.errors import InvalidInput
+from comfy_worker.gateway.answers import EXAMPLE_JOB, JOB_ID, Answer, DetailedProblem, problems, request_body
+from comfy_worker.gateway.bodies import read_body
+from comfy_worker.gateway.doors.parts import Parts
+from comfy_worker.gateway.events import PROGRESS
+from comfy_worker.gateway.records import LOW_PRIORITY, NORMAL_PRIORITY, JobRecord
+from comfy_worker.gateway.service import JobService
+from comfy_worker.jobs import JobState, Kind
+
+DOOR = "task"
+_TASK_TYPE = "comfyui"
+_PRIORITIES = {"low": LOW_PRIORITY, "normal": NORMAL_PRIORITY, "high": NORMAL_PRIORITY + 1}
+_STATUSES: Mapping[JobState, str] = {
+    JobState.IN_QUEUE: "pending",
+    JobState.IN_PROGRESS: "processing",
+    JobState.COMPLETED: "completed",
+    JobState.FAILED: "failed",
+    JobState.TIMED_OUT: "failed",
+    JobState.CANCELLED: "cancelled",
+}
+_MOST_LISTED = 1000
+
+TaskStatus = Literal["pending", "processing", "completed", "failed", "cancelled"]
+
+
+class TaskParams(BaseModel):
+    """What a task runs; beside these, whatever RunPod's `input` takes (`images`, `delivery`, `webhook`, …)."""
+
+    model_config = ConfigDict(extra="allow")
+    workflow: dict[str, Any] = Field(description="The graph in ComfyUI's API format.")
+    server_address: str | None = Field(
+        None, description="`host:port` of the ComfyUI that is to run it: one of the gateway's own; any if left out."
+    )
+
+
+class TaskRequest(BaseModel):
+    """A task."""
+
+    HINT: ClassVar[str] = 'Send {"task_type": "comfyui", "params": {"workflow": {…}}}'
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"task_type": "comfyui", "params": EXAMPLE_JOB["input"], "priority": "normal"}]}
+    )
+    task_type: Literal["comfyui"]
+    params: TaskParams
+    priority: Literal["low", "normal", "high"] = "normal"
+
+
+class TaskAccepted(BaseModel):
+    """A task that was queued."""
+
+    task_id: str
+    status: TaskStatus
+    message: str
+
+
+class TaskResult(BaseModel):
+    """What a task made."""
+
+    comfy_prompt_id: str | None
+    images: list[str] = Field(description="A link to each picture.")
+    count: int = Field(description="How many pictures there are.")
+    videos: list[str] | None = None
+    audio: list[str] | None = None
+    files: list[str] | None = None
+    texts: list[str] | None = None
+    errors: list[str] | None = Field(None, description="What went wrong without failing the task.")
+
+
+class TaskSummary(BaseModel):
+    """Where a task stands."""
+
+    task_id: str
+    task_type: str
+    status: TaskStatus
+    progress: float = Field(description="How much of the workflow has run, from 0 to 100.")
+    created_at: str = Field(description="ISO 8601, in UTC.")
+
+
+class TaskAnswer(TaskSummary):
+    """A task with its result."""
+
+    result: TaskResult | None = None
+    error: str | None = Field(None, description="Why it failed.")
+    code: str | None = Field(None, description="The same for a program.")
+    queue_position: int | None = Field(None, description="How many tasks are in front of it.")
+
+
+TaskId = Annotated[str, Path(pattern=JOB_ID)]
+
+
+def router(parts: Parts) -> APIRouter:
+    """Return the door's routes."""
+    door = _Door(parts)
+    api = APIRouter(tags=["Tasks"])
+    api.add_api_route(
+        "/task",
+        door.submit,
+        methods=["POST"],
+        operation_id="create_task",
+        response_model=TaskAccepted,
+        responses=problems(503, model=DetailedProblem),
+        openapi_extra=request_body(TaskRequest),
+    )
+    api.add_api_route(
+        "/task",
+        door.latest,
+        methods=["GET"],
+        operation_id="list_tasks",
+        response_model=list[TaskSummary],
+        responses=problems(503, model=DetailedProblem),
+    )
+    api.add_api_route(
+        "/task/{task_id}",
+        door.status,
+        methods=["GET"],
+        operation_id="get_task",
+        response_model=TaskAnswer,
+        response_model_exclude_none=True,
+        responses=problems(404, 503, model=DetailedProblem),
+    )
+    return api
+
+
+class _Door:
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._service = parts.service
+
+    async def submit(self, request: Request) -> Answer:
+        """Queue a task and return its id."""
+        body = await read_body(request, TaskRequest)
+        job_input = dict(body["params"])
+        address = job_input.pop("server_address", None)
+        details = {} if address is None else {"only_backend": backend_at(address, self._parts.settings.backends)}
+        priority = _PRIORITIES[body.get("priority", "normal")]
+        record = await self._service.submit(
+            {"input": job_input}, job_id=str(uuid.uuid4()), priority=priority, door=DOOR, details=details
+        )
+        request.state.job_id = record.id
+        return Answer(
+            {"task_id": record.id, "status": _STATUSES[record.state], "message": "The task was accepted and queued"}
+        )
+
+    async def latest(self, limit: Annotated[int, Query(ge=1, le=_MOST_LISTED)] = 50) -> Answer:
+        """Return the latest tasks, newest first."""
+        return Answer([_summary(record, self._service) for record in await self._service.latest(limit=limit)])
+
+    async def status(self, request: Request, task_id: TaskId) -> Answer:
+        """Return where a task stands, with its result when it has one."""
+        record = await self._service.get(task_id)
+        answer = _summary(record, self._service)
+        place = self._service.place(record.id)
+        if place is not None:
+            answer["queue_position"] = place.position
+        if record.output is not None:
+            answer["result"] = result_of(self._parts.linked(record.output, self._parts.base_url(request)))
+        if record.error is not None:
+            answer |= {"error": record.error["error"], "code": record.error["code"]}
+        return Answer(answer)
+
+
+def backend_at(address: str, backends: list[str]) -> str:
+    """Return the URL of the gateway's ComfyUI at an address, `host:port` or a URL.
+
+    Raises:
+        InvalidInput: none of the gateway's own listens there; a caller must not choose whom the server talks to.
+    """
+    wanted = _host_and_port(address)
+    for backend in backends:
+        if _host_and_port(backend) == wanted:
+            return backend
+    raise InvalidInput(
+        "params.server_address is none of this gateway's ComfyUIs",
+        hint="Leave it out, or have its URL added to COMFYUI_BACKENDS",
+    )
+
+
+def _host_and_port(address: str) -> tuple[str, int]:
+    """Return both in lower case and with the scheme's own port; a port of 0 for what cannot be read."""
+    try:
+        parts = urlsplit(address if "://" in address else f"http://{address}")
+        host = parts.hostname or ""
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+    except ValueError:
+        return "", 0
+    return "127.0.0.1" if host == "localhost" else host, port
+
+
+def result_of(output: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an output whose files are links in this API's words."""
+    links = {kind.value: [item["data"] for item in output.get(kind.value, [])] for kind in Kind}
+    texts = [item["text"] for item in output.get("texts", [])]
+    images = links.pop(Kind.IMAGE.value)
+    result = {"comfy_prompt_id": output.get("prompt_id"), "images": images, "count": len(images), **links}
+    result |= {"texts": texts, "errors": list(output.get("errors", []))}
+    return {name: value for name, value in result.items() if value or name in ("comfy_prompt_id", "images", "count")}
+
+
+def _summary(record: JobRecord, service: JobService) -> dict[str, Any]:
+    return {
+        "task_id": record.id,
+        "task_type": _TASK_TYPE,
+        "status": _STATUSES[record.state],
+        "progress": _progress(record, service),
+        "created_at": datetime.fromtimestamp(record.created_at, timezone.utc).isoformat(),
+    }
+
+
+def _progress(record: JobRecord, service: JobService) -> float:
+    if record.state is JobState.COMPLETED:
+        return 100.0
+    told = [event.data for event in service.recent_events(record.id) if event.type == PROGRESS]
+    return float(told[-1].get("percent", 0.0)) if told and not record.state.is_terminal else 0.0

@@ -1,0 +1,146 @@
+"""A request of the workflow API in RunPod's words."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import Request
+from pydantic import BaseModel
+from starlette.concurrency import run_in_threadpool
+
+from comfy_worker.catalog.library import Library
+from comfy_worker.catalog.template import expand
+from comfy_worker.errors import ComfyUnreachable, InvalidInput
+from comfy_worker.gateway.doors.parts import Parts
+from comfy_worker.gateway.doors.workflow_graph import with_prompt
+from comfy_worker.gateway.records import JobRecord
+from comfy_worker.gateway.service import JobService
+from comfy_worker.gateway.settings import GatewaySettings
+from comfy_worker.payload import parse_job
+from comfy_worker.workflow import check_workflow
+
+DOOR = "workflow"
+_PROMPT = "prompt"
+_PATIENCE_S = 1.0
+_LOOK_S = 0.05
+
+
+async def check_comfyui(service: JobService) -> None:
+    """Return if a ComfyUI answers; a moment is waited for one, because a gateway that was just started knows of none.
+
+    Raises:
+        ComfyUnreachable: none does.
+    """
+    deadline = time.monotonic() + _PATIENCE_S
+    while not any(backend["healthy"] for backend in service.backends()):
+        if time.monotonic() >= deadline:
+            raise ComfyUnreachable("ComfyUI server is not accessible", hint="Is it running? COMFYUI_URL says where")
+        await asyncio.sleep(_LOOK_S)
+
+
+async def submit(
+    request: Request, parts: Parts, job_input: Mapping[str, Any], cache_key: str | None = None
+) -> tuple[JobRecord, bool]:
+    """Queue a job under an id of this API's form; return it, and whether it is an earlier one of the same cache key.
+
+    Raises:
+        InvalidInput: an input file is not as it must be.
+        QueueFull: no more jobs can wait.
+    """
+    job = job_of(job_input, parts.settings)
+    await run_in_threadpool(parse_job, job)
+    job_id = str(uuid.uuid4())
+    record = await parts.service.submit(job, job_id=job_id, cache_key=cache_key, door=DOOR)
+    # For the line that the log has of this request.
+    request.state.job_id = record.id
+    return record, record.id != job_id
+
+
+def job_of(job_input: Mapping[str, Any], settings: GatewaySettings) -> dict[str, Any]:
+    """Return a job in RunPod's words; WORKFLOW_TIMEOUT, where it is set, is how long it may run."""
+    if "workflow_timeout_s" not in settings.model_fields_set:
+        return {"input": job_input}
+    return {"input": job_input, "policy": {"executionTimeout": settings.workflow_timeout_s * 1000}}
+
+
+def input_of(body: Mapping[str, Any], library: Library, inputs: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return RunPod's `input` with the graph that a request asks for.
+
+    Args:
+        body: the request.
+        library: the named workflows.
+        inputs: the named workflow's parameters.
+
+    Raises:
+        InvalidInput: what was sent does not go together; there is no such named workflow; the prompt has no place.
+        InvalidWorkflow: the workflow is no graph in API format.
+    """
+    prompt = str(body.get(_PROMPT) or "")
+    asked = {name: body[name] for name in ("workflow", "images") if body.get(name) is not None}
+    if (template := template_of(body)) is not None:
+        given = dict(inputs or {})
+        if prompt and _takes_prompt(template, library):
+            if given.get(_PROMPT) is not None:
+                raise InvalidInput("prompt and inputs.prompt are the same; send one of them")
+            given[_PROMPT], prompt = prompt, ""
+        asked |= {"template": template, "inputs": given}
+    elif body.get("workflow") is None:
+        raise InvalidInput("Send a workflow, or the name of one as template", hint='Send {"workflow": {"prompt": {…}}}')
+    elif inputs:
+        raise InvalidInput("inputs go with a template, not with a workflow of your own")
+    expanded = dict(expand(asked, library))
+    graph = check_workflow(expanded["workflow"])
+    extra_data = {**_extra_data_of(body.get("workflow")), **(body.get("extra_data") or {})}
+    return {
+        **expanded,
+        "workflow": with_prompt(graph, prompt) if prompt else graph,
+        **({"extra_data": extra_data} if extra_data else {}),
+    }
+
+
+def template_of(body: Mapping[str, Any]) -> str | None:
+    """Return the named workflow that a request asks for, with its version if it says one; None if it names none."""
+    template, version = body.get("template"), body.get("version")
+    if version is None:
+        return template
+    if template is None:
+        raise InvalidInput("version goes with a template, not with a workflow of your own")
+    if "@" in template:
+        raise InvalidInput("The version is said twice, in template and in version")
+    return f"{template}@{version}"
+
+
+def _takes_prompt(template: str, library: Library) -> bool:
+    name, at, version = template.partition("@")
+    return _PROMPT in library.get(name, version if at else None).manifest.parameters
+
+
+def _extra_data_of(workflow: Any) -> Mapping[str, Any]:
+    """Return the `extra_data` of a whole `{"prompt": …}`, as ComfyUI's own API is sent."""
+    extra_data = workflow.get("extra_data") if isinstance(workflow, Mapping) and "prompt" in workflow else None
+    return extra_data if isinstance(extra_data, Mapping) else {}
+
+
+def cache_key_of(client: str, body: Mapping[str, Any], library: Library) -> str:
+    """Return the key under which an identical request of the same client is found again.
+
+    A named workflow counts with its content: after a change of its file, the request is another one.
+    """
+    content: dict[str, Any] = {name: value for name, value in body.items() if name != "cache" and value is not None}
+    if (template := template_of(body)) is not None:
+        name, at, version = template.partition("@")
+        content["version"] = library.get(name, version if at else None).version
+    canonical = json.dumps(["workflow cache", client, content], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def warnings_of(body: Mapping[str, Any], model: type[BaseModel]) -> dict[str, Sequence[str]]:
+    """Return, for the answer, a sentence for each field that nobody knows."""
+    unknown = [f"{name!r} is unknown and was ignored" for name in body if name not in model.model_fields]
+    return {"warnings": unknown} if unknown else {}

@@ -1,0 +1,107 @@
+"""A job's record in the workflow API's words."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from comfy_worker.gateway.doors.parts import Parts
+from comfy_worker.gateway.doors.workflow_words import STATES
+from comfy_worker.gateway.events import PROGRESS, STATUS, Event
+from comfy_worker.gateway.records import JobRecord
+from comfy_worker.gateway.service import Place
+from comfy_worker.jobs import JobState, Kind
+
+
+def status_of(record: JobRecord, parts: Parts, base_url: str) -> dict[str, Any]:
+    """Return where a job stands, with links to what it made."""
+    output = None if record.output is None else parts.linked(record.output, base_url)
+    events = parts.service.recent_events(record.id)
+    return status_body(record, events, parts.service.place(record.id), output, time.time())
+
+
+def status_body(
+    record: JobRecord, events: Sequence[Event], place: Place | None, output: Mapping[str, Any] | None, now: float
+) -> dict[str, Any]:
+    """Return where a job stands.
+
+    Args:
+        record: the job.
+        events: what happened to it lately.
+        place: where it stands in the queue, None if it does not wait.
+        output: what it made, with links to its files.
+        now: seconds since the epoch.
+    """
+    told = _last_told(events)
+    data = told.data if told else {}
+    node = data.get("node", {}) if record.state is JobState.IN_PROGRESS else {}
+    error = record.error or {}
+    return {
+        "prompt_id": record.id,
+        "status": STATES[record.state],
+        "progress": _progress(record.state, data),
+        "current_node": node.get("id"),
+        "current_node_title": node.get("title"),
+        **_outputs(output or {}),
+        "error": error.get("error"),
+        **{f"error_{name}": error[name] for name in ("code", "hint") if error.get(name)},
+        **({} if place is None else {"queue_position": place.position}),
+        "estimated_time_remaining": _remaining(record.state, told, place, now),
+    }
+
+
+def _last_told(events: Sequence[Event]) -> Event | None:
+    """Return the last word on how far the present attempt of a job is."""
+    told = None
+    for event in events:
+        if event.type == STATUS and not JobState(event.data["status"]).is_terminal:
+            told = None
+        elif event.type == PROGRESS:
+            told = event
+    return told
+
+
+def _progress(state: JobState, told: Mapping[str, Any]) -> float:
+    if state is JobState.IN_QUEUE:
+        return 0.0
+    return 100.0 if state is JobState.COMPLETED else float(told.get("percent", 0.0))
+
+
+def _remaining(state: JobState, told: Event | None, place: Place | None, now: float) -> int | None:
+    """Return in how many seconds a job will have ended, None if that is not known."""
+    if state.is_terminal:
+        return 0
+    if state is JobState.IN_QUEUE:
+        if place is None or place.wait_s is None or place.run_s is None:
+            return None
+        return math.ceil(place.wait_s + place.run_s)
+    if told is None or "estimated_s" not in told.data:
+        return None
+    # An event's number is the microsecond in which it happened.
+    expected_s = float(told.data["estimated_s"])
+    return math.ceil(max(0.0, expected_s - (now - told.number / 1_000_000)))
+
+
+def _outputs(output: Mapping[str, Any]) -> dict[str, Any]:
+    """Return links to what a job made, and its texts; what there is none of is only named for pictures and videos."""
+    links: dict[str, list[str]] = {f"output_{kind.value}": [] for kind in Kind}
+    for kind in Kind:
+        for item in output.get(kind.value, []):
+            links[f"output_{_kind_of(item, kind).value}"].append(_link(item))
+    always = {name: links.pop(name) for name in ("output_images", "output_videos")}
+    texts = [item["text"] for item in output.get("texts", [])]
+    found = {**links, "texts": texts, "warnings": list(output.get("errors", []))}
+    return {**always, **{name: value for name, value in found.items() if value}}
+
+
+def _kind_of(item: Mapping[str, Any], listed_as: Kind) -> Kind:
+    """Return the kind of a file: RunPod's output has ComfyUI's own videos among the pictures, as ComfyUI does."""
+    is_video = str(item.get("mime_type", "")).startswith("video/")
+    return Kind.VIDEO if listed_as is Kind.IMAGE and is_video else listed_as
+
+
+def _link(item: Mapping[str, Any]) -> str:
+    """Return where a file is; of one that came as base64 too, where else it is."""
+    return str(item.get("url") or item["data"])

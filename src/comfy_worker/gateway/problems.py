@@ -1,0 +1,50 @@
+"""How each API says that something went wrong: one error, in the shape that its clients know."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from comfy_worker.errors import InvalidInput, WorkerError
+from comfy_worker.gateway.errors import ExecutionNotFound, NotFound, RateLimited, Unauthorized, WorkflowNotFound
+
+CATALOG_PREFIX = "/api/v1/"
+_DETAILED = ("/generate", "/result/", "/queue-info", "/api/", "/task")
+"""Paths of APIs whose clients were written for FastAPI's own errors, which have their sentence as `detail`."""
+_TITLES: Mapping[type[WorkerError], str] = {
+    WorkflowNotFound: "Workflow not found",
+    ExecutionNotFound: "Execution not found",
+    NotFound: "Not found",
+    Unauthorized: "Authentication failed",
+    RateLimited: "Too many requests",
+    InvalidInput: "Invalid request",
+}
+_TITLE = "Request failed"
+
+
+def problem_body(problem: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """Return an error, `{error, code, hint, details}`, as the clients of a path expect it."""
+    if path.startswith(CATALOG_PREFIX):
+        return envelope(problem)
+    if path.startswith(_DETAILED):
+        return {**problem, "detail": problem["error"]}
+    return dict(problem)
+
+
+def envelope(problem: Mapping[str, Any], title: str = _TITLE) -> dict[str, Any]:
+    """Return an error in the catalog API's envelope."""
+    code, sentence = str(problem["code"]), str(problem["error"])
+    error = {"code": code, "message": sentence}
+    details = [str(problem[name]) for name in ("hint", "details") if problem.get(name)]
+    if details:
+        error["details"] = "; ".join(details)
+    return {"status": "error", "message": title, "errors": [error]}
+
+
+def body_of(error: WorkerError, path: str) -> dict[str, Any]:
+    """Return an error of ours as the clients of a path expect it."""
+    if path.startswith(CATALOG_PREFIX):
+        return envelope(
+            error.as_output(), next((_TITLES[kind] for kind in type(error).__mro__ if kind in _TITLES), _TITLE)
+        )
+    return problem_body(error.as_output(), path)

@@ -1,0 +1,169 @@
+"""The gateway is told to end, as a real process, while clients wait for it in every way they can."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from http.client import HTTPConnection
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+import websocket
+
+from tests.support.comfyui import ComfyUI, emulator
+from tests.support.graphs import work
+from tests.support.processes import Process
+from tests.support.served import Served, served
+
+LONG_S = 600.0
+"""How long a job takes whose end no test waits for."""
+SERVICE_RESTART = 1012
+"""The code with which a server that ends closes a WebSocket."""
+BOTH = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+
+
+@pytest.fixture
+def comfyui() -> Iterator[ComfyUI]:
+    with emulator() as running:
+        yield running
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def gateway(comfyui: ComfyUI, data: Path) -> Iterator[Served]:
+    with served(comfyui.url, data) as running:
+        yield running
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor() as threads:
+        yield threads
+
+
+def assert_ended_well(process: Process) -> None:
+    """Check that a gateway ended in good order, without having to break anything off."""
+    assert process.wait() == 0, process.output
+    assert "Application shutdown complete" in process.output
+    for trouble in ("Traceback", "ERROR", "graceful shutdown exceeded"):
+        assert trouble not in process.output
+
+
+def serve(environment: Mapping[str, str], *program: str) -> Process:
+    """Start a gateway without waiting for it."""
+    command = [sys.executable, *(program or ("-m", "comfy_worker", "serve"))]
+    return Process(command, environment={"PYTHONPATH": "src", "API_PORT": "0", **environment})
+
+
+class TestSignals:
+    @BOTH
+    def test_one_that_has_nothing_to_do_ends_at_once(self, gateway: Served, number: signal.Signals) -> None:
+        assert gateway.get("/health").ok  # and the connection stays open, idle
+        gateway.process.send_signal(number)
+        assert_ended_well(gateway.process)
+
+    @BOTH
+    def test_a_waiting_runsync_is_answered_and_its_job_goes_on(
+        self, comfyui: ComfyUI, gateway: Served, data: Path, pool: ThreadPoolExecutor, number: signal.Signals
+    ) -> None:
+        waiting = pool.submit(gateway.post, "/runsync?wait=300000", {"input": {"workflow": work(LONG_S)}})
+        prompt_id = comfyui.wait_until_running()
+        gateway.process.send_signal(number)
+        answer = waiting.result().json()
+        assert answer["status"] == "IN_PROGRESS"
+        assert_ended_well(gateway.process)
+        with served(comfyui.url, data) as again:
+            again.process.wait_for_line(f"job {answer['id']} is taken up again")
+            assert comfyui.queue() == [prompt_id]
+            assert again.post(f"/cancel/{answer['id']}").json()["status"] == "CANCELLED"
+            assert comfyui.queue() == []
+
+    def test_live_streams_end(self, comfyui: ComfyUI, gateway: Served, pool: ThreadPoolExecutor) -> None:
+        job_id = gateway.run(work(LONG_S))
+        comfyui.wait_until_running()
+        address = urlsplit(gateway.url)
+        with (
+            closing(HTTPConnection(address.netloc, timeout=60)) as connection,
+            closing(
+                websocket.create_connection(f"ws://{address.netloc}/ws/{job_id}", header=gateway.headers, timeout=60)
+            ) as listening,
+        ):
+            connection.request("GET", f"/events/{job_id}", headers=gateway.headers)
+            events = connection.getresponse()
+            assert events.readline() == b"event: status\r\n"
+            assert '"IN_PROGRESS"' in listening.recv()
+            # Asked twice: the first answer tells what there is, the second waits for more.
+            gateway.get(f"/stream/{job_id}")
+            told = pool.submit(gateway.get, f"/stream/{job_id}")
+            gateway.process.send_signal(signal.SIGTERM)
+            # To its end: a stream that is broken off raises an exception.
+            assert b"COMPLETED" not in events.read()
+            opcode = code = None
+            while opcode != websocket.ABNF.OPCODE_CLOSE:
+                opcode, frame = listening.recv_data()
+                code = int.from_bytes(frame[:2], "big")
+            listening.shutdown()  # `close` does nothing once the other side has closed
+            assert code == SERVICE_RESTART
+            assert told.result().json()["status"] == "IN_PROGRESS"
+        assert_ended_well(gateway.process)
+
+    def test_saying_it_again_changes_nothing(self, comfyui: ComfyUI, gateway: Served, pool: ThreadPoolExecutor) -> None:
+        waiting = pool.submit(gateway.post, "/runsync", {"input": {"workflow": work(LONG_S)}})
+        comfyui.wait_until_running()
+        for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
+            gateway.process.send_signal(number)
+        assert waiting.result().json()["status"] == "IN_PROGRESS"
+        gateway.process.send_signal(signal.SIGINT)
+        assert_ended_well(gateway.process)
+
+    def test_one_that_has_not_begun_to_listen_ends_too(self, data: Path) -> None:
+        with serve({"DATA_DIR": str(data)}) as process:
+            process.wait_for_line("Waiting for application startup")
+            process.send_signal(signal.SIGTERM)
+            assert_ended_well(process)
+
+
+class TestWhatIsRefused:
+    def test_a_gateway_that_is_not_installed(self) -> None:
+        # As if the package were not there.
+        program = (
+            "import sys; sys.modules['fastapi'] = None; from comfy_worker.__main__ import main; "
+            "sys.exit(main(['serve']))"
+        )
+        with serve({}, "-c", program) as process:
+            assert process.wait() == 2
+            assert process.output == (
+                "The gateway needs the package fastapi, which is not installed: run `pip install '.[gateway]'` in the "
+                "folder of the worker's pyproject.toml.\n"
+            )
+
+    def test_a_port_that_is_taken(self, data: Path) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            environment = {"DATA_DIR": str(data), "API_PORT": str(taken.getsockname()[1])}
+            with serve(environment) as process:
+                assert process.wait() == 1
+                assert "address already in use" in process.output
+                assert "Traceback" not in process.output
+
+    @pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write everywhere")
+    def test_a_folder_that_cannot_be_written_into(self, data: Path) -> None:
+        data.mkdir(mode=0o500)
+        with serve({"DATA_DIR": str(data)}) as process:
+            assert process.wait() == 2
+            assert process.output == f"Nothing can be written into DATA_DIR {str(data)!r}\n"
+
+    def test_a_folder_that_is_a_file(self, data: Path) -> None:
+        data.touch()
+        with serve({"DATA_DIR": str(data)}) as process:
+            assert process.wait() == 2
+            assert process.output == f"DATA_DIR {str(data)!r} cannot be made: File exists\n"

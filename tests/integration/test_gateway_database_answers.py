@@ -1,0 +1,83 @@
+"""A change that PostgreSQL makes and whose answer gets lost: nobody can tell it from one that was not made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from comfy_worker.gateway.errors import DatabaseUnavailable
+from comfy_worker.jobs import JobState
+from tests.contract.test_engine import Bench
+from tests.support import graphs
+from tests.support.gate import Gate
+from tests.support.lost_answers import LostAnswers
+from tests.support.postgres import postgres
+from tests.support.running import wait_until
+from tests.support.victims import Emulated
+
+
+@pytest.fixture(autouse=True)
+def bare_environment(environment: pytest.MonkeyPatch) -> None:
+    """Run every test with nothing but its own settings."""
+
+
+@pytest.fixture
+def comfyui(tmp_path: Path) -> Iterator[Emulated]:
+    with Emulated(base_directory=tmp_path / "comfyui") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def database() -> Iterator[str]:
+    with postgres() as server:
+        yield server.new_database()
+
+
+@pytest.fixture
+def line(database: str) -> Iterator[LostAnswers]:
+    with LostAnswers(database) as running:
+        yield running
+
+
+def statuses(bench: Bench, job_id: str) -> list[str]:
+    return [data["status"] for _number, _kind, data in bench.gateway.store.events_of(job_id)]
+
+
+def test_a_job_that_was_accepted_after_all_is_run(tmp_path: Path, comfyui: Emulated, line: LostAnswers) -> None:
+    with Bench(tmp_path / "data", comfyui.url, database_url=line.url) as bench:
+        line.lose()
+        with pytest.raises(DatabaseUnavailable):
+            bench.submit(graphs.picture((1, 2, 3)))
+        (record,) = bench.gateway.store.unfinished()
+
+        for _ in range(2):
+            bench.gateway._engine.take_up_forgotten()
+        assert bench.picture(record.id) == (1, 2, 3)
+
+
+def test_a_job_that_was_begun_after_all_runs_once(tmp_path: Path, comfyui: Emulated, line: LostAnswers) -> None:
+    gate = Gate(tmp_path)
+    with Bench(tmp_path / "data", comfyui.url, database_url=line.url) as bench:
+        line.lose(after=1)
+        job_id = bench.submit(gate.graph())
+        gate.wait_until_run()
+        assert line.lost.is_set()
+        gate.open()
+        assert bench.ended(job_id).state is JobState.COMPLETED
+        assert statuses(bench, job_id) == ["IN_QUEUE", "IN_PROGRESS", "COMPLETED"]
+    assert gate.runs == 1
+
+
+def test_an_end_that_was_noted_after_all_is_heard(tmp_path: Path, comfyui: Emulated, line: LostAnswers) -> None:
+    gate = Gate(tmp_path)
+    with Bench(tmp_path / "data", comfyui.url, database_url=line.url) as bench:
+        job_id = bench.submit(gate.graph())
+        wait_until(lambda: bench.get(job_id).began_at is not None)
+        line.lose()
+        gate.open()
+        wait_until(lambda: bench.get(job_id).state is JobState.COMPLETED)
+        wait_until(lambda: [event.data for event in bench.service.recent_events(job_id)][-1] == {"status": "COMPLETED"})
+        assert line.lost.is_set()
+        assert statuses(bench, job_id) == ["IN_QUEUE", "IN_PROGRESS", "COMPLETED"]

@@ -1,0 +1,219 @@
+"""Progress is told by webhook through the gateway too: in order, the latest only, and never after the end."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from comfy_worker.gateway.progress_webhooks import ProgressWebhooks
+from comfy_worker.gateway.settings import load_gateway_settings
+from comfy_worker.jobs import Job, JobState, Webhook
+from tests.contract.test_engine import Bench
+from tests.support import graphs
+from tests.support.gate import Gate
+from tests.support.receiver import Received, Receiver
+from tests.support.running import wait_until
+from tests.support.victims import Emulated
+
+RED = (255, 0, 0)
+SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"  # a test's own
+
+
+@pytest.fixture(autouse=True)
+def bare_environment(environment: pytest.MonkeyPatch) -> None:
+    """Run every test with nothing but its own settings."""
+
+
+@pytest.fixture
+def comfyui() -> Iterator[Emulated]:
+    with Emulated() as running:
+        yield running
+
+
+@pytest.fixture
+def bench(tmp_path: Path, comfyui: Emulated) -> Iterator[Bench]:
+    with Bench(tmp_path / "data", comfyui.url) as running:
+        yield running
+
+
+def submit(bench: Bench, graph: graphs.Graph, receiver: Receiver, **webhook: Any) -> str:
+    """Queue a job whose receiver wants to know how it gets on; return its id."""
+    told = {"url": receiver.url, "progress": True, **webhook}
+    return bench.call(bench.service.submit({"input": {"workflow": graph, "webhook": told}})).id
+
+
+def is_progress(received: Received) -> bool:
+    return received.body.get("type") == "progress"
+
+
+def wait_for(receiver: Receiver, holds: Callable[[Received], bool]) -> None:
+    """Return when something was received that is wanted."""
+    wait_until(lambda: any(holds(received) for received in receiver.received))
+
+
+def wait_for_end(receiver: Receiver) -> list[Received]:
+    """Return all that was received when the end was."""
+    wait_for(receiver, lambda received: not is_progress(received))
+    return receiver.received
+
+
+# ------------------------------------------------------------------------------------------------- through the gateway
+
+
+def test_progress_comes_in_order_and_signed_and_the_end_last(bench: Bench, tmp_path: Path) -> None:
+    gate = Gate(tmp_path)
+    with Receiver() as receiver:
+        job_id = submit(bench, gate.graph(), receiver, secret=SECRET, extra_params={"user": 7})
+        gate.wait_until_run()
+        wait_for(receiver, lambda received: received.body["output"].get("node", {}).get("id") == "3")
+        gate.open()
+        *progress, end = wait_for_end(receiver)
+
+    assert len(progress) >= 1
+    for received in progress:
+        received.verify(SECRET)
+        assert received.body.keys() == {"type", "id", "status", "output", "extra_params"}
+        assert (received.body["id"], received.body["status"]) == (job_id, "IN_PROGRESS")
+        assert received.body["extra_params"] == {"user": 7}
+        assert {"stage", "percent"} <= received.body["output"].keys()
+    percents = [received.body["output"]["percent"] for received in progress]
+    assert percents == sorted(percents)
+    assert end.body["status"] == "COMPLETED"
+    assert len({received.id for received in receiver.received}) == len(receiver.received)
+
+
+def test_progress_is_told_only_to_who_asked_for_it(bench: Bench) -> None:
+    with Receiver() as receiver:
+        submit(bench, graphs.picture(RED), receiver, progress=False)
+        assert [received.body["status"] for received in wait_for_end(receiver)] == ["COMPLETED"]
+        assert "progress" not in [received.body.get("type") for received in receiver.received]
+
+
+def test_the_end_of_a_job_that_is_cancelled_comes_last(bench: Bench, tmp_path: Path) -> None:
+    gate = Gate(tmp_path)
+    with Receiver() as receiver:
+        job_id = submit(bench, gate.graph(), receiver)
+        gate.wait_until_run()
+        receiver.wait_for(1)
+        assert bench.call(bench.service.cancel(job_id)).state is JobState.CANCELLED
+        told = wait_for_end(receiver)
+
+    assert [received.body["status"] for received in told][-1] == "CANCELLED"
+    assert all(is_progress(received) for received in told[:-1])
+
+
+@pytest.mark.parametrize("answer", [500, 404, "hang"])
+def test_what_becomes_of_progress_harms_neither_the_job_nor_its_end(
+    tmp_path: Path, comfyui: Emulated, answer: int | str
+) -> None:
+    with (
+        Receiver(answer) as receiver,
+        Bench(tmp_path / "data", comfyui.url, webhook_timeout_s=0.5) as bench,
+    ):
+        job_id = submit(bench, graphs.work(0.1, steps=2), receiver)
+        assert bench.ended(job_id).state is JobState.COMPLETED
+        first, *others = wait_for_end(receiver)
+
+    assert is_progress(first)
+    assert others[-1].body["status"] == "COMPLETED"
+
+
+def test_a_job_that_is_taken_up_again_tells_on_under_new_ids(tmp_path: Path, comfyui: Emulated) -> None:
+    gate = Gate(tmp_path)
+    with Receiver() as receiver:
+        with Bench(tmp_path / "data", comfyui.url) as before:
+            submit(before, gate.graph(), receiver)
+            gate.wait_until_run()
+            receiver.wait_for(1)
+        told_before = len(receiver.received)
+        with Bench(tmp_path / "data", comfyui.url):
+            receiver.wait_for(told_before + 1)
+            gate.open()
+            told = wait_for_end(receiver)
+
+    assert is_progress(told[told_before])
+    assert [is_progress(received) for received in told].index(False) == len(told) - 1
+    assert len({received.id for received in told}) == len(told)
+
+
+def test_a_failed_job_that_is_run_again_tells_on(bench: Bench, tmp_path: Path) -> None:
+    gate = Gate(tmp_path)
+    gate.open("not this time")
+    with Receiver() as receiver:
+        job_id = submit(bench, gate.graph(), receiver)
+        assert wait_for_end(receiver)[-1].body["status"] == "FAILED"
+        told_before = len(receiver.received)
+        gate.open()
+        bench.call(bench.service.retry(job_id))
+        wait_for(receiver, lambda received: received.body["status"] == "COMPLETED")
+        again = receiver.received[told_before:]
+
+    assert is_progress(again[0])
+    assert [is_progress(received) for received in again].index(False) == len(again) - 1
+
+
+# ------------------------------------------------------------------------------------------------------------ by itself
+
+
+@pytest.fixture
+def webhooks() -> Iterator[ProgressWebhooks]:
+    made = ProgressWebhooks(load_gateway_settings(allow_private_urls=True))
+    yield made
+    made.close()
+
+
+def job_of(receiver: Receiver) -> Job:
+    return Job("job", "prompt", {}, webhook=Webhook(receiver.url, progress=True))
+
+
+def test_a_slow_receiver_gets_the_latest_and_no_pile(webhooks: ProgressWebhooks) -> None:
+    with Receiver("hang") as receiver:
+        with webhooks.told(job_of(receiver)) as tell:
+            tell({"step": 0})
+            receiver.wait_for(1)
+            for step in range(1, 10_000):
+                tell({"step": step})
+            receiver.released.set()
+            receiver.wait_for(2)
+        asyncio.run(webhooks.end("job"))
+        steps = [received.body["output"]["step"] for received in receiver.received]
+    assert steps == [0, 9999]
+
+
+def test_who_waits_for_the_end_of_progress_waits_for_what_is_under_way(webhooks: ProgressWebhooks) -> None:
+    with Receiver("hang") as receiver:
+        with webhooks.told(job_of(receiver)) as tell:
+            tell({"step": 0})
+            receiver.wait_for(1)
+            waiting = threading.Thread(target=lambda: asyncio.run(webhooks.end("job")))
+            waiting.start()
+            assert waiting.is_alive()
+            # Nothing that comes from now on is told, though the job does not know yet.
+            tell({"step": 1})
+            receiver.released.set()
+            waiting.join(30)
+            assert not waiting.is_alive()
+            tell({"step": 2})
+        asyncio.run(webhooks.end("job"))
+        assert [received.body["output"]["step"] for received in receiver.received] == [0]
+
+
+def test_a_report_is_forgotten_with_its_job(webhooks: ProgressWebhooks) -> None:
+    with Receiver() as receiver:
+        for _ in range(3):
+            with webhooks.told(job_of(receiver)) as tell, webhooks.told(job_of(receiver)):
+                tell({"step": 0})
+    wait_until(lambda: not webhooks._reports)
+
+
+def test_nothing_runs_where_nobody_is_to_be_told(webhooks: ProgressWebhooks) -> None:
+    before = threading.active_count()
+    with webhooks.told(Job("job", "prompt", {})) as tell:
+        tell({"step": 0})
+    asyncio.run(webhooks.end("job"))
+    assert threading.active_count() == before

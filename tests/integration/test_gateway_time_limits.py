@@ -1,0 +1,202 @@
+"""How long a job may run holds whatever the gateway hears of it, and over restarts; waiting does not count."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from comfy_worker.engines.backends import Backend, RunningJob
+from comfy_worker.engines.turns import Gate as Turnstile
+from comfy_worker.engines.waiting import Waiting
+from comfy_worker.gateway.records import JobRecord
+from comfy_worker.jobs import JobState, Stage
+from comfy_worker.settings import load_settings
+from comfy_worker.worker import Worker
+from tests.contract.test_engine import Bench
+from tests.support import graphs
+from tests.support.gate import Gate
+from tests.support.running import wait_until
+from tests.support.victims import Emulated
+
+SHORT = {"executionTimeout": 200}
+RED = (255, 0, 0)
+
+
+@pytest.fixture(autouse=True)
+def bare_environment(environment: pytest.MonkeyPatch) -> None:
+    """Run every test with nothing but its own settings."""
+
+
+@pytest.fixture
+def comfyui() -> Iterator[Emulated]:
+    with Emulated() as running:
+        yield running
+
+
+# ---------------------------------------------------------------------------------------- whatever is heard of it
+
+
+def lose_the_beginning(comfyui: Emulated) -> None:
+    comfyui.server.faults.drop_websocket_at_event = "execution_start"
+
+
+def lose_the_beginning_and_the_socket(comfyui: Emulated) -> None:
+    lose_the_beginning(comfyui)
+    comfyui.server.faults.drop_websocket_times = 1
+
+
+def hear_only_that_it_is_queued(comfyui: Emulated) -> None:
+    comfyui.server.faults.silent_from_event = "execution_start"
+
+
+@pytest.mark.parametrize(
+    "mishap",
+    [
+        Emulated.refuse_websockets,
+        Emulated.silence_websockets,
+        lose_the_beginning,
+        lose_the_beginning_and_the_socket,
+        hear_only_that_it_is_queued,
+    ],
+)
+def test_a_job_whose_beginning_is_not_heard_may_not_run_longer(
+    tmp_path: Path, comfyui: Emulated, mishap: Callable[[Emulated], None]
+) -> None:
+    mishap(comfyui)
+    gate = Gate(tmp_path)
+    with Bench(tmp_path / "data", comfyui.url) as bench:
+        record = bench.ended(bench.submit(gate.graph(), policy=SHORT))
+
+        assert record.state is JobState.TIMED_OUT
+        assert record.error is not None
+        assert record.error["error"] == "The job ran for longer than 0.2 seconds"
+        assert gate.runs == 1
+        comfyui.wait_until_idle()
+
+
+def test_what_is_only_seen_is_told_too(tmp_path: Path, comfyui: Emulated) -> None:
+    comfyui.refuse_websockets()
+    gate = Gate(tmp_path)
+    with Bench(tmp_path / "data", comfyui.url) as bench:
+        job_id = bench.submit(gate.graph())
+
+        def stages() -> list[str]:
+            return [str(event.data["stage"]) for event in bench.service.recent_events(job_id) if "stage" in event.data]
+
+        wait_until(lambda: "running" in stages())
+        gate.open()
+        assert bench.ended(job_id).state is JobState.COMPLETED
+
+
+# -------------------------------------------------------------------------------------------------- over restarts
+
+
+def began_long_ago(bench: Bench, job_id: str) -> None:
+    """Note that a job that runs has run for longer than any job may."""
+    wait_until(lambda: bench.get(job_id).began_at is not None)
+    prompt_id = bench.get(job_id).prompt_id
+    assert prompt_id is not None
+    bench.gateway.store.note_began(job_id, prompt_id, time.time() - 1000)
+
+
+def test_the_time_before_a_restart_counts(tmp_path: Path, comfyui: Emulated) -> None:
+    gate = Gate(tmp_path)
+    with Bench(tmp_path / "data", comfyui.url) as before:
+        job_id = before.submit(gate.graph())
+        gate.wait_until_run()
+        began_long_ago(before, job_id)
+
+    with Bench(tmp_path / "data", comfyui.url) as after:
+        record = after.ended(job_id)
+        assert record.state is JobState.TIMED_OUT
+        assert record.execution_ms is not None
+        assert record.execution_ms >= 1_000_000
+        comfyui.wait_until_idle()
+    assert gate.runs == 1
+
+
+def test_what_finished_while_nobody_watched_was_not_too_late(tmp_path: Path, comfyui: Emulated) -> None:
+    gate = Gate(tmp_path)
+    with Bench(tmp_path / "data", comfyui.url) as before:
+        job_id = before.submit(gate.graph())
+        gate.wait_until_run()
+        began_long_ago(before, job_id)
+    gate.open()
+    comfyui.wait_until_idle()
+
+    with Bench(tmp_path / "data", comfyui.url) as after:
+        assert after.ended(job_id).state is JobState.COMPLETED
+
+
+def test_a_job_that_waits_in_comfyui_over_a_restart_is_given_its_whole_time(tmp_path: Path, comfyui: Emulated) -> None:
+    gate = Gate(tmp_path)
+    comfyui.submit(gate.graph())
+    gate.wait_until_run()
+    with Bench(tmp_path / "data", comfyui.url) as before:
+        job_id = before.submit(graphs.picture(RED), policy={"executionTimeout": 2000})
+        wait_until(lambda: bool(comfyui.pending()))
+
+    with Bench(tmp_path / "data", comfyui.url) as after:
+        back_at = time.monotonic()
+        wait_until(lambda: time.monotonic() - back_at > 2.5)
+        assert after.get(job_id).state is JobState.IN_PROGRESS
+        assert after.get(job_id).began_at is None
+        gate.open()
+        assert after.ended(job_id).state is JobState.COMPLETED
+
+
+def test_a_job_that_is_run_again_is_given_its_whole_time(tmp_path: Path, comfyui: Emulated) -> None:
+    gate = Gate(tmp_path)
+    with Bench(tmp_path / "data", comfyui.url) as bench:
+        job_id = bench.submit(gate.graph())
+        gate.wait_until_run()
+        began_long_ago(bench, job_id)
+        gate.open("not this time")
+        assert bench.ended(job_id).state is JobState.FAILED
+
+        comfyui.kill()
+        bench.call(bench.service.retry(job_id))
+        assert bench.get(job_id).began_at is None
+
+
+# ------------------------------------------------------------------------------------------------------- by itself
+
+
+@pytest.fixture
+def running() -> Iterator[RunningJob]:
+    worker = Worker(load_settings())
+    record = JobRecord("job", "local", JobState.IN_QUEUE, time.time(), execution_timeout_s=100.0)
+    yield RunningJob(Waiting(record), Backend(worker, Turnstile(1), places=1))
+    worker.close()
+
+
+def test_a_clock_begins_with_the_run_and_never_again(running: RunningJob) -> None:
+    for stage in (Stage.STAGING, Stage.QUEUED):
+        running.entered(stage)
+        assert (running.began_at, running.deadline) == (None, None)
+    running.entered(Stage.RUNNING)
+    began_at, deadline = running.began_at, running.deadline
+    assert deadline is not None
+    assert 0 < deadline - time.monotonic() <= 100
+    for stage in (Stage.QUEUED, Stage.RUNNING, Stage.DELIVERING):
+        running.entered(stage)
+    assert (running.began_at, running.deadline) == (began_at, deadline)
+
+
+def test_a_clock_goes_on_from_what_an_earlier_gateway_noted(running: RunningJob) -> None:
+    running.began_at = time.time() - 90
+    running.entered(Stage.QUEUED)
+    assert running.deadline is None
+    running.entered(Stage.RUNNING)
+    assert running.deadline is not None
+    assert 0 < running.deadline - time.monotonic() <= 10
+
+
+def test_a_clock_that_was_set_back_gives_no_more_than_the_whole_time(running: RunningJob) -> None:
+    running.began_at = time.time() + 5000
+    running.entered(Stage.RUNNING)
+    assert running.deadline is not None
+    assert running.deadline - time.monotonic() <= 100

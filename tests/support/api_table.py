@@ -1,0 +1,88 @@
+"""Every endpoint, field, setting and status code of the five APIs, with the test that proves it: one table.
+
+docs/api.md is this table as a page; it is written by
+
+    python -m tests.support.api_table > docs/api.md
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+_FOLDER = Path(__file__).parents[1] / "data" / "api_table"
+_APIS = {
+    "runpod": ("RunPod's API", "../gateway.md"),
+    "generate": ("The generate API", "api/generate.md"),
+    "workflow": ("The workflow API", "api/workflow.md"),
+    "task": ("The task API", "api/task.md"),
+    "catalog": ("The catalog API", "api/catalog.md"),
+}
+_KINDS = {
+    "endpoint": "Endpoints",
+    "field": "Fields",
+    "status": "Status codes",
+    "setting": "Settings",
+    "behaviour": "Behaviour",
+}
+_INTRODUCTION = """# The five APIs
+
+One gateway answers five APIs over the same jobs: a job that came through one can be asked for through any other. This
+page lists all that their descriptions name, with the test that proves it; it is generated, and a test keeps it whole.
+The shapes of requests and answers, with examples that run, are at `/docs` of a running gateway. Errors are
+`{"error", "code", "hint", "details"}` on RunPod's paths, with `detail` besides on those of the generate, workflow and
+task APIs, and in an envelope on those of the catalog API.
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing that a description names.
+
+    Attributes:
+        api: which of the five.
+        kind: `endpoint`, `field`, `status`, `setting` or `behaviour`.
+        what: its name.
+        says: what it does here.
+        test: `file` or `file::function`.
+    """
+
+    api: str
+    kind: str
+    what: str
+    says: str
+    test: str
+
+
+def rows() -> list[Row]:
+    """Return the whole table."""
+    return [Row(api=api, **row) for api in _APIS for row in json.loads((_FOLDER / f"{api}.json").read_text())]
+
+
+def page() -> str:
+    """Return the table as Markdown."""
+    lines = [_INTRODUCTION]
+    for api, (title, link) in _APIS.items():
+        lines += [f"## {title}", "", f"How to use it: [{link.rpartition('/')[2]}]({link.removeprefix('../')})", ""]
+        for kind, heading in _KINDS.items():
+            found = [row for row in rows() if (row.api, row.kind) == (api, kind)]
+            if found:
+                lines += [f"### {heading}", "", "| what | what it does | proved by |", "| --- | --- | --- |"]
+                lines += [f"| {_cell(f'`{row.what}`')} | {_cell(row.says)} | {_proof(row.test)} |" for row in found]
+                lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _proof(test: str) -> str:
+    file, _, function = test.partition("::")
+    name = function.removeprefix("test_").replace("_", " ") or Path(file).stem
+    return f"[{name}](../{file})"
+
+
+if __name__ == "__main__":
+    print(page(), end="")

@@ -1,0 +1,80 @@
+"""docs/api.md names all that the five APIs have, and each of its proofs is there."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+from starlette.routing import WebSocketRoute
+
+from comfy_worker.gateway.app import create_app
+from comfy_worker.gateway.auth import Keys
+from comfy_worker.gateway.settings import load_gateway_settings
+from tests.support.api_table import Row, page, rows
+from tests.support.processes import ROOT
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FastAPI]:
+    yield create_app(load_gateway_settings(data_dir=str(tmp_path_factory.mktemp("data"))), Keys([]))
+
+
+def test_the_page_is_the_table() -> None:
+    assert (ROOT / "docs" / "api.md").read_text() == page(), "python -m tests.support.api_table > docs/api.md"
+
+
+@pytest.mark.parametrize("row", rows(), ids=lambda row: f"{row.api} {row.kind} {row.what}")
+def test_every_row_has_a_proof_that_is_there(row: Row) -> None:
+    file, _, function = row.test.partition("::")
+    assert (ROOT / file).is_file()
+    if function:
+        assert function in functions_of(ROOT / file)
+
+
+@cache
+def functions_of(file: Path) -> set[str]:
+    tree = ast.parse(file.read_text())
+    return {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))}
+
+
+def test_no_two_rows_say_the_same() -> None:
+    names = [(row.api, row.kind, row.what) for row in rows()]
+    assert sorted(names) == sorted(set(names))
+
+
+def test_every_route_of_the_gateway_is_in_the_table(app: FastAPI) -> None:
+    named = " ".join(re.sub(r"\{[^}]*\}|…", "{}", row.what) for row in rows() if row.kind == "endpoint")
+    missing = [path for path in paths_of(app) if not stands_in(path, named)]
+    assert missing == []
+
+
+def paths_of(app: FastAPI) -> Iterator[str]:
+    for route in app.routes:
+        if isinstance(route, (APIRoute, WebSocketRoute)) and not route.path.startswith("/v2/"):
+            yield re.sub(r"\{[^}]*\}", "{}", route.path)
+
+
+def stands_in(path: str, named: str) -> bool:
+    pattern = re.escape(path.replace("{}/{}", "{}")).replace(r"\{\}", r"\{\}(/\{\})?")
+    return re.search(rf"(?<!\S){pattern}(?=[\s,?]|$)", named) is not None
+
+
+def test_every_setting_that_a_description_names_is_one() -> None:
+    from comfy_worker.gateway.settings import GatewaySettings
+
+    known = {
+        str(name)
+        for field in GatewaySettings.model_fields.values()
+        for name in getattr(field.validation_alias, "choices", [])
+    }
+    start_sh = (ROOT / "start.sh").read_text()
+    for row in rows():
+        if row.kind == "setting":
+            for name in re.findall(r"\b[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+\b", row.what):
+                assert name in known or name in start_sh, name

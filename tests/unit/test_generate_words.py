@@ -1,0 +1,312 @@
+"""The generate API's words: requests to RunPod's input, jobs to results, events to where a job stands."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from comfy_worker.errors import (
+    Cancelled,
+    ComfyUnreachable,
+    ExecutionFailed,
+    InputFetchFailed,
+    InvalidInput,
+    MissingModels,
+    OutOfMemory,
+    TimedOut,
+    WorkerError,
+    all_errors,
+)
+from comfy_worker.gateway.assets import AssetStore, with_urls
+from comfy_worker.gateway.doors.generate_words import (
+    Following,
+    check_source,
+    ended,
+    files_of,
+    http_status,
+    result_of,
+    runpod_request,
+)
+from comfy_worker.gateway.events import PREVIEW, PROGRESS, STATUS, Event
+from comfy_worker.gateway.limits import RUNSYNC_LIMIT
+from comfy_worker.gateway.records import JobRecord
+from comfy_worker.gateway.service import Place
+from comfy_worker.jobs import JobState
+
+GRAPH = {"1": {"class_type": "Note", "inputs": {}}}
+SIZES = {"preprocess": 4, "generation": 2, "postprocess": 1}
+
+
+def record(state: JobState, **fields: Any) -> JobRecord:
+    return JobRecord(id="job", endpoint_id="local", state=state, created_at=0.0, **fields)
+
+
+def failed(error: WorkerError, state: JobState = JobState.FAILED) -> JobRecord:
+    return record(state, error=error.as_output())
+
+
+# ----------------------------------------------------------------------------------------------------- request
+
+
+def test_a_request_becomes_runpods() -> None:
+    body = {
+        "input": {
+            "request_id": "mine",
+            "modifier": "One",
+            "modifications": {"a": 1},
+            "return_outputs_as_base64": True,
+            "timeout_s": 5,
+            "s3": {
+                "access_key_id": "a",
+                "secret_access_key": "b",
+                "bucket_name": "c",
+                "endpoint_url": "",
+                "region": None,
+            },
+            "webhook": {"url": "https://example.com", "extra_params": {"x": 1}},
+        },
+        "policy": {"ttl": 10_000},
+        "other": 1,
+    }
+    assert runpod_request(body, GRAPH) == {
+        "input": {
+            "timeout_s": 5,
+            "workflow": GRAPH,
+            "s3": {
+                "endpoint_url": "https://s3.amazonaws.com",
+                "access_key_id": "a",
+                "secret_access_key": "b",
+                "bucket_name": "c",
+            },
+            "webhook": {"url": "https://example.com", "extra_params": {"x": 1}},
+        },
+        "policy": {"ttl": 10_000},
+    }
+
+
+@pytest.mark.parametrize("empty", [None, {}, {"region": "us-east-1", "endpoint_url": "https://s3.example.com"}])
+def test_a_bucket_without_name_and_keys_is_none(empty: Any) -> None:
+    assert runpod_request({"input": {"s3": empty, "webhook": None}}, GRAPH) == {"input": {"workflow": GRAPH}}
+
+
+def test_half_a_bucket_is_refused_by_what_is_missing() -> None:
+    with pytest.raises(InvalidInput, match=r"access_key_id and secret_access_key must be given"):
+        runpod_request({"input": {"s3": {"bucket_name": "mine"}}}, GRAPH)
+
+
+@pytest.mark.parametrize(
+    "job_input", [{"workflow_json": GRAPH}, {"modifier": "One"}, {"modifier": "One", "workflow_json": {}}]
+)
+def test_one_source_of_the_workflow_is_enough(job_input: dict[str, Any]) -> None:
+    check_source(job_input)
+
+
+# ------------------------------------------------------------------------------------------------------ result
+
+
+@pytest.mark.parametrize(
+    ("job", "status"),
+    [
+        (record(JobState.COMPLETED, output={}), 200),
+        (record(JobState.IN_PROGRESS), 200),
+        (record(JobState.CANCELLED), 409),
+        (failed(Cancelled("x"), JobState.CANCELLED), 409),
+        (failed(TimedOut("x"), JobState.TIMED_OUT), 504),
+        (failed(InvalidInput("x")), 400),
+        (failed(MissingModels("x")), 400),
+        (failed(InputFetchFailed("x")), 422),
+        (failed(ExecutionFailed("timed out: cannot connect")), 500),
+        (failed(OutOfMemory("x")), 500),
+        (failed(ComfyUnreachable("x")), 503),
+        (record(JobState.FAILED, error={"error": "x", "code": "of a gateway to come"}), 500),
+    ],
+)
+def test_the_status_is_that_of_the_errors_class(job: JobRecord, status: int) -> None:
+    assert http_status(job) == status
+
+
+def test_every_class_but_a_nodes_failure_has_its_own_status() -> None:
+    first = {error.code: error for error in reversed(list(all_errors()))}
+    for code, error in first.items():
+        job = record(JobState.FAILED, error={"error": "x", "code": code})
+        assert http_status(job) == (500 if issubclass(error, ExecutionFailed) else error.http_status), code
+
+
+def test_a_failure_is_told_with_all_that_is_known_of_it() -> None:
+    job = failed(MissingModels("There is no x", details={"problems": []}, hint="Get it"))
+    assert result_of(job, ended(job), []) == {
+        "id": "job",
+        "status": "failed",
+        "message": "There is no x",
+        "output": [],
+        "code": "missing_models",
+        "hint": "Get it",
+        "details": {"problems": []},
+    }
+
+
+def item(name: str, content: str, **fields: Any) -> dict[str, Any]:
+    return {
+        "filename": name,
+        "type": "url",
+        "data": content,
+        "node_id": "9",
+        "mime_type": "image/png",
+        "size_bytes": 3,
+        **fields,
+    }
+
+
+@pytest.fixture
+def assets(tmp_path: Path) -> AssetStore:
+    (tmp_path / "job").mkdir()
+    (tmp_path / "job/a b.png").write_bytes(b"abc")
+    return AssetStore(tmp_path)
+
+
+def files(output: dict[str, Any], assets: AssetStore, *, as_base64: bool = True) -> list[dict[str, Any]]:
+    linked = with_urls(output, lambda path: f"https://here/{path}")
+    return files_of(output, linked, assets, as_base64=as_base64)
+
+
+def test_a_file_of_ours_has_its_path_below_the_folder(assets: AssetStore) -> None:
+    output = {"images": [item("a b.png", "asset:/job/a%20b.png", subfolder="sub", preview=True)], "videos": []}
+    [file] = files(output, assets)
+    assert file == {
+        "filename": "a b.png",
+        "local_path": "job/a b.png",
+        "url": "https://here/job/a b.png",
+        "type": "temp",
+        "subfolder": "sub",
+        "node_id": "9",
+        "output_type": "images",
+        "data": base64.b64encode(b"abc").decode(),
+        "mimetype": "image/png",
+    }
+    assert "data" not in files(output, assets, as_base64=False)[0]
+
+
+def test_a_file_in_a_bucket_has_its_url_only(assets: AssetStore) -> None:
+    [file] = files({"audio": [item("a.mp3", "https://s3/a.mp3", type="s3_url")]}, assets)
+    assert (file["local_path"], file["url"], file["output_type"]) == (None, "https://s3/a.mp3", "audio")
+    assert "data" not in file
+    assert file["error"] == "The file is in a bucket; take it by its url"
+
+
+def test_a_file_that_was_delivered_both_ways_has_both(assets: AssetStore) -> None:
+    both = item("a.png", "YWJj", type="base64", url="https://s3/a.png")
+    [file] = files({"images": [both]}, assets)
+    assert (file["url"], file["data"], file["local_path"]) == ("https://s3/a.png", "YWJj", None)
+    [without] = files({"images": [both]}, assets, as_base64=False)
+    assert (without["url"], without.get("data")) == ("https://s3/a.png", None)
+    [inline] = files({"images": [item("a.png", "YWJj", type="base64")]}, assets, as_base64=False)
+    assert inline["url"] is None
+
+
+def test_what_does_not_fit_into_the_answer_is_left_out_and_said(assets: AssetStore) -> None:
+    large = item("large.png", "asset:/job/large.png", size_bytes=RUNSYNC_LIMIT * 3 // 4)
+    small = item("a b.png", "asset:/job/a%20b.png")
+    left_out, kept = files({"images": [large, small]}, assets)
+    assert left_out["error"] == "The file does not fit into the answer; take it by its url"
+    assert left_out["url"] == "https://here/job/large.png"
+    assert (kept["data"], "error" in kept) == ("YWJj", False)
+
+
+# ---------------------------------------------------------------------------------------------------- progress
+
+
+def events(*told: Any) -> list[Event]:
+    kinds: dict[type, str] = {str: STATUS, dict: PROGRESS, bytes: PREVIEW}
+    datas = [{"status": data} if isinstance(data, str) else data for data in told]
+    return [
+        Event(number, "job", kinds[type(data)], shown if isinstance(shown, dict) else {})
+        for number, (data, shown) in enumerate(zip(told, datas, strict=True))
+    ]
+
+
+def standing(state: JobState, *told: Any, place: Place | None = None) -> tuple[Any, ...]:
+    """Return status, message, queue, position, size and wait of a job of which so much was told."""
+    found = Following.of(record(state), events(*told)).standing(place)
+    queue = found.queue_position(SIZES)
+    return (found.status, found.message, *queue.values())
+
+
+RUNNING = ("IN_QUEUE", "IN_PROGRESS")
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ((), ("processing", "Staging the inputs", "preprocessing", 0, 4, 0)),
+        (RUNNING, ("processing", "Staging the inputs", "preprocessing", 0, 4, 0)),
+        ((*RUNNING, {"stage": "staging", "notice": "Fetching"}), ("processing", "Fetching", "preprocessing", 0, 4, 0)),
+        ((*RUNNING, {"stage": "queued"}), ("processing", "Waiting for ComfyUI", "generation", 1, 2, None)),
+        (
+            (*RUNNING, {"stage": "queued", "queue_position": 5}),
+            ("processing", "Waiting for ComfyUI", "generation", 5, 5, None),
+        ),
+        (
+            (*RUNNING, {"stage": "running", "percent": 12.5}, b"preview"),
+            ("generating", "ComfyUI runs the workflow (12.5 %)", "generation", 0, 2, 0),
+        ),
+        (
+            (
+                *RUNNING,
+                {
+                    "stage": "running",
+                    "percent": 50.0,
+                    "node": {"id": "3", "title": "KSampler"},
+                    "step": 7.0,
+                    "steps": 20.0,
+                },
+            ),
+            ("generating", "Running KSampler, step 7 of 20 (50 %)", "generation", 0, 2, 0),
+        ),
+        (
+            (*RUNNING, {"stage": "running", "percent": 0.0, "node": {"id": "3", "title": ""}}),
+            ("generating", "Running 3 (0 %)", "generation", 0, 2, 0),
+        ),
+        ((*RUNNING, {"stage": "delivering"}), ("processing", "Delivering the outputs", "postprocessing", 0, 1, 0)),
+    ],
+)
+def test_where_a_running_job_stands(told: tuple[Any, ...], expected: tuple[Any, ...]) -> None:
+    assert standing(JobState.IN_PROGRESS, *told) == expected
+
+
+def test_where_a_waiting_job_stands() -> None:
+    words = ("queued", "The request was queued", "preprocessing")
+    assert standing(JobState.IN_QUEUE, place=Place(2, 12.5)) == (*words, 3, 4, 12.5)
+    assert standing(JobState.IN_QUEUE, "IN_QUEUE", {"stage": "waiting"}, place=Place(6, None)) == (*words, 7, 7, None)
+    assert standing(JobState.IN_QUEUE) == (*words, 1, 4, None), "it is about to be taken"
+
+
+def test_what_was_told_of_an_earlier_turn_is_forgotten() -> None:
+    again = (*RUNNING, {"stage": "running", "percent": 99.0}, *RUNNING)
+    assert standing(JobState.IN_PROGRESS, *again)[:2] == ("processing", "Staging the inputs")
+    # The record is newer than what was heard.
+    assert standing(JobState.IN_QUEUE, *RUNNING, {"stage": "running"})[0] == "queued"
+
+
+@pytest.mark.parametrize(
+    ("state", "status"),
+    [
+        (JobState.COMPLETED, "completed"),
+        (JobState.FAILED, "failed"),
+        (JobState.TIMED_OUT, "failed"),
+        (JobState.CANCELLED, "cancelled"),
+    ],
+)
+def test_how_a_job_ended(state: JobState, status: str) -> None:
+    following = Following()
+    following.hear(events(state.value)[0])
+    assert following.has_ended
+    assert ended(record(state)).status == status
+    assert ended(record(state)).queue_position(SIZES) == {
+        "current_queue": None,
+        "position": 0,
+        "queue_size": 0,
+        "estimated_wait_time": 0,
+    }
