@@ -49,11 +49,12 @@ test: lint
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 bench: $(VENV)/.dev-ready
-	@for name in overhead throughput cold_start staging delivery; do \
+	@for name in overhead throughput cold_start staging delivery gateway; do \
 	  echo; echo "== $$name"; $(BIN)/python -m benchmarks.$$name || failed=1; done; exit $${failed:-0}
 
 soak: $(VENV)/.dev-ready
 	@$(BIN)/python -m benchmarks.soak
+	@$(BIN)/python -m benchmarks.gateway_kill
 
 clean:
 	rm -rf $(VENV) output .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -17,7 +17,7 @@ from tests.support.comfyui import ComfyUI
 from tests.support.comfyui import comfyui as running_comfyui
 from tests.support.graphs import node, picture, work
 from tests.support.running import wait_until
-from tests.support.served import Served, served
+from tests.support.served import DATABASES, Served, database_url, served
 
 TIMEOUT_S = 30.0
 SIDE = 32
@@ -36,10 +36,18 @@ def workflows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("workflows")
 
 
-@pytest.fixture(scope="module")
-def gateway(comfyui: ComfyUI, workflows: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    settings = {"GENERATION_WORKERS": "2", "PREPROCESS_WORKERS": "1", "WORKFLOWS_DIR": str(workflows)}
-    with served(comfyui.url, tmp_path_factory.mktemp("data"), **settings) as running:
+@pytest.fixture(scope="module", params=DATABASES)
+def gateway(
+    request: pytest.FixtureRequest, comfyui: ComfyUI, workflows: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
+    data = tmp_path_factory.mktemp("data")
+    settings = {
+        "GENERATION_WORKERS": "2",
+        "PREPROCESS_WORKERS": "1",
+        "WORKFLOWS_DIR": str(workflows),
+        "DATABASE_URL": database_url(request.param, data),
+    }
+    with served(comfyui.url, data, **settings) as running:
         yield running
 
 

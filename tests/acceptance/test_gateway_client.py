@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
@@ -15,8 +18,8 @@ from runpod import AsyncioEndpoint, AsyncioJob, Endpoint
 
 from tests.support.comfyui import ComfyUI
 from tests.support.comfyui import comfyui as running_comfyui
-from tests.support.graphs import colors, picture, work
-from tests.support.served import KEY, Served, served
+from tests.support.graphs import colors, data_uri, inverted, picture, png, work
+from tests.support.served import DATABASES, KEY, Served, database_url, served
 
 RED = (255, 0, 0)
 
@@ -27,11 +30,13 @@ def comfyui() -> Iterator[ComfyUI]:
         yield running
 
 
-@pytest.fixture(scope="module")
-def gateway(comfyui: ComfyUI, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with served(
-        comfyui.url, tmp_path_factory.mktemp("data"), GENERATION_WORKERS="1", PREPROCESS_WORKERS="1"
-    ) as running:
+@pytest.fixture(scope="module", params=DATABASES)
+def gateway(
+    request: pytest.FixtureRequest, comfyui: ComfyUI, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
+    data = tmp_path_factory.mktemp("data")
+    settings = {"GENERATION_WORKERS": "1", "PREPROCESS_WORKERS": "1", "DATABASE_URL": database_url(request.param, data)}
+    with served(comfyui.url, data, **settings) as running:
         yield running
 
 
@@ -42,6 +47,48 @@ def endpoint(gateway: Served, monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpo
     made = Endpoint("mine")
     yield made
     made.rp_client.rp_session.close()
+
+
+def curl(url: str, body: Any = None) -> dict[str, Any]:
+    """Send a request as the description's examples do."""
+    post = [] if body is None else ["-X", "POST", "-H", "Content-Type: application/json", "-d", json.dumps(body)]
+    command = ["curl", "-sS", "--max-time", "60", "-H", f"Authorization: Bearer {KEY}", *post, url]
+    answer: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    return answer
+
+
+def test_the_described_requests_with_curl(gateway: Served) -> None:
+    """With an input picture, and without waiting."""
+    images = [{"name": "input.png", "image": data_uri(png(RED))}]
+    done = curl(f"{gateway.url}/v2/mine/runsync", {"input": {"workflow": inverted("input.png"), "images": images}})
+    assert (done["id"].startswith("sync-"), done["status"]) == (True, "COMPLETED")
+    [image] = done["output"]["images"]
+    assert (image["type"], colors(base64.b64decode(image["data"]))) == ("base64", [(0, 255, 255)])
+
+    job_id = curl(f"{gateway.url}/v2/mine/run", {"input": {"workflow": picture(RED)}})["id"]
+    gateway.get(f"/events/{job_id}")  # they end with the job
+    status = curl(f"{gateway.url}/v2/mine/status/{job_id}")
+    assert (status["id"], status["status"]) == (job_id, "COMPLETED")
+    assert colors(base64.b64decode(status["output"]["images"][0]["data"])) == [RED]
+
+
+def test_the_described_graph_ends_in_the_described_error(gateway: Served) -> None:
+    """The graph of the first example is cut short: no node of it makes a file."""
+    graph = {
+        "6": {
+            "inputs": {"text": "a beautiful landscape", "clip": ["30", 1]},
+            "class_type": "CLIPTextEncode",
+            "_meta": {"title": "CLIP Text Encode (Positive Prompt)"},
+        },
+        "30": {
+            "inputs": {"ckpt_name": "flux1-dev-fp8.safetensors"},
+            "class_type": "CheckpointLoaderSimple",
+            "_meta": {"title": "Load Checkpoint"},
+        },
+    }
+    failed = curl(f"{gateway.url}/v2/mine/runsync", {"input": {"workflow": graph}})
+    assert (failed["id"].startswith("sync-"), failed["status"]) == (True, "FAILED")
+    assert "no output node" in failed["error"]
 
 
 def test_run_sync_returns_the_picture(endpoint: Endpoint) -> None:
@@ -89,7 +136,7 @@ def test_a_failing_job_says_why(endpoint: Endpoint, gateway: Served) -> None:
 
 
 def test_a_job_longer_than_the_wait_is_polled(gateway: Served, endpoint: Endpoint) -> None:
-    answer = gateway.post("/v2/mine/runsync?wait=1000", {"input": {"workflow": work(2)}}).json()
+    answer = gateway.post("/v2/mine/runsync?wait=1000", {"input": {"workflow": work(1.5)}}).json()
     assert answer["id"].startswith("sync-")
     assert answer["status"] == "IN_PROGRESS"
     assert "images" in runpod.endpoint.runner.Job("mine", answer["id"], endpoint.rp_client).output(timeout=30)

@@ -11,7 +11,8 @@ import pytest
 import requests
 
 import comfy_worker
-from tests.support.comfyui import ComfyUI, emulator
+from tests.support.comfyui import ComfyUI
+from tests.support.comfyui import comfyui as running_comfyui
 from tests.support.graphs import colors, picture
 from tests.support.ports import silent_port
 from tests.support.processes import Process
@@ -26,7 +27,7 @@ TIMEOUT_S = 30.0
 
 @pytest.fixture(scope="module")
 def comfyui() -> Iterator[ComfyUI]:
-    with emulator() as running:
+    with running_comfyui() as running:
         yield running
 
 

@@ -78,6 +78,17 @@ def test_the_described_way_with_curl(gateway: Served, comfyui: ComfyUI) -> None:
     assert sorted(contents) == [[GREEN], [RED]]
 
 
+def test_the_described_graph_is_not_whole_and_the_task_says_so(gateway: Served, comfyui: ComfyUI) -> None:
+    """The graph of the example has no class_type."""
+    graph = {"6": {"inputs": {"text": "a beautiful landscape"}}}
+    params = {"workflow": graph, "server_address": comfyui.address}
+    body = json.dumps({"task_type": "comfyui", "params": params})
+    task_id = curl("-X", "POST", f"{gateway.url}/task", "-H", "Content-Type: application/json", "-d", body)["task_id"]
+    task = ended(gateway, task_id)
+    assert (task["status"], task["code"]) == ("failed", "invalid_workflow")
+    assert "class_type" in task["error"]
+
+
 def curl(*arguments: str) -> dict[str, Any]:
     command = ["curl", "-sS", "--max-time", "30", "-H", f"Authorization: Bearer {KEY}", *arguments]
     answer: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)

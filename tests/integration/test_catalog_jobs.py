@@ -12,7 +12,8 @@ import pytest
 from comfy_worker.jobs import JobEvent, NodeStarted
 from comfy_worker.settings import load_settings
 from comfy_worker.worker import Worker
-from tests.support.comfyui import ComfyUI, emulator
+from tests.support.comfyui import ComfyUI
+from tests.support.comfyui import comfyui as running_comfyui
 from tests.support.graphs import data_uri, node, picture, png
 from tests.support.processes import ROOT, start_handler
 from tests.support.served import Served, served
@@ -36,7 +37,7 @@ MANIFEST = {
 
 @pytest.fixture(scope="module")
 def comfyui() -> Iterator[ComfyUI]:
-    with emulator() as running:
+    with running_comfyui() as running:
         yield running
 
 

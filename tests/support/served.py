@@ -1,19 +1,27 @@
-"""A gateway as a process of its own, beside an emulated ComfyUI."""
+"""A gateway as a process of its own, beside a ComfyUI.
+
+GATEWAY_TEST_DATABASE=postgresql gives each gateway that a test does not give a database one in a real PostgreSQL.
+"""
 
 from __future__ import annotations
 
+import atexit
+import os
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import requests
 
+from tests.support.postgres import Postgres, postgres
 from tests.support.processes import Process
 
 KEY = "a-key-for-tests"
+DATABASES = ("sqlite", "postgresql")
 _TIMEOUT_S = 60.0
 
 
@@ -48,6 +56,25 @@ class Served:
         return status
 
 
+def database_url(kind: str, data: Path) -> str:
+    """Return the DATABASE_URL of a gateway: the same one for every gateway over the same folder, empty for SQLite."""
+    assert kind in DATABASES, f"GATEWAY_TEST_DATABASE must be one of {', '.join(DATABASES)}"
+    return "" if kind == "sqlite" else _database_of(data)
+
+
+@cache
+def _database_of(data: Path) -> str:
+    return _server().new_database()
+
+
+@cache
+def _server() -> Postgres:
+    """Start the one PostgreSQL of this test run, which ends with it."""
+    stack = ExitStack()
+    atexit.register(stack.close)
+    return stack.enter_context(postgres())
+
+
 @contextmanager
 def served(comfyui_url: str, data: Path, *module: str, **settings: str) -> Iterator[Served]:
     """Run a gateway until the end of the block; `module` is what starts it in place of its own, with arguments."""
@@ -56,6 +83,7 @@ def served(comfyui_url: str, data: Path, *module: str, **settings: str) -> Itera
         "API_PORT": "0",
         "API_KEYS": KEY,
         "DATA_DIR": str(data),
+        "DATABASE_URL": database_url(os.environ.get("GATEWAY_TEST_DATABASE", "sqlite"), data),
         "PYTHONPATH": "src",
         **settings,
     }
