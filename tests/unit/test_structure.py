@@ -177,3 +177,23 @@ def test_importing_the_handler_is_quick_because_little_is_loaded() -> None:
         "comfy_worker.emulator",
     }
     assert loaded & late == set()
+
+
+DOORS = "comfy_worker.gateway.doors"
+FAMILIES = {"batch": "workflow", "video": "workflow", "runpod": "runpod", "operations": "operations", "tasks": "tasks"}
+"""Doors of one API: those that do not begin with its name."""
+FORBIDDEN_TO_DOORS = {"comfy_worker.gateway.store", "comfy_worker.gateway.core", "comfy_worker.engines", "sqlalchemy"}
+
+
+@pytest.mark.parametrize("name", sorted(name for name in MODULES if name.startswith(f"{DOORS}.")))
+def test_a_door_knows_the_service_and_no_other_door(name: str) -> None:
+    own = family(name)
+    found = {imported for imported in imports(name) if is_in(imported, FORBIDDEN_TO_DOORS)}
+    others = {imported for imported in own_imports(name) if imported.startswith(f"{DOORS}.")}
+    assert found == set()
+    assert {family(other) for other in others} <= {own, "parts"}
+
+
+def family(name: str) -> str:
+    module = name.removeprefix(f"{DOORS}.")
+    return FAMILIES.get(module, module.partition("_")[0])
