@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import Enum
 from typing import Any, Literal, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -333,7 +333,20 @@ class Settings(BaseSettings):
             self.bucket_secret_access_key,
             self.webhook_secret,
         )
-        return [value.get_secret_value() for value in values if value is not None]
+        own = [value.get_secret_value() for value in values if value is not None]
+        return [*own, *passwords_of(self.comfyui_url)]
+
+
+def without_credentials(url: str) -> str:
+    """Return a URL without the user and the password that may stand in it."""
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
+def passwords_of(url: str) -> list[str]:
+    """Return the password in a URL, as it is written there and as it is meant; nothing if there is none."""
+    password = urlsplit(url).password
+    return list(dict.fromkeys((password, unquote(password)))) if password else []
 
 
 def load_settings(**overrides: Any) -> Settings:

@@ -45,6 +45,8 @@ def test_a_gateway_that_is_set_up_as_described(comfyui: ComfyUI, tmp_path: Path)
             "GENERATION_WORKERS": "2",
             "POSTPROCESS_WORKERS": "3",
             "MAX_QUEUE_SIZE": "100",
+            # What there is to see at level DEBUG is the lock of SQLite's folder.
+            "DATABASE_URL": "",
             "API_CACHE": "memory",
             "REDIS_HOST": "localhost",
             "REDIS_PORT": "6379",

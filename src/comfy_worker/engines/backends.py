@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from comfy_worker.engines.turns import Gate
 from comfy_worker.engines.waiting import Waiting
 from comfy_worker.jobs import Stage
+from comfy_worker.settings import without_credentials
 from comfy_worker.stop import Stop
 from comfy_worker.worker import Worker
 
@@ -78,8 +79,8 @@ class Backend:
 
     @property
     def url(self) -> str:
-        """Where it listens."""
-        return self.worker.client.url
+        """Where it listens, without a password: jobs are kept with it."""
+        return without_credentials(self.worker.client.url)
 
     @property
     def load(self) -> int:

@@ -188,7 +188,12 @@ class LocalEngine:
         """Return how each ComfyUI is doing: `url`, `healthy`, its `jobs`, and its `load`: those not delivered yet."""
         with self._lock:
             return [
-                {"url": backend.url, "healthy": backend.healthy, "jobs": len(backend.jobs), "load": backend.load}
+                {
+                    "url": backend.worker.client.url,
+                    "healthy": backend.healthy,
+                    "jobs": len(backend.jobs),
+                    "load": backend.load,
+                }
                 for backend in self._backends
             ]
 

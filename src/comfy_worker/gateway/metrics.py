@@ -18,6 +18,7 @@ from pydantic import BaseModel, Field, ValidationError
 from comfy_worker.gateway.events import PREVIEW, PROGRESS, STATUS, Event, EventBus, Listening
 from comfy_worker.gateway.store import Store
 from comfy_worker.jobs import JobState, Stage
+from comfy_worker.settings import without_credentials
 
 log = logging.getLogger(__name__)
 
@@ -184,7 +185,8 @@ def _system_stats(backend: Mapping[str, Any]) -> _SystemStats:
         answer = requests.get(f"{backend['url']}/system_stats", timeout=_STATS_TIMEOUT_S)
         return _SystemStats.model_validate_json(answer.content)
     except (requests.RequestException, ValidationError) as error:
-        log.info("ComfyUI %s told nothing of its memory: %s", backend["url"], type(error).__name__)
+        url = without_credentials(backend["url"])
+        log.info("ComfyUI %s told nothing of its memory: %s", url, type(error).__name__)
         return _SystemStats()
 
 

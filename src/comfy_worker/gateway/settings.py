@@ -7,7 +7,7 @@ from typing import Any, Literal
 from limits import parse
 from pydantic import AliasChoices, Field, SecretStr, ValidationInfo, ValidatorFunctionWrapHandler, field_validator
 
-from comfy_worker.settings import Settings, read_settings
+from comfy_worker.settings import Settings, passwords_of, read_settings
 
 
 def _named(*names: str, default: Any, description: str, **limits: Any) -> Any:
@@ -178,7 +178,8 @@ class GatewaySettings(Settings):
     def secrets(self) -> list[str]:
         """Return every secret value, for masking."""
         own = [value.get_secret_value() for value in (self.database_url, self.gateway_key) if value is not None]
-        return [*super().secrets(), *self.given_keys, *own]
+        of_backends = [password for url in self.backends for password in passwords_of(url)]
+        return [*super().secrets(), *self.given_keys, *own, *of_backends]
 
 
 def load_gateway_settings(**overrides: Any) -> GatewaySettings:

@@ -57,7 +57,10 @@ _STATUSES: Mapping[JobState, str] = {
 _NODES_AGE_S = 60.0
 """How long ComfyUI's nodes are remembered: they only change when it is started anew."""
 
-WorkflowId = Annotated[str, Path(pattern=r"^[A-Za-z0-9._-]{1,128}$", description="A workflow's `id`, or its `key`.")]
+WorkflowId = Annotated[
+    str,
+    Path(pattern=r"^[A-Za-z0-9._-]{1,128}$", description="A workflow's `id`, or its `key`.", examples=["solid-color"]),
+]
 ExecutionId = Annotated[str, Path(pattern=JOB_ID, description="An execution's `id`.")]
 
 

@@ -19,6 +19,7 @@ from comfy_worker.gateway.events import PROGRESS
 from comfy_worker.gateway.records import LOW_PRIORITY, NORMAL_PRIORITY, JobRecord
 from comfy_worker.gateway.service import JobService
 from comfy_worker.jobs import JobState, Kind
+from comfy_worker.settings import without_credentials
 
 DOOR = "task"
 _TASK_TYPE = "comfyui"
@@ -173,7 +174,7 @@ class _Door:
 
 
 def backend_at(address: str, backends: list[str]) -> str:
-    """Return the URL of the gateway's ComfyUI at an address, `host:port` or a URL.
+    """Return the URL, without a password, of the gateway's ComfyUI at an address, `host:port` or a URL.
 
     Raises:
         InvalidInput: none of the gateway's own listens there; a caller must not choose whom the server talks to.
@@ -181,7 +182,7 @@ def backend_at(address: str, backends: list[str]) -> str:
     wanted = _host_and_port(address)
     for backend in backends:
         if _host_and_port(backend) == wanted:
-            return backend
+            return without_credentials(backend)
     raise InvalidInput(
         "params.server_address is none of this gateway's ComfyUIs",
         hint="Leave it out, or have its URL added to COMFYUI_BACKENDS",

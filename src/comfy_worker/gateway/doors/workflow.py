@@ -41,7 +41,7 @@ _MODELS_AGE_S = 1.0
 """To list them takes ComfyUI a request for each folder."""
 
 PromptId = Annotated[str, Path(pattern=JOB_ID)]
-TemplateName = Annotated[str, Path(max_length=255)]
+TemplateName = Annotated[str, Path(max_length=255, examples=["solid-color"])]
 
 
 def router(parts: Parts) -> APIRouter:
