@@ -299,11 +299,7 @@ class Settings(BaseSettings):
     @field_validator("comfyui_url")
     @classmethod
     def _complete_url(cls, value: str) -> str:
-        url = value if "://" in value else f"http://{value}"
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError("must be a URL such as http://127.0.0.1:8188")
-        return url.rstrip("/")
+        return complete_url(value)
 
     @field_validator("log_level", mode="before")
     @classmethod
@@ -335,6 +331,19 @@ class Settings(BaseSettings):
         )
         own = [value.get_secret_value() for value in values if value is not None]
         return [*own, *passwords_of(self.comfyui_url)]
+
+
+def complete_url(value: str) -> str:
+    """Return where a ComfyUI listens as a URL without a closing slash; a bare `host:port` is taken as http.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    url = value if "://" in value else f"http://{value}"
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("must be a URL such as http://127.0.0.1:8188")
+    return url.rstrip("/")
 
 
 def without_credentials(url: str) -> str:

@@ -109,3 +109,12 @@ def test_the_values_of_redis_are_checked_with_it(environment: pytest.MonkeyPatch
 @pytest.mark.parametrize("name", ["PREPROCESS_WORKERS", "GENERATION_WORKERS", "POSTPROCESS_WORKERS", "MAX_QUEUE_SIZE"])
 def test_a_pool_has_at_least_one_place(environment: pytest.MonkeyPatch, name: str) -> None:
     assert name in refusal(environment, **{name: "0"})
+
+
+def test_backends_may_be_given_without_a_scheme() -> None:
+    settings = load_gateway_settings(comfyui_backends="10.0.0.1:8188, https://other.example/ ,")
+    assert settings.backends == ["http://10.0.0.1:8188", "https://other.example"]
+
+
+def test_a_backend_that_is_none_is_refused(environment: pytest.MonkeyPatch) -> None:
+    assert "COMFYUI_BACKENDS" in refusal(environment, COMFYUI_BACKENDS="http://10.0.0.1:8188,ftp://x")

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from limits import parse
 from pydantic import AliasChoices, Field, SecretStr, ValidationInfo, ValidatorFunctionWrapHandler, field_validator
 
-from comfy_worker.settings import Settings, passwords_of, read_settings
+from comfy_worker.settings import Settings, complete_url, passwords_of, read_settings
 
 
 def _named(*names: str, default: Any, description: str, **limits: Any) -> Any:
@@ -158,6 +158,11 @@ class GatewaySettings(Settings):
             raise ValueError("must begin with http:// or https://")
         return value.rstrip("/")
 
+    @field_validator("comfyui_backends")
+    @classmethod
+    def _complete_urls(cls, value: str) -> str:
+        return ",".join(_urls_in(value))
+
     @property
     def allowed_origins(self) -> list[str]:
         """The origins whose pages may use the API."""
@@ -172,14 +177,17 @@ class GatewaySettings(Settings):
     @property
     def backends(self) -> list[str]:
         """The URLs of all ComfyUIs."""
-        urls = [url.strip() for url in self.comfyui_backends.split(",") if url.strip()]
-        return urls or [self.comfyui_url]
+        return _urls_in(self.comfyui_backends) or [self.comfyui_url]
 
     def secrets(self) -> list[str]:
         """Return every secret value, for masking."""
         own = [value.get_secret_value() for value in (self.database_url, self.gateway_key) if value is not None]
         of_backends = [password for url in self.backends for password in passwords_of(url)]
         return [*super().secrets(), *self.given_keys, *own, *of_backends]
+
+
+def _urls_in(value: str) -> list[str]:
+    return [complete_url(url.strip()) for url in value.split(",") if url.strip()]
 
 
 def load_gateway_settings(**overrides: Any) -> GatewaySettings:
