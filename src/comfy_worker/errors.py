@@ -32,6 +32,9 @@ from typing import Any, ClassVar
 
 from comfy_worker.redact import redact
 
+_LONGEST_SENTENCE = 8000
+"""Characters of a message; it may quote what a caller sent, as long as that likes."""
+
 
 class WorkerError(Exception):
     """A failure with one sentence for a person, a code for a program and what it takes to mend it.
@@ -55,25 +58,36 @@ class WorkerError(Exception):
     def as_output(self, secrets: Iterable[str | None] = ()) -> dict[str, Any]:
         """Return the failure as the `output` of a RunPod job: JSON-safe, without paths and `secrets`."""
         hidden = list(secrets)
-        output: dict[str, Any] = {"error": redact(self.message, hidden), "code": self.code}
+        output: dict[str, Any] = {"error": _sentence(self.message, hidden), "code": self.code}
         if self.hint:
-            output["hint"] = redact(self.hint, hidden)
+            output["hint"] = _sentence(self.hint, hidden)
         if self.details is not None:
             output["details"] = redact_all(self.details, hidden)
         return output
 
 
+def _sentence(text: str, secrets: list[str | None]) -> str:
+    """Return a text without paths and secrets, not longer than anybody reads."""
+    cut = text if len(text) <= _LONGEST_SENTENCE else f"{text[:_LONGEST_SENTENCE]}…"
+    return _as_utf8(redact(cut, secrets))
+
+
+def _as_utf8(text: str) -> str:
+    """Return a text that can be sent: a caller's lone surrogate, quoted, becomes a question mark."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
 def redact_all(value: Any, secrets: list[str | None]) -> Any:
-    """Apply `redact` to every string in a JSON-like value."""
+    """Apply `redact` to every string in a JSON-like value, and make it one that can be sent."""
     if isinstance(value, str):
-        return redact(value, secrets)
+        return _as_utf8(redact(value, secrets))
     if isinstance(value, dict):
-        return {str(key): redact_all(item, secrets) for key, item in value.items()}
+        return {_as_utf8(str(key)): redact_all(item, secrets) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [redact_all(item, secrets) for item in value]
     if value is None or isinstance(value, (bool, int, float)):
         return value
-    return redact(str(value), secrets)
+    return _as_utf8(redact(str(value), secrets))
 
 
 class InvalidInput(WorkerError):

@@ -47,6 +47,8 @@ _REFUSALS = {
     "float_type": "must be a number",
 }
 """pydantic's types of problem in the words of JSON; the others say what they mean."""
+_MOST_KEYS_NAMED = 50
+_LONGEST_KEY = 100
 _LONGEST_NAME = 1024
 _LONGEST_PART = 255
 """Bytes that a file system takes for one part of a path."""
@@ -59,13 +61,17 @@ class _Model(BaseModel):
 
     def unknown_keys(self, where: str) -> Iterator[str]:
         known = [name for field, info in type(self).model_fields.items() for name in _accepted_names(field, info)]
-        for key in self.__pydantic_extra__ or {}:
+        extra = list(self.__pydantic_extra__ or {})
+        for key in extra[:_MOST_KEYS_NAMED]:
+            name = key if len(key) <= _LONGEST_KEY else f"{key[:_LONGEST_KEY]}…"
             if key in known:
-                yield f"{where}.{key} was ignored: its other name is there too"
+                yield f"{where}.{name} was ignored: its other name is there too"
                 continue
-            near = get_close_matches(key, known, n=1)
+            near = get_close_matches(name, known, n=1)
             advice = f"; did you mean {near[0]!r}?" if near else ""
-            yield f"{where}.{key} is unknown and was ignored{advice}"
+            yield f"{where}.{name} is unknown and was ignored{advice}"
+        if len(extra) > _MOST_KEYS_NAMED:
+            yield f"{where} has {len(extra) - _MOST_KEYS_NAMED} more keys that are unknown and were ignored"
 
 
 def _accepted_names(field: str, info: Any) -> list[str]:

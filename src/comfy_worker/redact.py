@@ -6,14 +6,14 @@ import re
 from collections.abc import Iterable
 
 _URL_OR_PATH = re.compile(
-    r"((?<![A-Za-z])(?!file:)[a-z][a-z0-9+.-]+://[^\s'\"`<>]*)"
+    r"((?<![A-Za-z])(?!file:)[a-z][a-z0-9+.-]{1,30}://[^\s'\"`<>]*)"
     r"|file://\S*/([^\s/'\"]*)"
     r"|(?<!\w)[a-z]:\\+(?:[^\\/\s'\"`:;,<>|]+[\\/]+)*([^\\/\s'\"`:;,<>|]*)"
     r"|(?<![\w/.~%-])~?/+(?:[^\s/'\"`:;,()\[\]<>|]+/+)+([^\s/'\"`:;,()\[\]<>|]*)",
     re.IGNORECASE,
 )
 """A URL, a file URL, a Windows path (its backslashes may be doubled, as in a repr) or a POSIX path; the group of each
-is what is kept of it."""
+is what is kept of it. A scheme is short: looking for the end of a long one at each letter would take for ever."""
 
 MASK = "***"
 _SHORTEST_SECRET = 4

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -218,3 +219,18 @@ def stage_of(gateway: Served, job_id: str) -> str | None:
         return "waiting"
     stage: str | None = (status.get("output") or {}).get("stage")
     return stage
+
+
+def test_many_cancels_of_one_job_keep_nobody_else_waiting(gateway: Served, comfyui: ComfyUI) -> None:
+    """A node that heeds no interrupt for a while; as many clients wait for its end as there are threads, and more."""
+    if not comfyui.is_emulator:
+        pytest.skip("only the emulator can be told not to heed interrupts")
+    with comfyui.faults(ignore_interrupts=1000), ThreadPoolExecutor(60) as clients:
+        job_id = through_run(gateway, work(4))
+        comfyui.wait_until_running()
+        cancels = [clients.submit(gateway.post, f"/cancel/{job_id}") for _ in range(60)]
+        wait_until(lambda: gateway.get(f"/status/{job_id}").json()["status"] == "CANCELLED")
+        assert gateway.get("/health").status_code == 200
+        assert not any(cancel.done() for cancel in cancels), "the others were answered while these still waited"
+        assert {cancel.result().json()["status"] for cancel in cancels} == {"CANCELLED"}
+    assert comfyui.queue() == []

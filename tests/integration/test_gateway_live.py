@@ -25,7 +25,7 @@ from tests.support.comfyui import comfyui as running_comfyui
 from tests.support.graphs import node, picture, work
 from tests.support.processes import Process
 from tests.support.running import wait_until
-from tests.support.served import Served, served
+from tests.support.served import KEY, Served, served
 
 STREAMS = 200
 
@@ -274,3 +274,21 @@ def test_figures_are_in_prometheus_form(gateway: Served) -> None:
     assert 'comfy_job_stage_seconds_count{stage="running"}' in figures()
     assert "comfy_gpu_memory_total_bytes" in figures()
     assert gateway.get("/ready").json() == {"status": "ok"}
+
+
+def test_a_websocket_takes_any_number_to_begin_after(gateway: Served) -> None:
+    job_id = gateway.run(picture((1, 2, 3)))
+    gateway.ended(job_id)
+    for after in ("99999999999999999999999999", "-99999999999999999999999999"):
+        url = f"{gateway.url.replace('http', 'ws', 1)}/ws/{job_id}?after={after}"
+        connection = websocket.create_connection(url, header=[f"Authorization: Bearer {KEY}"], timeout=30)
+        while connection.recv():
+            pass
+        connection.shutdown()
+    assert "a WebSocket met a bug" not in gateway.process.output
+
+
+def test_a_path_of_any_length_is_refused_at_once_and_cut_in_the_log(gateway: Served) -> None:
+    path = "/" + "a1" * 30_000
+    assert requests.get(gateway.url + path, timeout=30).status_code == 401
+    assert "a1" * 200 not in gateway.process.output

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import comfy_worker
 from comfy_worker import errors
-from comfy_worker.errors import InternalError, InvalidWorkflow, WorkerError, all_errors
+from comfy_worker.errors import InternalError, InvalidInput, InvalidWorkflow, WorkerError, all_errors
 
 SOURCE = Path(comfy_worker.__file__).parent
 CLASSES = [error for error in all_errors() if error.__module__ == "comfy_worker.errors"]
@@ -101,3 +101,17 @@ def test_every_failure_is_json_without_the_secret(details: Any, message: str, se
     assert secret not in answer
     assert "/root/x" not in answer
     assert json.loads(answer)["code"] == "internal"
+
+
+def test_what_a_caller_wrote_can_be_sent_back_whatever_it_is() -> None:
+    error = InvalidInput("Node '\ud800' is none", hint="\udfff", details={"\ud800": ["\udc00"]})
+    assert error.as_output() == {
+        "error": "Node '?' is none",
+        "code": "invalid_input",
+        "hint": "?",
+        "details": {"?": ["?"]},
+    }
+
+
+def test_a_sentence_is_not_longer_than_anybody_reads() -> None:
+    assert len(InvalidInput("x" * 1_000_000).as_output()["error"]) < 10_000

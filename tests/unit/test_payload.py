@@ -535,3 +535,9 @@ def test_every_output_is_json_with_each_artifact_in_one_list(made: list[Any], wa
 @pytest.mark.parametrize("workflow", [3, 1.5, True, [1], ["x"], {"nodes": []}, "not json", None])
 def test_the_graph_of_a_job_that_will_be_refused_is_empty(workflow: object) -> None:
     assert workflow_of({"id": "1", "input": {"workflow": workflow}}) == {}
+
+
+def test_many_unknown_keys_are_counted() -> None:
+    job = parse_job({"input": {"workflow": WORKFLOW, **{f"key_{number}" + "a1" * 1000: 1 for number in range(2000)}}})
+    assert len(job.warnings) == 51
+    assert job.warnings[-1] == "input has 1950 more keys that are unknown and were ignored"

@@ -178,3 +178,11 @@ def test_where_it_broke_names_modules_and_lines_instead_of_paths() -> None:
     assert "test_redact:" in told
     assert " > redact:" in told
     assert redact(told) == told
+
+
+@pytest.mark.parametrize(
+    "part", ["a1", "/a/b ", "a:\\\\", "//", "!/a", "file://", "~/", "a://", "/a/'", "c:\\a\\ ", "':/a/b"]
+)
+def test_a_long_text_does_not_take_for_ever(part: str) -> None:
+    """Half a megabyte: what takes a time that grows with the square of the length would not come to an end here."""
+    assert len(redact(part * (500_000 // len(part)))) <= 500_000

@@ -151,7 +151,7 @@ def test_inputs_are_set_by_node_and_name() -> None:
 def test_inputs_that_are_not_there_are_all_named() -> None:
     with pytest.raises(InvalidInput) as caught:
         with_inputs(picture((1, 2, 3)), {"1.colour": 7, "5.text": "x", "text": "x"})
-    assert "node 1 has no input 'colour', did you mean 'color'?" in caught.value.message
+    assert "node '1' has no input 'colour', did you mean 'color'?" in caught.value.message
     assert "'5.text' names no node" in caught.value.message
     assert "'text' names no node" in caught.value.message
 
@@ -440,3 +440,11 @@ def test_only_so_many_versions_are_kept(tmp_path: Path) -> None:
 def test_a_disk_that_takes_nothing_is_no_obstacle(tmp_path: Path) -> None:
     (tmp_path / "kept").write_text("a file", encoding="utf-8")
     KeptVersions(tmp_path / "kept").keep(make_entry("mine", picture((1, 2, 3))), None)
+
+
+def test_many_wrong_names_are_counted_and_a_few_explained() -> None:
+    graph = {"6": {"class_type": "X", "inputs": {f"input_{number}": 0 for number in range(1500)}}}
+    with pytest.raises(InvalidInput) as refused:
+        with_inputs(graph, {f"6.inputs_{number}" + "a1" * 5000: 1 for number in range(1500)})
+    assert refused.value.message.endswith("; and 1490 more")
+    assert len(refused.value.message) < 5000

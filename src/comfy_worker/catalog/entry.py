@@ -25,6 +25,7 @@ from comfy_worker.workflow import Graph, check_workflow
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 _EXTENSION = re.compile(r"\.[A-Za-z0-9]{1,8}\Z")
 _DIGITS_OF_VERSION = 12
+_MOST_EXPLAINED = 10
 _LONGEST_SHOWN = 64
 
 
@@ -101,7 +102,10 @@ def fill(entry: Entry, inputs: Mapping[str, Any], random: Random) -> Filled:
     """
     given = {name: value for name, value in inputs.items() if value is not None}
     parameters = entry.manifest.parameters
-    problems = [_unknown(name, list(parameters)) for name in given if name not in parameters]
+    unknown = [name for name in given if name not in parameters]
+    problems = [_unknown(name, list(parameters)) for name in unknown[:_MOST_EXPLAINED]]
+    if len(unknown) > _MOST_EXPLAINED:
+        problems.append(f"{len(unknown) - _MOST_EXPLAINED} more names are unknown")
     values: dict[str, Any] = {}
     for name, parameter in parameters.items():
         try:

@@ -22,6 +22,8 @@ from comfy_worker.gateway.service import JobService
 from comfy_worker.gateway.websockets import PATIENCE_S, tell
 
 _KEEP_ALIVE_S = 15
+_LARGEST_NUMBER = 2**63 - 1
+"""That a database takes."""
 
 _EVENT = {
     "type": "object",
@@ -88,6 +90,7 @@ class _Live:
         except (NotFound, DatabaseUnavailable) as error:
             await websocket.send_denial_response(answer_error(error, websocket.url.path))
             return
+        after = None if after is None else max(-1, min(after, _LARGEST_NUMBER))
         previews = websocket.query_params.get("previews", "").lower() in ("1", "true", "yes")
         await tell(websocket, self._as_messages(record, after, previews))
 
@@ -124,7 +127,7 @@ def _number(last_event_id: str | None) -> int | None:
     """Return the number in a Last-Event-ID; None for one that is none of ours, as if it were not there."""
     if last_event_id is None or not (last_event_id.isascii() and last_event_id.isdecimal()):
         return None
-    return min(int(last_event_id[:19]), 2**63 - 1)
+    return min(int(last_event_id[:19]), _LARGEST_NUMBER)
 
 
 def _preview(event: Event) -> dict[str, Any]:

@@ -37,6 +37,8 @@ _DOCS_POLICY = (
     "frame-ancestors 'none'"
 )
 _RETRY_AFTER_S = 5
+_LONGEST_LOGGED = 300
+"""Characters of a path that the log has; whoever sends it need not have a key."""
 
 
 def answer_error(error: WorkerError, path: str) -> JSONResponse:
@@ -86,7 +88,7 @@ class Outside:
 def _logged(scope: Scope) -> str:
     """Return a path as it was sent, so that no line break is in it; without its first slash it is no local path."""
     path: str = scope.get("raw_path", b"").decode("latin-1").partition("?")[0]
-    return path.lstrip("/")
+    return path.lstrip("/")[:_LONGEST_LOGGED]
 
 
 def _about(scope: Scope) -> dict[str, str]:

@@ -98,6 +98,7 @@ class JobService:
         self._max_queue_size = max_queue_size
         self._webhook_url = webhook_url
         self._library = library
+        self._cancelling: dict[str, asyncio.Future[None]] = {}
 
     async def submit(
         self,
@@ -269,11 +270,21 @@ class JobService:
         now = time.time()
         changed = await run_in_threadpool(self._store.finish, job_id, JobState.CANCELLED, now)
         # Also for one that was cancelled a moment ago: its prompt may be on its way out still.
-        await run_in_threadpool(self._engine.cancel, job_id)
+        await self._take_off_gpu(job_id)
         record = await self.get(job_id)
         if changed:
             self._publish(record, now)
         return record
+
+    async def _take_off_gpu(self, job_id: str) -> None:
+        """Have a job dropped; however many ask for it, one thread waits for the end of its node."""
+        cancelling = self._cancelling.get(job_id)
+        if cancelling is None:
+            cancelling = asyncio.ensure_future(run_in_threadpool(self._engine.cancel, job_id))
+            self._cancelling[job_id] = cancelling
+            cancelling.add_done_callback(lambda _: self._cancelling.pop(job_id, None))
+        # A client that leaves does not take the others' answer with it.
+        await asyncio.shield(cancelling)
 
     async def retry(self, job_id: str) -> JobRecord:
         """Run a job again that failed or timed out.
@@ -296,7 +307,7 @@ class JobService:
         now = time.time()
         cancelled = await run_in_threadpool(self._store.cancel_waiting, endpoint_id, now)
         for job_id in cancelled:
-            await run_in_threadpool(self._engine.cancel, job_id)
+            await self._take_off_gpu(job_id)
             self._bus.publish(job_id, STATUS, {"status": JobState.CANCELLED.value}, moment(now))
         return len(cancelled)
 

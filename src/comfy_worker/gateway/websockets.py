@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import logging
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import Any
@@ -14,8 +16,11 @@ from comfy_worker.gateway.errors import DatabaseUnavailable
 
 PATIENCE_S = 30
 """A client that takes nothing for so long is let go; it can come back."""
-_ENDED, _TRY_AGAIN_LATER = 1000, 1013
+_ENDED, _FAILED, _TRY_AGAIN_LATER = 1000, 1011, 1013
 """Codes with which a WebSocket is closed."""
+_CLIENT_GONE = (WebSocketDisconnect, RuntimeError, asyncio.TimeoutError)
+"""What sending to a client raises that has left, or takes nothing any more."""
+log = logging.getLogger(__name__)
 
 
 async def tell(websocket: WebSocket, messages: AsyncGenerator[Mapping[str, Any], None]) -> None:
@@ -28,7 +33,11 @@ async def tell(websocket: WebSocket, messages: AsyncGenerator[Mapping[str, Any],
     finally:
         telling.cancel()
         leaving.cancel()
-        await asyncio.gather(telling, leaving, return_exceptions=True)
+        [failure, _] = await asyncio.gather(telling, leaving, return_exceptions=True)
+    if isinstance(failure, Exception) and not isinstance(failure, _CLIENT_GONE):
+        log.error("a WebSocket met a bug", exc_info=failure)
+        with contextlib.suppress(RuntimeError):  # the client was faster
+            await websocket.close(_FAILED)
 
 
 async def _tell(websocket: WebSocket, messages: AsyncGenerator[Mapping[str, Any], None]) -> None:

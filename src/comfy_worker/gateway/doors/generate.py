@@ -7,8 +7,10 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
+from functools import partial
 from typing import Annotated, Any
 
+from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Header, Path, Query, Request
 from fastapi.responses import HTMLResponse
 from sse_starlette import EventSourceResponse, ServerSentEvent
@@ -46,6 +48,7 @@ _KEEP_ALIVE_S = 15
 _PATIENCE_S = 30
 """A client that takes nothing for so long is let go; its job goes on."""
 _COUNTS_AGE_S = 0.5
+_MODIFIERS_AT_ONCE = 8
 _FAILED: dict[int, str] = {
     400: "The request, or the job's input, is not as it must be.",
     409: "There is a job with this request_id already; or the job was cancelled.",
@@ -149,6 +152,7 @@ class _Door:
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self._service = parts.service
+        self._modifier_threads = CapacityLimiter(_MODIFIERS_AT_ONCE)
         self._counts: tuple[float, Mapping[JobState, int]] | None = None
 
     async def generate(self, request: Request, as_base64: AsBase64 = None) -> Answer:
@@ -210,9 +214,9 @@ class _Door:
             return await run_in_threadpool(randomized, workflow)
         modifications = job_input.get("modifications") or {}
         limit_s = self._parts.settings.modifier_timeout_s
-        return await run_in_threadpool(
-            apply, self._parts.modifiers, job_input["modifier"], modifications, timeout_s=limit_s
-        )
+        modify = partial(apply, self._parts.modifiers, job_input["modifier"], modifications, timeout_s=limit_s)
+        # In threads of their own: slow ones keep nobody waiting who wants something else.
+        return await to_thread.run_sync(modify, limiter=self._modifier_threads)
 
     # ------------------------------------------------------------------------------------------------ result
 

@@ -122,7 +122,7 @@ class _Door:
         """Make a workflow out of a text; that is not there yet, and this always answers 501."""
         raise NotImplementedYet(
             "Making a workflow out of a text is not there yet",
-            hint="Send a workflow or a template to /api/workflow/submit",
+            hint="Submit a workflow, or name one as template",
         )
 
     async def status(self, request: Request, prompt_id: PromptId) -> Answer:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any
 
+from comfy_worker.catalog.entry import shown
 from comfy_worker.errors import InvalidInput
 from comfy_worker.jobs import Workflow
 from comfy_worker.workflow import Graph, copy_graph, is_link
@@ -15,6 +16,9 @@ _ENCODER = "TextEncode"
 _TEXTS = ("text", "prompt", "text_g", "text_l", "clip_g", "clip_l", "t5xxl", "llama", "bert", "mt5xl")
 """The inputs of such classes that take the text; some take it once for each of their encoders."""
 _SEEDS = ("seed", "noise_seed")
+_MOST_EXPLAINED = 10
+_MOST_NAMES = 200
+_LONGEST_NAME = 100
 
 
 def with_prompt(workflow: Workflow, text: str) -> Graph:
@@ -102,20 +106,29 @@ def with_inputs(workflow: Workflow, values: Mapping[str, Any]) -> Graph:
     """Return the graph with other values for inputs that it has; `{"6.text": …}` is the input `text` of node 6.
 
     Raises:
-        InvalidInput: there is no such node or input; the sentence names all of them.
+        InvalidInput: there is no such node or input; the sentence names the first ten of them.
     """
     graph = copy_graph(workflow)
     problems = []
     for place, value in values.items():
         node_id, _, name = place.rpartition(".")
-        if node_id not in graph:
-            problems.append(f"{place!r} names no node of the workflow; write it as <node id>.<input>")
-        elif name not in graph[node_id]["inputs"]:
-            near = get_close_matches(name, graph[node_id]["inputs"], n=1)
-            advice = f", did you mean {near[0]!r}?" if near else ""
-            problems.append(f"node {node_id} has no input {name!r}{advice}")
-        else:
+        if node_id in graph and name in graph[node_id]["inputs"]:
             graph[node_id]["inputs"][name] = value
+        else:
+            problems.append(place)
     if problems:
-        raise InvalidInput("; ".join(problems))
+        # Only these are explained: to look for the nearest name takes its time.
+        words = [_misplaced(graph, place) for place in problems[:_MOST_EXPLAINED]]
+        rest = len(problems) - len(words)
+        raise InvalidInput("; ".join([*words, *([f"and {rest} more"] if rest else [])]))
     return graph
+
+
+def _misplaced(graph: Graph, place: str) -> str:
+    """Return what is wrong with the name of an input that is not there."""
+    node_id, _, name = place.rpartition(".")
+    if node_id not in graph:
+        return f"{shown(place)} names no node of the workflow; write it as <node id>.<input>"
+    near = get_close_matches(name[:_LONGEST_NAME], list(graph[node_id]["inputs"])[:_MOST_NAMES], n=1)
+    advice = f", did you mean {shown(near[0])}?" if near else ""
+    return f"node {shown(node_id)} has no input {shown(name)}{advice}"
