@@ -70,7 +70,7 @@ def test_a_key_used_too_often_is_told_when_to_come_back(make: Make) -> None:
     assert [client.get("/status/x", headers=KEY).status_code for _ in range(4)] == [404, 404, 404, 429]
     answer = client.get("/v2/x/status/x", headers=KEY)
     assert (answer.status_code, answer.json()["code"]) == (429, "rate_limited")
-    assert 1 <= int(answer.headers["retry-after"]) <= 60
+    assert 1 <= int(answer.headers["retry-after"]) <= 24 * 3600
     assert client.get("/status/x", headers={"Authorization": "Bearer other"}).status_code == 404
     assert [client.post("/cancel/x", headers=KEY).status_code for _ in range(2)] == [404, 429]
 
