@@ -22,3 +22,7 @@ class ImageToImage(BaseModifier):
             sampler[name] = await self.modify_workflow_value(name, sampler[name])
         sampler["seed"] = await self.modify_workflow_value("seed", "__RANDOM_INT__")
         await super().apply_modifications()
+
+
+class Image2Image(ImageToImage):
+    """The same under the name that clients of the wrapper which this API comes from know."""

@@ -146,10 +146,7 @@ def parse_job(job: Mapping[str, Any]) -> Job:
     """
     payload = _json_object(job.get("input"))
     if payload.get("workflow") is None:
-        raise InvalidInput(
-            "Missing 'workflow' parameter",
-            hint="Send the workflow as input.workflow, or name one of the catalog as input.template",
-        )
+        raise InvalidInput("Missing 'workflow' parameter", hint=_hint_of_missing(payload))
     try:
         # A field that is null is one that was left out, as for every client that fills in a template.
         parsed = _JobInput.model_validate({key: value for key, value in payload.items() if value is not None})
@@ -174,6 +171,12 @@ def parse_job(job: Mapping[str, Any]) -> Job:
         extra_data={**_wrapped_extra_data(workflow), **parsed.extra_data},
         warnings=tuple(_warnings(parsed)),
     )
+
+
+def _hint_of_missing(payload: Mapping[str, Any]) -> str:
+    if payload.get("modifier") is not None:
+        return "Modifiers are for POST /generate of the gateway; send input.workflow or input.template here"
+    return "Send the workflow as input.workflow, or name one of the catalog as input.template"
 
 
 def workflow_of(job: Mapping[str, Any]) -> Workflow:

@@ -249,8 +249,7 @@ def test_the_example_of_the_documentation_runs(gateway: Served) -> None:
     page = (ROOT / "docs/api/generate.md").read_text(encoding="utf-8")
     [command] = re.findall(r"```bash\n(curl .*?)```", page, re.DOTALL)
     command = command.replace("http://localhost:8000", gateway.url).strip()
-    command += f" -H 'Authorization: Bearer {KEY}'"
-    ran = subprocess.run(["bash", "-c", command], capture_output=True, timeout=TIMEOUT_S, check=True)
+    ran = subprocess.run(["bash", "-c", f"KEY={KEY}; {command}"], capture_output=True, timeout=TIMEOUT_S, check=True)
     result = json.loads(ran.stdout)
     assert (result["status"], file_of(result)) == ("completed", [(0, 0, 255)])
 
@@ -338,6 +337,14 @@ def test_a_webhook_is_told_of_the_end_with_its_extra_params(gateway: Served) -> 
         [message] = receiver.wait_for(1)
     assert (message.body["id"], message.body["status"]) == (result["id"], "COMPLETED")
     assert message.body["extra_params"] == {"custom_field": "value"}
+
+
+def test_what_nobody_knows_beside_input_is_named(gateway: Served) -> None:
+    body = {"input": {"workflow_json": picture(RED)}, "seed": 3}
+    for path in ("/generate", "/generate/sync"):
+        assert gateway.post(path, body).json()["warnings"] == ["'seed' is unknown and was ignored"]
+    *_, last = events_of(gateway.post("/generate/stream", body))
+    assert json.loads(last.data)["result"]["warnings"] == ["'seed' is unknown and was ignored"]
 
 
 def test_whatever_runpods_input_takes_goes_with_a_request(gateway: Served) -> None:

@@ -16,6 +16,7 @@ import requests
 from tests.support.comfyui import ComfyUI, emulator
 from tests.support.comfyui import comfyui as running_comfyui
 from tests.support.graphs import colors, picture, two_pictures, work
+from tests.support.receiver import Receiver
 from tests.support.s3 import ACCESS_KEY, SECRET_KEY, S3Server, s3_server
 from tests.support.served import KEY, Served, served
 
@@ -32,6 +33,7 @@ def comfyui() -> Iterator[ComfyUI]:
 @pytest.fixture(scope="module")
 def gateway(comfyui: ComfyUI, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     settings = {"GENERATION_WORKERS": "1", "PREPROCESS_WORKERS": "1", "STORAGE_TYPE": "local"}
+    settings["RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS"] = "true"
     with served(comfyui.url, tmp_path_factory.mktemp("data"), **settings) as running:
         yield running
 
@@ -97,6 +99,20 @@ def curl(*arguments: str) -> dict[str, Any]:
 
 def test_the_address_may_be_left_out(gateway: Served) -> None:
     assert ended(gateway, submit(gateway, picture(RED)))["status"] == "completed"
+
+
+def test_what_is_empty_counts_as_left_out(gateway: Served) -> None:
+    task_id = submit(gateway, picture(RED), params={"server_address": ""}, priority=None)
+    assert ended(gateway, task_id)["status"] == "completed"
+
+
+def test_runpods_fields_beside_params_are_honoured_and_others_named(gateway: Served) -> None:
+    with Receiver() as receiver:
+        body = {"task_type": "comfyui", "params": {"workflow": picture(RED)}, "webhook": receiver.url, "seed": 3}
+        accepted = gateway.post("/task", body).json()
+        assert accepted["warnings"] == ["'seed' is unknown and was ignored"]
+        [told] = receiver.wait_for(1)
+    assert told.body["id"] == accepted["task_id"]
 
 
 def test_whatever_runpods_input_takes_goes_with_a_task(gateway: Served) -> None:
@@ -179,7 +195,7 @@ def test_what_cannot_be_a_task_is_refused(gateway: Served, change: dict[str, Any
     assert answer.json()["detail"] == answer.json()["error"]
 
 
-@pytest.mark.parametrize("address", ["10.0.0.1:8188", "169.254.169.254", "example.com:80", "http://[::1", "", ":99999"])
+@pytest.mark.parametrize("address", ["10.0.0.1:8188", "169.254.169.254", "example.com:80", "http://[::1", ":99999"])
 def test_the_caller_does_not_choose_whom_the_server_talks_to(gateway: Served, address: str) -> None:
     params = {"workflow": picture(RED), "server_address": address}
     answer = gateway.post("/task", {"task_type": "comfyui", "params": params})

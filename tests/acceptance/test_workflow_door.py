@@ -450,6 +450,7 @@ def test_a_batch_is_cancelled_as_a_whole(gateway: Served, comfyui: ComfyUI) -> N
     assert answer["status"] == "cancelled"
     assert answer["counts"]["cancelled"] == 5
     assert answer["message"] == "Batch cancelled"
+    assert gateway.post(f"{path}/cancel").json()["message"] == "The batch had ended already"
     assert comfyui.queue() == []
     assert gateway.get("/api/queue").json() == {"running": [], "pending": []}
 

@@ -22,7 +22,7 @@ from PIL import Image
 
 from tests.support.comfyui import ComfyUI
 from tests.support.comfyui import comfyui as running_comfyui
-from tests.support.graphs import node, picture, work
+from tests.support.graphs import node, picture, two_pictures, work
 from tests.support.processes import Process
 from tests.support.running import wait_until
 from tests.support.served import KEY, Served, served
@@ -242,6 +242,19 @@ def test_outputs_are_served_by_link_with_type_and_ranges(gateway: Served) -> Non
     assert gateway.get(bare.removeprefix(gateway.url)).content == whole.content
     assert gateway.get(f"/assets/{job_id}/../../gateway.key").status_code == 404
     assert gateway.get(f"/assets/{job_id}/%2e%2e/%2e%2e/gateway.key").status_code == 404
+
+
+def test_a_file_and_the_readme_are_asked_for_by_head_too(gateway: Served) -> None:
+    done = gateway.ended(gateway.run(two_pictures((255, 0, 0), (0, 255, 0))))
+    [first, _] = gateway.get(f"/status/{done['id']}?files=url").json()["output"]["images"]
+    whole, head = (requests.request(method, first["data"], timeout=30) for method in ("GET", "HEAD"))
+    assert (head.status_code, head.content) == (200, b"")
+    for name in ("content-length", "content-type", "etag"):
+        assert head.headers[name] == whole.headers[name]
+    key = {"Authorization": f"Bearer {KEY}"}
+    for path, status in (("/", 200), ("/assets/x/x.png", 404), ("/api/v1/images/generated/x/x.png", 404)):
+        answer = requests.head(gateway.url + path, headers=key, timeout=30)
+        assert (answer.status_code, answer.content) == (status, b"")
 
 
 def test_an_answer_that_would_be_too_large_has_links(gateway: Served) -> None:

@@ -33,6 +33,10 @@ page lists all that their descriptions name, with the test that proves it; it is
 The shapes of requests and answers, with examples that run, are at `/docs` of a running gateway. Errors are
 `{"error", "code", "hint", "details"}` on RunPod's paths, with `detail` besides on those of the generate, workflow and
 task APIs, and in an envelope on those of the catalog API.
+
+A job whose node failed is a 500 in `/result` and `/generate/sync`, for that is what the generate API's description says
+of a processing that failed. The catalog API answers by the class of the failure (a node's failure is a 422, the GPU's
+full memory a 507), for its description leaves that open.
 """
 
 

@@ -65,6 +65,37 @@ def stands_in(path: str, named: str) -> bool:
     return re.search(rf"(?<!\S){pattern}(?=[\s,?]|$)", named) is not None
 
 
+@pytest.mark.parametrize("api", ["runpod", "generate", "workflow", "task", "catalog"])
+def test_every_status_that_an_api_declares_is_in_its_table(app: FastAPI, api: str) -> None:
+    told = {
+        status for row in rows() if (row.api, row.kind) == (api, "status") for status in re.findall(r"\d{3}", row.what)
+    }
+    declared = {
+        status
+        for path, operations in app.openapi()["paths"].items()
+        for operation in operations.values()
+        for status in operation["responses"]
+        if api_of(path) == api
+    }
+    assert declared
+    assert declared - told == set()
+
+
+def api_of(path: str) -> str:
+    for pattern, api in _PATHS.items():
+        if re.match(pattern, path):
+            return api
+    return "runpod"
+
+
+_PATHS = {
+    r"/api/v1/": "catalog",
+    r"/api/": "workflow",
+    r"/task": "task",
+    r"/(generate|result|queue-info)|/$": "generate",
+}
+
+
 def test_every_setting_that_a_description_names_is_one() -> None:
     from comfy_worker.gateway.settings import GatewaySettings
 

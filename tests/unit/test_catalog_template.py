@@ -57,7 +57,7 @@ def test_a_version_may_be_named(library: Library) -> None:
     expanded = expand({"template": f"solid-color@{version}", "inputs": None}, library)
     assert expanded["workflow"]["1"]["class_type"] == "EmptyImage"
     assert "has no version '123'" in refusal({"template": "solid-color@123"}, library)
-    assert "has no version ''" in refusal({"template": "solid-color@"}, library)
+    assert "The version is missing" in refusal({"template": "solid-color@"}, library)
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,8 @@ def test_no_route_answers_without_a_key_but_the_one_that_tells_nothing(
         signed = {path for path in open_ones if query and path.endswith("/x/x")}
         assert open_ones - signed == OPEN_PATHS == {"/live"}
         for path in signed:
-            assert status_of(client, "GET", path + query, headers) == 401
+            for method in ("GET", "HEAD"):
+                assert status_of(client, method, path + query, headers) == 401
         for method, path in (("GET", "/nothing"), ("GET", "//live"), ("GET", "/live/x"), ("OPTIONS", "/run")):
             assert status_of(client, method, path, headers) == 401
 

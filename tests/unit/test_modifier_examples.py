@@ -26,7 +26,7 @@ def inputs_of(made: dict[str, Any], class_type: str) -> list[dict[str, Any]]:
 
 
 def test_our_own_are_these(own: Modifiers) -> None:
-    assert own.names() == ["ImageToImage", "TextToImage"]
+    assert own.names() == ["Image2Image", "ImageToImage", "TextToImage"]
 
 
 def test_text_to_image_takes_its_values(own: Modifiers) -> None:
@@ -54,6 +54,12 @@ def test_image_to_image_takes_its_values(own: Modifiers) -> None:
     assert inputs_of(made, "CheckpointLoaderSimple") == [{"ckpt_name": "other.safetensors"}]
     assert made[sampler["positive"][0]]["inputs"]["text"] == "a lighthouse"
     assert made[sampler["negative"][0]]["inputs"]["text"] == "rain"
+
+
+def test_the_descriptions_own_name_and_values_run(own: Modifiers) -> None:
+    made = apply(own, "Image2Image", {"prompt": "a beautiful sunset", "steps": 30, "input_image": PHOTO})
+    assert inputs_of(made, "LoadImage") == [{"image": PHOTO}]
+    assert inputs_of(made, "KSampler")[0]["steps"] == 30
 
 
 REQUIRED: dict[str, dict[str, Any]] = {

@@ -510,8 +510,14 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)
 
 
+def test_the_first_example_in_the_documentation_needs_no_file_of_yours() -> None:
+    asked = json.loads(blocks("json")[0])["input"]
+    made = apply(Modifiers(ROOT / "modifiers"), asked["modifier"], asked["modifications"])
+    assert "a lighthouse" in json.dumps(made)
+
+
 def test_the_example_in_the_documentation_runs(folder: Path, modifiers: Modifiers) -> None:
-    (source,), (request,) = blocks("python"), blocks("json")
+    (source,), (_, request) = blocks("python"), blocks("json")
     (folder / "postcard.py").write_text(source)
     (folder.parent / "workflows/postcard.json").write_text(json.dumps(GRAPH))
     asked = json.loads(request)["input"]

@@ -180,7 +180,13 @@ def test_importing_the_handler_is_quick_because_little_is_loaded() -> None:
 
 
 DOORS = "comfy_worker.gateway.doors"
-FAMILIES = {"batch": "workflow", "video": "workflow", "runpod": "runpod", "operations": "operations", "tasks": "tasks"}
+FAMILIES = {
+    "batch": "workflow",
+    "video": "workflow",
+    "runpod": "runpod",
+    "operations": "operations",
+    "tasks": "tasks",
+} | {"outputs": "parts"}
 """Doors of one API: those that do not begin with its name."""
 FORBIDDEN_TO_DOORS = {"comfy_worker.gateway.store", "comfy_worker.gateway.core", "comfy_worker.engines", "sqlalchemy"}
 

@@ -53,8 +53,11 @@ class Library:
         """Return an entry; with `version` the one with this content, if it was seen and is still kept.
 
         Raises:
-            InvalidInput: there is none, or its files are not sound; the sentence says why, or names the nearest one.
+            InvalidInput: there is none, the version is empty, or its files are not sound; the sentence says why, or
+                names the nearest one.
         """
+        if version == "":
+            raise InvalidInput(f"The version is missing behind {name}@", hint=f"Say {name}, or {name}@<version>")
         with self._lock:
             self._look()
             if version is not None:

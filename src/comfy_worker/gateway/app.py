@@ -91,7 +91,7 @@ def _guard(app: FastAPI, settings: GatewaySettings, keys: Keys) -> None:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=origins,
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "HEAD", "POST"],
             allow_headers=[
                 "Authorization",
                 "Content-Type",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from fastapi import Request
@@ -14,6 +14,11 @@ from comfy_worker.errors import InvalidInput
 
 _DEEPEST = 200
 """Levels that a request may nest: far more than any workflow has, and less than Python's own limit."""
+RUNPODS_FIELDS = ("webhook", "policy", "s3Config")
+"""What RunPod's API takes beside `input`, and other APIs pass on."""
+_MOST_NAMED = 10
+_LONGEST_QUOTE = 200
+_REFUSALS = {"string_unicode": "A name or a text in it is no valid Unicode"}
 _LARGE = 100_000
 """Bytes from which on reading would hold up everybody else."""
 
@@ -71,9 +76,32 @@ def _depth(value: Any) -> int:
 
 def _sentence(error: ValidationError) -> str:
     """Return all problems as one sentence, without the values."""
-    # The last part of a place in a union is pydantic's word for the branch.
     problems: dict[str, str] = {}
     for item in error.errors(include_url=False, include_input=False):
-        place = ".".join(str(part) for part in item["loc"] if part not in ("str", "dict[str,any]"))
-        problems.setdefault(place, item["msg"])
-    return "; ".join(f"{place}: {words}" for place, words in problems.items())
+        problems.setdefault(_place(item["loc"]), _REFUSALS.get(item["type"]) or item["msg"])
+    named = [f"{place}: {_cut(words)}" for place, words in list(problems.items())[:_MOST_NAMED]]
+    more = [f"and {len(problems) - _MOST_NAMED} more"] if len(problems) > _MOST_NAMED else []
+    return "; ".join([*named, *more])
+
+
+def _place(parts: tuple[str | int, ...]) -> str:
+    """Return where a problem is; it may be the caller's own name of a field, of any length and content."""
+    # The last part of a place in a union is pydantic's word for the branch; alone it is the caller's.
+    named = [str(part) for part in parts if part not in ("str", "dict[str,any]")] or [str(part) for part in parts]
+    place = ".".join(_cut(part) for part in named)
+    return place or "The request"
+
+
+def _cut(text: str) -> str:
+    """Return a caller's text as far as anybody reads it, and so that it can be sent."""
+    whole = text.encode("utf-8", "replace").decode("utf-8")
+    return whole if len(whole) <= _LONGEST_QUOTE else f"{whole[:_LONGEST_QUOTE]}…"
+
+
+def warnings_of(body: Mapping[str, Any], model: type[BaseModel]) -> dict[str, Sequence[str]]:
+    """Return, for the answer, a sentence for each field of a request that nobody knows."""
+    unknown = [name for name in body if name not in model.model_fields]
+    said = [f"{_cut(name)!r} is unknown and was ignored" for name in unknown[:_MOST_NAMED]]
+    if len(unknown) > _MOST_NAMED:
+        said.append(f"{len(unknown) - _MOST_NAMED} more fields are unknown and were ignored")
+    return {"warnings": said} if said else {}

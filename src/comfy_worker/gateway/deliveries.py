@@ -178,7 +178,7 @@ class Deliveries:
         if record is None or webhook is None:
             return None
         settings = self._settings
-        limit_mb = settings.runsync_result_limit_mb if record.id.startswith("sync-") else settings.run_result_limit_mb
+        limit_mb = settings.runsync_result_limit_mb if record.is_sync else settings.run_result_limit_mb
         limit = int(limit_mb * _MB)
         return Message.of(webhook, delivery.id, status_body(record, self._output(record, limit)), limit)
 

@@ -45,7 +45,7 @@ def _describe(app: FastAPI) -> dict[str, Any]:
     components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     schema["security"] = [{"key": []}]
     for path, operations in schema["paths"].items():
-        for operation in operations.values():
+        for method, operation in operations.items():
             # Ours answer 400, never FastAPI's own 422.
             if "HTTPValidationError" in str(operation["responses"].get("422")):
                 del operation["responses"]["422"]
@@ -54,7 +54,10 @@ def _describe(app: FastAPI) -> dict[str, Any]:
                 for status in _NEVER_WHERE_OPEN:
                     operation["responses"].pop(status, None)
             for status, response in operation["responses"].items():
-                if status >= "400":
+                if method == "head":
+                    # It answers as GET does, but for the body.
+                    response.pop("content", None)
+                elif status >= "400":
                     # Errors are JSON, whatever the route answers with where there is none.
                     response["content"] = {"application/json": next(iter(response["content"].values()))}
             components["schemas"] |= operation.pop("x-schemas", {})

@@ -67,6 +67,11 @@ class JobRecord:
         return self.details.get("only_backend")
 
     @property
+    def is_sync(self) -> bool:
+        """Whether its caller waited for it: RunPod lets such an answer be larger."""
+        return self.details.get("sync") is True
+
+    @property
     def delay_ms(self) -> int | None:
         """How long it waited for its run, in milliseconds; None while it waits."""
         return None if self.started_at is None else max(0, round((self.started_at - self.created_at) * 1000))

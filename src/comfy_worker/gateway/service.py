@@ -118,7 +118,7 @@ class JobService:
         Args:
             request: the job in RunPod's words: `input`, and beside it `webhook`, `policy`, `s3Config`.
             endpoint_id: jobs are counted together and purged by it.
-            sync: whether its result is kept as briefly as one that was waited for.
+            sync: whether its caller waits for it: its result is kept briefly, and may be larger.
             job_id: the caller's own name for it.
             priority: jobs of a higher one run first; what the request's policy says if None.
             idempotency_key: the same key with the same request is the same job.
@@ -136,7 +136,7 @@ class JobService:
         own_id = job_id or (f"sync-{uuid.uuid4()}" if sync else f"{uuid.uuid4()}-u1")
         accepted = await run_in_threadpool(
             self._add, own_id, request, endpoint_id, _SYNC_RETENTION_S if sync else _RUN_RETENTION_S, priority,
-            idempotency_key, cache_key, door, details or {},
+            idempotency_key, cache_key, door, {**(details or {}), **({"sync": True} if sync else {})},
         )  # fmt: skip
         if accepted.id == own_id:
             self._publish(accepted, accepted.created_at)

@@ -14,7 +14,7 @@ from starlette.concurrency import run_in_threadpool
 from comfy_worker.catalog.library import Library
 from comfy_worker.errors import InvalidInput
 from comfy_worker.gateway.answers import JOB_ID, Answer, DetailedProblem, problems, request_body
-from comfy_worker.gateway.bodies import read_body
+from comfy_worker.gateway.bodies import read_body, warnings_of
 from comfy_worker.gateway.doors.parts import Parts
 from comfy_worker.gateway.doors.workflow_graph import with_inputs, with_seed
 from comfy_worker.gateway.doors.workflow_requests import (
@@ -23,7 +23,6 @@ from comfy_worker.gateway.doors.workflow_requests import (
     input_of,
     job_of,
     template_of,
-    warnings_of,
 )
 from comfy_worker.gateway.doors.workflow_status import status_of
 from comfy_worker.gateway.doors.workflow_words import (
@@ -37,6 +36,7 @@ from comfy_worker.gateway.doors.workflow_words import (
 )
 from comfy_worker.gateway.errors import NotFound, RequestTooLarge
 from comfy_worker.gateway.records import JobRecord
+from comfy_worker.jobs import JobState
 from comfy_worker.payload import parse_job
 
 _MOST_BYTES = 64_000_000
@@ -119,11 +119,12 @@ class _Door:
 
     async def cancel(self, batch_id: BatchId) -> Answer:
         """Cancel all workflows of a batch that run or wait; when this answers, they are off the GPU."""
+        open_ones = [record for record in await self._records(batch_id) if not record.state.is_terminal]
         # The last one first: none of those that wait gets its turn meanwhile.
-        for record in reversed(await self._records(batch_id)):
-            if not record.state.is_terminal:
-                await self._service.cancel(record.id)
-        return Answer({**_summary(batch_id, await self._records(batch_id)), "message": "Batch cancelled"})
+        cancelled = [await self._service.cancel(record.id) for record in reversed(open_ones)]
+        count = sum(record.state is JobState.CANCELLED for record in cancelled)
+        records = await self._records(batch_id)
+        return Answer({**_summary(batch_id, records), "message": said_of_cancelling(count, len(records))})
 
     async def _records(self, batch_id: str) -> Sequence[JobRecord]:
         found = await self._service.with_prefix(f"{batch_id}-")
@@ -181,6 +182,15 @@ def _runs_of(body: Mapping[str, Any]) -> tuple[str, Sequence[Any]]:
     if not 1 <= len(runs) <= MOST_IN_BATCH:
         raise InvalidInput(f"A batch has 1 to {MOST_IN_BATCH} runs, and {kind} has {len(runs)}")
     return kind, runs
+
+
+def said_of_cancelling(cancelled: int, count: int) -> str:
+    """Return what came of cancelling a batch: so many of its workflows had not ended before."""
+    if not cancelled:
+        return "The batch had ended already"
+    if cancelled == count:
+        return "Batch cancelled"
+    return f"Batch cancelled: {cancelled} of {count} workflows, the others had ended already"
 
 
 def _summary(batch_id: str, records: Sequence[JobRecord]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
@@ -69,7 +70,7 @@ class ExecuteRequest(BaseModel):
 
     HINT: ClassVar[str] = 'Send {"inputs": {"prompt": "…"}}'
     model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"inputs": {}}]})
-    inputs: dict[str, Any] = Field(default_factory=dict, description="A value by the name of its parameter.")
+    inputs: dict[str, Any] | None = Field(None, description="A value by the name of its parameter.")
     version: str | None = Field(
         None, description="The content of the workflow that is meant; the present one if not given."
     )
@@ -162,7 +163,7 @@ class _Door:
     async def execute(self, request: Request, workflow_id: WorkflowId) -> Answer:
         """Execute a workflow with the inputs that are given, and the defaults of the others."""
         body = await read_body(request, ExecuteRequest)
-        entry = await run_in_threadpool(self._entry, workflow_id, body.get("version"))
+        entry = await run_in_threadpool(self._entry, workflow_id, body.get("version") or None)
         job_input = {"template": f"{entry.name}@{entry.version}", "inputs": body.get("inputs") or {}}
         if body.get("webhook") is not None:
             job_input["webhook"] = body["webhook"]
@@ -185,10 +186,11 @@ class _Door:
         return self._told(await self._record(execution_id))
 
     async def _record(self, execution_id: str) -> JobRecord:
-        try:
-            return await self._service.get(job_id_of(execution_id))
-        except NotFound:
-            raise ExecutionNotFound(f"Execution with id {execution_id} not found") from None
+        # A job of another door may have digits alone as its id.
+        for job_id in dict.fromkeys((job_id_of(execution_id), execution_id)):
+            with contextlib.suppress(NotFound):
+                return await self._service.get(job_id)
+        raise ExecutionNotFound(f"Execution with id {execution_id} not found")
 
     async def cancel(self, execution_id: ExecutionId) -> Answer:
         """End an execution; when this answers, it is off the GPU. One that has ended stays as it is."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from comfy_worker.catalog.entry import Entry
 from comfy_worker.errors import all_errors
+from comfy_worker.gateway.doors.outputs import files_by_kind
 from comfy_worker.gateway.problems import envelope
 from comfy_worker.jobs import Kind
 
@@ -28,9 +29,12 @@ def job_id_of(execution_id: str) -> str:
 
 
 def execution_id_of(job_id: str) -> int | str:
-    """Return the number of an execution; the job's own id where it came through another door."""
+    """Return the number of an execution; the job's own id where it came through another door.
+
+    A caller's own id may look like ours and still be no number's: `execution-007` is not the job of execution 7.
+    """
     number = job_id.removeprefix(JOB_PREFIX)
-    return int(number) if job_id.startswith(JOB_PREFIX) and number.isdecimal() else job_id
+    return int(number) if number.isdecimal() and job_id == f"{JOB_PREFIX}{int(number)}" else job_id
 
 
 def nodes_of(entry: Entry) -> list[dict[str, Any]]:
@@ -60,9 +64,9 @@ def parameter_of(name: str, entry: Entry) -> dict[str, Any]:
 def outputs_of(output: Mapping[str, Any]) -> dict[str, Any]:
     """Return an output whose files are links in this API's words."""
     outputs: dict[str, Any] = {
-        kind.value: [_file(item) for item in output.get(kind.value, [])]
-        for kind in Kind
-        if kind is Kind.IMAGE or output.get(kind.value)
+        kind.value: [_file(item) for item in items]
+        for kind, items in files_by_kind(output).items()
+        if kind is Kind.IMAGE or items
     }
     if texts := [item["text"] for item in output.get("texts", [])]:
         outputs["texts"] = texts

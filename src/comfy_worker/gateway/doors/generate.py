@@ -17,7 +17,7 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.concurrency import run_in_threadpool
 
 from comfy_worker.gateway.answers import JOB_ID, Answer, DetailedProblem, problems, request_body
-from comfy_worker.gateway.bodies import read_body
+from comfy_worker.gateway.bodies import read_body, warnings_of
 from comfy_worker.gateway.doors.generate_page import readme_page
 from comfy_worker.gateway.doors.generate_words import (
     Following,
@@ -123,9 +123,15 @@ def router(parts: Parts) -> APIRouter:
         response_model=QueueInfo,
         responses=problems(503, model=DetailedProblem),
     )
-    api.add_api_route(
-        "/", readme_page, methods=["GET"], operation_id="readme", response_class=HTMLResponse, responses=problems(404)
-    )
+    for method, operation_id in (("GET", "readme"), ("HEAD", "readme_head")):
+        api.add_api_route(
+            "/",
+            readme_page,
+            methods=[method],
+            operation_id=operation_id,
+            response_class=HTMLResponse,
+            responses=problems(404),
+        )
     return api
 
 
@@ -157,8 +163,8 @@ class _Door:
 
     async def generate(self, request: Request, as_base64: AsBase64 = None) -> Answer:
         """Queue a job and return its id."""
-        record = await self._submit(request, as_base64)
-        return Answer(await self._result(request, record), status_code=202)
+        record, warnings = await self._submit(request, as_base64)
+        return Answer({**await self._result(request, record), **warnings}, status_code=202)
 
     async def sync(
         self,
@@ -169,16 +175,16 @@ class _Door:
         ] = _WAIT_S,
     ) -> Answer:
         """Queue a job and return its result; 202 and where it stands if that takes longer than `timeout` seconds."""
-        record = await self._submit(request, as_base64)
+        record, warnings = await self._submit(request, as_base64)
         # Nobody reads the answer to a client that has left; its job goes on.
         record = await while_connected(request, self._service.wait(record.id, timeout)) or record
         status = http_status(record) if record.state.is_terminal else 202
-        return Answer(await self._result(request, record), status_code=status)
+        return Answer({**await self._result(request, record), **warnings}, status_code=status)
 
     async def stream(self, request: Request, as_base64: AsBase64 = None) -> EventSourceResponse:
         """Queue a job and tell what happens to it until it has ended; it goes on when the client leaves."""
-        record = await self._submit(request, as_base64)
-        return EventStream(self._as_sse(request, record), ping=_KEEP_ALIVE_S, send_timeout=_PATIENCE_S)
+        record, warnings = await self._submit(request, as_base64)
+        return EventStream(self._as_sse(request, record, warnings), ping=_KEEP_ALIVE_S, send_timeout=_PATIENCE_S)
 
     async def result(self, request: Request, request_id: RequestId, as_base64: AsBase64 = None) -> Answer:
         """Return where a job stands, with its result when it has one."""
@@ -192,7 +198,8 @@ class _Door:
 
     # ----------------------------------------------------------------------------------------------- request
 
-    async def _submit(self, request: Request, as_base64: str | None) -> JobRecord:
+    async def _submit(self, request: Request, as_base64: str | None) -> tuple[JobRecord, Mapping[str, Any]]:
+        """Queue a job; return it, and for the answer what was ignored."""
         body = await read_body(request, GenerateRequest)
         job_input = body["input"]
         check_source(job_input)
@@ -206,7 +213,7 @@ class _Door:
         )
         # For the line that the log has of this request.
         request.state.job_id = record.id
-        return record
+        return record, warnings_of(body, GenerateRequest)
 
     async def _workflow(self, job_input: Mapping[str, Any]) -> Mapping[str, Any]:
         workflow: Mapping[str, Any] = job_input.get("workflow_json") or {}
@@ -234,12 +241,16 @@ class _Door:
 
     # ------------------------------------------------------------------------------------------------ stream
 
-    async def _as_sse(self, request: Request, record: JobRecord) -> AsyncGenerator[ServerSentEvent, None]:
-        async with aclosing(self._told(request, record)) as told:
+    async def _as_sse(
+        self, request: Request, record: JobRecord, warnings: Mapping[str, Any]
+    ) -> AsyncGenerator[ServerSentEvent, None]:
+        async with aclosing(self._told(request, record, warnings)) as told:
             async for data in told:
                 yield ServerSentEvent(json.dumps(data))
 
-    async def _told(self, request: Request, record: JobRecord) -> AsyncGenerator[dict[str, Any], None]:
+    async def _told(
+        self, request: Request, record: JobRecord, warnings: Mapping[str, Any]
+    ) -> AsyncGenerator[dict[str, Any], None]:
         """Yield what each event says; the last has the result, or says why there is none yet."""
         following = Following()
         standing = following.standing(self._service.place(record.id))
@@ -251,7 +262,7 @@ class _Door:
             if record.state.is_terminal:
                 standing = ended(record)
                 yield await self._event(record, standing)
-                result = await self._result(request, record)
+                result = {**await self._result(request, record), **warnings}
                 yield {**_head(record, "final_result"), "result": result}
                 return
         except DatabaseUnavailable:

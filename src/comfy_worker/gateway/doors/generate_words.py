@@ -9,8 +9,10 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictBool
 
 from comfy_worker.errors import Cancelled, ExecutionFailed, InvalidInput, WorkerError, all_errors
-from comfy_worker.gateway.answers import EXAMPLE_JOB, Policy
+from comfy_worker.gateway.answers import EXAMPLE_JOB, BucketConfig, Policy
 from comfy_worker.gateway.assets import AssetStore, with_urls
+from comfy_worker.gateway.bodies import RUNPODS_FIELDS
+from comfy_worker.gateway.doors.outputs import kind_of
 from comfy_worker.gateway.events import PROGRESS, STATUS, Event
 from comfy_worker.gateway.limits import RUNSYNC_LIMIT
 from comfy_worker.gateway.records import JobRecord
@@ -86,7 +88,13 @@ class GenerateRequest(BaseModel):
         json_schema_extra={"examples": [{"input": {"workflow_json": EXAMPLE_JOB["input"]["workflow"]}}]},
     )
     input: GenerateInput
+    webhook: str | None = Field(
+        None, description="URL that is told of the job's end, as RunPod's; `input.webhook` goes before it."
+    )
     policy: Policy | None = None
+    s3Config: BucketConfig | None = Field(
+        None, description="Where the outputs go, in RunPod's words; `input.s3` goes before it."
+    )
 
 
 def check_source(job_input: Mapping[str, Any]) -> None:
@@ -120,9 +128,7 @@ def runpod_request(body: Mapping[str, Any], workflow: Mapping[str, Any]) -> dict
         request["input"]["s3"] = bucket
     if webhook.get("url"):
         request["input"]["webhook"] = webhook
-    if body.get("policy") is not None:
-        request["policy"] = body["policy"]
-    return request
+    return {**request, **{name: body[name] for name in RUNPODS_FIELDS if body.get(name)}}
 
 
 def _bucket(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,6 +173,7 @@ class GenerateResult(BaseModel):
     output: list[GenerateOutput]
     texts: list[dict[str, Any]] | None = Field(None, description="Texts that nodes made.")
     errors: list[str] | None = Field(None, description="What went wrong without failing the job.")
+    warnings: list[str] | None = Field(None, description="What was ignored in the request that this answers.")
     code: str | None = Field(None, description="Why it failed, for a program.")
     hint: str | None = Field(None, description="How to mend it.")
     details: Any = Field(None, description="What exactly is wrong, where there is more to say.")
@@ -214,7 +221,7 @@ def files_of(
     paths = with_urls(output, lambda path: path)
     budget = RUNSYNC_LIMIT - _ROOM
     files = []
-    for kind, item, link, path in _each(output, linked, paths):
+    for listed_as, item, link, path in _each(output, linked, paths):
         is_here = path["data"] != item["data"]
         file = {
             "filename": item["filename"],
@@ -223,20 +230,20 @@ def files_of(
             "type": "temp" if item.get("preview") else "output",
             "subfolder": item.get("subfolder") or "",
             "node_id": item["node_id"],
-            "output_type": kind,
+            "output_type": kind_of(item, listed_as).value,
         }
         if as_base64:
-            content, why_not = _content(item, kind, assets, budget) if is_here else _own_content(item)
+            content, why_not = _content(item, listed_as.value, assets, budget) if is_here else _own_content(item)
             budget -= len(content)
             file |= {"error": why_not} if why_not else {"data": content, "mimetype": item["mime_type"]}
         files.append(file)
     return files
 
 
-def _each(*outputs: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any, Any]]:
+def _each(*outputs: Mapping[str, Any]) -> Iterator[tuple[Kind, Any, Any, Any]]:
     for kind in Kind:
         for items in zip(*(output.get(kind.value, []) for output in outputs), strict=True):
-            yield (kind.value, *items)
+            yield (kind, *items)
 
 
 def _content(item: Mapping[str, Any], kind: str, assets: AssetStore, budget: int) -> tuple[str, str]:

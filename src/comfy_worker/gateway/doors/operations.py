@@ -51,14 +51,16 @@ def router(parts: Parts, registry: CollectorRegistry) -> APIRouter:
         tags=["Operations"],
     )
     for prefix, name, problem in ((PATH, "asset", Problem), (IMAGES_PATH, "generated_image", EnvelopedProblem)):
-        api.add_api_route(
-            f"{prefix}/{{job_id}}/{{path:path}}",
-            door.asset,
-            operation_id=name,
-            response_class=FileAnswer,
-            responses={**problems(404, 416, model=problem), **file},
-            tags=["Files"],
-        )
+        for method, operation_id in (("GET", name), ("HEAD", f"{name}_head")):
+            api.add_api_route(
+                f"{prefix}/{{job_id}}/{{path:path}}",
+                door.asset,
+                methods=[method],
+                operation_id=operation_id,
+                response_class=FileAnswer,
+                responses={**problems(404, 416, model=problem), **file},
+                tags=["Files"],
+            )
     return api
 
 

@@ -280,7 +280,7 @@ def _id_and_status(record: JobRecord) -> dict[str, Any]:
 
 
 def _limit(record: JobRecord) -> int:
-    return RUNSYNC_LIMIT if record.id.startswith("sync-") else RUN_LIMIT
+    return RUNSYNC_LIMIT if record.is_sync else RUN_LIMIT
 
 
 def _bytes_of_files(output: Mapping[str, Any]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Mapping
 from datetime import datetime, timezone
@@ -12,8 +13,18 @@ from fastapi import APIRouter, Path, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from comfy_worker.errors import InvalidInput
-from comfy_worker.gateway.answers import EXAMPLE_JOB, JOB_ID, Answer, DetailedProblem, problems, request_body
-from comfy_worker.gateway.bodies import read_body
+from comfy_worker.gateway.answers import (
+    EXAMPLE_JOB,
+    JOB_ID,
+    Answer,
+    BucketConfig,
+    DetailedProblem,
+    Policy,
+    problems,
+    request_body,
+)
+from comfy_worker.gateway.bodies import RUNPODS_FIELDS, read_body, warnings_of
+from comfy_worker.gateway.doors.outputs import files_by_kind
 from comfy_worker.gateway.doors.parts import Parts
 from comfy_worker.gateway.events import PROGRESS
 from comfy_worker.gateway.records import LOW_PRIORITY, NORMAL_PRIORITY, JobRecord
@@ -33,6 +44,7 @@ _STATUSES: Mapping[JobState, str] = {
     JobState.CANCELLED: "cancelled",
 }
 _MOST_LISTED = 1000
+_ADDRESS = re.compile(r"(?:https?://)?(?:[^\s/?#@:\[\]]+|\[[0-9a-f:.]+\])(?::[0-9]+)?/?", re.IGNORECASE)
 
 TaskStatus = Literal["pending", "processing", "completed", "failed", "cancelled"]
 
@@ -43,7 +55,9 @@ class TaskParams(BaseModel):
     model_config = ConfigDict(extra="allow")
     workflow: dict[str, Any] = Field(description="The graph in ComfyUI's API format.")
     server_address: str | None = Field(
-        None, description="`host:port` of the ComfyUI that is to run it: one of the gateway's own; any if left out."
+        None,
+        description="`host:port`, or the URL, of the ComfyUI that is to run it: one of the gateway's own; any if left "
+        "out or empty.",
     )
 
 
@@ -56,7 +70,16 @@ class TaskRequest(BaseModel):
     )
     task_type: Literal["comfyui"]
     params: TaskParams
-    priority: Literal["low", "normal", "high"] = "normal"
+    priority: Literal["low", "normal", "high"] | None = Field(
+        None, description="`normal` if left out, unless `policy` says otherwise."
+    )
+    webhook: str | None = Field(
+        None, description="URL that is told of the task's end, as RunPod's; `params.webhook` goes before it."
+    )
+    policy: Policy | None = None
+    s3Config: BucketConfig | None = Field(
+        None, description="Where the outputs go, in RunPod's words; `params.s3` goes before it."
+    )
 
 
 class TaskAccepted(BaseModel):
@@ -65,6 +88,7 @@ class TaskAccepted(BaseModel):
     task_id: str
     status: TaskStatus
     message: str
+    warnings: list[str] | None = Field(None, description="What was ignored.")
 
 
 class TaskResult(BaseModel):
@@ -145,14 +169,20 @@ class _Door:
         body = await read_body(request, TaskRequest)
         job_input = dict(body["params"])
         address = job_input.pop("server_address", None)
-        details = {} if address is None else {"only_backend": backend_at(address, self._parts.settings.backends)}
-        priority = _PRIORITIES[body.get("priority", "normal")]
+        details = {"only_backend": backend_at(address, self._parts.settings.backends)} if address else {}
+        priority = _PRIORITIES[body["priority"]] if body.get("priority") else None
+        job = {"input": job_input, **{name: body[name] for name in RUNPODS_FIELDS if body.get(name)}}
         record = await self._service.submit(
-            {"input": job_input}, job_id=str(uuid.uuid4()), priority=priority, door=DOOR, details=details
+            job, job_id=str(uuid.uuid4()), priority=priority, door=DOOR, details=details
         )
         request.state.job_id = record.id
         return Answer(
-            {"task_id": record.id, "status": _STATUSES[record.state], "message": "The task was accepted and queued"}
+            {
+                "task_id": record.id,
+                "status": _STATUSES[record.state],
+                "message": "The task was accepted and queued",
+                **warnings_of(body, TaskRequest),
+            }
         )
 
     async def latest(self, limit: Annotated[int, Query(ge=1, le=_MOST_LISTED)] = 50) -> Answer:
@@ -179,7 +209,7 @@ def backend_at(address: str, backends: list[str]) -> str:
     Raises:
         InvalidInput: none of the gateway's own listens there; a caller must not choose whom the server talks to.
     """
-    wanted = _host_and_port(address)
+    wanted = _host_and_port(address) if _is_plain(address) else None
     for backend in backends:
         if _host_and_port(backend) == wanted:
             return without_credentials(backend)
@@ -187,6 +217,11 @@ def backend_at(address: str, backends: list[str]) -> str:
         "params.server_address is none of this gateway's ComfyUIs",
         hint="Leave it out, or have its URL added to COMFYUI_BACKENDS",
     )
+
+
+def _is_plain(address: str) -> bool:
+    """Return whether an address is `host:port` or such a URL, with nobody before it and nothing behind it."""
+    return _ADDRESS.fullmatch(address) is not None
 
 
 def _host_and_port(address: str) -> tuple[str, int]:
@@ -202,7 +237,7 @@ def _host_and_port(address: str) -> tuple[str, int]:
 
 def result_of(output: Mapping[str, Any]) -> dict[str, Any]:
     """Return an output whose files are links in this API's words."""
-    links = {kind.value: [item["data"] for item in output.get(kind.value, [])] for kind in Kind}
+    links = {kind.value: [item["data"] for item in items] for kind, items in files_by_kind(output).items()}
     texts = [item["text"] for item in output.get("texts", [])]
     images = links.pop(Kind.IMAGE.value)
     result = {"comfy_prompt_id": output.get("prompt_id"), "images": images, "count": len(images), **links}

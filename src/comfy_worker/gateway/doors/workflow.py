@@ -10,14 +10,13 @@ from fastapi import APIRouter, Path, Request, WebSocket
 from starlette.concurrency import run_in_threadpool
 
 from comfy_worker.gateway.answers import JOB_ID, Answer, DetailedProblem, problems, request_body
-from comfy_worker.gateway.bodies import read_body
+from comfy_worker.gateway.bodies import read_body, warnings_of
 from comfy_worker.gateway.doors.parts import Parts
 from comfy_worker.gateway.doors.workflow_requests import (
     cache_key_of,
     check_comfyui,
     input_of,
     submit,
-    warnings_of,
 )
 from comfy_worker.gateway.doors.workflow_status import status_of
 from comfy_worker.gateway.doors.workflow_words import (

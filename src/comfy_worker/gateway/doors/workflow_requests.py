@@ -7,11 +7,10 @@ import hashlib
 import json
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import Request
-from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
 from comfy_worker.catalog.library import Library
@@ -106,7 +105,8 @@ def input_of(body: Mapping[str, Any], library: Library, inputs: Mapping[str, Any
 
 def template_of(body: Mapping[str, Any]) -> str | None:
     """Return the named workflow that a request asks for, with its version if it says one; None if it names none."""
-    template, version = body.get("template"), body.get("version")
+    # A version that is empty is one that was left out.
+    template, version = body.get("template"), body.get("version") or None
     if version is None:
         return template
     if template is None:
@@ -138,9 +138,3 @@ def cache_key_of(client: str, body: Mapping[str, Any], library: Library) -> str:
         content["version"] = library.get(name, version if at else None).version
     canonical = json.dumps(["workflow cache", client, content], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def warnings_of(body: Mapping[str, Any], model: type[BaseModel]) -> dict[str, Sequence[str]]:
-    """Return, for the answer, a sentence for each field that nobody knows."""
-    unknown = [f"{name!r} is unknown and was ignored" for name in body if name not in model.model_fields]
-    return {"warnings": unknown} if unknown else {}

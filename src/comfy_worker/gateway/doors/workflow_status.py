@@ -7,12 +7,13 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from comfy_worker.gateway.doors.outputs import files_by_kind
 from comfy_worker.gateway.doors.parts import Parts
 from comfy_worker.gateway.doors.workflow_words import STATES
 from comfy_worker.gateway.events import PROGRESS, STATUS, Event
 from comfy_worker.gateway.records import JobRecord
 from comfy_worker.gateway.service import Place
-from comfy_worker.jobs import JobState, Kind
+from comfy_worker.jobs import JobState
 
 
 def status_of(record: JobRecord, parts: Parts, base_url: str) -> dict[str, Any]:
@@ -86,20 +87,11 @@ def _remaining(state: JobState, told: Event | None, place: Place | None, now: fl
 
 def _outputs(output: Mapping[str, Any]) -> dict[str, Any]:
     """Return links to what a job made, and its texts; what there is none of is only named for pictures and videos."""
-    links: dict[str, list[str]] = {f"output_{kind.value}": [] for kind in Kind}
-    for kind in Kind:
-        for item in output.get(kind.value, []):
-            links[f"output_{_kind_of(item, kind).value}"].append(_link(item))
+    links = {f"output_{kind.value}": [_link(item) for item in items] for kind, items in files_by_kind(output).items()}
     always = {name: links.pop(name) for name in ("output_images", "output_videos")}
     texts = [item["text"] for item in output.get("texts", [])]
     found = {**links, "texts": texts, "warnings": list(output.get("errors", []))}
     return {**always, **{name: value for name, value in found.items() if value}}
-
-
-def _kind_of(item: Mapping[str, Any], listed_as: Kind) -> Kind:
-    """Return the kind of a file: RunPod's output has ComfyUI's own videos among the pictures, as ComfyUI does."""
-    is_video = str(item.get("mime_type", "")).startswith("video/")
-    return Kind.VIDEO if listed_as is Kind.IMAGE and is_video else listed_as
 
 
 def _link(item: Mapping[str, Any]) -> str:

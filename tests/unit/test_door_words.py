@@ -1,0 +1,204 @@
+"""The doors' words, those that several of them share: kinds of files, errors, what was ignored, addresses, ids."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from comfy_worker.catalog.library import Library
+from comfy_worker.catalog.template import expand
+from comfy_worker.errors import InternalError, InvalidInput
+from comfy_worker.gateway.answers import RunRequest
+from comfy_worker.gateway.assets import AssetStore
+from comfy_worker.gateway.bodies import parse_body, warnings_of
+from comfy_worker.gateway.doors import catalog_words, generate_words, tasks
+from comfy_worker.gateway.doors.batch import said_of_cancelling
+from comfy_worker.gateway.doors.catalog import ExecuteRequest
+from comfy_worker.gateway.doors.generate_words import GenerateRequest, runpod_request
+from comfy_worker.gateway.doors.tasks import TaskRequest, backend_at
+from comfy_worker.gateway.doors.workflow_requests import template_of
+from comfy_worker.gateway.problems import body_of, envelope
+from comfy_worker.payload import parse_job
+from tests.support.graphs import picture
+from tests.support.processes import ROOT
+
+LIBRARY = Library(ROOT / "workflows")
+
+
+def item(name: str, mime_type: str) -> dict[str, Any]:
+    return {
+        "filename": name, "type": "url", "data": f"https://here/{name}", "mime_type": mime_type, "node_id": "9",
+        "size_bytes": 1,
+    }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------- what files are
+
+MIXED = {"images": [item("a.png", "image/png"), item("b.mp4", "video/mp4")], "audio": [item("c.flac", "audio/flac")]}
+
+
+def test_a_video_that_comfyui_lists_as_a_picture_is_no_task_picture() -> None:
+    result = tasks.result_of(MIXED)
+    assert (result["images"], result["count"]) == (["https://here/a.png"], 1)
+    assert (result["videos"], result["audio"]) == (["https://here/b.mp4"], ["https://here/c.flac"])
+
+
+def test_nor_is_it_one_of_the_catalogs() -> None:
+    outputs = catalog_words.outputs_of(MIXED)
+    found = {kind: [file["filename"] for file in outputs[kind]] for kind in ("images", "videos", "audio")}
+    assert found == {"images": ["a.png"], "videos": ["b.mp4"], "audio": ["c.flac"]}
+    assert catalog_words.outputs_of({"images": [item("b.mp4", "video/mp4")]})["images"] == []
+
+
+def test_nor_is_it_one_to_generate(tmp_path: Any) -> None:
+    files = generate_words.files_of(MIXED, MIXED, AssetStore(tmp_path), as_base64=True)
+    assert [file["output_type"] for file in files] == ["images", "videos", "audio"]
+
+
+# ---------------------------------------------------------------------------------------------------- the envelope
+
+
+def details_of(details: Any) -> str:
+    body = envelope({"error": "It failed", "code": "failed", "hint": "Try again", "details": details})
+    said: str = body["errors"][0]["details"]
+    assert said.startswith("Try again; ")
+    return said.removeprefix("Try again; ")
+
+
+def test_a_nodes_failure_is_said_in_words() -> None:
+    details = {"node_id": "3", "node_type": "KSampler", "message": "no more", "exception_type": "RuntimeError"}
+    assert details_of(details) == "Node error: no more (node 3, KSampler)"
+
+
+@pytest.mark.parametrize("details", [{"problems": [{"node": "ä", "is": None}]}, {"message": "alone"}, [1, True], 7])
+def test_other_details_are_json(details: Any) -> None:
+    assert json.loads(details_of(details)) == details
+
+
+def test_a_text_stays_as_it_is() -> None:
+    assert details_of("it's so") == "it's so"
+
+
+def test_a_bug_is_told_in_the_envelope_too() -> None:
+    assert body_of(InternalError("It is broken"), "/api/v1/comfyui/nodes")["errors"][0]["message"] == "It is broken"
+    assert InternalError.http_status == 500
+
+
+# -------------------------------------------------------------------------------------------- beside input and params
+
+
+def test_what_stands_beside_input_goes_on_to_runpods_places() -> None:
+    beside = {
+        "webhook": "https://example.com/end",
+        "policy": {"lowPriority": True},
+        "s3Config": {"accessId": "a", "accessSecret": "b", "bucketName": "c", "endpointUrl": "https://s3"},
+    }
+    body = {"input": {"workflow_json": picture((1, 2, 3))}, **beside, "seed": 3}
+    assert parse_body(json.dumps(body).encode(), GenerateRequest) == body
+    request = runpod_request(body, picture((1, 2, 3)))
+    assert {name: request[name] for name in beside} == beside
+    job = parse_job(request)
+    assert job.bucket is not None
+    assert job.bucket.name == "c"
+    assert warnings_of(body, GenerateRequest) == {"warnings": ["'seed' is unknown and was ignored"]}
+
+
+@pytest.mark.parametrize("model", [GenerateRequest, TaskRequest])
+@pytest.mark.parametrize("beside", [{"webhook": 1}, {"s3Config": {"bucketName": "b"}}, {"policy": {"ttl": 1}}])
+def test_what_stands_there_must_be_sound(model: type[BaseModel], beside: dict[str, Any]) -> None:
+    body = {"input": {}, "task_type": "comfyui", "params": {"workflow": {}}, **beside}
+    with pytest.raises(InvalidInput, match=next(iter(beside))):
+        parse_body(json.dumps(body).encode(), model)
+
+
+def test_many_unknown_fields_are_counted() -> None:
+    warnings = warnings_of({f"{'x' * 300}{number}": 1 for number in range(14)}, TaskRequest)["warnings"]
+    assert len(warnings) == 11
+    assert warnings[-1] == "4 more fields are unknown and were ignored"
+    assert max(map(len, warnings)) < 250
+
+
+# ------------------------------------------------------------------------------------------------------------- places
+
+
+@pytest.mark.parametrize("address", ["here:8188", "http://HERE:8188", "http://here:8188/"])
+def test_an_address_is_host_and_port_or_a_plain_url(address: str) -> None:
+    assert backend_at(address, ["http://here:8188"]) == "http://here:8188"
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["x@here:8188", "here:8188/../", "x@here:8188/../", "http://here:8188/?a", "here:8188#a", "ftp://here:8188"],
+)
+def test_an_address_has_nothing_around_it(address: str) -> None:
+    with pytest.raises(InvalidInput, match="none of this gateway's"):
+        backend_at(address, ["http://here:8188"])
+
+
+def test_null_and_nothing_count_as_left_out() -> None:
+    body = b'{"task_type": "comfyui", "params": {"workflow": {}, "server_address": ""}, "priority": null}'
+    assert parse_body(body, TaskRequest)["priority"] is None
+    assert parse_body(b'{"inputs": null, "version": ""}', ExecuteRequest)["inputs"] is None
+    assert template_of({"template": "solid-color", "version": ""}) == "solid-color"
+    assert template_of({"version": ""}) is None
+
+
+def test_a_version_that_is_missing_is_said_to_be() -> None:
+    with pytest.raises(InvalidInput, match="The version is missing behind solid-color@"):
+        expand({"template": "solid-color@"}, LIBRARY)
+
+
+@pytest.mark.parametrize(
+    ("job_id", "execution_id"),
+    [("execution-7", 7), ("execution-007", "execution-007"), ("execution-", "execution-"), ("7", "7"), ("a", "a")],
+)
+def test_an_execution_has_a_number_only_if_that_leads_back_to_it(job_id: str, execution_id: int | str) -> None:
+    assert catalog_words.execution_id_of(job_id) == execution_id
+    if job_id != "7":
+        assert catalog_words.job_id_of(str(execution_id)) == job_id
+
+
+@pytest.mark.parametrize(
+    ("cancelled", "words"),
+    [
+        (0, "The batch had ended already"),
+        (3, "Batch cancelled"),
+        (1, "Batch cancelled: 1 of 3 workflows, the others had ended already"),
+    ],
+)
+def test_what_came_of_cancelling_a_batch(cancelled: int, words: str) -> None:
+    assert said_of_cancelling(cancelled, 3) == words
+
+
+def test_a_modifier_sent_to_run_is_told_where_modifiers_are() -> None:
+    with pytest.raises(InvalidInput) as refused:
+        parse_job({"input": {"modifier": "TextToImage"}})
+    assert refused.value.hint is not None
+    assert "POST /generate" in refused.value.hint
+
+
+# ------------------------------------------------------------------------------------------- what cannot be read
+
+
+def refusal(model: type[BaseModel], body: bytes) -> str:
+    with pytest.raises(InvalidInput) as refused:
+        parse_body(body, model)
+    return refused.value.message
+
+
+def test_every_problem_has_a_place() -> None:
+    assert refusal(ExecuteRequest, b'{"str": 1}') == "str: Extra inputs are not permitted"
+    lone = refusal(RunRequest, b'{"input": {}, "\\ud800": 1}')
+    assert lone == "The request: A name or a text in it is no valid Unicode"
+    assert refusal(ExecuteRequest, b'{"\\ud800": 1}').isascii()
+
+
+def test_quoted_names_are_cut_and_many_problems_counted() -> None:
+    long = refusal(ExecuteRequest, json.dumps({"x" * 5000: 1}).encode())
+    assert len(long) < 300
+    many = refusal(ExecuteRequest, json.dumps({f"x{number}": 1 for number in range(25)}).encode())
+    assert many.count("Extra inputs") == 10
+    assert many.endswith("; and 15 more")
