@@ -212,8 +212,9 @@ def test_a_report_is_forgotten_with_its_job(webhooks: ProgressWebhooks) -> None:
 
 
 def test_nothing_runs_where_nobody_is_to_be_told(webhooks: ProgressWebhooks) -> None:
-    before = threading.active_count()
+    before = set(threading.enumerate())
     with webhooks.told(Job("job", "prompt", {})) as tell:
         tell({"step": 0})
     asyncio.run(webhooks.end("job"))
-    assert threading.active_count() == before
+    # Those of earlier tests may end meanwhile.
+    assert set(threading.enumerate()) <= before
