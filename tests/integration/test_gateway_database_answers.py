@@ -13,7 +13,7 @@ from tests.contract.test_engine import Bench
 from tests.support import graphs
 from tests.support.gate import Gate
 from tests.support.lost_answers import LostAnswers
-from tests.support.postgres import postgres
+from tests.support.postgres import Postgres, postgres
 from tests.support.running import wait_until
 from tests.support.victims import Emulated
 
@@ -30,14 +30,14 @@ def comfyui(tmp_path: Path) -> Iterator[Emulated]:
 
 
 @pytest.fixture(scope="module")
-def database() -> Iterator[str]:
-    with postgres() as server:
-        yield server.new_database()
+def server() -> Iterator[Postgres]:
+    with postgres() as running:
+        yield running
 
 
 @pytest.fixture
-def line(database: str) -> Iterator[LostAnswers]:
-    with LostAnswers(database) as running:
+def line(server: Postgres) -> Iterator[LostAnswers]:
+    with LostAnswers(server.new_database()) as running:
         yield running
 
 
@@ -50,7 +50,9 @@ def test_a_job_that_was_accepted_after_all_is_run(tmp_path: Path, comfyui: Emula
         line.lose()
         with pytest.raises(DatabaseUnavailable):
             bench.submit(graphs.picture((1, 2, 3)))
-        (record,) = bench.gateway.store.unfinished()
+        # The server commits when it has read so far, which nobody hears of.
+        wait_until(lambda: bool(bench.gateway.store.latest()))
+        (record,) = bench.gateway.store.latest()
 
         for _ in range(2):
             bench.gateway._engine.take_up_forgotten()
