@@ -1,4 +1,4 @@
-"""`python -m comfy_worker serve`: the gateway."""
+"""`python -m comfy_worker serve`: the gateway; `python -m comfy_worker worker`: a worker of its fleet."""
 
 from __future__ import annotations
 
@@ -23,11 +23,13 @@ _START_FAILED = 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Serve until a signal; return the process's exit code."""
+    """Serve or work until a signal; return the process's exit code."""
     parser = argparse.ArgumentParser(prog="python -m comfy_worker")
-    parser.add_subparsers(dest="command", required=True).add_parser("serve", help="serve the HTTP API")
-    parser.parse_args(arguments)
-    return _run(_serve_or_reload)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("serve", help="serve the HTTP API")
+    commands.add_parser("worker", help="run the jobs of gateways with ENGINE=celery, beside a ComfyUI")
+    chosen = parser.parse_args(arguments).command
+    return _run(_serve_or_reload if chosen == "serve" else _work)
 
 
 def serve_again(sockets: list[socket] | None) -> None:
@@ -35,10 +37,17 @@ def serve_again(sockets: list[socket] | None) -> None:
     sys.exit(_run(lambda: _serve(sockets)))
 
 
+def serve_beside_others(host: str, port: int) -> None:
+    """Serve as one process of several at a port, until a signal."""
+    from comfy_worker.gateway.several import open_port
+
+    sys.exit(_run(lambda: _serve([open_port(host, port)])))
+
+
 def _run(serve: Callable[[], int]) -> int:
     for number in _SIGNALS:
         # Nothing has begun yet that a stop would have to end in order.
-        signal.signal(number, lambda *_about: sys.exit(0))
+        signal.signal(number, _end_once)
     try:
         return serve()
     except ModuleNotFoundError as error:
@@ -49,11 +58,33 @@ def _run(serve: Callable[[], int]) -> int:
         return 2
 
 
+def _end_once(*_about: object) -> None:
+    for number in _SIGNALS:
+        # Said again, as a shell and its group may do, it would cut off the end that it asked for.
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(0)
+
+
 def _serve_or_reload() -> int:
     from comfy_worker.gateway.settings import load_gateway_settings
 
     settings = load_gateway_settings()
-    return _reload(settings) if settings.api_reload else _serve()
+    if settings.api_reload:
+        return _reload(settings)
+    return _serve_with_workers(settings) if settings.api_workers > 1 else _serve()
+
+
+def _serve_with_workers(settings: GatewaySettings) -> int:
+    """Serve by several processes, until a signal."""
+    # By a name that another process can find: in `__main__` it looks for nothing.
+    from comfy_worker.__main__ import serve_beside_others
+    from comfy_worker.gateway.jsonlogs import configure_gateway_logs
+    from comfy_worker.gateway.several import serve_with_several
+
+    _make_data_dir(settings)
+    configure_gateway_logs(settings.log_level, [*settings.secrets(), *settings.given_keys], settings.log_format)
+    _check_database(settings)
+    return serve_with_several(serve_beside_others, settings.api_host, settings.api_port, settings.api_workers)
 
 
 def _reload(settings: GatewaySettings) -> int:
@@ -78,6 +109,7 @@ def _make_app() -> tuple[GatewaySettings, FastAPI]:
     from comfy_worker.gateway.app import create_app
     from comfy_worker.gateway.auth import Keys, read_hashes
     from comfy_worker.gateway.jsonlogs import configure_gateway_logs
+    from comfy_worker.gateway.memory import spare_what_stays
     from comfy_worker.gateway.settings import load_gateway_settings
 
     settings = load_gateway_settings()
@@ -85,7 +117,10 @@ def _make_app() -> tuple[GatewaySettings, FastAPI]:
     hashes = read_hashes(settings.api_keys_file) if settings.api_keys_file else []
     given = settings.given_keys or ([] if hashes else _own_key(settings))
     configure_gateway_logs(settings.log_level, [*settings.secrets(), *given], settings.log_format)
-    return settings, create_app(settings, Keys(given, hashes))
+    app = create_app(settings, Keys(given, hashes))
+    app.openapi()  # else FastAPI would put the routes together while the first request waits
+    spare_what_stays()
+    return settings, app
 
 
 def _serve(sockets: list[socket] | None = None) -> int:
@@ -101,12 +136,42 @@ def _serve(sockets: list[socket] | None = None) -> int:
     return 0
 
 
+def _work() -> int:
+    """Run a fleet's jobs until a signal; return the process's exit code."""
+    from comfy_worker.engines.celery_worker import FleetWorker
+    from comfy_worker.gateway.jsonlogs import configure_gateway_logs
+    from comfy_worker.gateway.settings import load_gateway_settings
+
+    settings = load_gateway_settings(engine="celery")
+    _make_data_dir(settings)
+    configure_gateway_logs(settings.log_level, settings.secrets(), settings.log_format)
+    return FleetWorker(settings).serve()
+
+
+def _check_database(settings: GatewaySettings) -> None:
+    """Wait for the database that several processes are to share.
+
+    Raises:
+        DatabaseUnavailable: it does not answer.
+    """
+    from comfy_worker.gateway.database import connect
+    from comfy_worker.gateway.ownership import wait_for
+
+    assert settings.database_url is not None, "several processes need one"  # noqa: S101
+    engine = connect(settings.database_url.get_secret_value())
+    try:
+        wait_for(engine)
+    finally:
+        engine.dispose()
+
+
 def _what_to_install(error: ModuleNotFoundError) -> str:
     package = (error.name or "").partition(".")[0]
     if package in ("", "comfy_worker"):
         raise error
+    extra = "gateway,fleet" if package in ("celery", "kombu", "redis") else "gateway"
     return (
-        f"The gateway needs the package {package}, which is not installed: run `pip install '.[gateway]'` in the "
+        f"The gateway needs the package {package}, which is not installed: run `pip install '.[{extra}]'` in the "
         "folder of the worker's pyproject.toml."
     )
 

@@ -372,10 +372,20 @@ def read_settings(kind: type[AnySettings], overrides: Mapping[str, Any]) -> AnyS
     try:
         settings = kind(**overrides)
     except ValidationError as error:
-        problems = [f"{item['loc'][0]}: {item['msg']}" for item in error.errors()]
+        problems = [
+            f"{_variable_of(kind, str(item['loc'][0]))}: {item['msg'].removeprefix('Value error, ')}"
+            for item in error.errors()
+        ]
         raise InvalidInput(f"Invalid settings: {'; '.join(problems)}") from None
     _check_bucket(settings)
     return settings
+
+
+def _variable_of(kind: type[Settings], name: str) -> str:
+    """Return the variable's name: a value that nobody gave is refused by the name of its field."""
+    field = kind.model_fields.get(name)
+    choices = field.validation_alias.choices if field and isinstance(field.validation_alias, AliasChoices) else [name]
+    return str(choices[0])
 
 
 def _check_bucket(settings: Settings) -> None:

@@ -155,13 +155,17 @@ def test_health_and_purge_count_what_there_is(endpoint: Endpoint, comfyui: Comfy
     running = endpoint.run({"workflow": work(60)})
     comfyui.wait_until_running()
     waiting = [endpoint.run({"workflow": work(60)}) for _ in range(4)]
-    jobs = endpoint.health()["jobs"]
-    assert jobs["inProgress"] + jobs["inQueue"] == 5
-    purged = endpoint.purge_queue()
-    assert purged == {"removed": jobs["inQueue"], "status": "completed"}
-    assert sum(job.status() == "CANCELLED" for job in waiting) == purged["removed"]
-    for job in (running, *waiting):
-        job.cancel(timeout=10)
+    try:
+        jobs = endpoint.health()["jobs"]
+        assert jobs["inProgress"] + jobs["inQueue"] == 5
+        purged = endpoint.purge_queue()
+        assert purged["status"] == "completed"
+        # One more may have been taken meanwhile: a job is prepared while another runs.
+        assert 0 < purged["removed"] <= jobs["inQueue"]
+        assert sum(job.status() == "CANCELLED" for job in waiting) == purged["removed"]
+    finally:
+        for job in (running, *waiting):
+            job.cancel(timeout=10)
     assert endpoint.health()["workers"]["ready"] == 1
 
 

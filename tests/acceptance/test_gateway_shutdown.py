@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from http.client import HTTPConnection
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -19,6 +20,7 @@ import websocket
 from tests.support.comfyui import ComfyUI, emulator
 from tests.support.graphs import work
 from tests.support.processes import Process
+from tests.support.running import wait_until
 from tests.support.served import Served, served
 
 LONG_S = 600.0
@@ -57,6 +59,24 @@ def assert_ended_well(process: Process) -> None:
     assert "Application shutdown complete" in process.output
     for trouble in ("Traceback", "ERROR", "graceful shutdown exceeded"):
         assert trouble not in process.output
+
+
+@contextmanager
+def kept(netloc: str) -> Iterator[HTTPConnection]:
+    """Yield a connection that stays open over answers, and does not open again once it is closed."""
+    with closing(HTTPConnection(netloc, timeout=60)) as connection:
+        connection.connect()
+        connection.auto_open = 0
+        yield connection
+
+
+def is_refused(port: int) -> bool:
+    """Return whether nobody listens at a port of this machine."""
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=60).close()
+    except ConnectionRefusedError:
+        return True
+    return False
 
 
 def serve(environment: Mapping[str, str], *program: str) -> Process:
@@ -115,6 +135,30 @@ class TestSignals:
             listening.shutdown()  # `close` does nothing once the other side has closed
             assert code == SERVICE_RESTART
             assert told.result().json()["status"] == "IN_PROGRESS"
+        assert_ended_well(gateway.process)
+
+    def test_what_is_sent_on_a_kept_connection_is_answered(self, gateway: Served) -> None:
+        """A request that was half sent when the gateway was told to end, and the one after it on another connection."""
+        body = json.dumps({"input": {"workflow": work(0.0)}})
+        address = urlsplit(gateway.url)
+        with kept(address.netloc) as busy, kept(address.netloc) as idle:
+            for connection in (busy, idle):
+                connection.request("GET", "/health", headers=gateway.headers)
+                assert connection.getresponse().read()
+            busy.putrequest("POST", "/run")
+            for name, value in {**gateway.headers, "Content-Length": str(len(body))}.items():
+                busy.putheader(name, value)
+            busy.endheaders(body[:10].encode())
+            gateway.get("/health")  # until when that has arrived, too
+            gateway.process.send_signal(signal.SIGTERM)
+            wait_until(lambda: is_refused(address.port or 0))
+            idle.request("GET", "/health", headers=gateway.headers)
+            busy.send(body[10:].encode())
+            for connection in (busy, idle):
+                answer = connection.getresponse()
+                assert answer.status == 200, answer.read()
+                assert answer.getheader("Connection") == "close"
+                answer.read()
         assert_ended_well(gateway.process)
 
     def test_saying_it_again_changes_nothing(self, comfyui: ComfyUI, gateway: Served, pool: ThreadPoolExecutor) -> None:

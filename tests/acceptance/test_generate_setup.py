@@ -71,7 +71,7 @@ def test_a_gateway_that_is_set_up_as_described(comfyui: ComfyUI, tmp_path: Path)
         assert (message.body["id"], message.body["status"]) == (result["id"], "COMPLETED")
 
 
-@pytest.mark.parametrize(("name", "value"), [("API_WORKERS", "2"), ("API_CACHE", "redis")])
+@pytest.mark.parametrize(("name", "value"), [("API_WORKERS", "2"), ("API_CACHE", "disk")])
 def test_what_is_not_supported_ends_the_start_with_a_sentence(tmp_path: Path, name: str, value: str) -> None:
     environment = {"DATA_DIR": str(tmp_path / "data"), "PYTHONPATH": "src", "API_PORT": "0", name: value}
     with Process([sys.executable, "-m", "comfy_worker", "serve"], environment=environment) as process:

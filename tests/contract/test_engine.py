@@ -1,28 +1,29 @@
-"""What every engine promises, through the service that doors use."""
+"""What every engine promises, through the service that doors use: the same tests over each of them.
+
+A test that needs what an engine does not have says so by `needs`, and is skipped there with the engine's own reason.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 
-from comfy_worker.gateway.core import Gateway
+from comfy_worker.gateway.errors import QueueFull
 from comfy_worker.gateway.events import Event
 from comfy_worker.gateway.records import JobRecord
 from comfy_worker.jobs import JobState
 from tests.support import graphs
+from tests.support.benches import TIMEOUT_S, Bench, Feature, Ground, Grounds
 from tests.support.gate import Gate
-from tests.support.gateway import gateway
 from tests.support.running import wait_until
 from tests.support.victims import Emulated
 
-TIMEOUT_S = 60.0
 RED = (255, 0, 0)
-Answer = TypeVar("Answer")
 
 
 @pytest.fixture(autouse=True)
@@ -30,61 +31,64 @@ def bare_environment(environment: pytest.MonkeyPatch) -> None:
     """Run every test with nothing but its own settings."""
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def comfyui() -> Iterator[Emulated]:
     with Emulated() as running:
         yield running
 
 
-@pytest.fixture(params=["local"])
+@pytest.fixture
+def fresh() -> Iterator[Emulated]:
+    """One that a test may kill."""
+    with Emulated() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def grounds() -> Iterator[Grounds]:
+    with ExitStack() as stack:
+        yield Grounds(stack)
+
+
+@pytest.fixture(scope="module", params=list(Grounds.of))
 def engine(request: pytest.FixtureRequest) -> str:
     """Which engine runs the jobs."""
     name: str = request.param
     return name
 
 
-class Bench:
-    """A gateway with small pools, its service called as doors call it."""
+def needs(feature: Feature) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Run a test over those engines only that have a feature."""
+    kinds = [
+        pytest.param(name, marks=[pytest.mark.skip(reason=kind.lacks[feature])] if feature in kind.lacks else [])
+        for name, kind in Grounds.of.items()
+    ]
+    return pytest.mark.parametrize("engine", kinds, indirect=True, scope="module")
 
-    def __init__(self, folder: Path, url: str, **settings: Any) -> None:
-        small = {"generation_workers": 1, "preprocess_workers": 1, "comfyui_poll_interval_s": 0.2}
-        self._made: AbstractContextManager[Gateway] = gateway(folder, url, **{**small, **settings})
 
-    def __enter__(self) -> Bench:
-        self.gateway = self._made.__enter__()
-        self.service = self.gateway.service
-        return self
+@pytest.fixture(scope="module")
+def ground(
+    engine: str, grounds: Grounds, comfyui: Emulated, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Ground]:
+    """One ComfyUI that is there already, and an engine's workers beside it."""
+    with ExitStack() as stack:
+        yield grounds.make(engine, stack, tmp_path_factory.mktemp(engine), comfyui)
 
-    def __exit__(self, *exception: Any) -> None:
-        self._made.__exit__(*exception)
 
-    def call(self, work: Coroutine[Any, Any, Answer]) -> Answer:
-        return asyncio.run(work)
-
-    def submit(self, graph: graphs.Graph, priority: int | None = None, **request: Any) -> str:
-        body = {"input": {"workflow": graph}, **request}
-        return self.call(self.service.submit(body, priority=priority)).id
-
-    def get(self, job_id: str) -> JobRecord:
-        return self.call(self.service.get(job_id))
-
-    def ended(self, job_id: str) -> JobRecord:
-        record = self.call(self.service.wait(job_id, TIMEOUT_S))
-        assert record.state.is_terminal, record
-        return record
-
-    def picture(self, job_id: str) -> graphs.Color:
-        output = self.ended(job_id).output
-        assert output is not None, self.get(job_id)
-        (item,) = output["images"]
-        path = self.gateway.assets.path_of(item["data"].removeprefix("asset:/"))
-        (color,) = graphs.colors(path.read_bytes())
-        return color
+GroundOf = Callable[..., Ground]
 
 
 @pytest.fixture
-def bench(engine: str, tmp_path: Path, comfyui: Emulated) -> Iterator[Bench]:
-    with Bench(tmp_path / "data", comfyui.url) as running:
+def ground_of(engine: str, grounds: Grounds, tmp_path: Path) -> Iterator[GroundOf]:
+    """Return what makes a ground of its own with any ComfyUIs."""
+    with ExitStack() as stack:
+        yield lambda *comfyuis: grounds.make(engine, stack, tmp_path / "data", *comfyuis)
+
+
+@pytest.fixture
+def bench(ground: Ground) -> Iterator[Bench]:
+    with ground.bench() as running:
+        ground.wait_until_ready(running)
         yield running
 
 
@@ -105,6 +109,12 @@ def test_many_jobs_all_end_with_their_own_outputs(bench: Bench) -> None:
     sent = {bench.submit(graphs.picture((number, 0, 0))): number for number in range(12)}
 
     assert {job_id: bench.picture(job_id)[0] for job_id in sent} == sent
+
+
+def test_two_outputs_of_one_name_are_both_kept(bench: Bench) -> None:
+    job_id = bench.submit(graphs.two_pictures(RED, (0, 9, 0)))
+
+    assert bench.pictures(job_id) == [[RED], [(0, 9, 0)]]
 
 
 def test_a_failing_node_fails_the_job(bench: Bench) -> None:
@@ -133,13 +143,15 @@ def test_a_webhook_that_could_never_be_sent_fails_the_job(bench: Bench) -> None:
 # ------------------------------------------------------------------------------------------------ cancel
 
 
-def test_a_running_job_is_off_the_gpu_when_it_is_cancelled(bench: Bench, comfyui: Emulated, tmp_path: Path) -> None:
+def test_a_running_job_is_off_the_gpu_when_it_is_cancelled(
+    ground: Ground, bench: Bench, comfyui: Emulated, tmp_path: Path
+) -> None:
     gate = Gate(tmp_path)
     job_id = bench.submit(gate.graph())
     gate.wait_until_run()
 
     assert bench.call(bench.service.cancel(job_id)).state is JobState.CANCELLED
-    assert comfyui.running() == comfyui.pending() == []
+    ground.check_off_the_gpu(comfyui)
     assert bench.call(bench.service.cancel(job_id)).state is JobState.CANCELLED
 
 
@@ -160,6 +172,7 @@ def test_a_purge_cancels_what_waits_and_wakes_who_waits_for_it(bench: Bench, tmp
     gate = Gate(tmp_path)
     running = bench.submit(gate.graph())
     gate.wait_until_run()
+    bench.wait_until_in_progress(running)
     waiting = [bench.submit(graphs.picture(RED)) for _ in range(4)]
 
     async def purge() -> tuple[JobRecord, int]:
@@ -178,11 +191,12 @@ def test_a_purge_cancels_what_waits_and_wakes_who_waits_for_it(bench: Bench, tmp
 # ------------------------------------------------------------------------------------------------- turns
 
 
-def test_a_higher_priority_runs_first_and_among_equals_the_earlier(bench: Bench, tmp_path: Path) -> None:
+@needs(Feature.HIGHER_PRIORITIES)
+def test_a_higher_priority_runs_first_and_among_equals_the_earlier(
+    ground: Ground, bench: Bench, tmp_path: Path
+) -> None:
     gate = Gate(tmp_path)
-    in_hand = [bench.submit(gate.graph()) for _ in range(2)]
-    gate.wait_until_run()
-    wait_until(lambda: bench.service.backends()[0]["jobs"] == 2)
+    in_hand = ground.fill(bench, gate)
     low, first, second, high = (
         bench.submit(graphs.picture((number, 1, 1)), priority) for number, priority in enumerate([-1, 0, 0, 1])
     )
@@ -197,25 +211,37 @@ def test_a_higher_priority_runs_first_and_among_equals_the_earlier(bench: Bench,
     assert set(order[2:]) == {second, low}
 
 
-def test_a_job_that_waits_longer_than_its_ttl_times_out(bench: Bench, tmp_path: Path) -> None:
+def test_so_many_jobs_may_wait_and_no_more(ground: Ground, tmp_path: Path) -> None:
     gate = Gate(tmp_path)
-    in_hand = [bench.submit(gate.graph()) for _ in range(2)]
-    gate.wait_until_run()
-    wait_until(lambda: bench.service.backends()[0]["jobs"] == 2)
+    with ground.bench(max_queue_size=2) as bench:
+        ground.wait_until_ready(bench)
+        in_hand = ground.fill(bench, gate)
+        waiting = [bench.submit(graphs.picture(RED)) for _ in range(2)]
+        with pytest.raises(QueueFull):
+            bench.submit(graphs.picture(RED))
+        gate.open()
+        assert {bench.ended(job_id).state for job_id in (*in_hand, *waiting)} == {JobState.COMPLETED}
+
+
+def test_a_job_that_waits_longer_than_its_ttl_times_out(ground: Ground, bench: Bench, tmp_path: Path) -> None:
+    gate = Gate(tmp_path)
+    in_hand = ground.fill(bench, gate)
 
     record = bench.ended(bench.submit(graphs.picture(RED), policy={"ttl": 1}))
     gate.open()
 
     assert record.state is JobState.TIMED_OUT
-    assert [bench.ended(job_id).state for job_id in in_hand] == [JobState.COMPLETED] * 2
+    assert {bench.ended(job_id).state for job_id in in_hand} == {JobState.COMPLETED}
 
 
-def test_a_job_that_runs_too_long_is_taken_out(bench: Bench, comfyui: Emulated, tmp_path: Path) -> None:
+def test_a_job_that_runs_too_long_is_taken_out(ground: Ground, bench: Bench, comfyui: Emulated, tmp_path: Path) -> None:
     gate = Gate(tmp_path)
     record = bench.ended(bench.submit(gate.graph(), policy={"executionTimeout": 200}))
 
     assert record.state is JobState.TIMED_OUT
-    assert comfyui.running() == []
+    assert record.error is not None
+    assert record.error["code"] == "timed_out"
+    ground.check_off_the_gpu(comfyui)
 
 
 def test_what_failed_is_run_again_under_its_id(bench: Bench, tmp_path: Path) -> None:
@@ -233,11 +259,8 @@ def test_what_failed_is_run_again_under_its_id(bench: Bench, tmp_path: Path) -> 
 # ------------------------------------------------------------------------------------------------ events
 
 
-def test_events_tell_a_jobs_whole_way_and_end_with_it(bench: Bench, tmp_path: Path) -> None:
-    gate = Gate(tmp_path)
-    bench.submit(gate.graph())
-    gate.wait_until_run()
-    job_id = bench.submit(graphs.picture(RED))
+def heard_of(bench: Bench, job_id: str, gate: Gate) -> list[Event]:
+    """Return all that is told of a job; a gate is opened as soon as there is something."""
 
     async def listen() -> list[Event]:
         heard = []
@@ -246,23 +269,47 @@ def test_events_tell_a_jobs_whole_way_and_end_with_it(bench: Bench, tmp_path: Pa
             gate.open()
         return heard
 
-    heard = bench.call(asyncio.wait_for(listen(), TIMEOUT_S))
+    return bench.call(asyncio.wait_for(listen(), TIMEOUT_S))
+
+
+def test_events_tell_a_jobs_whole_way_and_end_with_it(bench: Bench, tmp_path: Path) -> None:
+    gate = Gate(tmp_path)
+    bench.submit(gate.graph())
+    gate.wait_until_run()
+    job_id = bench.submit(graphs.picture(RED))
+
+    heard = heard_of(bench, job_id, gate)
     assert [event.data["status"] for event in heard if event.type == "status"] == [
         *("IN_QUEUE", "IN_PROGRESS", "COMPLETED"),
     ]
     numbers = [event.number for event in heard]
     assert numbers == sorted(set(numbers))
-    assert {"staging", "queued", "delivering"} <= {event.data.get("stage") for event in heard}
     # Heard again by who comes later, and nothing more by who heard it all.
-    assert bench.call(asyncio.wait_for(listen(), TIMEOUT_S))[-1] == heard[-1]
+    assert heard_of(bench, job_id, gate)[-1] == heard[-1]
 
 
-def test_who_waits_is_told_where_and_how_long(bench: Bench, tmp_path: Path) -> None:
+@needs(Feature.STAGES)
+def test_events_tell_the_stages_around_a_workflow(bench: Bench, tmp_path: Path) -> None:
+    heard = heard_of(bench, bench.submit(graphs.picture(RED)), Gate(tmp_path))
+
+    assert {"staging", "queued", "delivering"} <= {event.data.get("stage") for event in heard}
+
+
+def test_events_tell_how_far_a_workflow_is(bench: Bench, tmp_path: Path) -> None:
+    # Slow enough for a worker that tells of no progress in its first half a second.
+    heard = heard_of(bench, bench.submit(graphs.work(1.5, steps=15)), Gate(tmp_path))
+
+    told = [event.data for event in heard if event.type == "progress" and event.data.get("stage") == "running"]
+    percents = [data["percent"] for data in told]
+    assert percents == sorted(percents)
+    assert any(0 < percent < 100 for percent in percents)
+
+
+@needs(Feature.PLACES)
+def test_who_waits_is_told_where_and_how_long(ground: Ground, bench: Bench, tmp_path: Path) -> None:
     assert bench.ended(bench.submit(graphs.work(0.2, steps=2))).state is JobState.COMPLETED
     gate = Gate(tmp_path)
-    in_hand = [bench.submit(gate.graph()) for _ in range(2)]
-    gate.wait_until_run()
-    wait_until(lambda: bench.service.backends()[0]["jobs"] == 2)
+    in_hand = ground.fill(bench, gate)
     waiting = [bench.submit(graphs.work(0.2, steps=2)) for _ in range(3)]
 
     places = [bench.service.place(job_id) for job_id in waiting]
@@ -278,17 +325,21 @@ def test_who_waits_is_told_where_and_how_long(bench: Bench, tmp_path: Path) -> N
     assert bench.service.place(waiting[0]) is None
 
 
-def test_what_ran_before_a_restart_tells_how_long_to_wait(tmp_path: Path, engine: str, comfyui: Emulated) -> None:
-    with Bench(tmp_path / "data", comfyui.url) as before:
+@needs(Feature.PLACES)
+def test_what_ran_before_a_restart_tells_how_long_to_wait(ground_of: GroundOf, fresh: Emulated, tmp_path: Path) -> None:
+    ground = ground_of(fresh)
+    with ground.bench() as before:
+        ground.wait_until_ready(before)
         assert before.ended(before.submit(graphs.work(0.2, steps=2))).state is JobState.COMPLETED
     gate = Gate(tmp_path)
-    with Bench(tmp_path / "data", comfyui.url) as after:
-        for _ in range(2):
-            after.submit(gate.graph())
-        gate.wait_until_run()
-        wait_until(lambda: after.service.backends()[0]["jobs"] == 2)
-        place = after.service.place(after.submit(graphs.work(0.2, steps=2)))
+    with ground.bench() as after:
+        ground.wait_until_ready(after)
+        in_hand = ground.fill(after, gate)
+        waiting = after.submit(graphs.work(0.2, steps=2))
+        place = after.service.place(waiting)
         gate.open()
+        for job_id in (*in_hand, waiting):
+            after.ended(job_id)
 
     assert place is not None
     assert place.wait_s is not None
@@ -299,49 +350,66 @@ def test_waiting_for_a_job_returns_it_as_it_is_when_the_time_is_over(bench: Benc
     gate = Gate(tmp_path)
     job_id = bench.submit(gate.graph())
     gate.wait_until_run()
+    bench.wait_until_in_progress(job_id)
 
     assert bench.call(bench.service.wait(job_id, 0.01)).state is JobState.IN_PROGRESS
     gate.open()
     assert bench.ended(job_id).state is JobState.COMPLETED
 
 
+def test_a_job_goes_on_while_its_gateway_starts_again(ground: Ground, tmp_path: Path) -> None:
+    gate = Gate(tmp_path)
+    with ground.bench() as before:
+        job_id = before.submit(gate.graph())
+        gate.wait_until_run()
+    with ground.bench() as after:
+        gate.open()
+        assert after.ended(job_id).state is JobState.COMPLETED
+    assert gate.runs == 1
+
+
 # ---------------------------------------------------------------------------------------------- backends
 
 
-def test_several_backends_share_the_work(tmp_path: Path, engine: str, comfyui: Emulated) -> None:
+def test_several_backends_share_the_work(tmp_path: Path, ground_of: GroundOf, fresh: Emulated) -> None:
     gates = [Gate(tmp_path), Gate(tmp_path)]
-    with Emulated() as other, Bench(tmp_path, comfyui.url, comfyui_backends=f"{comfyui.url},{other.url}") as bench:
-        wait_until(lambda: all(backend["healthy"] for backend in bench.service.backends()))
-        jobs = [bench.submit(gate.graph()) for gate in gates]
-        for gate in gates:
-            gate.wait_until_run()
-        assert len(comfyui.running()) == len(other.running()) == 1
-        for gate in gates:
-            gate.open()
-        assert [bench.ended(job_id).state for job_id in jobs] == [JobState.COMPLETED] * 2
+    with Emulated() as other:
+        ground = ground_of(fresh, other)
+        with ground.bench() as bench:
+            ground.wait_until_ready(bench, 2)
+            jobs = [bench.submit(gate.graph()) for gate in gates]
+            for gate in gates:
+                gate.wait_until_run()
+            assert len(fresh.running()) == len(other.running()) == 1
+            for gate in gates:
+                gate.open()
+            assert [bench.ended(job_id).state for job_id in jobs] == [JobState.COMPLETED] * 2
 
 
-def test_a_job_of_a_backend_that_dies_goes_to_another(tmp_path: Path, engine: str, comfyui: Emulated) -> None:
+@needs(Feature.RUN_ELSEWHERE)
+def test_a_job_of_a_backend_that_dies_goes_to_another(tmp_path: Path, ground_of: GroundOf, fresh: Emulated) -> None:
     gate = Gate(tmp_path)
-    with Emulated() as other, Bench(tmp_path, comfyui.url, comfyui_backends=f"{comfyui.url},{other.url}") as bench:
-        wait_until(lambda: all(backend["healthy"] for backend in bench.service.backends()))
-        job_id = bench.submit(gate.graph())
-        gate.wait_until_run()
-        victim = comfyui if comfyui.running() else other
-        victim.kill()
-        gate.wait_until_run(2)
-        gate.open()
+    with Emulated() as other:
+        ground = ground_of(fresh, other)
+        with ground.bench() as bench:
+            ground.wait_until_ready(bench, 2)
+            job_id = bench.submit(gate.graph())
+            gate.wait_until_run()
+            victim = fresh if fresh.running() else other
+            victim.kill()
+            gate.wait_until_run(2)
+            gate.open()
 
-        assert bench.ended(job_id).state is JobState.COMPLETED
-        wait_until(lambda: sum(bool(backend["healthy"]) for backend in bench.service.backends()) == 1)
-        victim.start()
-        wait_until(lambda: all(backend["healthy"] for backend in bench.service.backends()))
+            assert bench.ended(job_id).state is JobState.COMPLETED
+            wait_until(lambda: bench.healthy() == 1)
+            victim.start()
+            wait_until(lambda: bench.healthy() == 2)
 
 
-def test_jobs_wait_for_a_backend_that_is_not_there_yet(tmp_path: Path, engine: str, comfyui: Emulated) -> None:
-    comfyui.kill()
-    with Bench(tmp_path, comfyui.url) as bench:
+def test_jobs_wait_for_a_backend_that_is_not_there_yet(ground_of: GroundOf, fresh: Emulated) -> None:
+    fresh.kill()
+    with ground_of(fresh).bench() as bench:
         job_id = bench.submit(graphs.picture(RED))
         assert bench.get(job_id).state is JobState.IN_QUEUE
-        comfyui.start()
+        fresh.start()
         assert bench.picture(job_id) == RED

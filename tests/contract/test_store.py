@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -25,8 +26,8 @@ from comfy_worker.gateway.errors import (
     UnreadableRequest,
 )
 from comfy_worker.gateway.migrate import bring_up_to_date
-from comfy_worker.gateway.ownership import owned
-from comfy_worker.gateway.records import JobRecord
+from comfy_worker.gateway.ownership import owned, turn
+from comfy_worker.gateway.records import JobRecord, ProgressNote
 from comfy_worker.gateway.store import Store, moment
 from comfy_worker.gateway.tables import metadata
 from comfy_worker.jobs import JobState
@@ -381,6 +382,52 @@ def test_when_the_next_webhook_is_due_is_known(store: Store) -> None:
     assert store.next_delivery_at(NOW) is None
 
 
+def test_of_several_gateways_one_claims_a_webhook(store: Store, opened: Open) -> None:
+    job_ids = {add(store, webhook=True) for _ in range(20)}
+    for job_id in job_ids:
+        store.finish(job_id, JobState.COMPLETED, NOW)
+
+    stores = [store, *(opened() for _ in range(3))]
+    with ThreadPoolExecutor(4) as pool:
+        claims = list(pool.map(lambda one: one.claim_deliveries(NOW, NOW + 60, 100), stores))
+
+    assert sorted(delivery.job_id for claimed in claims for delivery in claimed) == sorted(job_ids)
+    assert store.claim_deliveries(NOW + 59, NOW + 120, 100) == []
+
+
+def test_a_claim_that_was_left_behind_ends_and_one_that_is_done_does_not_come_again(store: Store) -> None:
+    for _ in range(2):
+        store.finish(add(store, webhook=True), JobState.COMPLETED, NOW)
+    sent, lost = store.claim_deliveries(NOW, NOW + 60, 2)
+    store.note_delivery(sent.id, NOW + 1)
+
+    [again] = store.claim_deliveries(NOW + 60, NOW + 120, 2)
+    assert (again.id, again.attempts) == (lost.id, 0)
+    store.note_delivery(again.id, NOW + 61, retry_at=NOW + 71, error="it answered 503")
+    assert [delivery.attempts for delivery in store.claim_deliveries(NOW + 71, NOW + 131, 2)] == [1]
+
+
+def test_what_a_claim_took_can_be_asked_for_until_it_is_done(store: Store) -> None:
+    for _ in range(3):
+        store.finish(add(store, webhook=True), JobState.COMPLETED, NOW)
+    taken = store.claim_deliveries(NOW, NOW + 60, 2)
+    [other] = store.claim_deliveries(NOW, NOW + 61, 2)
+
+    assert {one.id for one in store.claimed_deliveries({NOW + 60})} == {one.id for one in taken}
+    store.note_delivery(taken[0].id, NOW + 1)
+    assert {one.id for one in store.claimed_deliveries({NOW + 60, NOW + 61})} == {taken[1].id, other.id}
+    assert store.claimed_deliveries({NOW + 62}) == []
+
+
+def test_no_more_webhooks_are_claimed_than_asked_for(store: Store) -> None:
+    for _ in range(3):
+        store.finish(add(store, webhook=True), JobState.COMPLETED, NOW)
+
+    assert len(store.claim_deliveries(NOW, NOW + 60, 2)) == 2
+    assert store.claim_deliveries(NOW, NOW + 60, 0) == []
+    assert len(store.claim_deliveries(NOW, NOW + 60, 2)) == 1
+
+
 # ------------------------------------------------------------------------------------------------ expiry
 
 
@@ -451,6 +498,33 @@ def test_tables_are_as_their_migrations_make_them(store: Store, url: str) -> Non
     engine.dispose()
 
 
+def test_how_long_jobs_were_in_each_stage_is_added_up_whoever_ends_them(opened: Open) -> None:
+    stores = [opened(), opened()]
+    job_ids = [add(stores[0]) for _ in range(20)]
+    timings = {"staged_ms": 250, "queued_ms": 0, "executed_ms": 3_600_000, "delivered_ms": 5}
+
+    def end(number: int) -> list[bool]:
+        output = {"images": [], "timings": timings}
+        job_id, now = job_ids[number // 2], NOW + 7200
+        return [store.finish(job_id, JobState.COMPLETED, now, output=output) for store in stores]
+
+    with ThreadPoolExecutor(8) as threads:
+        assert sum(sum(done) for done in threads.map(end, range(40))) == 20
+    told = [store.seconds_by_stage() for store in stores]
+    assert told[0] == told[1]
+    assert {stage: times.seconds for stage, times in told[0].items()} == pytest.approx(
+        {"waiting": 7200 * 20, "staging": 5, "queued": 0, "running": 3600 * 20, "delivering": 0.1}
+    )
+    counted = {stage: {limit: n for limit, n in times.jobs.items() if n} for stage, times in told[0].items()}
+    assert counted == {
+        "waiting": {math.inf: 20},
+        "staging": {0.25: 20},
+        "queued": {0.01: 20},
+        "running": {math.inf: 20},
+        "delivering": {0.01: 20},
+    }
+
+
 def test_who_has_given_the_database_up_touches_it_no_more(store: Store) -> None:
     job_id = add(store)
     store.give_up()
@@ -473,6 +547,21 @@ def test_a_database_has_one_gateway_at_a_time(store: Store, url: str) -> None:
         began = time.monotonic()
         with owned(second, 20.0):
             assert time.monotonic() - began < 10
+    finally:
+        first.dispose()
+        second.dispose()
+
+
+def test_of_several_gateways_one_has_its_turn(store: Store, url: str) -> None:
+    first, second = connect(url), connect(url)
+    try:
+        with turn(first) as is_mine, turn(second) as is_yours:
+            assert (is_mine, is_yours) == (True, False)
+        with turn(second) as is_yours:
+            assert is_yours
+            add(store)  # whose turn it is not may write, too
+        with turn(first) as is_mine:
+            assert is_mine
     finally:
         first.dispose()
         second.dispose()
@@ -509,3 +598,38 @@ def test_a_key_is_given_away_by_a_job_that_ended_without_a_result(store: Store, 
     is_kept = state is JobState.COMPLETED
     assert store.add(second, "key", renew=True).id == (first.id if is_kept else second.id)
     assert store.add(job(), "key", renew=True).id == (first.id if is_kept else second.id)
+
+
+# ------------------------------------------------------------------------------------------------------- progress
+
+
+def test_how_far_a_job_is_belongs_to_its_present_attempt(store: Store) -> None:
+    waits, runs = store.add(job()), store.add(job())
+    store.start(runs.id, "first", "http://a", NOW)
+
+    def known(job_id: str) -> tuple[object, int | None]:
+        record = store.get(job_id)
+        assert record is not None
+        return record.progress, record.progress_number
+
+    store.note_progress([note(waits.id, "first", 1), note(runs.id, "first", 2), note("nobody", "first", 3)])
+    assert known(waits.id) == (None, None)
+    assert known(runs.id) == ({"percent": 2}, 2)
+    store.note_progress([note(runs.id, "another", 4)])
+    assert known(runs.id) == ({"percent": 2}, 2)
+
+    store.requeue(runs.id, NOW)
+    assert known(runs.id) == (None, None)
+    store.start(runs.id, "second", "http://a", NOW)
+    store.note_progress([note(runs.id, "first", 5)])
+    assert known(runs.id) == (None, None)
+    store.note_progress([note(runs.id, "second", 6)])
+    store.finish(runs.id, JobState.FAILED, NOW, error={"error": "It broke"})
+    store.note_progress([note(runs.id, "second", 7)])
+    assert known(runs.id) == ({"percent": 6}, 6)
+    store.retry(runs.id, NOW)
+    assert known(runs.id) == (None, None)
+
+
+def note(job_id: str, prompt_id: str, number: int) -> ProgressNote:
+    return ProgressNote(job_id, prompt_id, number, {"percent": number})

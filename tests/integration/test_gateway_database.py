@@ -24,8 +24,8 @@ from comfy_worker.gateway.ownership import owned
 from comfy_worker.gateway.records import JobRecord
 from comfy_worker.gateway.store import Store
 from comfy_worker.jobs import JobState
-from tests.contract.test_engine import Bench
 from tests.support import graphs
+from tests.support.benches import Bench
 from tests.support.gate import Gate
 from tests.support.postgres import Postgres, postgres
 from tests.support.receiver import Receiver

@@ -9,8 +9,8 @@ import pytest
 
 from comfy_worker.gateway.errors import DatabaseUnavailable
 from comfy_worker.jobs import JobState
-from tests.contract.test_engine import Bench
 from tests.support import graphs
+from tests.support.benches import Bench
 from tests.support.gate import Gate
 from tests.support.lost_answers import LostAnswers
 from tests.support.postgres import Postgres, postgres

@@ -13,8 +13,8 @@ import pytest
 from comfy_worker.gateway.progress_webhooks import ProgressWebhooks
 from comfy_worker.gateway.settings import load_gateway_settings
 from comfy_worker.jobs import Job, JobState, Webhook
-from tests.contract.test_engine import Bench
 from tests.support import graphs
+from tests.support.benches import Bench
 from tests.support.gate import Gate
 from tests.support.receiver import Received, Receiver
 from tests.support.running import wait_until

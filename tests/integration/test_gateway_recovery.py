@@ -20,8 +20,8 @@ from comfy_worker.gateway.settings import load_gateway_settings
 from comfy_worker.gateway.store import Store
 from comfy_worker.gateway.upkeep import Upkeep
 from comfy_worker.jobs import JobState
-from tests.contract.test_engine import Bench
 from tests.support import graphs
+from tests.support.benches import Bench
 from tests.support.gate import Gate
 from tests.support.postgres import postgres
 from tests.support.receiver import Receiver

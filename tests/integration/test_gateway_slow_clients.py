@@ -26,7 +26,6 @@ from comfy_worker.gateway.app import create_app
 from comfy_worker.gateway.auth import Keys
 from comfy_worker.gateway.core import Gateway
 from comfy_worker.gateway.events import PROGRESS, STATUS, LocalEventBus
-from comfy_worker.gateway.metrics import MeteredBus
 from comfy_worker.gateway.settings import load_gateway_settings
 from tests.support.comfyui import emulator
 from tests.support.graphs import node, picture
@@ -54,9 +53,7 @@ class Hall:
     def __init__(self, gateway: Gateway, url: str) -> None:
         self.gateway = gateway
         self.url = url
-        metered = gateway.bus
-        assert isinstance(metered, MeteredBus)
-        bus = metered._bus
+        bus = gateway.bus
         assert isinstance(bus, LocalEventBus)
         self.bus = bus
 

@@ -15,8 +15,8 @@ from comfy_worker.gateway.records import JobRecord
 from comfy_worker.jobs import JobState, Stage
 from comfy_worker.settings import load_settings
 from comfy_worker.worker import Worker
-from tests.contract.test_engine import Bench
 from tests.support import graphs
+from tests.support.benches import Bench
 from tests.support.gate import Gate
 from tests.support.running import wait_until
 from tests.support.victims import Emulated

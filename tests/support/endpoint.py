@@ -41,13 +41,22 @@ def worker(
     platform: Platform, comfyui_url: str, worker_id: str = "worker-1", settings: Mapping[str, str] | None = None
 ) -> Iterator[Process]:
     """Run a worker that waits for jobs; it is killed at the end of the block."""
-    environment = {**platform.environment(worker_id), "COMFYUI_URL": comfyui_url, **(settings or {})}
-    with start_handler(environment) as process:
-        process.when_silent(platform.look_again)
+    with launched_worker(platform, comfyui_url, worker_id, settings) as process:
         polling = platform.board.polling
         platform.wait_until(lambda: polling[worker_id] > 0 or process.is_silent, f"a poll by {worker_id}")
         if process.is_silent:
             raise RuntimeError(f"{worker_id} ended before it asked for a job:\n{process.output}")
+        yield process
+
+
+@contextmanager
+def launched_worker(
+    platform: Platform, comfyui_url: str, worker_id: str = "worker-1", settings: Mapping[str, str] | None = None
+) -> Iterator[Process]:
+    """Run a worker that may not wait for jobs yet when the block begins; it is killed at its end."""
+    environment = {**platform.environment(worker_id), "COMFYUI_URL": comfyui_url, **(settings or {})}
+    with start_handler(environment) as process:
+        process.when_silent(platform.look_again)
         try:
             yield process
         finally:

@@ -55,6 +55,12 @@ class GatewayProcess:
         """Where it listens."""
         return f"http://127.0.0.1:{self._port}"
 
+    @property
+    def process(self) -> Process:
+        """The process that was started last."""
+        assert self._process is not None
+        return self._process
+
     def launch(self) -> None:
         """Begin to start it; it may be killed before it listens."""
         self._process = Process([sys.executable, "-m", "comfy_worker", "serve"], environment=self._environment)

@@ -132,7 +132,7 @@ class Platform:
     # -------------------------------------------------------------------------------------------- mischief
 
     def misbehave(self, kind: str, mischief: Mischief, times: int | None = None) -> None:
-        """Answer the next `times` worker requests of one kind (`job-take`, `job-done`, …) badly; all if None.
+        """Answer the next `times` requests of one kind (`job-take`, `job-done`, `run`, `status`, …) badly; all if None.
 
         `job-take` stands for `job-take-batch` too.
         """
@@ -169,6 +169,10 @@ class Platform:
     def cancel(self, job_id: str) -> None:
         """Cancel a job without HTTP."""
         self._in_loop(lambda: self.board.cancel(self.board.jobs[job_id]))
+
+    def put_back(self, job_id: str) -> None:
+        """Queue a job again whose worker was lost, as RunPod does when that does not ping any more."""
+        self._in_loop(lambda: self.board.put_back([self.board.jobs[job_id]]))
 
     def job(self, job_id: str) -> PlatformJob:
         """Return a job; read what may still change under `board.changed`."""

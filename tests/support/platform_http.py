@@ -14,8 +14,8 @@ from tests.support.board import RETRYABLE_STATES, Board, Call, PlatformJob, limi
 
 Handler: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]
 WorkerHandler: TypeAlias = Callable[[web.Request, Call], Awaitable[web.Response]]
-Mischief: TypeAlias = int | Literal["cut"]
-"""An HTTP status to answer with, or to cut the connection without an answer."""
+Mischief: TypeAlias = int | Literal["cut", "lost"]
+"""An HTTP status to answer with, to cut the connection without an answer, or to do so when a client's wish was done."""
 
 WORKER_KEY = "rpa_worker_key_5f1c9e"
 CLIENT_KEY = "rpa_client_key_a83d02"
@@ -113,7 +113,7 @@ class _WorkerSide:
         mischief = self._platform.take_mischief(call.kind)
         if mischief is None:
             return None
-        if mischief == "cut":
+        if not isinstance(mischief, int):
             if request.transport is not None:
                 request.transport.abort()
             raise asyncio.CancelledError
@@ -195,7 +195,15 @@ class _ClientSide:
         async def handle(request: web.Request) -> web.StreamResponse:
             if request.headers.get("Authorization") != f"Bearer {CLIENT_KEY}":
                 raise web.HTTPUnauthorized
-            return await handler(request)
+            mischief = self._platform.take_mischief(request.path.split("/")[3])
+            if isinstance(mischief, int):
+                return web.Response(status=mischief)
+            answer = None if mischief == "cut" else await handler(request)
+            if answer is None or mischief == "lost":
+                if request.transport is not None:
+                    request.transport.abort()
+                raise asyncio.CancelledError
+            return answer
 
         return handle
 

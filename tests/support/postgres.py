@@ -40,6 +40,11 @@ class Postgres:
             "initdb", "-D", str(folder / "data"), "-U", _USER, "--auth=trust", "--no-sync", "-E", "UTF8", "--locale=C"
         )
 
+    @property
+    def port(self) -> int:
+        """Where it listens."""
+        return self._port
+
     def start(self) -> None:
         """Start it, and return when it takes connections."""
         options = [item for option in _QUICK for item in ("-c", option)]

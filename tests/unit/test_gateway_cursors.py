@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,42 +13,78 @@ from fastapi.testclient import TestClient
 from comfy_worker.gateway.app import create_app
 from comfy_worker.gateway.auth import Keys
 from comfy_worker.gateway.core import Gateway
-from comfy_worker.gateway.cursors import Cursor, Cursors
+from comfy_worker.gateway.cursors import Cursor, Cursors, LocalCursors, RedisCursors
 from comfy_worker.gateway.events import PROGRESS
 from comfy_worker.gateway.settings import load_gateway_settings
 from comfy_worker.gateway.upkeep import Upkeep
 from comfy_worker.jobs import JobState
 from tests.support.graphs import picture
 from tests.support.ports import silent_port
+from tests.support.redis import RedisServer, redis_server
 
 A_YEAR_S = 365 * 86400
 
 
-def test_each_client_and_each_job_has_its_own() -> None:
-    cursors = Cursors()
-    cursors.of("me", "job").after = 7
-    assert cursors.of("me", "job") == Cursor(7)
-    assert cursors.of("you", "job") == cursors.of("me", "other") == Cursor()
+pytestmark = pytest.mark.anyio
 
 
-def test_the_one_that_was_used_longest_ago_goes_first() -> None:
-    cursors = Cursors(most=3)
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[RedisServer]:
+    with redis_server() as running:
+        yield running
+
+
+@pytest.fixture(params=["local", "redis"])
+def cursors(request: pytest.FixtureRequest) -> Cursors:
+    if request.param == "local":
+        return LocalCursors()
+    server: RedisServer = request.getfixturevalue("server")
+    with server.client() as client:
+        client.flushall()
+    return RedisCursors(server.url)
+
+
+async def test_each_client_and_each_job_has_its_own(cursors: Cursors) -> None:
+    await cursors.keep("me", "job", Cursor(7))
+    await cursors.keep("me", "done", Cursor(8, has_output=True))
+    assert await cursors.of("me", "job") == Cursor(7)
+    assert await cursors.of("me", "done") == Cursor(8, has_output=True)
+    assert await cursors.of("you", "job") == await cursors.of("me", "other") == Cursor()
+
+
+async def test_the_one_that_was_used_longest_ago_goes_first() -> None:
+    cursors = LocalCursors(most=3)
     for job_id in ("a", "b", "c"):
-        cursors.of("me", job_id).has_output = True
-    cursors.of("me", "a")
-    cursors.of("me", "d")
+        await cursors.keep("me", job_id, Cursor(has_output=True))
+    await cursors.of("me", "a")
+    await cursors.keep("me", "d", Cursor())
     assert len(cursors) == 3
-    assert cursors.of("me", "a").has_output
-    assert not cursors.of("me", "b").has_output
+    assert (await cursors.of("me", "a")).has_output
+    assert not (await cursors.of("me", "b")).has_output
 
 
-def test_a_job_that_is_gone_is_forgotten() -> None:
-    cursors = Cursors()
-    cursors.of("me", "job").after = 7
-    cursors.forget("me", "job")
-    cursors.forget("me", "never heard of")
-    assert len(cursors) == 0
-    assert cursors.of("me", "job") == Cursor()
+async def test_a_job_that_is_gone_is_forgotten(cursors: Cursors) -> None:
+    await cursors.keep("me", "job", Cursor(7))
+    await cursors.forget("me", "job")
+    await cursors.forget("me", "never heard of")
+    assert await cursors.of("me", "job") == Cursor()
+
+
+async def test_cursors_are_kept_while_redis_is_away_too() -> None:
+    with redis_server() as server:
+        cursors = RedisCursors(server.url)
+        await cursors.keep("me", "job", Cursor(7))
+        server.stop(signal.SIGKILL)
+        assert await cursors.of("me", "job") == Cursor()
+        await cursors.keep("me", "job", Cursor(9))
+        assert await cursors.of("me", "job") == Cursor(9)
+        server.start()
+        assert await RedisCursors(server.url).of("me", "job") == Cursor(7)
 
 
 def test_a_stream_tells_each_thing_once_to_each_key_until_the_job_is_gone(

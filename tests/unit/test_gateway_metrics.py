@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,8 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from comfy_worker.emulator.server import EmulatorServer
 from comfy_worker.gateway.database import connect
-from comfy_worker.gateway.events import PREVIEW, PROGRESS, STATUS, LocalEventBus
-from comfy_worker.gateway.metrics import Cached, GatewayCollector, MeteredBus, StageClock
+from comfy_worker.gateway.metrics import Cached, GatewayCollector
 from comfy_worker.gateway.records import JobRecord
 from comfy_worker.gateway.store import Store
 from comfy_worker.jobs import JobState
@@ -208,60 +207,118 @@ def test_what_is_too_old_is_asked_again() -> None:
 # ------------------------------------------------------------------------------------------------------------ stages
 
 
-@pytest.fixture
-def registry() -> CollectorRegistry:
-    return CollectorRegistry()
+STAGES = {"waiting", "staging", "queued", "running", "delivering"}
+TIMINGS = {"staged_ms": 20, "queued_ms": 0, "executed_ms": 7000, "delivered_ms": 300, "total_ms": 7320}
 
 
-@pytest.fixture
-def publish(registry: CollectorRegistry) -> Callable[..., object]:
-    return MeteredBus(LocalEventBus(), StageClock(registry)).publish
+def waits(store: Store, job_id: str) -> None:
+    store.add(JobRecord(job_id, "local", JobState.IN_QUEUE, NOW))
 
 
-def counts(registry: CollectorRegistry) -> dict[str, float]:
-    """Return how often each stage was left."""
-    name = "comfy_job_stage_seconds_count"
-    return {dict(labels)["stage"]: value for (found, labels), value in read(registry).items() if found == name}
+def completes(store: Store, job_id: str, timings: Any = TIMINGS) -> None:
+    """Run a job that waits for 40 s, and for another one in ComfyUI's queue."""
+    store.start(job_id, "prompt", "http://comfyui", NOW + 40)
+    output = {"images": [], "timings": timings}
+    store.finish(job_id, JobState.COMPLETED, NOW + 60, output=output, ran_from=NOW + 52)
 
 
-def test_every_stage_of_a_way_is_measured_once(registry: CollectorRegistry, publish: Callable[..., object]) -> None:
-    publish("a", STATUS, {"status": "IN_QUEUE"})
-    publish("a", PROGRESS, {"stage": "waiting", "queue_position": 3})
-    publish("a", STATUS, {"status": "IN_PROGRESS"})
-    for stage in ("staging", "queued", "running", "running", "running", "delivering"):
-        publish("a", PROGRESS, {"stage": stage, "percent": 0.0})
-        publish("a", PREVIEW, {"node_id": "3", "mime_type": "image/png", "content": b""})
-    assert counts(registry) == {"waiting": 1, "staging": 1, "queued": 1, "running": 1}
-    publish("a", STATUS, {"status": "COMPLETED"})
-    assert counts(registry) == {"waiting": 1, "staging": 1, "queued": 1, "running": 1, "delivering": 1}
-    publish("a", STATUS, {"status": "COMPLETED"})
-    assert sum(counts(registry).values()) == 5
+def counted(store: Store) -> dict[str, float]:
+    """Return how many jobs were in each stage."""
+    figures = collect(store)
+    return {stage: figure(figures, "comfy_job_stage_seconds_count", stage=stage) or 0.0 for stage in STAGES}
 
 
-def test_a_job_that_waits_again_is_measured_again(registry: CollectorRegistry, publish: Callable[..., object]) -> None:
-    for status in ("IN_QUEUE", "FAILED", "IN_QUEUE", "CANCELLED"):
-        publish("a", STATUS, {"status": status})
-    assert counts(registry) == {"waiting": 2}
+def test_before_the_first_job_each_stage_is_told_as_empty(store: Store) -> None:
+    assert counted(store) == dict.fromkeys(STAGES, 0)
+    assert figure(collect(store), "comfy_job_stage_seconds_bucket", stage="running", le="+Inf") == 0
 
 
-def test_jobs_are_measured_apart(registry: CollectorRegistry, publish: Callable[..., object]) -> None:
+def test_a_job_is_measured_in_each_stage_when_it_ends(store: Store) -> None:
+    waits(store, "a")
+    assert sum(counted(store).values()) == 0
+    completes(store, "a")
+    figures = collect(store)
+    sums = {stage: figure(figures, "comfy_job_stage_seconds_sum", stage=stage) for stage in STAGES}
+    assert sums == {"waiting": 40, "staging": 0.02, "queued": 0, "running": 7, "delivering": 0.3}
+    assert counted(store) == dict.fromkeys(STAGES, 1)
+    running = {
+        limit: figure(figures, "comfy_job_stage_seconds_bucket", stage="running", le=limit)
+        for limit in ("5.0", "10.0", "600.0", "+Inf")
+    }
+    assert running == {"5.0": 0, "10.0": 1, "600.0": 1, "+Inf": 1}
+
+
+def test_jobs_are_added_up(store: Store) -> None:
+    for number in range(3):
+        waits(store, f"{number}")
+        completes(store, f"{number}", TIMINGS | {"executed_ms": 1000 * 10 ** (number + 1)})
+    figures = collect(store)
+    assert figure(figures, "comfy_job_stage_seconds_sum", stage="running") == 10 + 100 + 1000
+    limits = ("5.0", "10.0", "120.0", "600.0", "+Inf")
+    found = [figure(figures, "comfy_job_stage_seconds_bucket", stage="running", le=limit) for limit in limits]
+    assert found == [0, 1, 2, 2, 3]
+
+
+def test_who_ends_a_job_that_has_ended_measures_nothing(store: Store) -> None:
+    waits(store, "a")
+    completes(store, "a")
+    completes(store, "a")
+    assert store.finish("a", JobState.CANCELLED, NOW + 99) is False
+    assert counted(store) == dict.fromkeys(STAGES, 1)
+
+
+@pytest.mark.parametrize("started_s", [None, 8.0])
+def test_of_a_job_that_did_not_end_well_it_is_known_how_long_it_waited(store: Store, started_s: float | None) -> None:
+    waits(store, "a")
+    if started_s is not None:
+        store.start("a", "prompt", "http://comfyui", NOW + started_s)
+    store.finish("a", JobState.FAILED, NOW + 20, error={"error": "no", "code": "internal"}, ran_from=started_s)
+    assert counted(store) == dict.fromkeys(STAGES, 0) | {"waiting": 1}
+    assert figure(collect(store), "comfy_job_stage_seconds_sum", stage="waiting") == (started_s or 20)
+
+
+def test_all_that_are_cancelled_while_they_wait_are_measured(store: Store) -> None:
     for job_id in ("a", "b"):
-        publish(job_id, STATUS, {"status": "IN_QUEUE"})
-    publish("a", PROGRESS, {"stage": "running"})
-    publish("b", STATUS, {"status": "TIMED_OUT"})
-    assert counts(registry) == {"waiting": 2}
+        waits(store, job_id)
+    store.cancel_waiting(None, NOW + 3)
+    assert figure(collect(store), "comfy_job_stage_seconds_sum", stage="waiting") == 6
 
 
-def test_what_is_no_stage_is_not_measured(registry: CollectorRegistry, publish: Callable[..., object]) -> None:
-    publish("a", PROGRESS, {"stage": "made up by somebody"})
-    publish("a", PROGRESS, {})
-    publish("a", STATUS, {"status": "COMPLETED"})
-    assert counts(registry) == {}
+def test_a_job_that_its_caller_has_run_again_is_measured_again(store: Store) -> None:
+    waits(store, "a")
+    store.finish("a", JobState.FAILED, NOW + 20)
+    store.retry("a", NOW + 25)
+    completes(store, "a")
+    assert counted(store) == dict.fromkeys(STAGES, 1) | {"waiting": 2}
+    assert figure(collect(store), "comfy_job_stage_seconds_sum", stage="waiting") == 20 + 15
 
 
-def test_the_clock_forgets_what_has_ended(registry: CollectorRegistry) -> None:
-    clock = StageClock(registry)
-    for number in range(100):
-        clock.note(f"{number}", STATUS, {"status": "IN_QUEUE"})
-        clock.note(f"{number}", STATUS, {"status": "COMPLETED"})
-    assert clock._since == {}
+def test_what_is_measured_stays_when_jobs_are_forgotten(store: Store) -> None:
+    waits(store, "a")
+    completes(store, "a")
+    later = NOW + 1e9
+    assert store.remove_expired(store.expired(later), later) == ["a"]
+    assert counted(store) == dict.fromkeys(STAGES, 1)
+
+
+def test_a_clock_that_was_set_back_measures_nothing_below_zero(store: Store) -> None:
+    waits(store, "a")
+    store.start("a", "prompt", "http://comfyui", NOW - 100)
+    store.finish("a", JobState.CANCELLED, NOW - 99)
+    assert figure(collect(store), "comfy_job_stage_seconds_sum", stage="waiting") == 0
+
+
+@pytest.mark.parametrize("timings", [None, "much", [], {"executed_ms": "1"}, {"executed_ms": -1}, {"staged_ms": True}])
+def test_timings_of_another_worker_that_are_none_are_left_out(store: Store, timings: Any) -> None:
+    waits(store, "a")
+    completes(store, "a", timings)
+    assert counted(store) == dict.fromkeys(STAGES, 0) | {"waiting": 1}
+
+
+def test_jobs_that_end_at_the_same_time_all_count(store: Store) -> None:
+    names = [f"{number}" for number in range(40)]
+    for name in names:
+        waits(store, name)
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda name: completes(store, name), names))
+    assert counted(store) == dict.fromkeys(STAGES, 40)

@@ -79,20 +79,35 @@ def test_a_bucket_by_the_described_names(environment: pytest.MonkeyPatch) -> Non
 def test_several_processes_are_refused_with_what_to_do(environment: pytest.MonkeyPatch, value: str) -> None:
     sentence = refusal(environment, API_WORKERS=value)
     assert "API_WORKERS" in sentence
-    assert "must be 1" in sentence
-    assert "COMFYUI_BACKENDS" in sentence
+    if value == "2":
+        assert "must be 1 with ENGINE=local" in sentence
+        assert "COMFYUI_BACKENDS" in sentence
+
+
+def test_several_processes_are_taken_with_what_they_share(environment: pytest.MonkeyPatch) -> None:
+    shared = {"ENGINE": "runpod", "API_CACHE": "redis", "DATABASE_URL": "postgresql://gateway@db/gateway"}
+    assert load(environment, API_WORKERS="4", **shared).api_workers == 4
 
 
 @pytest.mark.parametrize("value", ["redis", "Redis"])
-def test_a_cache_in_redis_is_refused_with_what_to_do(environment: pytest.MonkeyPatch, value: str) -> None:
-    sentence = refusal(environment, API_CACHE=value, REDIS_HOST="redis", REDIS_PORT="6379", REDIS_DB="0")
-    assert "API_CACHE" in sentence
-    assert "redis is not supported yet" in sentence
-    assert "memory" in sentence
+def test_a_cache_in_redis_is_where_its_settings_say(environment: pytest.MonkeyPatch, value: str) -> None:
+    settings = load(environment, API_CACHE=value, REDIS_HOST="cache", REDIS_PORT="6380", REDIS_DB="2")
+    assert settings.api_cache == "redis"
+    assert settings.broker_url.get_secret_value() == "redis://cache:6380/2"
+
+
+def test_the_url_of_a_redis_counts_more_and_is_secret(environment: pytest.MonkeyPatch) -> None:
+    settings = load(environment, API_CACHE="redis", REDIS_HOST="cache", REDIS_URL="rediss://:p%40ss@host:6390/1")
+    assert settings.broker_url.get_secret_value() == "rediss://:p%40ss@host:6390/1"
+    assert {"rediss://:p%40ss@host:6390/1", "p@ss"} <= set(settings.secrets())
+    assert "p%40ss" not in repr(settings)
+    assert "REDIS_URL" in refusal(environment, API_CACHE="redis", REDIS_URL="http://host")
 
 
 def test_no_other_cache_is_known(environment: pytest.MonkeyPatch) -> None:
-    assert "must be memory" in refusal(environment, API_CACHE="disk")
+    sentence = refusal(environment, API_CACHE="disk")
+    assert "memory" in sentence
+    assert "redis" in sentence
 
 
 def test_redis_is_not_read_without_it(environment: pytest.MonkeyPatch) -> None:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from comfy_worker.engines.turns import Gate
 from comfy_worker.engines.waiting import Waiting
+from comfy_worker.gateway.assets import AssetStore
+from comfy_worker.gateway.settings import GatewaySettings
 from comfy_worker.jobs import Stage
 from comfy_worker.settings import without_credentials
 from comfy_worker.stop import Stop
+from comfy_worker.storage import Storages
 from comfy_worker.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -33,6 +37,7 @@ class RunningJob:
             noted it.
         deadline: until when it may run, on the monotonic clock; None as long as it was not heard or seen to run.
         timed_out: it was stopped because of that.
+        prompt_id: under which it runs; None before it is noted to.
         done: set when it is out of hand.
     """
 
@@ -43,6 +48,7 @@ class RunningJob:
     began_at: float | None = None
     deadline: float | None = None
     timed_out: bool = False
+    prompt_id: str | None = None
     done: threading.Event = field(default_factory=threading.Event)
 
     @property
@@ -69,6 +75,7 @@ class Backend:
         gate: lets so many jobs into its queue.
         places: how many jobs it may have that are not being delivered yet.
         healthy: whether it answers; not before it was asked.
+        name: the URL under which it is known to others, if that is not where it is found from here.
     """
 
     worker: Worker
@@ -76,11 +83,12 @@ class Backend:
     places: int
     healthy: bool = False
     jobs: set[RunningJob] = field(default_factory=set)
+    name: str = ""
 
     @property
     def url(self) -> str:
         """Where it listens, without a password: jobs are kept with it."""
-        return without_credentials(self.worker.client.url)
+        return self.name or without_credentials(self.worker.client.url)
 
     @property
     def load(self) -> int:
@@ -101,6 +109,33 @@ class Backend:
             if is_ready or failures >= _FAILURES:
                 mark(self, is_ready)
             stopping.wait(_PROBE_INTERVAL_S if self.healthy and is_ready else _SICK_PROBE_INTERVAL_S)
+
+
+def connect(url: str, settings: GatewaySettings, assets: AssetStore, places: int, name: str = "") -> Backend:
+    """Return a ComfyUI that may have so many jobs, whose outputs go where the settings say.
+
+    Raises:
+        InvalidInput: a setting of the bucket is not sound.
+    """
+    own: dict[str, Any] = {"comfyui_url": url}
+    if settings.delivery == "local" and not settings.local_delivery_dir:
+        # Nothing is inline in a gateway: such outputs go to its assets, and these are served.
+        own["delivery"] = "base64"
+    settings = settings.model_copy(update=own)
+    storages = Storages(settings, inline=lambda _budget, _overflow: assets.storage())
+    # What can only fail later is refused now, before a job has been run for nothing.
+    storages.check()
+    return Backend(Worker(settings, storages), Gate(settings.generation_workers), places, name=name)
+
+
+def stop_late(in_hand: Iterable[RunningJob]) -> None:
+    """Stop the jobs that have run for too long; what is being delivered was in time."""
+    now = time.monotonic()
+    for running in in_hand:
+        is_before_delivery = running.stage is not Stage.DELIVERING
+        if running.deadline is not None and now >= running.deadline and is_before_delivery:
+            running.timed_out = True
+            running.stop.set()
 
 
 def choose(job: Waiting, backends: list[Backend]) -> Backend | None:

@@ -4,15 +4,30 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Protocol
 
-from comfy_worker.engines.backends import RunningJob
-from comfy_worker.engines.waiting import Queue, RunTimes
+from comfy_worker.engines.waiting import Queue, RunTimes, Waiting
 from comfy_worker.gateway.service import Place
 from comfy_worker.jobs import Stage
 
 
-def places_of(queue: Queue, in_hand: Iterable[RunningJob], run_times: RunTimes, at_work: int) -> dict[str, Place]:
+class InHand(Protocol):
+    """A job that is in hand, here or with a worker elsewhere."""
+
+    @property
+    def job(self) -> Waiting:
+        """What it was before."""
+
+    @property
+    def stage(self) -> Stage:
+        """Which part of its way it is on."""
+
+    @property
+    def began_at(self) -> float | None:
+        """When ComfyUI began it; None before."""
+
+
+def places_of(queue: Queue, in_hand: Iterable[InHand], run_times: RunTimes, at_work: int) -> dict[str, Place]:
     """Return where every waiting job stands, by its id, when so many ComfyUIs are at work."""
     wait_s = _seconds_in_hand(in_hand, run_times)
     places = {}
@@ -23,7 +38,7 @@ def places_of(queue: Queue, in_hand: Iterable[RunningJob], run_times: RunTimes, 
     return places
 
 
-def _seconds_in_hand(in_hand: Iterable[RunningJob], run_times: RunTimes) -> float | None:
+def _seconds_in_hand(in_hand: Iterable[InHand], run_times: RunTimes) -> float | None:
     """Return how long the jobs in hand will keep the GPUs busy; None if that is not known."""
     seconds = 0.0
     for running in in_hand:

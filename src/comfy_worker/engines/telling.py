@@ -11,6 +11,7 @@ from comfy_worker.engines.backends import RunningJob
 from comfy_worker.engines.waiting import RunTimes
 from comfy_worker.gateway.errors import DatabaseUnavailable
 from comfy_worker.gateway.events import PREVIEW, PROGRESS, EventBus
+from comfy_worker.gateway.progress_notes import ProgressNotes
 from comfy_worker.gateway.progress_webhooks import Tell
 from comfy_worker.gateway.store import Store
 from comfy_worker.jobs import Job, JobEvent, Preview, Stage, StageStarted
@@ -22,9 +23,12 @@ log = logging.getLogger(__name__)
 class Telling:
     """Takes in what happens to the jobs in hand."""
 
-    def __init__(self, store: Store, bus: EventBus, run_times: RunTimes, changed: threading.Condition) -> None:
+    def __init__(
+        self, store: Store, notes: ProgressNotes, bus: EventBus, run_times: RunTimes, changed: threading.Condition
+    ) -> None:
         """Take the parts; `changed` guards the run times and is told when a ComfyUI has room for another job."""
         self._store = store
+        self._notes = notes
         self._bus = bus
         self._run_times = run_times
         self._changed = changed
@@ -42,7 +46,8 @@ class Telling:
                 self._enter(running, job.prompt_id, event.stage)
             progress.apply(event)
             output = progress.as_output()
-            self._bus.publish(job_id, PROGRESS, {**output, **self._estimate(running)})
+            told = self._bus.publish(job_id, PROGRESS, {**output, **self._estimate(running)})
+            self._notes.note(told, job.prompt_id)
             tell(output)
 
         return listen

@@ -21,12 +21,21 @@ from comfy_worker.errors import InternalError, InvalidInput, WorkerError
 from comfy_worker.gateway import live
 from comfy_worker.gateway.auth import Guard, Keys, kept_secret
 from comfy_worker.gateway.core import Gateway
-from comfy_worker.gateway.doors import batch, catalog, generate, operations, runpod, tasks, video, workflow
+from comfy_worker.gateway.doors import (
+    batch,
+    catalog,
+    generate,
+    operations,
+    runpod,
+    runpod_webhook,
+    tasks,
+    video,
+    workflow,
+)
 from comfy_worker.gateway.doors.parts import Parts
 from comfy_worker.gateway.errors import NotFound
-from comfy_worker.gateway.events import LocalEventBus
 from comfy_worker.gateway.limits import RateLimits
-from comfy_worker.gateway.metrics import GatewayCollector, MeteredBus, StageClock, make_registry
+from comfy_worker.gateway.metrics import GatewayCollector, make_registry
 from comfy_worker.gateway.middleware import Gate, Outside, answer_error
 from comfy_worker.gateway.openapi import describe, methods_at
 from comfy_worker.gateway.problems import problem_body
@@ -48,15 +57,17 @@ def create_app(settings: GatewaySettings, keys: Keys) -> FastAPI:
         InvalidInput: a setting is not sound, or another gateway uses the same database.
     """
     registry = make_registry()
-    gateway = Gateway(settings, MeteredBus(LocalEventBus(), StageClock(registry)))
+    gateway = Gateway(settings)
     registry.register(GatewayCollector(gateway.store, gateway.service.backends))
-    links = AssetLinks(kept_secret(Path(settings.data_dir) / "links.key"), settings.asset_url_expires_s)
+    links = AssetLinks(_links_key(settings), settings.asset_url_expires_s)
+    limits = RateLimits(settings)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         await run_in_threadpool(gateway.start)
         yield
         await run_in_threadpool(gateway.stop)
+        await limits.close()
 
     app = FastAPI(title="comfy-worker", version=__version__, lifespan=lifespan, redoc_url=None)
     app.state.let_go = gateway.let_go
@@ -72,10 +83,19 @@ def create_app(settings: GatewaySettings, keys: Keys) -> FastAPI:
     app.include_router(live.router(gateway.service))
     app.include_router(generate.router(parts))
     app.include_router(operations.router(parts, registry))
+    if settings.engine == "runpod":
+        app.include_router(runpod_webhook.router(gateway.callbacks, gateway.hear_from_runpod))
     describe(app)
     _answer_errors(app)
-    _guard(app, settings, keys)
+    _guard(app, settings, keys, limits)
     return app
+
+
+def _links_key(settings: GatewaySettings) -> str:
+    """Return what links are signed with: gateways that share a GATEWAY_KEY take each other's links."""
+    if settings.gateway_key is not None:
+        return settings.gateway_key.get_secret_value()
+    return kept_secret(Path(settings.data_dir) / "links.key")
 
 
 def _end_process() -> None:
@@ -83,10 +103,10 @@ def _end_process() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _guard(app: FastAPI, settings: GatewaySettings, keys: Keys) -> None:
+def _guard(app: FastAPI, settings: GatewaySettings, keys: Keys, limits: RateLimits) -> None:
     """Put what every request passes around the application; what is added last is the outermost."""
     origins = settings.allowed_origins
-    app.add_middleware(Gate, guard=Guard(keys, origins), limits=RateLimits(settings))
+    app.add_middleware(Gate, guard=Guard(keys, origins), limits=limits)
     if origins:
         app.add_middleware(
             CORSMiddleware,

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from filelock import FileLock
 from starlette.datastructures import Headers
 
 from comfy_worker.errors import InvalidInput
@@ -131,12 +132,18 @@ def is_loopback(host: str) -> bool:
 
 def kept_secret(file: Path, make: Callable[[], str] = lambda: secrets.token_urlsafe(32)) -> str:
     """Return the secret in a file that only its owner can read; it is made if it is not there."""
+    if kept := _read_secret(file):
+        return kept
     file.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        file.touch(mode=0o600, exist_ok=False)
-    except FileExistsError:
-        if kept := file.read_text(encoding="ascii").strip():
+    # Of several processes that start at once, one makes it.
+    with FileLock(f"{file}.lock"):
+        if kept := _read_secret(file):
             return kept
-    secret = make()
-    file.write_text(secret + "\n", encoding="ascii")
+        secret = make()
+        file.touch(mode=0o600)
+        file.write_text(secret + "\n", encoding="ascii")
     return secret
+
+
+def _read_secret(file: Path) -> str:
+    return file.read_text(encoding="ascii").strip() if file.exists() else ""

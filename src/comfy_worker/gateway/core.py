@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from comfy_worker.catalog.library import Library
 from comfy_worker.catalog.versions import KeptVersions
 from comfy_worker.engines.local import LocalEngine
+from comfy_worker.engines.runpod import RunpodEngine
 from comfy_worker.gateway.assets import AssetStore
 from comfy_worker.gateway.auth import kept_secret
 from comfy_worker.gateway.database import connect
 from comfy_worker.gateway.deliveries import Deliveries
 from comfy_worker.gateway.events import EventBus, LocalEventBus
-from comfy_worker.gateway.ownership import owned
+from comfy_worker.gateway.ownership import owned, turn, wait_for
+from comfy_worker.gateway.progress_notes import ProgressNotes
 from comfy_worker.gateway.service import JobService
 from comfy_worker.gateway.settings import GatewaySettings
+from comfy_worker.gateway.signing import CallbackLinks
 from comfy_worker.gateway.store import Store
 from comfy_worker.gateway.upkeep import Upkeep
+
+if TYPE_CHECKING:
+    from comfy_worker.engines.celery import CeleryEngine
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +38,7 @@ class Gateway:
         service: what doors use.
         assets: where outputs lie.
         library: the named workflows.
+        callbacks: the URLs at which RunPod tells the ends of jobs.
         when_taken_over: called, in a thread of its own, when another gateway has taken over the database while that
             was away. No job is worked on any more then, and nothing can be asked of the store.
     """
@@ -49,13 +57,24 @@ class Gateway:
         with ExitStack() as stack:
             engine = connect(database)
             stack.callback(engine.dispose)
-            stack.enter_context(owned(engine, when_lost=self._end_for_another))
+            if settings.engine == "local":
+                stack.enter_context(owned(engine, when_lost=self._end_for_another))
+            else:
+                wait_for(engine)
             self.store = Store(engine, own_key.encode())
             self.library = Library(settings.workflows_dir, kept=KeptVersions(data / "workflow_versions"))
-            self.bus, self.assets = bus or LocalEventBus(), AssetStore(data / "assets")
-            self._deliveries = Deliveries(self.store, self.assets, settings)
-            self._engine = LocalEngine(self.store, self.bus, self.assets, settings, self._deliveries.progress)
-            self._upkeep = Upkeep(self.store, self.bus, self.assets, take_up_forgotten=self._engine.take_up_forgotten)
+            self.bus, self.assets = bus or make_bus(settings), AssetStore(data / "assets")
+            self._deliveries = Deliveries(self.store, self.assets, settings, is_shared=settings.engine != "local")
+            self.callbacks = CallbackLinks(own_key, settings.public_url)
+            self._notes = ProgressNotes(self.store, settings.progress_note_s)
+            self._engine = self._make_engine(settings)
+            self._upkeep = Upkeep(
+                self.store,
+                self.bus,
+                self.assets,
+                take_up_forgotten=self._engine.take_up_forgotten,
+                turn=(lambda: nullcontext(True)) if settings.engine == "local" else (lambda: turn(engine)),
+            )
             self.service = JobService(
                 self.store,
                 self.bus,
@@ -66,11 +85,32 @@ class Gateway:
             )
             self._held = stack.pop_all()
 
+    def _make_engine(self, settings: GatewaySettings) -> LocalEngine | RunpodEngine | CeleryEngine:
+        if settings.engine == "celery":
+            # Loaded late: Celery is an extra of its own.
+            from comfy_worker.engines.celery import CeleryEngine
+
+            return CeleryEngine(self.store, self.bus, settings)
+        parts = (self.store, self.bus, self.assets, settings, self._deliveries.progress, self._notes)
+        if settings.engine == "runpod":
+            return RunpodEngine(*parts, self.callbacks.url)
+        return LocalEngine(*parts)
+
+    def hear_from_runpod(self, job_id: str, remote_id: str | None) -> None:
+        """Be told by RunPod that a job has ended there, under RunPod's own id."""
+        if isinstance(self._engine, RunpodEngine):
+            self._engine.hear(job_id, remote_id)
+
     def start(self) -> None:
-        """Take up every job that has not ended, send every webhook that was not sent, and begin to work."""
+        """Take up every job that has not ended, send every webhook that was not sent, and begin to work.
+
+        Raises:
+            DatabaseUnavailable: it is away. Nothing has begun then, and the process can end.
+        """
+        self._engine.start()
+        self._notes.start()
         self._deliveries.start()
         self._upkeep.start()
-        self._engine.start()
 
     def let_go(self) -> None:
         """Let all who wait for a job or hear its events go at once, because the gateway ends."""
@@ -86,9 +126,20 @@ class Gateway:
     def stop(self) -> None:
         """End without losing anything: prompts stay in ComfyUI, and the next start takes them up."""
         self._engine.stop()
+        self._notes.stop()
         self._deliveries.stop()
         self._upkeep.stop()
         self._held.close()
+
+
+def make_bus(settings: GatewaySettings) -> EventBus:
+    """Return the event bus for the settings: one in this process, or in Redis where jobs run in others."""
+    if settings.engine != "celery" and settings.api_cache != "redis":
+        return LocalEventBus()
+    # Loaded late: Redis's client is an extra of its own.
+    from comfy_worker.gateway.redis_bus import RedisEventBus
+
+    return RedisEventBus(settings.broker_url.get_secret_value())
 
 
 def _nothing() -> None:

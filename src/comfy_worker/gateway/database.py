@@ -11,9 +11,10 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as NoConnectionFree
 
+from comfy_worker.errors import InvalidInput
 from comfy_worker.gateway.errors import DatabaseUnavailable
 
 log = logging.getLogger(__name__)
@@ -35,13 +36,28 @@ _NETWORK = {
 _SAID_EVERY_S = 10.0
 
 
-def connect(url: str) -> Engine:
-    """Return the engine for a database URL; a bare `postgresql://` gets the driver that is installed."""
-    parsed = make_url(url)
+def connect(url: str, kept: int = 10, most: int = 30) -> Engine:
+    """Return the engine for a database URL; a bare `postgresql://` gets the driver that is installed.
+
+    Args:
+        url: of the database.
+        kept: connections to PostgreSQL that stay open once they were needed.
+        most: connections to it at a time; who needs one more waits.
+
+    Raises:
+        InvalidInput: it is no URL.
+    """
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):
+        # What they say has the URL in it, with its password.
+        raise InvalidInput(
+            "DATABASE_URL cannot be read: it must be like postgresql://user:password@host/name"
+        ) from None
     if parsed.drivername in ("postgresql", "postgres"):
         parsed = parsed.set(drivername="postgresql+psycopg")
     # What a statement was given may be a secret, and an error's text is written to logs.
-    return _sqlite(parsed) if parsed.get_backend_name() == "sqlite" else _postgresql(parsed)
+    return _sqlite(parsed) if parsed.get_backend_name() == "sqlite" else _postgresql(parsed, kept, most)
 
 
 def _sqlite(url: URL) -> Engine:
@@ -52,15 +68,15 @@ def _sqlite(url: URL) -> Engine:
     return engine
 
 
-def _postgresql(url: URL) -> Engine:
+def _postgresql(url: URL, kept: int, most: int) -> Engine:
     given = {name: value for name, value in _NETWORK.items() if name not in url.query}
     return create_engine(
         url,
         connect_args=given,
         hide_parameters=True,
         pool_pre_ping=True,
-        pool_size=10,
-        max_overflow=20,
+        pool_size=kept,
+        max_overflow=most - kept,
         pool_timeout=_POOL_PATIENCE_S,
     )
 

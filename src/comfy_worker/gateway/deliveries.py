@@ -1,4 +1,7 @@
-"""Sends the webhooks that the store says are to be sent; what a crash interrupts is sent again, under the same id."""
+"""Sends the webhooks that the store says are to be sent; what a crash interrupts is sent again, under the same id.
+
+Of several gateways at one database each claims what it sends, for longer than an attempt takes.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from comfy_worker.errors import InvalidInput, WorkerError
@@ -32,6 +35,10 @@ _AT_ONCE = 32
 _DATABASE_AGAIN_S = 1.0
 _LONGEST_LOOK_S = 30.0
 """Between two looks at the store: one that is due may be announced by nobody, if the database lost an answer."""
+_LOOK_FOR_OTHERS_S = 1.0
+"""The same where jobs end in other processes, which cannot announce it here."""
+_CLAIM_S = 60.0
+"""How much longer than one attempt a claim lasts."""
 _FIRST_BACK_OFF_S = 10.0
 """RunPod's pause between two attempts; here it doubles each time."""
 _LONGEST_BACK_OFF_S = 600.0
@@ -52,9 +59,15 @@ class Deliveries:
     """
 
     def __init__(
-        self, store: Store, assets: AssetStore, settings: Settings, *, first_back_off_s: float = _FIRST_BACK_OFF_S
+        self,
+        store: Store,
+        assets: AssetStore,
+        settings: Settings,
+        *,
+        first_back_off_s: float = _FIRST_BACK_OFF_S,
+        is_shared: bool = False,
     ) -> None:
-        """Take the parts.
+        """Take the parts; `is_shared` says that other processes use the same store, too.
 
         Raises:
             InvalidInput: WEBHOOK_URL or WEBHOOK_SECRET is not sound.
@@ -64,6 +77,8 @@ class Deliveries:
         self._assets = assets
         self._settings = settings
         self._first_back_off_s = first_back_off_s
+        self._is_shared = is_shared
+        self._longest_look_s = _LOOK_FOR_OTHERS_S if is_shared else _LONGEST_LOOK_S
         secret = settings.webhook_secret
         # The operator's secret signs for the operator's receiver alone: what a job names could use it to forge.
         self._own = (
@@ -76,6 +91,8 @@ class Deliveries:
         self._news = asyncio.Event()
         self._stopping = False
         self._under_way: dict[str, asyncio.Task[None]] = {}
+        self._lost_claims: set[float] = set()
+        """When claims end of which is not known what they took, or whose webhooks could not be made."""
         self._thread = threading.Thread(target=lambda: asyncio.run(self._send_all()), name="webhooks")
 
     def start(self) -> None:
@@ -118,29 +135,55 @@ class Deliveries:
 
     async def _begin_due(self) -> float:
         """Begin to send what is due; return in how many seconds there may be more."""
-        now, limit = time.time(), _AT_ONCE + len(self._under_way)
-        for delivery in await asyncio.to_thread(self._store.due_deliveries, now, limit):
-            if len(self._under_way) < _AT_ONCE and delivery.id not in self._under_way:
+        now = time.time()
+        for delivery in await asyncio.to_thread(self._due, now):
+            has_room = self._is_shared or len(self._under_way) < _AT_ONCE
+            if has_room and delivery.id not in self._under_way:
                 self._under_way[delivery.id] = asyncio.create_task(self._send_and_note(delivery))
         due_at = await asyncio.to_thread(self._store.next_delivery_at, now)
-        return _LONGEST_LOOK_S if due_at is None else min(max(0.0, due_at - time.time()), _LONGEST_LOOK_S)
+        return self._longest_look_s if due_at is None else min(max(0.0, due_at - time.time()), self._longest_look_s)
+
+    def _due(self, now: float) -> Sequence[WebhookDelivery]:
+        if not self._is_shared:
+            return self._store.due_deliveries(now, _AT_ONCE + len(self._under_way))
+        until = now + self._settings.webhook_timeout_s + _CLAIM_S
+        claims = {*self._lost_claims, until}
+        lost = {claim for claim in claims - {until} if claim > now}
+        self._lost_claims.add(until)  # unless it is answered
+        found = [*self._store.claimed_deliveries(lost)] if lost else []
+        found += self._store.claim_deliveries(now, until, max(0, _AT_ONCE - len(self._under_way) - len(found)))
+        self._lost_claims -= claims
+        return found
 
     async def _send_and_note(self, delivery: WebhookDelivery) -> None:
         try:
             error, may_try_again = await self._send(delivery)
             retry_at = self._retry_at(delivery) if error and may_try_again else None
-            await asyncio.to_thread(
-                self._store.note_delivery, delivery.id, time.time(), retry_at=retry_at, error=error or ""
-            )
+            await self._note(delivery, retry_at, error or "")
             if error:
                 what = "is given up" if retry_at is None else "will be sent again"
                 log.warning("the webhook of job %s %s: %s", delivery.job_id, what, error)
         except DatabaseUnavailable:
-            # Not noted, so it is due still, and sent again under the same id.
+            # Not sent or not noted, so it is due still, and sent again under the same id.
+            self._lost_claims |= {delivery.due_at} if self._is_shared else set()
             await asyncio.sleep(_DATABASE_AGAIN_S)
         finally:
             del self._under_way[delivery.id]
             self._news.set()
+
+    async def _note(self, delivery: WebhookDelivery, retry_at: float | None, error: str) -> None:
+        """Note what came of an attempt, as soon as the database takes it: what it does not know is sent again."""
+        while True:
+            try:
+                await asyncio.to_thread(
+                    self._store.note_delivery, delivery.id, time.time(), retry_at=retry_at, error=error
+                )
+            except DatabaseUnavailable:
+                if self._stopping:
+                    raise
+                await asyncio.sleep(_DATABASE_AGAIN_S)
+            else:
+                return
 
     def _retry_at(self, delivery: WebhookDelivery) -> float | None:
         """Return when to try again, None if that was the last attempt."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from comfy_worker.errors import WorkerError
+from comfy_worker.errors import ComfyUnreachable, WorkerError
 
 
 class NotFound(WorkerError):
@@ -33,6 +33,10 @@ class RateLimited(WorkerError):
     code = "rate_limited"
     http_status = 429
     retryable = True
+
+
+class NoComfyUI(ComfyUnreachable):
+    """The gateway has no ComfyUI that it could ask anything: those that run its jobs are out of its reach."""
 
 
 class QueueFull(WorkerError):

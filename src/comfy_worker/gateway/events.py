@@ -10,14 +10,18 @@ import contextlib
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+from comfy_worker.jobs import JobState
 
 STATUS = "status"
 """Type of the events that tell of a change of state; no listener misses one."""
 PROGRESS = "progress"
 PREVIEW = "preview"
+GAP = "gap"
+"""Type of what a listener hears in place of events that the bus may not have: whoever needs all asks the store."""
 
 _REMEMBERED = 64
 """Events of a job that a listener who comes late can still hear."""
@@ -36,6 +40,17 @@ class Event:
     data: Mapping[str, Any]
 
 
+def last_progress(events: Iterable[Event]) -> Event | None:
+    """Return the last word on how far the present attempt of a job is; its end leaves that standing."""
+    told = None
+    for event in events:
+        if event.type == STATUS and not JobState(event.data["status"]).is_terminal:
+            told = None
+        elif event.type == PROGRESS:
+            told = event
+    return told
+
+
 class Listening(Protocol):
     """A job's events on their way to one listener, from the moment this was made until it is closed."""
 
@@ -49,7 +64,7 @@ class Listening(Protocol):
         """Be the iterator."""
 
     async def __anext__(self) -> Event:
-        """Return the next event, when there is one; the iteration ends once the bus is closed."""
+        """Return the next event, or a `GAP`, when there is one; the iteration ends once the bus is closed."""
 
 
 class EventBus(Protocol):
@@ -87,7 +102,7 @@ class LocalEventBus:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._remembered: OrderedDict[str, deque[Event]] = OrderedDict()
-        self._listeners: dict[str, set[_Listener]] = {}
+        self._listeners: dict[str, set[Listener]] = {}
         self._closed = False
         self._last = 0
 
@@ -106,7 +121,7 @@ class LocalEventBus:
         """Listen to a job from now on; with `after`, those remembered after that number come first."""
         with self._lock:
             missed = [] if after is None else [e for e in self._remembered.get(job_id, ()) if e.number > after]
-            listener = _Listener(missed, lambda: self._leave(job_id, listener))
+            listener = Listener(missed, lambda: self._leave(job_id, listener))
             self._listeners.setdefault(job_id, set()).add(listener)
             if self._closed:
                 listener.close()
@@ -134,7 +149,7 @@ class LocalEventBus:
             for listener in [one for listeners in self._listeners.values() for one in listeners]:
                 listener.close()
 
-    def _leave(self, job_id: str, listener: _Listener) -> None:
+    def _leave(self, job_id: str, listener: Listener) -> None:
         with self._lock:
             listeners = self._listeners.get(job_id, set())
             listeners.discard(listener)
@@ -160,15 +175,23 @@ class LocalEventBus:
             self._remembered.popitem(last=False)
 
 
-class _Listener:
-    """Events on their way to one listener, in its own event loop."""
+class Listener:
+    """Events on their way to one listener, in its own event loop; what every bus is listened to with."""
 
     def __init__(self, missed: list[Event], leave: Callable[[], None]) -> None:
+        """Take what comes first, and what is to be called when nobody listens any more; to be made in the loop."""
         self._loop = asyncio.get_running_loop()
         self._waiting = deque(missed)
         self._leave = leave
+        self._after = -1
         self._arrived = asyncio.Event()
         self._closed = False
+
+    def take_first(self, missed: list[Event]) -> None:
+        """Have these heard first, and none of them twice; in the listener's loop, right after it was made."""
+        self._waiting.extendleft(reversed(missed))
+        if missed:
+            self._after = missed[-1].number
 
     def hand_over(self, event: Event) -> None:
         """Take an event, from any thread."""
@@ -181,13 +204,13 @@ class _Listener:
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._end)
 
-    def __enter__(self) -> _Listener:
+    def __enter__(self) -> Listener:
         return self
 
     def __exit__(self, *_exception: object) -> None:
         self._leave()
 
-    def __aiter__(self) -> _Listener:
+    def __aiter__(self) -> Listener:
         return self
 
     async def __anext__(self) -> Event:
@@ -203,9 +226,11 @@ class _Listener:
         self._arrived.set()
 
     def _take(self, event: Event) -> None:
-        if event.type == PREVIEW:
-            # Large, and only the latest is worth looking at.
-            self._waiting = deque(waiting for waiting in self._waiting if waiting.type != PREVIEW)
+        if event.type in (PREVIEW, GAP):
+            # Only the latest is worth looking at, and previews are large.
+            self._waiting = deque(waiting for waiting in self._waiting if waiting.type != event.type)
+        elif event.number <= self._after:
+            return
         self._waiting.append(event)
         if len(self._waiting) > _WAITING:
             _leave_one_out(self._waiting)
@@ -213,8 +238,8 @@ class _Listener:
 
 
 def _leave_one_out(events: deque[Event]) -> None:
-    """Leave out the oldest event that is no change of state."""
+    """Leave out the oldest event that is no change of state, and does not stand for one."""
     for place, event in enumerate(events):
-        if event.type != STATUS:
+        if event.type not in (STATUS, GAP):
             del events[place]
             return

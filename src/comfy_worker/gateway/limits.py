@@ -1,18 +1,34 @@
-"""How much a client may send: calls in a time, bytes in a call."""
+"""How much a client may send: calls in a time, bytes in a call.
+
+With API_CACHE=redis all processes count together. While that Redis is away nobody counts, and every call is let
+through: the key guards the gateway still.
+"""
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import time
+from typing import TYPE_CHECKING, Any
 
 from limits import RateLimitItem, parse
-from limits.aio.storage import MemoryStorage
+from limits.aio.storage import MemoryStorage, RedisStorage, Storage
 from limits.aio.strategies import SlidingWindowCounterRateLimiter
+from limits.errors import StorageError
 
 from comfy_worker.gateway.errors import RateLimited
 from comfy_worker.gateway.settings import GatewaySettings
 
+if TYPE_CHECKING:
+    from redis.asyncio import ConnectionPool
+
+log = logging.getLogger(__name__)
+
+_PATIENCE_S = 0.5
+"""How long a call waits for the Redis that counts it."""
+_AGAIN_S = 1.0
+"""How long the Redis is not asked when it was away."""
 _ENDPOINT = re.compile(r"^/v2/[^/]+(?=/)")
 _ACTIONS = [
     (re.compile(pattern), action)
@@ -25,6 +41,8 @@ _ACTIONS = [
         (r"^/api/workflow/batch/[^/]+/cancel/?$", "cancel"),
         (r"^/task/?$", "run"),
         (r"^/api/v1/comfyui/workflows/[^/]+/execute/?$", "run"),
+        # RunPod's own call, with a whole result in it.
+        (r"^/runpod/webhook/", "runsync"),
     )
 ]
 """Which of RunPod's paths the paths of the other APIs do the same as."""
@@ -60,7 +78,7 @@ class TooOften(RateLimited):
 
 
 class RateLimits:
-    """Counts the calls of each key, in this process."""
+    """Counts the calls of each key: in this process, or in Redis for all."""
 
     def __init__(self, settings: GatewaySettings) -> None:
         """Take the limits out of the settings."""
@@ -71,7 +89,13 @@ class RateLimits:
         }
         self._limits = {action: parse(limit) if limit else None for action, limit in given.items()}
         self._other = parse(settings.rate_limit_status) if settings.rate_limit_status else None
-        self._counter = SlidingWindowCounterRateLimiter(MemoryStorage())
+        self._pool: ConnectionPool | None = None
+        storage: Storage = MemoryStorage()
+        if settings.api_cache == "redis":
+            storage, self._pool = _in_redis(settings.broker_url.get_secret_value())
+        self._counter = SlidingWindowCounterRateLimiter(storage)
+        self._away_until = 0.0
+        self._is_away = False
 
     async def count(self, client: str, path: str) -> None:
         """Count a call.
@@ -83,7 +107,46 @@ class RateLimits:
         limit = self._limits.get(action, self._other)
         # Paths that nobody serves count as one, or a client could fill the memory with names.
         name = action if action in (*self._limits, "status") else "other"
-        if limit is None or await self._counter.hit(limit, client, name):
+        if limit is None or time.monotonic() < self._away_until:
             return
-        window = await self._counter.get_window_stats(limit, client, name)
-        raise TooOften(limit, max(1, math.ceil(window.reset_time - time.time())))
+        try:
+            reset_at = await self._hit(limit, client, name)
+        except StorageError as error:
+            self._note_away(error)
+            return
+        if self._is_away:
+            self._is_away = False
+            log.info("Redis counts the calls of keys again")
+        if reset_at is not None:
+            raise TooOften(limit, max(1, math.ceil(reset_at - time.time())))
+
+    async def _hit(self, limit: RateLimitItem, *names: str) -> float | None:
+        """Count a call; return None if it may be, or when the next one may."""
+        if await self._counter.hit(limit, *names):
+            return None
+        return (await self._counter.get_window_stats(limit, *names)).reset_time
+
+    def _note_away(self, error: StorageError) -> None:
+        self._away_until = time.monotonic() + _AGAIN_S
+        if not self._is_away:
+            self._is_away = True
+            kind = type(error.storage_error).__name__
+            log.warning("Redis cannot be used (%s): calls of keys are not counted until it is back", kind)
+
+    async def close(self) -> None:
+        """Close the connections, in the loop that counted."""
+        if self._pool is not None:
+            await self._pool.disconnect()
+
+
+def _in_redis(url: str) -> tuple[Storage, ConnectionPool]:
+    # Loaded late: Redis's client is an extra of its own.
+    from redis.asyncio import ConnectionPool
+    from redis.asyncio.retry import Retry
+    from redis.backoff import NoBackoff
+
+    pool = ConnectionPool.from_url(
+        url, socket_timeout=_PATIENCE_S, socket_connect_timeout=_PATIENCE_S, retry=Retry(NoBackoff(), 0), protocol=2
+    )
+    options: Any = {"connection_pool": pool}
+    return RedisStorage("async+redis://", True, "redispy", "comfy:limits", **options), pool

@@ -107,7 +107,7 @@ class _Live:
         """Yield number, kind and data of each event; to a client that is new, where the job stands comes first."""
         if after is None and not record.state.is_terminal:
             yield None, STATUS, self._standing(record)
-        async with aclosing(self._service.events(record.id, after)) as events:
+        async with aclosing(self._service.events(record.id, after, known=record.state)) as events:
             async for event in events:
                 if event.type != PREVIEW:
                     yield event.number, event.type, dict(event.data)
@@ -116,7 +116,7 @@ class _Live:
 
     def _standing(self, record: JobRecord) -> dict[str, Any]:
         standing: dict[str, Any] = {"status": record.state.value}
-        if place := self._service.place(record.id):
+        if place := self._service.place_of(record):
             standing["queue_position"] = place.position
             if place.wait_s is not None:
                 standing["estimated_wait_s"] = round(place.wait_s, 1)

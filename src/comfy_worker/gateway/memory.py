@@ -1,8 +1,9 @@
-"""Has the C library give large blocks back to the system as soon as they are free."""
+"""The gateway's memory: large blocks go back to the system at once, and what stays for good is not looked at again."""
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
 
 _M_MMAP_THRESHOLD = -3
@@ -20,3 +21,13 @@ def give_large_blocks_back() -> None:
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt is not None:
             mallopt(_M_MMAP_THRESHOLD, _LARGE)
+
+
+def spare_what_stays() -> None:
+    """Leave what was made by now, modules and routes above all, out of every collection of garbage to come.
+
+    To be called once, before the first request: a full collection over it takes a tenth of a second of everyone's time,
+    and the first one would fall into the first requests.
+    """
+    gc.collect()
+    gc.freeze()

@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 from typing import Any, Generic, TypeVar
 
 import requests
-from prometheus_client import CollectorRegistry, Histogram, ProcessCollector
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 from pydantic import BaseModel, Field, ValidationError
 
-from comfy_worker.gateway.events import PREVIEW, PROGRESS, STATUS, Event, EventBus, Listening
 from comfy_worker.gateway.store import Store
-from comfy_worker.jobs import JobState, Stage
+from comfy_worker.jobs import JobState
 from comfy_worker.settings import without_credentials
 
 log = logging.getLogger(__name__)
 
 _STATS_AGE_S = 5.0
 _STATS_TIMEOUT_S = 2.0
-_STAGES = {"waiting", *(stage.value for stage in Stage)}
-_BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
-_MOST_JOBS = 10_000
 
 Value = TypeVar("Value")
 
@@ -47,74 +45,6 @@ class Cached(Generic[Value]):
             if self._kept is None or time.monotonic() - self._kept[0] > self._age_s:
                 self._kept = (time.monotonic(), self._ask())
             return self._kept[1]
-
-
-class StageClock:
-    """Measures how long jobs are in each stage, by the events that tell of it."""
-
-    def __init__(self, registry: CollectorRegistry) -> None:
-        """Take where the seconds are to be read."""
-        self._seconds = Histogram(
-            "comfy_job_stage_seconds",
-            "Seconds that jobs spent in each stage.",
-            ["stage"],
-            buckets=_BUCKETS,
-            registry=registry,
-        )
-        self._lock = threading.Lock()
-        self._since: dict[str, tuple[str, float]] = {}
-
-    def note(self, job_id: str, kind: str, data: Mapping[str, Any]) -> None:
-        """Take in what was told of a job, the moment it was."""
-        stage = data.get("stage") if kind == PROGRESS else "waiting" if data.get("status") == "IN_QUEUE" else None
-        has_ended = kind == STATUS and JobState(data["status"]).is_terminal
-        if not has_ended and stage not in _STAGES:
-            return
-        now = time.monotonic()
-        with self._lock:
-            before = self._since.get(job_id)
-            if before is not None and before[0] == stage:
-                return
-            self._since.pop(job_id, None)
-            if stage is not None and len(self._since) < _MOST_JOBS:
-                self._since[job_id] = (stage, now)
-        if before is not None:
-            self._seconds.labels(before[0]).observe(now - before[1])
-
-
-class MeteredBus:
-    """An event bus whose events the clock hears too."""
-
-    def __init__(self, bus: EventBus, clock: StageClock) -> None:
-        """Stand before a bus."""
-        self._bus = bus
-        self._clock = clock
-
-    def publish(self, job_id: str, kind: str, data: Mapping[str, Any], number: int | None = None) -> Event:
-        """Tell every listener of a job."""
-        if kind != PREVIEW:
-            self._clock.note(job_id, kind, data)
-        return self._bus.publish(job_id, kind, data, number)
-
-    def listen(self, job_id: str, after: int | None = None) -> Listening:
-        """Listen to a job."""
-        return self._bus.listen(job_id, after)
-
-    def recent(self, job_id: str, after: int = 0) -> list[Event]:
-        """Return the remembered events of a job."""
-        return self._bus.recent(job_id, after)
-
-    def has_listeners(self, job_id: str) -> bool:
-        """Return whether anybody listens to a job."""
-        return self._bus.has_listeners(job_id)
-
-    def forget(self, job_id: str) -> None:
-        """Remember nothing of a job any more."""
-        self._bus.forget(job_id)
-
-    def close(self) -> None:
-        """Let all listeners go."""
-        self._bus.close()
 
 
 class _Device(BaseModel):
@@ -151,6 +81,7 @@ class GatewayCollector(Collector):
         yield GaugeMetricFamily("comfy_queue_depth", "Jobs that wait.", counts.get(JobState.IN_QUEUE, 0))
         pending = self._store.pending_deliveries()
         yield GaugeMetricFamily("comfy_webhooks_pending", "Webhooks neither accepted nor given up.", pending)
+        yield self._stages()
         up = GaugeMetricFamily("comfy_backend_up", "Whether a ComfyUI answers.", labels=["backend"])
         running = GaugeMetricFamily("comfy_backend_jobs", "Jobs that a ComfyUI has.", labels=["backend"])
         for number, backend in enumerate(self._backends()):
@@ -159,6 +90,17 @@ class GatewayCollector(Collector):
         yield up
         yield running
         yield from self._memory()
+
+    def _stages(self) -> Metric:
+        told = HistogramMetricFamily(
+            "comfy_job_stage_seconds", "Seconds that jobs spent in each stage.", labels=["stage"]
+        )
+        for stage, times in self._store.seconds_by_stage().items():
+            limits = sorted(times.jobs)
+            up_to = accumulate(times.jobs[limit] for limit in limits)
+            buckets = [(_as_label(limit), float(count)) for limit, count in zip(limits, up_to, strict=True)]
+            told.add_metric([stage], buckets, times.seconds)
+        return told
 
     def _memory(self) -> Iterator[Metric]:
         labels = ["backend", "device"]
@@ -188,6 +130,10 @@ def _system_stats(backend: Mapping[str, Any]) -> _SystemStats:
         url = without_credentials(backend["url"])
         log.info("ComfyUI %s told nothing of its memory: %s", url, type(error).__name__)
         return _SystemStats()
+
+
+def _as_label(limit: float) -> str:
+    return "+Inf" if limit == math.inf else str(limit)
 
 
 def make_registry() -> CollectorRegistry:

@@ -1,4 +1,7 @@
-"""One gateway at a time: two at the same database would run every job twice."""
+"""One gateway at a time: two at the same database would run every job twice, where the gateway itself runs them.
+
+Where others run them several gateways may use a database, and take turns at what one of them has to do.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -20,6 +23,8 @@ log = logging.getLogger(__name__)
 
 _OWNER_LOCK = 0x636F6D67
 """Any number that nobody else locks in PostgreSQL."""
+_TURN_LOCK = 0x636F6D69
+"""Another one."""
 _TAKE_OVER_S = 20.0
 """How long a gateway that starts waits for one that ends."""
 _LOOK_S = 0.1
@@ -29,6 +34,7 @@ _LEAVING_S = 3.0
 """How long our own lost connection may still hold the lock; who holds it longer is somebody else."""
 
 _TAKE = text(f"SELECT pg_try_advisory_lock({_OWNER_LOCK})")
+_TAKE_TURN = text(f"SELECT pg_try_advisory_xact_lock({_TURN_LOCK})")
 _SESSION = text("SELECT pid, backend_start FROM pg_stat_activity WHERE pid = pg_backend_pid()")
 _END_SESSION = text(
     "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid = :pid AND backend_start = :backend_start"
@@ -58,6 +64,50 @@ def owned(
     else:
         with _locked(engine, take_over_s, when_lost or _nothing):
             yield
+
+
+def wait_for(engine: Engine, seconds: float = _TAKE_OVER_S) -> None:
+    """Return when a database that several gateways share answers.
+
+    Raises:
+        DatabaseUnavailable: it does not for so long.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            with in_our_words(), engine.connect():
+                return
+        except DatabaseUnavailable:
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(_LOOK_S)
+
+
+@contextmanager
+def turn(engine: Engine) -> Iterator[bool]:
+    """Yield whether nobody else who shares this database has its turn at the moment; it is ours within this block.
+
+    Raises:
+        DatabaseUnavailable: it does not answer.
+    """
+    if engine.dialect.name == "sqlite":
+        lock = FileLock(f"{engine.url.database}.turn", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()
+        return
+    # PostgreSQL lets it go with the transaction, and so with a connection that is lost.
+    with ExitStack() as stack:
+        with in_our_words():
+            connection = stack.enter_context(engine.connect())
+            is_ours = bool(connection.execute(_TAKE_TURN).scalar_one())
+        yield is_ours
 
 
 def _in_use() -> InvalidInput:

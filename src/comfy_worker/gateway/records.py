@@ -32,6 +32,8 @@ class JobRecord:
         began_at: when ComfyUI was first heard, or seen, to run it.
         prompt_id: its name in ComfyUI, from before it is sent there.
         backend: the URL of the ComfyUI that it was given to.
+        progress: how far it was when that was noted last, in its present attempt.
+        progress_number: of the event that told it.
         output: what it made; files are references (`type: "url"`, `asset:/…`) to the asset store.
         error: `{error, code, …}` of one that failed.
         door: which of the APIs it came through.
@@ -55,6 +57,8 @@ class JobRecord:
     ended_at: float | None = None
     prompt_id: str | None = None
     backend: str | None = None
+    progress: Mapping[str, Any] | None = None
+    progress_number: int | None = None
     output: Mapping[str, Any] | None = field(default=None, repr=False)
     error: Mapping[str, Any] | None = None
     door: str = "runpod"
@@ -117,3 +121,20 @@ class WebhookDelivery:
     job_id: str
     attempts: int
     due_at: float
+
+
+@dataclass(frozen=True)
+class ProgressNote:
+    """How far one attempt of a job is.
+
+    Attributes:
+        job_id: the job.
+        prompt_id: the attempt's; another attempt's progress is left as it is.
+        number: of the event that told it.
+        data: what it told.
+    """
+
+    job_id: str
+    prompt_id: str
+    number: int
+    data: Mapping[str, Any]

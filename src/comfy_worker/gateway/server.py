@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
+import os
 import signal
 import socket
+import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,12 +16,72 @@ from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.supervisors import ChangeReload
 
 from comfy_worker.gateway.memory import give_large_blocks_back
 
+log = logging.getLogger(__name__)
+
 _ANSWERS_END_S = 5
-"""How long a stop waits for answers that are being made or taken, such as files on a slow line."""
+"""How long a stop waits for answers that are being made, and then for those being taken: files on a slow line, say."""
+_LAST_REQUESTS_S = 0.5
+"""How long a stop waits after the last answer for requests that are on their way on connections that are kept."""
+_LOOK_S = 0.05
+_NORMAL, _SERVICE_RESTART = 1000, 1012
+"""Codes with which a WebSocket is closed: that all is told, and that the server ends."""
+
+
+class Ending:
+    """An application whose every answer ends its connection, once that has begun to end.
+
+    A client reads so in the answer, and sends its next request on another connection: to another gateway. One that
+    listens on a WebSocket reads it in the code that closes it.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        """Take the application."""
+        self._app = app
+        self._is_ending = False
+        self._under_way = 0
+        self._quiet_since = time.monotonic()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request, one WebSocket, or whatever else the server asks for."""
+
+        async def send_last(message: Message) -> None:
+            await send(_as_last(message) if self._is_ending else message)
+
+        is_request = scope["type"] == "http"
+        self._under_way += is_request
+        try:
+            await self._app(scope, receive, send_last)
+        finally:
+            self._under_way -= is_request
+            self._quiet_since = time.monotonic()
+
+    def begin_to_end(self) -> None:
+        """Let every answer end its connection from now on."""
+        self._is_ending = True
+        self._quiet_since = time.monotonic()
+
+    async def until_quiet(self) -> None:
+        """Return when no request has been under way for a moment, or when that does not come about in time."""
+        deadline = time.monotonic() + _ANSWERS_END_S
+        while time.monotonic() < deadline:
+            await asyncio.sleep(_LOOK_S)
+            if not self._under_way and time.monotonic() >= self._quiet_since + _LAST_REQUESTS_S:
+                return
+
+
+def _as_last(message: Message) -> Message:
+    if message["type"] == "http.response.start":
+        # A stream of events says that its connection is kept.
+        others = [(name, value) for name, value in message.get("headers", ()) if name.lower() != b"connection"]
+        return {**message, "headers": [*others, (b"connection", b"close")]}
+    if message["type"] == "websocket.close" and message.get("code", _NORMAL) == _NORMAL:
+        return {**message, "code": _SERVICE_RESTART}
+    return message
 
 
 class Server(uvicorn.Server):
@@ -25,9 +89,10 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: FastAPI, host: str, port: int) -> None:
         """Take the application, which has to have `state.let_go`, and where to listen."""
+        self._ending = Ending(app)
         super().__init__(
             uvicorn.Config(
-                app,
+                self._ending,
                 host=host,
                 port=port,
                 log_config=None,
@@ -58,10 +123,52 @@ class Server(uvicorn.Server):
             for number in signals:
                 signal.signal(number, signal.SIG_IGN)
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen, and say where; of sockets that it is given uvicorn says nothing."""
+        await super().startup(sockets)
+        for one in (sockets or []) if self.started else []:
+            host, port = one.getsockname()[:2]
+            log.info("running on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Take no more requests, let those go that wait, and end when the others have their answers."""
+        """Take no more connections, let those go that wait, and end when the others have their answers.
+
+        A load balancer that finds the port closed goes to another gateway. What it has sent here already is answered.
+        """
+        self._ending.begin_to_end()
         self._let_go()
+        await self._take_last_connections()
+        await self._ending.until_quiet()
         await super().shutdown(sockets)
+
+    async def _take_last_connections(self) -> None:
+        """Close the port, and take those who have reached it already: the system would cut their connections."""
+        numbers = [one.fileno() for server in self.servers for one in server.sockets]
+        listening = [socket.socket(fileno=os.dup(number)) for number in numbers]
+        for server in self.servers:
+            server.close()
+        loop = asyncio.get_running_loop()
+        for connection in [connection for one in listening for connection in _all_that_wait(one)]:
+            connection.setblocking(False)
+            await loop.connect_accepted_socket(self._make_protocol, connection)
+
+    def _make_protocol(self) -> asyncio.Protocol:
+        """Return what serves a connection, made as uvicorn makes it."""
+        return self.config.http_protocol_class(
+            config=self.config,  # type: ignore[call-arg]
+            server_state=self.server_state,
+            app_state=self.lifespan.state,
+        )
+
+
+def _all_that_wait(listening: socket.socket) -> list[socket.socket]:
+    """Return the connections that nobody has taken yet, and listen no more."""
+    taken = []
+    with listening, contextlib.suppress(BlockingIOError):
+        listening.setblocking(False)
+        while True:
+            taken.append(listening.accept()[0])
+    return taken
 
 
 def serve_reloading(serve: Callable[[list[socket.socket] | None], None], host: str, port: int, folder: Path) -> None:

@@ -9,6 +9,7 @@ import json
 import time
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,7 +20,7 @@ from comfy_worker.catalog.template import expand_job
 from comfy_worker.comfy.client import ComfyClient
 from comfy_worker.errors import InvalidInput
 from comfy_worker.gateway.errors import NotFound, NotPossible
-from comfy_worker.gateway.events import STATUS, Event, EventBus
+from comfy_worker.gateway.events import GAP, PREVIEW, PROGRESS, STATUS, Event, EventBus, Listening, last_progress
 from comfy_worker.gateway.records import LOW_PRIORITY, NORMAL_PRIORITY, JobRecord
 from comfy_worker.gateway.store import Store, moment
 from comfy_worker.jobs import JobState
@@ -257,7 +258,7 @@ class JobService:
             if (await self.get(job_id)).state.is_terminal:
                 return
             async for event in listening:
-                if _is_end(event):
+                if _is_end(event) or (event.type == GAP and (await self.get(job_id)).state.is_terminal):
                     return
 
     async def cancel(self, job_id: str) -> JobRecord:
@@ -335,6 +336,10 @@ class JobService:
         """Return where a job stands in the queue, None if it does not wait."""
         return self._engine.place(job_id)
 
+    def place_of(self, record: JobRecord) -> Place | None:
+        """Return where a job stands in the queue; None if by this record, which may be newer, it does not wait."""
+        return self.place(record.id) if record.state is JobState.IN_QUEUE else None
+
     def backends(self) -> Sequence[Mapping[str, Any]]:
         """Return how each ComfyUI is doing."""
         return self._engine.backends()
@@ -349,13 +354,16 @@ class JobService:
 
     # --------------------------------------------------------------------------------------------- events
 
-    async def events(self, job_id: str, after: int | None = None) -> AsyncGenerator[Event, None]:
+    async def events(
+        self, job_id: str, after: int | None = None, *, known: JobState | None = None
+    ) -> AsyncGenerator[Event, None]:
         """Yield what happens to a job, the moment it happens; ends with its end, or the gateway's.
 
         Args:
             job_id: the job.
             after: what happened after this number comes first, as far as it is remembered; changes of state always
                 are. None: from now on, or of a job that has ended, its end.
+            known: the state that the listener takes it to be in; if it is in another by now, that comes first.
 
         Raises:
             NotFound: there is none with this id (any more).
@@ -363,36 +371,81 @@ class JobService:
         with self._bus.listen(job_id) as listening:
             record = await self.get(job_id)
             told = -1 if after is None else after
-            missed = await self._missed(job_id, told)
+            missed = await self._missed(record, told)
+            latest = missed[-1].number if missed else told
             if after is None:
-                missed = missed[-1:] if record.state.is_terminal else []
+                has_changed = known is not None and record.state is not known
+                missed = _last_change(missed) if record.state.is_terminal or has_changed else []
+            # It may have ended since it was looked at: then its end is among what was missed, and is not told again.
+            is_over = record.state.is_terminal or any(map(_is_end, _last_change(missed)))
             for event in missed:
                 told = event.number
                 yield event
-            if record.state.is_terminal:
+            if is_over:
                 return
-            async for event in listening:
-                # What came while the missed ones were gathered is among both.
-                if event.number <= told:
-                    continue
-                yield event
-                if _is_end(event):
-                    return
+            async with aclosing(self._heard(listening, job_id, told, latest)) as heard:
+                async for event in heard:
+                    yield event
+                    if _is_end(event):
+                        return
 
-    async def _missed(self, job_id: str, after: int) -> list[Event]:
+    async def _heard(self, listening: Listening, job_id: str, told: int, latest: int) -> AsyncGenerator[Event, None]:
+        """Yield what is heard of a job, and where the bus may have missed something, what is known besides.
+
+        Args:
+            listening: to the job.
+            job_id: the job.
+            told: the number up to which events were told; they are among what is heard, too.
+            latest: the number of the latest that is known.
+        """
+        async for event in listening:
+            if event.type == GAP:
+                try:
+                    missed = await self._since(job_id, latest)
+                except NotFound:
+                    return  # its end was not heard, and it has expired since
+                for known in missed:
+                    told = latest = known.number
+                    yield known
+            elif event.number > told:
+                yield event
+                latest = latest if event.type == PREVIEW else event.number
+
+    async def _since(self, job_id: str, told: int) -> list[Event]:
+        """Return what is known of a job after a number; of one that has ended, the end at least.
+
+        Raises:
+            NotFound: there is none with this id any more.
+        """
+        record = await self.get(job_id)
+        missed = await self._missed(record, told)
+        if record.state.is_terminal and not any(map(_is_end, missed)):
+            missed += _last_change(await self._missed(record, -1))
+        return missed
+
+    async def _missed(self, record: JobRecord, after: int) -> list[Event]:
         """Return what is known of a job: changes of state from the store, the latest others from memory."""
+        job_id = record.id
         stored = await run_in_threadpool(self._store.events_of, job_id, after)
         missed = {number: Event(number, job_id, kind, data) for number, kind, data in stored}
-        remembered = self._bus.recent(job_id, after)
+        remembered = await run_in_threadpool(self._bus.recent, job_id, after)
         known = [event.data for event in remembered if event.type == STATUS]
         # A change that is remembered under a later number than the store's is not told twice.
         missed = {number: event for number, event in missed.items() if event.data not in known}
         missed |= {event.number: event for event in remembered}
-        return [missed[number] for number in sorted(missed)]
+        in_order = [missed[number] for number in sorted(missed)]
+        return _without_afterthoughts(in_order) if record.state.is_terminal else in_order
 
     def recent_events(self, job_id: str, after: int = 0) -> list[Event]:
         """Return what happened to a job lately, as far as it is remembered in this process."""
         return self._bus.recent(job_id, after)
+
+    def progress_of(self, record: JobRecord) -> Event | None:
+        """Return the last word on how far the present attempt of a job is: the bus's, or else the database's."""
+        told = last_progress(self._bus.recent(record.id))
+        if told is None and record.progress is not None and record.progress_number is not None:
+            return Event(record.progress_number, record.id, PROGRESS, record.progress)
+        return told
 
     def _publish(self, record: JobRecord, now: float) -> None:
         self._bus.publish(record.id, STATUS, {"status": record.state.value}, moment(now))
@@ -400,6 +453,16 @@ class JobService:
 
 def _is_end(event: Event) -> bool:
     return event.type == STATUS and JobState(event.data["status"]).is_terminal
+
+
+def _last_change(events: Sequence[Event]) -> list[Event]:
+    return [event for event in events if event.type == STATUS][-1:]
+
+
+def _without_afterthoughts(events: Sequence[Event]) -> list[Event]:
+    """Leave out what was told after a job's end: whoever ran it heard of a cancel a moment later."""
+    last = max((place for place, event in enumerate(events) if event.type == STATUS), default=-1)
+    return list(events[: last + 1])
 
 
 def _check_names(endpoint_id: str, job_id: str | None, idempotency_key: str | None) -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from limits import parse
 from pydantic import AliasChoices, Field, SecretStr, ValidationInfo, ValidatorFunctionWrapHandler, field_validator
 
 from comfy_worker.settings import Settings, complete_url, passwords_of, read_settings
+
+_POSTGRESQL = ("postgresql", "postgres")
+_REDIS = ("redis://", "rediss://", "unix://")
 
 
 def _named(*names: str, default: Any, description: str, **limits: Any) -> Any:
@@ -21,22 +25,62 @@ class GatewaySettings(Settings):
     api_port: int = _named(
         "API_PORT", "PORT", default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one."
     )
-    api_workers: int = _named("API_WORKERS", default=1, description="How many processes serve the port; only 1 works.")
     api_reload: bool = _named(
         "API_RELOAD", default=False, description="Start again whenever the gateway's own code changes, to work on it."
     )
-    api_cache: str = _named(
+    api_cache: Literal["memory", "redis"] = _named(
         "API_CACHE",
         default="memory",
-        description="What carries the news of jobs: `memory`; `redis` is refused, it is not supported yet.",
+        description="What carries the news of jobs and counts calls: `memory`, of one process; `redis`, of all.",
+    )
+    engine: Literal["local", "celery", "runpod"] = _named(
+        "ENGINE",
+        default="local",
+        description="Who runs the jobs: `local`, this process; `celery`, a fleet of workers; `runpod`, an endpoint.",
+    )
+    redis_url: SecretStr | None = _named(
+        "REDIS_URL",
+        default=None,
+        description="URL of the Redis, with its password; made of the three below if not set.",
+    )
+    progress_note_s: float = _named(
+        "PROGRESS_NOTE_S",
+        default=5.0,
+        ge=0,
+        le=3600,
+        description="Seconds between two notes in the database of how far running jobs are; 0 for none.",
+    )
+    worker_lost_s: float = _named(
+        "WORKER_LOST_S",
+        default=10.0,
+        ge=1,
+        le=600,
+        description="A worker of a fleet that says nothing for so many seconds is lost: others take its jobs.",
+    )
+    visibility_timeout_s: int = _named(
+        "VISIBILITY_TIMEOUT_S",
+        default=86_400,
+        ge=60,
+        le=2_592_000,
+        description="After how many seconds Celery sends a job's message again that no worker acknowledged; to be "
+        "longer than the longest job.",
+    )
+    runpod_endpoint_id: str = _named(
+        "RUNPOD_ENDPOINT_ID", default="", description="The endpoint that runs the jobs; read with `ENGINE=runpod` only."
+    )
+    runpod_api_key: SecretStr | None = _named(
+        "RUNPOD_API_KEY", default=None, description="A key of RunPod that may use it; read with `ENGINE=runpod` only."
+    )
+    runpod_endpoint_url: str = _named(
+        "RUNPOD_ENDPOINT_URL",
+        default="https://api.runpod.ai/v2",
+        description="Base URL of RunPod's API; read with `ENGINE=runpod` only.",
     )
     redis_host: str = _named(
-        "REDIS_HOST", default="localhost", description="Host of the Redis; read with `API_CACHE=redis` only."
+        "REDIS_HOST", default="localhost", description="Host of the Redis; read if something needs one."
     )
-    redis_port: int = _named(
-        "REDIS_PORT", default=6379, ge=1, le=65535, description="Its port; read with `API_CACHE=redis` only."
-    )
-    redis_db: int = _named("REDIS_DB", default=0, ge=0, description="Its database; read with `API_CACHE=redis` only.")
+    redis_port: int = _named("REDIS_PORT", default=6379, ge=1, le=65535, description="Its port, likewise.")
+    redis_db: int = _named("REDIS_DB", default=0, ge=0, description="Its database, likewise.")
     api_keys: SecretStr | None = _named(
         "API_KEYS", default=None, description="Keys that clients may use, separated by commas."
     )
@@ -49,7 +93,18 @@ class GatewaySettings(Settings):
         description="What requests are encrypted with in the database; made and kept in DATA_DIR if not set.",
     )
     database_url: SecretStr | None = _named(
-        "DATABASE_URL", default=None, description="SQLAlchemy URL of a PostgreSQL; SQLite in DATA_DIR if not set."
+        "DATABASE_URL",
+        default=None,
+        validate_default=True,
+        description="SQLAlchemy URL of a PostgreSQL; SQLite in DATA_DIR if not set.",
+    )
+    api_workers: int = _named(
+        "API_WORKERS",
+        default=1,
+        ge=1,
+        le=64,
+        description="How many processes serve the port; more than 1 need `ENGINE=celery` or `runpod`, "
+        "`API_CACHE=redis` and a PostgreSQL.",
     )
     comfyui_backends: str = _named(
         "COMFYUI_BACKENDS",
@@ -113,35 +168,62 @@ class GatewaySettings(Settings):
         "LOG_FORMAT", default="text", description="`json` writes one JSON object a line, with the job's id."
     )
 
-    @field_validator("api_workers")
+    @field_validator("api_cache", mode="before")
     @classmethod
-    def _one(cls, value: int) -> int:
-        if value != 1:
-            raise ValueError(
-                "must be 1: one gateway has a database to itself, and serves several ComfyUIs if COMFYUI_BACKENDS "
-                "names them"
-            )
-        return value
+    def _in_any_case(cls, value: Any) -> Any:
+        return value.lower() if isinstance(value, str) else value
 
-    @field_validator("api_cache")
-    @classmethod
-    def _known_cache(cls, value: str) -> str:
-        if value.lower() == "redis":
-            raise ValueError(
-                "redis is not supported yet: jobs and results are kept in the database, and one gateway serves them; "
-                "set it to memory"
-            )
-        if value.lower() != "memory":
-            raise ValueError("must be memory")
-        return value.lower()
-
-    @field_validator("redis_host", "redis_port", "redis_db", mode="wrap")
+    @field_validator("redis_host", "redis_port", "redis_db", "redis_url", mode="wrap")
     @classmethod
     def _only_with_redis(cls, value: Any, check: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
         """Leave out what nobody reads, however wrong it is."""
-        if info.data.get("api_cache") == "memory":
+        if info.data.get("api_cache") == "memory" and info.data.get("engine") != "celery":
             return cls.model_fields[str(info.field_name)].default
         return check(value)
+
+    @field_validator("redis_url")
+    @classmethod
+    def _of_redis(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is None or not value.get_secret_value():
+            return None
+        if not value.get_secret_value().startswith(_REDIS):
+            raise ValueError("must begin with redis://, rediss:// or unix://")
+        if not _is_readable(value.get_secret_value()):
+            raise ValueError("cannot be read: it must be like redis://:password@host:6379/0")
+        return value
+
+    @field_validator("database_url")
+    @classmethod
+    def _of_a_database(cls, value: SecretStr | None, info: ValidationInfo) -> SecretStr | None:
+        kind = urlsplit(value.get_secret_value()).scheme.partition("+")[0] if value else "sqlite"
+        if kind not in ("sqlite", *_POSTGRESQL):
+            raise ValueError("must begin with postgresql:// or sqlite:///")
+        if info.data.get("engine") == "celery" and kind not in _POSTGRESQL:
+            raise ValueError(
+                "a fleet (ENGINE=celery) needs a PostgreSQL in DATABASE_URL: its gateways and workers share it, and "
+                "SQLite is one machine's own"
+            )
+        return value or None
+
+    @field_validator("api_workers")
+    @classmethod
+    def _shared_by_all(cls, value: int, info: ValidationInfo) -> int:
+        """Refuse several processes without what they have to share; a setting that is wrong itself is told alone."""
+        if value == 1 or not {"engine", "api_cache", "database_url"} <= info.data.keys():
+            return value
+        if info.data.get("api_reload"):
+            raise ValueError("must be 1 with API_RELOAD, which is for one process")
+        if info.data["engine"] == "local":
+            raise ValueError(
+                "must be 1 with ENGINE=local: one gateway has a database to itself, and serves several ComfyUIs if "
+                "COMFYUI_BACKENDS names them"
+            )
+        if info.data["api_cache"] != "redis":
+            raise ValueError("more than 1 need API_CACHE=redis: they hear of each other's jobs through it")
+        database = info.data["database_url"]
+        if database is None or not database.get_secret_value().startswith(_POSTGRESQL):
+            raise ValueError("more than 1 need a PostgreSQL in DATABASE_URL: SQLite is for one process")
+        return value
 
     @field_validator("rate_limit_run", "rate_limit_runsync", "rate_limit_cancel", "rate_limit_status")
     @classmethod
@@ -151,7 +233,7 @@ class GatewaySettings(Settings):
         parse(value)
         return value
 
-    @field_validator("public_url")
+    @field_validator("public_url", "runpod_endpoint_url")
     @classmethod
     def _absolute(cls, value: str) -> str:
         if value and not value.startswith(("http://", "https://")):
@@ -179,11 +261,28 @@ class GatewaySettings(Settings):
         """The URLs of all ComfyUIs."""
         return _urls_in(self.comfyui_backends) or [self.comfyui_url]
 
+    @property
+    def broker_url(self) -> SecretStr:
+        """The URL of the Redis."""
+        return self.redis_url or SecretStr(f"redis://{self.redis_host}:{self.redis_port}/{self.redis_db}")
+
     def secrets(self) -> list[str]:
         """Return every secret value, for masking."""
-        own = [value.get_secret_value() for value in (self.database_url, self.gateway_key) if value is not None]
+        given = (self.database_url, self.gateway_key, self.redis_url, self.runpod_api_key)
+        own = [value.get_secret_value() for value in given if value is not None]
         of_backends = [password for url in self.backends for password in passwords_of(url)]
-        return [*super().secrets(), *self.given_keys, *own, *of_backends]
+        of_redis = passwords_of(self.broker_url.get_secret_value())
+        return [*super().secrets(), *self.given_keys, *own, *of_backends, *of_redis]
+
+
+def _is_readable(redis_url: str) -> bool:
+    """Return whether host, port and database can be told apart; a `/` in a password, say, has to be written `%2F`."""
+    try:
+        parts = urlsplit(redis_url)
+        database = "" if parts.scheme == "unix" else parts.path.strip("/")
+        return (parts.port is None or parts.port > 0) and (not database or database.isdecimal())
+    except ValueError:
+        return False
 
 
 def _urls_in(value: str) -> list[str]:

@@ -12,7 +12,8 @@ from comfy_worker.gateway.errors import Unauthorized
 
 PATH = "/assets"
 IMAGES_PATH = "/api/v1/images/generated"
-SIGNED_PATHS = (PATH, IMAGES_PATH)
+CALLBACK_PATH = "/runpod/webhook"
+SIGNED_PATHS = (PATH, IMAGES_PATH, CALLBACK_PATH)
 """Below these a link with a signature does without a key."""
 
 
@@ -47,3 +48,28 @@ class AssetLinks:
 
 def _signed(path: str, expires: int) -> bytes:
     return f"{expires}:{path}".encode(errors="surrogatepass")
+
+
+class CallbackLinks:
+    """Makes and checks the URLs at which RunPod tells the ends of jobs: `/runpod/webhook/<job>?signature=<HMAC>`."""
+
+    def __init__(self, secret: str, public_url: str) -> None:
+        """Take the secret that they are signed with, and where RunPod finds the gateway; empty if nowhere."""
+        self._signer = Signer(secret, salt="runpod webhook", digest_method=hashlib.sha256, key_derivation="hmac")
+        self._public_url = public_url
+
+    def url(self, job_id: str) -> str | None:
+        """Return the URL for a job, None if RunPod cannot find the gateway."""
+        if not self._public_url:
+            return None
+        query = urlencode({"signature": self._signer.get_signature(job_id).decode("ascii")})
+        return f"{self._public_url}{CALLBACK_PATH}/{quote(job_id, safe='')}?{query}"
+
+    def check(self, job_id: str, signature: str) -> None:
+        """Return if a signature is that of a job's URL.
+
+        Raises:
+            Unauthorized: it is not.
+        """
+        if not self._signer.verify_signature(job_id.encode(errors="surrogatepass"), signature):
+            raise Unauthorized("The URL's signature is not right")

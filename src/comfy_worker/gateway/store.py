@@ -11,12 +11,26 @@ import base64
 import hashlib
 import json
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from cryptography.fernet import Fernet, InvalidToken
-from sqlalchemy import Connection, Engine, Row, Select, delete, func, insert, literal, select, text, update
+from sqlalchemy import (
+    Connection,
+    Engine,
+    Row,
+    Select,
+    bindparam,
+    delete,
+    func,
+    insert,
+    literal,
+    select,
+    text,
+    update,
+)
 from sqlalchemy.exc import IntegrityError
 
 from comfy_worker.gateway.database import WRITES, connect, in_our_words
@@ -28,7 +42,8 @@ from comfy_worker.gateway.errors import (
     UnreadableRequest,
 )
 from comfy_worker.gateway.migrate import bring_up_to_date
-from comfy_worker.gateway.records import JobRecord, WebhookDelivery
+from comfy_worker.gateway.records import JobRecord, ProgressNote, WebhookDelivery
+from comfy_worker.gateway.stage_seconds import StageTimes, note_seconds, read_seconds, seconds_by_stage
 from comfy_worker.gateway.tables import events, idempotency_keys, jobs, webhook_deliveries
 from comfy_worker.jobs import JobState
 
@@ -37,6 +52,8 @@ __all__ = ["Store", "connect", "moment"]
 STATUS = "status"
 _OPEN = (JobState.IN_QUEUE.value, JobState.IN_PROGRESS.value)
 _WITHOUT_RESULT = (JobState.FAILED, JobState.TIMED_OUT, JobState.CANCELLED)
+_TIMES = select(jobs.c.created_at, jobs.c.started_at)
+_NO_PROGRESS = dict.fromkeys(("progress", "progress_number"))
 _SHOWN = [column for column in jobs.c if column.name != "request"]
 _QUEUE_LOCK = 0x636F6D68
 """Any number that nobody else locks in PostgreSQL."""
@@ -225,6 +242,11 @@ class Store:
         with self._reading() as connection:
             return {JobState(state): count for state, count in connection.execute(query)}
 
+    def seconds_by_stage(self) -> Mapping[str, StageTimes]:
+        """Return how long the jobs that have ended were in each stage, those too that are not kept any more."""
+        with self._reading() as connection:
+            return read_seconds(connection)
+
     def retried(self) -> int:
         """Return how many of the jobs were put back into the queue, by their caller or by the gateway."""
         query = select(func.count()).select_from(jobs).where(jobs.c.retries > 0)
@@ -236,7 +258,7 @@ class Store:
 
     def start(self, job_id: str, prompt_id: str, backend: str, now: float) -> bool:
         """Note that a waiting job runs, before it is sent to ComfyUI; return whether it was still waiting."""
-        values = {"prompt_id": prompt_id, "backend": backend, "started_at": now}
+        values = {"prompt_id": prompt_id, "backend": backend, "started_at": now, **_NO_PROGRESS}
         return self._change(job_id, [JobState.IN_QUEUE.value], JobState.IN_PROGRESS, values, now)
 
     def note_began(self, job_id: str, prompt_id: str, at: float) -> None:
@@ -246,9 +268,35 @@ class Store:
         with self._writing() as connection:
             connection.execute(update(jobs).where(condition).values(began_at=at))
 
-    def requeue(self, job_id: str, now: float) -> bool:
-        """Put a running job back into the queue; return whether it was running."""
-        values = {**dict.fromkeys(("prompt_id", "backend", "started_at", "began_at")), "retries": jobs.c.retries + 1}
+    def note_progress(self, notes: Sequence[ProgressNote]) -> None:
+        """Note how far jobs are, those of them that run still, and under the same prompt_id."""
+        if not notes:
+            return
+        condition = (jobs.c.id == bindparam("of_job")) & (jobs.c.prompt_id == bindparam("of_prompt"))
+        condition &= jobs.c.state == JobState.IN_PROGRESS.value
+        rows = [
+            {"of_job": note.job_id, "of_prompt": note.prompt_id, "progress": note.data, "progress_number": note.number}
+            # In the same order by all who do this at the same time.
+            for note in sorted(notes, key=lambda note: note.job_id)
+        ]
+        with self._writing() as connection:
+            connection.execute(update(jobs).where(condition), rows)
+
+    def note_submission(
+        self, job_id: str, prompt_id: str | None, backend: str | None, *, instead_of: str | None
+    ) -> bool:
+        """Note what a waiting job is called in a queue elsewhere; return whether it waited, and was `instead_of`."""
+        condition = (jobs.c.id == job_id) & (jobs.c.state == JobState.IN_QUEUE.value)
+        condition &= jobs.c.prompt_id.is_(None) if instead_of is None else jobs.c.prompt_id == instead_of
+        values = {"prompt_id": prompt_id, "backend": backend}
+        with self._writing() as connection:
+            return bool(connection.execute(update(jobs).where(condition).values(**values)).rowcount)
+
+    def requeue(self, job_id: str, now: float, *, elsewhere: bool = False) -> bool:
+        """Put a running job back into the queue, perhaps one `elsewhere`; return whether it was running."""
+        times = dict.fromkeys(("started_at", "began_at"))
+        values = {**times, **_NO_PROGRESS, **({} if elsewhere else dict.fromkeys(("prompt_id", "backend")))}
+        values["retries"] = jobs.c.retries + 1
         return self._change(job_id, [JobState.IN_PROGRESS.value], JobState.IN_QUEUE, values, now)
 
     def finish(
@@ -260,6 +308,8 @@ class Store:
         output: Mapping[str, Any] | None = None,
         error: Mapping[str, Any] | None = None,
         ran_from: float | None = None,
+        only_waiting: bool = False,
+        accepted_at: float | None = None,
     ) -> bool:
         """End a job, and in the same transaction note that its webhook is to be sent; return whether it was open.
 
@@ -270,10 +320,14 @@ class Store:
             output: what it made.
             error: why it failed.
             ran_from: when ComfyUI began it, if it did; it counts as the job's start from then on.
+            only_waiting: whether a job that runs is left alone.
+            accepted_at: if given, it is ended only if it was not retried since.
         """
         values = {"ended_at": now, "output": output, "error": error}
         values |= {} if ran_from is None else {"started_at": ran_from}
-        return self._change(job_id, _OPEN, state, values, now)
+        return self._change(
+            job_id, [JobState.IN_QUEUE.value] if only_waiting else _OPEN, state, values, now, accepted_at
+        )
 
     def cancel_waiting(self, endpoint_id: str | None, now: float) -> Sequence[str]:
         """Cancel all waiting jobs; return their ids."""
@@ -292,23 +346,35 @@ class Store:
     def retry(self, job_id: str, now: float) -> bool:
         """Put a job that failed or timed out into the queue again; return whether it had."""
         values = dict.fromkeys(("started_at", "began_at", "ended_at", "prompt_id", "backend", "output", "error"))
-        changed = {**values, "created_at": now, "retries": jobs.c.retries + 1}
+        changed = {**values, **_NO_PROGRESS, "created_at": now, "retries": jobs.c.retries + 1}
         return self._change(job_id, [JobState.FAILED.value, JobState.TIMED_OUT.value], JobState.IN_QUEUE, changed, now)
 
     def _change(
-        self, job_id: str, states: Iterable[str], state: JobState, values: Mapping[str, Any], now: float
+        self,
+        job_id: str,
+        states: Iterable[str],
+        state: JobState,
+        values: Mapping[str, Any],
+        now: float,
+        accepted_at: float | None = None,
     ) -> bool:
         """Bring a job that is in one of `states` into another; return whether it was."""
         condition = (jobs.c.id == job_id) & jobs.c.state.in_(list(states))
+        if accepted_at is not None:
+            condition &= jobs.c.created_at == accepted_at
         with self._writing() as connection:
-            changed = connection.execute(update(jobs).where(condition).values(state=state.value, **values)).rowcount
-            if not changed:
+            # Read before it is changed: of a job that ends, its start is noted anew.
+            times = connection.execute(_TIMES.where(condition).with_for_update()).one_or_none()
+            if times is None:
                 return False
+            connection.execute(update(jobs).where(condition).values(state=state.value, **values))
             _note(connection, job_id, state, now)
             if state is JobState.IN_QUEUE:
                 # A new end will be told in place of one that has not been told yet.
                 connection.execute(delete(webhook_deliveries).where(webhook_deliveries.c.job_id == job_id))
             is_due = state.is_terminal and _note_webhook(connection, job_id, now)
+            if state.is_terminal:
+                note_seconds(connection, seconds_by_stage(*times, now, values.get("output")))
         if is_due:
             self.when_webhook_is_due()
         return True
@@ -345,6 +411,30 @@ class Store:
         query = select(table).where(table.c.done_at.is_(None), table.c.due_at <= now).order_by(table.c.due_at)
         with self._reading() as connection:
             rows = connection.execute(query.limit(limit))
+            return [WebhookDelivery(row.id, row.job_id, row.attempts, row.due_at) for row in rows]
+
+    def claim_deliveries(self, now: float, until: float, limit: int) -> Sequence[WebhookDelivery]:
+        """Take webhooks that are to be sent now, so that nobody else does until a moment; return those taken.
+
+        `note_delivery` ends the claim. A claim that its gateway left behind ends with its time: the webhook is due
+        then again.
+        """
+        table = webhook_deliveries
+        taken = []
+        for delivery in self.due_deliveries(now, limit):
+            # Whoever was quicker has moved it.
+            condition = (table.c.id == delivery.id) & table.c.done_at.is_(None) & (table.c.due_at == delivery.due_at)
+            with self._writing() as connection:
+                if connection.execute(update(table).where(condition).values(due_at=until)).rowcount:
+                    taken.append(replace(delivery, due_at=until))
+        return taken
+
+    def claimed_deliveries(self, until: Collection[float]) -> Sequence[WebhookDelivery]:
+        """Return the webhooks that were claimed until one of these moments, and are not done."""
+        table = webhook_deliveries
+        query = select(table).where(table.c.done_at.is_(None), table.c.due_at.in_(until)).order_by(table.c.due_at)
+        with self._reading() as connection:
+            rows = connection.execute(query)
             return [WebhookDelivery(row.id, row.job_id, row.attempts, row.due_at) for row in rows]
 
     def pending_deliveries(self) -> int:

@@ -40,6 +40,8 @@ jobs = Table(
     Column("ended_at", Float),
     Column("prompt_id", String(64)),
     Column("backend", String(512)),
+    Column("progress", JSON),
+    Column("progress_number", BigInteger),
     Column("output", JSON),
     Column("error", JSON),
     Column("door", String(32), nullable=False, server_default="runpod"),
@@ -77,4 +79,16 @@ webhook_deliveries = Table(
     Column("done_at", Float),
     Column("last_error", Text),
     Index("webhook_deliveries_due", "done_at", "due_at"),
+)
+
+stage_seconds = Table(
+    "stage_seconds",
+    metadata,
+    # Each count is the sum of its parts.
+    Column("part", Integer, primary_key=True, autoincrement=False),
+    Column("stage", String(16), primary_key=True),
+    # Infinity for the longest.
+    Column("up_to", Float, primary_key=True),
+    Column("jobs", BigInteger, nullable=False),
+    Column("seconds", Float, nullable=False),
 )

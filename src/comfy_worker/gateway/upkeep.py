@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 from comfy_worker.gateway.assets import AssetStore
 from comfy_worker.gateway.errors import DatabaseUnavailable
@@ -24,6 +25,7 @@ class Upkeep:
         assets: AssetStore,
         *,
         take_up_forgotten: Callable[[], None] | None = None,
+        turn: Callable[[], AbstractContextManager[bool]] = lambda: nullcontext(True),
         interval_s: float = _INTERVAL_S,
     ) -> None:
         """Take the parts.
@@ -33,10 +35,12 @@ class Upkeep:
             bus: is to remember nothing of them either.
             assets: has their files.
             take_up_forgotten: is done in the same rhythm.
+            turn: says whether it is ours to remove, where several gateways share a store; always if not given.
             interval_s: seconds between two rounds.
         """
         self._store = store
         self._take_up_forgotten = take_up_forgotten
+        self._turn = turn
         self._bus = bus
         self._assets = assets
         self._interval_s = interval_s
@@ -56,7 +60,9 @@ class Upkeep:
     def _run(self) -> None:
         while not self._stopping.is_set():
             try:
-                self.remove_expired(time.time())
+                with self._turn() as is_ours:
+                    if is_ours:
+                        self.remove_expired(time.time())
                 if self._take_up_forgotten is not None:
                     self._take_up_forgotten()
             except DatabaseUnavailable:

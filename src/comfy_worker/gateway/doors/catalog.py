@@ -38,7 +38,7 @@ from comfy_worker.gateway.errors import (
     NotFound,
     WorkflowNotFound,
 )
-from comfy_worker.gateway.events import PREVIEW, PROGRESS
+from comfy_worker.gateway.events import PREVIEW
 from comfy_worker.gateway.middleware import answer_error
 from comfy_worker.gateway.records import JobRecord
 from comfy_worker.gateway.signing import IMAGES_PATH
@@ -212,7 +212,7 @@ class _Door:
             "created_at": iso(record.created_at),
             "updated_at": iso(record.ended_at or record.started_at or record.created_at),
         }
-        if (place := self._service.place(record.id)) is not None:
+        if (place := self._service.place_of(record)) is not None:
             execution["queue_position"] = place.position
         if record.output is not None:
             execution["outputs"] = outputs_of(self._parts.linked(record.output, "", IMAGES_PATH))
@@ -221,8 +221,8 @@ class _Door:
     def _progress(self, record: JobRecord) -> float:
         if record.state is JobState.COMPLETED:
             return 100
-        told = [event.data for event in self._service.recent_events(record.id) if event.type == PROGRESS]
-        return float(told[-1].get("percent", 0)) if told else 0
+        told = self._service.progress_of(record)
+        return 0 if told is None else float(told.data.get("percent", 0))
 
     async def websocket(self, websocket: WebSocket, execution_id: str) -> None:
         """Tell how far an execution is until it has ended: each time what `GET /executions/{id}` would answer."""

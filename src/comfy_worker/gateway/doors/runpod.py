@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -27,7 +27,7 @@ from comfy_worker.gateway.answers import (
     request_body,
 )
 from comfy_worker.gateway.bodies import read_body
-from comfy_worker.gateway.cursors import Cursors
+from comfy_worker.gateway.cursors import Cursor, make_cursors
 from comfy_worker.gateway.doors.parts import Parts, queue_sizes
 from comfy_worker.gateway.errors import NotFound
 from comfy_worker.gateway.events import PROGRESS, Event
@@ -120,7 +120,7 @@ class _Door:
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self._service = parts.service
-        self._cursors = Cursors()
+        self._cursors = make_cursors(parts.settings)
 
     async def run(self, request: Request, idempotency_key: Idempotency = None) -> Answer:
         """Queue a job and return its id."""
@@ -156,19 +156,18 @@ class _Door:
     async def stream(self, request: Request, job_id: JobId) -> Answer:
         """Return what a job has told since the last call with this key; waits up to 5 s for something to tell."""
         record = await self._get_followed(request.state.client, job_id)
-        reader = self._cursors.of(request.state.client, job_id)
-        told = self._service.recent_events(job_id, reader.after)
+        reader = await self._cursors.of(request.state.client, job_id)
+        told = await run_in_threadpool(self._service.recent_events, job_id, reader.after)
         if not told and not record.state.is_terminal:
             told = await self._wait_for_one(job_id, reader.after)
             record = await self._service.get(job_id)
-        if told:
-            reader.after = told[-1].number
         chunks = [{"output": dict(event.data)} for event in told if event.type == PROGRESS]
         if record.state is JobState.COMPLETED and not reader.has_output:
             chunks.append(
                 {"output": await run_in_threadpool(self._output, record, "base64", self._parts.base_url(request))}
             )
-        reader.has_output = record.state is JobState.COMPLETED
+        cursor = Cursor(told[-1].number if told else reader.after, record.state is JobState.COMPLETED)
+        await self._cursors.keep(request.state.client, job_id, cursor)
         return Answer({"status": record.state.value, "stream": chunks})
 
     async def _wait_for_one(self, job_id: str, after: int) -> list[Event]:
@@ -185,7 +184,7 @@ class _Door:
         try:
             return await self._service.get(job_id)
         except NotFound:
-            self._cursors.forget(client, job_id)
+            await self._cursors.forget(client, job_id)
             raise
 
     async def cancel(self, job_id: JobId) -> Answer:
@@ -207,7 +206,6 @@ class _Door:
         """Return how many jobs and workers there are, and whether jobs can run; touches no ComfyUI."""
         counts = await self._service.counts()
         backends = self._service.backends()
-        running = sum(bool(backend["jobs"]) for backend in backends if backend["healthy"])
         healthy = sum(bool(backend["healthy"]) for backend in backends)
         jobs = {
             "completed": counts.get(JobState.COMPLETED, 0),
@@ -216,11 +214,10 @@ class _Door:
             "inQueue": counts.get(JobState.IN_QUEUE, 0),
             "retried": await self._service.retried(),
         }
-        workers = {"idle": healthy - running, "initializing": 0, "ready": healthy, "running": running, "throttled": 0}
         return Answer(
             {
                 "jobs": jobs,
-                "workers": {**workers, "unhealthy": len(backends) - healthy},
+                "workers": _workers(backends),
                 "status": "healthy" if healthy else "unhealthy",
                 "comfyui": {"reachable": healthy > 0, "healthy": healthy, "total": len(backends)},
                 "queues": queue_sizes(counts, backends),
@@ -258,8 +255,19 @@ class _Door:
         """Return how far a job is, as RunPod shows a worker's progress updates."""
         if record.state.is_terminal:
             return None
-        told = [event.data for event in self._service.recent_events(record.id) if event.type == PROGRESS]
-        return dict(told[-1]) if told else None
+        told = self._service.progress_of(record)
+        return None if told is None else dict(told.data)
+
+
+def _workers(backends: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Return how many workers do what: ComfyUIs, or the workers of the endpoint that is the only backend."""
+    names = ("idle", "initializing", "ready", "running", "throttled", "unhealthy")
+    if len(backends) == 1 and "workers" in backends[0]:
+        return {name: backends[0]["workers"].get(name, 0) for name in names}
+    healthy = [backend for backend in backends if backend["healthy"]]
+    running = sum(bool(backend["jobs"]) for backend in healthy)
+    counts = {"idle": len(healthy) - running, "ready": len(healthy), "running": running}
+    return {**dict.fromkeys(names, 0), **counts, "unhealthy": len(backends) - len(healthy)}
 
 
 def _endpoint(request: Request) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 import uuid
 from collections.abc import Mapping
 from datetime import datetime, timezone
@@ -23,10 +24,10 @@ from comfy_worker.gateway.answers import (
     problems,
     request_body,
 )
+from comfy_worker.gateway.auth import is_loopback
 from comfy_worker.gateway.bodies import RUNPODS_FIELDS, read_body, warnings_of
 from comfy_worker.gateway.doors.outputs import files_by_kind
 from comfy_worker.gateway.doors.parts import Parts
-from comfy_worker.gateway.events import PROGRESS
 from comfy_worker.gateway.records import LOW_PRIORITY, NORMAL_PRIORITY, JobRecord
 from comfy_worker.gateway.service import JobService
 from comfy_worker.jobs import JobState, Kind
@@ -169,7 +170,7 @@ class _Door:
         body = await read_body(request, TaskRequest)
         job_input = dict(body["params"])
         address = job_input.pop("server_address", None)
-        details = {"only_backend": backend_at(address, self._parts.settings.backends)} if address else {}
+        details = {"only_backend": backend_at(address, self._backends())} if address else {}
         priority = _PRIORITIES[body["priority"]] if body.get("priority") else None
         job = {"input": job_input, **{name: body[name] for name in RUNPODS_FIELDS if body.get(name)}}
         record = await self._service.submit(
@@ -185,6 +186,9 @@ class _Door:
             }
         )
 
+    def _backends(self) -> list[str]:
+        return [backend["url"] for backend in self._service.backends()]
+
     async def latest(self, limit: Annotated[int, Query(ge=1, le=_MOST_LISTED)] = 50) -> Answer:
         """Return the latest tasks, newest first."""
         return Answer([_summary(record, self._service) for record in await self._service.latest(limit=limit)])
@@ -193,7 +197,7 @@ class _Door:
         """Return where a task stands, with its result when it has one."""
         record = await self._service.get(task_id)
         answer = _summary(record, self._service)
-        place = self._service.place(record.id)
+        place = self._service.place_of(record)
         if place is not None:
             answer["queue_position"] = place.position
         if record.output is not None:
@@ -209,9 +213,12 @@ def backend_at(address: str, backends: list[str]) -> str:
     Raises:
         InvalidInput: none of the gateway's own listens there; a caller must not choose whom the server talks to.
     """
-    wanted = _host_and_port(address) if _is_plain(address) else None
+    host, port = _host_and_port(address) if _is_plain(address) else ("", 0)
+    # A fleet knows a ComfyUI on a loopback address by the name of its machine.
+    hosts = {host, socket.gethostname().lower()} if is_loopback(host) else {host}
+    wanted = {(host, port) for host in hosts if port}
     for backend in backends:
-        if _host_and_port(backend) == wanted:
+        if _host_and_port(backend) in wanted:
             return without_credentials(backend)
     raise InvalidInput(
         "params.server_address is none of this gateway's ComfyUIs",
@@ -258,5 +265,5 @@ def _summary(record: JobRecord, service: JobService) -> dict[str, Any]:
 def _progress(record: JobRecord, service: JobService) -> float:
     if record.state is JobState.COMPLETED:
         return 100.0
-    told = [event.data for event in service.recent_events(record.id) if event.type == PROGRESS]
-    return float(told[-1].get("percent", 0.0)) if told and not record.state.is_terminal else 0.0
+    told = None if record.state.is_terminal else service.progress_of(record)
+    return 0.0 if told is None else float(told.data.get("percent", 0.0))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from comfy_worker.gateway.doors.outputs import files_by_kind
 from comfy_worker.gateway.doors.parts import Parts
 from comfy_worker.gateway.doors.workflow_words import STATES
-from comfy_worker.gateway.events import PROGRESS, STATUS, Event
+from comfy_worker.gateway.events import Event
 from comfy_worker.gateway.records import JobRecord
 from comfy_worker.gateway.service import Place
 from comfy_worker.jobs import JobState
@@ -19,23 +19,22 @@ from comfy_worker.jobs import JobState
 def status_of(record: JobRecord, parts: Parts, base_url: str) -> dict[str, Any]:
     """Return where a job stands, with links to what it made."""
     output = None if record.output is None else parts.linked(record.output, base_url)
-    events = parts.service.recent_events(record.id)
-    return status_body(record, events, parts.service.place(record.id), output, time.time())
+    told = parts.service.progress_of(record)
+    return status_body(record, told, parts.service.place_of(record), output, time.time())
 
 
 def status_body(
-    record: JobRecord, events: Sequence[Event], place: Place | None, output: Mapping[str, Any] | None, now: float
+    record: JobRecord, told: Event | None, place: Place | None, output: Mapping[str, Any] | None, now: float
 ) -> dict[str, Any]:
     """Return where a job stands.
 
     Args:
         record: the job.
-        events: what happened to it lately.
+        told: the last word on how far it is.
         place: where it stands in the queue, None if it does not wait.
         output: what it made, with links to its files.
         now: seconds since the epoch.
     """
-    told = _last_told(events)
     data = told.data if told else {}
     node = data.get("node", {}) if record.state is JobState.IN_PROGRESS else {}
     error = record.error or {}
@@ -51,17 +50,6 @@ def status_body(
         **({} if place is None else {"queue_position": place.position}),
         "estimated_time_remaining": _remaining(record.state, told, place, now),
     }
-
-
-def _last_told(events: Sequence[Event]) -> Event | None:
-    """Return the last word on how far the present attempt of a job is."""
-    told = None
-    for event in events:
-        if event.type == STATUS and not JobState(event.data["status"]).is_terminal:
-            told = None
-        elif event.type == PROGRESS:
-            told = event
-    return told
 
 
 def _progress(state: JobState, told: Mapping[str, Any]) -> float:

@@ -1,0 +1,312 @@
+"""Has a gateway's jobs run by Celery workers, each beside a ComfyUI of its own, wherever they are.
+
+The queue of the messages says who is next; the database says what has become of each job. A message that is lost is
+sent again, and one that comes twice changes nothing: a job is begun by one conditional statement.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from kombu.exceptions import OperationalError
+from redis import ConnectionError as RedisConnectionError
+from redis import RedisError
+
+from comfy_worker.comfy.client import ComfyClient
+from comfy_worker.engines.celery_app import QUEUE, make_app, publish, queue_of, task_of
+from comfy_worker.engines.fleet import Fleet
+from comfy_worker.engines.places import as_progress, places_of
+from comfy_worker.engines.waiting import Queue, RunTimes, Waiting
+from comfy_worker.errors import ComfyUnreachable, TimedOut
+from comfy_worker.gateway.errors import DatabaseUnavailable, NoComfyUI
+from comfy_worker.gateway.events import PROGRESS, STATUS, EventBus
+from comfy_worker.gateway.records import JobRecord
+from comfy_worker.gateway.service import Place
+from comfy_worker.gateway.settings import GatewaySettings
+from comfy_worker.gateway.store import Store, moment
+from comfy_worker.jobs import JobState, Stage
+
+log = logging.getLogger(__name__)
+
+_LOOK_S = 0.5
+_LOOKS = 3
+"""How many looks in a row find a job lost before it is sent again: what is on its way right now is not lost."""
+_LEARNED_FROM = 256
+"""The latest jobs, of which is learned how long they ran."""
+_OFF_THE_GPU_S = 60.0
+"""How long a cancel waits for the worker."""
+_OFF_LOOK_S = 0.02
+
+
+@dataclass(frozen=True)
+class _Elsewhere:
+    """A job that a worker has in hand."""
+
+    job: Waiting
+    stage: Stage
+    began_at: float | None
+
+
+class CeleryEngine:
+    """Sends jobs to the workers' queue, and sees to it that none is forgotten."""
+
+    def __init__(self, store: Store, bus: EventBus, settings: GatewaySettings) -> None:
+        """Take the parts; nothing is sent before `start`."""
+        self._store = store
+        self._bus = bus
+        self._settings = settings
+        self._app = make_app(settings)
+        self._fleet = Fleet(settings.broker_url.get_secret_value(), settings.worker_lost_s)
+        self._comfyui = ComfyClient(settings) if "comfyui_url" in settings.model_fields_set else None
+        self._lock = threading.Lock()
+        self._queue = Queue()
+        self._in_hand: list[_Elsewhere] = []
+        self._workers: Sequence[Mapping[str, Any]] = []
+        self._run_times = RunTimes()
+        self._has_learned = False
+        self._is_redis_away = False
+        self._new: dict[str, JobRecord] = {}
+        self._open: set[str] = set()
+        self._looks: dict[str, int] = {}
+        self._told: dict[str, Place] = {}
+        self._to_send: queue.SimpleQueue[JobRecord | None] = queue.SimpleQueue()
+        self._stopping = threading.Event()
+        self._look_now = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._send, name="sender"),
+            threading.Thread(target=self._watch, name="fleet"),
+        ]
+
+    # --------------------------------------------------------------------------------------- start and stop
+
+    def start(self) -> None:
+        """Begin; jobs that wait without a message are found, as later on. The database may be away."""
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """End; the workers go on."""
+        self._stopping.set()
+        self._look_now.set()
+        self._to_send.put(None)
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join()
+        self._fleet.close()
+        self._app.close()
+        if self._comfyui is not None:
+            self._comfyui.close()
+
+    # ------------------------------------------------------------------------------------------------- jobs
+
+    def submit(self, record: JobRecord) -> None:
+        """Let a job that the store has wait for its turn."""
+        record = replace(record, request={})
+        with self._lock:
+            self._queue.remove(record.id)
+            self._queue.add(Waiting(record))
+            self._new[record.id] = record
+        self._to_send.put(record)
+
+    def take_up_forgotten(self) -> None:
+        """Look at once whether a job lies somewhere that nobody will run; else that is done twice a second."""
+        self._look_now.set()
+
+    def _send(self) -> None:
+        while (record := self._to_send.get()) is not None:
+            self._send_one(record)
+
+    def _send_one(self, record: JobRecord) -> None:
+        try:
+            self._fleet.note_queued(record.id, self._settings.visibility_timeout_s)
+            publish(self._app, record, queue=self._queue_for(record))
+        except (OperationalError, RedisError, OSError) as error:
+            # Whoever watches finds it without a message, and sends it again.
+            log.warning("job %s is not sent to the workers yet: %s", record.id, type(error).__name__)
+            self._note_not_queued(record.id)
+
+    def _note_not_queued(self, job_id: str) -> None:
+        try:
+            self._fleet.note_taken(job_id)
+        except RedisError:
+            log.debug("the note about the message of job %s is left to run out", job_id)
+
+    def _queue_for(self, record: JobRecord) -> str:
+        """Return the queue of the one worker that may run a job or has its prompt, or else that of all."""
+        with self._lock:
+            present = {worker["url"] for worker in self._workers}
+        if record.only_backend is not None:
+            return queue_of(record.only_backend)
+        if record.state is JobState.IN_PROGRESS and record.backend in present:
+            return queue_of(str(record.backend))
+        return QUEUE
+
+    def cancel(self, job_id: str) -> None:
+        """Drop a job whose end the store has already; return when it is off the GPU, or a minute later."""
+        with self._lock:
+            self._queue.remove(job_id)
+            self._new.pop(job_id, None)
+        record = self._store.get(job_id)
+        if record is None or record.state is not JobState.CANCELLED:
+            return  # it had ended by itself, and what is said of it now would hit its next attempt
+        try:
+            if self._is_redis_away:
+                raise RedisConnectionError  # who cancels many does not wait for it with each of them
+            # This waits 5 s at most. Celery sends its own word again and again, for as long as a Redis hangs.
+            self._fleet.ask_to_stop(job_id)
+            self._revoke(record)
+            self._wait_until_off(job_id)
+        except RedisError as error:
+            self._is_redis_away = True
+            log.warning("job %s may still be in a ComfyUI, Redis does not answer: %s", job_id, type(error).__name__)
+
+    def _revoke(self, record: JobRecord) -> None:
+        try:
+            self._app.control.revoke(task_of(record))
+        except OperationalError as error:
+            log.warning("the message of job %s is not revoked: %s", record.id, type(error).__name__)
+
+    def _wait_until_off(self, job_id: str) -> None:
+        deadline = time.monotonic() + _OFF_THE_GPU_S
+        while self._fleet.held([job_id]):
+            if time.monotonic() >= deadline or self._stopping.wait(_OFF_LOOK_S):
+                log.warning("job %s may still be in a ComfyUI: its worker has not said that it is not", job_id)
+                return
+
+    # -------------------------------------------------------------------------------------------- questions
+
+    def place(self, job_id: str) -> Place | None:
+        """Return where a job stands in the queue, None if it does not wait."""
+        return self._places().get(job_id)
+
+    def _places(self) -> dict[str, Place]:
+        with self._lock:
+            at_work = sum(bool(worker["healthy"]) for worker in self._workers)
+            return places_of(self._queue, self._in_hand, self._run_times, at_work)
+
+    def backends(self) -> Sequence[Mapping[str, Any]]:
+        """Return what the workers said last: `url`, `healthy`, `jobs` and `load`."""
+        with self._lock:
+            return [{name: worker[name] for name in ("url", "healthy", "jobs", "load")} for worker in self._workers]
+
+    def comfyui(self) -> ComfyClient:
+        """Return a client of the gateway's own ComfyUI.
+
+        Raises:
+            ComfyUnreachable: it has none, or that does not answer.
+        """
+        if self._comfyui is None:
+            raise NoComfyUI(
+                "This gateway has no ComfyUI of its own to ask; its workers have theirs",
+                hint="Set COMFYUI_URL of the gateway to a ComfyUI that it can reach",
+            )
+        if not self._comfyui.is_ready():
+            raise ComfyUnreachable("The ComfyUI at COMFYUI_URL does not answer")
+        return self._comfyui
+
+    # ------------------------------------------------------------------------------------------------ watch
+
+    def _watch(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                self._look()
+                self._is_redis_away = False
+            except DatabaseUnavailable:
+                self._looks.clear()  # it has been logged
+            except (RedisError, OperationalError) as error:
+                if not self._is_redis_away:
+                    log.warning("Redis does not answer: %s", type(error).__name__)
+                self._is_redis_away = True
+                self._looks.clear()
+            except Exception:
+                log.exception("a look at the fleet met a bug")
+            self._look_now.wait(_LOOK_S)
+            self._look_now.clear()
+
+    def _look(self) -> None:
+        with self._lock:
+            self._open |= self._new.keys()
+            self._new.clear()
+        workers = self._fleet.workers()
+        records = self._store.unfinished()
+        ids = [record.id for record in records]
+        held, queued = self._fleet.held(ids), self._fleet.queued(ids)
+        self._take_in(workers, records, held)
+        self._note_ends(set(ids))
+        self._end_expired(records)
+        self._send_lost([record for record in records if record.id not in held], queued)
+        self._tell_places()
+
+    def _take_in(self, workers: Sequence[Mapping[str, Any]], records: Sequence[JobRecord], held: set[str]) -> None:
+        waiting, in_hand = Queue(), []
+        for record in records:
+            job = Waiting(record)
+            if record.state is JobState.IN_QUEUE and record.id not in held:
+                waiting.add(job)
+            else:
+                stage = Stage.RUNNING if record.began_at is not None else Stage.QUEUED
+                in_hand.append(_Elsewhere(job, stage, record.began_at))
+        with self._lock:
+            known = {record.id for record in records} | held
+            for new in self._new.values():
+                if new.id not in known:  # it was submitted while the store was asked
+                    waiting.add(Waiting(new))
+            self._workers, self._queue, self._in_hand = workers, waiting, in_hand
+
+    def _note_ends(self, open_now: set[str]) -> None:
+        """Have webhooks sent of jobs that ended with a worker, and learn how long they ran."""
+        if self._open - open_now:
+            self._store.when_webhook_is_due()
+        if self._open - open_now or not self._has_learned:
+            self._learn()
+        self._open = open_now
+
+    def _learn(self) -> None:
+        learned = RunTimes()
+        learned.learn(reversed(self._store.latest(limit=_LEARNED_FROM)))
+        with self._lock:
+            self._run_times = learned
+        self._has_learned = True
+
+    def _end_expired(self, records: Iterable[JobRecord]) -> None:
+        now = time.time()
+        for record in records:
+            if record.state is JobState.IN_QUEUE and Waiting(record).expires_at <= now:
+                error = TimedOut("The job waited in the queue for longer than its ttl").as_output()
+                if self._store.finish(record.id, JobState.TIMED_OUT, now, error=error, only_waiting=True):
+                    self._bus.publish(record.id, STATUS, {"status": JobState.TIMED_OUT.value}, moment(now))
+
+    def _send_lost(self, records: Iterable[JobRecord], queued: set[str]) -> None:
+        """Send jobs again that no worker has and that no message will bring to one."""
+        looks: dict[str, int] = {}
+        for record in records:
+            if record.id in queued and not self._has_idle_worker(record):
+                continue
+            looks[record.id] = self._looks.get(record.id, 0) + 1
+            if looks[record.id] >= _LOOKS:
+                log.warning("job %s is sent to the workers again: none has it", record.id)
+                self._send_one(record)
+                del looks[record.id]
+        self._looks = looks
+
+    def _has_idle_worker(self, record: JobRecord) -> bool:
+        """Return whether a worker waits for messages that could run a job: then no message of it is left."""
+        with self._lock:
+            return any(
+                worker["healthy"] and worker["idle"] and record.only_backend in (None, worker["url"])
+                for worker in self._workers
+            )
+
+    def _tell_places(self) -> None:
+        places = self._places()
+        for job_id, place in places.items():
+            moved = job_id not in self._told or self._told[job_id].position != place.position
+            if moved and self._bus.has_listeners(job_id):
+                self._bus.publish(job_id, PROGRESS, as_progress(place))
+        self._told = places

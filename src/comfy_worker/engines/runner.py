@@ -1,0 +1,268 @@
+"""Runs one job that an engine has in hand at one ComfyUI, and notes in the store what becomes of it."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Protocol
+
+from comfy_worker.engines.backends import Backend, RunningJob
+from comfy_worker.engines.patience import Patience
+from comfy_worker.engines.telling import Telling
+from comfy_worker.engines.turns import Gate, JobTurns
+from comfy_worker.engines.waiting import Waiting
+from comfy_worker.errors import (
+    Cancelled,
+    ComfyCrashed,
+    ComfyUnreachable,
+    DeliveryFailed,
+    InternalError,
+    OutputMissing,
+    TimedOut,
+    UploadFailed,
+    WorkerError,
+)
+from comfy_worker.gateway.deliveries import webhook_of_request
+from comfy_worker.gateway.errors import DatabaseUnavailable
+from comfy_worker.gateway.events import STATUS, EventBus
+from comfy_worker.gateway.progress_webhooks import ProgressWebhooks, Tell
+from comfy_worker.gateway.settings import GatewaySettings
+from comfy_worker.gateway.store import Store, moment
+from comfy_worker.jobs import Job, JobState
+from comfy_worker.payload import parse_job
+from comfy_worker.webhooks import check_webhook
+from comfy_worker.worker import json_safe
+from comfy_worker.workflow import WEBSOCKET_OUTPUT_NODE
+
+log = logging.getLogger(__name__)
+
+_MOST_ATTEMPTS = 3
+"""How many ComfyUIs are given a job; after that its last failure is its own."""
+_NOT_ITS_FAULT = {ComfyUnreachable.code, ComfyCrashed.code, UploadFailed.code}
+"""Failures after which another ComfyUI may do better."""
+_LOST_MEANWHILE = {OutputMissing.code, DeliveryFailed.code, Cancelled.code}
+"""Failures of a job that was taken up again whose files or prompt went while nobody watched."""
+_FIRST = sys.maxsize
+"""Priority of what ComfyUI has already."""
+
+
+class Around(Protocol):
+    """What a runner needs of whoever gives it jobs."""
+
+    def mark(self, backend: Backend, healthy: bool) -> None:
+        """Note whether a ComfyUI answers."""
+
+    def wait_again(self, job: Waiting) -> None:
+        """Let a job that is open still wait for another turn."""
+
+    def note_sending(self, running: RunningJob) -> None:
+        """Note that a job's prompt may be in ComfyUI from now on."""
+
+    def note_over(self, running: RunningJob) -> None:
+        """Note that a job's end, or that it waits again, is about to be noted."""
+
+    def has_others(self) -> bool:
+        """Return whether there are other ComfyUIs, with which a job may do better."""
+
+
+class Runner:
+    """Stages, runs and delivers jobs, and notes their ends in the store.
+
+    A job is noted as running, under its prompt_id, before anything of it is sent: after a kill at any moment the store
+    and ComfyUI say where it stands.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        bus: EventBus,
+        settings: GatewaySettings,
+        progress: ProgressWebhooks,
+        telling: Telling,
+        patience: Patience,
+        around: Around,
+    ) -> None:
+        self._store = store
+        self._bus = bus
+        self._settings = settings
+        self._progress = progress
+        self._telling = telling
+        self._patience = patience
+        self._around = around
+        self._staging = Gate(settings.preprocess_workers)
+        self._delivering = Gate(settings.postprocess_workers)
+
+    def run(self, running: RunningJob) -> None:
+        """Run a job to its end, or until it waits again; of one that ended meanwhile nothing is done."""
+        try:
+            self._run(running)
+        except DatabaseUnavailable:
+            log.warning("job %s stays as the database has it: that does not answer", running.job.id)
+        except Exception:
+            log.exception("job %s met a bug", running.job.id)
+            error = InternalError("The gateway failed because of a bug of its own; its log says where")
+            self._finish(running.job, JobState.FAILED, error=error.as_output())
+
+    def _run(self, running: RunningJob) -> None:
+        job = self._prepare(running)
+        if isinstance(job, WorkerError):
+            self._finish(running.job, JobState.FAILED, error=job.as_output(self._settings.secrets()))
+            return
+        with self._progress.told(job) as tell:
+            self._follow(running, job, tell)
+
+    def _prepare(self, running: RunningJob) -> Job | WorkerError:
+        try:
+            request = self._patience.surely(lambda: self._store.request_of(running.job.id)) or {}
+            check_webhook(webhook_of_request(request))
+            return parse_job({**request, "id": running.job.id})
+        except DatabaseUnavailable:
+            raise
+        except WorkerError as error:
+            return error
+
+    def _follow(self, running: RunningJob, job: Job, tell: Tell) -> None:
+        try:
+            prompt_id = self._prompt_to_resume(running, job)
+        except ComfyUnreachable:
+            self._around.mark(running.backend, False)
+            if not running.stop.is_set():
+                self._around.wait_again(running.job)
+            return
+        if running.job.was_running and not self._is_open(running.job.id):
+            take_out(running.job, running.backend)
+            return
+        is_resumed = prompt_id is not None
+        prompt_id = prompt_id or str(uuid.uuid4())
+        if not is_resumed and not self._begin(running, prompt_id):
+            return
+        running.prompt_id = prompt_id
+        self._around.note_sending(running)
+        priority = _FIRST if is_resumed else running.job.record.priority
+        turns = JobTurns(self._staging, running.backend.gate, self._delivering, priority, running.stop)
+        # How long it may run is the engine's to watch: waiting for others in ComfyUI's queue does not count.
+        job = replace(job, prompt_id=prompt_id, resumed=is_resumed, execution_timeout_s=None)
+        listen = self._telling.listener(running, job, tell)
+        output = running.backend.worker.run_parsed(job, listen, running.stop, turns=turns)
+        self._around.note_over(running)
+        self._settle(running, json_safe(output), is_resumed=is_resumed)
+
+    def _is_open(self, job_id: str) -> bool:
+        record = self._patience.surely(lambda: self._store.get(job_id))
+        return record is not None and not record.state.is_terminal
+
+    # ------------------------------------------------------------------------------------- resume or begin
+
+    def _prompt_to_resume(self, running: RunningJob, job: Job) -> str | None:
+        """Return the prompt of a job that ComfyUI still has, from before the process that follows it was started."""
+        record, client = running.job.record, running.backend.worker.client
+        if not running.job.was_running or record.prompt_id is None:
+            return None
+        is_here = record.backend == running.backend.url
+        if is_here and client.knows(record.prompt_id):
+            if not any(node["class_type"] == WEBSOCKET_OUTPUT_NODE for node in job.workflow.values()):
+                log.info("job %s is taken up again", record.id)
+                running.began_at = record.began_at
+                return record.prompt_id
+            # Its pictures were sent to the process that ended, and to nobody else.
+            client.remove(record.prompt_id)
+        if is_here and client.disk is not None:
+            client.disk.clean_up(record.prompt_id, {})
+        return None
+
+    def _begin(self, running: RunningJob, prompt_id: str) -> bool:
+        """Note that a job runs; return whether it was still waiting."""
+        job, url = running.job, running.backend.url
+        if job.was_running:
+            self._patience.surely(lambda: self._store.requeue(job.id, time.time()))
+        now = time.time()
+
+        def start() -> bool:
+            return self._store.start(job.id, prompt_id, url, now)
+
+        if not self._patience.change(job.id, start, lambda record: record.prompt_id == prompt_id):
+            return False
+        self._bus.publish(job.id, STATUS, {"status": JobState.IN_PROGRESS.value}, moment(now))
+        return True
+
+    # -------------------------------------------------------------------------------------------------- end
+
+    def _settle(self, running: RunningJob, output: dict[str, Any], *, is_resumed: bool) -> None:
+        """Note how a job ended, or let it wait again where that is better."""
+        job = running.job
+        code = output.get("code") if "error" in output else None
+        if running.stop.detached and code == Cancelled.code:
+            return  # it goes on in ComfyUI, and the next start takes it up
+        if running.timed_out and code == Cancelled.code:
+            sentence = f"The job ran for longer than {job.record.execution_timeout_s:g} seconds"
+            code, output = TimedOut.code, TimedOut(sentence).as_output()
+        was_lost = is_resumed and not running.stop.is_set() and _has_lost_something(output)
+        again = was_lost or self._may_do_better_elsewhere(running, code)
+        if again and self._again(running, "its files went while nobody watched" if was_lost else output["error"]):
+            return
+        if code is None:
+            self._finish(job, JobState.COMPLETED, output=output, ran_from=running.began_at)
+        else:
+            states = {Cancelled.code: JobState.CANCELLED, TimedOut.code: JobState.TIMED_OUT}
+            state = states.get(str(code), JobState.FAILED)
+            self._finish(job, state, error=output, ran_from=running.began_at)
+
+    def _may_do_better_elsewhere(self, running: RunningJob, code: str | None) -> bool:
+        if code not in _NOT_ITS_FAULT:
+            return False
+        if not running.backend.worker.client.is_ready():
+            self._around.mark(running.backend, False)
+        return self._around.has_others() and running.job.attempts + 1 < _MOST_ATTEMPTS
+
+    def _again(self, running: RunningJob, why: str) -> bool:
+        """Put a job back into the queue; return whether it was still open."""
+        job, now = running.job, time.time()
+
+        def requeue() -> bool:
+            return self._store.requeue(job.id, now)
+
+        if not self._patience.change(job.id, requeue, lambda record: record.state is JobState.IN_QUEUE):
+            return False
+        log.warning("job %s waits again: %s", job.id, why)
+        self._bus.publish(job.id, STATUS, {"status": JobState.IN_QUEUE.value}, moment(now))
+        record = replace(job.record, state=JobState.IN_QUEUE, prompt_id=None, backend=None)
+        self._around.wait_again(Waiting(record, job.attempts + 1))
+        return True
+
+    def _finish(
+        self,
+        job: Waiting,
+        state: JobState,
+        *,
+        output: Mapping[str, Any] | None = None,
+        error: Mapping[str, Any] | None = None,
+        ran_from: float | None = None,
+    ) -> None:
+        now = time.time()
+
+        def finish() -> bool:
+            return self._store.finish(job.id, state, now, output=output, error=error, ran_from=ran_from)
+
+        if self._patience.change(job.id, finish, lambda record: (record.state, record.ended_at) == (state, now)):
+            self._bus.publish(job.id, STATUS, {"status": state.value}, moment(now))
+
+
+def take_out(job: Waiting, backend: Backend | None) -> None:
+    """Take out the prompt of a job that was not taken up again since a process that followed it ended."""
+    if backend is None or job.record.backend != backend.url or job.record.prompt_id is None:
+        return
+    try:
+        backend.worker.client.remove(job.record.prompt_id)
+    except ComfyUnreachable:
+        log.warning("the prompt of job %s may still be in ComfyUI, which does not answer", job.id)
+
+
+def _has_lost_something(output: Mapping[str, Any]) -> bool:
+    """Return whether a job that was taken up again lacks what it had made: a kill may fall into the clean-up."""
+    if "error" in output:
+        return output.get("code") in _LOST_MEANWHILE
+    return any(warning.startswith("Output ") for warning in output.get("errors", []))

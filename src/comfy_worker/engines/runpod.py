@@ -1,0 +1,268 @@
+"""Has a gateway's jobs run by the workers of a RunPod Serverless endpoint.
+
+All of it happens in one event loop in a thread of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from comfy_worker.comfy.client import ComfyClient
+from comfy_worker.engines.runpod_carrier import Carrier, WebhookOf
+from comfy_worker.engines.runpod_claims import Claims, is_claim
+from comfy_worker.engines.runpod_client import SEND_S, RunPodClient
+from comfy_worker.engines.runpod_health import Health
+from comfy_worker.engines.runpod_job import RemoteJob
+from comfy_worker.errors import InvalidInput
+from comfy_worker.gateway.assets import AssetStore
+from comfy_worker.gateway.errors import DatabaseUnavailable, NoComfyUI
+from comfy_worker.gateway.events import EventBus
+from comfy_worker.gateway.progress_notes import ProgressNotes
+from comfy_worker.gateway.progress_webhooks import ProgressWebhooks
+from comfy_worker.gateway.records import JobRecord
+from comfy_worker.gateway.service import Place
+from comfy_worker.gateway.settings import GatewaySettings
+from comfy_worker.gateway.store import Store
+from comfy_worker.jobs import JobState
+
+_CLAIM_S = SEND_S + 15.0
+"""How long a claim keeps everybody else from submitting a job: longer than a submission can take."""
+_CANCEL_S = 20.0
+"""How long a cancel waits for RunPod; it is repeated in the background after that."""
+_LAST_WAIT_S = 10.0
+_START_S = 10.0
+_LOOK_S = 0.5
+
+
+class RunpodEngine:
+    """Submits jobs to an endpoint, asks about them until they have ended, and notes their ends in the store.
+
+    Several gateways may share a database: a job is claimed in it before it is submitted.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        bus: EventBus,
+        assets: AssetStore,
+        settings: GatewaySettings,
+        progress: ProgressWebhooks,
+        notes: ProgressNotes,
+        webhook_of: WebhookOf,
+    ) -> None:
+        """Take the parts.
+
+        Args:
+            store: has the jobs.
+            bus: is told what happens to them.
+            assets: gets the outputs' files.
+            settings: say which endpoint, and have its key.
+            progress: tells receivers that asked for it how their jobs get on.
+            notes: keeps in the store how they get on.
+            webhook_of: returns the URL at which RunPod tells the end of a job, None if it cannot reach the gateway.
+
+        Raises:
+            InvalidInput: the endpoint or the key is missing.
+        """
+        key = settings.runpod_api_key
+        if not settings.runpod_endpoint_id or key is None:
+            raise InvalidInput("ENGINE=runpod needs RUNPOD_ENDPOINT_ID and RUNPOD_API_KEY")
+        self._store = store
+        self._name = f"runpod:{settings.runpod_endpoint_id}"
+        self._stopping = threading.Event()
+        client = RunPodClient(settings.runpod_endpoint_url, settings.runpod_endpoint_id, key.get_secret_value())
+        self._client = client
+        self._health = Health(client)
+        self._claims = Claims(Path(settings.data_dir) / "runpod", _CLAIM_S)
+        self._carrier = Carrier(
+            self._name, client, store, bus, assets, settings.secrets(), progress, notes, webhook_of, self._claims,
+            self._stopping,
+        )  # fmt: skip
+        self._jobs: dict[str, RemoteJob] = {}
+        self._unknown: set[str] = set()
+        self._tasks: dict[asyncio.Task[None], RemoteJob | None] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._end = asyncio.Event()
+        self._ready: Future[None] = Future()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._main()), name="runpod")
+
+    # --------------------------------------------------------------------------------------- start and stop
+
+    def start(self) -> None:
+        """Take up every job that has not ended, and begin to work."""
+        unfinished = self._store.unfinished()
+        self._claims.begin()
+        self._thread.start()
+        self._ready.result(_START_S)
+        for record in unfinished:
+            self.submit(record)
+
+    def stop(self) -> None:
+        """End; jobs go on at RunPod and are taken up by the next start."""
+        self._stopping.set()
+        self._call(self._end.set)
+        if self._thread.ident is not None:
+            self._thread.join()
+        self._carrier.close()
+        self._claims.end()
+
+    async def _main(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        async with self._client:
+            asking = asyncio.create_task(self._health.watch())
+            self._ready.set_result(None)
+            await self._end.wait()
+            asking.cancel()
+            await self._let_go()
+
+    async def _let_go(self) -> None:
+        """End all that is under way; what is being submitted or cancelled gets a few seconds to arrive."""
+        arriving = [task for task, job in self._tasks.items() if job is None or job.sending]
+        for task, job in list(self._tasks.items()):
+            if job is not None and not job.sending:
+                task.cancel()
+        if arriving:
+            await asyncio.wait(arriving, timeout=_LAST_WAIT_S)
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _call(self, action: Callable[..., object], *arguments: Any) -> None:
+        """Have something done in the event loop; nothing is once the engine has ended: the next start does it."""
+        loop = self._loop
+        if loop is not None:
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(action, *arguments)
+
+    def _begin_task(self, work: Coroutine[Any, Any, None], job: RemoteJob | None = None) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks[task] = job
+        task.add_done_callback(self._tasks.pop)
+        return task
+
+    # ------------------------------------------------------------------------------------------------- jobs
+
+    def submit(self, record: JobRecord) -> None:
+        """Have a job that the store has run."""
+        self._call(self._begin, replace(record, request={}), True)
+
+    def take_up_forgotten(self) -> None:
+        """Take up jobs that the store has and nobody here knows, those that were so at the last call already.
+
+        Another gateway accepted them, or the database did while its answer got lost.
+
+        Raises:
+            DatabaseUnavailable: it is away.
+        """
+        found = {record.id: record for record in self._store.unfinished()}
+        unknown = found.keys() - set(self._jobs)
+        for job_id in unknown & self._unknown:
+            self._call(self._begin, found[job_id], False)
+        self._unknown = unknown
+
+    def hear(self, job_id: str, remote_id: str | None) -> None:
+        """Be told by RunPod that a job has ended, under an id that may not have been noted; any thread."""
+        self._call(self._hear, job_id, remote_id)
+
+    def _hear(self, job_id: str, remote_id: str | None) -> None:
+        job = self._jobs.get(job_id)
+        if job is None:
+            self._begin_task(self._take_up(job_id, remote_id))
+            return
+        if remote_id is not None and remote_id != job.prompt_id:
+            job.rumours.append(remote_id)
+        job.tell()
+
+    async def _take_up(self, job_id: str, remote_id: str | None) -> None:
+        """Follow a job that another gateway submitted: RunPod called this one back."""
+        with contextlib.suppress(DatabaseUnavailable):
+            record = await self._carrier.get(job_id)
+            if record is not None and not record.state.is_terminal and job_id not in self._jobs:
+                self._begin(record, False)
+                self._hear(job_id, remote_id)
+
+    def _begin(self, record: JobRecord, is_own: bool) -> None:
+        if self._end.is_set() or (not is_own and record.id in self._jobs):
+            return
+        job = self._jobs[record.id] = RemoteJob.of(record, is_own=is_own)
+        self._begin_task(self._carry(job), job)
+
+    async def _carry(self, job: RemoteJob) -> None:
+        try:
+            await self._carrier.carry(job)
+        finally:
+            if self._jobs.get(job.id) is job:
+                del self._jobs[job.id]
+            job.ended.set()
+
+    # ------------------------------------------------------------------------------------------------ cancel
+
+    def cancel(self, job_id: str) -> None:
+        """Drop a job whose end the store has already; return when RunPod says that it is cancelled.
+
+        RunPod says so a moment before the worker has it off the GPU. If RunPod does not answer within 20 s, it is asked
+        on in the background.
+        """
+        loop = self._loop
+        if loop is None or self._stopping.is_set():
+            return
+        dropping = self._drop(job_id)
+        try:
+            dropped = asyncio.run_coroutine_threadsafe(dropping, loop)
+        except RuntimeError:  # the engine has ended
+            dropping.close()
+            return
+        while not (wait((dropped,), _LOOK_S).done or self._stopping.is_set()):
+            pass
+        if dropped.done() and not dropped.cancelled():
+            dropped.result()
+
+    async def _drop(self, job_id: str) -> None:
+        job = self._jobs.get(job_id)
+        if job is not None:
+            job.is_dropped = True
+            job.tell()
+            remote_id, is_sent = job.remote_id, job.sending
+        else:
+            record = await self._carrier.get(job_id)
+            is_ours = record is not None and record.backend == self._name and record.state is JobState.CANCELLED
+            prompt_id = record.prompt_id if record is not None and is_ours else None
+            remote_id, is_sent = None if is_claim(prompt_id) else prompt_id, False
+        if remote_id is not None:
+            await asyncio.wait({self._begin_task(self._carrier.cancel_remote(remote_id))}, timeout=_CANCEL_S)
+        elif job is not None and is_sent:
+            # Whoever submits it cancels it when its id is known.
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(job.ended.wait(), _CANCEL_S)
+
+    # ------------------------------------------------------------------------------------------------ answers
+
+    def place(self, job_id: str) -> Place | None:
+        """Return None: RunPod does not say where in its queue a job stands."""
+        return None
+
+    def backends(self) -> Sequence[Mapping[str, Any]]:
+        """Return the endpoint as one: `url`, `healthy`, its `jobs` and `load`, and its `workers` as RunPod counts."""
+        running = sum(job.state is JobState.IN_PROGRESS for job in list(self._jobs.values()))
+        health = self._health
+        return [
+            {
+                "url": self._name,
+                "healthy": health.is_healthy,
+                "jobs": running,
+                "load": running,
+                "workers": health.workers,
+            }
+        ]
+
+    def comfyui(self) -> ComfyClient:
+        """Raise `NoComfyUI`: each worker has its own, and none can be asked from here."""
+        raise NoComfyUI("This gateway has no ComfyUI beside it: its jobs run on RunPod's workers")

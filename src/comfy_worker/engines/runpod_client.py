@@ -1,0 +1,211 @@
+"""The client side of RunPod's API, for one endpoint."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import time
+from types import TracebackType
+from typing import Any
+from urllib.parse import quote
+
+import aiohttp
+
+log = logging.getLogger(__name__)
+
+_ASK_S = 30.0
+SEND_S = 45.0
+"""How long a submission may take, 10 MB on a slow line included."""
+_AT_ONCE = 16
+_FIRST_PAUSE_S = 0.5
+_LONGEST_PAUSE_S = 30.0
+_SENTENCE = 500
+
+
+class PlatformAway(Exception):
+    """RunPod cannot be reached, fails, refuses the key or says that it is asked too often: it is to be asked again.
+
+    Attributes:
+        never_accepted: a submission that met this has certainly had no effect.
+        retry_after_s: when RunPod wants to be asked again, if it says so.
+    """
+
+    def __init__(self, why: str, *, never_accepted: bool = False, retry_after_s: float = 0.0) -> None:
+        super().__init__(why)
+        self.never_accepted = never_accepted
+        self.retry_after_s = retry_after_s
+
+
+class PlatformRefused(Exception):
+    """RunPod does not take this request, however often it is sent."""
+
+    def __init__(self, status: int, sentence: str) -> None:
+        super().__init__(sentence)
+        self.status = status
+
+
+class UnknownRemoteJob(Exception):
+    """RunPod has no job of this id (any more)."""
+
+
+class Pause:
+    """How long RunPod is left alone after a failure: longer after each round of failures, up to half a minute."""
+
+    def __init__(self) -> None:
+        self._rounds = 0
+        self._until = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """How long it still lasts; 0 if RunPod may be asked."""
+        return max(0.0, self._until - time.monotonic())
+
+    def lengthen(self, retry_after_s: float = 0.0) -> None:
+        """Begin one, because of a failure; those that were asked in the same round count once."""
+        if self.seconds:
+            return
+        seconds = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** min(self._rounds, 10))
+        self._rounds += 1
+        self._until = time.monotonic() + min(_LONGEST_PAUSE_S, max(seconds, retry_after_s))
+
+    def end(self) -> None:
+        """End it: RunPod has answered."""
+        self._rounds, self._until = 0, 0.0
+
+
+class RunPodClient:
+    """Asks one endpoint; used within `async with`, in one event loop.
+
+    Attributes:
+        pause: whoever asks waits for its end before.
+    """
+
+    def __init__(self, base_url: str, endpoint_id: str, key: str) -> None:
+        """Take the API's base URL, the endpoint's id and the key, which is in no log and no message."""
+        self.pause = Pause()
+        self._base = f"{base_url.rstrip('/')}/{endpoint_id}"
+        self._headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+        self._session: aiohttp.ClientSession
+
+    async def __aenter__(self) -> RunPodClient:
+        """Open the connections."""
+        connector = aiohttp.TCPConnector(limit=_AT_ONCE)
+        self._session = aiohttp.ClientSession(headers=self._headers, connector=connector)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close them."""
+        await self._session.close()
+
+    async def run(self, body: bytes) -> str:
+        """Submit a job; return RunPod's id of it.
+
+        Raises:
+            PlatformAway: it is to be sent again; it may have been accepted nevertheless.
+            PlatformRefused: it is not to be sent again.
+        """
+        answer = await self._ask("POST", "run", body, SEND_S)
+        remote_id = answer.get("id")
+        if not isinstance(remote_id, str) or not remote_id:
+            raise PlatformAway("RunPod answered a submission without an id")
+        return remote_id
+
+    async def status(self, remote_id: str) -> dict[str, Any]:
+        """Return the body of a job's `/status`.
+
+        Raises:
+            PlatformAway: it does not answer.
+            UnknownRemoteJob: it has no such job.
+        """
+        return await self._ask("GET", f"status/{quote(remote_id, safe='')}")
+
+    async def cancel(self, remote_id: str) -> str:
+        """Cancel a job; return its state.
+
+        Raises:
+            PlatformAway: it does not answer.
+            PlatformRefused: a job in its state cannot be cancelled.
+            UnknownRemoteJob: it has no such job.
+        """
+        return str((await self._ask("POST", f"cancel/{quote(remote_id, safe='')}")).get("status"))
+
+    async def health(self) -> dict[str, Any]:
+        """Return the body of `/health`.
+
+        Raises:
+            PlatformAway: it does not answer.
+        """
+        return await self._ask("GET", "health")
+
+    async def _ask(
+        self, method: str, path: str, body: bytes | None = None, timeout_s: float = _ASK_S
+    ) -> dict[str, Any]:
+        timeout = aiohttp.ClientTimeout(total=timeout_s)
+        try:
+            async with self._session.request(method, f"{self._base}/{path}", data=body, timeout=timeout) as response:
+                answer = await response.read()
+                if response.status == 200:
+                    self.pause.end()
+                    return _object_in(answer)
+                raise _problem(path, response, answer)
+        except aiohttp.ClientConnectorError as error:
+            away = PlatformAway(f"no connection ({error.os_error.strerror})", never_accepted=True)
+        except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
+            away = PlatformAway(f"no answer ({type(error).__name__})")
+        except PlatformAway as found:
+            away = found
+        except (PlatformRefused, UnknownRemoteJob):
+            self.pause.end()
+            raise
+        if not self.pause.seconds:
+            self.pause.lengthen(away.retry_after_s)
+            log.warning("RunPod is left alone for %.1f s: %s", self.pause.seconds, away)
+        raise away
+
+
+def _problem(path: str, response: aiohttp.ClientResponse, answer: bytes) -> Exception:
+    status, is_about_a_job = response.status, "/" in path
+    if status == 429:
+        wait_s = _seconds(response.headers.get("Retry-After"))
+        return PlatformAway("it is asked too often (429)", never_accepted=True, retry_after_s=wait_s)
+    if status in (401, 403):
+        return PlatformAway(f"it refuses RUNPOD_API_KEY ({status})", never_accepted=True)
+    if status == 404:
+        if is_about_a_job:
+            return UnknownRemoteJob(path)
+        return PlatformAway("it knows no endpoint of RUNPOD_ENDPOINT_ID (404)", never_accepted=True)
+    if status >= 500:
+        return PlatformAway(f"it answers {status}")
+    return PlatformRefused(status, _sentence_in(answer))
+
+
+def _seconds(value: str | None) -> float:
+    try:
+        seconds = float(value or 0)
+    except ValueError:
+        return 0.0
+    return seconds if math.isfinite(seconds) else 0.0
+
+
+def _object_in(answer: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(answer)
+    except ValueError:
+        raise PlatformAway("its answer is no JSON") from None
+    if not isinstance(value, dict):
+        raise PlatformAway("its answer is no JSON object")
+    return value
+
+
+def _sentence_in(answer: bytes) -> str:
+    try:
+        value = json.loads(answer)
+    except ValueError:
+        value = None
+    told = value.get("error") if isinstance(value, dict) else None
+    text = told if isinstance(told, str) and told else answer.decode("utf-8", "replace")
+    return text[:_SENTENCE].strip() or "no reason is given"

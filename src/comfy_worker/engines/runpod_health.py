@@ -1,0 +1,62 @@
+"""Whether RunPod answers for an endpoint, and how many workers the endpoint has."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from comfy_worker.engines.runpod_client import PlatformAway, PlatformRefused, RunPodClient
+
+log = logging.getLogger(__name__)
+
+_INTERVAL_S = 5.0
+_FAILURES = 2
+"""Answers in a row that are missing before the endpoint counts as away: a busy RunPod may miss one."""
+
+
+class Health:
+    """What RunPod said of an endpoint last.
+
+    Attributes:
+        is_healthy: whether it answers; an endpoint that has scaled down to no worker is healthy.
+        workers: how many of them do what, in RunPod's words (`idle`, `running`, `throttled`, …).
+    """
+
+    def __init__(self, client: RunPodClient) -> None:
+        """Take who asks."""
+        self.is_healthy = False
+        self.workers: Mapping[str, int] = {}
+        self._client = client
+
+    async def watch(self) -> None:
+        """Ask again and again, until this is cancelled."""
+        failures = 0
+        while True:
+            try:
+                answer = await self._client.health()
+            except (PlatformAway, PlatformRefused):
+                failures += 1
+                if failures >= _FAILURES:
+                    self._mark(False)
+                await asyncio.sleep(min(_INTERVAL_S, max(0.5, self._client.pause.seconds)))
+                continue
+            failures = 0
+            self.workers = _counts(answer.get("workers"))
+            self._mark(True)
+            await asyncio.sleep(_INTERVAL_S)
+
+    def _mark(self, is_healthy: bool) -> None:
+        if is_healthy is not self.is_healthy:
+            log.log(logging.INFO if is_healthy else logging.WARNING, "RunPod %s", _WORDS[is_healthy])
+        self.is_healthy = is_healthy
+
+
+_WORDS = {True: "answers", False: "does not answer any more"}
+
+
+def _counts(workers: Any) -> dict[str, int]:
+    if not isinstance(workers, Mapping):
+        return {}
+    return {str(name): count for name, count in workers.items() if isinstance(count, int)}

@@ -1,0 +1,199 @@
+"""A job of the gateway in RunPod's words, and RunPod's answer in the gateway's."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from comfy_worker.errors import (
+    DeliveryFailed,
+    ExecutionFailed,
+    OutputMissing,
+    TimedOut,
+    WorkerError,
+    redact_all,
+)
+from comfy_worker.gateway.errors import RequestTooLarge
+from comfy_worker.gateway.limits import MB, RUN_LIMIT
+from comfy_worker.gateway.records import NORMAL_PRIORITY, JobRecord
+from comfy_worker.jobs import JobState, Kind
+from comfy_worker.media import mime_type_of_name
+from comfy_worker.storage.content import InMemory
+from comfy_worker.storage.keys import safe_name, safe_path
+from comfy_worker.storage.parcel import Parcel, Storage
+from comfy_worker.webhooks.message import status_of
+
+_SHORTEST_RUN_MS = 5_000
+_SHORTEST_TTL_MS = 10_000
+_LONGEST_TTL_MS = 7 * 24 * 3_600_000
+"""RunPod's limits, from its documentation."""
+_SENTENCES = {
+    JobState.CANCELLED: "The job was cancelled at RunPod",
+    JobState.TIMED_OUT: "RunPod ended the job because it took longer than its policy allows",
+    JobState.FAILED: "RunPod says that the job failed, and not why",
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended at RunPod.
+
+    Attributes:
+        state: one that is terminal.
+        output: what the worker returned, its files as they came.
+        error: `{error, code, …}` of one that did not complete; None of one that was cancelled without a word.
+        ran_s: how long it ran, in seconds; None if RunPod does not say.
+    """
+
+    state: JobState
+    output: Mapping[str, Any] | None
+    error: Mapping[str, Any] | None
+    ran_s: float | None
+
+
+# ---------------------------------------------------------------------------------------------- submission
+
+
+def submission(record: JobRecord, request: Mapping[str, Any], webhook: str | None) -> bytes:
+    """Return the body of `/run`.
+
+    The caller's webhook is not in it: the gateway tells of the job's end itself.
+
+    Raises:
+        RequestTooLarge: RunPod would not take it.
+    """
+    body: dict[str, Any] = {"input": _without_webhook(request["input"]), "policy": _policy(record)}
+    if request.get("s3Config") is not None:
+        body["s3Config"] = request["s3Config"]
+    if webhook is not None:
+        body["webhook"] = webhook
+    encoded = json.dumps(body).encode()
+    if len(encoded) > RUN_LIMIT:
+        raise RequestTooLarge(
+            f"The job has {len(encoded)} bytes, and RunPod takes {RUN_LIMIT // MB} MB", hint="Send inputs by URL"
+        )
+    return encoded
+
+
+def _without_webhook(job_input: Any) -> dict[str, Any]:
+    payload = json.loads(job_input) if isinstance(job_input, str) else job_input
+    return {key: value for key, value in payload.items() if key != "webhook"}
+
+
+def _policy(record: JobRecord) -> dict[str, Any]:
+    run_ms = max(_SHORTEST_RUN_MS, round(record.execution_timeout_s * 1000))
+    # RunPod's counts from the submission to the end, ours until the run begins.
+    ttl_ms = run_ms + max(_SHORTEST_TTL_MS, round(record.queue_ttl_s * 1000))
+    return {
+        "executionTimeout": run_ms,
+        "ttl": min(ttl_ms, _LONGEST_TTL_MS),
+        "lowPriority": record.priority < NORMAL_PRIORITY,
+    }
+
+
+# ----------------------------------------------------------------------------------------------------- end
+
+
+def state_in(status: Mapping[str, Any]) -> JobState:
+    """Return where a job stands by the body of `/status`; a word that RunPod may add one day is one of a job at work.
+
+    What is running or waiting by another name ends by its time limits, if it does not by itself.
+    """
+    try:
+        return JobState(status.get("status"))
+    except ValueError:
+        return JobState.IN_PROGRESS
+
+
+def outcome_of(status: Mapping[str, Any], secrets: Iterable[str | None]) -> Outcome:
+    """Return how a job ended, by the body of its `/status`."""
+    state, output = state_in(status), status.get("output")
+    ran_ms = status.get("executionTime")
+    ran_s = ran_ms / 1000 if isinstance(ran_ms, (int, float)) and not isinstance(ran_ms, bool) else None
+    if state is JobState.COMPLETED and "error" not in status:
+        if isinstance(output, Mapping):
+            return Outcome(state, output, None, ran_s)
+        # As RunPod does with a result that it found too large.
+        lost = OutputMissing("RunPod calls the job completed, and has no output of it")
+        return Outcome(JobState.FAILED, None, lost.as_output(), ran_s)
+    error = redact_all(_error_in(status, state), list(secrets))
+    if state in (JobState.COMPLETED, JobState.FAILED):
+        state = status_of(error)  # a worker that met its own time limit fails, in RunPod's words
+    return Outcome(state, None, None if state is JobState.CANCELLED else error, ran_s)
+
+
+def _error_in(status: Mapping[str, Any], state: JobState) -> dict[str, Any]:
+    """Return the error record: the worker's own, or one made of what RunPod or another worker says."""
+    output = status.get("output")
+    beside = {key: value for key, value in output.items() if key != "error"} if isinstance(output, Mapping) else {}
+    code = TimedOut.code if state is JobState.TIMED_OUT else ExecutionFailed.code
+    if not isinstance(beside.get("code"), str):
+        beside = {"code": code}
+    return {"error": _sentence(status.get("error")) or _SENTENCES.get(state, _SENTENCES[JobState.FAILED]), **beside}
+
+
+def _sentence(error: Any) -> str:
+    """Return what went wrong: a text, or what RunPod's SDK makes of an exception, without its traceback."""
+    if not isinstance(error, str):
+        return "" if error is None else json.dumps(error)
+    try:
+        told = json.loads(error)
+    except ValueError:
+        return error
+    if isinstance(told, dict) and isinstance(told.get("error_message"), str):
+        return told["error_message"] or str(told.get("error_type", ""))
+    return error
+
+
+def progress_in(status: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return how far a job is that runs, None if that is not told."""
+    output = status.get("output")
+    if state_in(status) is not JobState.IN_PROGRESS or not isinstance(output, Mapping):
+        return None
+    return dict(output) if isinstance(output.get("stage"), str) else None
+
+
+# --------------------------------------------------------------------------------------------------- files
+
+
+def keep_files(job_id: str, output: Mapping[str, Any], storage: Storage) -> dict[str, Any]:
+    """Return an output with the files that came as base64 put into a storage; links stay as they are.
+
+    Raises:
+        DeliveryFailed: a file could not be kept, or is no base64.
+    """
+    kept, taken = dict(output), set[str]()
+    for kind in Kind:
+        items = output.get(kind.value)
+        if isinstance(items, list):
+            kept[kind.value] = [_kept(job_id, item, storage, taken) for item in items if isinstance(item, Mapping)]
+    kept.setdefault(Kind.IMAGE.value, [])
+    return kept
+
+
+def _kept(job_id: str, item: Mapping[str, Any], storage: Storage, taken: set[str]) -> dict[str, Any]:
+    described = {"filename": "file", "size_bytes": 0, **item}
+    described.setdefault("mime_type", mime_type_of_name(str(described["filename"])))
+    if item.get("type") != "base64":
+        return described
+    try:
+        content = base64.b64decode(str(item.get("data", "")), validate=True)
+    except ValueError as error:
+        raise DeliveryFailed("An output came from RunPod in a form that is no base64") from error
+    path = safe_path(f"{item.get('subfolder') or ''}/{described['filename']}")
+    if path in taken:
+        path = f"node_{safe_name(str(item.get('node_id', '')))}_{len(taken)}/{path}"
+    taken.add(path)
+    delivered = storage.deliver(Parcel(job_id, path, str(described["mime_type"]), InMemory(content)))
+    return {**described, "type": delivered.type, "data": delivered.data, "size_bytes": len(content)}
+
+
+def lost() -> WorkerError:
+    """Return the failure of a job that RunPod does not know any more."""
+    return OutputMissing(
+        "RunPod does not know the job any more: it was purged there, or its result was kept no longer",
+        hint="Retry it",
+    )

@@ -1,0 +1,50 @@
+"""Keeps in the database how far running jobs are: without Redis, or after a restart, it is known from there."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+
+from comfy_worker.gateway.errors import DatabaseUnavailable
+from comfy_worker.gateway.events import Event
+from comfy_worker.gateway.records import ProgressNote
+from comfy_worker.gateway.store import Store
+
+
+class ProgressNotes:
+    """Notes the latest progress of all jobs at a time, in a thread of its own: who follows a job never waits for it."""
+
+    def __init__(self, store: Store, interval_s: float) -> None:
+        """Take the store, and the seconds between two notes; with 0 nothing is noted."""
+        self._store = store
+        self._interval_s = interval_s
+        self._lock = threading.Lock()
+        self._latest: dict[str, ProgressNote] = {}
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="progress notes")
+
+    def start(self) -> None:
+        """Begin."""
+        if self._interval_s:
+            self._thread.start()
+
+    def stop(self) -> None:
+        """End; what was not noted yet is left out."""
+        self._stopping.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def note(self, event: Event, prompt_id: str) -> None:
+        """Remember what an event tells of a job; the next round has it noted."""
+        if not self._interval_s:
+            return
+        with self._lock:
+            self._latest[event.job_id] = ProgressNote(event.job_id, prompt_id, event.number, event.data)
+
+    def _run(self) -> None:
+        while not self._stopping.wait(self._interval_s):
+            with self._lock:
+                latest, self._latest = self._latest, {}
+            # An outage has been logged, and jobs go on to tell how far they are.
+            with contextlib.suppress(DatabaseUnavailable):
+                self._store.note_progress(list(latest.values()))

@@ -1,0 +1,248 @@
+"""A fleet at work: several gateways on one database, workers that are stopped and told to end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import psycopg
+import pytest
+import requests
+
+from benchmarks.servers import free_port
+from tests.support import graphs
+from tests.support.fleet import TIMEOUT_S, Site, Sites
+from tests.support.gate import Gate
+from tests.support.gateway import GatewayProcess
+from tests.support.postgres import Postgres, postgres
+from tests.support.processes import Process
+from tests.support.receiver import Receiver
+from tests.support.redis import RedisServer, redis_server
+from tests.support.running import wait_until
+
+RED = (255, 0, 0)
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[tuple[Postgres, RedisServer]]:
+    with postgres() as database, redis_server() as redis:
+        yield database, redis
+
+
+@pytest.fixture
+def sites(servers: tuple[Postgres, RedisServer], tmp_path: Path) -> Iterator[Sites]:
+    """Return what starts gateways and workers."""
+    with ExitStack() as stack:
+        yield Sites(stack, tmp_path / "data", *servers)
+
+
+def test_a_cancel_at_another_gateway_stops_the_gpu(sites: Sites, tmp_path: Path) -> None:
+    site, gate, never = sites.start(gateways=2), Gate(tmp_path), Gate(tmp_path)
+    jobs = [site.submit(gate.graph())]
+    gate.wait_until_run()
+    jobs += [site.submit(never.graph()), site.submit(never.graph())]
+
+    for job_id in reversed(jobs):
+        assert site.gateways[1].post(f"/cancel/{job_id}")["status"] == "CANCELLED"
+    assert site.comfyuis[0].running() == site.comfyuis[0].pending() == []
+    assert [site.status(job_id) for job_id in jobs] == ["CANCELLED"] * 3
+    assert never.runs == 0
+
+
+def test_two_gateways_answer_for_each_others_jobs(sites: Sites, tmp_path: Path) -> None:
+    site, gate = sites.start(gateways=2, GENERATION_WORKERS="1"), Gate(tmp_path)
+    first = site.submit(gate.graph())
+    gate.wait_until_run()
+    low = site.submit(graphs.picture(RED), by=0, lowPriority=True)
+    normal = site.submit(graphs.picture(RED), by=1)
+    wait_until(lambda: place(site.gateways[1], low) == 1 and place(site.gateways[0], normal) == 0)
+    with requests.get(f"{site.gateways[1].url}/events/{first}", stream=True, timeout=TIMEOUT_S) as stream:
+        gate.open()
+        heard = [line for line in stream.iter_lines(decode_unicode=True) if line.startswith("data: ")]
+
+    assert json.loads(heard[-1].removeprefix("data: "))["status"] == "COMPLETED"
+    site.wait_until_ended(low, normal)
+    assert began(site, normal) < began(site, low)
+    output = requests.post(
+        f"{site.gateways[1].url}/runsync", json={"input": {"workflow": graphs.picture(RED)}}, timeout=TIMEOUT_S
+    ).json()
+    assert output["status"] == "COMPLETED", output
+    assert len(output["output"]["images"][0]["data"]) > 50
+
+
+def test_flower_shows_the_workers_and_their_jobs(sites: Sites) -> None:
+    site, port = sites.start(), free_port()
+    told = ["--broker", site.fleet.redis_url, "flower", f"--port={port}", "--address=127.0.0.1", "--persistent=False"]
+    open_to_all = {"FLOWER_UNAUTHENTICATED_API": "true"}
+    with Process([sys.executable, "-m", "celery", *told], environment=open_to_all):
+
+        def shown(path: str) -> dict[str, Any]:
+            with contextlib.suppress(requests.ConnectionError):
+                response = requests.get(f"http://127.0.0.1:{port}/api/{path}", timeout=TIMEOUT_S)
+                if response.ok:
+                    answer: dict[str, Any] = response.json()
+                    return answer
+            return {}
+
+        wait_until(lambda: list(shown("workers?refresh=1")) == [worker_name(site)], TIMEOUT_S)
+        job_id = site.submit(graphs.picture(RED))
+        site.wait_until_ended(job_id)
+        wait_until(lambda: [task["state"] for task in shown("tasks").values()] == ["SUCCESS"], TIMEOUT_S)
+        (seen,) = shown("tasks").values()
+    assert job_id in seen["args"]
+    assert seen["worker"] == worker_name(site)
+
+
+def worker_name(site: Site) -> str:
+    parts = urlsplit(site.backends()[0]["url"])
+    return f"comfyui-{parts.port}@{parts.hostname}"
+
+
+def test_how_far_a_job_is_is_known_without_redis(sites: Sites, tmp_path: Path) -> None:
+    site, gate = sites.start(PROGRESS_NOTE_S="0.1"), Gate(tmp_path)
+    job_id = site.submit(gate.graph())
+    gate.wait_until_run()
+    wait_until(lambda: percent_in_database(site, job_id) > 0)
+    with_redis = task(site.gateway, job_id)["progress"]
+    sites.redis.stop(signal.SIGKILL)
+    try:
+        assert task(site.gateway, job_id)["progress"] == percent_in_database(site, job_id) == with_redis
+        assert site.status(job_id) == "IN_PROGRESS"
+    finally:
+        sites.redis.start()
+    gate.open()
+    site.wait_until_ended(job_id)
+
+
+def task(gateway: GatewayProcess, job_id: str) -> dict[str, Any]:
+    response = requests.get(f"{gateway.url}/task/{job_id}", timeout=TIMEOUT_S)
+    response.raise_for_status()
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def percent_in_database(site: Site, job_id: str) -> float:
+    with psycopg.connect(site.fleet.database_url) as connection:
+        row = connection.execute("SELECT progress ->> 'percent' FROM jobs WHERE id = %s", [job_id]).fetchone()
+    assert row is not None
+    return float(row[0] or 0)
+
+
+def place(gateway: GatewayProcess, job_id: str) -> int | None:
+    """Return a job's place in the queue as the first of its events tells it."""
+    with requests.get(f"{gateway.url}/events/{job_id}", stream=True, timeout=TIMEOUT_S) as stream:
+        lines = stream.iter_lines(decode_unicode=True)
+        told = next(line for line in lines if line.startswith("data: "))
+    position: int | None = json.loads(told.removeprefix("data: ")).get("queue_position")
+    return position
+
+
+def began(site: Site, job_id: str) -> float:
+    with psycopg.connect(site.fleet.database_url) as connection:
+        row = connection.execute("SELECT started_at FROM jobs WHERE id = %s", [job_id]).fetchone()
+    assert row is not None
+    return float(row[0])
+
+
+def test_a_worker_that_is_told_to_end_finishes_what_it_has(sites: Sites, tmp_path: Path) -> None:
+    site, gate = sites.start(GENERATION_WORKERS="1"), Gate(tmp_path)
+    in_hand = site.submit(gate.graph())
+    gate.wait_until_run()
+    waits = site.submit(graphs.picture(RED))
+    (worker,) = site.fleet.workers
+    worker.process.send_signal(signal.SIGTERM)
+    worker.process.wait_for_line("(?i)warm shutdown")
+    gate.open()
+
+    assert worker.process.wait(TIMEOUT_S) == 0
+    assert (site.status(in_hand), site.status(waits)) == ("COMPLETED", "IN_QUEUE")
+    worker.start()
+    site.wait_until_ended(waits)
+    assert gate.runs == 1
+
+
+def test_a_worker_whose_comfyui_is_back_takes_jobs_again(sites: Sites) -> None:
+    site = sites.start()
+    (comfyui,), (worker,) = site.comfyuis, site.fleet.workers
+    comfyui.kill()
+    worker.process.wait_for_line("ComfyUI is away")
+    job_id = site.submit(graphs.picture(RED))
+    assert site.status(job_id) == "IN_QUEUE"
+    comfyui.start()
+
+    site.wait_until_ended(job_id)
+    assert site.told(job_id) == ["IN_QUEUE", "IN_PROGRESS", "COMPLETED"]
+
+
+def test_a_worker_that_waits_for_its_comfyui_ends_at_once(sites: Sites) -> None:
+    site = sites.start()
+    (comfyui,), (worker,) = site.comfyuis, site.fleet.workers
+    worker.kill()
+    comfyui.kill()
+    worker.launch()
+    wait_until(lambda: [backend["healthy"] for backend in site.backends()] == [False])
+
+    assert worker.stop() == 0
+
+
+def test_a_webhook_tells_the_end_once_and_after_all_progress(sites: Sites) -> None:
+    site = sites.start(gateways=2)
+    with Receiver() as receiver:
+        webhook = {"url": receiver.url, "progress": True}
+        body = {"input": {"workflow": graphs.work(0.2, steps=4), "webhook": webhook}}
+        job_id = site.gateway.post("/run", body)["id"]
+        site.wait_until_ended(job_id)
+        wait_until(lambda: any(one.body.get("status") == "COMPLETED" for one in receiver.received))
+        told = [one.body.get("status") for one in receiver.received]
+
+    assert told.count("COMPLETED") == 1
+    assert told[-1] == "COMPLETED"
+    assert len(told) > 1
+
+
+def test_a_worker_that_starts_before_its_redis_waits_for_it(sites: Sites) -> None:
+    site = sites.start()
+    (worker,) = site.fleet.workers
+    worker.kill()
+    sites.redis.stop()
+    try:
+        worker.launch()
+        worker.process.wait_for_line("cannot begin yet")
+    finally:
+        sites.redis.start()
+    worker.wait_until_at_work()
+    site.wait_until_ended(site.submit(graphs.picture(RED)))
+
+
+def test_a_cancel_of_what_has_failed_does_not_spoil_its_retry(sites: Sites) -> None:
+    site = sites.start()
+    job_id = site.submit(graphs.work(0.1, steps=2, fail_at=1))
+    wait_until(lambda: site.told(job_id)[-1] == "FAILED", TIMEOUT_S)
+    # Nothing is there to be cancelled, and nothing stays behind of it.
+    assert site.gateway.post(f"/cancel/{job_id}")["status"] == "FAILED"
+    site.gateway.post(f"/retry/{job_id}")
+    attempt = ["IN_QUEUE", "IN_PROGRESS", "FAILED"]
+    wait_until(lambda: site.told(job_id) == attempt * 2, TIMEOUT_S)
+
+
+def test_a_worker_whose_comfyui_is_back_while_redis_is_away_takes_jobs_again(sites: Sites) -> None:
+    site = sites.start()
+    (comfyui,), (worker,) = site.comfyuis, site.fleet.workers
+    comfyui.kill()
+    worker.process.wait_for_line("ComfyUI is away")
+    wait_until(lambda: [backend["healthy"] for backend in site.backends()] == [False])
+    sites.redis.stop()
+    try:
+        comfyui.start()
+        wait_until(lambda: worker.process.output.count("ComfyUI answers") == 2)
+    finally:
+        sites.redis.start()
+
+    site.wait_until_ended(site.submit(graphs.picture(RED)))

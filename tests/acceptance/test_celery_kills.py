@@ -1,0 +1,138 @@
+"""A fleet whose processes are killed: each job ends, and ends once."""
+
+from __future__ import annotations
+
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.support import graphs
+from tests.support.fleet import Sites
+from tests.support.gate import Gate
+from tests.support.postgres import Postgres, postgres
+from tests.support.redis import RedisServer, redis_server
+
+RED = (255, 0, 0)
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[tuple[Postgres, RedisServer]]:
+    with postgres() as database, redis_server() as redis:
+        yield database, redis
+
+
+@pytest.fixture
+def sites(servers: tuple[Postgres, RedisServer], tmp_path: Path) -> Iterator[Sites]:
+    """Return what starts gateways and workers."""
+    with ExitStack() as stack:
+        yield Sites(stack, tmp_path / "data", *servers)
+
+
+def test_a_killed_workers_job_ends_once_on_another(sites: Sites, tmp_path: Path) -> None:
+    site, gate = sites.start(workers=2), Gate(tmp_path)
+    job_id = site.submit(gate.graph())
+    gate.wait_until_run()
+    victim = site.at_work()
+    site.fleet.workers[victim].kill()
+
+    gate.wait_until_run(2)
+    assert site.comfyuis[1 - victim].running()
+    # What the killed worker left on its GPU, the next one beside it takes out.
+    assert site.comfyuis[victim].running()
+    site.fleet.workers[victim].start()
+    site.comfyuis[victim].wait_until_idle()
+    gate.open()
+
+    site.wait_until_ended(job_id)
+    assert site.told(job_id) == ["IN_QUEUE", "IN_PROGRESS", "IN_QUEUE", "IN_PROGRESS", "COMPLETED"]
+    assert gate.runs == 2
+
+
+def test_a_worker_that_comes_back_takes_its_prompt_up_again(sites: Sites, tmp_path: Path) -> None:
+    site, gate = sites.start(), Gate(tmp_path)
+    job_id = site.submit(gate.graph())
+    gate.wait_until_run()
+    (worker,) = site.fleet.workers
+    worker.kill()
+    worker.start()
+    worker.process.wait_for_line("is taken up again")
+    gate.open()
+
+    site.wait_until_ended(job_id)
+    assert site.told(job_id) == ["IN_QUEUE", "IN_PROGRESS", "COMPLETED"]
+    assert gate.runs == 1
+
+
+def test_a_redis_that_forgets_everything_loses_no_job(sites: Sites, tmp_path: Path) -> None:
+    site, gate = sites.start(), Gate(tmp_path)
+    jobs = [site.submit(gate.graph())]
+    gate.wait_until_run()
+    jobs += [site.submit(graphs.picture((number, 2, 3))) for number in range(5)]
+    with sites.redis.client() as client:
+        client.flushall()
+    gate.open()
+
+    site.wait_until_ended(*jobs)
+    ends = Counter(state for job_id in jobs for state in site.told(job_id) if state == "COMPLETED")
+    assert ends == {"COMPLETED": len(jobs)}
+    assert gate.runs == 1
+
+
+def test_a_redis_that_is_away_for_a_while_loses_no_job(sites: Sites, tmp_path: Path) -> None:
+    site, gate = sites.start(), Gate(tmp_path)
+    jobs = [site.submit(gate.graph())]
+    gate.wait_until_run()
+    jobs.append(site.submit(graphs.picture(RED)))
+    sites.redis.stop(signal.SIGKILL)
+    gate.open()
+    jobs.append(site.submit(graphs.picture((1, 2, 3))))
+    sites.redis.start()
+
+    site.wait_until_ended(*jobs)
+    assert gate.runs == 1
+    for job_id in jobs:
+        assert Counter(site.told(job_id))["COMPLETED"] == 1
+
+
+def test_a_job_of_a_worker_that_was_silent_for_too_long_ends_once(sites: Sites, tmp_path: Path) -> None:
+    site, gate = sites.start(workers=2), Gate(tmp_path)
+    job_id = site.submit(gate.graph())
+    gate.wait_until_run()
+    silent = site.at_work()
+    site.fleet.workers[silent].process.send_signal(signal.SIGSTOP)
+    gate.wait_until_run(2)
+    site.fleet.workers[silent].process.send_signal(signal.SIGCONT)
+    site.comfyuis[silent].wait_until_idle()
+    gate.open()
+
+    site.wait_until_ended(job_id)
+    assert site.told(job_id) == ["IN_QUEUE", "IN_PROGRESS", "IN_QUEUE", "IN_PROGRESS", "COMPLETED"]
+
+
+def test_a_job_that_is_cancelled_while_the_redis_is_away_gets_off_the_gpu(sites: Sites, tmp_path: Path) -> None:
+    site, gate = sites.start(), Gate(tmp_path)
+    job_id = site.submit(gate.graph())
+    gate.wait_until_run()
+    sites.redis.stop(signal.SIGKILL)
+    try:
+        assert site.gateway.post(f"/cancel/{job_id}")["status"] == "CANCELLED"
+        site.comfyuis[0].wait_until_idle()
+    finally:
+        sites.redis.start()
+    assert site.told(job_id)[-1] == "CANCELLED"
+
+
+def test_a_job_whose_message_cannot_be_noted_as_taken_runs(sites: Sites) -> None:
+    site = sites.start()
+    with sites.redis.client() as client:
+        # A Redis that fails between two commands, for as long as the test wants it to.
+        client.execute_command("ACL", "SETUSER", "default", "-del")
+        try:
+            job_id = site.submit(graphs.picture(RED))
+            site.wait_until_ended(job_id)
+        finally:
+            client.execute_command("ACL", "SETUSER", "default", "+del")

@@ -1,0 +1,251 @@
+"""What is particular to the engine that has jobs run by a RunPod endpoint with real workers.
+
+What it promises like every other engine is in `test_engine.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from comfy_worker.comfy.client import ComfyClient
+from comfy_worker.gateway.errors import NoComfyUI
+from comfy_worker.gateway.events import Event
+from comfy_worker.jobs import JobState
+from tests.support import graphs
+from tests.support.benches import TIMEOUT_S, WORKER_SETTINGS, Bench, RunPodGround
+from tests.support.endpoint import worker
+from tests.support.gate import Gate
+from tests.support.platform import Platform
+from tests.support.postgres import postgres
+from tests.support.redis import redis_server
+from tests.support.running import wait_until
+from tests.support.victims import Emulated
+
+RED = (255, 0, 0)
+
+
+@pytest.fixture(autouse=True)
+def bare_environment(environment: pytest.MonkeyPatch) -> None:
+    """Run every test with nothing but its own settings."""
+
+
+@pytest.fixture(scope="module")
+def comfyui() -> Iterator[Emulated]:
+    with Emulated() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def platform(comfyui: Emulated) -> Iterator[Platform]:
+    """Return a platform with one worker."""
+    with Platform() as running, worker(running, comfyui.url, settings=WORKER_SETTINGS):
+        yield running
+
+
+@pytest.fixture
+def ground(tmp_path: Path, platform: Platform) -> RunPodGround:
+    return RunPodGround(tmp_path / "data", platform)
+
+
+@pytest.fixture
+def bench(ground: RunPodGround) -> Iterator[Bench]:
+    with ground.bench() as running:
+        yield running
+
+
+def id_at_runpod(bench: Bench, job_id: str) -> str:
+    """Return RunPod's id of a job when it is known."""
+    wait_until(lambda: not (bench.get(job_id).prompt_id or "sending:").startswith("sending:"))
+    return str(bench.get(job_id).prompt_id)
+
+
+# ----------------------------------------------------------------------------------------- what RunPod gets
+
+
+@pytest.mark.parametrize("request_", [{"input": {}}, {"input": "no JSON"}, {"input": {"workflow": []}}])
+def test_no_gpu_is_paid_for_an_input_that_is_no_job(bench: Bench, platform: Platform, request_: dict[str, Any]) -> None:
+    before = len(platform.board.jobs)
+
+    assert bench.ended(bench.call(bench.service.submit(request_)).id).state is JobState.FAILED
+    assert len(platform.board.jobs) == before
+
+
+def test_the_callers_webhook_stays_with_the_gateway(bench: Bench, platform: Platform) -> None:
+    job_input = {"workflow": graphs.picture(RED), "webhook": {"url": "http://127.0.0.1:9/"}}
+    job_id = bench.call(bench.service.submit({"input": job_input, "webhook": "http://127.0.0.1:9/"})).id
+
+    assert bench.ended(job_id).state is JobState.COMPLETED
+    sent = platform.job(id_at_runpod(bench, job_id)).request
+    assert sent.keys() == {"input", "policy"}
+    assert "webhook" not in sent["input"]
+
+
+def test_the_policy_goes_to_runpod(bench: Bench, platform: Platform) -> None:
+    policy = {"executionTimeout": 30_000, "ttl": 60_000, "lowPriority": True}
+    remote_id = id_at_runpod(bench, bench.submit(graphs.picture(RED), policy=policy))
+
+    sent = platform.job(remote_id).request["policy"]
+    # RunPod's ttl counts until the end, the gateway's until the beginning.
+    assert sent == {"executionTimeout": 30_000, "ttl": 90_000, "lowPriority": True}
+
+
+def test_waiting_jobs_that_are_cancelled_are_so_at_runpod(bench: Bench, platform: Platform, tmp_path: Path) -> None:
+    gate = Gate(tmp_path)
+    running = bench.submit(gate.graph())
+    gate.wait_until_run()
+    waiting = [bench.submit(graphs.picture(RED)) for _ in range(3)]
+    known = id_at_runpod(bench, waiting[0])  # the others may be on their way
+    for job_id in waiting:
+        bench.call(bench.service.cancel(job_id))
+    assert platform.job(known).state == "CANCELLED"
+    gate.open()
+
+    assert bench.ended(running).state is JobState.COMPLETED
+    assert platform.board.count("IN_QUEUE") == 0
+
+
+def test_a_job_that_waited_too_long_is_cancelled_at_runpod(bench: Bench, platform: Platform, tmp_path: Path) -> None:
+    gate = Gate(tmp_path)
+    in_hand = bench.submit(gate.graph())
+    gate.wait_until_run()
+
+    record = bench.ended(bench.submit(graphs.picture(RED), policy={"ttl": 1000}))
+    platform.wait_for_state(str(record.prompt_id), "CANCELLED")
+    gate.open()
+
+    assert record.state is JobState.TIMED_OUT
+    assert bench.ended(in_hand).state is JobState.COMPLETED
+
+
+# ------------------------------------------------------------------------------------------ the endpoint
+
+
+def test_the_endpoint_is_one_backend_and_has_no_comfyui_to_ask(bench: Bench) -> None:
+    wait_until(lambda: bool(bench.service.backends()[0]["healthy"]))
+    (backend,) = bench.service.backends()
+
+    assert backend["url"] == "runpod:ep-test"
+    assert backend["workers"]["ready"] >= 1
+    assert bench.service.place("any") is None
+    with pytest.raises(NoComfyUI, match="no ComfyUI beside it"):
+        answer: ComfyClient = bench.service.comfyui()
+        pytest.fail(f"{answer} is none")
+
+
+# ------------------------------------------------------------------------------------------------ claims
+
+
+def test_a_job_goes_on_under_runpods_id_after_a_restart(ground: RunPodGround, tmp_path: Path) -> None:
+    gate = Gate(tmp_path)
+    with ground.bench() as before:
+        job_id = before.submit(gate.graph())
+        gate.wait_until_run()
+        remote_id = id_at_runpod(before, job_id)
+    with ground.bench() as after:
+        gate.open()
+        assert after.ended(job_id).state is JobState.COMPLETED
+        assert after.get(job_id).prompt_id == remote_id
+    assert gate.runs == 1
+
+
+@pytest.mark.parametrize("age_s", [55.0, 3600.0])
+def test_a_job_whose_submission_nobody_noted_is_submitted_again(
+    ground: RunPodGround, platform: Platform, age_s: float
+) -> None:
+    """As a kill on another machine leaves it, between the claim and RunPod's answer; a claim holds for a minute."""
+    job_id = _left_behind(ground, age_s)
+    with ground.bench() as after:
+        assert after.picture(job_id) == RED
+        assert platform.job(id_at_runpod(after, job_id)).state == "COMPLETED"
+
+
+def test_a_submission_that_nobody_noted_is_known_when_runpod_calls_back(
+    ground: RunPodGround, platform: Platform
+) -> None:
+    job_id = _left_behind(ground, age_s=0.0)
+    remote_id = platform.submit({"workflow": graphs.picture(RED)})
+    before = len(platform.board.jobs)
+    with ground.bench() as after:
+        after.gateway.hear_from_runpod(job_id, remote_id)
+
+        assert after.picture(job_id) == RED
+        assert after.get(job_id).prompt_id == remote_id
+    assert len(platform.board.jobs) == before, "it was not sent again"
+
+
+def test_whichever_of_two_submissions_is_quicker_ends_the_job(
+    ground: RunPodGround, platform: Platform, comfyui: Emulated, tmp_path: Path
+) -> None:
+    gate = Gate(tmp_path)
+    first = platform.submit({"workflow": graphs.picture(RED)})
+    with ground.bench() as bench:
+        job_id = bench.submit(gate.graph())
+        second = id_at_runpod(bench, job_id)
+        platform.wait_for_end(first)
+        bench.gateway.hear_from_runpod(job_id, first)
+
+        assert bench.picture(job_id) == RED
+        platform.wait_for_state(second, "CANCELLED")
+    comfyui.wait_until_idle()
+
+
+def test_two_gateways_at_one_database_submit_each_job_once(ground: RunPodGround, platform: Platform) -> None:
+    before = len(platform.board.jobs)
+    with ground.bench() as one, ground.bench() as other:
+        sent = [bench.submit(graphs.picture((number, 5, 5))) for number in range(4) for bench in (one, other)]
+        for job_id in sent:
+            other.gateway.hear_from_runpod(job_id, None)
+        wait_until(lambda: all(one.get(job_id).state is JobState.COMPLETED for job_id in sent))
+    assert len(platform.board.jobs) == before + len(sent)
+
+
+def test_whoever_asks_one_gateway_hears_what_another_does(ground: RunPodGround, tmp_path: Path) -> None:
+    gate = Gate(tmp_path)
+    with postgres() as database, redis_server() as cache:
+        shared = {
+            "database_url": database.new_database(),
+            "gateway_key": "the-same-for-both",
+            "api_cache": "redis",
+            "redis_url": cache.url,
+        }
+        with (
+            ground.bench(**shared) as one,
+            ground.bench(**shared) as other,
+        ):
+            job_id = one.submit(gate.graph())
+            gate.wait_until_run()
+
+            async def listen() -> list[Event]:
+                heard = []
+                async for event in other.service.events(job_id, after=0):
+                    heard.append(event)
+                    gate.open()
+                return heard
+
+            heard = other.call(asyncio.wait_for(listen(), TIMEOUT_S))
+            assert heard[-1].data == {"status": "COMPLETED"}
+            assert len(other.get(job_id).output or {}) > 0
+    assert gate.runs == 1
+
+
+def _left_behind(ground: RunPodGround, age_s: float) -> str:
+    """Return a job as a gateway left it that was killed while it submitted it, so long ago."""
+    ground.platform.refuse_connections()
+    try:
+        with ground.bench() as bench:
+            job_id = bench.submit(graphs.picture(RED))
+            bench.gateway.stop()
+            store = bench.gateway.store
+            record = store.get(job_id)
+            assert record is not None
+            assert record.state is JobState.IN_QUEUE
+            claim = f"sending:{record.created_at - age_s:.3f}:another-gateway:1"
+            assert store.note_submission(job_id, claim, "runpod:ep-test", instead_of=record.prompt_id)
+    finally:
+        ground.platform.accept_connections()
+    return job_id

@@ -1,0 +1,62 @@
+"""What the store promises of jobs that wait in a queue elsewhere, on SQLite and on PostgreSQL."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+from comfy_worker.gateway.store import Store
+from comfy_worker.jobs import JobState
+from tests.contract.test_store import NOW, Open, add, get, opened, server, store, url
+
+__all__ = ["opened", "server", "store", "url"]
+"""Fixtures."""
+
+HERE = "runpod:endpoint"
+
+
+def test_of_several_who_claim_a_job_one_gets_it(store: Store, opened: Open) -> None:
+    job_id = add(store)
+    stores = [store, *(opened() for _ in range(3))]
+
+    def claim(number: int) -> bool:
+        return stores[number].note_submission(job_id, f"claim {number}", HERE, instead_of=None)
+
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(claim, range(4)))
+
+    assert made.count(True) == 1
+    assert get(store, job_id).prompt_id == f"claim {made.index(True)}"
+    assert get(store, job_id).state is JobState.IN_QUEUE
+
+
+def test_a_claim_is_replaced_by_whoever_knows_it_and_only_while_the_job_waits(store: Store) -> None:
+    job_id = add(store)
+    assert store.note_submission(job_id, "claim", HERE, instead_of=None)
+    assert not store.note_submission(job_id, "mine", HERE, instead_of="another")
+    assert store.note_submission(job_id, "id-u1", HERE, instead_of="claim")
+    assert (get(store, job_id).prompt_id, get(store, job_id).backend) == ("id-u1", HERE)
+    assert store.note_submission(job_id, None, None, instead_of="id-u1")
+    assert store.finish(job_id, JobState.CANCELLED, NOW)
+    assert not store.note_submission(job_id, "late", HERE, instead_of=None)
+
+
+def test_a_job_that_waits_again_elsewhere_keeps_its_name_there(store: Store) -> None:
+    job_id = add(store)
+    store.note_submission(job_id, "id-u1", HERE, instead_of=None)
+    store.start(job_id, "id-u1", HERE, NOW)
+
+    assert store.requeue(job_id, NOW + 1, elsewhere=True)
+    waiting = get(store, job_id)
+    assert (waiting.state, waiting.prompt_id, waiting.backend, waiting.retries) == (JobState.IN_QUEUE, "id-u1", HERE, 1)
+    assert waiting.started_at is None
+
+
+def test_an_end_from_before_a_retry_does_not_end_the_job(store: Store) -> None:
+    job_id = add(store)
+    store.finish(job_id, JobState.FAILED, NOW + 1, error={"error": "x"})
+    store.retry(job_id, NOW + 2.25)
+
+    assert not store.finish(job_id, JobState.FAILED, NOW + 3, error={"error": "x"}, accepted_at=NOW)
+    assert get(store, job_id).state is JobState.IN_QUEUE
+    assert get(store, job_id).prompt_id is None
+    assert store.finish(job_id, JobState.COMPLETED, NOW + 4, output={}, accepted_at=NOW + 2.25)

@@ -1,0 +1,124 @@
+"""What several gateways share goes away at the worst moment, and nothing comes late, twice or never for it."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from comfy_worker.gateway.assets import AssetStore
+from comfy_worker.gateway.core import Gateway
+from comfy_worker.gateway.database import connect
+from comfy_worker.gateway.deliveries import Deliveries
+from comfy_worker.gateway.records import JobRecord
+from comfy_worker.gateway.settings import load_gateway_settings
+from comfy_worker.gateway.store import Store
+from comfy_worker.jobs import JobState
+from tests.support.lost_answers import LostAnswers
+from tests.support.postgres import Postgres, postgres
+from tests.support.processes import Process
+from tests.support.receiver import Receiver
+from tests.support.redis import redis_server
+from tests.support.running import wait_until
+from tests.support.webhook_notes import delivery_of
+
+
+@pytest.fixture(autouse=True)
+def bare_environment(environment: pytest.MonkeyPatch) -> None:
+    """Run every test with nothing but its own settings."""
+
+
+@pytest.fixture
+def server() -> Iterator[Postgres]:
+    with postgres() as running:
+        yield running
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    with Receiver() as running:
+        yield running
+
+
+def end_a_job(url: str, webhook: str) -> None:
+    """Leave a job that has ended, of which somebody is to be told."""
+    store = Store(connect(url), b"key")
+    now = time.time()
+    request = {"input": {}, "webhook": webhook}
+    store.add(JobRecord("job", "local", JobState.IN_QUEUE, now, request=request, webhook=True))
+    store.finish("job", JobState.COMPLETED, now, output={"images": []})
+    store.close()
+
+
+def sender(store: Store, tmp_path: Path) -> Deliveries:
+    settings = load_gateway_settings(allow_private_urls=True)
+    return Deliveries(store, AssetStore(tmp_path / "assets"), settings, is_shared=True)
+
+
+def is_done(url: str) -> bool:
+    delivery = delivery_of(url, "job")
+    return delivery is not None and delivery["done_at"] is not None
+
+
+def test_a_worker_that_is_told_twice_to_end_before_it_takes_jobs_ends(server: Postgres, tmp_path: Path) -> None:
+    nowhere = {"REDIS_URL": "redis://127.0.0.1:9/0", "COMFYUI_URL": "http://127.0.0.1:9"}
+    environment = {"DATABASE_URL": server.new_database(), "DATA_DIR": str(tmp_path), "PYTHONPATH": "src", **nowhere}
+    with Process([sys.executable, "-m", "comfy_worker", "worker"], environment=environment) as process:
+        process.wait_for_line("Redis does not answer")
+        # As a shell and its group do that end at the same time.
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait() == 0
+
+
+def test_a_webhook_whose_claim_was_not_answered_is_sent_long_before_the_claim_ends(
+    server: Postgres, receiver: Receiver, tmp_path: Path
+) -> None:
+    url = server.new_database()
+    end_a_job(url, receiver.url)
+    with LostAnswers(url) as line:
+        store = Store(connect(line.url), b"key")
+        line.lose()
+        deliveries = sender(store, tmp_path)
+        deliveries.start()
+        receiver.wait_for(1)
+        wait_until(lambda: is_done(url))
+        deliveries.stop()
+        store.close()
+
+    assert line.lost.is_set()
+    assert len(receiver.received) == 1
+
+
+def test_a_webhook_that_arrived_while_the_database_was_away_does_not_come_again(
+    server: Postgres, receiver: Receiver, tmp_path: Path
+) -> None:
+    url = server.new_database()
+    end_a_job(url, receiver.url)
+    receiver.answers.append("hang")
+    store = Store(connect(url), b"key")
+    deliveries = sender(store, tmp_path)
+    deliveries.start()
+    receiver.wait_for(1)
+    server.stop()
+    receiver.released.set()
+    server.start()
+    wait_until(lambda: is_done(url))
+    deliveries.stop()
+    store.close()
+
+    assert len(receiver.received) == 1
+
+
+def test_a_gateway_begins_though_its_database_went_away_meanwhile(server: Postgres, tmp_path: Path) -> None:
+    with redis_server() as redis:
+        values = {"data_dir": str(tmp_path), "engine": "celery", "redis_url": redis.url}
+        gateway = Gateway(load_gateway_settings(database_url=server.new_database(), **values))
+        server.stop()
+        gateway.start()
+        server.start()
+        gateway.stop()

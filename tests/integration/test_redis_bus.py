@@ -1,0 +1,285 @@
+"""The event bus in Redis: over two processes, and while the Redis is killed, hangs and comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, aclosing, closing
+from pathlib import Path
+
+import pytest
+
+from comfy_worker.gateway import redis_reader
+from comfy_worker.gateway.core import Gateway
+from comfy_worker.gateway.events import GAP, PREVIEW, PROGRESS, STATUS, Event, Listening
+from comfy_worker.gateway.redis_bus import RedisEventBus
+from comfy_worker.gateway.settings import load_gateway_settings
+from comfy_worker.jobs import JobState
+from tests.support.graphs import picture
+from tests.support.ports import silent_port
+from tests.support.processes import Process
+from tests.support.publisher import PICTURE
+from tests.support.redis import RedisServer, redis_server
+from tests.support.running import wait_until
+
+TIMEOUT_S = 20.0
+NOT_FOR_LONG_S = 5.0
+"""Far more than one command may take, and far less than a hundred of them would."""
+
+MakeBus = Callable[[], RedisEventBus]
+
+
+@pytest.fixture
+def server() -> Iterator[RedisServer]:
+    with redis_server() as running:
+        yield running
+
+
+@pytest.fixture
+def make_bus(server: RedisServer) -> Iterator[MakeBus]:
+    """Yield what makes a bus as another process has it."""
+    with ExitStack() as stack:
+        yield lambda: stack.enter_context(closing(RedisEventBus(server.url)))
+
+
+@pytest.fixture
+def gateway(environment: pytest.MonkeyPatch, tmp_path: Path, make_bus: MakeBus) -> Iterator[Gateway]:
+    """Yield a gateway whose ComfyUI is not there, so that nothing happens but what a test makes happen."""
+    with silent_port() as port:
+        settings = load_gateway_settings(data_dir=str(tmp_path), comfyui_url=f"http://127.0.0.1:{port}")
+        made = Gateway(settings, make_bus())
+        yield made
+        made.stop()
+
+
+async def hear(listening: Listening) -> Event:
+    return await asyncio.wait_for(anext(listening), TIMEOUT_S)
+
+
+async def hear_other(listening: Listening, *left_out: str) -> Event:
+    while (event := await hear(listening)).type in left_out:
+        pass
+    return event
+
+
+# ------------------------------------------------------------------------------------------------------ two processes
+
+
+def test_what_one_process_tells_another_hears(server: RedisServer, make_bus: MakeBus) -> None:
+    bus = make_bus()
+
+    async def listen() -> list[Event]:
+        with bus.listen("job") as listening:
+            arguments = [sys.executable, "-m", "tests.support.publisher", server.url, "job", "50"]
+            with Process(arguments, environment={"PYTHONPATH": "src"}) as process:
+                heard = [await hear(listening)]
+                while heard[-1].type != STATUS:
+                    heard.append(await hear(listening))
+                assert await asyncio.to_thread(process.wait) == 0, process.output
+            return heard
+
+    heard = asyncio.run(listen())
+    assert [event.data["step"] for event in heard if event.type == PROGRESS] == list(range(50))
+    assert [event.data["content"] for event in heard if event.type == PREVIEW] == [PICTURE]
+    assert [event.number for event in heard] == sorted({event.number for event in heard})
+    assert [event.type for event in bus.recent("job")] == [PROGRESS] * 50 + [STATUS]
+
+
+def test_numbers_grow_over_processes_whatever_their_clocks_say(make_bus: MakeBus) -> None:
+    one, other = make_bus(), make_bus()
+    later = one.publish("job", STATUS, {"status": "IN_QUEUE"}, 5_000_000_000_000_000).number
+    assert other.publish("job", PROGRESS, {}).number == later + 1
+    assert one.publish("job", STATUS, {"status": "IN_PROGRESS"}, 7).number == later + 2
+
+
+def test_what_is_remembered_has_an_end_and_an_expiry(server: RedisServer, make_bus: MakeBus) -> None:
+    bus = make_bus()
+    bus.publish("job", PREVIEW, {"content": b"large"})
+    with server.client() as client:
+        assert client.keys("*") == []
+        for _ in range(200):
+            bus.publish("job", PROGRESS, {})
+            bus.publish("job", STATUS, {"status": "IN_QUEUE"})
+        keys = client.keys("*")
+        assert isinstance(keys, list)
+        assert len(keys) == 2
+        assert all(0 < client.ttl(key) <= 86_400 for key in keys)
+    assert len([event for event in bus.recent("job") if event.type == PROGRESS]) == 64
+
+
+# ------------------------------------------------------------------------------------------------- the Redis goes away
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGSTOP])
+def test_nobody_waits_for_a_redis_that_is_away_and_it_is_said_once(
+    server: RedisServer, make_bus: MakeBus, end: signal.Signals, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    bus = make_bus()
+    bus.publish("job", STATUS, {"status": "IN_QUEUE"}, 5)
+    server.stop(end)
+    began = time.monotonic()
+    for number in range(100):
+        bus.publish("job", PROGRESS, {"step": number})
+        bus.recent("job")
+        bus.has_listeners("job")
+        bus.forget("job")
+    assert bus.publish("job", STATUS, {"status": "IN_PROGRESS"}, 7).number == 7
+    assert time.monotonic() - began < NOT_FOR_LONG_S
+
+    if end is signal.SIGSTOP:
+        server.go_on()
+    else:
+        server.start()
+    # Changes of state are told then.
+    wait_until(lambda: statuses(bus.recent("job")) == ["IN_QUEUE", "IN_PROGRESS"])
+    # One that hung does what it was told last when it goes on.
+    told = [event for event in bus.recent("job") if event.type == PROGRESS]
+    assert len(told) == (1 if end is signal.SIGSTOP else 0)
+    assert bus.publish("job", PROGRESS, {}).number > 7
+    said = [record.getMessage() for record in caplog.records if "Redis" in record.getMessage()]
+    assert [message.partition(" (")[0] for message in said] == ["Redis cannot be used", "Redis can be used again"]
+
+
+def test_a_listener_comes_back_and_hears_what_was_put_off(server: RedisServer, make_bus: MakeBus) -> None:
+    near, far = make_bus(), make_bus()
+
+    async def listen() -> None:
+        with near.listen("job") as listening:
+            far.publish("job", STATUS, {"status": "IN_QUEUE"}, 5)
+            assert (await hear(listening)).number == 5
+            server.stop(signal.SIGKILL)
+            far.publish("job", STATUS, {"status": "IN_PROGRESS"}, 7)
+            server.start()
+            assert (await hear(listening)).type == GAP
+            wait_until(lambda: len(far.recent("job")) == 2)
+            far.publish("job", PROGRESS, {"step": 1})
+            heard = await hear_other(listening, GAP, STATUS)
+            assert heard.data == {"step": 1}
+
+    asyncio.run(listen())
+
+
+def test_a_bus_whose_redis_was_never_there_begins_to_work_when_it_comes(server: RedisServer) -> None:
+    server.stop()
+
+    async def listen(bus: RedisEventBus) -> None:
+        with bus.listen("job", after=0) as listening:
+            bus.publish("job", STATUS, {"status": "IN_QUEUE"}, 5)
+            server.start()
+            assert (await hear_other(listening, GAP)).number == 5
+
+    with closing(RedisEventBus(server.url)) as bus:
+        asyncio.run(listen(bus))
+
+
+def test_closing_does_not_wait_for_a_redis_that_is_away(server: RedisServer) -> None:
+    bus = RedisEventBus(server.url)
+
+    async def listen() -> list[Event]:
+        with bus.listen("job") as listening:
+            server.stop(signal.SIGSTOP)
+            await asyncio.to_thread(bus.close)
+            return [event async for event in listening if event.type != GAP]
+
+    began = time.monotonic()
+    assert asyncio.run(listen()) == []
+    assert time.monotonic() - began < NOT_FOR_LONG_S
+    server.go_on()
+
+
+def test_many_who_come_and_go_do_not_wait_for_a_redis_that_hangs(server: RedisServer, make_bus: MakeBus) -> None:
+    bus = make_bus()
+
+    async def listen() -> None:
+        with bus.listen("job") as listening:
+            server.stop(signal.SIGSTOP)
+            began = time.monotonic()
+            for number in range(50):
+                with bus.listen(f"job-{number}"):
+                    bus.publish(f"job-{number}", PROGRESS, {})
+            with bus.listen("late") as late:
+                assert time.monotonic() - began < NOT_FOR_LONG_S
+                server.go_on()
+                assert (await hear(listening)).type == (await hear(late)).type == GAP
+                wait_until(lambda: bus.publish("other", STATUS, {}).number > 0 and bool(bus.recent("other")))
+                bus.publish("late", PROGRESS, {"step": 1})
+                assert (await hear_other(late, GAP)).data == {"step": 1}
+
+    asyncio.run(listen())
+
+
+# ------------------------------------------------------------------------------------- the store has what was not heard
+
+
+def events_until_the_end(gateway: Gateway, job_id: str, when_heard: Callable[[Event], None]) -> list[Event]:
+    """Return what a client hears of a job; `when_heard` is called with each event."""
+
+    async def follow() -> list[Event]:
+        heard = []
+        async with aclosing(gateway.service.events(job_id, 0)) as events:
+            async for event in events:
+                heard.append(event)
+                await asyncio.to_thread(when_heard, event)
+        return heard
+
+    return asyncio.run(asyncio.wait_for(follow(), TIMEOUT_S))
+
+
+def submitted(gateway: Gateway) -> str:
+    return asyncio.run(gateway.service.submit({"input": {"workflow": picture((1, 2, 3))}})).id
+
+
+def statuses(events: list[Event]) -> list[str]:
+    return [event.data["status"] for event in events if event.type == STATUS]
+
+
+def test_no_change_of_state_is_missed_though_the_redis_is_killed(gateway: Gateway, server: RedisServer) -> None:
+    job_id = submitted(gateway)
+
+    def go_on(event: Event) -> None:
+        if event.data.get("status") == "IN_QUEUE":
+            server.stop(signal.SIGKILL)
+            # Nobody tells of these: who did them was killed, too.
+            gateway.store.start(job_id, "prompt", "http://comfyui", time.time())
+            gateway.store.finish(job_id, JobState.COMPLETED, time.time())
+            server.start()
+
+    heard = events_until_the_end(gateway, job_id, go_on)
+    assert statuses(heard) == ["IN_QUEUE", "IN_PROGRESS", "COMPLETED"]
+
+
+def test_no_change_of_state_is_missed_though_its_teller_is_killed(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_reader, "_GAP_AFTER_S", 0.5)
+    job_id = submitted(gateway)
+
+    def go_on(event: Event) -> None:
+        if event.data.get("status") == "IN_QUEUE":
+            gateway.store.finish(job_id, JobState.FAILED, time.time(), error={"error": "so"})
+
+    assert statuses(events_until_the_end(gateway, job_id, go_on)) == ["IN_QUEUE", "FAILED"]
+
+
+def test_who_waits_for_a_job_hears_of_its_end_while_the_redis_is_away(gateway: Gateway, server: RedisServer) -> None:
+    job_id = submitted(gateway)
+    server.stop(signal.SIGKILL)
+
+    def end() -> None:
+        gateway.store.finish(job_id, JobState.COMPLETED, time.time())
+        gateway.bus.publish(job_id, STATUS, {"status": "COMPLETED"})
+
+    async def wait() -> JobState:
+        waiting = asyncio.ensure_future(gateway.service.wait(job_id, TIMEOUT_S))
+        threading.Thread(target=end).start()
+        return (await waiting).state
+
+    began = time.monotonic()
+    assert asyncio.run(wait()) is JobState.COMPLETED
+    assert time.monotonic() - began < TIMEOUT_S

@@ -1,0 +1,218 @@
+"""Several gateway processes at one database and one Redis: any of them answers for any job, and counts for all."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from http.client import HTTPConnection
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+import requests
+
+from comfy_worker.gateway.signing import AssetLinks
+from tests.support.graphs import picture
+from tests.support.postgres import Postgres, postgres
+from tests.support.processes import Process
+from tests.support.receiver import Receiver
+from tests.support.redis import RedisServer, redis_server
+from tests.support.running import wait_until
+from tests.support.served import Served, served
+
+JOB = {"input": {"workflow": picture((1, 2, 3))}}
+TIMEOUT_S = 20.0
+NOWHERE = "http://127.0.0.1:1"
+
+
+@pytest.fixture(scope="module")
+def database_server() -> Iterator[Postgres]:
+    with postgres() as running:
+        yield running
+
+
+@pytest.fixture
+def redis() -> Iterator[RedisServer]:
+    with redis_server() as running:
+        yield running
+
+
+@pytest.fixture
+def shared(database_server: Postgres, redis: RedisServer) -> dict[str, str]:
+    """What gateways of one fleet are told; no worker is there, so that nothing happens but what a test makes happen."""
+    return {
+        "ENGINE": "celery",
+        "DATABASE_URL": database_server.new_database(),
+        "REDIS_URL": redis.url,
+        "API_CACHE": "redis",
+        "RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS": "true",
+    }
+
+
+@contextmanager
+def two_gateways(data: Path, environment: dict[str, str]) -> Iterator[list[Served]]:
+    with ExitStack() as stack:
+        yield [stack.enter_context(served(NOWHERE, data, **environment)) for _ in range(2)]
+
+
+def serving(process: Process) -> list[int]:
+    """Return the ids of the processes that have served."""
+    return [int(pid) for pid in re.findall(r"Started server process \[(\d+)\]", process.output)]
+
+
+def submit(gateway: Served, **beside: object) -> str:
+    answer = gateway.post("/run", {**JOB, **beside})
+    assert answer.status_code == 200, answer.text
+    job_id: str = answer.json()["id"]
+    return job_id
+
+
+# ------------------------------------------------------------------------------------------- several on a port
+
+
+def test_any_process_answers_for_any_job(tmp_path: Path, shared: dict[str, str]) -> None:
+    with served(NOWHERE, tmp_path, **shared, API_WORKERS="2") as gateway:
+        wait_until(lambda: len(serving(gateway.process)) == 2)
+        for number in range(8):
+            # Each call is a connection of its own, taken by whichever process is quicker.
+            job_ids = {gateway.post("/run", JOB, **{"Idempotency-Key": f"key-{number}"}).json()["id"] for _ in range(4)}
+            assert len(job_ids) == 1
+            [job_id] = job_ids
+            told: list[str] = []
+            followed = threading.Thread(target=lambda j=job_id, t=told: t.append(gateway.get(f"/events/{j}").text))
+            followed.start()
+            assert gateway.post(f"/cancel/{job_id}").json()["status"] == "CANCELLED"
+            followed.join(TIMEOUT_S)
+            assert '"CANCELLED"' in told[0]
+            assert gateway.get(f"/status/{job_id}").json()["status"] == "CANCELLED"
+
+
+def test_a_process_that_is_killed_is_replaced_and_a_signal_ends_all(tmp_path: Path, shared: dict[str, str]) -> None:
+    with served(NOWHERE, tmp_path, **shared, API_WORKERS="2") as gateway:
+        wait_until(lambda: len(serving(gateway.process)) == 2)
+        job_id = submit(gateway)
+        os.kill(serving(gateway.process)[0], signal.SIGKILL)
+        wait_until(lambda: len(serving(gateway.process)) == 3)
+        assert gateway.get(f"/status/{job_id}").json()["status"] == "IN_QUEUE"
+
+        answers: list[requests.Response] = []
+        waiting = threading.Thread(target=lambda: answers.append(gateway.post("/runsync?wait=60000", JOB)))
+        waiting.start()
+        wait_until(lambda: gateway.get("/health").json()["jobs"]["inQueue"] == 2)
+        began = time.monotonic()
+        assert gateway.process.stop(TIMEOUT_S) == 0
+        waiting.join(TIMEOUT_S)
+        assert time.monotonic() - began < TIMEOUT_S
+        # Whoever waits is told where the job stands.
+        assert [answer.json()["status"] for answer in answers] == ["IN_QUEUE"]
+
+
+def test_a_process_that_is_told_to_end_is_replaced_and_no_request_fails(tmp_path: Path, shared: dict[str, str]) -> None:
+    with served(NOWHERE, tmp_path, **shared, API_WORKERS="2") as gateway, ExitStack() as stack:
+        wait_until(lambda: len(serving(gateway.process)) == 2)
+        body = json.dumps(JOB).encode()
+        netloc = urlsplit(gateway.url).netloc
+        half_sent = [stack.enter_context(closing(HTTPConnection(netloc, timeout=TIMEOUT_S))) for _ in range(8)]
+        for connection in half_sent:
+            connection.putrequest("POST", "/run")
+            for name, value in {**gateway.headers, "Content-Length": str(len(body))}.items():
+                connection.putheader(name, value)
+            connection.endheaders(body[:10])
+        os.kill(serving(gateway.process)[0], signal.SIGTERM)
+        for connection in half_sent:
+            connection.send(body[10:])
+            assert connection.getresponse().status == 200
+        while len(serving(gateway.process)) < 3:
+            assert gateway.get("/health").ok
+
+
+def test_a_port_that_is_taken_ends_all(tmp_path: Path, shared: dict[str, str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        environment = {**shared, "DATA_DIR": str(tmp_path), "PYTHONPATH": "src", "API_WORKERS": "2"}
+        environment["API_PORT"] = str(taken.getsockname()[1])
+        with Process([sys.executable, "-m", "comfy_worker", "serve"], environment=environment) as process:
+            assert process.wait() == 1
+            assert "address already in use" in process.output
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"ENGINE": "local"}, "must be 1 with ENGINE=local"),
+        ({"API_CACHE": "memory"}, "more than 1 need API_CACHE=redis"),
+        ({"ENGINE": "runpod", "DATABASE_URL": "sqlite:///jobs.db"}, "more than 1 need a PostgreSQL in DATABASE_URL"),
+        ({"ENGINE": "runpod", "DATABASE_URL": ""}, "more than 1 need a PostgreSQL in DATABASE_URL"),
+        ({"API_RELOAD": "true"}, "must be 1 with API_RELOAD"),
+    ],
+)
+def test_several_processes_without_what_they_share_are_refused(
+    tmp_path: Path, changed: dict[str, str], sentence: str
+) -> None:
+    given = {"ENGINE": "celery", "DATABASE_URL": "postgresql://x@127.0.0.1/x", "API_CACHE": "redis", **changed}
+    environment = {"DATA_DIR": str(tmp_path / "data"), "PYTHONPATH": "src", "API_WORKERS": "2", **given}
+    with Process([sys.executable, "-m", "comfy_worker", "serve"], environment=environment) as process:
+        assert process.wait() == 2
+        assert process.stderr.startswith("Invalid settings: API_WORKERS: ")
+        assert sentence in process.stderr
+        assert len(process.stderr.splitlines()) == 1
+
+
+# -------------------------------------------------------------------------------------------- several anywhere
+
+
+def test_calls_are_counted_together_and_not_at_all_while_redis_is_away(
+    tmp_path: Path, shared: dict[str, str], redis: RedisServer
+) -> None:
+    with two_gateways(tmp_path, {**shared, "RATE_LIMIT_CANCEL": "4/day"}) as (one, other):
+
+        def codes(gateway: Served, count: int) -> list[int]:
+            return [gateway.post("/cancel/nobody").status_code for _ in range(count)]
+
+        assert codes(one, 2) + codes(other, 2) + codes(one, 1) + codes(other, 1) == [404] * 4 + [429] * 2
+        redis.stop(signal.SIGKILL)
+        assert codes(one, 3) == [404] * 3
+        redis.start()
+        wait_until(lambda: codes(one, 1) == [429])
+        said = [line for line in one.process.output.splitlines() if "calls of keys" in line]
+        assert len(said) == 2
+        assert "calls of keys are not counted until it is back" in said[0]
+
+
+def test_a_stream_goes_on_where_another_gateway_ended(tmp_path: Path, shared: dict[str, str]) -> None:
+    with two_gateways(tmp_path, shared) as (one, other):
+        job_id = submit(one)
+        assert one.post(f"/cancel/{job_id}").status_code == 200
+        first = one.get(f"/stream/{job_id}").json()
+        again = other.get(f"/stream/{job_id}").json()
+        assert first["status"] == again["status"] == "CANCELLED"
+        assert again["stream"] == []
+
+
+def test_each_webhook_is_sent_by_one_gateway(tmp_path: Path, shared: dict[str, str]) -> None:
+    with Receiver() as told, two_gateways(tmp_path, shared) as gateways:
+        job_ids = [submit(gateways[number % 2], webhook=told.url) for number in range(12)]
+        for number, job_id in enumerate(job_ids):
+            # Whichever gateway notes the end, either may send.
+            assert gateways[number % 2].post(f"/cancel/{job_id}").status_code == 200
+        messages = told.wait_for(len(job_ids))
+        wait_until(lambda: "comfy_webhooks_pending 0.0" in gateways[0].get("/metrics").text)
+    assert sorted(message.body["id"] for message in messages) == sorted(job_ids)
+    assert len(told.received) == len(job_ids)
+
+
+def test_links_are_signed_with_the_key_that_gateways_share(tmp_path: Path) -> None:
+    with served(NOWHERE, tmp_path, GATEWAY_KEY="a key of this test") as gateway:
+
+        def code(key: str) -> int:
+            return requests.get(AssetLinks(key, 60).url(gateway.url, "job/nothing.png"), timeout=TIMEOUT_S).status_code
+
+        assert code("a key of this test") == 404
+        assert code("another key") == 401

@@ -1,0 +1,20 @@
+"""`python -m tests.support.publisher URL JOB COUNT`: tells of a job through a Redis, as a process of its own."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import closing
+
+from comfy_worker.gateway.events import PREVIEW, PROGRESS, STATUS
+from comfy_worker.gateway.redis_bus import RedisEventBus
+
+PICTURE = bytes(range(256))
+
+if __name__ == "__main__":
+    url, job_id, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    with closing(RedisEventBus(url)) as bus:
+        assert bus.has_listeners(job_id), "who listens in another process counts too"
+        for step in range(count):
+            bus.publish(job_id, PROGRESS, {"step": step})
+        bus.publish(job_id, PREVIEW, {"mime_type": "image/png", "node_id": None, "content": PICTURE})
+        bus.publish(job_id, STATUS, {"status": "COMPLETED"})

@@ -1,0 +1,129 @@
+"""What a listener of a job hears, whoever is quicker."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from comfy_worker.gateway.core import Gateway
+from comfy_worker.gateway.events import PROGRESS, STATUS, Event, last_progress
+from comfy_worker.gateway.settings import load_gateway_settings
+from comfy_worker.jobs import JobState
+from tests.support.graphs import picture
+from tests.support.ports import silent_port
+
+BODY = {"input": {"workflow": picture((1, 2, 3))}}
+
+
+@pytest.fixture
+def gateway(environment: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Gateway]:
+    """A gateway whose ComfyUI is not there: nothing happens but what a test makes happen."""
+    with silent_port() as port:
+        made = Gateway(load_gateway_settings(data_dir=str(tmp_path), comfyui_url=f"http://127.0.0.1:{port}"))
+        made.start()
+        yield made
+        made.stop()
+
+
+async def submit(gateway: Gateway) -> str:
+    return (await gateway.service.submit(BODY)).id
+
+
+async def heard(gateway: Gateway, job_id: str, after: int | None = None, known: JobState | None = None) -> list[Event]:
+    """Return what a listener hears until the job's end."""
+    async with aclosing(gateway.service.events(job_id, after, known=known)) as events:
+        return [event async for event in events]
+
+
+def statuses(events: list[Event]) -> list[str]:
+    return [event.data["status"] for event in events if event.type == STATUS]
+
+
+@pytest.mark.parametrize("after", [None, 0, -1])
+def test_what_is_told_after_the_end_does_not_hide_the_end(gateway: Gateway, after: int | None) -> None:
+    async def late() -> list[Event]:
+        job_id = await submit(gateway)
+        await gateway.service.cancel(job_id)
+        # Whoever runs it hears of the cancel a moment later.
+        gateway.bus.publish(job_id, PROGRESS, {"stage": "running", "percent": 50.0})
+        return await heard(gateway, job_id, after)
+
+    told = asyncio.run(late())
+    assert told[-1].data == {"status": "CANCELLED"}
+    assert {event.type for event in told} <= {STATUS} | ({PROGRESS} if after is not None else set())
+
+
+def test_who_heard_the_end_hears_nothing_after_it(gateway: Gateway) -> None:
+    async def again() -> list[Event]:
+        job_id = await submit(gateway)
+        await gateway.service.cancel(job_id)
+        gateway.bus.publish(job_id, PROGRESS, {"stage": "running", "percent": 50.0})
+        end = (await heard(gateway, job_id))[-1]
+        return await heard(gateway, job_id, end.number)
+
+    assert asyncio.run(again()) == []
+
+
+def test_a_change_before_a_new_listener_is_there_is_told_first(gateway: Gateway) -> None:
+    async def quicker() -> list[Event]:
+        job_id = await submit(gateway)
+        # The listener was told that the job waits; it was begun before the listener listened.
+        assert gateway.store.start(job_id, "prompt", "http://elsewhere", 2e9)
+        gateway.bus.publish(job_id, STATUS, {"status": "IN_PROGRESS"}, 2_000_000_000_000_000)
+        async with aclosing(gateway.service.events(job_id, known=JobState.IN_QUEUE)) as events:
+            first = await anext(events)
+            await gateway.service.cancel(job_id)
+            return [first, *[event async for event in events]]
+
+    assert statuses(asyncio.run(quicker())) == ["IN_PROGRESS", "CANCELLED"]
+
+
+def test_a_listener_that_knows_where_the_job_stands_is_not_told_so_again(gateway: Gateway) -> None:
+    async def follow() -> list[Event]:
+        job_id = await submit(gateway)
+        listening = asyncio.create_task(heard(gateway, job_id, known=JobState.IN_QUEUE))
+        while not gateway.bus.has_listeners(job_id):
+            await asyncio.sleep(0)
+        await gateway.service.cancel(job_id)
+        return await asyncio.wait_for(listening, 20)
+
+    assert statuses(asyncio.run(follow())) == ["CANCELLED"]
+
+
+@pytest.mark.parametrize(("after", "known"), [(None, None), (None, JobState.IN_QUEUE), (0, None)])
+def test_an_end_while_a_new_listener_looks_around_is_heard(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch, after: int | None, known: JobState | None
+) -> None:
+    events_of = gateway.store.events_of
+
+    def ends_first(job_id: str, after: int = 0) -> Any:
+        """End the job between the two looks of a listener: no test could be quick enough itself."""
+        monkeypatch.undo()
+        assert gateway.store.finish(job_id, JobState.FAILED, 2e9, error={"error": "It broke"})
+        gateway.bus.publish(job_id, STATUS, {"status": "FAILED"}, 2_000_000_000_000_000)
+        return events_of(job_id, after)
+
+    async def follow() -> list[Event]:
+        job_id = await submit(gateway)
+        assert gateway.store.start(job_id, "prompt", "http://elsewhere", 2e9 - 1)
+        monkeypatch.setattr(gateway.store, "events_of", ends_first)
+        return await asyncio.wait_for(heard(gateway, job_id, after, known), 20)
+
+    assert statuses(asyncio.run(follow()))[-1:] == ["FAILED"]
+
+
+def test_how_far_an_attempt_is_says_nothing_of_the_next() -> None:
+    def told(number: int, kind: str, **data: object) -> Event:
+        return Event(number, "job", kind, data)
+
+    first = [told(1, STATUS, status="IN_PROGRESS"), told(2, PROGRESS, percent=40.0), told(3, PROGRESS, percent=50.0)]
+    assert last_progress([]) is None
+    assert last_progress(first) == first[-1]
+    assert last_progress([*first, told(4, STATUS, status="FAILED")]) == first[-1]
+    again = [*first, told(4, STATUS, status="IN_QUEUE"), told(5, STATUS, status="IN_PROGRESS")]
+    assert last_progress(again) is None

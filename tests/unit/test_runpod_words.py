@@ -1,0 +1,221 @@
+"""A job in RunPod's words, its end in the gateway's, and who may submit it."""
+
+from __future__ import annotations
+
+import base64
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from comfy_worker.engines.runpod_claims import Claims, is_claim
+from comfy_worker.engines.runpod_client import Pause
+from comfy_worker.engines.runpod_job import RemoteJob
+from comfy_worker.engines.runpod_words import keep_files, outcome_of, progress_in, submission
+from comfy_worker.errors import DeliveryFailed
+from comfy_worker.gateway.errors import RequestTooLarge, Unauthorized
+from comfy_worker.gateway.records import LOW_PRIORITY, JobRecord
+from comfy_worker.gateway.signing import CallbackLinks
+from comfy_worker.jobs import JobState
+from comfy_worker.storage.local import LocalStorage
+
+SECRET = "a-secret-of-the-gateway"
+
+
+def record(**values: Any) -> JobRecord:
+    return JobRecord(**{"id": "a-u1", "endpoint_id": "x", "state": JobState.IN_QUEUE, "created_at": 0.0, **values})
+
+
+# ---------------------------------------------------------------------------------------------- submission
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_what_is_sent_has_the_input_the_policy_and_the_bucket_and_no_other_webhook(as_text: bool) -> None:
+    job_input: Any = {"workflow": {}, "webhook": {"url": "http://caller/"}, "timeout_s": 5}
+    request = {
+        "input": json.dumps(job_input) if as_text else job_input,
+        "webhook": "http://caller/",
+        "s3Config": {"accessId": "a"},
+        "other": 1,
+    }
+    sent = json.loads(submission(record(priority=LOW_PRIORITY), request, "https://gateway/runpod/webhook/a-u1"))
+
+    assert sent == {
+        "input": {"workflow": {}, "timeout_s": 5},
+        "policy": {"executionTimeout": 600_000, "ttl": 87_000_000, "lowPriority": True},
+        "s3Config": {"accessId": "a"},
+        "webhook": "https://gateway/runpod/webhook/a-u1",
+    }
+
+
+@given(run_s=st.floats(0.001, 604_800), wait_s=st.floats(0.001, 604_800))
+def test_times_are_ones_that_runpod_takes(run_s: float, wait_s: float) -> None:
+    job = record(execution_timeout_s=run_s, queue_ttl_s=wait_s)
+    policy = json.loads(submission(job, {"input": {}}, None))["policy"]
+
+    assert 5_000 <= policy["executionTimeout"] <= 604_800_000
+    assert 10_000 <= policy["ttl"] <= 604_800_000
+
+
+def test_a_job_that_runpod_would_not_take_is_not_sent() -> None:
+    with pytest.raises(RequestTooLarge, match="10 MB"):
+        submission(record(), {"input": {"workflow": "x" * 10_000_000}}, None)
+
+
+# ----------------------------------------------------------------------------------------------------- end
+
+
+@pytest.mark.parametrize(
+    ("status", "state", "error"),
+    [
+        ({"status": "COMPLETED", "output": {"images": []}, "executionTime": 1500}, "COMPLETED", None),
+        (
+            {"status": "FAILED", "error": "No.", "output": {"code": "missing_nodes", "hint": "h", "details": [1]}},
+            "FAILED",
+            {"error": "No.", "code": "missing_nodes", "hint": "h", "details": [1]},
+        ),
+        (
+            {"status": "FAILED", "error": "Too long", "output": {"code": "timed_out"}},
+            "TIMED_OUT",
+            {"error": "Too long", "code": "timed_out"},
+        ),
+        ({"status": "FAILED", "error": "x", "output": {"code": "cancelled"}}, "CANCELLED", None),
+        ({"status": "CANCELLED"}, "CANCELLED", None),
+        ({"status": "FAILED"}, "FAILED", "RunPod says that the job failed, and not why"),
+        ({"status": "TIMED_OUT"}, "TIMED_OUT", "RunPod ended the job because it took longer than its policy allows"),
+        ({"status": "COMPLETED"}, "FAILED", "RunPod calls the job completed, and has no output of it"),
+        (
+            {"status": "COMPLETED", "output": "text"},
+            "FAILED",
+            "RunPod calls the job completed, and has no output of it",
+        ),
+        (
+            {
+                "status": "FAILED",
+                "error": json.dumps({"error_type": "x", "error_message": "Oh", "error_traceback": "t"}),
+            },
+            "FAILED",
+            {"error": "Oh", "code": "execution_failed"},
+        ),
+        ({"status": "FAILED", "error": f"key {SECRET}"}, "FAILED", "key ***"),
+    ],
+)
+def test_each_end_is_one_of_ours(status: dict[str, Any], state: str, error: Any) -> None:
+    outcome = outcome_of(status, [SECRET])
+
+    assert outcome.state.value == state
+    if isinstance(error, str):
+        assert outcome.error is not None
+        assert outcome.error["code"]
+        if SECRET in str(status):
+            assert SECRET not in outcome.error["error"]
+        else:
+            assert outcome.error["error"] == error
+    else:
+        assert outcome.error == error
+
+
+def test_only_a_job_that_runs_tells_how_far_it_is() -> None:
+    output = {"stage": "running", "percent": 5}
+    assert progress_in({"status": "IN_PROGRESS", "output": output}) == output
+    assert progress_in({"status": "IN_PROGRESS", "output": "text"}) is None
+    assert progress_in({"status": "COMPLETED", "output": output}) is None
+
+
+def test_files_are_kept_apart_and_links_stay(tmp_path: Path) -> None:
+    def item(data: str, **other: Any) -> dict[str, Any]:
+        return {"filename": "../a.png", "type": "base64", "data": base64.b64encode(data.encode()).decode(), **other}
+
+    link = {"filename": "b.png", "type": "s3_url", "data": "https://bucket/b.png"}
+    output = {"images": [item("one"), item("two"), link], "videos": [item("")], "texts": [{"text": "t"}]}
+    kept = keep_files("a-u1", output, LocalStorage(tmp_path, "asset:"))
+
+    paths = [tmp_path / found["data"].removeprefix("asset:/") for found in (*kept["images"][:2], *kept["videos"])]
+    assert [path.read_text() for path in paths] == ["one", "two", ""]
+    assert all(path.resolve().is_relative_to(tmp_path) for path in paths)
+    assert [found["size_bytes"] for found in kept["images"]] == [3, 3, 0]
+    assert kept["images"][2]["data"] == link["data"]
+    assert kept["texts"] == output["texts"]
+    with pytest.raises(DeliveryFailed):
+        keep_files("a-u1", {"images": [{**item("x"), "data": "@@"}]}, LocalStorage(tmp_path, "asset:"))
+
+
+# ------------------------------------------------------------------------------------------- claims, times
+
+
+def test_a_claim_lapses_at_once_when_its_maker_is_seen_to_be_gone(tmp_path: Path) -> None:
+    maker, other = Claims(tmp_path, 60.0), Claims(tmp_path, 60.0)
+    maker.begin()
+    other.begin()
+    claim = maker.new()
+
+    assert is_claim(claim)
+    assert len(claim) <= 64
+    assert not is_claim("5e1f-u1")
+    assert not is_claim(None)
+    assert 50 < other.remaining_s(claim) <= 60
+    maker.end()
+    # As a kill leaves it: the file is there, and nobody holds it.
+    (tmp_path / f"{claim.split(':')[2]}.lock").touch()
+    assert other.remaining_s(claim) == 0
+    assert other.remaining_s(claim) == 0
+    other.end()
+
+
+def test_a_claim_of_another_machine_lapses_with_its_time(tmp_path: Path) -> None:
+    claims = Claims(tmp_path, 60.0)
+
+    assert claims.remaining_s(f"sending:{time.time() - 61:.3f}:elsewhere:1") == 0
+    assert 0 < claims.remaining_s(f"sending:{time.time() + 3600:.3f}:elsewhere:1") <= 60
+
+
+def test_failures_of_one_round_make_one_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    pause, lengths = Pause(), []
+    for _ in range(9):
+        pause.lengthen()
+        pause.lengthen()
+        lengths.append(pause.seconds)
+        now += pause.seconds
+    assert lengths == [0.5, 1, 2, 4, 8, 16, 30, 30, 30]
+    pause.end()
+    assert pause.seconds == 0
+    pause.lengthen(retry_after_s=5)
+    assert pause.seconds == 5
+
+
+def test_a_job_is_asked_about_less_and_less_often() -> None:
+    job = RemoteJob.of(record(), is_own=True)
+    pauses = [job.next_pause_s(is_called_back=False) for _ in range(12)]
+    assert pauses == sorted(pauses)
+    assert (pauses[0], pauses[-1]) == (0.25, 2.0)
+    assert max(job.next_pause_s(is_called_back=True) for _ in range(12)) == 15.0
+    job.changed()
+    assert job.next_pause_s(is_called_back=True) == 0.25
+    assert RemoteJob.of(record(), is_own=False).next_pause_s(is_called_back=False) == 5.0
+
+
+def test_a_job_that_runpod_never_ends_is_ended_here() -> None:
+    waiting = RemoteJob.of(record(created_at=time.time() - 100, queue_ttl_s=90), is_own=True)
+    assert waiting.overdue(is_answered=True) is not None
+    assert waiting.overdue(is_answered=False) is None, "it may have run while RunPod could not be asked"
+    running = record(state=JobState.IN_PROGRESS, started_at=time.time() - 730, execution_timeout_s=600)
+    overdue = RemoteJob.of(running, is_own=True).overdue(is_answered=True)
+    assert overdue == "The job ran for longer than 600 seconds, and RunPod did not end it"
+
+
+def test_a_url_is_good_for_its_own_job() -> None:
+    links = CallbackLinks("secret", "https://gateway.example.com")
+    url = links.url("a-u1")
+    assert url is not None
+    signature = url.partition("signature=")[2]
+    links.check("a-u1", signature)
+    for job_id, other in (("b-u1", signature), ("a-u1", ""), ("a-u1", signature[:-1])):
+        with pytest.raises(Unauthorized):
+            links.check(job_id, other)
+    assert CallbackLinks("secret", "").url("a-u1") is None
