@@ -11,7 +11,7 @@ help:
 	@echo "make test    lint, type check and run all tests"
 	@echo "make lint    ruff, mypy, shellcheck, hadolint"
 	@echo "make bench   measure everything that docs/benchmarks.md tells of, about ten minutes"
-	@echo "make soak    2,000 jobs while everything goes wrong, about ten minutes; output/soak gets the figures"
+	@echo "make soak    2,000 jobs while everything goes wrong, then gateways and a fleet, about 20 minutes; output/ gets the figures"
 	@echo "make setup   only install (into $(VENV))"
 
 # A Debian or Ubuntu Python may come without venv: install it where that is allowed, say so where it is not.
@@ -47,15 +47,16 @@ lint: $(VENV)/.dev-ready
 
 # One real ComfyUI has one queue: its tests take turns.
 test: lint
-	@$(BIN)/python -m pytest -n $(if $(COMFYUI_URL),0,2) --dist loadfile
+	@$(BIN)/python -m pytest -n $(if $(COMFYUI_URL),0,3) --dist loadfile
 
 bench: $(VENV)/.dev-ready
-	@for name in overhead throughput cold_start staging delivery gateway; do \
+	@for name in overhead throughput cold_start staging delivery gateway scale; do \
 	  echo; echo "== $$name"; $(BIN)/python -m benchmarks.$$name || failed=1; done; exit $${failed:-0}
 
 soak: $(VENV)/.dev-ready
 	@$(BIN)/python -m benchmarks.soak
 	@$(BIN)/python -m benchmarks.gateway_kill
+	@$(BIN)/python -m benchmarks.fleet_chaos
 
 clean:
 	rm -rf $(VENV) output .pytest_cache .mypy_cache .ruff_cache .hypothesis

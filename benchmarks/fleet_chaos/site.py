@@ -1,0 +1,152 @@
+"""The fleet that everything is done to: two gateways, three workers, and a way of its own from each to each server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.support.fleet import WorkerProcess
+from tests.support.gateway import GatewayProcess
+from tests.support.links import Link, Network
+from tests.support.postgres import Postgres, postgres
+from tests.support.processes import Process
+from tests.support.redis import RedisServer, redis_server
+from tests.support.running import wait_until
+from tests.support.victims import Emulated
+
+GATEWAYS = 2
+WORKERS = 3
+LOST_S = 2.0
+"""After how much silence a worker is lost."""
+_NOWHERE = "http://127.0.0.1:1"
+_SETTINGS = {
+    "ENGINE": "celery",
+    "WORKER_LOST_S": f"{LOST_S:g}",
+    "WEBHOOK_TIMEOUT": "5",
+    "COMFYUI_POLL_INTERVAL_S": "0.2",
+    "RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS": "true",
+    "MAX_QUEUE_SIZE": "100000",
+    **{f"RATE_LIMIT_{name}": "off" for name in ("RUN", "RUNSYNC", "CANCEL", "STATUS")},
+}
+
+
+@dataclass
+class Member:
+    """A process of the fleet, and its ways to the two servers.
+
+    Attributes:
+        name: for people.
+        program: starts and kills it.
+        to_redis: its way to the Redis.
+        to_postgres: its way to the database.
+        logs: what its processes have written, but for the last.
+        is_down: whether it was killed, and is to stay so for the time being.
+    """
+
+    name: str
+    program: GatewayProcess | WorkerProcess
+    to_redis: Link
+    to_postgres: Link
+    logs: list[str] = field(default_factory=list, repr=False)
+    is_down: bool = False
+
+    @property
+    def process(self) -> Process:
+        """The process that was started last."""
+        return self.program.process
+
+    @property
+    def has_ended_by_itself(self) -> bool:
+        """Whether nobody has killed it, and it is not there any more."""
+        return not self.is_down and not self.process.is_running
+
+    def kill(self) -> None:
+        """End it by SIGKILL."""
+        self.is_down = True
+        self.program.kill()
+        self.logs.append(self.process.output)
+
+    def launch(self) -> None:
+        """Begin to start it again."""
+        self.program.launch()
+        self.is_down = False
+
+
+@dataclass
+class Site:
+    """All that runs.
+
+    Attributes:
+        database_url: straight to the database, whatever is done to the members' ways.
+    """
+
+    redis: RedisServer
+    postgres: Postgres
+    database_url: str
+    gateways: list[Member]
+    workers: list[Member]
+    comfyuis: list[Emulated]
+
+    @property
+    def members(self) -> list[Member]:
+        """All processes of the fleet."""
+        return [*self.gateways, *self.workers]
+
+    def urls(self) -> list[str]:
+        """Return where the gateways listen."""
+        return [gateway.program.url for gateway in self.gateways if isinstance(gateway.program, GatewayProcess)]
+
+    def revive(self) -> list[str]:
+        """Start those again that have ended by themselves; return a sentence about each."""
+        said = []
+        for member in self.members:
+            if member.has_ended_by_itself:
+                code = member.process.wait()
+                member.logs.append(member.process.output)
+                said.append(f"{member.name} ended by itself with exit code {code}: {member.logs[-1][-300:]!r}")
+                member.launch()
+        return said
+
+
+@contextmanager
+def site(folder: Path) -> Iterator[Site]:
+    """Run a fleet until the end of the block; it begins when all are at work."""
+    with ExitStack() as stack:
+        database, redis = stack.enter_context(postgres()), stack.enter_context(redis_server())
+        network = stack.enter_context(Network())
+        comfyuis = [stack.enter_context(Emulated(base_directory=folder / f"comfyui-{n}")) for n in range(WORKERS)]
+        url = database.new_database()
+        running = Site(redis, database, url, [], [], comfyuis)
+        folder.joinpath("data").mkdir()
+
+        def ways() -> tuple[dict[str, str], Link, Link]:
+            to_redis, to_postgres = network.link(redis.port), network.link(database.port)
+            environment = {
+                **_SETTINGS,
+                "DATA_DIR": str(folder / "data"),
+                "DATABASE_URL": url.replace(f":{database.port}/", f":{to_postgres.port}/"),
+                "REDIS_URL": f"redis://127.0.0.1:{to_redis.port}/0",
+            }
+            return environment, to_redis, to_postgres
+
+        for number in range(GATEWAYS):
+            environment, to_redis, to_postgres = ways()
+            gateway = GatewayProcess(folder / "data", _NOWHERE, **environment)
+            running.gateways.append(Member(f"gateway {number}", gateway, to_redis, to_postgres))
+        for number, comfyui in enumerate(comfyuis):
+            environment, to_redis, to_postgres = ways()
+            running.workers.append(
+                Member(f"worker {number}", WorkerProcess(comfyui.url, environment), to_redis, to_postgres)
+            )
+        for member in running.members:
+            member.launch()
+            stack.callback(member.kill)
+        for member in running.gateways:
+            assert isinstance(member.program, GatewayProcess)
+            wait_until(member.program.is_up)
+        for member in running.workers:
+            assert isinstance(member.program, WorkerProcess)
+            member.program.wait_until_at_work()
+        yield running

@@ -1,0 +1,276 @@
+"""How the throughput of a fleet grows with its workers, and where its limit lies.
+
+    python -m benchmarks.scale [--workers 1,2,4,8] [--seconds S]
+
+A gateway, PostgreSQL, Redis, and workers that each have an emulator, all on the loopback. The GPU's work is S seconds
+of sleep, so that the cores only carry what this project adds. Throughput is held against as many times that of one
+worker, as far as this machine has idle cores; then each part is measured alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import requests
+from tqdm import tqdm
+
+from benchmarks.fleet import Fleet, Reading, fleet
+from benchmarks.overhead import workflow
+from benchmarks.scale_parts import events, looks, submissions, transactions
+from tests.support.postgres import Postgres, postgres
+
+LIMIT = 0.95
+_SPARE = 0.1
+"""What part of the cores has to be idle for a ratio to be judged."""
+_JOBS_A_WORKER = 12
+_OPEN_A_WORKER = 4
+"""One runs, one is prepared, two wait."""
+_PART_S = 4.0
+_IDLE_S = 4.0
+_colours = itertools.count(1)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a number of workers did.
+
+    Attributes:
+        workers: how many.
+        rate: jobs a second.
+        one: jobs a second of one worker.
+        spare: what part of the cores was idle meanwhile.
+        cpu_ms: CPU milliseconds of each part for one job.
+        commands: that the Redis was given for one job.
+        transactions: of the database for one job.
+    """
+
+    workers: int
+    rate: float
+    one: float
+    spare: float
+    cpu_ms: Mapping[str, float]
+    commands: float
+    transactions: float
+
+    @property
+    def ratio(self) -> float:
+        """Of the throughput to that of so many times one worker."""
+        return self.rate / (self.workers * self.one)
+
+    @property
+    def verdict(self) -> str:
+        """What the ratio is worth."""
+        if self.ratio >= LIMIT:
+            return ""
+        return "OVER" if self.spare >= _SPARE else "cores used up"
+
+    def __str__(self) -> str:
+        parts = "".join(f"{cost:>12.1f}" for cost in self.cpu_ms.values())
+        figures = f"{self.workers:7}{self.rate:9.2f}{self.ratio:8.3f}{self.spare:8.0%}{parts}"
+        return f"{figures}{self.commands:10.0f}{self.transactions:10.0f}   {self.verdict}"
+
+
+_PARTS = ("gateway", "worker", "Redis", "PostgreSQL", "emulator")
+_HEAD = (
+    f"{'workers':>7}{'jobs/s':>9}{'ratio':>8}{'idle':>8}"
+    + "".join(f"{part:>12}" for part in _PARTS)
+    + f"{'commands':>10}{'transact.':>10}   limit {LIMIT}"
+)
+
+
+class Load:
+    """Clients that each let one job after the other run, and wait for its result."""
+
+    def __init__(self, url: str, seconds: float) -> None:
+        self._url = url
+        self._seconds = seconds
+        self._end = threading.Event()
+
+    @contextmanager
+    def of(self, clients: int) -> Iterator[None]:
+        """Have so many jobs open at a time during the block."""
+        with ThreadPoolExecutor(clients) as threads:
+            working = [threads.submit(self._work) for _ in range(clients)]
+            try:
+                yield
+            finally:
+                self._end.set()
+        for client in working:
+            client.result()
+
+    def _work(self) -> None:
+        with requests.Session() as session:
+            session.trust_env = False
+            while not self._end.is_set():
+                body = {"input": {"workflow": _work(self._seconds)}}
+                answer = session.post(f"{self._url}/runsync", json=body).json()
+                if answer.get("status") != "COMPLETED":
+                    raise SystemExit(f"a job failed: {answer}")
+
+
+def _work(seconds: float) -> dict[str, Any]:
+    graph = workflow(1, 64)
+    inputs = {
+        "image": ["1", 0],
+        "seconds": seconds,
+        "steps": max(1, round(seconds / 0.1)),
+        "preview": True,
+        "fail_at": 0,
+    }
+    graph["3"] = {"class_type": "TestWork", "inputs": inputs}
+    graph["9"]["inputs"]["images"] = ["3", 0]
+    graph["1"]["inputs"]["color"] = next(_colours)
+    return graph
+
+
+def measure(running: Fleet, workers: int, seconds: float, one: float | None) -> Row:
+    """Let so many workers have as many jobs as they can take."""
+    running.grow_to(workers)
+    with Load(running.url, seconds).of(_OPEN_A_WORKER * workers):
+        _wait_until_all_have_had(running, workers, 2)
+        before = running.read()
+        _wait(_JOBS_A_WORKER * seconds, f"{workers} workers")
+        after = running.read()
+    ends = _ends(running, before.at, after.at)
+    rate = sum(_rate(times) for times in ends.values())
+    count = sum(len(times) for times in ends.values())
+    busy, idle = after.busy - before.busy, after.idle - before.idle
+    return Row(
+        workers=workers,
+        rate=rate,
+        one=one or rate,
+        spare=idle / (busy + idle),
+        cpu_ms={part: 1000 * (after.cpu[part] - before.cpu[part]) / count for part in _PARTS},
+        commands=(after.commands - before.commands) / count,
+        transactions=(after.transactions - before.transactions) / count,
+    )
+
+
+def _wait_until_all_have_had(running: Fleet, workers: int, jobs: int) -> None:
+    began = time.time()
+    while sum(len(times) >= jobs for times in _ends(running, began, time.time()).values()) < workers:
+        time.sleep(0.2)
+        if time.time() - began > 60:
+            raise SystemExit("a worker gets no jobs")
+
+
+def _wait(seconds: float, what: str) -> None:
+    for _ in tqdm(range(round(seconds)), desc=what, leave=False, disable=None):
+        time.sleep(seconds / round(seconds))
+
+
+def _ends(running: Fleet, after: float, until: float) -> dict[str, list[float]]:
+    """Return when jobs ended, by the worker that ran them."""
+    query = "SELECT backend, ended_at FROM jobs WHERE ended_at > %s AND ended_at <= %s ORDER BY ended_at"
+    ends: dict[str, list[float]] = {}
+    for backend, ended_at in running.database.execute(query, [after, until]):
+        ends.setdefault(backend, []).append(ended_at)
+    return ends
+
+
+def _rate(times: Sequence[float]) -> float:
+    """Return the jobs a second of one worker, from one end to another: a job that is cut off does not count."""
+    return (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0.0
+
+
+@dataclass(frozen=True)
+class Idle:
+    """What a fleet takes without a job: each part's CPU milliseconds a second, commands, and connections."""
+
+    workers: int
+    cpu_ms: Mapping[str, float]
+    commands: float
+    transactions: float
+    redis_connections: int
+    database_connections: int
+
+
+def rest(running: Fleet, workers: int) -> Idle:
+    """Let a fleet have nothing to do."""
+    time.sleep(1)  # the last answers are on their way
+    before = running.read()
+    _wait(_IDLE_S, f"{workers} workers at rest")
+    after = running.read()
+    took = after.at - before.at
+
+    def a_second(get: str) -> float:
+        grown: float = getattr(after, get) - getattr(before, get)
+        return grown / took
+
+    return Idle(
+        workers, _spent(before, after, took), a_second("commands"), a_second("transactions"), *running.connections()
+    )
+
+
+def _spent(before: Reading, after: Reading, took: float) -> dict[str, float]:
+    return {part: 1000 * (after.cpu[part] - before.cpu[part]) / took for part in _PARTS}
+
+
+def tell_of_rest(few: Idle, many: Idle) -> Iterator[str]:
+    """Yield what each worker adds to what a fleet takes while it has nothing to do."""
+    if few.workers == many.workers:
+        return
+    more = many.workers - few.workers
+    yield f"\na worker that has nothing to do, from {few.workers} and {many.workers} of them:"
+    worker = many.cpu_ms["worker"] / many.workers
+    yield f"{'its own CPU, ms a second':58}{worker:9.1f}"
+    for part in ("gateway", "Redis", "PostgreSQL"):
+        yield f"{f'CPU of {part}, ms a second':58}{(many.cpu_ms[part] - few.cpu_ms[part]) / more:9.2f}"
+    yield f"{'commands to Redis a second':58}{(many.commands - few.commands) / more:9.1f}"
+    yield f"{'transactions of the database a second':58}{(many.transactions - few.transactions) / more:9.1f}"
+    yield f"{'connections to Redis':58}{(many.redis_connections - few.redis_connections) / more:9.1f}"
+    yield f"{'connections to PostgreSQL':58}{(many.database_connections - few.database_connections) / more:9.1f}"
+
+
+def tell_of_parts(database: Postgres) -> Iterator[str]:
+    """Yield what each part can do alone."""
+    yield f"\neach part alone, on {os.cpu_count()} cores that it shares with its client:"
+    with fleet(database) as running:
+        yield str(submissions(running, _PART_S))
+        for capacity in transactions(running, database, _PART_S):
+            yield str(capacity)
+    yield str(events())
+    yield from map(str, looks(database))
+
+
+def main() -> int:
+    """Print the tables; return 1 if the throughput grows less than it has to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", default="1,2,4,8", help="numbers of workers, growing; the first is the measure")
+    parser.add_argument("--seconds", type=float, default=1.0, help="the GPU's work of each job")
+    options = parser.parse_args()
+    numbers = [int(number) for number in options.workers.split(",")]
+    if any(more <= fewer for fewer, more in pairwise(numbers)) or numbers[0] < 1:
+        parser.error("--workers: numbers that grow")
+    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; jobs of {options.seconds:g} s; CPU ms for one job\n")
+    print(_HEAD)
+    rows: list[Row] = []
+    rests: list[Idle] = []
+    with postgres() as database:
+        with fleet(database) as running:
+            for number in numbers:
+                one = rows[0].rate / rows[0].workers if rows else None
+                rows.append(measure(running, number, options.seconds, one))
+                print(rows[-1], flush=True)
+                if number in (numbers[0], numbers[-1]):
+                    rests.append(rest(running, number))
+        for line in tell_of_rest(rests[0], rests[-1]):
+            print(line)
+        for line in tell_of_parts(database):
+            print(line, flush=True)
+    return int(any(row.verdict == "OVER" for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,29 @@
+"""Every part of a fleet is killed or cut off at moments drawn by lot, under load: every accepted job ends once.
+
+`python -m benchmarks.fleet_chaos` does so more often, and for longer at a time.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.fleet_chaos.faults import KINDS
+from benchmarks.fleet_chaos.run import run
+
+JOBS = 60
+SEED = 7
+LONGEST_S = 1.0
+SETTLE_S = 120.0
+"""A webhook that a killed gateway had in hand is sent by another one a good minute later."""
+
+
+@pytest.mark.timeout(300)
+def test_nothing_is_lost_or_doubled() -> None:
+    found = run(JOBS, KINDS, SEED, longest_s=LONGEST_S, settle_s=SETTLE_S, show_progress=False)
+
+    assert found.violations == []
+    assert (found.accepted, found.lost, found.doubled) == (JOBS, 0, 0)
+    assert found.states.keys() <= {"COMPLETED", "CANCELLED"}
+    assert found.outputs == found.states["COMPLETED"] > 0
+    assert (found.webhooks, found.webhooks_missing, found.webhooks_repeated) == (JOBS, 0, 0)
+    assert found.faults.total() == len(found.faults) == KINDS, "each kind of fault befell the fleet"
