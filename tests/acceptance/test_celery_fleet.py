@@ -6,14 +6,11 @@ import contextlib
 import json
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import psycopg
-import pytest
 import requests
 
 from benchmarks.servers import free_port
@@ -21,26 +18,11 @@ from tests.support import graphs
 from tests.support.fleet import TIMEOUT_S, Site, Sites
 from tests.support.gate import Gate
 from tests.support.gateway import GatewayProcess
-from tests.support.postgres import Postgres, postgres
 from tests.support.processes import Process
 from tests.support.receiver import Receiver
-from tests.support.redis import RedisServer, redis_server
 from tests.support.running import wait_until
 
 RED = (255, 0, 0)
-
-
-@pytest.fixture(scope="module")
-def servers() -> Iterator[tuple[Postgres, RedisServer]]:
-    with postgres() as database, redis_server() as redis:
-        yield database, redis
-
-
-@pytest.fixture
-def sites(servers: tuple[Postgres, RedisServer], tmp_path: Path) -> Iterator[Sites]:
-    """Return what starts gateways and workers."""
-    with ExitStack() as stack:
-        yield Sites(stack, tmp_path / "data", *servers)
 
 
 def test_a_cancel_at_another_gateway_stops_the_gpu(sites: Sites, tmp_path: Path) -> None:

@@ -4,32 +4,13 @@ from __future__ import annotations
 
 import signal
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
-
-import pytest
 
 from tests.support import graphs
 from tests.support.fleet import Sites
 from tests.support.gate import Gate
-from tests.support.postgres import Postgres, postgres
-from tests.support.redis import RedisServer, redis_server
 
 RED = (255, 0, 0)
-
-
-@pytest.fixture(scope="module")
-def servers() -> Iterator[tuple[Postgres, RedisServer]]:
-    with postgres() as database, redis_server() as redis:
-        yield database, redis
-
-
-@pytest.fixture
-def sites(servers: tuple[Postgres, RedisServer], tmp_path: Path) -> Iterator[Sites]:
-    """Return what starts gateways and workers."""
-    with ExitStack() as stack:
-        yield Sites(stack, tmp_path / "data", *servers)
 
 
 def test_a_killed_workers_job_ends_once_on_another(sites: Sites, tmp_path: Path) -> None:

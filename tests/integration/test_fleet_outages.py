@@ -68,7 +68,7 @@ def test_a_worker_that_is_told_twice_to_end_before_it_takes_jobs_ends(server: Po
     nowhere = {"REDIS_URL": "redis://127.0.0.1:9/0", "COMFYUI_URL": "http://127.0.0.1:9"}
     environment = {"DATABASE_URL": server.new_database(), "DATA_DIR": str(tmp_path), "PYTHONPATH": "src", **nowhere}
     with Process([sys.executable, "-m", "comfy_worker", "worker"], environment=environment) as process:
-        process.wait_for_line("Redis does not answer")
+        process.wait_for_line("Redis cannot be used")
         # As a shell and its group do that end at the same time.
         process.send_signal(signal.SIGTERM)
         process.send_signal(signal.SIGTERM)

@@ -80,6 +80,6 @@ def test_an_end_that_was_noted_after_all_is_heard(tmp_path: Path, comfyui: Emula
         line.lose()
         gate.open()
         wait_until(lambda: bench.get(job_id).state is JobState.COMPLETED)
-        wait_until(lambda: [event.data for event in bench.service.recent_events(job_id)][-1] == {"status": "COMPLETED"})
+        wait_until(lambda: bench.call(bench.service.recent_events(job_id))[-1].data == {"status": "COMPLETED"})
         assert line.lost.is_set()
         assert statuses(bench, job_id) == ["IN_QUEUE", "IN_PROGRESS", "COMPLETED"]

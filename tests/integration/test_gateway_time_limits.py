@@ -84,7 +84,11 @@ def test_what_is_only_seen_is_told_too(tmp_path: Path, comfyui: Emulated) -> Non
         job_id = bench.submit(gate.graph())
 
         def stages() -> list[str]:
-            return [str(event.data["stage"]) for event in bench.service.recent_events(job_id) if "stage" in event.data]
+            return [
+                str(event.data["stage"])
+                for event in bench.call(bench.service.recent_events(job_id))
+                if "stage" in event.data
+            ]
 
         wait_until(lambda: "running" in stages())
         gate.open()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from contextlib import aclosing
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from comfy_worker.gateway.core import Gateway
-from comfy_worker.gateway.events import PROGRESS, STATUS, Event, last_progress
+from comfy_worker.gateway.events import PROGRESS, STATUS, Event, LocalEventBus, last_progress
 from comfy_worker.gateway.settings import load_gateway_settings
 from comfy_worker.jobs import JobState
 from tests.support.graphs import picture
@@ -115,6 +116,35 @@ def test_an_end_while_a_new_listener_looks_around_is_heard(
         return await asyncio.wait_for(heard(gateway, job_id, after, known), 20)
 
     assert statuses(asyncio.run(follow()))[-1:] == ["FAILED"]
+
+
+class SlowBus(LocalEventBus):
+    """A bus that has to ask somebody who takes a while."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.goes_on = threading.Event()
+
+    def recent(self, job_id: str, after: int = 0) -> list[Event]:
+        assert self.goes_on.wait(20), "whoever asked kept all others waiting"
+        return super().recent(job_id, after)
+
+
+def test_nobody_waits_for_what_another_asks_the_bus(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    bus = SlowBus()
+    with silent_port() as port:
+        settings = load_gateway_settings(data_dir=str(tmp_path), comfyui_url=f"http://127.0.0.1:{port}")
+        gateway = Gateway(settings, bus)
+
+        async def ask() -> None:
+            record = await gateway.service.submit(BODY)
+            asking = asyncio.create_task(gateway.service.progress_of(record))
+            await asyncio.sleep(0)
+            bus.goes_on.set()
+            await asking
+
+        asyncio.run(ask())
+        gateway.stop()
 
 
 def test_how_far_an_attempt_is_says_nothing_of_the_next() -> None:

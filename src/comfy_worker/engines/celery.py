@@ -164,7 +164,7 @@ class CeleryEngine:
             self._wait_until_off(job_id)
         except RedisError as error:
             self._is_redis_away = True
-            log.warning("job %s may still be in a ComfyUI, Redis does not answer: %s", job_id, type(error).__name__)
+            log.warning("job %s may still be in a ComfyUI, Redis cannot be used: %s", job_id, type(error).__name__)
 
     def _revoke(self, record: JobRecord) -> None:
         try:
@@ -221,7 +221,7 @@ class CeleryEngine:
                 self._looks.clear()  # it has been logged
             except (RedisError, OperationalError) as error:
                 if not self._is_redis_away:
-                    log.warning("Redis does not answer: %s", type(error).__name__)
+                    log.warning("Redis cannot be used: %s", type(error).__name__)
                 self._is_redis_away = True
                 self._looks.clear()
             except Exception:

@@ -194,7 +194,7 @@ class FleetWorker:
         try:
             is_ours = self._fleet.hold(job_id, self._holder)
         except RedisError as error:
-            log.warning("job %s is left to be sent again, Redis does not answer: %s", job_id, type(error).__name__)
+            log.warning("job %s is left to be sent again, Redis cannot be used: %s", job_id, type(error).__name__)
         finally:
             if not is_ours:
                 with self._lock:
@@ -380,7 +380,7 @@ class FleetWorker:
             do()
         except (RedisError, OperationalError) as error:
             if not self._is_redis_away:
-                log.warning("Redis does not answer: %s", type(error).__name__)
+                log.warning("Redis cannot be used: %s", type(error).__name__)
             self._is_redis_away = True
         else:
             self._is_redis_away = False

@@ -428,7 +428,7 @@ class JobService:
         job_id = record.id
         stored = await run_in_threadpool(self._store.events_of, job_id, after)
         missed = {number: Event(number, job_id, kind, data) for number, kind, data in stored}
-        remembered = await run_in_threadpool(self._bus.recent, job_id, after)
+        remembered = await self.recent_events(job_id, after)
         known = [event.data for event in remembered if event.type == STATUS]
         # A change that is remembered under a later number than the store's is not told twice.
         missed = {number: event for number, event in missed.items() if event.data not in known}
@@ -436,13 +436,14 @@ class JobService:
         in_order = [missed[number] for number in sorted(missed)]
         return _without_afterthoughts(in_order) if record.state.is_terminal else in_order
 
-    def recent_events(self, job_id: str, after: int = 0) -> list[Event]:
-        """Return what happened to a job lately, as far as it is remembered in this process."""
-        return self._bus.recent(job_id, after)
+    async def recent_events(self, job_id: str, after: int = 0) -> list[Event]:
+        """Return what happened to a job lately, as far as it is remembered."""
+        # The bus may have to ask a Redis.
+        return await run_in_threadpool(self._bus.recent, job_id, after)
 
-    def progress_of(self, record: JobRecord) -> Event | None:
+    async def progress_of(self, record: JobRecord) -> Event | None:
         """Return the last word on how far the present attempt of a job is: the bus's, or else the database's."""
-        told = last_progress(self._bus.recent(record.id))
+        told = last_progress(await self.recent_events(record.id))
         if told is None and record.progress is not None and record.progress_number is not None:
             return Event(record.progress_number, record.id, PROGRESS, record.progress)
         return told

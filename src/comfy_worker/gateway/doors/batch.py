@@ -114,7 +114,7 @@ class _Door:
         """Return where the workflows of a batch stand, as many as are still kept."""
         records = await self._records(batch_id)
         base = self._parts.base_url(request)
-        statuses = await run_in_threadpool(lambda: [status_of(record, self._parts, base) for record in records])
+        statuses = [await status_of(record, self._parts, base) for record in records]
         return Answer({**_summary(batch_id, records), "count": len(records), "jobs": statuses})
 
     async def cancel(self, batch_id: BatchId) -> Answer:

@@ -169,7 +169,7 @@ class _Door:
             job_input["webhook"] = body["webhook"]
         record = await self._submit({"input": job_input}, {"workflow_id": number_of(entry), "workflow": entry.name})
         request.state.job_id = record.id
-        return _success({"execution": self._execution(record)})
+        return _success({"execution": await self._execution(record)})
 
     async def _submit(self, request: Mapping[str, Any], details: Mapping[str, Any]) -> JobRecord:
         """Queue a job under a number that no other has."""
@@ -183,7 +183,7 @@ class _Door:
 
     async def execution(self, execution_id: ExecutionId) -> Answer:
         """Return where an execution stands, with its outputs; of one that failed, why."""
-        return self._told(await self._record(execution_id))
+        return await self._told(await self._record(execution_id))
 
     async def _record(self, execution_id: str) -> JobRecord:
         # A job of another door may have digits alone as its id.
@@ -195,20 +195,20 @@ class _Door:
     async def cancel(self, execution_id: ExecutionId) -> Answer:
         """End an execution; when this answers, it is off the GPU. One that has ended stays as it is."""
         record = await self._record(execution_id)
-        return self._told(await self._service.cancel(record.id))
+        return await self._told(await self._service.cancel(record.id))
 
-    def _told(self, record: JobRecord) -> Answer:
-        execution = self._execution(record)
+    async def _told(self, record: JobRecord) -> Answer:
+        execution = await self._execution(record)
         if record.error is None:
             return _success({"execution": execution})
         return Answer({**failure(record.error), "data": {"execution": execution}}, status_code=status_of(record.error))
 
-    def _execution(self, record: JobRecord) -> dict[str, Any]:
+    async def _execution(self, record: JobRecord) -> dict[str, Any]:
         execution = {
             "id": execution_id_of(record.id),
             "workflow_id": record.details.get("workflow_id"),
             "status": _STATUSES[record.state],
-            "progress": self._progress(record),
+            "progress": await self._progress(record),
             "created_at": iso(record.created_at),
             "updated_at": iso(record.ended_at or record.started_at or record.created_at),
         }
@@ -218,10 +218,10 @@ class _Door:
             execution["outputs"] = outputs_of(self._parts.linked(record.output, "", IMAGES_PATH))
         return execution
 
-    def _progress(self, record: JobRecord) -> float:
+    async def _progress(self, record: JobRecord) -> float:
         if record.state is JobState.COMPLETED:
             return 100
-        told = self._service.progress_of(record)
+        told = await self._service.progress_of(record)
         return 0 if told is None else float(told.data.get("percent", 0))
 
     async def websocket(self, websocket: WebSocket, execution_id: str) -> None:
@@ -234,16 +234,16 @@ class _Door:
         await tell(websocket, self._live(record))
 
     async def _live(self, record: JobRecord) -> AsyncGenerator[Mapping[str, Any], None]:
-        yield self._message(record)
+        yield await self._message(record)
         if record.state.is_terminal:
             return
         async with aclosing(self._service.events(record.id)) as events:
             async for event in events:
                 if event.type != PREVIEW:
-                    yield self._message(await self._service.get(record.id))
+                    yield await self._message(await self._service.get(record.id))
 
-    def _message(self, record: JobRecord) -> Mapping[str, Any]:
-        data = {"execution": self._execution(record)}
+    async def _message(self, record: JobRecord) -> Mapping[str, Any]:
+        data = {"execution": await self._execution(record)}
         return {"status": "success", "data": data} if record.error is None else {**failure(record.error), "data": data}
 
     # ----------------------------------------------------------------------------------------------- nodes

@@ -229,7 +229,7 @@ class _Door:
 
     async def _result(self, request: Request, record: JobRecord, *, as_base64: bool = False) -> dict[str, Any]:
         if not record.state.is_terminal:
-            following = Following.of(record, self._service.recent_events(record.id))
+            following = Following.of(record, await self._service.recent_events(record.id))
             return result_of(record, following.standing(self._service.place(record.id)), [])
         with_bytes = as_base64 or bool(record.details.get("as_base64"))
         output = await run_in_threadpool(self._files, record, self._parts.base_url(request), with_bytes)

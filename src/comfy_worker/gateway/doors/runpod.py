@@ -157,7 +157,7 @@ class _Door:
         """Return what a job has told since the last call with this key; waits up to 5 s for something to tell."""
         record = await self._get_followed(request.state.client, job_id)
         reader = await self._cursors.of(request.state.client, job_id)
-        told = await run_in_threadpool(self._service.recent_events, job_id, reader.after)
+        told = await self._service.recent_events(job_id, reader.after)
         if not told and not record.state.is_terminal:
             told = await self._wait_for_one(job_id, reader.after)
             record = await self._service.get(job_id)
@@ -226,14 +226,14 @@ class _Door:
         )
 
     async def _answer(self, request: Request, record: JobRecord, files: str) -> Answer:
-        return await run_in_threadpool(self._render, record, files, self._parts.base_url(request))
-
-    def _render(self, record: JobRecord, files: str, base: str) -> Answer:
         """Return RunPod's `/status` of a job."""
-        has_output = record.output is not None
-        shown = self._output(record, files, base) if has_output else self._progress(record)
-        answer = Answer(status_body(record, shown))
-        if has_output and len(answer.body) > _limit(record):
+        if record.output is None:
+            return Answer(status_body(record, await self._progress(record)))
+        return await run_in_threadpool(self._with_output, record, files, self._parts.base_url(request))
+
+    def _with_output(self, record: JobRecord, files: str, base: str) -> Answer:
+        answer = Answer(status_body(record, self._output(record, files, base)))
+        if len(answer.body) > _limit(record):
             raise OutputTooLarge(
                 f"The answer would have more than {_limit(record)} bytes", hint="Let the workflow make less"
             )
@@ -251,11 +251,11 @@ class _Door:
             linked["errors"] = [*linked.get("errors", []), notice]
         return linked
 
-    def _progress(self, record: JobRecord) -> dict[str, Any] | None:
+    async def _progress(self, record: JobRecord) -> dict[str, Any] | None:
         """Return how far a job is, as RunPod shows a worker's progress updates."""
         if record.state.is_terminal:
             return None
-        told = self._service.progress_of(record)
+        told = await self._service.progress_of(record)
         return None if told is None else dict(told.data)
 
 

@@ -191,12 +191,12 @@ class _Door:
 
     async def latest(self, limit: Annotated[int, Query(ge=1, le=_MOST_LISTED)] = 50) -> Answer:
         """Return the latest tasks, newest first."""
-        return Answer([_summary(record, self._service) for record in await self._service.latest(limit=limit)])
+        return Answer([await _summary(record, self._service) for record in await self._service.latest(limit=limit)])
 
     async def status(self, request: Request, task_id: TaskId) -> Answer:
         """Return where a task stands, with its result when it has one."""
         record = await self._service.get(task_id)
-        answer = _summary(record, self._service)
+        answer = await _summary(record, self._service)
         place = self._service.place_of(record)
         if place is not None:
             answer["queue_position"] = place.position
@@ -252,18 +252,18 @@ def result_of(output: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in result.items() if value or name in ("comfy_prompt_id", "images", "count")}
 
 
-def _summary(record: JobRecord, service: JobService) -> dict[str, Any]:
+async def _summary(record: JobRecord, service: JobService) -> dict[str, Any]:
     return {
         "task_id": record.id,
         "task_type": _TASK_TYPE,
         "status": _STATUSES[record.state],
-        "progress": _progress(record, service),
+        "progress": await _progress(record, service),
         "created_at": datetime.fromtimestamp(record.created_at, timezone.utc).isoformat(),
     }
 
 
-def _progress(record: JobRecord, service: JobService) -> float:
+async def _progress(record: JobRecord, service: JobService) -> float:
     if record.state is JobState.COMPLETED:
         return 100.0
-    told = None if record.state.is_terminal else service.progress_of(record)
+    told = None if record.state.is_terminal else await service.progress_of(record)
     return 0.0 if told is None else float(told.data.get("percent", 0.0))

@@ -127,7 +127,7 @@ class _Door:
     async def status(self, request: Request, prompt_id: PromptId) -> Answer:
         """Return where a workflow stands, with links to what it made."""
         record = await self._service.get(prompt_id)
-        return Answer(status_of(record, self._parts, self._parts.base_url(request)))
+        return Answer(await status_of(record, self._parts, self._parts.base_url(request)))
 
     async def cancel(self, prompt_id: PromptId) -> Answer:
         """Cancel a workflow that runs or waits; when this answers, it is off the GPU."""
@@ -174,7 +174,7 @@ class _Door:
         await tell(websocket, self._changes(record, base))
 
     async def _changes(self, record: JobRecord, base: str) -> AsyncGenerator[dict[str, Any], None]:
-        told = status_of(record, self._parts, base)
+        told = await status_of(record, self._parts, base)
         yield told
         if record.state.is_terminal:
             return
@@ -185,7 +185,7 @@ class _Door:
                     continue
                 if event.type == STATUS:
                     record = await self._service.get(record.id)
-                status = status_of(record, self._parts, base)
+                status = await status_of(record, self._parts, base)
                 if _has_changed(told, status):
                     told = status
                     yield told

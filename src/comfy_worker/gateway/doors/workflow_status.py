@@ -16,10 +16,10 @@ from comfy_worker.gateway.service import Place
 from comfy_worker.jobs import JobState
 
 
-def status_of(record: JobRecord, parts: Parts, base_url: str) -> dict[str, Any]:
+async def status_of(record: JobRecord, parts: Parts, base_url: str) -> dict[str, Any]:
     """Return where a job stands, with links to what it made."""
     output = None if record.output is None else parts.linked(record.output, base_url)
-    told = parts.service.progress_of(record)
+    told = await parts.service.progress_of(record)
     return status_body(record, told, parts.service.place_of(record), output, time.time())
 
 
