@@ -151,6 +151,19 @@ def test_a_client_gone_in_the_middle_of_runsync_leaves_its_job_running(gateway: 
     assert again["status"] == "COMPLETED"
 
 
+def test_a_job_whose_file_is_gone_is_not_taken_for_one_that_is_not_there(comfyui: ComfyUI, tmp_path: Path) -> None:
+    with served(comfyui.url, tmp_path) as gateway:
+        job_id = gateway.run(picture((1, 2, 3)))
+        (item,) = gateway.ended(job_id)["output"]["images"]
+        for file in (tmp_path / "assets").rglob(item["filename"]):
+            file.unlink()
+        answer = gateway.get(f"/status/{job_id}")
+        assert answer.status_code == 500
+        assert answer.json()["code"] == "file_missing"
+        assert answer.json()["error"] == f"The job's file '{item['filename']}' is not where this gateway keeps outputs"
+        assert gateway.get(f"/status/{job_id}?files=url").json()["status"] == "COMPLETED"
+
+
 def test_health_and_purge_count_what_there_is(endpoint: Endpoint, comfyui: ComfyUI) -> None:
     running = endpoint.run({"workflow": work(60)})
     comfyui.wait_until_running()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from comfy_worker.gateway.errors import NotFound
+from comfy_worker.gateway.errors import FileMissing, NotFound
 from comfy_worker.jobs import Kind
 from comfy_worker.storage.keys import safe_name
 from comfy_worker.storage.local import LocalStorage
@@ -54,7 +54,15 @@ class AssetStore:
         return _replaced(output, self._inline)
 
     def _inline(self, item: dict[str, Any], path: str) -> dict[str, Any]:
-        data = base64.b64encode(self.path_of(path).read_bytes()).decode("ascii")
+        try:
+            content = self.path_of(path).read_bytes()
+        except (NotFound, FileNotFoundError):
+            # Not a 404: whoever asks about a job would take it for one that is not there.
+            raise FileMissing(
+                f"The job's file {item.get('filename')!r} is not where this gateway keeps outputs",
+                hint="All gateways and workers need the same DATA_DIR, or a bucket",
+            ) from None
+        data = base64.b64encode(content).decode("ascii")
         return {**item, "type": "base64", "data": data}
 
 

@@ -20,6 +20,13 @@ class ExecutionNotFound(NotFound):
     """There is no such execution of a named workflow (any more)."""
 
 
+class FileMissing(WorkerError):
+    """A job is there, and a file of its output is not: it was deleted, or lies in another DATA_DIR."""
+
+    code = "file_missing"
+    http_status = 500
+
+
 class Unauthorized(WorkerError):
     """The request has no key, or one that is not ours."""
 
