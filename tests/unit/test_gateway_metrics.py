@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import itertools
 import json
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -56,9 +57,9 @@ def comfyui() -> Iterator[EmulatorServer]:
         yield server
 
 
-def collect(store: Store, *backends: Mapping[str, Any]) -> Figures:
+def collect(store: Store, *backends: Mapping[str, Any], urls: Sequence[str] = ()) -> Figures:
     registry = CollectorRegistry()
-    registry.register(GatewayCollector(store, lambda: backends))
+    registry.register(GatewayCollector(store, lambda: backends, urls))
     return read(registry)
 
 
@@ -130,12 +131,12 @@ def test_a_comfyui_that_hangs_keeps_nobody_waiting_for_the_rest(store: Store, co
         assert figure(figures, "comfy_gpu_memory_total_bytes", backend="0", device="0") is None
 
 
-def answering(body: bytes) -> ThreadingHTTPServer:
-    """Return a server that answers everything with this."""
+def answering(body: bytes, authorization: str | None = None) -> ThreadingHTTPServer:
+    """Return a server that answers everything with this, or refuses who comes without what it wants."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.send_response(200)
+            self.send_response(200 if self.headers["Authorization"] == authorization else 401)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
@@ -181,6 +182,20 @@ def test_a_comfyui_without_a_gpu_has_what_it_says(store: Store) -> None:
         thread.join(TIMEOUT_S)
     assert figure(figures, "comfy_gpu_memory_free_bytes", backend="0", device="0") == 32
     assert figure(figures, "comfy_gpu_memory_free_bytes", backend="0", device="1") == 0
+
+
+def test_a_comfyui_behind_a_password_is_asked_with_it(store: Store) -> None:
+    body = json.dumps({"devices": [{"vram_total": 64, "vram_free": 32}]}).encode()
+    with answering(body, "Basic " + base64.b64encode(b"me:hush").decode()) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        at = f"127.0.0.1:{server.server_port}"
+        figures = collect(store, backend(f"http://{at}"), urls=[f"http://me:hush@{at}"])
+        without = collect(store, backend(f"http://{at}"))
+        server.shutdown()
+        thread.join(TIMEOUT_S)
+    assert figure(figures, "comfy_gpu_memory_free_bytes", backend="0", device="0") == 32
+    assert figure(without, "comfy_gpu_memory_free_bytes", backend="0", device="0") is None
 
 
 def test_many_who_ask_at_once_ask_once() -> None:

@@ -58,7 +58,7 @@ def create_app(settings: GatewaySettings, keys: Keys) -> FastAPI:
     """
     registry = make_registry()
     gateway = Gateway(settings)
-    registry.register(GatewayCollector(gateway.store, gateway.service.backends))
+    registry.register(GatewayCollector(gateway.store, gateway.service.backends, settings.backends))
     links = AssetLinks(_links_key(settings), settings.asset_url_expires_s)
     limits = RateLimits(settings)
 

@@ -61,10 +61,13 @@ class _SystemStats(BaseModel):
 class GatewayCollector(Collector):
     """What is looked up when it is asked for: jobs in the store, ComfyUIs and their GPUs."""
 
-    def __init__(self, store: Store, backends: Callable[[], Sequence[Mapping[str, Any]]]) -> None:
-        """Take where to look."""
+    def __init__(
+        self, store: Store, backends: Callable[[], Sequence[Mapping[str, Any]]], urls: Sequence[str] = ()
+    ) -> None:
+        """Take where to look; `urls` are those of ComfyUIs with their passwords, which `backends` leaves out."""
         self._store = store
         self._backends = backends
+        self._urls = {without_credentials(url): url for url in urls}
         self._stats = Cached(self._ask_all, _STATS_AGE_S)
 
     def describe(self) -> Iterator[Metric]:
@@ -116,20 +119,20 @@ class GatewayCollector(Collector):
     def _ask_all(self) -> list[_SystemStats]:
         backends = self._backends()
         with ThreadPoolExecutor(max(1, len(backends)), "system_stats") as threads:
-            return list(threads.map(_system_stats, backends))
+            return list(threads.map(self._system_stats, backends))
 
-
-def _system_stats(backend: Mapping[str, Any]) -> _SystemStats:
-    """Return a ComfyUI's `/system_stats`; nothing for one that does not answer, or not in its usual form."""
-    if not backend["healthy"]:
-        return _SystemStats()
-    try:
-        answer = requests.get(f"{backend['url']}/system_stats", timeout=_STATS_TIMEOUT_S)
-        return _SystemStats.model_validate_json(answer.content)
-    except (requests.RequestException, ValidationError) as error:
-        url = without_credentials(backend["url"])
-        log.info("ComfyUI %s told nothing of its memory: %s", url, type(error).__name__)
-        return _SystemStats()
+    def _system_stats(self, backend: Mapping[str, Any]) -> _SystemStats:
+        """Return a ComfyUI's `/system_stats`; nothing for one that does not answer, or not in its usual form."""
+        if not backend["healthy"]:
+            return _SystemStats()
+        url = backend["url"]
+        try:
+            answer = requests.get(f"{self._urls.get(url, url)}/system_stats", timeout=_STATS_TIMEOUT_S)
+            answer.raise_for_status()
+            return _SystemStats.model_validate_json(answer.content)
+        except (requests.RequestException, ValidationError) as error:
+            log.info("ComfyUI %s told nothing of its memory: %s", url, type(error).__name__)
+            return _SystemStats()
 
 
 def _as_label(limit: float) -> str:
