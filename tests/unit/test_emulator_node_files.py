@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import wave
 from datetime import datetime, timezone
@@ -370,7 +371,9 @@ def test_video_components_without_sound(bench: Bench) -> None:
 def test_save_webm(bench: Bench, codec: str, name: str) -> None:
     images = flat_pictures(0.25, 0.75)
     images = np.repeat(np.repeat(images, 2, axis=1), 2, axis=2)
+    scheduling = os.sched_getscheduler(0)
     ui = bench.ui("SaveWEBM", images=images, filename_prefix="w", codec=codec, fps=12.5, crf=20.0)
+    assert os.sched_getscheduler(0) == scheduling, "nothing of the encoder's is left to this thread"
     assert ui["animated"] == [True]
     with av.open(io.BytesIO(bench.file(ui["images"][0]).read_bytes())) as container:
         stream = container.streams.video[0]

@@ -11,6 +11,7 @@ import logging
 import threading
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any
 
 from comfy_worker.errors import InvalidInput
@@ -26,6 +27,13 @@ _LONGEST_KEY = 100
 
 class _TookTooLong(Exception):
     """The modifier's time is over."""
+
+
+@dataclass(frozen=True)
+class _Exited:
+    """The modifier wanted to end the process: asyncio throws these two at whoever runs the loop."""
+
+    error: SystemExit | KeyboardInterrupt
 
 
 def apply(
@@ -57,10 +65,13 @@ def apply(
 
 
 async def _modified(found: FoundModifier, modifications: dict[str, Any], workflow: Mapping[str, Any] | None) -> Any:
-    modifier = found.modifier(modifications)
-    modifier.workflow_folders = found.workflow_folders
-    await modifier.load_workflow(workflow)
-    return await modifier.get_modified_workflow()
+    try:
+        modifier = found.modifier(modifications)
+        modifier.workflow_folders = found.workflow_folders
+        await modifier.load_workflow(workflow)
+        return await modifier.get_modified_workflow()
+    except (SystemExit, KeyboardInterrupt) as error:
+        return _Exited(error)
 
 
 async def _within(limit_s: float, work: Coroutine[Any, Any, Any]) -> Any:
@@ -70,7 +81,10 @@ async def _within(limit_s: float, work: Coroutine[Any, Any, Any]) -> Any:
     if not done:
         task.cancel()
         raise _TookTooLong
-    return task.result()
+    result = task.result()
+    if isinstance(result, _Exited):
+        raise result.error
+    return result
 
 
 def _start(name: str, work: Callable[[], Coroutine[Any, Any, Any]]) -> Future[Any]:

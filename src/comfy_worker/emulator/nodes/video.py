@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -215,10 +216,17 @@ def save_webm(
 
     file, entry = output_path(context, filename_prefix, images.shape[2], images.shape[1]).next_file("webm")
     options = {"crf": str(crf), **({"preset": "6"} if codec == "av1" else {})}
-    with av.open(str(file), mode="w") as container:
-        container.metadata.update(metadata_texts(context))
-        rate = Fraction(round(fps * 1000), 1000)
-        stream: Any = container.add_stream(_WEBM_ENCODERS[codec], rate=rate, options=options)
-        stream.bit_rate = 0
-        _encode_pictures(container, stream, images, _WEBM_PIXELS[codec])
+
+    def encode() -> None:
+        with av.open(str(file), mode="w") as container:
+            container.metadata.update(metadata_texts(context))
+            rate = Fraction(round(fps * 1000), 1000)
+            stream: Any = container.add_stream(_WEBM_ENCODERS[codec], rate=rate, options=options)
+            stream.bit_rate = 0
+            _encode_pictures(container, stream, images, _WEBM_PIXELS[codec])
+
+    # SVT-AV1 gives the thread that opens it real-time priority when the superuser runs it, for good: whatever that
+    # thread starts from then on would starve the machine. So it gets a thread that ends with it.
+    with ThreadPoolExecutor(1, "encode") as thread:
+        thread.submit(encode).result()
     return NodeResult(ui={"images": [entry], "animated": [True]})
