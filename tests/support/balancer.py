@@ -11,6 +11,8 @@ from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from urllib.parse import urlsplit
 
+from tests.support.endings import all_tasks_ended, stop_listening
+
 _CHUNK = 65536
 _TIMEOUT_S = 20
 
@@ -37,10 +39,8 @@ class Balancer:
         self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
         listens.set_result(end)
         await end.wait()
-        server.close()
-        for task in self._open:
-            task.cancel()
-        await asyncio.gather(*self._open, return_exceptions=True)
+        await stop_listening(server)
+        await all_tasks_ended(lambda: [task.cancel() for task in self._open])
 
     async def _serve(self, reader: StreamReader, writer: StreamWriter) -> None:
         task = asyncio.current_task()

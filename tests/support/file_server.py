@@ -14,6 +14,8 @@ from pathlib import Path
 
 from aiohttp import web
 
+from tests.support.endings import stop_listening
+
 _TIMEOUT_S = 10.0
 _CHUNK = 16 * 1024
 
@@ -106,11 +108,12 @@ class FileServer:
         if self._certificate is not None:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.load_cert_chain(self._certificate)
-        site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=context)
-        await site.start()
-        self.port = runner.addresses[0][1]
+        assert runner.server is not None
+        server = await asyncio.get_running_loop().create_server(runner.server, "127.0.0.1", 0, ssl=context)
+        self.port = server.sockets[0].getsockname()[1]
         self._started.set()
         await self._ended.wait()
+        await stop_listening(server)
         await runner.cleanup()
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:

@@ -6,11 +6,10 @@ import asyncio
 import socket
 import threading
 from asyncio import StreamReader, StreamWriter
-from collections.abc import Coroutine
-from concurrent.futures import Future
 from enum import Enum
 from types import TracebackType
-from typing import Any
+
+from tests.support.endings import all_tasks_ended, stop_listening
 
 _CHUNK = 65536
 _TIMEOUT_S = 20.0
@@ -63,28 +62,30 @@ class Link:
         else:
             self._may_pass.set()
         if weather is Weather.CUT:
-            self._refuse()
+            await self._refuse()
         elif self._server is None:
             self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port, reuse_port=True)
         if Weather.CUT in (weather, was) or was is Weather.ANSWERLESS:
             self._cut()
 
-    def _refuse(self) -> None:
+    async def _refuse(self) -> None:
         if self._server is not None:
-            self._server.close()
-            self._server = None
+            server, self._server = self._server, None
+            await stop_listening(server)
 
     def _cut(self) -> None:
         for writer in list(self._open):
             writer.transport.abort()
 
     async def close(self) -> None:
-        """Cut and refuse everything, for good."""
+        """Refuse everything, for good; what is open ends with `end`."""
         await self._turn(Weather.CUT)
+        self._kept.close()
+
+    def end(self) -> None:
+        """End all connections that have begun."""
         for task in list(self._tasks):
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._kept.close()
 
     async def _serve(self, reader: StreamReader, writer: StreamWriter) -> None:
         task = asyncio.current_task()
@@ -93,6 +94,8 @@ class Link:
         self._open.add(writer)
         try:
             await self._may_pass.wait()
+            if self._weather is Weather.CUT:
+                return
             other_reader, other_writer = await asyncio.open_connection("127.0.0.1", self._target)
             self._open.add(other_writer)
             try:
@@ -100,7 +103,7 @@ class Link:
             finally:
                 other_writer.transport.abort()
                 self._open.discard(other_writer)
-        except OSError:
+        except (OSError, asyncio.CancelledError):
             return  # who asked finds the connection cut
         finally:
             writer.transport.abort()
@@ -146,8 +149,7 @@ class Network:
     def __exit__(
         self, _kind: type[BaseException] | None, _error: BaseException | None, _traceback: TracebackType | None
     ) -> None:
-        for link in self._links:
-            self._do(link.close()).result(_TIMEOUT_S)
+        asyncio.run_coroutine_threadsafe(self._close(), self._loop).result(_TIMEOUT_S)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(_TIMEOUT_S)
         self._loop.close()
@@ -159,5 +161,12 @@ class Network:
         self._links.append(link)
         return link
 
-    def _do(self, coroutine: Coroutine[Any, Any, None]) -> Future[None]:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+    async def _close(self) -> None:
+        for link in self._links:
+            await link.close()
+
+        def cut() -> None:
+            for link in self._links:
+                link.end()
+
+        await all_tasks_ended(cut)

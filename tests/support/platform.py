@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from aiohttp import web
 
 from tests.support.board import FINAL_STATES, Board, Call, PlatformJob
+from tests.support.endings import stop_listening
 from tests.support.platform_http import CLIENT_KEY, WORKER_KEY, Mischief, create_app
 
 Found = TypeVar("Found")
@@ -45,6 +46,7 @@ class Platform:
         self._ready: Future[None] = Future()
         self._loop: asyncio.AbstractEventLoop
         self._runner: web.AppRunner | None = None
+        self._server: asyncio.Server
         self._stopping: asyncio.Event
 
     # ---------------------------------------------------------------------------------- start, stop, address
@@ -106,16 +108,16 @@ class Platform:
     async def _listen(self) -> None:
         self._runner = web.AppRunner(create_app(self), access_log=None, handler_cancellation=True, shutdown_timeout=0.1)
         await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", self._port, reuse_address=True).start()
-        self._port = self._runner.addresses[0][1]
+        assert self._runner.server is not None
+        self._server = await asyncio.get_running_loop().create_server(self._runner.server, "127.0.0.1", self._port)
+        self._port = self._server.sockets[0].getsockname()[1]
 
     async def _hang_up(self) -> None:
         """Refuse new connections and cut the open ones."""
         if self._runner is None:
             return
         runner, self._runner = self._runner, None
-        for site in list(runner.sites):
-            await site.stop()
+        await stop_listening(self._server)
         for connection in runner.server.connections if runner.server is not None else ():
             if connection.transport is not None:
                 connection.transport.abort()

@@ -9,12 +9,12 @@ from concurrent.futures import Future
 from contextlib import suppress
 from enum import Enum
 
+from tests.support.endings import all_tasks_ended, stop_listening
+
 _CHUNK = 65536
 _END_OF_HEAD = b"\r\n\r\n"
 _LOOK_S = 0.005
 _TIMEOUT_S = 20
-_PATIENCE_S = 1
-"""How long an end waits for connections to ComfyUI itself that are in the middle of something."""
 
 
 class Websockets(Enum):
@@ -93,10 +93,8 @@ class Proxy:
         server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
         listens.set_result(server.sockets[0].getsockname()[1])
         await self._stopping.wait()
-        server.close()
-        _abort(self._open)
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=_PATIENCE_S)
+        await stop_listening(server)
+        await all_tasks_ended(lambda: [task.cancel() for task in self._tasks])
 
     async def _serve(self, reader: StreamReader, writer: StreamWriter) -> None:
         self._open.add(writer)
@@ -105,7 +103,7 @@ class Proxy:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         try:
-            with suppress(ConnectionError, asyncio.IncompleteReadError):
+            with suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
                 await self._pass_on(reader, writer)
         finally:
             _abort({writer})
@@ -128,10 +126,12 @@ class Proxy:
                 asyncio.create_task(self._pump(reader, upstream_writer, is_events=False)),
                 asyncio.create_task(self._pump(upstream_reader, writer, is_events=is_websocket)),
             ]
-            await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
-            for way in ways:
-                way.cancel()
-            await asyncio.gather(*ways, return_exceptions=True)
+            try:
+                await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for way in ways:
+                    way.cancel()
+                await asyncio.gather(*ways, return_exceptions=True)
         finally:
             _abort({upstream_writer})
 
