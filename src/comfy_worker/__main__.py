@@ -154,13 +154,17 @@ def _check_database(settings: GatewaySettings) -> None:
     Raises:
         DatabaseUnavailable: it does not answer.
     """
-    from comfy_worker.gateway.database import connect
-    from comfy_worker.gateway.ownership import wait_for
+    from comfy_worker.gateway.database import connect, in_our_words, patiently
 
     assert settings.database_url is not None, "several processes need one"  # noqa: S101
     engine = connect(settings.database_url.get_secret_value())
+
+    def reach() -> None:
+        with in_our_words(), engine.connect():
+            pass
+
     try:
-        wait_for(engine)
+        patiently(reach)
     finally:
         engine.dispose()
 

@@ -7,26 +7,32 @@ import signal
 import sqlite3
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psycopg
 import pytest
 import requests
 import websocket
+from pydantic import SecretStr
+from pytest_mock import MockerFixture
 
 from comfy_worker.errors import InvalidInput
-from comfy_worker.gateway.database import connect
+from comfy_worker.gateway.core import Gateway
+from comfy_worker.gateway.database import connect, patiently
 from comfy_worker.gateway.errors import DatabaseUnavailable
+from comfy_worker.gateway.migrate import bring_up_to_date
 from comfy_worker.gateway.ownership import owned
 from comfy_worker.gateway.records import JobRecord
+from comfy_worker.gateway.settings import GatewaySettings
 from comfy_worker.gateway.store import Store
 from comfy_worker.jobs import JobState
 from tests.support import graphs
 from tests.support.benches import Bench
 from tests.support.gate import Gate
+from tests.support.links import Link, Network, Weather
 from tests.support.postgres import Postgres, postgres
 from tests.support.receiver import Receiver
 from tests.support.running import wait_until
@@ -197,6 +203,72 @@ def test_a_gateway_waits_for_a_database_that_starts(tmp_path: Path) -> None:
             Store(engine, b"key").close()
         starting.join()
         engine.dispose()
+
+
+@pytest.mark.parametrize("engine", ["local", "runpod"])
+def test_a_database_that_goes_away_while_a_gateway_starts_is_waited_for(
+    server: Postgres, tmp_path: Path, mocker: MockerFixture, engine: Literal["local", "runpod"]
+) -> None:
+    with Network() as network:
+        way = network.link(server.port)
+        settings = GatewaySettings(
+            engine=engine,
+            data_dir=str(tmp_path),
+            database_url=SecretStr(server.new_database().replace(f":{server.port}/", f":{way.port}/")),
+            runpod_endpoint_id="ep",
+            runpod_api_key=SecretStr("key"),
+        )
+        cuts = Cuts(way)
+        tables = mocker.patch("comfy_worker.gateway.store.bring_up_to_date", side_effect=cuts.before(bring_up_to_date))
+        gateway = Gateway(settings)
+        assert (tables.call_count, cuts.made) == (2, 1)
+        unfinished = mocker.patch.object(gateway.store, "unfinished", side_effect=cuts.before(gateway.store.unfinished))
+        gateway.start()
+        gateway.stop()
+        assert (unfinished.call_count >= 2, cuts.made) == (True, 2)
+
+
+class Cuts:
+    """Cuts the way to a database before something that is done with it, once for each, until that has failed."""
+
+    def __init__(self, way: Link) -> None:
+        """Take the way to cut."""
+        self._way = way
+        self.made = 0
+
+    def before(self, action: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the same action, with the way cut the first time that it is done."""
+        is_first = iter([True])
+
+        def act(*given: Any) -> Any:
+            if not next(is_first, False):
+                return action(*given)
+            self.made += 1
+            self._way.turn(Weather.CUT)
+            try:
+                return action(*given)
+            finally:
+                self._way.turn(Weather.FAIR)
+
+        return act
+
+
+def test_a_process_that_starts_waits_for_its_database_so_long_and_no_longer() -> None:
+    away = DatabaseUnavailable("away")
+    answers: Iterator[DatabaseUnavailable | int] = iter([away, away, 3])
+
+    def ask() -> int:
+        answer = next(answers)
+        if isinstance(answer, DatabaseUnavailable):
+            raise answer
+        return answer
+
+    assert patiently(ask) == 3
+    with pytest.raises(StopIteration):
+        patiently(ask)
+    answers = iter([away, 3])
+    with pytest.raises(DatabaseUnavailable):
+        patiently(ask, 0.0)
 
 
 # ------------------------------------------------------------------------------------------------- SQLite

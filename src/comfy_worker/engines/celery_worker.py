@@ -31,9 +31,9 @@ from comfy_worker.errors import ComfyUnreachable
 from comfy_worker.gateway.assets import AssetStore
 from comfy_worker.gateway.auth import is_loopback, kept_secret
 from comfy_worker.gateway.database import connect as connect_database
+from comfy_worker.gateway.database import patiently
 from comfy_worker.gateway.errors import DatabaseUnavailable
 from comfy_worker.gateway.jsonlogs import about_job
-from comfy_worker.gateway.ownership import wait_for
 from comfy_worker.gateway.progress_notes import ProgressNotes
 from comfy_worker.gateway.progress_webhooks import ProgressWebhooks
 from comfy_worker.gateway.records import JobRecord
@@ -86,8 +86,7 @@ class FleetWorker:
         url = settings.broker_url.get_secret_value()
         self._settings = settings
         self._database = connect_database(settings.database_url.get_secret_value(), _KEPT, _MOST)
-        wait_for(self._database)
-        self._store = Store(self._database, key.encode())
+        self._store = patiently(lambda: Store(self._database, key.encode()))
         self._bus = RedisEventBus(url)
         self._fleet = Fleet(url, settings.worker_lost_s)
         places = settings.generation_workers
@@ -108,7 +107,7 @@ class FleetWorker:
         self._reported: Mapping[str, Any] = {}
         self._stopping = threading.Event()
         run_times = RunTimes()
-        run_times.learn(reversed(self._store.latest(limit=_LEARNED_FROM)))
+        run_times.learn(reversed(patiently(lambda: self._store.latest(limit=_LEARNED_FROM))))
         self._progress = ProgressWebhooks(settings)
         self._notes = ProgressNotes(self._store, settings.progress_note_s)
         telling = Telling(self._store, self._notes, self._bus, run_times, self._lock)

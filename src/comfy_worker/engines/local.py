@@ -18,6 +18,7 @@ from comfy_worker.engines.telling import Telling
 from comfy_worker.engines.waiting import Queue, RunTimes, Waiting
 from comfy_worker.errors import ComfyUnreachable, TimedOut
 from comfy_worker.gateway.assets import AssetStore
+from comfy_worker.gateway.database import patiently
 from comfy_worker.gateway.errors import DatabaseUnavailable
 from comfy_worker.gateway.events import PROGRESS, STATUS, EventBus
 from comfy_worker.gateway.jsonlogs import about_job
@@ -81,8 +82,8 @@ class LocalEngine:
 
     def start(self) -> None:
         """Take up every job that has not ended, and begin to work."""
-        self._run_times.learn(reversed(self._store.latest(limit=_LEARNED_FROM)))
-        for record in self._store.unfinished():
+        self._run_times.learn(reversed(patiently(lambda: self._store.latest(limit=_LEARNED_FROM))))
+        for record in patiently(self._store.unfinished):
             self.submit(record)
         for thread in self._threads:
             thread.start()

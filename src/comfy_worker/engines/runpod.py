@@ -22,6 +22,7 @@ from comfy_worker.engines.runpod_health import Health
 from comfy_worker.engines.runpod_job import RemoteJob
 from comfy_worker.errors import InvalidInput
 from comfy_worker.gateway.assets import AssetStore
+from comfy_worker.gateway.database import patiently
 from comfy_worker.gateway.errors import DatabaseUnavailable, NoComfyUI
 from comfy_worker.gateway.events import EventBus
 from comfy_worker.gateway.progress_notes import ProgressNotes
@@ -97,7 +98,7 @@ class RunpodEngine:
 
     def start(self) -> None:
         """Take up every job that has not ended, and begin to work."""
-        unfinished = self._store.unfinished()
+        unfinished = patiently(self._store.unfinished)
         self._claims.begin()
         self._thread.start()
         self._ready.result(_START_S)

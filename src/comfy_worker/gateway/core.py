@@ -14,10 +14,10 @@ from comfy_worker.engines.local import LocalEngine
 from comfy_worker.engines.runpod import RunpodEngine
 from comfy_worker.gateway.assets import AssetStore
 from comfy_worker.gateway.auth import kept_secret
-from comfy_worker.gateway.database import connect
+from comfy_worker.gateway.database import connect, patiently
 from comfy_worker.gateway.deliveries import Deliveries
 from comfy_worker.gateway.events import EventBus, LocalEventBus
-from comfy_worker.gateway.ownership import owned, turn, wait_for
+from comfy_worker.gateway.ownership import owned, turn
 from comfy_worker.gateway.progress_notes import ProgressNotes
 from comfy_worker.gateway.service import JobService
 from comfy_worker.gateway.settings import GatewaySettings
@@ -59,9 +59,7 @@ class Gateway:
             stack.callback(engine.dispose)
             if settings.engine == "local":
                 stack.enter_context(owned(engine, when_lost=self._end_for_another))
-            else:
-                wait_for(engine)
-            self.store = Store(engine, own_key.encode())
+            self.store = patiently(lambda: Store(engine, own_key.encode()))
             self.library = Library(settings.workflows_dir, kept=KeptVersions(data / "workflow_versions"))
             self.bus, self.assets = bus or make_bus(settings), AssetStore(data / "assets")
             self._deliveries = Deliveries(self.store, self.assets, settings, is_shared=settings.engine != "local")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.engine import URL, make_url
@@ -34,6 +34,11 @@ _NETWORK = {
     "tcp_user_timeout": 15_000,
 }
 _SAID_EVERY_S = 10.0
+START_PATIENCE_S = 20.0
+"""How long a process that starts waits for its database."""
+_AGAIN_S = 0.1
+
+Answer = TypeVar("Answer")
 
 
 def connect(url: str, kept: int = 10, most: int = 30) -> Engine:
@@ -112,6 +117,22 @@ def in_our_words() -> Iterator[None]:
         raise DatabaseUnavailable(
             "The gateway's database cannot be used at the moment", hint="Try again in a while"
         ) from None
+
+
+def patiently(action: Callable[[], Answer], seconds: float = START_PATIENCE_S) -> Answer:
+    """Return what a process that starts asks of the database, once that answers: it may be starting too.
+
+    Raises:
+        DatabaseUnavailable: it does not for so long.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return action()
+        except DatabaseUnavailable:
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(_AGAIN_S)
 
 
 def _is_unavailable(error: DBAPIError | NoConnectionFree) -> bool:

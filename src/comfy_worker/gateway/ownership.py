@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from sqlalchemy import Connection, Engine, text
 
 from comfy_worker.errors import InvalidInput
-from comfy_worker.gateway.database import in_our_words
+from comfy_worker.gateway.database import START_PATIENCE_S, in_our_words
 from comfy_worker.gateway.errors import DatabaseUnavailable
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ _OWNER_LOCK = 0x636F6D67
 """Any number that nobody else locks in PostgreSQL."""
 _TURN_LOCK = 0x636F6D69
 """Another one."""
-_TAKE_OVER_S = 20.0
+_TAKE_OVER_S = START_PATIENCE_S
 """How long a gateway that starts waits for one that ends."""
 _LOOK_S = 0.1
 _GUARD_S = 1.0
@@ -64,23 +64,6 @@ def owned(
     else:
         with _locked(engine, take_over_s, when_lost or _nothing):
             yield
-
-
-def wait_for(engine: Engine, seconds: float = _TAKE_OVER_S) -> None:
-    """Return when a database that several gateways share answers.
-
-    Raises:
-        DatabaseUnavailable: it does not for so long.
-    """
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            with in_our_words(), engine.connect():
-                return
-        except DatabaseUnavailable:
-            if time.monotonic() >= deadline:
-                raise
-        time.sleep(_LOOK_S)
 
 
 @contextmanager
