@@ -20,9 +20,9 @@ from contextlib import contextmanager
 
 import requests
 
-from benchmarks.servers import free_port
 from benchmarks.throughput import job
 from tests.support.platform import Platform
+from tests.support.ports import free_port
 from tests.support.processes import start_handler
 
 LIMIT_S = 0.3

@@ -26,12 +26,13 @@ from typing import Any
 import boto3
 from tqdm import tqdm
 
-from benchmarks.servers import emulator, free_port, wait_until_it_answers
+from benchmarks.servers import emulator, wait_until_it_answers
 from comfy_worker.jobs import JobEvent, Stage, StageStarted
 from comfy_worker.settings import load_settings
 from comfy_worker.worker import Worker
 from tests.support import videos
 from tests.support.delivery import deliver_in_child
+from tests.support.ports import free_port
 
 ONE_WAY_MS = 40
 LIMITS_S = {1: 0.25, 8: 0.4}

@@ -26,13 +26,14 @@ import requests
 from aiohttp import web
 
 from benchmarks.overhead import comfyui
-from benchmarks.servers import free_port, wait_until_it_answers
+from benchmarks.servers import wait_until_it_answers
 from comfy_worker.comfy.client import ComfyClient
 from comfy_worker.inputs import stage_inputs
 from comfy_worker.payload import parse_job
 from comfy_worker.settings import load_settings
 from comfy_worker.stop import Stop
 from comfy_worker.workflow import copy_graph
+from tests.support.ports import free_port
 
 LIMIT = 1.3
 _MB = 1024 * 1024

@@ -16,7 +16,7 @@ from typing import Any
 
 import requests
 
-from benchmarks.servers import free_port
+from tests.support.ports import free_port
 from tests.support.processes import Process
 
 _TIMEOUT_S = 10.0

@@ -13,11 +13,11 @@ from urllib.parse import urlsplit
 import psycopg
 import requests
 
-from benchmarks.servers import free_port
 from tests.support import graphs
 from tests.support.fleet import TIMEOUT_S, Site, Sites
 from tests.support.gate import Gate
 from tests.support.gateway import GatewayProcess
+from tests.support.ports import free_port
 from tests.support.processes import Process
 from tests.support.receiver import Receiver
 from tests.support.running import wait_until

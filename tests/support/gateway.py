@@ -12,7 +12,7 @@ import requests
 
 from comfy_worker.gateway.core import Gateway
 from comfy_worker.gateway.settings import load_gateway_settings
-from tests.support.ports import silent_port
+from tests.support.ports import free_port
 from tests.support.processes import Process
 from tests.support.running import wait_until
 
@@ -36,8 +36,7 @@ class GatewayProcess:
     """`python -m comfy_worker serve` on a port that stays the same over kills and starts."""
 
     def __init__(self, folder: Path, comfyui_url: str, **environment: str) -> None:
-        with silent_port() as port:
-            self._port = port
+        self._port = port = free_port()
         self._environment = {
             "API_PORT": str(port),
             "DATA_DIR": str(folder),

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psycopg
 
-from tests.support.ports import silent_port
+from tests.support.ports import free_port
 from tests.support.running import wait_until
 
 _USER = "gateway"
@@ -113,9 +113,7 @@ def postgres() -> Iterator[Postgres]:
     """Run a server until the end of the block."""
     with tempfile.TemporaryDirectory(prefix="postgres-", ignore_cleanup_errors=True) as folder:
         Path(folder).chmod(0o755)
-        with silent_port() as port:
-            pass
-        server = Postgres(Path(folder), port)
+        server = Postgres(Path(folder), free_port())
         server.start()
         try:
             yield server

@@ -14,7 +14,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from tests.support.ports import silent_port
+from tests.support.ports import free_port
 from tests.support.running import wait_until
 
 
@@ -105,9 +105,7 @@ def _binary() -> Path:
 def redis_server() -> Iterator[RedisServer]:
     """Run a server until the end of the block."""
     with tempfile.TemporaryDirectory(prefix="redis-", ignore_cleanup_errors=True) as folder:
-        with silent_port() as port:
-            pass
-        server = RedisServer(Path(folder), port)
+        server = RedisServer(Path(folder), free_port())
         server.start()
         try:
             yield server

@@ -18,7 +18,7 @@ import requests
 
 from comfy_worker.emulator.server import EmulatorServer
 from tests.support import gate
-from tests.support.ports import silent_port
+from tests.support.ports import free_port
 from tests.support.processes import Process
 from tests.support.proxy import Proxy, Websockets
 from tests.support.running import wait_until
@@ -194,8 +194,7 @@ class Real(Victim):
         self._command = command
         self._process: Process | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
-        with silent_port() as free_port:
-            parts = urlsplit(url or f"http://127.0.0.1:{free_port}")
+        parts = urlsplit(url or f"http://127.0.0.1:{free_port()}")
         self._host, self._port = parts.hostname or "", parts.port or 80
         self._proxy = Proxy(self._host, self._port)
 
