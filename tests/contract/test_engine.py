@@ -192,23 +192,21 @@ def test_a_purge_cancels_what_waits_and_wakes_who_waits_for_it(bench: Bench, tmp
 
 
 @needs(Feature.HIGHER_PRIORITIES)
-def test_a_higher_priority_runs_first_and_among_equals_the_earlier(
+def test_a_higher_priority_has_its_turn_first_and_among_equals_the_earlier(
     ground: Ground, bench: Bench, tmp_path: Path
 ) -> None:
     gate = Gate(tmp_path)
     in_hand = ground.fill(bench, gate)
-    low, first, second, high = (
-        bench.submit(graphs.picture((number, 1, 1)), priority) for number, priority in enumerate([-1, 0, 0, 1])
-    )
-    gate.open()
+    low, first, second, high = (bench.submit(gate.graph(), priority) for priority in [-1, 0, 0, 1])
 
-    for job_id in (*in_hand, low, first, second, high):
-        bench.ended(job_id)
-    began = {job_id: bench.get(job_id).started_at or 0.0 for job_id in (low, first, second, high)}
-    order = sorted(began, key=lambda job_id: began[job_id])
-    # Two places were free at once: which of two that were taken together was noted first is chance.
-    assert set(order[:2]) == {high, first}
-    assert set(order[2:]) == {second, low}
+    # One place at a time: of two that are in hand together the one that is ready first runs first.
+    turns = [high, first, second, low]
+    for number, leaving in enumerate([*in_hand, *turns][: len(turns)]):
+        bench.call(bench.service.cancel(leaving))
+        bench.wait_until_in_progress(turns[number])
+        assert {bench.get(job_id).state for job_id in turns[number + 1 :]} <= {JobState.IN_QUEUE}
+    gate.open()
+    assert [bench.ended(job_id).state for job_id in turns[-len(in_hand) :]] == [JobState.COMPLETED] * len(in_hand)
 
 
 def test_so_many_jobs_may_wait_and_no_more(ground: Ground, tmp_path: Path) -> None:
