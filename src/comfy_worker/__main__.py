@@ -12,13 +12,13 @@ from socket import socket
 from typing import TYPE_CHECKING
 
 from comfy_worker.errors import InvalidInput, WorkerError
+from comfy_worker.signals import END_SIGNALS
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from comfy_worker.gateway.settings import GatewaySettings
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _START_FAILED = 1
 
 
@@ -45,7 +45,7 @@ def serve_beside_others(host: str, port: int) -> None:
 
 
 def _run(serve: Callable[[], int]) -> int:
-    for number in _SIGNALS:
+    for number in END_SIGNALS:
         # Nothing has begun yet that a stop would have to end in order.
         signal.signal(number, _end_once)
     try:
@@ -59,7 +59,7 @@ def _run(serve: Callable[[], int]) -> int:
 
 
 def _end_once(*_about: object) -> None:
-    for number in _SIGNALS:
+    for number in END_SIGNALS:
         # Said again, as a shell and its group may do, it would cut off the end that it asked for.
         signal.signal(number, signal.SIG_IGN)
     sys.exit(0)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import base64
 import json
 import os
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +20,8 @@ from comfy_worker.jobs import JobEvent, Kind, NodeStarted, Notice, Stage, StageS
 from comfy_worker.payload import workflow_of
 from comfy_worker.progress import Progress
 from comfy_worker.settings import Settings
+from comfy_worker.signals import END_SIGNALS, in_thread
+from comfy_worker.stop import Stop
 from comfy_worker.worker import Worker
 
 _SHOWN_BASE64 = 24
@@ -28,13 +32,39 @@ def main(arguments: Sequence[str], settings: Settings) -> int:
     parser = argparse.ArgumentParser(description="Run one job against ComfyUI")
     parser.add_argument("--test_input", help='the job as JSON, {"input": {"workflow": {…}}}')
     options, _others = parser.parse_known_args(arguments)
+    interruption = Interruption()
     try:
-        output = run(read_job(options.test_input), settings)
+        output = run(read_job(options.test_input), settings, interruption)
     except WorkerError as error:
-        print(json.dumps(error.as_output(), indent=2, ensure_ascii=False))
-        return 1
-    print(json.dumps(output, indent=2, ensure_ascii=False))
+        output = error.as_output()
+    print(json.dumps(output, indent=2, ensure_ascii=False), flush=True)
+    interruption.pass_on()
     return 1 if "error" in output else 0
+
+
+class Interruption:
+    """What SIGINT and SIGTERM do: the first one stops a job that runs, any other ends the process."""
+
+    def __init__(self) -> None:
+        self.stop = Stop()
+        self._number: signal.Signals | None = None
+        self._let_signals_end_the_process()
+
+    def come(self, number: signal.Signals) -> None:
+        """Stop the job."""
+        self._number = number
+        self._let_signals_end_the_process()
+        self.stop.set()
+
+    def pass_on(self) -> None:
+        """End the process by the signal that stopped the job, if one did: a shell's loop then ends with it."""
+        if self._number is not None:
+            signal.raise_signal(self._number)
+
+    def _let_signals_end_the_process(self) -> None:
+        for number in END_SIGNALS:
+            # Python's own handler would raise wherever the process is, and write a traceback.
+            signal.signal(number, signal.SIG_DFL)
 
 
 def read_job(text: str | None) -> dict[str, Any]:
@@ -59,13 +89,15 @@ def read_job(text: str | None) -> dict[str, Any]:
     return {"id": "local_test", **job}
 
 
-def run(job: dict[str, Any], settings: Settings) -> dict[str, Any]:
+def run(job: dict[str, Any], settings: Settings, interruption: Interruption) -> dict[str, Any]:
     """Run a job, show how it gets on, and write what comes back as base64 into files."""
     worker = Worker(settings)
     try:
         expanded = worker.expanded(job)
         with ProgressBar(expanded) as bar:
-            output = worker.run(expanded, bar.show)
+            output = asyncio.run(
+                in_thread(lambda: worker.run(expanded, bar.show, interruption.stop), interruption.come)
+            )
     finally:
         worker.close()
     return write_files(output, Path(settings.output_dir))

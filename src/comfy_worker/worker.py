@@ -81,11 +81,7 @@ class Worker:
         if not tell:
             return self._run_to_end(job, on_event, stop, result_limit)
         report = self._webhooks.report_on(job, result_limit)
-        try:
-            output = self._run_to_end(job, report.listening(on_event), stop, result_limit)
-        except KeyboardInterrupt:
-            report.end({}, cancelled=True)
-            raise
+        output = self._run_to_end(job, report.listening(on_event), stop, result_limit)
         report.end(output, cancelled=stop is not None and stop.is_set())
         return output
 
@@ -97,8 +93,6 @@ class Worker:
         except OutputTooLarge as error:
             log.info("job %s failed: %s", job.get("id"), error)
             return error.as_output()
-        except KeyboardInterrupt:  # at a desk
-            raise
         # The last edge: whatever else is let out, SystemExit too, would end the worker or reach the client whole.
         except BaseException:
             log.exception("job %s met a bug", job.get("id"))

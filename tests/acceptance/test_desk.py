@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import re
+import signal
 import struct
 import termios
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,7 @@ from tests.support import graphs
 from tests.support.comfyui import ComfyUI, comfyui
 from tests.support.leaks import assert_nothing_leaks
 from tests.support.processes import ROOT, start_handler
+from tests.support.receiver import Receiver
 from tests.support.s3 import SECRET_KEY
 
 ORANGE = (255, 128, 0)
@@ -215,3 +217,33 @@ def test_a_wrong_setting_ends_with_2_before_anything_is_done(
     assert finished.code == 2
     assert finished.stdout == ""
     assert finished.stderr.strip().startswith(sentence)
+
+
+# ----------------------------------------------------------------------------------------------- interruption
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_job_leaves_comfyui_before_the_signal_ends_the_process(
+    desk: Desk, number: signal.Signals
+) -> None:
+    with start_handler(desk.environment, option({"workflow": graphs.work(60)}), cwd=desk.folder) as process:
+        desk.comfy.wait_until_running()
+        process.send_signal(number)
+        assert process.wait() == -number
+    assert desk.comfy.queue() == []
+    assert json.loads(process.stdout) == {"error": "The job was cancelled", "code": "cancelled"}
+    assert_nothing_leaks(process.output)
+
+
+def test_who_interrupts_twice_waits_for_nothing(desk: Desk) -> None:
+    with Receiver("hang") as receiver:
+        settings = {**desk.environment, "RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS": "true"}
+        arguments = option({"workflow": graphs.work(60), "webhook": {"url": receiver.url}})
+        with start_handler(settings, arguments, cwd=desk.folder) as process:
+            desk.comfy.wait_until_running()
+            process.send_signal(signal.SIGINT)
+            receiver.wait_for(1)
+            process.send_signal(signal.SIGINT)
+            assert process.wait() == -signal.SIGINT
+    assert "given up" not in process.output
+    assert_nothing_leaks(process.output)

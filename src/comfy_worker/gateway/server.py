@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.supervisors import ChangeReload
 
 from comfy_worker.gateway.memory import give_large_blocks_back
+from comfy_worker.signals import END_SIGNALS
 
 log = logging.getLogger(__name__)
 
@@ -113,14 +114,13 @@ class Server(uvicorn.Server):
         def stop(_number: int, _frame: FrameType | None) -> None:
             self.should_exit = True
 
-        signals = (signal.SIGTERM, signal.SIGINT)
-        for number in signals:
+        for number in END_SIGNALS:
             signal.signal(number, stop)
         try:
             yield
         finally:
             # Whoever says it again while the process ends has been heard.
-            for number in signals:
+            for number in END_SIGNALS:
                 signal.signal(number, signal.SIG_IGN)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:

@@ -6,10 +6,11 @@ import logging
 import multiprocessing
 import signal
 import socket
-import threading
 from collections.abc import Callable
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
+
+from comfy_worker.signals import END_SIGNALS
 
 log = logging.getLogger(__name__)
 
@@ -45,43 +46,49 @@ def serve_with_several(serve: Serve, host: str, port: int, count: int) -> int:
     Returns:
         The exit code: of a process that could not serve, which ends all, or else 0.
     """
-    told_to_end = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_about: told_to_end.set())
+    several = _Several(serve, host, port)
+    for number in END_SIGNALS:
+        signal.signal(number, several.end)
     try:
         # Another server's port would be shared, and not refused, by sockets that may be shared.
         with _bound(host, port, socket.SO_REUSEADDR) as probe:
-            port = probe.getsockname()[1]
-        held = open_port(host, port)
+            several.port = probe.getsockname()[1]
+        held = open_port(host, several.port)
     except OSError as error:
         log.critical("%s:%d cannot be listened at: %s", host, port, (error.strerror or "").lower())
         return _START_FAILED
     with held:
-        return _Several(serve, host, port).run(count, told_to_end)
+        return several.run(count)
 
 
 class _Several:
     def __init__(self, serve: Serve, host: str, port: int) -> None:
         self._serve = serve
-        self._at = host, port
+        self._host = host
+        self.port = port
         self._processes: list[SpawnProcess] = []
+        self._told_to_end = False
 
-    def run(self, count: int, told_to_end: threading.Event) -> int:
+    def end(self, *_about: object) -> None:
+        """Note a signal; no more than that, for another one may come within it."""
+        self._told_to_end = True
+
+    def run(self, count: int) -> int:
         try:
             self._processes = [self._start() for _ in range(count)]
-            while not told_to_end.is_set():
+            while not self._told_to_end:
                 wait([process.sentinel for process in self._processes], _LOOK_S)
                 failures = [process.exitcode for process in self._processes if (process.exitcode or 0) > 0]
                 if failures:
                     return failures[0] or 0
-                if not told_to_end.is_set():
+                if not self._told_to_end:
                     self._replace_dead()
             return 0
         finally:
             self._end()
 
     def _start(self) -> SpawnProcess:
-        process = _SPAWN.Process(target=self._serve, args=self._at)
+        process = _SPAWN.Process(target=self._serve, args=(self._host, self.port))
         process.start()
         return process
 

@@ -25,7 +25,7 @@ from comfy_worker.prefetch import Prefetch, signature
 from comfy_worker.serverless.handler import is_last, job_events, platform_session, shared_worker
 from comfy_worker.serverless.polls import JobPolls
 from comfy_worker.serverless.progress import Session
-from comfy_worker.serverless.start import END_SIGNALS
+from comfy_worker.signals import END_SIGNALS
 
 log = logging.getLogger(__name__)
 

@@ -17,12 +17,10 @@ from comfy_worker.errors import WorkerError
 from comfy_worker.logs import configure_logs
 from comfy_worker.sdk import import_runpod
 from comfy_worker.settings import Settings
+from comfy_worker.signals import END_SIGNALS, in_thread
 from comfy_worker.stop import Stop
 
 log = logging.getLogger(__name__)
-
-END_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-"""What ends a worker: no more jobs, and those in hand are finished."""
 
 _PR_SET_PDEATHSIG = 1
 """From Linux' prctl(2)."""
@@ -84,13 +82,9 @@ async def worker_is_warm() -> None:
 
 async def unless_told_to_end(work: Callable[[Stop], None]) -> None:
     """Do a part of the start in a thread; a signal stops it, and the process ends: it has no job yet."""
-    loop, stop = asyncio.get_running_loop(), Stop()
-    for number in END_SIGNALS:
-        loop.add_signal_handler(number, stop.set)
-    [failure] = await asyncio.gather(asyncio.to_thread(work, stop), return_exceptions=True)
-    for number in END_SIGNALS:
-        loop.remove_signal_handler(number)
-        signal.signal(number, end_at_once)
+    stop = Stop()
+    working = in_thread(lambda: work(stop), lambda _number: stop.set())
+    [failure] = await asyncio.gather(working, return_exceptions=True)
     if stop.is_set():
         log.info("told to end before the first job was taken")
         raise SystemExit(0)

@@ -1,0 +1,31 @@
+"""The signals that end a process, kept away from what it is doing."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Callable
+from typing import TypeVar
+
+Result = TypeVar("Result")
+
+END_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+"""What ends a process of this project; what it has begun it ends in order."""
+
+
+async def in_thread(work: Callable[[], Result], on_signal: Callable[[signal.Signals], None]) -> Result:
+    """Do something in a thread and return what it does; a signal that ends is told to `on_signal` meanwhile.
+
+    Python would run its own handler wherever the main thread is: an exception that is raised there may leave a lock
+    held for ever, which the end of the work then waits for.
+    """
+    loop = asyncio.get_running_loop()
+    before = {number: signal.getsignal(number) for number in END_SIGNALS}
+    for number in END_SIGNALS:
+        loop.add_signal_handler(number, on_signal, number)
+    try:
+        return await asyncio.to_thread(work)
+    finally:
+        for number, handler in before.items():
+            loop.remove_signal_handler(number)
+            signal.signal(number, handler)
