@@ -256,7 +256,7 @@ def test_a_task_says_at_which_comfyui_it_is_to_run(site: Site) -> None:
 
 def test_higher_priorities_run_first(site: Site) -> None:
     if site.knows_places:
-        task.test_tasks_of_a_higher_priority_run_first(site.gateway, site.comfyui)
+        task.test_tasks_of_a_higher_priority_have_their_turn_first(site.gateway, site.comfyui)
         return
     first = task.submit(site.gateway, work(0.5))
     site.comfyui.wait_until_running()

@@ -17,6 +17,7 @@ from tests.support.comfyui import ComfyUI, emulator
 from tests.support.comfyui import comfyui as running_comfyui
 from tests.support.graphs import colors, picture, two_pictures, work
 from tests.support.receiver import Receiver
+from tests.support.running import wait_until
 from tests.support.s3 import ACCESS_KEY, SECRET_KEY, S3Server, s3_server
 from tests.support.served import KEY, Served, served
 
@@ -50,6 +51,15 @@ def ended(gateway: Served, task_id: str) -> dict[str, Any]:
     gateway.get(f"/events/{task_id}")  # they end with the task
     answer: dict[str, Any] = gateway.get(f"/task/{task_id}").json()
     return answer
+
+
+def status(gateway: Served, task_id: str) -> str:
+    answer: str = gateway.get(f"/task/{task_id}").json()["status"]
+    return answer
+
+
+def wait_until_processing(gateway: Served, *task_ids: str) -> None:
+    wait_until(lambda: {status(gateway, task_id) for task_id in task_ids} == {"processing"})
 
 
 # ----------------------------------------------------------------------------------------- as it is described
@@ -159,19 +169,22 @@ def test_the_tasks_are_listed(gateway: Served) -> None:
 # -------------------------------------------------------------------------------------------------- priorities
 
 
-def test_tasks_of_a_higher_priority_run_first(gateway: Served, comfyui: ComfyUI) -> None:
-    first = submit(gateway, work(0.5))
-    comfyui.wait_until_running()
-    # With one place in ComfyUI's queue and one being staged, the first of these may be in hand already.
-    submit(gateway, work(0.05), priority="low")
-    tasks = {priority: submit(gateway, work(0.05), priority=priority) for priority in ("low", "normal", "high")}
-    waiting = gateway.get(f"/task/{tasks['low']}").json()
+def test_tasks_of_a_higher_priority_have_their_turn_first(gateway: Served, comfyui: ComfyUI) -> None:
+    # One is in ComfyUI, and one is staged meanwhile.
+    in_hand = [submit(gateway, work(60)) for _ in range(2)]
+    wait_until_processing(gateway, *in_hand)
+    low, normal, high = (submit(gateway, work(60), priority=priority) for priority in ("low", "normal", "high"))
+    waiting = gateway.get(f"/task/{low}").json()
     assert (waiting["status"], waiting["queue_position"] >= 1) == ("pending", True)
-    for task_id in (first, *tasks.values()):
-        ended(gateway, task_id)
-    began = {priority: gateway.get(f"/status/{task_id}").json() for priority, task_id in tasks.items()}
-    waited = {priority: status["delayTime"] for priority, status in began.items()}
-    assert waited["high"] < waited["normal"] < waited["low"]
+
+    turns = [high, normal, low]
+    for number, leaving in enumerate([*in_hand, high]):
+        assert gateway.post(f"/cancel/{leaving}").json()["status"] == "CANCELLED"
+        wait_until_processing(gateway, turns[number])
+        assert {status(gateway, task_id) for task_id in turns[number + 1 :]} <= {"pending"}
+    for task_id in (normal, low):
+        gateway.post(f"/cancel/{task_id}")
+    assert comfyui.queue() == []
 
 
 # ---------------------------------------------------------------------------------------------------- refusals
