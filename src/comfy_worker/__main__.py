@@ -12,7 +12,7 @@ from socket import socket
 from typing import TYPE_CHECKING
 
 from comfy_worker.errors import InvalidInput, WorkerError
-from comfy_worker.signals import END_SIGNALS
+from comfy_worker.signals import END_SIGNALS, end_at_once
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -46,8 +46,8 @@ def serve_beside_others(host: str, port: int) -> None:
 
 def _run(serve: Callable[[], int]) -> int:
     for number in END_SIGNALS:
-        # Nothing has begun yet that a stop would have to end in order.
-        signal.signal(number, _end_once)
+        # Until those who have something to end in order put their own in its place.
+        signal.signal(number, end_at_once)
     try:
         return serve()
     except ModuleNotFoundError as error:
@@ -56,13 +56,6 @@ def _run(serve: Callable[[], int]) -> int:
     except WorkerError as error:
         _say(error.message)
         return 2
-
-
-def _end_once(*_about: object) -> None:
-    for number in END_SIGNALS:
-        # Said again, as a shell and its group may do, it would cut off the end that it asked for.
-        signal.signal(number, signal.SIG_IGN)
-    sys.exit(0)
 
 
 def _serve_or_reload() -> int:

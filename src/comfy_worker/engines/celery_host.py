@@ -23,6 +23,11 @@ _ANEW_S = 1.0
 """Between a Celery worker that broke down and the next."""
 
 
+def ask_to_end(*_about: object) -> None:
+    """Note a signal that comes while Celery does not listen to signals yet."""
+    state.should_stop = 0
+
+
 def was_asked_to_end() -> bool:
     """Return whether a signal has told Celery to end."""
     # What is noted there is the exit code that is wanted, which may be 0.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import signal
 import socket
 import threading
 import time
@@ -21,7 +22,7 @@ from redis import RedisError
 
 from comfy_worker.engines.backends import Backend, RunningJob, connect, stop_late
 from comfy_worker.engines.celery_app import QUEUE, publish, queue_of
-from comfy_worker.engines.celery_host import CeleryHost, was_asked_to_end
+from comfy_worker.engines.celery_host import CeleryHost, ask_to_end, was_asked_to_end
 from comfy_worker.engines.fleet import Fleet
 from comfy_worker.engines.patience import Patience
 from comfy_worker.engines.runner import Runner, take_out
@@ -41,6 +42,7 @@ from comfy_worker.gateway.redis_bus import RedisEventBus
 from comfy_worker.gateway.settings import GatewaySettings
 from comfy_worker.gateway.store import Store
 from comfy_worker.jobs import JobState
+from comfy_worker.signals import END_SIGNALS
 
 log = logging.getLogger(__name__)
 
@@ -123,12 +125,14 @@ class FleetWorker:
 
     def serve(self) -> int:
         """Take jobs until a signal, finish those in hand, and return the process's exit code."""
+        for number in END_SIGNALS:
+            signal.signal(number, ask_to_end)
         self._notes.start()
         for thread in self._threads:
             thread.start()
         try:
             self._wait_for_comfyui()
-            while not self._has_taken_out_forgotten():
+            while not was_asked_to_end() and not self._has_taken_out_forgotten():
                 time.sleep(_LISTEN_S)
             return self._host.serve(self._wait_for_comfyui)
         finally:

@@ -37,8 +37,13 @@ def shared_worker() -> Worker:
 
 def close_shared_worker() -> None:
     """Close the process's worker, if it was ever needed; the webhooks of its last jobs are sent before."""
-    if shared_worker.cache_info().currsize:
+    if has_shared_worker():
         shared_worker().close()
+
+
+def has_shared_worker() -> bool:
+    """Return whether the process's worker was ever needed."""
+    return shared_worker.cache_info().currsize > 0
 
 
 async def handler(job: dict[str, Any]) -> dict[str, Any]:

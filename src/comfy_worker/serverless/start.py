@@ -10,14 +10,14 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from types import FrameType
 from typing import Any, NoReturn
 
 from comfy_worker.errors import WorkerError
 from comfy_worker.logs import configure_logs
 from comfy_worker.sdk import import_runpod
+from comfy_worker.serverless.handler import close_shared_worker, handler, has_shared_worker, shared_worker
 from comfy_worker.settings import Settings
-from comfy_worker.signals import END_SIGNALS, in_thread
+from comfy_worker.signals import END_SIGNALS, end_at_once, in_thread
 from comfy_worker.stop import Stop
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ _PR_SET_PDEATHSIG = 1
 def start(settings: Settings) -> None:
     """Hand the process over to the RunPod SDK: its job loop, or its own HTTP API with `--rp_serve_api`."""
     for number in END_SIGNALS:
-        signal.signal(number, end_at_once)
+        signal.signal(number, end)
     # The SDK's own checks would import torch and open a CUDA context beside ComfyUI's.
     os.environ.setdefault("RUNPOD_SKIP_AUTO_SYSTEM_CHECKS", "true")
     os.environ.setdefault("RUNPOD_SKIP_GPU_CHECK", "true")
@@ -41,7 +41,6 @@ def start(settings: Settings) -> None:
 
     # The SDK configures the root logger as it is imported; ours comes after.
     configure_logs(settings.log_level, settings.secrets())
-    from comfy_worker.serverless.handler import close_shared_worker, handler
     from comfy_worker.serverless.job_loop import JobLoop
     from comfy_worker.serverless.results import patient_retries
 
@@ -62,8 +61,6 @@ def start(settings: Settings) -> None:
 
 async def comfyui_is_ready() -> None:
     """Return when ComfyUI answers; the first fitness check."""
-    from comfy_worker.serverless.handler import shared_worker
-
     try:
         await unless_told_to_end(shared_worker().client.wait_until_ready)
     except WorkerError as error:
@@ -92,8 +89,11 @@ async def unless_told_to_end(work: Callable[[Stop], None]) -> None:
         raise failure
 
 
-def end_at_once(_number: int, _frame: FrameType | None) -> NoReturn:
+def end(*_about: object) -> NoReturn:
     """End the process while it has no job; as process 1 of a container it would not heed a signal otherwise."""
+    if not has_shared_worker():
+        end_at_once()
+    # The SDK's local API has served jobs, has ended, and says its signal again: webhooks may wait.
     raise SystemExit(0)
 
 
@@ -108,7 +108,6 @@ def end_unhealthy(check: str, reason: str) -> NoReturn:
 
 def ping_while_the_worker_lives(mirror: Any = None, test: bool = False) -> None:
     """Be the SDK's ping process, one that ends with its parent: a killed worker must not look alive."""
-    # The worker's own handlers, with which it was forked, raise: an exception that gets lost would leave it alive.
     # A worker that finishes its jobs is pinged for, so that the signal may well go to the whole group of processes.
     for number in END_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
