@@ -172,7 +172,10 @@ def test_a_bus_whose_redis_was_never_there_begins_to_work_when_it_comes(server: 
         with bus.listen("job", after=0) as listening:
             bus.publish("job", STATUS, {"status": "IN_QUEUE"}, 5)
             server.start()
-            assert (await hear_other(listening, GAP)).number == 5
+            # What is told before this listens again is not heard: a gap says to look for it.
+            while not (found := [event.number for event in bus.recent("job")]):
+                found += [event.number for event in [await hear(listening)] if event.type == STATUS]
+            assert found == [5]
 
     with closing(RedisEventBus(server.url)) as bus:
         asyncio.run(listen(bus))
