@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import psycopg
+import pytest
 import requests
 
 from tests.support import graphs
@@ -133,13 +134,16 @@ def began(site: Site, job_id: str) -> float:
     return float(row[0])
 
 
-def test_a_worker_that_is_told_to_end_finishes_what_it_has(sites: Sites, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_worker_that_is_told_to_end_finishes_what_it_has(
+    sites: Sites, tmp_path: Path, number: signal.Signals
+) -> None:
     site, gate = sites.start(GENERATION_WORKERS="1"), Gate(tmp_path)
     in_hand = site.submit(gate.graph())
     gate.wait_until_run()
     waits = site.submit(graphs.picture(RED))
     (worker,) = site.fleet.workers
-    worker.process.send_signal(signal.SIGTERM)
+    worker.process.send_signal(number)
     worker.process.wait_for_line("(?i)warm shutdown")
     gate.open()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -72,7 +73,13 @@ class Hall:
 
     def behind(self, job_id: str) -> list[int]:
         """Return how many events each listener of a job has not taken yet."""
-        return [len(listener._waiting) for listener in list(self.bus._listeners.get(job_id, ()))]
+        listeners = list(self.bus._listeners.get(job_id, ()))
+
+        async def count() -> list[int]:
+            return [len(listener._waiting) for listener in listeners]
+
+        # In their own thread: from another one, one event more may be seen than is kept.
+        return asyncio.run_coroutine_threadsafe(count(), listeners[0]._loop).result(TIMEOUT_S) if listeners else []
 
     @property
     def listeners(self) -> int:

@@ -69,7 +69,8 @@ class CeleryHost:
             exit_code = self._serve_once()
             self.is_taking = False
             if exit_code == 0 or was_asked_to_end():
-                return exit_code
+                # Celery counts a SIGINT as a failure.
+                return 0
             log.warning("the Celery worker broke down, and is started again")
             self.app.close()
             time.sleep(_ANEW_S)
