@@ -247,12 +247,13 @@ start_job() { # COMMAND ARGUMENT…
 
 # A child's exit status, however often a signal interrupts the wait for it.
 wait_for() { # PID
-  local status
+  local status ended
   while :; do
-    interrupted=no
-    status=0
+    interrupted=no ended=no status=0
+    kill -0 "$1" 2>/dev/null || ended=yes
     wait "$1" 2>/dev/null || status=$? # without what bash says of a child that a signal ended
-    [[ $interrupted == yes ]] || return "$status"
+    # After two signals at once bash may end the wait after the next one, too: of a child that lives it tells the signal.
+    [[ $interrupted == yes || ($status -gt 128 && $ended == no) ]] || return "$status"
   done
 }
 

@@ -18,6 +18,7 @@ import pytest
 from tests.support.container import (
     DYING_COMFYUI,
     PARENT_COMFYUI,
+    PATIENT_HANDLER,
     START,
     STUBBORN_COMFYUI,
     TALKATIVE_COMFYUI,
@@ -210,6 +211,18 @@ class TestSignals:
         assert started.stdout.endswith(f"handler got {signum.name}, comfyui lives: True\ncomfyui stops\n")
         assert has_ended(int(comfyui[1]))
         assert list(waiting.tmp.iterdir()) == []
+
+    def test_that_come_together_do_not_end_the_wait_for_the_worker(self, container: Container) -> None:
+        container.install_handler(PATIENT_HANDLER)
+        started = container.start()
+        started.wait_for_line("handler waits")
+        for number in range(1, 151):
+            started.send_signal(signal.SIGTERM)
+            started.send_signal(signal.SIGINT)
+            started.wait_for_line(rf"heard {number}\.")
+        (container.folder / "enough").touch()
+        started.send_signal(signal.SIGTERM)
+        assert started.wait() == 7
 
     def test_a_comfyui_that_does_not_listen_is_killed(self, waiting: Container) -> None:
         waiting.install_comfyui(STUBBORN_COMFYUI)

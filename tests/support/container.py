@@ -93,6 +93,21 @@ os.write(1, f"handler got {signum.name}, comfyui lives: {comfyui_lives()}\\n".en
 sys.exit(7)
 """
 
+# Says how many signals it has heard, and ends with code 7 at the next one when it has heard enough.
+PATIENT_HANDLER = """
+import itertools, os, pathlib, signal, sys
+
+stops = {signal.SIGTERM, signal.SIGINT}
+signal.pthread_sigmask(signal.SIG_BLOCK, stops)
+os.write(1, b"handler waits\\n")
+for number in itertools.count(1):
+    signal.sigwait(stops)
+    os.write(1, f"heard {number}.\\n".encode())
+    if pathlib.Path(__file__).with_name("enough").exists():
+        break
+sys.exit(7)
+"""
+
 
 def write_program(path: Path, text: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
