@@ -252,7 +252,7 @@ wait_for() { # PID
     interrupted=no ended=no status=0
     kill -0 "$1" 2>/dev/null || ended=yes
     wait "$1" 2>/dev/null || status=$? # without what bash says of a child that a signal ended
-    # After two signals at once bash may end the wait after the next one, too: of a child that lives it tells the signal.
+    # After two signals at once bash may end the next wait as well, with the code of the signal, though the child lives.
     [[ $interrupted == yes || ($status -gt 128 && $ended == no) ]] || return "$status"
   done
 }

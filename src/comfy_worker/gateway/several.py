@@ -46,57 +46,55 @@ def serve_with_several(serve: Serve, host: str, port: int, count: int) -> int:
     Returns:
         The exit code: of a process that could not serve, which ends all, or else 0.
     """
-    several = _Several(serve, host, port)
+    several = _Several(serve)
     for number in END_SIGNALS:
-        signal.signal(number, several.end)
+        signal.signal(number, several.note_signal)
     try:
         # Another server's port would be shared, and not refused, by sockets that may be shared.
         with _bound(host, port, socket.SO_REUSEADDR) as probe:
-            several.port = probe.getsockname()[1]
-        held = open_port(host, several.port)
+            port = probe.getsockname()[1]
+        held = open_port(host, port)
     except OSError as error:
         log.critical("%s:%d cannot be listened at: %s", host, port, (error.strerror or "").lower())
         return _START_FAILED
     with held:
-        return several.run(count)
+        return several.run(host, port, count)
 
 
 class _Several:
-    def __init__(self, serve: Serve, host: str, port: int) -> None:
+    def __init__(self, serve: Serve) -> None:
         self._serve = serve
-        self._host = host
-        self.port = port
         self._processes: list[SpawnProcess] = []
         self._told_to_end = False
 
-    def end(self, *_about: object) -> None:
-        """Note a signal; no more than that, for another one may come within it."""
+    def note_signal(self, *_about: object) -> None:
+        """Do no more than that: an event's lock could be held by the same call, which a second signal interrupts."""
         self._told_to_end = True
 
-    def run(self, count: int) -> int:
+    def run(self, host: str, port: int, count: int) -> int:
         try:
-            self._processes = [self._start() for _ in range(count)]
+            self._processes = [self._start(host, port) for _ in range(count)]
             while not self._told_to_end:
                 wait([process.sentinel for process in self._processes], _LOOK_S)
                 failures = [process.exitcode for process in self._processes if (process.exitcode or 0) > 0]
                 if failures:
                     return failures[0] or 0
                 if not self._told_to_end:
-                    self._replace_dead()
+                    self._replace_dead(host, port)
             return 0
         finally:
             self._end()
 
-    def _start(self) -> SpawnProcess:
-        process = _SPAWN.Process(target=self._serve, args=(self._host, self.port))
+    def _start(self, host: str, port: int) -> SpawnProcess:
+        process = _SPAWN.Process(target=self._serve, args=(host, port))
         process.start()
         return process
 
-    def _replace_dead(self) -> None:
+    def _replace_dead(self, host: str, port: int) -> None:
         for place, process in enumerate(self._processes):
             if process.exitcode is not None:
                 log.warning("process %d has ended (%d), another takes its place", process.pid, process.exitcode)
-                self._processes[place] = self._start()
+                self._processes[place] = self._start(host, port)
 
     def _end(self) -> None:
         for process in self._processes:

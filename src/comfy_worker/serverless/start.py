@@ -93,7 +93,7 @@ def end(*_about: object) -> NoReturn:
     """End the process while it has no job; as process 1 of a container it would not heed a signal otherwise."""
     if not has_shared_worker():
         end_at_once()
-    # The SDK's local API has served jobs, has ended, and says its signal again: webhooks may wait.
+    # Webhooks may wait: the SDK's local API, when it has served jobs and ended, says its signal again.
     raise SystemExit(0)
 
 
