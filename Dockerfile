@@ -161,12 +161,13 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     python3 -m venv /opt/worker \
     && /opt/worker/bin/pip install --requirement requirements.txt
 
-# `gateway` is what serves the HTTP API; `emulator` lets the image be tried without a GPU, see docs/deployment.md.
+# `fleet` runs the jobs of gateways with ENGINE=celery; `emulator` lets the image be tried without a GPU, see
+# docs/deployment.md.
 ARG WORKER_EXTRAS=
 COPY pyproject.toml README.md ./
 COPY src src
 RUN --mount=type=cache,target=/root/.cache/pip \
-    /opt/worker/bin/pip install ".[gateway${WORKER_EXTRAS:+,${WORKER_EXTRAS}}]"
+    /opt/worker/bin/pip install ".${WORKER_EXTRAS:+[${WORKER_EXTRAS}]}"
 
 COPY --chmod=755 start.sh ./
 COPY handler.py test_input.json ./

@@ -97,7 +97,7 @@ def _make_app() -> tuple[GatewaySettings, FastAPI]:
 
     Raises:
         InvalidInput: a setting is not sound.
-        ModuleNotFoundError: the gateway's extra is not installed.
+        ModuleNotFoundError: a package of requirements.txt is not installed.
     """
     from comfy_worker.gateway.app import create_app
     from comfy_worker.gateway.auth import Keys, read_hashes
@@ -166,10 +166,10 @@ def _what_to_install(error: ModuleNotFoundError) -> str:
     package = (error.name or "").partition(".")[0]
     if package in ("", "comfy_worker"):
         raise error
-    extra = "gateway,fleet" if package in ("celery", "kombu", "redis") else "gateway"
+    source = "'.[fleet]'" if package in ("celery", "kombu") else "-r requirements.txt"
     return (
-        f"The gateway needs the package {package}, which is not installed: run `pip install '.[{extra}]'` in the "
-        "folder of the worker's pyproject.toml."
+        f"The gateway needs the package {package}, which is not installed: run `pip install {source}` in the folder of "
+        "the worker's pyproject.toml."
     )
 
 

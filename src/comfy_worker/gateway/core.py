@@ -134,7 +134,7 @@ def make_bus(settings: GatewaySettings) -> EventBus:
     """Return the event bus for the settings: one in this process, or in Redis where jobs run in others."""
     if settings.engine != "celery" and settings.api_cache != "redis":
         return LocalEventBus()
-    # Loaded late: Redis's client is an extra of its own.
+    # Loaded late: only several gateways and fleets need Redis's client.
     from comfy_worker.gateway.redis_bus import RedisEventBus
 
     return RedisEventBus(settings.broker_url.get_secret_value())

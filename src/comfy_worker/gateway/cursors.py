@@ -81,7 +81,7 @@ class RedisCursors:
 
     def __init__(self, url: str) -> None:
         """Take the URL of the Redis."""
-        # Loaded late: Redis's client is an extra of its own.
+        # Loaded late: only several gateways need Redis's client.
         from comfy_worker.gateway.redis_link import RedisAway, RedisLink
 
         self._away = RedisAway

@@ -140,7 +140,7 @@ class RateLimits:
 
 
 def _in_redis(url: str) -> tuple[Storage, ConnectionPool]:
-    # Loaded late: Redis's client is an extra of its own.
+    # Loaded late: only several gateways need Redis's client.
     from redis.asyncio import ConnectionPool
     from redis.asyncio.retry import Retry
     from redis.backoff import NoBackoff
