@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -299,26 +301,32 @@ def test_a_range_that_is_none_is_refused_in_our_form(gateway: Served, descriptio
 # -------------------------------------------------------------------------------------------------- Swagger
 
 
-def test_swagger_may_load_what_it_needs_and_nothing_else(gateway: Served) -> None:
-    """The page works under its policy: each script, style and picture comes from where the policy lets it."""
-    page = requests.get(f"{gateway.url}/docs", auth=("anyone", KEY), timeout=10)
+def test_swagger_is_whole_without_internet(gateway: Served) -> None:
+    """Each script, style and picture comes from the gateway itself, and the policy lets in nothing else."""
+    browser = ("anyone", KEY)
+    page = requests.get(f"{gateway.url}/docs", auth=browser, timeout=10)
     assert page.status_code == 200
-    policy = {
-        words[0]: words[1:]
-        for part in page.headers["content-security-policy"].split(";")
-        if len(words := part.split()) > 1
+    assert "url: '/openapi.json'" in page.text
+    kinds = {
+        r'<script src="([^"]+)"': "text/javascript",
+        r'<link[^>]* rel="stylesheet" href="([^"]+)"': "text/css",
+        r'<link rel="shortcut icon" href="([^"]+)"': "image/png",
     }
-    assert policy["default-src"] == ["'none'"]
-    assert "'self'" in policy["connect-src"]
-    assert "/openapi.json" in page.text
-    sources = {"script-src": r'<script[^>]* src="([^"]+)"', "style-src": r'<link[^>]* rel="stylesheet" href="([^"]+)"'}
-    sources["img-src"] = r'<link rel="shortcut icon" href="([^"]+)"'
-    for directive, pattern in sources.items():
-        urls = re.findall(pattern, page.text)
-        assert urls, directive
-        for url in urls:
-            assert any(url.startswith(f"{allowed}/") for allowed in policy[directive]), (directive, url)
-    # The page starts Swagger by a script of its own, and Swagger styles its parts in place.
-    assert "'unsafe-inline'" in policy["script-src"]
-    assert "'unsafe-inline'" in policy["style-src"]
-    assert "sandbox" not in page.headers["content-security-policy"]
+    for pattern, kind in kinds.items():
+        [url] = re.findall(pattern, page.text)
+        assert url.startswith("/docs/static/"), url
+        loaded = requests.get(f"{gateway.url}{url}", auth=browser, timeout=10)
+        assert (loaded.status_code, loaded.headers["content-type"].partition(";")[0]) == (200, kind)
+        assert requests.get(f"{gateway.url}{url}", timeout=10).status_code == 401
+
+
+def test_the_policy_of_swaggers_page_admits_nothing_from_elsewhere(gateway: Served) -> None:
+    page = requests.get(f"{gateway.url}/docs", auth=("anyone", KEY), timeout=10)
+    policy = page.headers["content-security-policy"]
+    assert policy.startswith("default-src 'none';")
+    assert "unsafe" not in policy
+    assert "http" not in policy
+    # The page starts Swagger by a script of its own, which is known by its hash.
+    [script] = re.findall(r"<script>(.*?)</script>", page.text, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'self' 'sha256-{digest}';" in policy

@@ -21,6 +21,7 @@ from comfy_worker.errors import InternalError, InvalidInput, WorkerError
 from comfy_worker.gateway import live
 from comfy_worker.gateway.auth import Guard, Keys, kept_secret
 from comfy_worker.gateway.core import Gateway
+from comfy_worker.gateway.docs_page import add_docs
 from comfy_worker.gateway.doors import (
     batch,
     catalog,
@@ -69,7 +70,7 @@ def create_app(settings: GatewaySettings, keys: Keys) -> FastAPI:
         await run_in_threadpool(gateway.stop)
         await limits.close()
 
-    app = FastAPI(title="comfy-worker", version=__version__, lifespan=lifespan, redoc_url=None)
+    app = FastAPI(title="comfy-worker", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.let_go = gateway.let_go
     gateway.when_taken_over = _end_process
     modifiers = Modifiers(settings.modifiers_dir, [settings.workflows_dir])
@@ -86,6 +87,7 @@ def create_app(settings: GatewaySettings, keys: Keys) -> FastAPI:
     if settings.engine == "runpod":
         app.include_router(runpod_webhook.router(gateway.callbacks, gateway.hear_from_runpod))
     describe(app)
+    add_docs(app)
     _answer_errors(app)
     _guard(app, settings, keys, limits)
     return app
