@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+from pathlib import Path
 
+import fastapi_offline
 from fastapi import FastAPI, Request
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse
@@ -13,7 +15,7 @@ from fastapi.staticfiles import StaticFiles
 
 PATH = "/docs"
 _ASSETS = f"{PATH}/static"
-_ASSETS_PACKAGE = ("fastapi_offline", "static")
+_FILES = Path(fastapi_offline.__file__).parent / "static"
 _SCRIPT = re.compile(r"<script>(.*?)</script>", re.DOTALL)
 
 
@@ -25,7 +27,7 @@ def add_docs(app: FastAPI) -> None:
         return _page(app, request.scope.get("root_path", ""))
 
     app.add_route(PATH, docs, include_in_schema=False)
-    app.mount(_ASSETS, StaticFiles(packages=[_ASSETS_PACKAGE]))
+    app.mount(_ASSETS, StaticFiles(directory=_FILES))
 
 
 def _page(app: FastAPI, root: str) -> HTMLResponse:
