@@ -10,6 +10,7 @@ import pytest
 
 from comfy_worker.modifiers import MissingValue, Modifiers, apply
 from comfy_worker.workflow import check_workflow
+from tests.support.modifiers import made_by
 
 ROOT = Path(__file__).parents[2]
 PHOTO = "https://example.com/photo.png"
@@ -26,14 +27,14 @@ def inputs_of(made: dict[str, Any], class_type: str) -> list[dict[str, Any]]:
 
 
 def test_our_own_are_these(own: Modifiers) -> None:
-    assert own.names() == ["Image2Image", "ImageToImage", "TextToImage"]
+    assert own.names() == ["Image2Image", "ImageToImage", "Text2Image", "TextToImage"]
 
 
 def test_text_to_image_takes_its_values(own: Modifiers) -> None:
-    numbers = {"steps": 7, "cfg": 3.5, "sampler_name": "heun", "scheduler": "karras", "seed": 5}
+    numbers = {"steps": 7, "cfg": 3.5, "sampler_name": "heun", "scheduler": "karras", "denoise": 0.9, "seed": 5}
     size = {"width": 640, "height": 384, "batch_size": 2}
     words = {"prompt": "a lighthouse", "negative_prompt": "rain", "ckpt_name": "other.safetensors"}
-    made = apply(own, "TextToImage", {**numbers, **size, **words})
+    made = made_by(own, "TextToImage", {**numbers, **size, **words})
     (sampler,) = inputs_of(made, "KSampler")
     assert {name: sampler[name] for name in numbers} == numbers
     assert inputs_of(made, "EmptyLatentImage") == [size]
@@ -46,7 +47,7 @@ def test_image_to_image_takes_its_values(own: Modifiers) -> None:
     numbers = {"steps": 7, "cfg": 3.5, "sampler_name": "heun", "scheduler": "karras", "denoise": 0.25, "seed": 5}
     size = {"width": 640, "height": 384}
     words = {"prompt": "a lighthouse", "negative_prompt": "rain", "ckpt_name": "other.safetensors"}
-    made = apply(own, "ImageToImage", {**numbers, **size, **words, "input_image": PHOTO})
+    made = made_by(own, "ImageToImage", {**numbers, **size, **words, "input_image": PHOTO})
     (sampler,), (scaled,) = inputs_of(made, "KSampler"), inputs_of(made, "ImageScale")
     assert {name: sampler[name] for name in numbers} == numbers
     assert {name: scaled[name] for name in size} == size
@@ -57,7 +58,7 @@ def test_image_to_image_takes_its_values(own: Modifiers) -> None:
 
 
 def test_the_descriptions_own_name_and_values_run(own: Modifiers) -> None:
-    made = apply(own, "Image2Image", {"prompt": "a beautiful sunset", "steps": 30, "input_image": PHOTO})
+    made = made_by(own, "Image2Image", {"prompt": "a beautiful sunset", "steps": 30, "input_image": PHOTO})
     assert inputs_of(made, "LoadImage") == [{"image": PHOTO}]
     assert inputs_of(made, "KSampler")[0]["steps"] == 30
 
@@ -70,7 +71,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", REQUIRED)
 def test_our_own_leave_what_is_not_given_as_it_is_in_the_file(own: Modifiers, name: str) -> None:
-    made = apply(own, name, REQUIRED[name])
+    made = made_by(own, name, REQUIRED[name])
     before = json.loads((ROOT / own.find(name).modifier.WORKFLOW_JSON).read_text())
     changed = {
         (made[node_id]["class_type"], key)
@@ -87,4 +88,38 @@ def test_our_own_leave_what_is_not_given_as_it_is_in_the_file(own: Modifiers, na
 def test_our_own_name_what_they_miss(own: Modifiers, name: str, value: str) -> None:
     given = {key: other for key, other in REQUIRED[name].items() if key != value}
     with pytest.raises(MissingValue, match=f"Modifier {name} needs the value '{value}'"):
-        apply(own, name, given)
+        made_by(own, name, given)
+
+
+AI_DOCKS = {
+    "prompt": "A beautiful sunset over mountains, photorealistic",
+    "negative_prompt": "blurry, low quality",
+    "ckpt_name": "v1-5-pruned-emaonly-fp16.safetensors",
+    "seed": "__RANDOM_INT__",
+    "steps": 20,
+    "cfg_scale": 8.5,
+    "width": 512,
+    "height": 512,
+    "sampler_name": "dpmpp_2m",
+}
+"""What the example of AI-Dock's wrapper sends to its Text2Image."""
+
+
+def test_ai_docks_text2image_takes_all_of_its_examples_values(own: Modifiers) -> None:
+    made = apply(own, "Text2Image", AI_DOCKS)
+    (sampler,) = inputs_of(made.workflow, "KSampler")
+    assert (sampler["cfg"], sampler["steps"], sampler["sampler_name"]) == (8.5, 20, "dpmpp_2m")
+    assert type(sampler["seed"]) is int
+    assert made.unread == ()
+
+
+@pytest.mark.parametrize("name", ["Text2Image", "Image2Image"])
+def test_ai_docks_modifiers_take_denoise_and_need_no_prompt(own: Modifiers, name: str) -> None:
+    made = apply(own, name, {"denoise": 0.5, "scheduler": "karras", "input_image": PHOTO})
+    (sampler,) = inputs_of(made.workflow, "KSampler")
+    assert (sampler["denoise"], sampler["scheduler"]) == (0.5, "karras")
+    assert made.workflow[sampler["positive"][0]]["inputs"]["text"] == ""
+
+
+def test_a_value_that_no_modifier_reads_is_named(own: Modifiers) -> None:
+    assert apply(own, "Text2Image", {"prompt": "x", "colour": "red", "cfg": 2}).unread == ("colour",)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import logging
 import re
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 
 from comfy_worker.errors import InvalidInput
 from comfy_worker.modifiers import BaseModifier, MissingValue, ModifierFailed, Modifiers, apply, randomized
+from tests.support.modifiers import made_by
 
 ROOT = Path(__file__).parents[2]
 PHOTO = "https://example.com/photo.png"
@@ -53,7 +55,7 @@ class Photo2Photo(BaseModifier):
             "https://example.com/photo.png")
         await super().apply_modifications()
 '''
-"""In the shape of the contract's own description, with the import line of the wrapper that it is from."""
+"""In the shape of the contract's own description, import line and all."""
 
 
 @pytest.fixture
@@ -88,7 +90,7 @@ def write(
 
 def failure(modifiers: Modifiers, name: str, **options: Any) -> ModifierFailed:
     with pytest.raises(ModifierFailed) as failed:
-        apply(modifiers, name, **options)
+        made_by(modifiers, name, **options)
     assert failed.value.http_status == 500
     return failed.value
 
@@ -98,13 +100,12 @@ def failure(modifiers: Modifiers, name: str, **options: Any) -> ModifierFailed:
 
 @pytest.fixture
 def written_elsewhere(folder: Path) -> None:
-    ours = WRITTEN_ELSEWHERE.replace("from modifiers.basemodifier import", "from comfy_worker.modifiers import")
-    (folder / "photo2photo.py").write_text(ours)
+    (folder / "photo2photo.py").write_text(WRITTEN_ELSEWHERE)
 
 
 @pytest.mark.usefixtures("written_elsewhere")
-def test_a_modifier_written_elsewhere_runs_with_only_its_import_line_changed(modifiers: Modifiers) -> None:
-    made = apply(modifiers, "Photo2Photo", {"prompt": "a sunset", "steps": 30})
+def test_a_modifier_written_for_ai_docks_wrapper_runs_as_it_is(modifiers: Modifiers) -> None:
+    made = made_by(modifiers, "Photo2Photo", {"prompt": "a sunset", "steps": 30})
     seed, noise = made["3"]["inputs"]["seed"], made["3"]["inputs"]["noise"]
     assert 0 <= seed <= 2**32
     assert 0 <= noise < 2**32
@@ -117,7 +118,7 @@ def test_a_modifier_written_elsewhere_runs_with_only_its_import_line_changed(mod
 
 @pytest.mark.usefixtures("written_elsewhere")
 def test_a_url_that_is_a_key_may_be_replaced(modifiers: Modifiers) -> None:
-    made = apply(modifiers, "Photo2Photo", {PHOTO: "https://example.com/other.png", "seed": 7})
+    made = made_by(modifiers, "Photo2Photo", {PHOTO: "https://example.com/other.png", "seed": 7})
     assert made["10"]["inputs"]["image"] == "https://example.com/other.png"
     assert made["3"]["inputs"]["seed"] == 7
 
@@ -125,18 +126,18 @@ def test_a_url_that_is_a_key_may_be_replaced(modifiers: Modifiers) -> None:
 def test_runs_do_not_share_their_workflow_or_the_callers_values(folder: Path, modifiers: Modifiers) -> None:
     write(folder, "Grows", "self.modifications['list'].append(1)\nself.workflow['list'] = self.modifications['list']")
     values: dict[str, Any] = {"list": []}
-    assert apply(modifiers, "Grows", values)["list"] == [1]
-    assert apply(modifiers, "Grows", values)["list"] == [1]
+    assert made_by(modifiers, "Grows", values)["list"] == [1]
+    assert made_by(modifiers, "Grows", values)["list"] == [1]
     assert values == {"list": []}
 
 
 def test_a_modifier_without_a_workflow_changes_the_one_that_it_is_sent(folder: Path, modifiers: Modifiers) -> None:
     write(folder, "Any", "self.workflow['6']['inputs']['text'] = 'hello'", workflow="")
     sent = json.loads(json.dumps(GRAPH))
-    assert apply(modifiers, "Any", workflow_json=sent)["6"]["inputs"]["text"] == "hello"
+    assert made_by(modifiers, "Any", workflow_json=sent)["6"]["inputs"]["text"] == "hello"
     assert sent == GRAPH
     with pytest.raises(InvalidInput, match="Modifier Any has no workflow of its own"):
-        apply(modifiers, "Any")
+        made_by(modifiers, "Any")
 
 
 def test_what_a_modifier_may_take_over_from_its_base(folder: Path, modifiers: Modifiers) -> None:
@@ -148,21 +149,21 @@ def test_what_a_modifier_may_take_over_from_its_base(folder: Path, modifiers: Mo
         "    async def get_modified_workflow(self):\n"
         "        return {'wrapped': await super().get_modified_workflow()}\n"
     )
-    assert isinstance(apply(modifiers, "Own")["wrapped"]["1"]["seed"], int)
+    assert isinstance(made_by(modifiers, "Own")["wrapped"]["1"]["seed"], int)
 
 
 @pytest.mark.parametrize("value", ["words", 0, 1.5, False, None, [], {"a": 1}])
 def test_a_value_that_was_sent_is_taken_whatever_it_is(folder: Path, modifiers: Modifiers, value: Any) -> None:
     write(folder, "Takes", "self.workflow = {'value': await self.modify_workflow_value('value', 'default')}")
-    assert apply(modifiers, "Takes", {"value": value}) == {"value": value}
-    assert apply(modifiers, "Takes", {}) == {"value": "default"}
+    assert made_by(modifiers, "Takes", {"value": value}) == {"value": value}
+    assert made_by(modifiers, "Takes", {}) == {"value": "default"}
 
 
 @pytest.mark.parametrize("arguments", ["'prompt'", "'prompt', None", "'prompt', default=None"])
 def test_a_missing_value_is_named_with_its_modifier(folder: Path, modifiers: Modifiers, arguments: str) -> None:
     write(folder, "Needs", f"await self.modify_workflow_value({arguments})")
     with pytest.raises(MissingValue) as missing:
-        apply(modifiers, "Needs", {"Prompt": "spelled otherwise"})
+        made_by(modifiers, "Needs", {"Prompt": "spelled otherwise"})
     assert missing.value.as_output() == {
         "error": "Modifier Needs needs the value 'prompt'",
         "code": "invalid_input",
@@ -174,12 +175,70 @@ def test_a_missing_value_is_named_with_its_modifier(folder: Path, modifiers: Mod
 def test_a_modifier_may_catch_that_a_value_is_missing(folder: Path, modifiers: Modifiers) -> None:
     body = "try:\n    await self.modify_workflow_value('a')\nexcept IndexError:\n    self.workflow = {'caught': True}"
     write(folder, "Catches", body)
-    assert apply(modifiers, "Catches") == {"caught": True}
+    assert made_by(modifiers, "Catches") == {"caught": True}
 
 
 def test_the_base_by_itself_has_no_workflow() -> None:
     assert BaseModifier().modifications == {}
     assert BaseModifier({"a": 1}).modifications == {"a": 1}
+
+
+def test_the_methods_that_ai_docks_class_has_for_urls(folder: Path, modifiers: Modifiers) -> None:
+    write(
+        folder,
+        "Fetches",
+        f"""url = {PHOTO!r}
+self.workflow = {{
+    "name": await self.get_url_content(url), "hash": self.get_url_hash(url),
+    "is": self.is_url(url), "is not": [self.is_url("photo.png"), self.is_url(3)],
+    "all": await self.replace_workflow_urls([url]),
+}}""",
+    )
+    assert made_by(modifiers, "Fetches") == {
+        "name": PHOTO,
+        "hash": hashlib.md5(PHOTO.encode(), usedforsecurity=False).hexdigest(),
+        "is": True,
+        "is not": [False, False],
+        "all": [PHOTO],
+    }
+
+
+@pytest.mark.parametrize("use", ["self.input_dir", "await self.download_file('http://a/b', self)"])
+def test_what_needs_comfyuis_folder_says_so(folder: Path, modifiers: Modifiers, use: str) -> None:
+    write(folder, "Loads", use)
+    error = failure(modifiers, "Loads")
+    assert re.fullmatch(r"Modifier Loads uses \w+, but ComfyUI's folders are on another machine", error.message)
+    assert error.hint == "Leave the URL in the workflow: the worker downloads it"
+
+
+def test_a_modifier_may_set_the_bounds_of_its_random_integers(folder: Path, modifiers: Modifiers) -> None:
+    (folder / "small.py").write_text(
+        "from modifiers.basemodifier import BaseModifier\n"
+        "class Small(BaseModifier):\n"
+        "    WORKFLOW_JSON = 'workflows/photo.json'\n"
+        "    RANDOM_INT_MIN = RANDOM_INT_MAX = 7\n"
+    )
+    assert made_by(modifiers, "Small")["3"]["inputs"] == {"seed": 7, "steps": 4, "noise": 7}
+
+
+@pytest.mark.parametrize(
+    ("reads", "unread"),
+    [
+        ("self.modifications['a']", ("b",)),
+        ("self.modifications.get('b')", ("a",)),
+        ("'a' in self.modifications and self.modifications.pop('b', 0)", ()),
+        ("dict(self.modifications.items())", ()),
+        ("list(self.modifications)", ()),
+        ("sum(self.modifications.values())", ()),
+        ("self.modifications = {'c': 1}", ()),
+        ("pass", ("a", "b")),
+    ],
+)
+def test_values_that_a_modifier_never_reads_are_noted(
+    folder: Path, modifiers: Modifiers, reads: str, unread: tuple[str, ...]
+) -> None:
+    write(folder, "Reads", reads)
+    assert apply(modifiers, "Reads", {"a": 1, "b": 2}).unread == unread
 
 
 # ------------------------------------------------------------------------------------------------ random integers
@@ -229,7 +288,7 @@ def test_what_only_looks_like_the_placeholder_stays(text: str) -> None:
 def test_an_unknown_modifier_is_told_the_nearest_one(folder: Path, modifiers: Modifiers) -> None:
     write(folder, "Portrait", "pass")
     with pytest.raises(InvalidInput) as unknown:
-        apply(modifiers, "Potrait")
+        made_by(modifiers, "Potrait")
     assert unknown.value.message == "There is no modifier 'Potrait'; did you mean 'Portrait'?"
     assert unknown.value.hint is None
 
@@ -273,7 +332,7 @@ def test_the_same_file_name_in_two_folders_makes_two_modifiers(folder: Path, tmp
     write(folder, "Which", "self.workflow = {'from': 1}")
     write(tmp_path / "others", "Which", "self.workflow = {'from': 2}")
     here, there = Modifiers(folder), Modifiers(tmp_path / "others")
-    assert [apply(here, "Which"), apply(there, "Which"), apply(here, "Which")] == [
+    assert [made_by(here, "Which"), made_by(there, "Which"), made_by(here, "Which")] == [
         {"from": 1},
         {"from": 2},
         {"from": 1},
@@ -285,7 +344,7 @@ def test_of_two_with_the_same_name_the_first_counts_and_the_log_says_so(
 ) -> None:
     write(folder, "Twice", "self.workflow = {'from': 'a'}", file="a.py")
     write(folder, "Twice", "self.workflow = {'from': 'b'}", file="b.py")
-    assert apply(modifiers, "Twice") == apply(modifiers, "Twice") == {"from": "a"}
+    assert made_by(modifiers, "Twice") == made_by(modifiers, "Twice") == {"from": "a"}
     assert caplog.messages == ["The modifier Twice of b.py is left out: a.py has one too"]
 
 
@@ -294,7 +353,7 @@ def test_a_file_that_changes_is_loaded_again_even_within_the_same_second_and_siz
 ) -> None:
     for turn in range(10):
         write(folder, "Turn", f"self.workflow = {{'turn': {turn}}}")
-        assert apply(modifiers, "Turn") == {"turn": turn}
+        assert made_by(modifiers, "Turn") == {"turn": turn}
 
 
 def test_a_file_that_did_not_change_is_not_loaded_again(folder: Path, modifiers: Modifiers) -> None:
@@ -311,10 +370,11 @@ def test_a_file_that_is_taken_away_takes_its_modifiers_along(folder: Path, modif
 
 
 BROKEN = {
-    "def broken(:\n": "SyntaxError in line 1",
-    "\nimport a_package_that_is_nowhere\n": "ModuleNotFoundError in line 2",
-    "raise SystemExit(3)\n": "SystemExit in line 1",
-    "x = 1\n\nx / 0\n": "ZeroDivisionError in line 3",
+    "def broken(:\n": "line 1: SyntaxError: invalid syntax",
+    "\nimport a_package_that_is_nowhere\n": "line 2: ModuleNotFoundError: No module named 'a_package_that_is_nowhere'",
+    "raise SystemExit(3)\n": "line 1: SystemExit",
+    "x = 1\n\nx / 0\n": "line 3: ZeroDivisionError",
+    "raise ValueError('the password is hunter2')\n": "line 1: ValueError",
 }
 
 
@@ -325,10 +385,42 @@ def test_a_broken_file_is_logged_once_and_costs_the_others_nothing(
     (folder / "broken.py").write_text(source)
     write(folder, "Fine", "pass")
     assert modifiers.names() == modifiers.names() == ["Fine"]
-    assert caplog.messages == [f"The modifier file broken.py could not be loaded: {words}"]
+    assert caplog.messages == [f"A modifier file could not be loaded: broken.py, {words}"]
     with pytest.raises(InvalidInput) as unknown:
-        modifiers.find("Broken")
-    assert unknown.value.hint == "A file of MODIFIERS_DIR could not be loaded; the log says why"
+        modifiers.find("Other")
+    assert unknown.value.hint == f"These files could not be loaded: broken.py, {words}"
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("several.py", "import nowhere_to_be_found\nclass Portrait(Base): pass\n"),
+        ("portrait.py", "import nowhere_to_be_found\n"),
+    ],
+)
+def test_who_asks_for_a_modifier_that_cannot_be_loaded_learns_where_and_why(
+    folder: Path, modifiers: Modifiers, file: str, source: str
+) -> None:
+    (folder / file).write_text(source)
+    error = failure(modifiers, "Portrait")
+    reason = "ModuleNotFoundError: No module named 'nowhere_to_be_found'"
+    assert error.message == f"Modifier Portrait could not be loaded: {file}, line 1: {reason}"
+
+
+def test_a_reason_names_no_path(folder: Path, modifiers: Modifiers) -> None:
+    (folder / "leaks.py").write_text(f"raise ImportError({str(folder / 'deep/secret.py')!r})\n")
+    assert str(folder.parent) not in failure(modifiers, "Leaks").message
+    assert "secret.py" in failure(modifiers, "Leaks").message
+
+
+def test_ai_docks_own_base_in_the_folder_is_left_out(folder: Path, modifiers: Modifiers) -> None:
+    (folder / "basemodifier.py").write_text("from config import INPUT_DIR\n")
+    (folder / "own.py").write_text(
+        "import modifiers.basemodifier\n"
+        "class Own(modifiers.basemodifier.BaseModifier):\n"
+        "    WORKFLOW_JSON = 'workflows/photo.json'\n"
+    )
+    assert set(made_by(modifiers, "Own")) == set(GRAPH)
 
 
 def test_a_file_that_cannot_be_read_is_logged_once(
@@ -336,7 +428,7 @@ def test_a_file_that_cannot_be_read_is_logged_once(
 ) -> None:
     (folder / "folder.py").mkdir()
     assert modifiers.names() == modifiers.names() == []
-    assert caplog.messages == ["The modifier file folder.py could not be loaded: IsADirectoryError"]
+    assert caplog.messages == ["A modifier file could not be loaded: folder.py: IsADirectoryError"]
 
 
 def test_a_broken_file_that_is_mended_works(folder: Path, modifiers: Modifiers) -> None:
@@ -350,7 +442,7 @@ def test_many_threads_use_one_and_a_file_is_loaded_once(folder: Path, modifiers:
     write(folder, "Shared", "self.workflow = {'mine': await self.modify_workflow_value('mine')}")
     with ThreadPoolExecutor(8) as threads:
         classes = set(threads.map(lambda _: modifiers.find("Shared").modifier, range(40)))
-        made = list(threads.map(lambda turn: apply(modifiers, "Shared", {"mine": turn}), range(40)))
+        made = list(threads.map(lambda turn: made_by(modifiers, "Shared", {"mine": turn}), range(40)))
     assert len(classes) == 1
     assert made == [{"mine": turn} for turn in range(40)]
 
@@ -366,12 +458,12 @@ def test_where_a_workflow_is_looked_for(folder: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(root / "current")
     (root / place / "here.json").write_text('{"found": 1}')
     write(folder, "Looks", "pass", workflow="here.json")
-    assert apply(Modifiers(folder, [root / "catalog"]), "Looks") == {"found": 1}
+    assert made_by(Modifiers(folder, [root / "catalog"]), "Looks") == {"found": 1}
 
 
 def test_a_workflow_may_have_an_absolute_name(folder: Path, modifiers: Modifiers, tmp_path: Path) -> None:
     write(folder, "Absolute", "pass", workflow=str(tmp_path / "workflows/photo.json"))
-    assert set(apply(modifiers, "Absolute")) == set(GRAPH)
+    assert set(made_by(modifiers, "Absolute")) == set(GRAPH)
 
 
 @pytest.mark.parametrize(
@@ -428,7 +520,7 @@ def test_what_fails_before_its_workflow_is_loaded_is_told_too(folder: Path, modi
 def test_it_may_refuse_a_value_in_its_own_words(folder: Path, modifiers: Modifiers) -> None:
     write(folder, "Refuses", "raise InvalidInput('steps must be 1 to 50', hint='Try 20', details={'steps': 99})")
     with pytest.raises(InvalidInput) as refused:
-        apply(modifiers, "Refuses")
+        made_by(modifiers, "Refuses")
     assert refused.value.as_output() == {
         "error": "Modifier Refuses: steps must be 1 to 50",
         "code": "invalid_input",
@@ -491,7 +583,7 @@ def test_it_runs_in_the_context_of_its_caller_so_that_its_log_names_the_job(fold
     job_id.set("job-7")
     write(folder, "Logs", "self.workflow = {'job': type(self).job_id.get()}")
     modifiers.find("Logs").modifier.job_id = job_id  # type: ignore[attr-defined]
-    assert apply(modifiers, "Logs") == {"job": "job-7"}
+    assert made_by(modifiers, "Logs") == {"job": "job-7"}
 
 
 def test_nothing_is_logged_when_all_is_well(
@@ -499,7 +591,7 @@ def test_nothing_is_logged_when_all_is_well(
 ) -> None:
     write(folder, "Quiet", "await super().apply_modifications()")
     with caplog.at_level(logging.INFO):
-        apply(modifiers, "Quiet")
+        made_by(modifiers, "Quiet")
     assert caplog.messages == []
 
 
@@ -513,19 +605,12 @@ def blocks(language: str) -> list[str]:
 
 def test_the_first_example_in_the_documentation_needs_no_file_of_yours() -> None:
     asked = json.loads(blocks("json")[0])["input"]
-    made = apply(Modifiers(ROOT / "modifiers"), asked["modifier"], asked["modifications"])
+    made = made_by(Modifiers(ROOT / "modifiers"), asked["modifier"], asked["modifications"])
     assert "a lighthouse" in json.dumps(made)
 
 
-def test_the_example_in_the_documentation_runs(folder: Path, modifiers: Modifiers) -> None:
-    (source,), (_, request) = blocks("python"), blocks("json")
+def test_the_documentations_own_modifier_names_what_it_misses(folder: Path) -> None:
+    [source] = blocks("python")
     (folder / "postcard.py").write_text(source)
-    (folder.parent / "workflows/postcard.json").write_text(json.dumps(GRAPH))
-    asked = json.loads(request)["input"]
-    made = apply(modifiers, asked["modifier"], asked["modifications"])
-    assert made["6"]["inputs"]["text"] == "a lighthouse"
-    assert made["10"]["inputs"]["image"] == "https://example.com/sea.png"
-    assert made["3"]["inputs"]["steps"] == 20
-    assert isinstance(made["3"]["inputs"]["noise"], int)
-    with pytest.raises(MissingValue, match="Modifier Postcard needs the value 'prompt'"):
-        apply(modifiers, asked["modifier"], {})
+    with pytest.raises(MissingValue, match="Modifier Postcard needs the value 'photo'"):
+        made_by(Modifiers(folder, [ROOT]), "Postcard")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import sys
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,10 +14,20 @@ from threading import Lock
 from types import ModuleType
 
 from comfy_worker.comfy.validation import nearest
-from comfy_worker.errors import InvalidInput
+from comfy_worker.errors import InvalidInput, WorkerError
+from comfy_worker.modifiers import base
 from comfy_worker.modifiers.base import BaseModifier
+from comfy_worker.modifiers.errors import ModifierFailed
+from comfy_worker.redact import redact
 
 log = logging.getLogger(__name__)
+
+_BASE_FILE = "basemodifier.py"
+"""Where AI-Dock's wrapper has its class, in the folder of the modifiers."""
+_MOST_NAMED = 3
+_LONGEST_REASON = 300
+_TELLING = (ImportError, NameError, AttributeError, TypeError, KeyError)
+"""Their words are Python's own, about names; those of others may say anything, such as a secret."""
 
 
 @dataclass(frozen=True)
@@ -35,22 +46,32 @@ class FoundModifier:
 
 @dataclass(frozen=True)
 class _File:
-    """A file as it was when it was loaded: its bytes, or None if they could not be read."""
+    """A file as it was when it was loaded: its bytes, or None if they could not be read.
+
+    Attributes:
+        problem: why it could not be loaded, with its name and line; "" if it could.
+    """
 
     source: bytes | None
     classes: Mapping[str, type[BaseModifier]]
-    is_broken: bool = False
+    problem: str = ""
+
+    def is_about(self, name: str, path: Path) -> bool:
+        """Return whether it was to define a modifier, or is named like it as AI-Dock's wrapper wants it."""
+        defines = re.search(rf"^class\s+{re.escape(name)}\b".encode(), self.source or b"", re.MULTILINE)
+        return bool(defines) or path.stem.lower() == name.lower()
 
 
 class Modifiers:
     """The modifiers in the `*.py` files of a folder; a file that changes is loaded again. Safe to use from any thread.
 
-    A file that cannot be loaded is logged once, and costs only its own modifiers. Files whose names begin with `_` are
-    left out.
+    A file that cannot be loaded is logged once, and costs only its own modifiers: who asks for one of them learns why.
+    Files whose names begin with `_` are left out, and so is `basemodifier.py`: the class that it would define is ours.
     """
 
     def __init__(self, folder: str | Path, workflows_dirs: Iterable[str | Path] = ()) -> None:
         """Take the folder of the modifiers and further folders with workflows; none of them needs to be there."""
+        _provide_base()
         self._folder = Path(folder).absolute()
         self._workflows_dirs = tuple(Path(workflows) for workflows in workflows_dirs)
         self._lock = Lock()
@@ -67,6 +88,7 @@ class Modifiers:
 
         Raises:
             InvalidInput: there is none; the sentence names the one that is most like it.
+            ModifierFailed: its file cannot be loaded; the sentence names the file, the line and the reason.
         """
         with self._lock:
             self._refresh()
@@ -78,11 +100,15 @@ class Modifiers:
     def _workflow_folders(self, path: Path) -> tuple[Path, ...]:
         return (path.parent, self._folder.parent, Path.cwd(), *self._workflows_dirs)
 
-    def _unknown(self, name: str) -> InvalidInput:
+    def _unknown(self, name: str) -> WorkerError:
+        broken = {path: file for path, file in self._files.items() if file.problem}
+        for path, file in broken.items():
+            if file.is_about(name, path):
+                return ModifierFailed(f"Modifier {name} could not be loaded: {file.problem}")
         near = nearest(name, [known for file in self._files.values() for known in file.classes])
         advice = f"; did you mean {near!r}?" if near else ""
-        broken = any(file.is_broken for file in self._files.values())
-        hint = "A file of MODIFIERS_DIR could not be loaded; the log says why" if broken else None
+        problems = [file.problem for file in broken.values()][:_MOST_NAMED]
+        hint = f"These files could not be loaded: {'; '.join(problems)}" if problems else None
         return InvalidInput(f"There is no modifier {name!r}{advice}", hint=hint)
 
     def _refresh(self) -> None:
@@ -98,8 +124,9 @@ class Modifiers:
         try:
             module = _execute(path, path.read_bytes() if source is None else source)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - one file's bug must not cost the modifiers of others
-            log.warning("The modifier file %s could not be loaded: %s", path.name, where_in(path, error))
-            return _File(source, {}, is_broken=True)
+            problem = _problem_of(path, error)
+            log.warning("A modifier file could not be loaded: %s", problem)
+            return _File(source, {}, problem)
         classes = dict(_modifiers_of(module))
         for name in classes:
             first = next((other for other, file in self._files.items() if name in file.classes), None)
@@ -110,21 +137,46 @@ class Modifiers:
 
 def where_in(path: Path, error: BaseException) -> str:
     """Return the class of an exception, and the line of a file where it arose if it came through there."""
-    frames = reversed(traceback.extract_tb(error.__traceback__))
-    line = next((frame.lineno for frame in frames if frame.filename == str(path)), None)
-    if isinstance(error, SyntaxError) and error.filename == str(path):
-        line = error.lineno
+    line = _line_in(path, error)
     return type(error).__name__ + (f" in line {line}" if line else "")
+
+
+def _line_in(path: Path, error: BaseException) -> int | None:
+    if isinstance(error, SyntaxError) and error.filename == str(path):
+        return error.lineno
+    frames = reversed(traceback.extract_tb(error.__traceback__))
+    return next((frame.lineno for frame in frames if frame.filename == str(path)), None)
+
+
+def _problem_of(path: Path, error: BaseException) -> str:
+    """Return why a file could not be loaded, as its callers may know it: no path, and no words but Python's own."""
+    line = _line_in(path, error)
+    place = path.name + (f", line {line}" if line else "")
+    reason = error.msg if isinstance(error, SyntaxError) else str(error) if isinstance(error, _TELLING) else ""
+    said = redact(f"{type(error).__name__}: {reason}" if reason else type(error).__name__)
+    return f"{place}: {said[:_LONGEST_REASON]}"
 
 
 def _sources(folder: Path) -> Iterator[tuple[Path, bytes | None]]:
     for path in sorted(folder.glob("[!_]*.py")):
+        if path.name == _BASE_FILE:
+            continue
         try:
             yield path, path.read_bytes()
         except FileNotFoundError:
             continue  # taken away since it was listed
         except OSError:
             yield path, None  # loading it says why
+
+
+def _provide_base() -> None:
+    """Let `from modifiers.basemodifier import BaseModifier` find our class, whatever folder the modifiers lie in."""
+    package, module = ModuleType("modifiers"), ModuleType("modifiers.basemodifier")
+    vars(module).update(BaseModifier=BaseModifier, __doc__=base.__doc__)
+    vars(package).update(basemodifier=module)
+    # Under these names, and not as files: a folder of the same name in the current folder must not come first.
+    sys.modules.setdefault("modifiers", package)
+    sys.modules["modifiers.basemodifier"] = module
 
 
 def _execute(path: Path, source: bytes) -> ModuleType:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 RANDOM_INT = "__RANDOM_INT__"
 """Stands for a random integer; within a longer string, for its digits."""
 
-_HIGHEST = 2**32 - 1
+HIGHEST = 2**32 - 1
 
 Value = TypeVar("Value")
 
@@ -20,24 +20,23 @@ def randomized(workflow: Value) -> Value:
     return filled
 
 
-def fill_random_ints(value: Any) -> Any:
+def fill_random_ints(value: Any, lowest: int = 0, highest: int = HIGHEST, placeholder: str = RANDOM_INT) -> Any:
     """Put random integers in place of the placeholders below `value`, in place; return what stands for `value` then."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            value[key] = fill_random_ints(item)
-    elif isinstance(value, list):
-        value[:] = [fill_random_ints(item) for item in value]
-    elif isinstance(value, str):
-        return _filled(value)
-    return value
 
+    def filled(inner: Any) -> Any:
+        if isinstance(inner, dict):
+            for key, item in inner.items():
+                inner[key] = filled(item)
+        elif isinstance(inner, list):
+            inner[:] = [filled(item) for item in inner]
+        elif isinstance(inner, str):
+            return in_text(inner)
+        return inner
 
-def _filled(text: str) -> str | int:
-    if text == RANDOM_INT:
-        return _random_int()
-    first, *others = text.split(RANDOM_INT)
-    return first + "".join(f"{_random_int()}{part}" for part in others)
+    def in_text(text: str) -> str | int:
+        if text == placeholder:
+            return random.randint(lowest, highest)
+        first, *others = text.split(placeholder)
+        return first + "".join(f"{random.randint(lowest, highest)}{part}" for part in others)
 
-
-def _random_int() -> int:
-    return random.randint(0, _HIGHEST)
+    return filled(value)

@@ -36,6 +36,19 @@ class _Exited:
     error: SystemExit | KeyboardInterrupt
 
 
+@dataclass(frozen=True)
+class Made:
+    """What a modifier made.
+
+    Attributes:
+        workflow: JSON, not checked to be a graph.
+        unread: names of the caller's values that the modifier never looked at.
+    """
+
+    workflow: dict[str, Any]
+    unread: tuple[str, ...] = ()
+
+
 def apply(
     modifiers: Modifiers,
     name: str,
@@ -43,16 +56,16 @@ def apply(
     workflow_json: Mapping[str, Any] | None = None,
     *,
     timeout_s: float = 30.0,
-) -> dict[str, Any]:
-    """Return the workflow that the modifier `name` makes; blocks, so it is to be called in a worker thread.
+) -> Made:
+    """Return what the modifier `name` makes; blocks, so it is to be called in a worker thread.
 
     The modifier runs in a thread and an event loop of its own. `workflow_json` is for modifiers without a
-    `WORKFLOW_JSON`, others ignore it. Neither it nor `modifications` is changed. What comes back is JSON, and is not
-    checked to be a graph.
+    `WORKFLOW_JSON`, others ignore it. Neither it nor `modifications` is changed.
 
     Raises:
         InvalidInput: there is no such modifier, a value is missing (`MissingValue`), or the modifier refused a value.
-        ModifierFailed: it raised anything else, took longer than `timeout_s` seconds, or made no JSON object.
+        ModifierFailed: its file cannot be loaded, it raised anything else, took longer than `timeout_s` seconds, or
+            made no JSON object.
     """
     found = modifiers.find(name)
     values = copy.deepcopy(dict(modifications or {}))
@@ -61,7 +74,8 @@ def apply(
     error = outcome.exception() if outcome.done() else _TookTooLong()
     if error is not None:
         raise _as_ours(found, error, timeout_s) from None
-    return _as_json(found.name, outcome.result())
+    workflow, unread = outcome.result()
+    return Made(_as_json(found.name, workflow), tuple(map(str, unread)))
 
 
 async def _modified(found: FoundModifier, modifications: dict[str, Any], workflow: Mapping[str, Any] | None) -> Any:
@@ -69,7 +83,9 @@ async def _modified(found: FoundModifier, modifications: dict[str, Any], workflo
         modifier = found.modifier(modifications)
         modifier.workflow_folders = found.workflow_folders
         await modifier.load_workflow(workflow)
-        return await modifier.get_modified_workflow()
+        made = await modifier.get_modified_workflow()
+        # One that has put other values in the place of the caller's has read them all.
+        return made, list(getattr(getattr(modifier, "modifications", None), "unread", ()))
     except (SystemExit, KeyboardInterrupt) as error:
         return _Exited(error)
 

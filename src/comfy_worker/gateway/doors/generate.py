@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
 from typing import Annotated, Any
@@ -30,6 +30,7 @@ from comfy_worker.gateway.doors.generate_words import (
     ended,
     files_of,
     http_status,
+    not_read,
     result_of,
     runpod_request,
 )
@@ -204,7 +205,8 @@ class _Door:
         job_input = body["input"]
         check_source(job_input)
         wants_base64 = bool(job_input.get("return_outputs_as_base64")) or _is_yes(as_base64)
-        job = runpod_request(body, await self._workflow(job_input))
+        workflow, unread = await self._workflow(job_input)
+        job = runpod_request(body, workflow)
         record = await self._service.submit(
             job,
             job_id=job_input.get("request_id") or str(uuid.uuid4()),
@@ -213,17 +215,20 @@ class _Door:
         )
         # For the line that the log has of this request.
         request.state.job_id = record.id
-        return record, warnings_of(body, GenerateRequest)
+        ignored = [*warnings_of(body, GenerateRequest).get("warnings", ()), *not_read(unread)]
+        return record, {"warnings": ignored} if ignored else {}
 
-    async def _workflow(self, job_input: Mapping[str, Any]) -> Mapping[str, Any]:
+    async def _workflow(self, job_input: Mapping[str, Any]) -> tuple[Mapping[str, Any], Sequence[str]]:
+        """Return the workflow to run, and the names of the modifications that its modifier did not read."""
         workflow: Mapping[str, Any] = job_input.get("workflow_json") or {}
         if not job_input.get("modifier"):
-            return await run_in_threadpool(randomized, workflow)
+            return await run_in_threadpool(randomized, workflow), ()
         modifications = job_input.get("modifications") or {}
         limit_s = self._parts.settings.modifier_timeout_s
         modify = partial(apply, self._parts.modifiers, job_input["modifier"], modifications, timeout_s=limit_s)
         # In threads of their own: slow ones keep nobody waiting who wants something else.
-        return await to_thread.run_sync(modify, limiter=self._modifier_threads)
+        made = await to_thread.run_sync(modify, limiter=self._modifier_threads)
+        return made.workflow, made.unread
 
     # ------------------------------------------------------------------------------------------------ result
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -25,6 +25,7 @@ _OWN_FIELDS = ("request_id", "modifier", "modifications", "workflow_json", "retu
 _OTHERS_FIELDS = ("workflow", "template")
 _AWS = "https://s3.amazonaws.com"
 _BUCKET_FIELDS = ("access_key_id", "secret_access_key", "bucket_name")
+_MOST_NAMED = 10
 _ROOM = 100_000
 """Bytes of an answer that are kept for all that is no file."""
 _ENDS: Mapping[JobState, tuple[Status, str]] = {
@@ -112,6 +113,13 @@ def check_source(job_input: Mapping[str, Any]) -> None:
         raise InvalidInput("input needs a workflow_json or a modifier", hint=GenerateRequest.HINT)
     if job_input.get("modifications") and not job_input.get("modifier"):
         raise InvalidInput("input.modifications are for a modifier, and input names none")
+
+
+def not_read(names: Sequence[str]) -> list[str]:
+    """Return, for the answer, a sentence for each of the caller's modifications that the modifier never looked at."""
+    said = [f"input.modifications.{name} was not read by the modifier" for name in names[:_MOST_NAMED]]
+    more = len(names) - _MOST_NAMED
+    return [*said, f"{more} more modifications were not read"] if more > 0 else said
 
 
 def runpod_request(body: Mapping[str, Any], workflow: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,50 @@
+"""The caller's values for a modifier, which notes the values that nobody reads."""
+
+from __future__ import annotations
+
+from collections.abc import ItemsView, Iterator, Mapping, ValuesView
+from typing import Any
+
+
+class Values(dict[str, Any]):
+    """A dict that knows which of its first keys were never looked at.
+
+    Attributes:
+        unread: these keys.
+    """
+
+    def __init__(self, given: Mapping[str, Any]) -> None:
+        super().__init__(given)
+        self.unread = dict.fromkeys(given)
+
+    def __getitem__(self, key: str) -> Any:
+        self.unread.pop(key, None)
+        return super().__getitem__(key)
+
+    def __contains__(self, key: object) -> bool:
+        self.unread.pop(key, None)  # type: ignore[call-overload]
+        return super().__contains__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return a value or the default."""
+        self.unread.pop(key, None)
+        return super().get(key, default)
+
+    def pop(self, key: str, *default: Any) -> Any:
+        """Return a value, or the default, and remove it."""
+        self.unread.pop(key, None)
+        return super().pop(key, *default)
+
+    def __iter__(self) -> Iterator[str]:
+        self.unread.clear()
+        return super().__iter__()
+
+    def items(self) -> ItemsView[str, Any]:  # type: ignore[override]
+        """Return all items, which are read then."""
+        self.unread.clear()
+        return super().items()
+
+    def values(self) -> ValuesView[Any]:  # type: ignore[override]
+        """Return all values, which are read then."""
+        self.unread.clear()
+        return super().values()

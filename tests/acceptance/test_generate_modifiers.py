@@ -1,0 +1,123 @@
+"""Modifiers through the generate API: the documentation's and AI-Dock's own run as printed, a broken one says why."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.comfyui import ComfyUI
+from tests.support.comfyui import comfyui as running_comfyui
+from tests.support.file_server import FileServer, file_server
+from tests.support.graphs import colors, inverted, node, png
+from tests.support.processes import ROOT
+from tests.support.served import Served, served
+
+PAGE = (ROOT / "docs/modifiers.md").read_text(encoding="utf-8")
+CODE = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+PAYLOADS = [json.loads(payload) for payload in re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)]
+
+# The generate API's description, with a workflow of the shape that it needs.
+DESCRIBED = """
+from modifiers.basemodifier import BaseModifier
+import random
+
+class Image2Image(BaseModifier):
+    WORKFLOW_JSON = "workflows/image2image.json"
+
+    def __init__(self, modifications={}):
+        super().__init__(modifications)
+
+    async def apply_modifications(self):
+        # Modify specific nodes in the loaded workflow
+        self.workflow["3"]["inputs"]["seed"] = await self.modify_workflow_value(
+            "seed", random.randint(0, 2**32))
+        self.workflow["6"]["inputs"]["text"] = await self.modify_workflow_value(
+            "prompt", "")
+        # URLs are automatically downloaded and replaced
+        self.workflow["10"]["inputs"]["image"] = await self.modify_workflow_value(
+            "https://example.com/image.jpg")
+
+        # Call parent to handle URL downloads
+        await super().apply_modifications()
+"""
+
+
+@pytest.fixture(scope="module")
+def comfyui() -> Iterator[ComfyUI]:
+    with running_comfyui() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def files() -> Iterator[FileServer]:
+    with file_server() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def gateway(comfyui: ComfyUI, files: FileServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    root = tmp_path_factory.mktemp("gateway")
+    (root / "workflows").mkdir()
+    (root / "modifiers").mkdir()
+    url = files.put("/image.png", png((255, 0, 0)))
+    (root / "modifiers/image2image.py").write_text(DESCRIBED.replace("https://example.com/image.jpg", url))
+    for own in (ROOT / "modifiers").glob("text_*.py"):
+        (root / "modifiers" / own.name).write_text(own.read_text())
+    (root / "modifiers/postcard.py").write_text(CODE[0])
+    (root / "modifiers/broken.py").write_text("\nimport a_package_that_is_nowhere\n\nclass Broken: pass\n")
+    (root / "workflows/image2image.json").write_text(json.dumps(image_to_image()))
+    settings = {"MODIFIERS_DIR": str(root / "modifiers"), "WORKFLOWS_DIR": str(ROOT / "workflows")}
+    with served(comfyui.url, root / "data", **settings, RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS="true") as running:
+        yield running
+
+
+def image_to_image() -> dict[str, Any]:
+    """Return a workflow with the nodes that the description names, which needs no model."""
+    load, invert, save = inverted("none.png").values()
+    invert["inputs"]["image"] = ["10", 0]
+    # Nodes take no notice of inputs that they do not have.
+    sampler, text = node("PrimitiveInt", value=1, seed=0), node("PrimitiveString", value="words", text="")
+    return {"10": load, "2": invert, "9": save, "3": sampler, "6": text}
+
+
+def test_the_descriptions_modifier_runs_as_printed(gateway: Served) -> None:
+    payload = {"input": {"modifier": "Image2Image", "modifications": {"prompt": "a beautiful sunset"}}}
+    result = gateway.post("/generate/sync", payload).json()
+    assert result["status"] == "completed", result
+    [output] = result["output"]
+    picture = gateway.get(output["url"].removeprefix(gateway.url)).content
+    assert colors(picture) == [(0, 255, 255)], "the URL was downloaded, and the picture inverted"
+
+
+@pytest.mark.parametrize("payload", PAYLOADS, ids=lambda payload: payload["input"]["modifier"])
+def test_the_examples_of_the_documentation_run_as_printed(gateway: Served, payload: dict[str, Any]) -> None:
+    answer = gateway.post("/generate/sync", payload)
+    result = answer.json()
+    assert (answer.status_code, result["status"]) == (200, "completed"), result
+    assert "warnings" not in result
+    [output] = result["output"]
+    assert output["output_type"] == "images"
+
+
+@pytest.mark.parametrize("path", ["/generate", "/generate/sync", "/generate/stream"])
+def test_a_modifier_that_cannot_be_loaded_is_named_with_file_line_and_reason(
+    gateway: Served, tmp_path: Path, path: str
+) -> None:
+    answer = gateway.post(path, {"input": {"modifier": "Broken"}})
+    reason = "broken.py, line 2: ModuleNotFoundError: No module named 'a_package_that_is_nowhere'"
+    assert (answer.status_code, answer.json()["code"]) == (500, "modifier_failed")
+    assert answer.json()["error"] == f"Modifier Broken could not be loaded: {reason}"
+    other = gateway.post(path, {"input": {"modifier": "Nobodys"}})
+    assert (other.status_code, other.json()["hint"]) == (400, f"These files could not be loaded: {reason}")
+    assert str(tmp_path.parents[1]) not in answer.text + other.text
+
+
+def test_a_modification_that_is_not_read_is_a_warning(gateway: Served) -> None:
+    payload = {"input": {"modifier": "Text2Image", "modifications": {"prompt": "a sea", "colour": "red"}}}
+    result = gateway.post("/generate/sync", payload).json()
+    assert result["warnings"] == ["input.modifications.colour was not read by the modifier"]
