@@ -32,7 +32,16 @@ $(VENV)/.dev-ready: $(BIN)/python pyproject.toml requirements.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@ $(VENV)/.run-ready
 
-setup: $(VENV)/.dev-ready
+# RunPod's JavaScript SDK, which its tests play as it is; without Node they are skipped.
+$(VENV)/.clients-ready: $(BIN)/python tests/data/clients/package.json tests/data/clients/package-lock.json
+	@mkdir -p $(VENV)/clients
+	@cp tests/data/clients/package.json tests/data/clients/package-lock.json $(VENV)/clients/
+	@if command -v node >/dev/null && command -v npm >/dev/null; then \
+	    npm ci --prefix $(VENV)/clients --ignore-scripts --no-audit --no-fund --silent; \
+	  else echo "Without Node and npm the tests of RunPod's JavaScript SDK are skipped"; fi
+	@touch $@
+
+setup: $(VENV)/.dev-ready $(VENV)/.clients-ready
 
 demo: $(VENV)/.run-ready
 	@port=$$($(BIN)/python -c 'import socket; s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1])'); \
@@ -46,7 +55,7 @@ lint: $(VENV)/.dev-ready
 	@$(BIN)/hadolint Dockerfile
 
 # One real ComfyUI has one queue: its tests take turns.
-test: lint
+test: lint $(VENV)/.clients-ready
 	@$(BIN)/python -m pytest -n $(if $(COMFYUI_URL),0,3) --dist loadfile
 
 bench: $(VENV)/.dev-ready

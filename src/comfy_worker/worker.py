@@ -139,9 +139,7 @@ def _within(output: dict[str, Any], limit: int | None) -> dict[str, Any]:
     Raises:
         OutputTooLarge: it does not fit.
     """
-    # As the RunPod SDK sends it: other alphabets are not escaped.
-    size = 0 if limit is None else len(json.dumps(output, ensure_ascii=False).encode())
-    if limit is None or size <= limit:
+    if limit is None or (size := _bytes_of(output)) <= limit:
         return output
     if "error" in output:
         return {"error": f"{output['error'][:_LONGEST_SENTENCE]}…", "code": output["code"]}
@@ -149,6 +147,11 @@ def _within(output: dict[str, Any], limit: int | None) -> dict[str, Any]:
         f"The answer has {size} bytes and may have {limit}",
         hint="Set up S3 (BUCKET_ENDPOINT_URL and its keys), or make fewer or smaller outputs and texts",
     )
+
+
+def _bytes_of(output: Mapping[str, Any]) -> int:
+    """Return how many bytes RunPod's SDK sends: other alphabets are not escaped, an error is there twice."""
+    return sum(len(json.dumps(part, ensure_ascii=False).encode()) for part in (output, output.get("error", "")))
 
 
 def json_safe(value: Any) -> Any:

@@ -135,6 +135,15 @@ def test_a_failing_job_says_why(endpoint: Endpoint, gateway: Served) -> None:
     assert gateway.ended(job.job_id)["status"] == "FAILED"
 
 
+def test_run_sync_of_a_failed_job_shows_the_sentence(endpoint: Endpoint) -> None:
+    """The client returns `output` and nothing else."""
+    output = endpoint.run_sync({"workflow": work(0.1, fail_at=1)}, timeout=60)
+    assert output["error"].startswith("Workflow execution error: Node Type: TestWork, Node ID: 3")
+    assert output["code"] == "out_of_memory"
+    streamed = list(endpoint.run({"workflow": work(0.1, fail_at=1)}).stream())
+    assert streamed[-1]["error"] == output["error"]
+
+
 def test_a_job_longer_than_the_wait_is_polled(gateway: Served, endpoint: Endpoint) -> None:
     answer = gateway.post("/v2/mine/runsync?wait=1000", {"input": {"workflow": work(1.5)}}).json()
     assert answer["id"].startswith("sync-")
@@ -205,7 +214,9 @@ def test_the_asyncio_client_does_it_all_too(endpoint: Endpoint, comfyui: ComfyUI
             await asyncio.to_thread(comfyui.wait_until_running)
             assert (await long.cancel())["status"] == "CANCELLED"
             failing = await mine.run({"workflow": work(0.1, fail_at=1)})
-            assert (await failing.output(timeout=30))["code"] == "out_of_memory"
+            failed = await failing.output(timeout=30)
+            assert failed["error"].startswith("Workflow execution error: Node Type: TestWork, Node ID: 3")
+            assert failed["code"] == "out_of_memory"
             assert (await mine.health())["workers"]["ready"] == 1
             assert (await mine.purge_queue())["status"] == "completed"
 

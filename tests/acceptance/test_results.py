@@ -169,7 +169,7 @@ def test_a_failure_that_does_not_fit_is_still_a_failure(plain: Endpoint) -> None
 
     assert status["status"] == "FAILED"
     assert status["error"].startswith("Workflow validation failed: Node 1 (width)")
-    assert status["output"] == {"code": "invalid_workflow"}
+    assert status["output"] == {"error": status["error"], "code": "invalid_workflow"}
 
 
 # ------------------------------------------------------------------------------------------------------ JSON

@@ -117,6 +117,8 @@ def test_a_node_that_fails_fails_the_job_with_its_own_words(plain: Endpoint) -> 
     assert status["error"].startswith(
         "Workflow execution error: Node Type: TestWork, Node ID: 3, Message: CUDA out of memory"
     )
+    # RunPod's Python client shows nothing but the output.
+    assert status["output"]["error"] == status["error"]
     assert status["output"]["code"] == "out_of_memory"
 
 

@@ -48,7 +48,7 @@ _UNTOLD = "positive_data_acceptance"
 """Their requests have rules that no schema can say: either a workflow or a modifier, say."""
 _NOT_THERE_YET = "/api/workflow/generate"
 _OURS = (
-    r"^(/v2/\{endpoint_id\})?/(run|runsync|status|stream|cancel|retry|purge-queue|health)(/|$)"
+    r"^(/v2/\{endpoint_id\})?/(run|runsync|status|status-sync|stream|cancel|retry|purge-queue|health)(/|$)"
     r"|^/(events|assets|live|ready|metrics)(/|$)"
 )
 _COMMON_ERRORS = ("400", "401", "413", "429", "500", "503")

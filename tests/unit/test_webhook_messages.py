@@ -136,7 +136,7 @@ def test_the_body_has_the_shape_of_runpods_status() -> None:
         "status": "FAILED",
         "executionTime": 500,
         "error": "No room",
-        "output": {"code": "disk_full", "hint": "Buy some"},
+        "output": {"error": "No room", "code": "disk_full", "hint": "Buy some"},
     }
 
 

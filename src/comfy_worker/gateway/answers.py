@@ -162,6 +162,7 @@ class RunRequest(BaseModel):
     )
     input: dict[str, Any] | str = Field(description="The workflow and its files; see docs/api.md.")
     webhook: str | None = Field(None, description="URL that is told of the job's end.")
+    webhookV2: str | None = Field(None, description="The same; `webhook` counts where both are there.")
     policy: Policy | None = None
     s3Config: BucketConfig | None = None
 

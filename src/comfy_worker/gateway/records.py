@@ -91,6 +91,8 @@ class JobRecord:
 def status_body(record: JobRecord, output: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return a job in the shape of RunPod's `/status`.
 
+    The error stands in the output too: the `output()` of RunPod's client shows nothing else of a failed job.
+
     Args:
         record: the job.
         output: its output as the reader can use it, with the bytes of its files or URLs in place of references.
@@ -104,8 +106,13 @@ def status_body(record: JobRecord, output: Mapping[str, Any] | None) -> dict[str
         body["output"] = output
     if record.error is not None:
         body["error"] = record.error["error"]
-        body["output"] = {key: value for key, value in record.error.items() if key != "error"}
+        body["output"] = {**(output or {}), **record.error}
     return body
+
+
+def has_output(record: JobRecord) -> bool:
+    """Return whether `/status` shows an output that stays: what the job made, or why it failed."""
+    return record.output is not None or record.error is not None
 
 
 @dataclass(frozen=True)

@@ -37,15 +37,16 @@ def start(settings: Settings) -> None:
     os.environ.setdefault("RUNPOD_LOG_LEVEL", os.environ.get("RUNPOD_DEBUG_LEVEL", "INFO"))
     import_runpod()
     import runpod
-    from runpod.serverless.modules import rp_http, rp_ping, rp_scale
+    from runpod.serverless.modules import rp_http, rp_job, rp_ping, rp_scale
 
     # The SDK configures the root logger as it is imported; ours comes after.
     configure_logs(settings.log_level, settings.secrets())
     from comfy_worker.serverless.job_loop import JobLoop
-    from comfy_worker.serverless.results import patient_retries
+    from comfy_worker.serverless.results import patient_retries, with_error_in_output
 
     rp_scale.JobScaler = JobLoop
     rp_http.FibonacciRetry = patient_retries
+    rp_job.run_job = with_error_in_output(rp_job.run_job)
     rp_ping.Heartbeat.process_loop = staticmethod(ping_while_the_worker_lives)
     runpod.serverless.register_fitness_check(comfyui_is_ready)
     runpod.serverless.register_fitness_check(worker_is_warm)

@@ -128,8 +128,6 @@ def status_of(output: Mapping[str, Any]) -> JobState:
 
 
 def end_of(job_id: str, output: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-    """Return a job's end in the shape of RunPod's `/status`: the error beside the output, not in it."""
-    body = {"id": job_id, "status": status_of(output).value, "executionTime": round(seconds * 1000)}
-    if "error" not in output:
-        return {**body, "output": output}
-    return {**body, "error": output["error"], "output": {key: output[key] for key in output if key != "error"}}
+    """Return a job's end in the shape of RunPod's `/status`: an error stands in the output and beside it."""
+    body = {"id": job_id, "status": status_of(output).value, "executionTime": round(seconds * 1000), "output": output}
+    return {**body, "error": output["error"]} if "error" in output else body

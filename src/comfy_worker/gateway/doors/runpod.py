@@ -33,7 +33,7 @@ from comfy_worker.gateway.errors import NotFound
 from comfy_worker.gateway.events import PROGRESS, Event
 from comfy_worker.gateway.leaving import while_connected
 from comfy_worker.gateway.limits import MB, RUN_LIMIT, RUNSYNC_LIMIT
-from comfy_worker.gateway.records import JobRecord, status_body
+from comfy_worker.gateway.records import JobRecord, has_output, status_body
 from comfy_worker.jobs import JobState, Kind
 
 _WAIT_MS = 90_000
@@ -47,6 +47,7 @@ Files = Annotated[
     Literal["base64", "url"],
     Query(description="How files come: in the answer, or as links that work for a while without a key."),
 ]
+Wait = Annotated[int, Query(ge=1000, le=300_000, description="Milliseconds.")]
 Idempotency = Annotated[
     str | None,
     Header(
@@ -73,6 +74,7 @@ def router(parts: Parts) -> APIRouter:
         _Route("/run", ("POST",), door.run, JobAnswer, (409, 503), request_body(RunRequest)),
         _Route("/runsync", ("POST",), door.runsync, StatusAnswer, (404, 409, 503), request_body(RunRequest)),
         _Route("/status/{job_id}", ("GET", "POST"), door.status, StatusAnswer, (404,)),
+        _Route("/status-sync/{job_id}", ("GET", "POST"), door.status_sync, StatusAnswer, (404,)),
         _Route("/stream/{job_id}", ("GET", "POST"), door.stream, StreamAnswer, (404,)),
         _Route("/cancel/{job_id}", ("POST",), door.cancel, JobAnswer, (404,)),
         _Route("/retry/{job_id}", ("POST",), door.retry, JobAnswer, (404, 409)),
@@ -129,7 +131,7 @@ class _Door:
     async def runsync(
         self,
         request: Request,
-        wait: Annotated[int, Query(ge=1000, le=300_000, description="Milliseconds.")] = _WAIT_MS,
+        wait: Wait = _WAIT_MS,
         files: Files = "base64",
         idempotency_key: Idempotency = None,
     ) -> Answer:
@@ -140,7 +142,7 @@ class _Door:
         return await self._answer(request, waited, files) if waited else _brief(record)
 
     async def _submit(self, request: Request, idempotency_key: str | None, *, sync: bool) -> JobRecord:
-        body = await read_body(request, RunRequest)
+        body = _with_webhook(await read_body(request, RunRequest))
         endpoint_id = _endpoint(request) or "local"
         # A key of one client must not lead to the job of another.
         key = _own_key(request.state.client, endpoint_id, idempotency_key) if idempotency_key else None
@@ -153,6 +155,13 @@ class _Door:
         """Return where a job stands, with its output when it has one."""
         return await self._answer(request, await self._service.get(job_id), files)
 
+    async def status_sync(
+        self, request: Request, job_id: JobId, wait: Wait = _WAIT_MS, files: Files = "base64"
+    ) -> Answer:
+        """Return a job's result, or where it stands after `wait` milliseconds."""
+        waited = await while_connected(request, self._service.wait(job_id, wait / 1000))
+        return await self._answer(request, waited or await self._service.get(job_id), files)
+
     async def stream(self, request: Request, job_id: JobId) -> Answer:
         """Return what a job has told since the last call with this key; waits up to 5 s for something to tell."""
         record = await self._get_followed(request.state.client, job_id)
@@ -162,11 +171,10 @@ class _Door:
             told = await self._wait_for_one(job_id, reader.after)
             record = await self._service.get(job_id)
         chunks = [{"output": dict(event.data)} for event in told if event.type == PROGRESS]
-        if record.state is JobState.COMPLETED and not reader.has_output:
-            chunks.append(
-                {"output": await run_in_threadpool(self._output, record, "base64", self._parts.base_url(request))}
-            )
-        cursor = Cursor(told[-1].number if told else reader.after, record.state is JobState.COMPLETED)
+        if has_output(record) and not reader.has_output:
+            status = await run_in_threadpool(self._with_output, record, "base64", self._parts.base_url(request))
+            chunks.append({"output": status["output"]})
+        cursor = Cursor(told[-1].number if told else reader.after, has_output(record))
         await self._cursors.keep(request.state.client, job_id, cursor)
         return Answer({"status": record.state.value, "stream": chunks})
 
@@ -229,19 +237,21 @@ class _Door:
         """Return RunPod's `/status` of a job."""
         if record.output is None:
             return Answer(status_body(record, await self._progress(record)))
-        return await run_in_threadpool(self._with_output, record, files, self._parts.base_url(request))
+        return await run_in_threadpool(self._within_limit, record, files, self._parts.base_url(request))
 
-    def _with_output(self, record: JobRecord, files: str, base: str) -> Answer:
-        answer = Answer(status_body(record, self._output(record, files, base)))
+    def _within_limit(self, record: JobRecord, files: str, base: str) -> Answer:
+        answer = Answer(self._with_output(record, files, base))
         if len(answer.body) > _limit(record):
             raise OutputTooLarge(
                 f"The answer would have more than {_limit(record)} bytes", hint="Let the workflow make less"
             )
         return answer
 
-    def _output(self, record: JobRecord, files: str, base: str) -> dict[str, Any]:
-        """Return a job's output; files that do not fit into an answer come as links."""
-        output = record.output or {}
+    def _with_output(self, record: JobRecord, files: str, base: str) -> dict[str, Any]:
+        """Return RunPod's `/status` of a job that has ended; files that do not fit into an answer come as links."""
+        return status_body(record, None if record.output is None else self._output(record, record.output, files, base))
+
+    def _output(self, record: JobRecord, output: Mapping[str, Any], files: str, base: str) -> dict[str, Any]:
         limit = _limit(record)
         if files == "base64" and _bytes_of_files(output) * 4 // 3 + _ROOM < limit:
             return self._parts.assets.as_base64(output)
@@ -273,6 +283,11 @@ def _workers(backends: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 def _endpoint(request: Request) -> str | None:
     endpoint_id: str | None = request.path_params.get("endpoint_id")
     return endpoint_id
+
+
+def _with_webhook(body: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a job with the receiver that it names as `webhookV2`, as the type of RunPod's JavaScript SDK lets it."""
+    return body if body.get("webhook") or not body.get("webhookV2") else {**body, "webhook": body["webhookV2"]}
 
 
 def _own_key(*parts: str) -> str:
