@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from comfy_worker.jobs import Conversion
-from comfy_worker.media import load_pillow
+from comfy_worker.media import BROKEN_PICTURE, load_pillow
 
 if TYPE_CHECKING:
     from PIL import Image
+
+log = logging.getLogger(__name__)
 
 _READABLE = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "TIFF", "BMP", "TGA", "PPM", "JPEG2000", "AVIF")
 """Pillow's other readers stay shut to what a node may have written; one of them starts Ghostscript."""
@@ -69,8 +72,11 @@ def convert(content: bytes, filename: str, conversion: Conversion) -> Converted:
             return _Picture(image, content, filename, conversion).convert()
     except ConversionFailed:
         raise
-    except Exception as error:  # Pillow's readers say anything to what is broken
+    except BROKEN_PICTURE as error:
         raise ConversionFailed("it is broken, or in a format that cannot be read") from error
+    except Exception as error:
+        log.exception("Pillow could not convert a picture because of a bug; it is delivered as it is")
+        raise ConversionFailed("the worker could not convert it because of a bug; its log says where") from error
 
 
 def _open(content: bytes) -> Image.Image:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import io
+import logging
 import mimetypes
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO, TypeAlias
 
 from comfy_worker.jobs import Kind
+
+log = logging.getLogger(__name__)
 
 Content: TypeAlias = bytes | Path | BinaryIO
 """A file's content: the bytes, where they lie, or a file that can be read and sought in."""
@@ -67,6 +71,11 @@ _MORE_EXACT_NAMES = {"audio/opus": "audio/ogg"}
 """What a name may tell beyond the content's container."""
 _HEAD_BYTES = 8192
 """How much of a file filetype looks at."""
+
+BROKEN_PICTURE = (OSError, ValueError, RuntimeError, SyntaxError, EOFError, LookupError, struct.error)
+"""What Pillow's readers raise for a broken file. TypeError and AttributeError are not here: a changed Pillow raises
+those."""
+_FIRST_PYAV_THAT_TAKES_ALL_TAGS = 19
 
 
 @dataclass(frozen=True)
@@ -143,7 +152,10 @@ def _inspect_picture(by_name: str, file: BinaryIO) -> Media | None:
         with pillow.open(file) as image:
             by_content = image.get_format_mimetype() if hasattr(image, "get_format_mimetype") else None
             return Media(by_content or pillow.MIME.get(image.format or "", by_name), *image.size)
-    except Exception:  # noqa: BLE001 - whatever a broken file makes it say, the file is delivered, by its name
+    except BROKEN_PICTURE:
+        return None
+    except Exception:
+        log.exception("Pillow could not inspect a %s because of a bug; the file is delivered by its name", by_name)
         return None
 
 
@@ -153,10 +165,21 @@ def _inspect_recording(by_name: str, by_head: str, file: BinaryIO) -> Media | No
 
     file.seek(0)
     try:
-        with av.open(file, format=_DEMUXERS[by_head], metadata_errors="ignore") as container:
+        with av.open(file, format=_DEMUXERS[by_head], **_ignored_tags()) as container:
             return _media_of(container, by_name, by_head)
-    except Exception:  # noqa: BLE001 - as above
+    except av.FFmpegError:
         return None
+    except Exception:
+        log.exception("PyAV could not inspect a %s because of a bug; the file is delivered by its name", by_head)
+        return None
+
+
+def _ignored_tags() -> dict[str, Any]:
+    """Return the option of `av.open` for tags that are not UTF-8: older versions refuse the file without it."""
+    import av
+
+    major = int(av.__version__.partition(".")[0])
+    return {"metadata_errors": "ignore"} if major < _FIRST_PYAV_THAT_TAKES_ALL_TAGS else {}
 
 
 def _media_of(container: Any, by_name: str, by_head: str) -> Media | None:
@@ -170,10 +193,12 @@ def _media_of(container: Any, by_name: str, by_head: str) -> Media | None:
     # One container is for both: only its streams tell whether this one is a video.
     main_type = "video" if videos else "audio"
     by_content = f"{main_type}/{subtype}"
+    # A stream has no codec context if FFmpeg does not know its codec.
+    codec = videos[0].codec_context if videos else None
     return Media(
         by_name if _MORE_EXACT_NAMES.get(by_name) == by_content else by_content,
-        videos[0].width if videos else None,
-        videos[0].height if videos else None,
+        codec.width if codec else None,
+        codec.height if codec else None,
         _duration_s(container),
     )
 

@@ -317,6 +317,21 @@ def test_what_is_no_picture_is_refused(content: bytes) -> None:
         convert(content, "a.png", Conversion("jpeg"))
 
 
+def test_a_library_that_changed_is_logged_with_its_traceback(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def changed(*_arguments: object, **_named: object) -> object:
+        raise TypeError("got an unexpected keyword argument")
+
+    content = saved(Image.new("RGB", (4, 4)))
+    monkeypatch.setattr(Image.Image, "save", changed)
+    with pytest.raises(ConversionFailed, match="the worker could not convert it because of a bug; its log says where"):
+        convert(content, "a.png", Conversion("jpeg"))
+    (record,) = caplog.records
+    assert record.levelname == "ERROR"
+    assert record.exc_info and record.exc_info[0] is TypeError
+
+
 @given(
     source=st.sampled_from(["PNG", "JPEG", "WEBP", "GIF"]),
     changes=st.lists(st.tuples(st.integers(0, 4000), st.integers(0, 255)), max_size=8),

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import av
@@ -121,14 +122,32 @@ def test_an_avif_whose_header_is_broken() -> None:
     assert inspect("a.avif", content.replace(b"pitm", b"xxxx")) == Media("image/avif"), place
 
 
+def changed_library(*_arguments: object, **_named: object) -> object:
+    raise TypeError("got an unexpected keyword argument")
+
+
+@pytest.mark.parametrize(("library", "name"), [(Image, "a.png"), (av, "a.mp4")])
+def test_a_library_that_changed_is_logged_with_its_traceback(
+    library: ModuleType, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    content = picture("PNG") if name == "a.png" else recording("mp4", video="mpeg4")
+    monkeypatch.setattr(library, "open", changed_library)
+    media = inspect(name, content)
+    assert media == Media(mime_type_of_name(name))
+    (record,) = caplog.records
+    assert record.levelname == "ERROR"
+    assert record.exc_info and record.exc_info[0] is TypeError
+
+
 # ---------------------------------------------------------------------------------- videos and sounds
 
 
 @cache
-def recording(form: str, *, video: str | None = None, audio: str | None = None) -> bytes:
+def recording(form: str, *, video: str | None = None, audio: str | None = None, title: str = "") -> bytes:
     """Return two seconds of a grey picture of 64 x 48, of silence, or of both, in a container of FFmpeg's name."""
     written = io.BytesIO()
     with av.open(written, "w", format=form) as container:
+        container.metadata["title"] = title
         # All streams are there before the first packet, with which the header is written.
         pictures = add_video(container, video) if video else None
         sounds = container.add_stream(audio, rate=48_000, layout="mono") if audio else None
@@ -211,6 +230,20 @@ def test_a_sound_with_a_cover_is_a_sound() -> None:
                     container.mux(packet)
     media = inspect("a.flac", written.getvalue())
     assert (media.mime_type, media.width, media.height) == ("audio/flac", None, None)
+
+
+@pytest.mark.parametrize(("form", "codecs"), [("mp4", {"video": "mpeg4"}), ("flac", {"audio": "flac"})])
+def test_a_recording_is_known_though_its_tags_are_not_utf8(form: str, codecs: dict[str, str]) -> None:
+    content = recording(form, **codecs, title="Kaese")
+    media = inspect("a", content.replace(b"Kaese", b"K\xe4se "))
+    assert media == inspect("a", content)
+    assert media.duration_s
+
+
+def test_a_video_whose_codec_is_unknown_has_a_type_and_a_length(caplog: pytest.LogCaptureFixture) -> None:
+    content = recording("matroska", video="libvpx").replace(b"V_VP8", b"V_VPX")
+    assert inspect("a", content) == Media("video/x-matroska", None, None, 2.0)
+    assert not caplog.records
 
 
 def test_bytes_a_path_and_an_open_file_are_the_same(tmp_path: Path) -> None:

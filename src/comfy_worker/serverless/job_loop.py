@@ -16,6 +16,7 @@ from collections.abc import Collection
 from functools import partial
 from typing import Any
 
+import aiohttp
 from runpod.http_client import AsyncClientSession, TooManyRequests
 from runpod.serverless.modules import rp_fitness, rp_scale
 
@@ -81,9 +82,11 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
         self._heed_signals()
         async with AsyncClientSession() as session, JobPolls(self.jobs_fetcher) as polls:
             helpers = [
-                asyncio.create_task(self.monitor_stop_signals(session)),
-                asyncio.create_task(self._monitor_comfyui()),
+                asyncio.create_task(self.monitor_stop_signals(session), name="the watch for stop signals"),
+                asyncio.create_task(self._monitor_comfyui(), name="the watch over ComfyUI"),
             ]
+            for helper in helpers:
+                helper.add_done_callback(_log_bug)
             await self._take_jobs(session, polls)
             await asyncio.gather(*self._tasks, return_exceptions=True)
             # The SDK's loops look at this; one whose poll ends as it is cancelled would otherwise begin another.
@@ -134,7 +137,12 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
         except TooManyRequests:
             await self._first_of(timeout_s=_RATE_LIMITED_BACK_OFF_S)
             return []
-        except Exception as error:  # noqa: BLE001 - whatever the platform does, the worker asks again
+        except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
+            await self._back_off(error)
+            return []
+        # A fault of the SDK or of ours; the worker goes on asking, for the next answer may do.
+        except Exception as error:
+            log.exception("asking RunPod for a job met a bug")
             await self._back_off(error)
             return []
         self._failures = 0
@@ -234,3 +242,8 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
                 self.kill_worker()
                 return
             await asyncio.sleep(_HEALTH_INTERVAL_S)
+
+
+def _log_bug(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (bug := task.exception()):
+        log.error("%s met a bug", task.get_name(), exc_info=bug)
