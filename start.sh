@@ -60,6 +60,18 @@ find_comfyui_python() {
     "that ComfyUI's requirements are installed for."
 }
 
+# What .env says is set like the rest of the environment, which goes before it; the worker's python reads the file, as
+# it does where there is no start.sh.
+read_env_file() {
+  local python assignments
+  [[ -n ${ENV_FILE-.env} && (-n ${ENV_FILE:-} || -f .env) ]] || return 0
+  python=$(program "${WORKER_PYTHON:-$(find_worker_python)}")
+  assignments=$(env "$(python_path)" "$python" -m comfy_worker.env_file) ||
+    fail "$EXIT_CONFIG" "The settings in ${ENV_FILE-.env} cannot be read by $python."
+  eval "$assignments"
+  export ENV_FILE= # the worker, which runs in another folder, looks for no other
+}
+
 read_worker_settings() {
   worker_python=$(program "${WORKER_PYTHON:-$(find_worker_python)}")
   command -v -- "$worker_python" >/dev/null ||
@@ -419,6 +431,7 @@ main() {
   local status=0
   stop_signal='' worker_pid='' supervisor_pid='' run_dir='' interrupted=no
   check_bash
+  read_env_file
   read_log_level
   read_worker_settings
   read_max_deaths

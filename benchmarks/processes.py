@@ -18,7 +18,7 @@ def module(*arguments: str, environment: Mapping[str, str] | None = None) -> Ite
     """Run `python -m …` until the end of the block; what it prints is not shown."""
     process = subprocess.Popen(
         [sys.executable, "-m", *arguments],
-        env={**os.environ, **(environment or {})},
+        env={**os.environ, "ENV_FILE": "", **(environment or {})},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

@@ -12,6 +12,9 @@ from pydantic import AliasChoices
 
 from comfy_worker.settings import Settings
 
+# A developer's .env is no part of a test.
+os.environ["ENV_FILE"] = ""
+
 settings.register_profile(
     "project",
     # A machine's speed is no property of the code.

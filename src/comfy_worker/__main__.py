@@ -11,6 +11,7 @@ from pathlib import Path
 from socket import socket
 from typing import TYPE_CHECKING
 
+from comfy_worker.env_file import read_env_file
 from comfy_worker.errors import InvalidInput, WorkerError
 from comfy_worker.signals import END_SIGNALS, end_at_once
 
@@ -49,6 +50,7 @@ def _run(serve: Callable[[], int]) -> int:
         # Until those who have something to end in order put their own in its place.
         signal.signal(number, end_at_once)
     try:
+        read_env_file()
         return serve()
     except ModuleNotFoundError as error:
         _say(_what_to_install(error))

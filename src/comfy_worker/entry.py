@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 
+from comfy_worker.env_file import read_env_file
 from comfy_worker.errors import WorkerError
 from comfy_worker.logs import configure_logs
 from comfy_worker.settings import load_settings
@@ -15,6 +16,7 @@ from comfy_worker.webhooks import Webhooks
 def run(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
     """Run until the end of the worker, the API or the job; return the process's exit code."""
     try:
+        read_env_file()
         settings = load_settings()
         # What can only fail later is refused now, before a job has been run for nothing.
         Storages(settings).check()

@@ -84,6 +84,25 @@ def test_every_variable_is_documented() -> None:
     assert read == set(re.findall(r"^\| `([A-Z_]+)` \|", section, re.MULTILINE))
 
 
+class TestEnvFile:
+    def test_sets_what_start_sh_and_the_worker_read(self, container: Container) -> None:
+        for name in ("COMFYUI_DIR", "COMFYUI_PYTHON", "COMFY_CPU"):
+            del container.env[name]
+        lines = ["COMFYUI_DIR=none", "COMFYUI_URL=http://comfy:1", "HANDLER_EXIT=4", "COMFYUI_BASE_DIRECTORY='a b'"]
+        (container.folder / ".env").write_text("\n".join(lines))
+        code, output = container.run(ENV_FILE=".env", COMFYUI_BASE_DIRECTORY="mine")
+        assert code == 4
+        env = told(output, "handler")["env"]
+        assert isinstance(env, dict)
+        assert (env["COMFYUI_URL"], env["COMFYUI_BASE_DIRECTORY"]) == ("http://comfy:1", "mine")
+
+    def test_that_is_not_there_is_refused(self, container: Container) -> None:
+        code, output = container.run(ENV_FILE="nowhere")
+        assert code == 2
+        assert "The file nowhere with settings cannot be read: No such file or directory" in output
+        assert "Traceback" not in output
+
+
 class TestWhatIsRefused:
     def test_no_comfyui(self, container: Container) -> None:
         code, output = container.run(COMFYUI_DIR="none")

@@ -191,9 +191,9 @@ class Process:
 
 
 def clean_environment(added: Mapping[str, str]) -> dict[str, str]:
-    """Return a bare environment with `added`: Python unbuffered and in UTF-8, nothing of a worker's settings."""
+    """Return a bare environment with `added`: Python unbuffered and in UTF-8, no settings, no `.env`."""
     kept = {name: os.environ[name] for name in _KEPT if name in os.environ}
-    return {**kept, "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1", **added}
+    return {**kept, "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1", "ENV_FILE": "", **added}
 
 
 def start_handler(

@@ -93,8 +93,8 @@ class TestVariables:
         for service in compose.raw()["services"].values():
             for name, value in service.get("environment", {}).items():
                 if SECRET.search(name) and name != "BUCKET_ACCESS_KEY_ID":
-                    assert re.search(r"\$\{[A-Z_]+:\?", value), name
-                    assert not re.search(r"\$\{[A-Z_]*(?:PASSWORD|SECRET|KEY)[A-Z_]*:-", value), name
+                    assert re.search(r"\$\{[A-Z0-9_]+:\?", value), name
+                    assert not re.search(r"\$\{[A-Z0-9_]*(?:PASSWORD|SECRET|KEY)[A-Z0-9_]*:-", value), name
 
     def test_all_that_our_services_are_told_is_a_setting(self, complete: dict[str, Any]) -> None:
         settings = compose.setting_names()

@@ -1,0 +1,66 @@
+"""The file `.env` of the working directory, taken into the environment before anything is read out of that.
+
+`python -m comfy_worker.env_file` prints what it sets as bash commands, for start.sh.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from dotenv import dotenv_values
+
+from comfy_worker.errors import InvalidInput
+
+_DEFAULT = ".env"
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_REFUSED = 2
+
+
+def read_env_file() -> None:
+    """Set each variable of the file that the environment does not have; ENV_FILE names another file, or none if empty.
+
+    Raises:
+        InvalidInput: ENV_FILE names a file that is not there, or the file cannot be read.
+    """
+    os.environ.update(_new_variables())
+
+
+def _new_variables() -> Mapping[str, str]:
+    file = Path(name) if (name := os.environ.get("ENV_FILE", _DEFAULT)) else None
+    if file is None or ("ENV_FILE" not in os.environ and not file.is_file()):
+        return {}
+    try:
+        with file.open(encoding="utf-8") as stream:
+            values = dotenv_values(stream=stream)
+    except OSError as error:
+        raise InvalidInput(f"The file {name} with settings cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InvalidInput(f"The file {name} with settings is not written in UTF-8") from None
+    if "\0" in "".join(f"{variable}{value}" for variable, value in values.items()):
+        raise InvalidInput(f"The file {name} with settings has a NUL in it, which no variable can have")
+    return {
+        variable: value
+        for variable, value in values.items()
+        if variable and value is not None and variable not in os.environ
+    }
+
+
+def _main() -> int:
+    try:
+        variables = _new_variables()
+    except InvalidInput as error:
+        print(error.message, file=sys.stderr)  # noqa: T201 - start.sh shows it
+        return _REFUSED
+    for name, value in variables.items():
+        if _NAME.fullmatch(name):
+            print(f"export {name}={shlex.quote(value)}")  # noqa: T201 - this is its answer
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main())
