@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from pydantic import AliasChoices
 
+from comfy_worker.gateway.callers import ANYONE, acting
 from comfy_worker.settings import Settings
 
 # A developer's .env is no part of a test.
@@ -30,6 +31,13 @@ def leftovers() -> Iterator[None]:
     """Have what a file's tests left open complained of with that file, not in whichever test the collector runs."""
     yield
     gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def caller() -> Iterator[None]:
+    """Call the gateway's service as anyone, as a request without keys does; a request to a door brings its own."""
+    with acting(ANYONE):
+        yield
 
 
 @pytest.fixture

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from comfy_worker.gateway.settings import GatewaySettings
 
 _START_FAILED = 1
+_OWN_NAME = "default"
+"""Of the key that the gateway makes itself, so that the jobs outlive a change of the key."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -77,7 +79,7 @@ def _serve_with_workers(settings: GatewaySettings) -> int:
     from comfy_worker.gateway.several import serve_with_several
 
     _make_data_dir(settings)
-    configure_gateway_logs(settings.log_level, [*settings.secrets(), *settings.given_keys], settings.log_format)
+    configure_gateway_logs(settings.log_level, settings.secrets(), settings.log_format)
     _check_database(settings)
     return serve_with_several(serve_beside_others, settings.api_host, settings.api_port, settings.api_workers)
 
@@ -89,7 +91,7 @@ def _reload(settings: GatewaySettings) -> int:
     from comfy_worker.gateway.jsonlogs import configure_gateway_logs
     from comfy_worker.gateway.server import serve_reloading
 
-    configure_gateway_logs(settings.log_level, [*settings.secrets(), *settings.given_keys], settings.log_format)
+    configure_gateway_logs(settings.log_level, settings.secrets(), settings.log_format)
     serve_reloading(serve_again, settings.api_host, settings.api_port, Path(__file__).parent)
     return 0
 
@@ -110,9 +112,12 @@ def _make_app() -> tuple[GatewaySettings, FastAPI]:
     settings = load_gateway_settings()
     _make_data_dir(settings)
     hashes = read_hashes(settings.api_keys_file) if settings.api_keys_file else []
-    given = settings.given_keys or ([] if hashes else _own_key(settings))
-    configure_gateway_logs(settings.log_level, [*settings.secrets(), *given], settings.log_format)
-    app = create_app(settings, Keys(given, hashes))
+    admins = settings.given_admin_keys
+    own_key = None if settings.given_keys or admins or hashes else _own_key(settings)
+    secrets = [*settings.secrets(), *([own_key] if own_key else [])]
+    configure_gateway_logs(settings.log_level, secrets, settings.log_format)
+    given = [f"{_OWN_NAME}:{own_key}"] if own_key else settings.given_keys
+    app = create_app(settings, Keys(given, hashes, admins))
     app.openapi()  # else FastAPI would put the routes together while the first request waits
     spare_what_stays()
     return settings, app
@@ -189,12 +194,12 @@ def _make_data_dir(settings: GatewaySettings) -> None:
         raise InvalidInput(f"Nothing can be written into DATA_DIR {settings.data_dir!r}")
 
 
-def _own_key(settings: GatewaySettings) -> list[str]:
+def _own_key(settings: GatewaySettings) -> str | None:
     """Return a key for a gateway that others than this machine can reach; when it is made, it is printed."""
     from comfy_worker.gateway.auth import is_loopback, kept_secret
 
     if is_loopback(settings.api_host):
-        return []
+        return None
     file = Path(settings.data_dir) / "api.key"
     is_new = not file.exists()
     key = kept_secret(file)
@@ -202,7 +207,7 @@ def _own_key(settings: GatewaySettings) -> list[str]:
         _say(f"No API_KEYS are set, so this key was made, and is kept in DATA_DIR/api.key: {key}")
     else:
         _say("No API_KEYS are set; clients need the key in DATA_DIR/api.key")
-    return [key]
+    return key
 
 
 def _say(sentence: str) -> None:

@@ -124,10 +124,11 @@ def test_a_kept_failure_is_answered_by_its_class(failure: type[WorkerError], sta
 
 def test_ranges_of_a_picture_are_answered_in_the_catalogs_shape(make: Make, tmp_path: Path) -> None:
     client = make()
-    folder = tmp_path / "assets" / "job"
+    job_id = client.post("/run", json=EXAMPLE_JOB, headers=KEY).json()["id"]
+    folder = tmp_path / "assets" / job_id
     folder.mkdir(parents=True)
     (folder / "a.png").write_bytes(b"0123456789")
-    url = "/api/v1/images/generated/job/a.png"
+    url = f"/api/v1/images/generated/{job_id}/a.png"
     part = client.get(url, headers={**KEY, "Range": "bytes=2-4"})
     assert (part.status_code, part.content) == (206, b"234")
     assert client.get(url, headers={**KEY, "Range": "bytes=50-60"}).status_code == 416

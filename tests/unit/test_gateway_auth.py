@@ -11,7 +11,7 @@ import pytest
 from starlette.datastructures import Headers
 
 from comfy_worker.errors import InvalidInput
-from comfy_worker.gateway.auth import Guard, Keys, is_loopback, kept_secret, read_hashes
+from comfy_worker.gateway.auth import Guard, Keys, is_loopback, kept_secret, read_hashes, split_name
 from comfy_worker.gateway.errors import Unauthorized
 from comfy_worker.gateway.limits import RUN_LIMIT, RUNSYNC_LIMIT, body_limit
 from comfy_worker.gateway.signing import AssetLinks
@@ -35,8 +35,67 @@ def test_anything_else_is_refused(header: str | None) -> None:
 
 
 def test_the_name_of_a_key_does_not_tell_it() -> None:
-    assert KEY not in Keys([KEY]).check(KEY)
+    assert KEY not in Keys([KEY]).check(KEY).name
     assert Keys([KEY, "b"]).check(KEY) != Keys([KEY, "b"]).check("b")
+
+
+def test_a_key_without_a_name_has_one_that_stays_the_same() -> None:
+    name = f"key-{hashlib.sha256(KEY.encode()).hexdigest()[:12]}"
+    assert Keys([KEY]).check(KEY).owner == Keys(["other:b", KEY]).check(KEY).owner == name
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "key"),
+    [
+        ("alice:s3cret", "alice", "s3cret"),
+        ("alice=s3cret", "alice", "s3cret"),
+        ("alice@example.com: s3cret", "alice@example.com", "s3cret"),
+        ("alice:with:more=of both", "alice", "with:more=of both"),
+        ("s3cret", "", "s3cret"),
+        # Keys in base64.
+        ("c2VjcmV0Cg=", "", "c2VjcmV0Cg="),
+        ("c2VjcmV0Cg==", "", "c2VjcmV0Cg=="),
+        ("alice:c2VjcmV0Cg==", "alice", "c2VjcmV0Cg=="),
+        ("a name with spaces:s3cret", "", "a name with spaces:s3cret"),
+    ],
+)
+def test_a_name_is_told_from_its_key(text: str, name: str, key: str) -> None:
+    assert split_name(text) == (name, key)
+    found = Keys([text]).check(f"Bearer {key}").name
+    assert found == name if name else found.startswith("key-")
+
+
+def test_a_caller_sees_what_its_name_owns() -> None:
+    keys = Keys(["alice:old", "alice:new", "bob:b"], admins=["root:r"])
+    assert keys.check("old") == keys.check("new")
+    seen = {
+        caller: [owner for owner in ("alice", "bob", "root", "") if keys.check(caller).sees(owner)] for caller in "br"
+    }
+    assert seen == {"b": ["bob"], "r": ["alice", "bob", "root", ""]}
+    assert keys.check("new").sees("alice")
+    assert not keys.check("new").sees("bob")
+
+
+def test_a_key_that_is_given_a_name_keeps_its_jobs() -> None:
+    before = Keys([KEY, "b"]).check(KEY).owner
+    named = Keys([f"alice:{KEY}", "b"])
+    assert named.check(KEY).sees(before)
+    assert not named.check("b").sees(before)
+
+
+def test_what_nobody_owns_is_the_only_keys() -> None:
+    assert Keys(["alice:old", "alice:new"], admins=["r"]).check("new").sees("")
+    assert not Keys(["alice:a", "bob:b"]).check("a").sees("")
+    assert Keys([]).check(None).sees("anybody's")
+
+
+@pytest.mark.parametrize(
+    ("keys", "admins"), [(["alice:k", "bob:k"], []), (["alice:k", "k"], []), (["k"], ["k"]), (["k"], ["root:k"])]
+)
+def test_a_key_with_two_names_is_refused_without_being_told(keys: list[str], admins: list[str]) -> None:
+    with pytest.raises(InvalidInput, match="is also that of") as refused:
+        Keys(keys, [], admins)
+    assert "'k'" not in refused.value.message
 
 
 @pytest.mark.parametrize(
@@ -96,12 +155,13 @@ def test_a_secret_whose_writing_was_cut_off_is_made_again(tmp_path: Path) -> Non
 def test_a_file_of_hashes_is_read_as_sha256sum_writes_it(tmp_path: Path) -> None:
     file = tmp_path / "hashes"
     digest = hashlib.sha256(KEY.encode()).hexdigest()
-    file.write_text(f"# ours\n{digest.upper()}  -\n\n")
-    assert read_hashes(str(file)) == [digest]
+    file.write_text(f"# ours\n{digest.upper()}  -\n\n{digest}\n{digest}  keys/alice # hers\n{digest} *bob")
+    assert read_hashes(str(file)) == [digest, digest, f"alice:{digest}", f"bob:{digest}"]
+    assert Keys([], [f"alice:{digest}"]).check(KEY).name == "alice"
 
 
-@pytest.mark.parametrize("text", ["", "# nothing\n", "the key itself\n"])
-def test_a_file_without_hashes_is_refused(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize("text", ["", "# nothing\n", "the key itself\n", f"{'0' * 64}  two words\n"])
+def test_a_file_without_hashes_or_names_is_refused(tmp_path: Path, text: str) -> None:
     file = tmp_path / "hashes"
     file.write_text(text)
     with pytest.raises(InvalidInput):

@@ -92,7 +92,7 @@ def test_a_stream_tells_each_thing_once_to_each_key_until_the_job_is_gone(
 ) -> None:
     with silent_port() as port:
         settings = load_gateway_settings(comfyui_url=f"http://127.0.0.1:{port}", data_dir=str(tmp_path))
-        app = create_app(settings, Keys(["mine", "yours"]))
+        app = create_app(settings, Keys(["mine"], admins=["yours"]))
         gateway: Gateway = app.state.let_go.__self__
         with TestClient(app, base_url="http://127.0.0.1") as client:
             me, you = ({"Authorization": f"Bearer {key}"} for key in ("mine", "yours"))

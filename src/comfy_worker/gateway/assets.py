@@ -37,12 +37,14 @@ class AssetStore:
         """
         try:
             found = (self._folder / path).resolve()
-            is_ours = found.is_relative_to(self._folder.resolve()) and found.is_file()
+            of_job = (self._folder / path.partition("/")[0]).resolve()
+            is_in_its_folder = of_job.parent == self._folder.resolve() and found.is_relative_to(of_job)
+            is_ours = is_in_its_folder and found.is_file()
         except (OSError, ValueError):
             # No file can have such a name: it is too long, or has a zero byte.
             is_ours = False
         if not is_ours:
-            raise NotFound("There is no such file (any more)")
+            raise no_such_file()
         return found
 
     def remove(self, job_id: str) -> None:
@@ -64,6 +66,11 @@ class AssetStore:
             ) from None
         data = base64.b64encode(content).decode("ascii")
         return {**item, "type": "base64", "data": data}
+
+
+def no_such_file() -> NotFound:
+    """Return the error that says that a file is not there; of a file that its caller may not see, too."""
+    return NotFound("There is no such file (any more)")
 
 
 def with_urls(output: Mapping[str, Any], url_of: Callable[[str], str]) -> dict[str, Any]:

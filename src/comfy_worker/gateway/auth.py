@@ -1,4 +1,4 @@
-"""Who may use the gateway: Bearer keys, compared in constant time."""
+"""Who may use the gateway: Bearer keys, each with the name of its owner, compared in constant time."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import ipaddress
 import re
 import secrets
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -17,38 +18,105 @@ from filelock import FileLock
 from starlette.datastructures import Headers
 
 from comfy_worker.errors import InvalidInput
+from comfy_worker.gateway.callers import ANYONE, NOBODY, Caller
 from comfy_worker.gateway.errors import Unauthorized
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_NAME = re.compile(r"[\w.@+-]{1,64}")
+_NAMED = re.compile(rf"({_NAME.pattern})[:=](.*[^=\s].*)")
 _SAFE_METHODS = ("GET", "HEAD")
 
 
 class Keys:
-    """The keys that clients may use; only their hashes are kept."""
+    """The keys that clients may use, with the names of their owners; of keys only hashes are kept."""
 
-    def __init__(self, keys: Iterable[str], hashes: Iterable[str] = ()) -> None:
-        """Take keys as they are, and the SHA-256 of others."""
-        self._hashes = [*(_hash(key) for key in keys if key), *hashes]
+    def __init__(self, keys: Iterable[str], hashes: Iterable[str] = (), admins: Iterable[str] = ()) -> None:
+        """Take the keys; several of one name are one caller's.
+
+        Args:
+            keys: as they are; `name:key` and `name=key` give a name.
+            hashes: the SHA-256 of others, likewise.
+            admins: keys that see and cancel all jobs, likewise.
+
+        Raises:
+            InvalidInput: a key is given twice, under two names or as an administrator's and another's.
+        """
+        ordinary = [_Key.of(text) for text in keys if text] + [_Key.of_hash(text) for text in hashes]
+        of_admins = [_Key.of(text) for text in admins if text]
+        self._callers: dict[str, Caller] = {}
+        for key in of_admins:
+            self._add(key, Caller(key.name, key.name, None))
+        names = {key.name for key in ordinary}
+        for key in ordinary:
+            # What was submitted before the key had its name stays its own.
+            owners = {key.name, *(other.first_name for other in ordinary if other.name == key.name)}
+            if len(names) == 1:
+                owners.add(NOBODY)
+            self._add(key, Caller(key.name, key.name, frozenset(owners)))
+
+    def _add(self, key: _Key, caller: Caller) -> None:
+        if self._callers.setdefault(key.hash, caller) != caller:
+            raise InvalidInput(
+                f"The key of {caller.name!r} is also that of {self._callers[key.hash].name!r}",
+                hint="Each key has one name, in API_KEYS, API_ADMIN_KEYS and API_KEYS_FILE together",
+            )
 
     @property
     def are_needed(self) -> bool:
         """Whether a request needs one."""
-        return bool(self._hashes)
+        return bool(self._callers)
 
-    def check(self, authorization: str | None) -> str:
-        """Return the name by which the key's use is counted; it tells nothing of the key.
+    def check(self, authorization: str | None) -> Caller:
+        """Return whose key it is.
 
         Raises:
             Unauthorized: the header has no key, or one that is not ours.
         """
-        if not self._hashes:
-            return "anyone"
+        if not self._callers:
+            return ANYONE
         given = _hash(_key_in(authorization or ""))
         # All are compared, however early one fits.
-        found = [known for known in self._hashes if hmac.compare_digest(known, given)]
+        found = [caller for known, caller in self._callers.items() if hmac.compare_digest(known, given)]
         if not found:
             raise Unauthorized("The request needs an API key", hint="Send the header Authorization: Bearer <key>")
-        return found[0][:12]
+        return found[0]
+
+
+@dataclass(frozen=True)
+class _Key:
+    """A key's hash and the name of its owner."""
+
+    hash: str
+    name: str
+
+    @classmethod
+    def of(cls, text: str) -> _Key:
+        name, key = split_name(text)
+        return cls.of_hash(f"{name}:{_hash(key)}")
+
+    @classmethod
+    def of_hash(cls, text: str) -> _Key:
+        name, _, digest = text.rpartition(":")
+        return cls(digest, name or _first_name(digest))
+
+    @property
+    def first_name(self) -> str:
+        """The name that it has as long as it is given none."""
+        return _first_name(self.hash)
+
+
+def _first_name(digest: str) -> str:
+    return f"key-{digest[:12]}"
+
+
+def split_name(text: str) -> tuple[str, str]:
+    """Return the name and the key in `name:key` or `name=key`; a bare key has the name "".
+
+    What comes before the first `:` or `=` is a name if it is like one; the `=` at the end of a key in base64 is the
+    key's own.
+    """
+    named = _NAMED.fullmatch(text)
+    return (named[1], named[2].strip()) if named else ("", text)
 
 
 class Guard:
@@ -59,8 +127,8 @@ class Guard:
         self._keys = keys
         self._origins = set(origins)
 
-    def admit(self, method: str, headers: Headers) -> str:
-        """Return the name by which a request is counted.
+    def admit(self, method: str, headers: Headers) -> Caller:
+        """Return who makes a request.
 
         Raises:
             Unauthorized: it has no key; or it comes out of a browser that adds the key, or the way to the loopback,
@@ -103,21 +171,39 @@ def _hash(key: str) -> str:
 
 
 def read_hashes(file: str) -> list[str]:
-    """Return the hashes of keys in a file, one a line.
+    """Return the hashes of keys in a file, one a line, those with a name as `name:hash`.
 
     Raises:
-        InvalidInput: the file cannot be read, has no hash, or has a line that is none.
+        InvalidInput: the file cannot be read, has no hash, or has a line that is none; a name is none.
     """
     try:
         text = Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         raise InvalidInput("API_KEYS_FILE cannot be read") from None
-    lines = [line.partition("#")[0].split() for line in text.splitlines()]
-    # What sha256sum prints has the name of its input behind the hash.
-    hashes = [words[0].lower() for words in lines if words]
-    if not hashes or not all(_SHA256.fullmatch(found) for found in hashes):
-        raise InvalidInput("API_KEYS_FILE must have the SHA-256 of a key on each line, and at least one")
+    lines = [line.partition("#")[0].split(maxsplit=1) for line in text.splitlines()]
+    hashes = [_named_hash(*words) for words in lines if words]
+    if not hashes:
+        raise _no_hashes()
     return hashes
+
+
+def _named_hash(digest: str, file: str = "-") -> str:
+    """Return a line of the file as `name:hash`; sha256sum prints the name of its input, or `-` if it has none."""
+    if not _SHA256.fullmatch(digest.lower()):
+        raise _no_hashes()
+    name = file.strip().removeprefix("*").rpartition("/")[2]
+    if name == "-":
+        return digest.lower()
+    if not _NAME.fullmatch(name):
+        raise InvalidInput(
+            "A name in API_KEYS_FILE has up to 64 letters, digits, '.', '_', '@', '+' and '-'",
+            hint="The name stands behind the hash; `-` for none",
+        )
+    return f"{name}:{digest.lower()}"
+
+
+def _no_hashes() -> InvalidInput:
+    return InvalidInput("API_KEYS_FILE must have the SHA-256 of a key on each line, and at least one")
 
 
 def is_loopback(host: str) -> bool:

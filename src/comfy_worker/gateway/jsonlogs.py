@@ -29,7 +29,7 @@ def about_job(job_id: str) -> Iterator[None]:
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object: time, level, logger, message; job_id, exception and what a record carries where there is one."""
+    """One JSON object: time, level, logger, message; job_id, key (its name) and exception where there is one."""
 
     def __init__(self, secrets: Sequence[str]) -> None:
         """Take what is to be masked."""
@@ -46,13 +46,15 @@ class JsonFormatter(logging.Formatter):
         }
         if job_id := getattr(record, "job_id", None):
             line["job_id"] = job_id
+        if key := getattr(record, "key", None):
+            line["key"] = key
         if record.exc_info and record.exc_info[1] is not None:
             line["exception"] = redact(where_it_broke(record.exc_info[1]), self._secrets)
         return json.dumps(line)
 
 
 class _TextFormatter(logging.Formatter):
-    """The worker's own line, with the job's id in front where there is one."""
+    """The worker's own line, with the job's id and the name of the key behind it where there is one."""
 
     def __init__(self, inner: logging.Formatter) -> None:
         super().__init__()
@@ -61,7 +63,9 @@ class _TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         line = self._inner.format(record)
         job_id = getattr(record, "job_id", None)
-        return f"{line} [{job_id}]" if job_id and job_id not in line else line
+        line = f"{line} [{job_id}]" if job_id and job_id not in line else line
+        key = getattr(record, "key", None)
+        return f"{line} ({key})" if key else line
 
 
 def _add_job_id(record: logging.LogRecord) -> bool:

@@ -14,6 +14,7 @@ from starlette.websockets import WebSocket
 
 from comfy_worker.errors import WorkerError
 from comfy_worker.gateway.auth import Guard
+from comfy_worker.gateway.callers import Caller, acting
 from comfy_worker.gateway.errors import RequestTooLarge
 from comfy_worker.gateway.limits import RateLimits, TooOften, body_limit
 from comfy_worker.gateway.problems import body_of
@@ -85,8 +86,10 @@ def _logged(scope: Scope) -> str:
 
 
 def _about(scope: Scope) -> dict[str, str]:
-    job_id = scope.get("path_params", {}).get("job_id") or scope.get("state", {}).get("job_id")
-    return {"job_id": job_id} if job_id else {}
+    """Return what a line in the log has besides: the job that the request is about, and whose key it came with."""
+    state = scope.get("state", {})
+    about = {"job_id": scope.get("path_params", {}).get("job_id") or state.get("job_id"), "key": state.get("key")}
+    return {name: value for name, value in about.items() if value}
 
 
 class Gate:
@@ -104,20 +107,25 @@ class Gate:
             await self._app(scope, receive, send)
             return
         try:
-            await self._admit(scope)
+            caller = await self._admit(scope)
             limited = self._limited(scope, receive) if scope["type"] == "http" else receive
         except WorkerError as error:
             await _refuse(scope, receive, send, error)
             return
-        await self._app(scope, limited, send)
+        with acting(caller):
+            await self._app(scope, limited, send)
 
-    async def _admit(self, scope: Scope) -> None:
+    async def _admit(self, scope: Scope) -> Caller | None:
+        """Return who makes a request, None if it needs no key."""
         path = scope["path"]
         if path in OPEN_PATHS or (_has_files(path) and _is_signed(scope)):
-            return
-        client = self._guard.admit(scope.get("method", "GET"), Headers(scope=scope))
-        scope.setdefault("state", {})["client"] = client
-        await self._limits.count(client, path)
+            return None
+        caller = self._guard.admit(scope.get("method", "GET"), Headers(scope=scope))
+        if caller.owner:
+            # For the line that the log has of this request.
+            scope.setdefault("state", {})["key"] = caller.name
+        await self._limits.count(caller.name, path)
+        return caller
 
     @staticmethod
     def _limited(scope: Scope, receive: Receive) -> Receive:

@@ -14,7 +14,7 @@ _NEVER_WHERE_OPEN = ("400", "401", "429", "503")
 _TEXT = (
     "RunPod's API on your own pod: a client written for an endpoint of RunPod needs only another base URL. "
     "Send a workflow in ComfyUI's API format; `GET /events/{job_id}` and the WebSocket `/ws/{job_id}` tell live how "
-    "far a job is."
+    "far a job is. A key sees its own jobs alone; another's is a 404, like one that is not there."
 )
 
 

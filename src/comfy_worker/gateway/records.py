@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from comfy_worker.gateway.callers import NOBODY
 from comfy_worker.jobs import JobState
 
 NORMAL_PRIORITY = 0
@@ -39,6 +40,7 @@ class JobRecord:
         door: which of the APIs it came through.
         details: what that door has to remember of it; no secret, and nothing that the caller wrote at length.
         retries: how often it was put back into the queue, by its caller or by the gateway.
+        owner: the name of the key that it came with; empty for nobody in particular.
     """
 
     id: str
@@ -64,6 +66,7 @@ class JobRecord:
     door: str = "runpod"
     details: Mapping[str, Any] = field(default_factory=dict)
     retries: int = 0
+    owner: str = NOBODY
 
     @property
     def only_backend(self) -> str | None:

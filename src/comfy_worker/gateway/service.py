@@ -1,4 +1,8 @@
-"""What doors use: jobs are submitted, looked at, waited for, cancelled, retried and listed here."""
+"""What doors use: jobs are submitted, looked at, waited for, cancelled, retried and listed here.
+
+Each method acts for the caller whose request is served (`callers`): it finds the jobs that this caller may see, and of
+all others says what it says of jobs that are not there.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +23,7 @@ from comfy_worker.catalog.library import Library
 from comfy_worker.catalog.template import expand_job
 from comfy_worker.comfy.client import ComfyClient
 from comfy_worker.errors import InvalidInput
+from comfy_worker.gateway.callers import current_caller
 from comfy_worker.gateway.errors import NotFound, NotPossible
 from comfy_worker.gateway.events import GAP, PREVIEW, PROGRESS, STATUS, Event, EventBus, Listening, last_progress
 from comfy_worker.gateway.records import LOW_PRIORITY, NORMAL_PRIORITY, JobRecord
@@ -122,8 +127,9 @@ class JobService:
             sync: whether its caller waits for it: its result is kept briefly, and may be larger.
             job_id: the caller's own name for it.
             priority: jobs of a higher one run first; what the request's policy says if None.
-            idempotency_key: the same key with the same request is the same job.
-            cache_key: the same key is the same job, unless that ended without a result; in place of the other.
+            idempotency_key: the same key, of one owner and for one endpoint, with the same request is the same job.
+            cache_key: the same key of the same owner is the same job, unless that ended without a result; in place of
+                the other.
             door: which API it came through.
             details: what that door has to remember of it; `only_backend` names the one ComfyUI that may run it.
 
@@ -131,7 +137,7 @@ class JobService:
             InvalidInput: a name is too long, or has characters that it cannot have; a template cannot be filled in.
             QueueFull: no more jobs can wait.
             DuplicateKey: the idempotency key was used with another body.
-            DuplicateRequest: there is a job with the caller's own id.
+            DuplicateRequest: there is a job with the caller's own id, whoever's.
         """
         _check_names(endpoint_id, job_id, idempotency_key)
         own_id = job_id or (f"sync-{uuid.uuid4()}" if sync else f"{uuid.uuid4()}-u1")
@@ -161,8 +167,10 @@ class JobService:
         record = self._record(job_id, request, endpoint_id, retention_s, priority, door, details)
         if cache_key is not None:
             # It was made of the request already.
-            return self._store.add(record, cache_key, max_waiting=self._max_queue_size, renew=True)
-        return self._store.add(record, idempotency_key, body_hash, max_waiting=self._max_queue_size)
+            key = _own_key(record.owner, "cache", cache_key)
+            return self._store.add(record, key, max_waiting=self._max_queue_size, renew=True)
+        own_key = None if idempotency_key is None else _own_key(record.owner, "request", endpoint_id, idempotency_key)
+        return self._store.add(record, own_key, body_hash, max_waiting=self._max_queue_size)
 
     async def submit_all(
         self, requests: Mapping[str, Mapping[str, Any]], *, door: str, details: Mapping[str, Any] | None = None
@@ -227,6 +235,7 @@ class JobService:
             webhook=self._has_webhook(request),
             door=door,
             details=details,
+            owner=current_caller().owner,
         )
 
     def _has_webhook(self, request: Mapping[str, Any]) -> bool:
@@ -239,12 +248,23 @@ class JobService:
         """Return a job, without what was sent.
 
         Raises:
-            NotFound: there is none with this id (any more).
+            NotFound: there is none with this id (any more), or none that the caller may see.
         """
+        caller = current_caller()
         record = await run_in_threadpool(self._store.get, job_id)
-        if record is None:
+        if record is None or not caller.sees(record.owner):
             raise NotFound(f"There is no job {job_id!r} (any more)")
         return record
+
+    async def may_see(self, job_id: str) -> bool:
+        """Return whether the caller may have what a job made; who sees all may, without a look at the database."""
+        if current_caller().owners is None:
+            return True
+        try:
+            await self.get(job_id)
+        except NotFound:
+            return False
+        return True
 
     async def wait(self, job_id: str, seconds: float) -> JobRecord:
         """Return a job when it has ended, or as it is after `seconds`, or when the gateway ends before."""
@@ -304,33 +324,39 @@ class JobService:
         return record
 
     async def purge(self, endpoint_id: str | None = None) -> int:
-        """Cancel all waiting jobs; return how many they were."""
+        """Cancel the caller's waiting jobs, an administrator's everybody's; return how many they were."""
         now = time.time()
-        cancelled = await run_in_threadpool(self._store.cancel_waiting, endpoint_id, now)
+        cancelled = await run_in_threadpool(self._store.cancel_waiting, endpoint_id, now, current_caller().owners)
         for job_id in cancelled:
             await self._take_off_gpu(job_id)
             self._bus.publish(job_id, STATUS, {"status": JobState.CANCELLED.value}, moment(now))
         return len(cancelled)
 
     async def counts(self) -> Mapping[JobState, int]:
-        """Return how many jobs are in each state."""
+        """Return how many jobs are in each state, those of all callers."""
         return await run_in_threadpool(self._store.counts)
 
     async def retried(self) -> int:
-        """Return how many of the jobs were put back into the queue, by their caller or by the gateway."""
+        """Return how many of all callers' jobs were put back into the queue, by their caller or by the gateway."""
         return await run_in_threadpool(self._store.retried)
 
     async def latest(self, endpoint_id: str | None = None, limit: int = 100) -> Sequence[JobRecord]:
-        """Return the latest jobs, newest first, without what was sent."""
-        return await run_in_threadpool(self._store.latest, endpoint_id, limit)
+        """Return the caller's latest jobs, newest first, without what was sent."""
+        return await run_in_threadpool(self._store.latest, endpoint_id, limit, current_caller().owners)
 
     async def with_prefix(self, prefix: str) -> Sequence[JobRecord]:
-        """Return the jobs whose ids begin so, without what was sent, the one that was accepted first in front."""
-        return await run_in_threadpool(self._store.with_prefix, prefix)
+        """Return the caller's jobs whose ids begin so, without what was sent, the one accepted first in front."""
+        return await run_in_threadpool(self._store.with_prefix, prefix, current_caller().owners)
 
-    async def unfinished(self) -> Sequence[JobRecord]:
-        """Return the jobs that have not ended, without what was sent, in the order in which they get their turns."""
-        return await run_in_threadpool(self._store.unfinished)
+    async def unfinished(self) -> Sequence[tuple[int, JobRecord]]:
+        """Return the caller's jobs that have not ended, without what was sent, those that run in front.
+
+        The number beside each is its place among those of all callers, from 1 and in the order of their turns.
+        """
+        caller = current_caller()
+        found = await run_in_threadpool(self._store.unfinished)
+        in_order = sorted(found, key=lambda record: record.state is JobState.IN_QUEUE)
+        return [(number, record) for number, record in enumerate(in_order, 1) if caller.sees(record.owner)]
 
     def place(self, job_id: str) -> Place | None:
         """Return where a job stands in the queue, None if it does not wait."""
@@ -473,6 +499,11 @@ def _check_names(endpoint_id: str, job_id: str | None, idempotency_key: str | No
         raise InvalidInput(f"A job's id has letters, digits, '.', '_' and '-', at most {_LONGEST_ID} of them")
     if idempotency_key is not None and not (idempotency_key.isprintable() and 0 < len(idempotency_key) <= _LONGEST_KEY):
         raise InvalidInput(f"An Idempotency-Key must be printable and have at most {_LONGEST_KEY} characters")
+
+
+def _own_key(owner: str, *parts: str) -> str:
+    """Return the key under which the database has a key of an owner's: no other owner's is the same."""
+    return hashlib.sha256("\n".join((owner, *parts)).encode(errors="surrogatepass")).hexdigest()
 
 
 def _milliseconds(value: Any, default: float) -> float:

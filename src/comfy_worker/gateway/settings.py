@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 from limits import parse
 from pydantic import AliasChoices, Field, SecretStr, ValidationInfo, ValidatorFunctionWrapHandler, field_validator
 
+from comfy_worker.gateway.auth import split_name
 from comfy_worker.settings import Settings, complete_url, passwords_of, read_settings
 
 _POSTGRESQL = ("postgresql", "postgres")
@@ -82,7 +83,12 @@ class GatewaySettings(Settings):
     redis_port: int = _named("REDIS_PORT", default=6379, ge=1, le=65535, description="Its port, likewise.")
     redis_db: int = _named("REDIS_DB", default=0, ge=0, description="Its database, likewise.")
     api_keys: SecretStr | None = _named(
-        "API_KEYS", default=None, description="Keys that clients may use, separated by commas."
+        "API_KEYS",
+        default=None,
+        description="Keys that clients may use, separated by commas; `name:key` or `name=key` gives one a name.",
+    )
+    api_admin_keys: SecretStr | None = _named(
+        "API_ADMIN_KEYS", default=None, description="Keys that see and cancel the jobs of all keys, likewise."
     )
     data_dir: str = _named(
         "DATA_DIR", default="data", description="Folder for the database, the outputs and the gateway's own key."
@@ -129,7 +135,8 @@ class GatewaySettings(Settings):
     api_keys_file: str = _named(
         "API_KEYS_FILE",
         default="",
-        description="File with the SHA-256 of one key a line, as `sha256sum` prints it; `#` begins a comment.",
+        description="File with the SHA-256 of one key a line, as `sha256sum` prints it, with the key's name behind it; "
+        "`#` begins a comment.",
     )
     cors_origins: str = _named(
         "CORS_ORIGINS",
@@ -252,9 +259,13 @@ class GatewaySettings(Settings):
 
     @property
     def given_keys(self) -> list[str]:
-        """The keys of API_KEYS."""
-        keys = self.api_keys.get_secret_value().split(",") if self.api_keys else []
-        return [key.strip() for key in keys if key.strip()]
+        """The keys of API_KEYS, with their names where they have one."""
+        return _keys_in(self.api_keys)
+
+    @property
+    def given_admin_keys(self) -> list[str]:
+        """The keys of API_ADMIN_KEYS, likewise."""
+        return _keys_in(self.api_admin_keys)
 
     @property
     def backends(self) -> list[str]:
@@ -272,7 +283,8 @@ class GatewaySettings(Settings):
         own = [value.get_secret_value() for value in given if value is not None]
         of_backends = [password for url in self.backends for password in passwords_of(url)]
         of_redis = passwords_of(self.broker_url.get_secret_value())
-        return [*super().secrets(), *self.given_keys, *own, *of_backends, *of_redis]
+        keys = [split_name(key)[1] for key in (*self.given_keys, *self.given_admin_keys)]
+        return [*super().secrets(), *keys, *own, *of_backends, *of_redis]
 
 
 def _is_readable(redis_url: str) -> bool:
@@ -283,6 +295,11 @@ def _is_readable(redis_url: str) -> bool:
         return (parts.port is None or parts.port > 0) and (not database or database.isdecimal())
     except ValueError:
         return False
+
+
+def _keys_in(value: SecretStr | None) -> list[str]:
+    keys = value.get_secret_value().split(",") if value else []
+    return [key.strip() for key in keys if key.strip()]
 
 
 def _urls_in(value: str) -> list[str]:

@@ -18,6 +18,7 @@ from typing import Any
 
 from cryptography.fernet import Fernet, InvalidToken
 from sqlalchemy import (
+    ColumnElement,
     Connection,
     Engine,
     Row,
@@ -29,6 +30,7 @@ from sqlalchemy import (
     literal,
     select,
     text,
+    true,
     update,
 )
 from sqlalchemy.exc import IntegrityError
@@ -219,16 +221,23 @@ class Store:
             ) from None
         return request
 
-    def latest(self, endpoint_id: str | None = None, limit: int = 100) -> Sequence[JobRecord]:
-        """Return the latest jobs, newest first, without their requests."""
-        query = select(*_SHOWN).order_by(jobs.c.created_at.desc()).limit(limit)
+    def latest(
+        self, endpoint_id: str | None = None, limit: int = 100, owners: Collection[str] | None = None
+    ) -> Sequence[JobRecord]:
+        """Return the latest jobs, newest first, without their requests; `owners` as in `with_prefix`."""
+        query = select(*_SHOWN).where(_is_of(owners)).order_by(jobs.c.created_at.desc()).limit(limit)
         if endpoint_id is not None:
             query = query.where(jobs.c.endpoint_id == endpoint_id)
         return self._records(query)
 
-    def with_prefix(self, prefix: str) -> Sequence[JobRecord]:
-        """Return the jobs whose ids begin so, without their requests, the one that was accepted first in front."""
-        query = select(*_SHOWN).where(jobs.c.id.startswith(prefix, autoescape=True))
+    def with_prefix(self, prefix: str, owners: Collection[str] | None = None) -> Sequence[JobRecord]:
+        """Return the jobs whose ids begin so, without their requests, the one that was accepted first in front.
+
+        Args:
+            prefix: of the ids.
+            owners: whose jobs are meant; everybody's if None.
+        """
+        query = select(*_SHOWN).where(jobs.c.id.startswith(prefix, autoescape=True), _is_of(owners))
         return self._records(query.order_by(jobs.c.created_at, jobs.c.id))
 
     def unfinished(self) -> Sequence[JobRecord]:
@@ -329,9 +338,11 @@ class Store:
             job_id, [JobState.IN_QUEUE.value] if only_waiting else _OPEN, state, values, now, accepted_at
         )
 
-    def cancel_waiting(self, endpoint_id: str | None, now: float) -> Sequence[str]:
-        """Cancel all waiting jobs; return their ids."""
-        condition = jobs.c.state == JobState.IN_QUEUE.value
+    def cancel_waiting(
+        self, endpoint_id: str | None, now: float, owners: Collection[str] | None = None
+    ) -> Sequence[str]:
+        """Cancel all waiting jobs; return their ids; `owners` as in `with_prefix`."""
+        condition = (jobs.c.state == JobState.IN_QUEUE.value) & _is_of(owners)
         if endpoint_id is not None:
             condition &= jobs.c.endpoint_id == endpoint_id
         with self._reading() as connection:
@@ -475,6 +486,11 @@ class Store:
 def _record(row: Row[Any]) -> JobRecord:
     columns = {column.name: row._mapping[column] for column in _SHOWN}
     return JobRecord(**{**columns, "state": JobState(columns["state"])})
+
+
+def _is_of(owners: Collection[str] | None) -> ColumnElement[bool]:
+    """Return the condition for the jobs of these owners; of all if None."""
+    return true() if owners is None else jobs.c.owner.in_(owners)
 
 
 def _has_expired(now: float) -> Any:

@@ -47,8 +47,11 @@ jobs = Table(
     Column("door", String(32), nullable=False, server_default="runpod"),
     Column("details", JSON, nullable=False, server_default="{}"),
     Column("retries", Integer, nullable=False, server_default="0"),
+    # Empty for nobody in particular.
+    Column("owner", String(64), nullable=False, server_default=""),
     Index("jobs_state", "state", "created_at"),
     Index("jobs_ended", "ended_at"),
+    Index("jobs_owner", "owner", "created_at"),
 )
 
 idempotency_keys = Table(

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Path, Query, Request
+from fastapi import APIRouter, Path, Query
 from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from starlette.concurrency import run_in_threadpool
 
 from comfy_worker.errors import ComfyUnreachable
 from comfy_worker.gateway.answers import Answer, EnvelopedProblem, FileAnswer, Problem, State, problems
-from comfy_worker.gateway.assets import AssetStore
+from comfy_worker.gateway.assets import AssetStore, no_such_file
+from comfy_worker.gateway.callers import has_caller
 from comfy_worker.gateway.doors.parts import Parts
 from comfy_worker.gateway.metrics import Cached
 from comfy_worker.gateway.service import JobService
@@ -91,14 +92,15 @@ class _Door:
         self,
         job_id: Annotated[str, Path(max_length=255)],
         path: Annotated[str, Path(max_length=2048)],
-        request: Request,
         expires: Annotated[int | None, Query(ge=0, le=2**53, description="Seconds since the epoch.")] = None,
         signature: Annotated[str | None, Query(max_length=255)] = None,
     ) -> FileAnswer:
         """Return an output's file, or a range of it; needs a key or a signed link out of an answer."""
         name = f"{job_id}/{path}"
-        if not hasattr(request.state, "client"):
+        if not has_caller():
             self._links.check(name, expires or 0, signature or "")
+        elif not await self._service.may_see(job_id):
+            raise no_such_file()
         file = await run_in_threadpool(self._assets.path_of, name)
         mime_type = mime_type_of_name(file.name)
         place = "inline" if mime_type.startswith(_SHOWN) else "attachment"

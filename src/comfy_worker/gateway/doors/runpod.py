@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from comfy_worker.gateway.answers import (
     request_body,
 )
 from comfy_worker.gateway.bodies import read_body
+from comfy_worker.gateway.callers import current_caller
 from comfy_worker.gateway.cursors import Cursor, make_cursors
 from comfy_worker.gateway.doors.parts import Parts, queue_sizes
 from comfy_worker.gateway.errors import NotFound
@@ -144,9 +144,7 @@ class _Door:
     async def _submit(self, request: Request, idempotency_key: str | None, *, sync: bool) -> JobRecord:
         body = _with_webhook(await read_body(request, RunRequest))
         endpoint_id = _endpoint(request) or "local"
-        # A key of one client must not lead to the job of another.
-        key = _own_key(request.state.client, endpoint_id, idempotency_key) if idempotency_key else None
-        record = await self._service.submit(body, endpoint_id=endpoint_id, sync=sync, idempotency_key=key)
+        record = await self._service.submit(body, endpoint_id=endpoint_id, sync=sync, idempotency_key=idempotency_key)
         # For the line that the log has of this request.
         request.state.job_id = record.id
         return record
@@ -164,8 +162,9 @@ class _Door:
 
     async def stream(self, request: Request, job_id: JobId) -> Answer:
         """Return what a job has told since the last call with this key; waits up to 5 s for something to tell."""
-        record = await self._get_followed(request.state.client, job_id)
-        reader = await self._cursors.of(request.state.client, job_id)
+        client = current_caller().name
+        record = await self._get_followed(client, job_id)
+        reader = await self._cursors.of(client, job_id)
         told = await self._service.recent_events(job_id, reader.after)
         if not told and not record.state.is_terminal:
             told = await self._wait_for_one(job_id, reader.after)
@@ -175,7 +174,7 @@ class _Door:
             status = await run_in_threadpool(self._with_output, record, "base64", self._parts.base_url(request))
             chunks.append({"output": status["output"]})
         cursor = Cursor(told[-1].number if told else reader.after, has_output(record))
-        await self._cursors.keep(request.state.client, job_id, cursor)
+        await self._cursors.keep(client, job_id, cursor)
         return Answer({"status": record.state.value, "stream": chunks})
 
     async def _wait_for_one(self, job_id: str, after: int) -> list[Event]:
@@ -207,7 +206,7 @@ class _Door:
         return _brief(await self._service.retry(job_id))
 
     async def purge(self, request: Request) -> Answer:
-        """Cancel all jobs that wait; below an endpoint, those of that endpoint."""
+        """Cancel this key's jobs that wait; below an endpoint, those of that endpoint."""
         return Answer({"removed": await self._service.purge(_endpoint(request)), "status": "completed"})
 
     async def health(self) -> Answer:
@@ -288,10 +287,6 @@ def _endpoint(request: Request) -> str | None:
 def _with_webhook(body: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a job with the receiver that it names as `webhookV2`, as the type of RunPod's JavaScript SDK lets it."""
     return body if body.get("webhook") or not body.get("webhookV2") else {**body, "webhook": body["webhookV2"]}
-
-
-def _own_key(*parts: str) -> str:
-    return hashlib.sha256("\n".join(parts).encode(errors="surrogatepass")).hexdigest()
 
 
 def _brief(record: JobRecord) -> Answer:

@@ -190,7 +190,7 @@ class _Door:
         return [backend["url"] for backend in self._service.backends()]
 
     async def latest(self, limit: Annotated[int, Query(ge=1, le=_MOST_LISTED)] = 50) -> Answer:
-        """Return the latest tasks, newest first."""
+        """Return this key's latest tasks, newest first."""
         return Answer([await _summary(record, self._service) for record in await self._service.latest(limit=limit)])
 
     async def status(self, request: Request, task_id: TaskId) -> Answer:

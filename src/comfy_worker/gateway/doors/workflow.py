@@ -104,7 +104,7 @@ class _Door:
         await check_comfyui(self._service)
         cache_key = None
         if body.get("cache"):
-            cache_key = await run_in_threadpool(cache_key_of, request.state.client, body, library)
+            cache_key = await run_in_threadpool(cache_key_of, body, library)
         record, is_cached = await submit(request, self._parts, job_input, cache_key)
         message = "An identical earlier request answers this one" if is_cached else "Workflow submitted successfully"
         return Answer(
@@ -138,11 +138,13 @@ class _Door:
         return Answer({"prompt_id": record.id, "status": STATES[record.state], "message": message})
 
     async def queue(self) -> Answer:
-        """Return the workflows that run and that wait, those of all doors, the next one in front."""
+        """Return this key's workflows that run and that wait, of all doors, the next one in front.
+
+        Their numbers count those of the other keys too.
+        """
         unfinished = await self._service.unfinished()
-        running = [record for record in unfinished if record.state is JobState.IN_PROGRESS]
-        pending = [record for record in unfinished if record.state is JobState.IN_QUEUE]
-        return Answer({"running": _numbered(running, 1), "pending": _numbered(pending, len(running) + 1)})
+        states = {"running": JobState.IN_PROGRESS, "pending": JobState.IN_QUEUE}
+        return Answer({name: _numbered(unfinished, state) for name, state in states.items()})
 
     async def models(self) -> Answer:
         """Return the files in each of ComfyUI's model folders."""
@@ -191,9 +193,9 @@ class _Door:
                     yield told
 
 
-def _numbered(records: Sequence[JobRecord], first: int) -> list[list[Any]]:
-    """Return jobs in the form of ComfyUI's queue."""
-    return [[str(number), record.id, {}] for number, record in enumerate(records, first)]
+def _numbered(unfinished: Sequence[tuple[int, JobRecord]], state: JobState) -> list[list[Any]]:
+    """Return the jobs in a state in the form of ComfyUI's queue."""
+    return [[str(number), record.id, {}] for number, record in unfinished if record.state is state]
 
 
 def _has_changed(told: dict[str, Any], status: dict[str, Any]) -> bool:

@@ -127,8 +127,8 @@ def _extra_data_of(workflow: Any) -> Mapping[str, Any]:
     return extra_data if isinstance(extra_data, Mapping) else {}
 
 
-def cache_key_of(client: str, body: Mapping[str, Any], library: Library) -> str:
-    """Return the key under which an identical request of the same client is found again.
+def cache_key_of(body: Mapping[str, Any], library: Library) -> str:
+    """Return the key under which an identical request is found again.
 
     A named workflow counts with its content: after a change of its file, the request is another one.
     """
@@ -136,5 +136,5 @@ def cache_key_of(client: str, body: Mapping[str, Any], library: Library) -> str:
     if (template := template_of(body)) is not None:
         name, at, version = template.partition("@")
         content["version"] = library.get(name, version if at else None).version
-    canonical = json.dumps(["workflow cache", client, content], sort_keys=True, separators=(",", ":"))
+    canonical = json.dumps(["workflow cache", content], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
