@@ -191,10 +191,27 @@ def workflow_of(job: Mapping[str, Any]) -> Workflow:
 def webhook_of(job: Mapping[str, Any]) -> Webhook | None:
     """Return who is to be told of a job that may yet turn out to be invalid; None if nobody can be made out."""
     try:
-        asked = _json_object(job.get("input")).get("webhook")
-        return _parse_webhook(_WebhookInput.model_validate(asked)) if asked is not None else None
-    except (WorkerError, ValidationError):
+        return asked_webhook(job)
+    except WorkerError:
         return None
+
+
+def asked_webhook(job: Mapping[str, Any]) -> Webhook | None:
+    """Return the job's own receiver, whatever else is wrong with the job; None if it names none.
+
+    Raises:
+        InvalidInput: the webhook has not the form that it must have.
+    """
+    try:
+        asked = _json_object(job.get("input")).get("webhook")
+    except WorkerError:
+        return None
+    if asked is None:
+        return None
+    try:
+        return _parse_webhook(_WebhookInput.model_validate(asked))
+    except ValidationError as error:
+        raise InvalidInput(_sentence(error, "input.webhook")) from None
 
 
 def _wrapped_extra_data(workflow: Any) -> Mapping[str, Any]:

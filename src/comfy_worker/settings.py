@@ -246,7 +246,9 @@ class Settings(BaseSettings):
         "WEBHOOK_URL", default=None, description="Is told of every job's end, unless the job names another."
     )
     webhook_secret: SecretStr | None = _named(
-        "WEBHOOK_SECRET", default=None, description="Signs webhooks as Standard Webhooks describes (`whsec_…`)."
+        "WEBHOOK_SECRET",
+        default=None,
+        description="Signs webhooks: `whsec_…` as Standard Webhooks describes, other text as AI-Dock's wrapper does.",
     )
     webhook_timeout_s: float = _named(
         "WEBHOOK_TIMEOUT", default=30.0, gt=0, description="Seconds that a webhook's receiver may take to answer."

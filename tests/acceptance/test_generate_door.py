@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import hashlib
+import hmac
 import json
 import re
 import shutil
@@ -337,6 +339,39 @@ def test_a_webhook_is_told_of_the_end_with_its_extra_params(gateway: Served) -> 
         [message] = receiver.wait_for(1)
     assert (message.body["id"], message.body["status"]) == (result["id"], "COMPLETED")
     assert message.body["extra_params"] == {"custom_field": "value"}
+
+
+def test_a_plain_secret_signs_the_webhook_as_ai_docks_wrapper_does(gateway: Served) -> None:
+    with Receiver() as receiver:
+        webhook = {"url": receiver.url, "secret": "REPLACE_WITH_YOUR_WEBHOOK_SECRET", "extra_params": {}}
+        result = generate(gateway, "/generate/sync", workflow_json=picture(RED), webhook=webhook).json()
+        [message] = receiver.wait_for(1)
+    assert result["status"] == "completed"
+    digest = hmac.new(b"REPLACE_WITH_YOUR_WEBHOOK_SECRET", message.content, hashlib.sha256).hexdigest()
+    assert message.headers["x-webhook-signature"] == f"sha256={digest}"
+
+
+BAD_WEBHOOKS = {
+    "url": ({"url": "your-webhook-url"}, "input.webhook.url must be a URL of http or https"),
+    "secret": ({"url": "http://a.example", "secret": "whsec_?"}, "input.webhook.secret is no secret of Standard"),
+    "form": ({"url": 3}, "input.webhook.url"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_WEBHOOKS)
+@pytest.mark.parametrize("door", ["/generate", "/generate/sync", "/generate/stream", "/run", "/runsync", "/task"])
+def test_a_webhook_that_could_never_be_sent_is_refused_before_the_job_is_accepted(
+    gateway: Served, door: str, kind: str
+) -> None:
+    webhook, said = BAD_WEBHOOKS[kind]
+    name = "workflow_json" if door.startswith("/generate") else "workflow"
+    job_input = {name: picture(RED), "webhook": webhook}
+    body = {"task_type": "comfyui", "params": job_input} if door == "/task" else {"input": job_input}
+    before = gateway.get("/task").json()
+    answer = gateway.post(door, body)
+    assert (answer.status_code, answer.json()["code"]) == (400, "invalid_input")
+    assert said in answer.json()["error"]
+    assert gateway.get("/task").json() == before
 
 
 def test_what_nobody_knows_beside_input_is_named(gateway: Served) -> None:

@@ -145,7 +145,7 @@ def test_the_settings_name_a_receiver_for_jobs_that_name_none(
     ):
         worker.run({**job(graphs.picture(ORANGE)), "id": "a"})
         worker.run({**job(graphs.picture(ORANGE), webhook=hook(other)), "id": "b"})
-        refused = worker.run({**job(graphs.picture(ORANGE), webhook=hook(other, secret="???")), "id": "c"})
+        refused = worker.run({**job(graphs.picture(ORANGE), webhook=hook(other, secret="whsec_???")), "id": "c"})
         assert worker.run({**job(graphs.picture(ORANGE)), "id": "d"}, tell=False)["images"]
         worker.close()
         ends = {end.body["id"]: end for end in own.received}
@@ -414,7 +414,11 @@ def test_a_desk_that_is_interrupted_tells_so(comfyui_url: str, tmp_path: Path) -
 
 def test_settings_that_are_not_sound_are_said_in_one_sentence(comfyui_url: str) -> None:
     sent = json.dumps({"input": {"workflow": graphs.picture(ORANGE)}})
-    settings = {"COMFYUI_URL": comfyui_url, "WEBHOOK_URL": "https://example.com", "WEBHOOK_SECRET": "no secret at all"}
+    settings = {
+        "COMFYUI_URL": comfyui_url,
+        "WEBHOOK_URL": "https://example.com",
+        "WEBHOOK_SECRET": "whsec_no secret at all",
+    }
     with start_handler(settings, "--test_input", sent) as process:
         assert process.wait(TIMEOUT_S) == 2
     assert process.stderr.strip() == "WEBHOOK_SECRET is no secret of Standard Webhooks"

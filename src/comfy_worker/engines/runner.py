@@ -26,7 +26,6 @@ from comfy_worker.errors import (
     UploadFailed,
     WorkerError,
 )
-from comfy_worker.gateway.deliveries import webhook_of_request
 from comfy_worker.gateway.errors import DatabaseUnavailable
 from comfy_worker.gateway.events import STATUS, EventBus
 from comfy_worker.gateway.progress_webhooks import ProgressWebhooks, Tell
@@ -34,7 +33,6 @@ from comfy_worker.gateway.settings import GatewaySettings
 from comfy_worker.gateway.store import Store, moment
 from comfy_worker.jobs import Job, JobState
 from comfy_worker.payload import parse_job
-from comfy_worker.webhooks import check_webhook
 from comfy_worker.worker import json_safe
 from comfy_worker.workflow import WEBSOCKET_OUTPUT_NODE
 
@@ -118,7 +116,6 @@ class Runner:
     def _prepare(self, running: RunningJob) -> Job | WorkerError:
         try:
             request = self._patience.surely(lambda: self._store.request_of(running.job.id)) or {}
-            check_webhook(webhook_of_request(request))
             return parse_job({**request, "id": running.job.id})
         except DatabaseUnavailable:
             raise

@@ -23,7 +23,6 @@ from comfy_worker.engines.runpod_job import RemoteJob
 from comfy_worker.engines.runpod_words import Outcome, keep_files, lost, outcome_of, progress_in, state_in, submission
 from comfy_worker.errors import InternalError, InvalidInput, TimedOut, WorkerError
 from comfy_worker.gateway.assets import AssetStore
-from comfy_worker.gateway.deliveries import webhook_of_request
 from comfy_worker.gateway.errors import DatabaseUnavailable
 from comfy_worker.gateway.events import PROGRESS, STATUS, EventBus
 from comfy_worker.gateway.jsonlogs import about_job
@@ -33,7 +32,6 @@ from comfy_worker.gateway.records import JobRecord
 from comfy_worker.gateway.store import Store, moment
 from comfy_worker.jobs import Job, JobState
 from comfy_worker.payload import parse_job
-from comfy_worker.webhooks import check_webhook
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +127,6 @@ class Carrier:
         """Return the job without its files, which may be large, or why it can only fail."""
         try:
             request = self._request_of(job)
-            check_webhook(webhook_of_request(request))
             return replace(parse_job({**request, "id": job.id}), files=())
         except DatabaseUnavailable:
             raise

@@ -18,11 +18,11 @@ from comfy_worker.fetch.address import shown_host
 from comfy_worker.gateway.assets import AssetStore, without_files
 from comfy_worker.gateway.errors import DatabaseUnavailable
 from comfy_worker.gateway.progress_webhooks import ProgressWebhooks
+from comfy_worker.gateway.receivers import webhook_of_request
 from comfy_worker.gateway.records import JobRecord, WebhookDelivery, status_body
 from comfy_worker.gateway.store import Store
 from comfy_worker.jobs import Kind, Webhook
 from comfy_worker.logs import where_it_broke
-from comfy_worker.payload import webhook_of
 from comfy_worker.redact import redact
 from comfy_worker.settings import Settings
 from comfy_worker.webhooks.message import Message, check_webhook
@@ -43,12 +43,6 @@ _FIRST_BACK_OFF_S = 10.0
 """RunPod's pause between two attempts; here it doubles each time."""
 _LONGEST_BACK_OFF_S = 600.0
 _LAST_WAIT_S = 5.0
-
-
-def webhook_of_request(request: Mapping[str, Any]) -> Webhook | None:
-    """Return who is to be told of a job: its `input.webhook`, or RunPod's `webhook`, a URL beside the input."""
-    plain = request.get("webhook")
-    return webhook_of(request) or (Webhook(plain) if isinstance(plain, str) and plain else None)
 
 
 class Deliveries:

@@ -26,6 +26,7 @@ from comfy_worker.errors import InvalidInput
 from comfy_worker.gateway.callers import current_caller
 from comfy_worker.gateway.errors import NotFound, NotPossible
 from comfy_worker.gateway.events import GAP, PREVIEW, PROGRESS, STATUS, Event, EventBus, Listening, last_progress
+from comfy_worker.gateway.receivers import check_receiver
 from comfy_worker.gateway.records import LOW_PRIORITY, NORMAL_PRIORITY, JobRecord
 from comfy_worker.gateway.store import Store, moment
 from comfy_worker.jobs import JobState
@@ -134,7 +135,8 @@ class JobService:
             details: what that door has to remember of it; `only_backend` names the one ComfyUI that may run it.
 
         Raises:
-            InvalidInput: a name is too long, or has characters that it cannot have; a template cannot be filled in.
+            InvalidInput: a name is too long, or has characters that it cannot have; a template cannot be filled in; the
+                webhook could never be sent.
             QueueFull: no more jobs can wait.
             DuplicateKey: the idempotency key was used with another body.
             DuplicateRequest: there is a job with the caller's own id, whoever's.
@@ -183,7 +185,8 @@ class JobService:
             details: what that door has to remember of each.
 
         Raises:
-            InvalidInput: an id has characters that it cannot have; a template cannot be filled in.
+            InvalidInput: an id has characters that it cannot have; a template cannot be filled in; the webhook could
+                never be sent.
             QueueFull: so many jobs may not wait.
             DuplicateRequest: there is a job with one of the ids.
         """
@@ -217,6 +220,7 @@ class JobService:
     ) -> JobRecord:
         if self._library is not None:
             request = expand_job(request, self._library)
+        check_receiver(request)
         policy = request.get("policy")
         policy = policy if isinstance(policy, Mapping) else {}
         if priority is None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
+import hmac
 import json
 import re
 from collections.abc import Mapping
@@ -17,14 +19,16 @@ from comfy_worker.fetch.problem import Problem
 from comfy_worker.jobs import JobState, Kind, Webhook
 
 _PREFIX = "whsec_"
-"""Of a secret, by Standard Webhooks."""
+"""Of a secret, by Standard Webhooks; one without it is plain text."""
+_PLAIN_SIGNATURE = "X-Webhook-Signature"
+"""What AI-Dock's wrapper signs with a plain secret: `sha256=<HMAC-SHA256 of the body, in hexadecimal digits>`."""
 
 
 def check_webhook(webhook: Webhook | None, url_name: str = "input.webhook.url") -> None:
     """Refuse a webhook that could never be sent.
 
     Raises:
-        InvalidInput: its URL is none of http(s), or its secret is none of Standard Webhooks.
+        InvalidInput: its URL is none of http(s), or its secret is empty, or begins with `whsec_` and is no base64.
     """
     if webhook is None:
         return
@@ -34,14 +38,17 @@ def check_webhook(webhook: Webhook | None, url_name: str = "input.webhook.url") 
         read_url(webhook.url)
     except Problem as problem:
         raise InvalidInput(f"{url_name} is refused: {problem.reason}") from None
-    if webhook.secret is not None and not _is_secret(webhook.secret):
-        secret_name = url_name.replace("url", "secret").replace("URL", "SECRET")
+    secret_name = url_name.replace("url", "secret").replace("URL", "SECRET")
+    if webhook.secret == "":
+        raise InvalidInput(f"{secret_name} is empty", hint="Leave it out to have messages unsigned")
+    if webhook.secret is not None and webhook.secret.startswith(_PREFIX) and not _is_base64(webhook.secret):
         raise InvalidInput(
-            f"{secret_name} is no secret of Standard Webhooks", hint=f"It is base64, with {_PREFIX!r} in front"
+            f"{secret_name} is no secret of Standard Webhooks", hint=f"Behind {_PREFIX!r} it has base64 only"
         )
 
 
-def _is_secret(secret: str) -> bool:
+def _is_base64(secret: str) -> bool:
+    """Return whether a secret, but for its prefix, is base64: then it can sign as Standard Webhooks describes."""
     encoded = secret.removeprefix(_PREFIX).rstrip("=")
     try:
         return bool(base64.b64decode(encoded + "=" * (-len(encoded) % 4), validate=True))
@@ -69,7 +76,11 @@ class Message:
         return cls(re.sub(r"[^A-Za-z0-9_-]", "-", name), webhook, encode({**content, **extra}, limit))
 
     def headers(self) -> dict[str, str]:
-        """Return the headers of an attempt that is made now, as Standard Webhooks 1.0 names them."""
+        """Return the headers of an attempt that is made now.
+
+        Standard Webhooks 1.0 names them. A plain secret signs as AI-Dock's wrapper does, and if it is base64, which
+        Standard Webhooks' libraries take without the prefix, in both ways.
+        """
         now = datetime.now(timezone.utc)
         headers = {
             "Content-Type": "application/json",
@@ -77,10 +88,16 @@ class Message:
             "webhook-id": self.id,
             "webhook-timestamp": str(int(now.timestamp())),
         }
-        if self.webhook.secret is not None:
+        secret = self.webhook.secret
+        if secret is None:
+            return headers
+        if not secret.startswith(_PREFIX):
+            digest = hmac.new(secret.encode(errors="surrogatepass"), self.body.encode(), hashlib.sha256).hexdigest()
+            headers[_PLAIN_SIGNATURE] = f"sha256={digest}"
+        if _is_base64(secret):
             from standardwebhooks import Webhook as Signer
 
-            headers["webhook-signature"] = Signer(self.webhook.secret).sign(self.id, now, self.body)
+            headers["webhook-signature"] = Signer(secret).sign(self.id, now, self.body)
         return headers
 
 

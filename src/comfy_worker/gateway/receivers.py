@@ -1,0 +1,30 @@
+"""Who is to be told of a job, by what was sent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from comfy_worker.jobs import Webhook
+from comfy_worker.payload import asked_webhook, webhook_of
+from comfy_worker.webhooks.message import check_webhook
+
+
+def webhook_of_request(request: Mapping[str, Any]) -> Webhook | None:
+    """Return who is to be told of a job: its `input.webhook`, or RunPod's `webhook`, a URL beside the input."""
+    return webhook_of(request) or _beside_input(request)
+
+
+def check_receiver(request: Mapping[str, Any]) -> None:
+    """Refuse a job whose webhook could never be sent, before anything of it runs.
+
+    Raises:
+        InvalidInput: the sentence says what is wrong with the webhook.
+    """
+    check_webhook(asked_webhook(request))
+    check_webhook(_beside_input(request), "webhook")
+
+
+def _beside_input(request: Mapping[str, Any]) -> Webhook | None:
+    plain = request.get("webhook")
+    return Webhook(plain) if isinstance(plain, str) and plain else None
