@@ -80,10 +80,13 @@ class Conversion:
 
 @dataclass(frozen=True)
 class JobBucket:
-    """A bucket of the caller's own, for the outputs (and `s3://` inputs) of one job; never stored or logged."""
+    """A bucket of the caller's own, for the outputs (and `s3://` inputs) of one job; never stored or logged.
+
+    Its `name` may be left to the endpoint, or else to the month.
+    """
 
     endpoint_url: str
-    name: str
+    name: str | None
     access_key_id: str = field(repr=False)
     secret_access_key: str = field(repr=False)
     region: str | None = None

@@ -102,7 +102,7 @@ class _BucketInput(_Model):
     """Takes the names of `input.s3` and those of RunPod's own `s3Config`."""
 
     endpoint_url: StrictStr = Field(validation_alias=AliasChoices("endpoint_url", "endpointUrl"))
-    bucket_name: StrictStr = Field(validation_alias=AliasChoices("bucket_name", "bucketName"))
+    bucket_name: StrictStr | None = Field(default=None, validation_alias=AliasChoices("bucket_name", "bucketName"))
     access_key_id: StrictStr = Field(validation_alias=AliasChoices("access_key_id", "accessId"))
     secret_access_key: StrictStr = Field(validation_alias=AliasChoices("secret_access_key", "accessSecret"))
     region: StrictStr | None = None

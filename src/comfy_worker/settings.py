@@ -188,7 +188,7 @@ class Settings(BaseSettings):
         "BUCKET_NAME",
         "S3_BUCKET_NAME",
         default=None,
-        description="The bucket, where the endpoint does not carry it.",
+        description="The bucket, where the endpoint does not carry it; else the one of the month (`11-26`).",
     )
     bucket_region: str | None = _named(
         "BUCKET_REGION",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -12,13 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from comfy_worker.errors import Cancelled, DeliveryFailed, InvalidInput
-from comfy_worker.jobs import Delivery
+from comfy_worker.jobs import Delivery, JobBucket
+from comfy_worker.sdk import import_runpod
 from comfy_worker.settings import load_settings
 from comfy_worker.stop import Stop
-from comfy_worker.storage import InMemory, OnDisk, Parcel, Watched
+from comfy_worker.storage import InMemory, OnDisk, Parcel, Watched, endpoint
 from comfy_worker.storage.keys import safe_path
 from tests.support.delivered import (
     CONTENT,
+    JOB_ACCESS_KEY,
+    JOB_SECRET_KEY,
     LARGE,
     Make,
     Recorder,
@@ -259,9 +263,31 @@ def test_half_a_configuration_is_refused_by_name(missing: str) -> None:
     assert_nothing_leaks(failure.value.message)
 
 
-def test_an_endpoint_without_a_bucket_is_refused(s3: S3Server, storages: Make) -> None:
-    with pytest.raises(InvalidInput, match="No bucket is named"):
-        storages(**with_bucket(s3.url)).choose(Delivery())
+def test_without_a_name_the_bucket_is_the_one_that_runpods_uploader_takes(
+    s3: S3Server, storages: Make, tmp_path: Path
+) -> None:
+    import_runpod()
+    from runpod.serverless.utils.rp_upload import upload_file_to_bucket
+
+    month = time.strftime("%m-%y")
+    s3.client.create_bucket(Bucket=month)
+    (tmp_path / "theirs.png").write_bytes(b"theirs")
+    credentials = {"endpointUrl": s3.url, "accessId": ACCESS_KEY, "accessSecret": SECRET_KEY}
+    upload_file_to_bucket("theirs.png", str(tmp_path / "theirs.png"), credentials, prefix="job-1")
+    storages(**with_bucket(s3.url)).choose(Delivery()).deliver(parcel("ours.png"))
+    assert set(s3.keys(month)) == {"job-1/theirs.png", "job-1/ours.png"}
+
+
+def test_another_month_is_another_bucket(s3: S3Server, storages: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = storages(**with_bucket(s3.url), allow_job_bucket=True, allow_private_urls=True)
+    theirs = JobBucket(s3.url, None, JOB_ACCESS_KEY, JOB_SECRET_KEY)
+    months = [s3.create_bucket(), s3.create_bucket()]
+    for month in months:
+        monkeypatch.setattr(endpoint, "bucket_of_the_month", lambda: month)  # noqa: B023 - called in this round only
+        made.choose(Delivery()).deliver(parcel("own.png"))
+        made.choose(Delivery(), None, theirs).deliver(parcel("theirs.png"))
+    for month in months:
+        assert set(s3.keys(month)) == {"job-1/own.png", "job-1/theirs.png"}
 
 
 def test_s3_without_a_configuration_is_refused(storages: Make) -> None:

@@ -40,7 +40,7 @@ class Storages:
         self._inline = inline or InlineStorage
         self._lock = threading.Lock()
         self._own: S3Connection | None = None
-        self._of_jobs: OrderedDict[JobBucket, S3Connection] = OrderedDict()
+        self._of_jobs: OrderedDict[tuple[JobBucket, Bucket], S3Connection] = OrderedDict()
         self._preparation: threading.Thread | None = None
 
     def check(self) -> None:
@@ -157,11 +157,14 @@ class Storages:
         settings = self._settings
         assert settings.bucket_access_key_id, "checked when the settings are loaded"  # noqa: S101
         assert settings.bucket_secret_access_key, "checked when the settings are loaded"  # noqa: S101
+        # Where it has no name, another month is another bucket.
+        bucket = worker_bucket(settings)
         with self._lock:
-            if self._own is None:
+            if self._own is None or self._own.bucket != bucket:
+                log.info("outputs that go to S3 go to the bucket %s", bucket.name)
                 self._own = S3Connection(
                     Access(
-                        worker_bucket(settings),
+                        bucket,
                         settings.bucket_access_key_id.get_secret_value(),
                         settings.bucket_secret_access_key.get_secret_value(),
                         public_only=False,
@@ -177,7 +180,7 @@ class Storages:
 
         settings = self._settings
         with self._lock:
-            connection = self._of_jobs.pop(job_bucket, None)
+            connection = self._of_jobs.pop((job_bucket, permitted), None)
             if connection is None:
                 connection = S3Connection(
                     Access(
@@ -189,7 +192,7 @@ class Storages:
                         part_mb=settings.bucket_part_mb,
                     )
                 )
-            self._of_jobs[job_bucket] = connection
+            self._of_jobs[job_bucket, permitted] = connection
             if len(self._of_jobs) > _KEPT_JOB_BUCKETS:
                 # Another job may still use it; it is gone when nobody does.
                 self._of_jobs.popitem(last=False)

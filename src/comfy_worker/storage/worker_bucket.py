@@ -21,7 +21,7 @@ _CANNED_ACLS = (
 
 
 def worker_bucket(settings: Settings) -> Bucket:
-    """Return the worker's bucket.
+    """Return the worker's bucket; where none is named, that of the month.
 
     Raises:
         InvalidInput: its endpoint cannot be understood, or its keys cannot be ones.
