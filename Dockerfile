@@ -170,7 +170,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     /opt/worker/bin/pip install ".${WORKER_EXTRAS:+[${WORKER_EXTRAS}]}"
 
 COPY --chmod=755 start.sh ./
-COPY handler.py test_input.json ./
+COPY handler.py main.py test_input.json ./
 COPY modifiers modifiers
 COPY workflows workflows
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import signal
 import sys
@@ -18,6 +19,7 @@ from comfy_worker.signals import END_SIGNALS, end_at_once
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from comfy_worker.gateway.asgi import Application
     from comfy_worker.gateway.settings import GatewaySettings
 
 _START_FAILED = 1
@@ -51,6 +53,11 @@ def _run(serve: Callable[[], int]) -> int:
     for number in END_SIGNALS:
         # Until those who have something to end in order put their own in its place.
         signal.signal(number, end_at_once)
+    return _guarded(serve)
+
+
+def _guarded(serve: Callable[[], int]) -> int:
+    """Return what `serve` does, with the settings of `.env`; a refusal is told, and is 2."""
     try:
         read_env_file()
         return serve()
@@ -96,8 +103,35 @@ def _reload(settings: GatewaySettings) -> int:
     return 0
 
 
-def _make_app() -> tuple[GatewaySettings, FastAPI]:
-    """Return the settings and the application made by them.
+def make_application() -> Application:
+    """Return the gateway for a server that somebody else starts; end the process if a setting is not sound."""
+    applications: list[Application] = []
+
+    def make() -> int:
+        from comfy_worker.gateway.asgi import Application, listener
+        from comfy_worker.gateway.settings import load_gateway_settings
+
+        found = listener()
+        try:
+            # uvicorn has been told already what to listen on, and how many processes and whether to reload.
+            settings = load_gateway_settings(api_host=found.host, api_workers=found.workers, api_reload=False)
+        except InvalidInput as error:
+            if found.workers == 1:
+                raise
+            raise InvalidInput(f"uvicorn was started with {found.workers} workers. {error.message}") from None
+        applications.append(Application(_make_app(settings)))
+        return 0
+
+    if code := _guarded(make):
+        if multiprocessing.parent_process() is not None and "--reload" not in sys.argv:
+            # It would start this one again and again.
+            os.kill(os.getppid(), signal.SIGTERM)
+        sys.exit(code)
+    return applications[0]
+
+
+def _make_app(settings: GatewaySettings) -> FastAPI:
+    """Return the application that the settings ask for.
 
     Raises:
         InvalidInput: a setting is not sound.
@@ -107,9 +141,7 @@ def _make_app() -> tuple[GatewaySettings, FastAPI]:
     from comfy_worker.gateway.auth import Keys, read_hashes
     from comfy_worker.gateway.jsonlogs import configure_gateway_logs
     from comfy_worker.gateway.memory import spare_what_stays
-    from comfy_worker.gateway.settings import load_gateway_settings
 
-    settings = load_gateway_settings()
     _make_data_dir(settings)
     hashes = read_hashes(settings.api_keys_file) if settings.api_keys_file else []
     admins = settings.given_admin_keys
@@ -120,12 +152,15 @@ def _make_app() -> tuple[GatewaySettings, FastAPI]:
     app = create_app(settings, Keys(given, hashes, admins))
     app.openapi()  # else FastAPI would put the routes together while the first request waits
     spare_what_stays()
-    return settings, app
+    return app
 
 
 def _serve(sockets: list[socket] | None = None) -> int:
     """Serve until a signal, on sockets that are bound already if there are any; return the process's exit code."""
-    settings, app = _make_app()
+    from comfy_worker.gateway.settings import load_gateway_settings
+
+    settings = load_gateway_settings()
+    app = _make_app(settings)
     from comfy_worker.gateway.server import Server
 
     try:
