@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+import uvicorn
 from fastapi import FastAPI
 from starlette.types import Receive, Scope, Send
 from uvicorn.main import main as uvicorn_command
@@ -43,11 +44,11 @@ def listener() -> Listener:
         return Listener()
     options = uvicorn_command.make_context("uvicorn", sys.argv[1:]).params
     is_hosts = options["uds"] is None and options["fd"] is None
-    # A reloader has one process, whatever it is told.
-    return Listener(
-        host=options["host"] if is_hosts else _EVERYWHERE,
-        workers=1 if options["reload"] else options["workers"] or 1,
+    # A reloader has one process, whatever it is told; WEB_CONCURRENCY counts too.
+    workers = (
+        1 if options["reload"] else uvicorn.Config("main:app", workers=options["workers"], log_config=None).workers
     )
+    return Listener(options["host"] if is_hosts else _EVERYWHERE, workers)
 
 
 class Application(Ending):
