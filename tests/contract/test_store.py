@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -485,9 +486,22 @@ def test_jobs_of_the_first_version_are_kept(url: str, opened: Open) -> None:
     engine.dispose()
 
     store = opened()
-    assert get(store, old.id).retries == 0
+    assert (get(store, old.id).retries, get(store, old.id).owner) == (0, "")
     assert store.retry(old.id, NOW + 1)
     assert store.retried() == 1
+
+
+def test_jobs_are_listed_counted_and_cancelled_by_owner(store: Store) -> None:
+    for number, owner in enumerate(["alice", "bob", "", "alice"]):
+        store.add(replace(job(), id=f"batch-{number}", owner=owner, created_at=NOW + number))
+    hers = ["batch-0", "batch-3"]
+    assert [record.id for record in store.with_prefix("batch-", {"alice"})] == hers
+    assert [record.id for record in store.latest(None, 1, {"alice", "bob"})] == ["batch-3"]
+    assert [record.owner for record in store.latest(None, 9, {"", "bob"})] == ["", "bob"]
+    assert store.counts_by_owner()["alice"] == {JobState.IN_QUEUE: 2}
+    assert sorted(store.cancel_waiting(None, NOW, {"alice"})) == hers
+    assert store.cancel_waiting("elsewhere", NOW, {"bob"}) == []
+    assert sorted(store.cancel_waiting(None, NOW)) == ["batch-1", "batch-2"]
 
 
 def test_tables_are_as_their_migrations_make_them(store: Store, url: str) -> None:

@@ -95,6 +95,30 @@ def test_any_process_answers_for_any_job(tmp_path: Path, shared: dict[str, str])
             assert gateway.get(f"/status/{job_id}").json()["status"] == "CANCELLED"
 
 
+def test_a_job_is_its_keys_own_at_every_gateway(tmp_path: Path, shared: dict[str, str]) -> None:
+    keys = {"API_KEYS": "alice:alices-key,alice:her-next-key,bob:bobs-key", "API_ADMIN_KEYS": "root:roots-key"}
+    with two_gateways(tmp_path, {**shared, **keys, "RATE_LIMIT_CANCEL": "2/day"}) as gateways:
+
+        def ask(number: int, key: str, method: str, path: str) -> requests.Response:
+            headers = {"Authorization": f"Bearer {key}", "Idempotency-Key": "order-1"}
+            return requests.request(
+                method, f"{gateways[number].url}{path}", json=JOB, headers=headers, timeout=TIMEOUT_S
+            )
+
+        hers, his = (ask(0, key, "POST", "/run").json()["id"] for key in ("alices-key", "bobs-key"))
+        assert hers != his
+        assert ask(1, "her-next-key", "POST", "/run").json()["id"] == hers
+        for key, status in (("alices-key", 200), ("her-next-key", 200), ("roots-key", 200), ("bobs-key", 404)):
+            assert [ask(number, key, "GET", f"/status/{hers}").status_code for number in range(2)] == [status] * 2
+        assert ask(1, "bobs-key", "POST", "/purge-queue").json()["removed"] == 1
+        assert ask(0, "alices-key", "GET", f"/status/{hers}").json()["status"] == "IN_QUEUE"
+        # The keys of one name are counted together, by all gateways.
+        codes = [
+            ask(n % 2, key, "POST", "/cancel/x").status_code for n, key in enumerate(["alices-key", "her-next-key"] * 2)
+        ]
+        assert codes == [404, 404, 429, 429]
+
+
 def test_a_process_that_is_killed_is_replaced_and_a_signal_ends_all(tmp_path: Path, shared: dict[str, str]) -> None:
     with served(NOWHERE, tmp_path, **shared, API_WORKERS="2") as gateway:
         wait_until(lambda: len(serving(gateway.process)) == 2)

@@ -75,6 +75,25 @@ def test_a_key_used_too_often_is_told_when_to_come_back(make: Make) -> None:
     assert [client.post("/cancel/x", headers=KEY).status_code for _ in range(2)] == [404, 429]
 
 
+def test_the_keys_of_one_name_are_counted_together(make: Make) -> None:
+    client = make(keys=("alice:old", "alice:new", "bob:b"), rate_limit_status="2/day")
+    asked = ("old", "new", "old", "new", "b")
+    codes = [client.get("/status/x", headers={"Authorization": f"Bearer {key}"}).status_code for key in asked]
+    assert codes == [404, 404, 429, 429, 404]
+
+
+def test_a_requests_line_in_the_log_has_the_name_of_its_key(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    client = make(keys=("alice:s3cret", "b"))
+    with caplog.at_level(logging.INFO, "comfy_worker.gateway.middleware"):
+        client.get("/status/x", headers={"Authorization": "Bearer s3cret"})
+        client.get("/status/x", headers={"Authorization": "Bearer wrong"})
+    known, unknown = [record for record in caplog.records if "status/x" in record.getMessage()]
+    line = json.loads(JsonFormatter([]).format(known))
+    assert (line["key"], line["job_id"]) == ("alice", "x")
+    assert "key" not in json.loads(JsonFormatter([]).format(unknown))
+    assert "s3cret" not in caplog.text
+
+
 def test_a_body_that_is_too_large_is_refused_before_it_is_read(make: Make) -> None:
     client = make()
     answer = client.post("/run", headers={**KEY, "Content-Length": str(RUN_LIMIT + 1)}, content=b"{}")

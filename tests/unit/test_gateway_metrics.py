@@ -18,6 +18,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from comfy_worker.emulator.server import EmulatorServer
+from comfy_worker.gateway.callers import Caller, acting
 from comfy_worker.gateway.database import connect
 from comfy_worker.gateway.metrics import Cached, GatewayCollector
 from comfy_worker.gateway.records import JobRecord
@@ -77,6 +78,19 @@ def test_jobs_are_counted_by_state_and_so_is_the_queue(store: Store) -> None:
     counts = {state.value: figure(figures, "comfy_jobs", state=state.value) for state in JobState}
     assert counts == {"IN_QUEUE": 2, "IN_PROGRESS": 1, "FAILED": 1, "COMPLETED": 0, "CANCELLED": 0, "TIMED_OUT": 0}
     assert figure(figures, "comfy_queue_depth") == 2
+
+
+@pytest.mark.parametrize(("asking", "shown"), [("alice", {"alice"}), ("root", {"alice", "bob"})])
+def test_a_keys_jobs_are_counted_for_it_and_for_administrators(store: Store, asking: str, shown: set[str]) -> None:
+    for number, owner in enumerate(["alice", "alice", "bob", ""]):
+        store.add(JobRecord(f"{number}", "local", JobState.IN_QUEUE, NOW, owner=owner))
+    with acting(Caller(asking, asking, None if asking == "root" else frozenset({asking}))):
+        figures = collect(store)
+    counts = {
+        dict(labels)["key"]: count for (name, labels), count in figures.items() if name == "comfy_key_jobs" and count
+    }
+    assert counts == {name: count for name, count in (("alice", 2), ("bob", 1)) if name in shown}
+    assert figure(figures, "comfy_jobs", state="IN_QUEUE") == figure(figures, "comfy_queue_depth") == 4
 
 
 def test_webhooks_are_counted_that_are_yet_to_be_accepted(store: Store) -> None:

@@ -6,6 +6,7 @@ import logging
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
@@ -17,6 +18,7 @@ from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Met
 from prometheus_client.registry import Collector
 from pydantic import BaseModel, Field, ValidationError
 
+from comfy_worker.gateway.callers import NOBODY, current_caller
 from comfy_worker.gateway.store import Store
 from comfy_worker.jobs import JobState
 from comfy_worker.settings import without_credentials
@@ -76,11 +78,13 @@ class GatewayCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Look everything up."""
-        counts = self._store.counts()
+        by_owner = self._store.counts_by_owner()
+        counts = sum((Counter(counts) for counts in by_owner.values()), Counter[JobState]())
         jobs = GaugeMetricFamily("comfy_jobs", "Jobs that the gateway keeps, by state.", labels=["state"])
         for state in JobState:
             jobs.add_metric([state.value], counts.get(state, 0))
         yield jobs
+        yield _jobs_by_key(by_owner)
         yield GaugeMetricFamily("comfy_queue_depth", "Jobs that wait.", counts.get(JobState.IN_QUEUE, 0))
         pending = self._store.pending_deliveries()
         yield GaugeMetricFamily("comfy_webhooks_pending", "Webhooks neither accepted nor given up.", pending)
@@ -133,6 +137,18 @@ class GatewayCollector(Collector):
         except (requests.RequestException, ValidationError) as error:
             log.info("ComfyUI %s told nothing of its memory: %s", url, type(error).__name__)
             return _SystemStats()
+
+
+def _jobs_by_key(by_owner: Mapping[str, Mapping[JobState, int]]) -> Metric:
+    """Return how many jobs each key has, of those keys whose jobs the caller may see."""
+    told = GaugeMetricFamily(
+        "comfy_key_jobs", "Jobs that the gateway keeps, by key and state.", labels=["key", "state"]
+    )
+    for owner, counts in sorted(by_owner.items()):
+        if owner != NOBODY and current_caller().sees(owner):
+            for state in JobState:
+                told.add_metric([owner, state.value], counts.get(state, 0))
+    return told
 
 
 def _as_label(limit: float) -> str:

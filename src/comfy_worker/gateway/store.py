@@ -251,6 +251,15 @@ class Store:
         with self._reading() as connection:
             return {JobState(state): count for state, count in connection.execute(query)}
 
+    def counts_by_owner(self) -> Mapping[str, Mapping[JobState, int]]:
+        """Return how many jobs of each owner are in each state that any of them is in."""
+        query = select(jobs.c.owner, jobs.c.state, func.count()).group_by(jobs.c.owner, jobs.c.state)
+        found: dict[str, dict[JobState, int]] = {}
+        with self._reading() as connection:
+            for owner, state, count in connection.execute(query):
+                found.setdefault(owner, {})[JobState(state)] = count
+        return found
+
     def seconds_by_stage(self) -> Mapping[str, StageTimes]:
         """Return how long the jobs that have ended were in each stage, those too that are not kept any more."""
         with self._reading() as connection:
