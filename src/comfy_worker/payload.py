@@ -309,6 +309,15 @@ def _warnings(parsed: _JobInput) -> Iterator[str]:
             yield from item.unknown_keys(f"input.{place}.{number}")
 
 
+def input_warnings(job_input: Mapping[str, Any]) -> list[str]:
+    """Return a sentence for each key of an `input` that nobody knows; none for one that is not sound otherwise."""
+    try:
+        parsed = _JobInput.model_validate({key: value for key, value in job_input.items() if value is not None})
+    except ValidationError:
+        return []
+    return list(_warnings(parsed))
+
+
 def _decode_files(items: Sequence[_FileInput]) -> tuple[InputFile, ...]:
     files: dict[str, InputFile] = {}
     for item in items:

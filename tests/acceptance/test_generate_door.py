@@ -13,7 +13,7 @@ import subprocess
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -60,6 +60,7 @@ class Broken(BaseModifier):
     async def apply_modifications(self):
         raise ValueError("a secret")
 """
+RESULT = {"id", "status", "message", "output", "timings", "comfyui_response"}
 UPDATE = {"request_id", "status", "message", "elapsed_time", "queue_position", "queue_info"}
 POSITION = {"current_queue", "position", "queue_size", "estimated_wait_time"}
 SIZES = {"preprocess_queue_size", "generation_queue_size", "postprocess_queue_size"}
@@ -126,6 +127,19 @@ def events_of(response: requests.Response) -> Iterator[sseclient.Event]:
     return iter(sseclient.SSEClient(cast("Iterator[bytes]", response)).events())
 
 
+@contextmanager
+def gateway_stream(gateway: Served, job_input: dict[str, Any]) -> Iterator[Iterator[dict[str, Any]]]:
+    """Send a request to be told of; yield what is told."""
+    with requests.post(
+        f"{gateway.url}/generate/stream",
+        json={"input": job_input},
+        headers=gateway.headers,
+        stream=True,
+        timeout=TIMEOUT_S,
+    ) as response:
+        yield (json.loads(event.data) for event in events_of(response) if event.data)
+
+
 # ------------------------------------------------------------------------------------------ as it is described
 
 
@@ -136,13 +150,16 @@ def test_the_described_synchronous_request(gateway: Served) -> None:
     )
     result = response.json()
     assert (response.status_code, result["status"], result["message"]) == (200, "completed", "The job is complete")
-    assert set(result) == {"id", "status", "message", "output"}
+    assert set(result) == RESULT
+    assert {"preprocess_ms", "generation_ms", "postprocess_ms", "total_ms"} < set(result["timings"])
+    assert result["comfyui_response"] == {}
     [output] = result["output"]
     assert set(output) == {"filename", "local_path", "url", "type", "subfolder", "node_id", "output_type"}
     assert output["filename"].startswith("value_")
-    assert output["local_path"] == f"{result['id']}/{output['filename']}", "below the gateway's folder, not on its disk"
+    assert output["local_path"] == f"/assets/{result['id']}/{output['filename']}", "at the gateway, not on its disk"
     assert (output["type"], output["node_id"], output["output_type"]) == ("output", "9", "images")
-    assert output["url"].startswith(f"{gateway.url}/assets/{output['local_path']}?")
+    assert output["url"].startswith(f"{gateway.url}{output['local_path']}?")
+    assert colors(gateway.get(output["local_path"]).content) == [RED]
     assert file_of(result) == [RED]
 
 
@@ -158,8 +175,10 @@ def test_the_described_streaming_request(gateway: Served) -> None:
     assert (last["result"]["status"], len(last["result"]["output"])) == ("completed", 1)
     statuses = list(dict.fromkeys(update["status"] for update in updates))
     assert statuses == ["queued", "processing", "generating", "completed"]
-    for update in updates:
-        assert set(update) == UPDATE
+    assert set(last) == UPDATE | {"result"}
+    assert (last["message"], last["queue_info"]) == (updates[-1]["message"], updates[-1]["queue_info"])
+    for update in told:
+        assert set(update) - {"result"} == UPDATE
         assert update["request_id"] == last["request_id"] == last["result"]["id"]
         assert set(update["queue_position"]) == POSITION
         assert set(update["queue_info"]) == SIZES
@@ -233,7 +252,8 @@ def test_a_request_is_accepted_and_its_result_asked_for(gateway: Served) -> None
     accepted = generate(gateway, workflow_json=picture(RED))
     body = accepted.json()
     assert accepted.status_code == 202
-    assert set(body) == {"id", "status", "message", "output"}
+    assert set(body) == RESULT
+    assert set(body["timings"]) == {"queued_at_ms"}
     assert str(uuid.UUID(body["id"])) == body["id"]
     assert (body["status"], body["output"]) in (("queued", []), ("processing", []))
     answer = finished(gateway, body["id"])
@@ -266,16 +286,56 @@ def test_random_ints_are_drawn_for_a_raw_workflow(gateway: Served) -> None:
 # ----------------------------------------------------------------------------------------------------- fields
 
 
-def test_the_callers_own_id_names_the_job_once(gateway: Served) -> None:
-    own = str(uuid.uuid4())
-    result = generate(gateway, "/generate/sync", request_id=own, workflow_json=picture(RED)).json()
-    assert (result["id"], result["status"]) == (own, "completed")
+DESCRIBED = {
+    "request_id": "optional-uuid-v4",
+    "modifier": "YourModifier",
+    "modifications": {"param": "value1", "parameter2": 42},
+    "workflow_json": {},
+    "s3": {"access_key_id": "", "secret_access_key": "", "endpoint_url": "", "bucket_name": "", "region": ""},
+    "webhook": {"url": "", "extra_params": {"custom_field": "value"}},
+}
+"""The description's payload, with nobody's bucket and webhook."""
+
+
+def test_the_described_payload_may_be_sent_again_and_again(gateway: Served) -> None:
+    first = generate(gateway, "/generate/sync", **DESCRIBED).json()
+    again = generate(gateway, "/generate/sync", **DESCRIBED).json()
+    for result in (first, again):
+        assert (result["id"], result["status"], file_of(result)) == ("optional-uuid-v4", "completed", [RED])
+    assert again["timings"]["queued_at_ms"] >= first["timings"]["completed_at_ms"], "it ran again"
+    with gateway_stream(gateway, DESCRIBED) as told:
+        *_, last = told
+    assert last["result"]["status"] == "completed"
+    assert last["result"]["timings"]["queued_at_ms"] >= again["timings"]["completed_at_ms"]
+
+
+def test_the_same_request_is_the_same_job_while_that_is_open_and_another_is_a_409(
+    gateway: Served, comfyui: ComfyUI
+) -> None:
+    own, graph = str(uuid.uuid4()), work(60)
+    assert generate(gateway, request_id=own, workflow_json=graph).status_code == 202
+    comfyui.wait_until_running()
+    again = generate(gateway, request_id=own, workflow_json=graph)
+    assert (again.status_code, again.json()["id"], again.json()["status"]) == (202, own, "generating")
     for path in ("/generate", "/generate/sync", "/generate/stream"):
-        again = generate(gateway, path, request_id=own, workflow_json=picture(GREEN))
-        assert (again.status_code, again.json()["code"]) == (409, "duplicate_request")
-        assert again.json()["detail"] == again.json()["error"]
+        other = generate(gateway, path, request_id=own, workflow_json=picture(GREEN))
+        assert (other.status_code, other.json()["code"]) == (409, "duplicate_request")
+        assert other.json()["detail"] == other.json()["error"]
+    gateway.post(f"/cancel/{own}")
+    after = generate(gateway, "/generate/sync", request_id=own, workflow_json=picture(GREEN)).json()
+    assert (after["status"], file_of(after)) == ("completed", [GREEN])
     empty = generate(gateway, request_id="", workflow_json=picture(RED))
     assert str(uuid.UUID(empty.json()["id"])) == empty.json()["id"]
+
+
+def test_comfyuis_history_comes_for_who_asks_for_it(gateway: Served) -> None:
+    result = gateway.post(
+        "/generate/sync", {"input": {"workflow_json": picture(RED)}}, **{"X-Include-ComfyUI-Response": "1"}
+    ).json()
+    [history] = result["comfyui_response"].values()
+    assert history["status"] == {"status_str": "success", "completed": True}
+    [file] = history["outputs"]["9"]["images"]
+    assert (file["filename"], file["type"]) == (result["output"][0]["filename"], "output")
 
 
 @pytest.mark.parametrize("as_header", [True, False])
@@ -313,8 +373,12 @@ def test_outputs_go_to_the_callers_bucket_and_their_urls_with_them(gateway: Serv
         result = generate(gateway, "/generate/sync", workflow_json=picture(RED), s3=config).json()
         [key] = s3.keys(bucket)
         assert result["output"][0]["url"].startswith(f"{s3.url}/{bucket}/{key}?")
-        assert result["output"][0]["local_path"] is None
+        path = result["output"][0]["local_path"]
+        assert path == f"/assets/{result['id']}/{result['output'][0]['filename']}"
+        led = gateway.get(path, allow_redirects=False)
+        assert (led.status_code, led.headers["location"]) == (307, result["output"][0]["url"])
         assert file_of(result) == [RED]
+        assert gateway.get(f"/assets/{result['id']}/other.png").status_code == 404
 
 
 def test_empty_forms_of_a_bucket_and_a_webhook_are_none(gateway: Served) -> None:
@@ -386,7 +450,13 @@ def test_whatever_runpods_input_takes_goes_with_a_request(gateway: Served) -> No
     convert = {"format": "webp"}
     result = generate(gateway, "/generate/sync", workflow_json=picture(RED), convert=convert, colour="red").json()
     assert result["output"][0]["filename"].endswith(".webp")
-    assert any("input.colour is unknown" in warning for warning in result["errors"])
+    assert result["warnings"] == ["input.colour is unknown and was ignored"]
+    with Receiver() as receiver:
+        webhook = {"url": receiver.url, "extra_param": {}}
+        accepted = generate(gateway, workflow_json=picture(RED), webhook=webhook).json()
+        receiver.wait_for(1)
+    advice = "input.webhook.extra_param is unknown and was ignored; did you mean 'extra_params'?"
+    assert accepted["warnings"] == [advice]
 
 
 # ------------------------------------------------------------------------------------------- what goes wrong

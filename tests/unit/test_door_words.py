@@ -14,7 +14,7 @@ from comfy_worker.errors import InternalError, InvalidInput
 from comfy_worker.gateway.answers import RunRequest
 from comfy_worker.gateway.assets import AssetStore
 from comfy_worker.gateway.bodies import parse_body, warnings_of
-from comfy_worker.gateway.doors import catalog_words, generate_words, tasks
+from comfy_worker.gateway.doors import catalog_words, generate_results, tasks
 from comfy_worker.gateway.doors.batch import said_of_cancelling
 from comfy_worker.gateway.doors.catalog import ExecuteRequest
 from comfy_worker.gateway.doors.generate_words import GenerateRequest, runpod_request
@@ -54,7 +54,7 @@ def test_nor_is_it_one_of_the_catalogs() -> None:
 
 
 def test_nor_is_it_one_to_generate(tmp_path: Any) -> None:
-    files = generate_words.files_of(MIXED, MIXED, AssetStore(tmp_path), as_base64=True)
+    files = generate_results.files_of("job", MIXED, MIXED, AssetStore(tmp_path), as_base64=True)
     assert [file["output_type"] for file in files] == ["images", "videos", "audio"]
 
 

@@ -21,15 +21,8 @@ from comfy_worker.errors import (
     all_errors,
 )
 from comfy_worker.gateway.assets import AssetStore, with_urls
-from comfy_worker.gateway.doors.generate_words import (
-    Following,
-    check_source,
-    ended,
-    files_of,
-    http_status,
-    result_of,
-    runpod_request,
-)
+from comfy_worker.gateway.doors.generate_results import Following, ended, files_of, http_status, result_of
+from comfy_worker.gateway.doors.generate_words import check_source, runpod_request
 from comfy_worker.gateway.events import PREVIEW, PROGRESS, STATUS, Event
 from comfy_worker.gateway.limits import RUNSYNC_LIMIT
 from comfy_worker.gateway.records import JobRecord
@@ -142,10 +135,48 @@ def test_a_failure_is_told_with_all_that_is_known_of_it() -> None:
         "status": "failed",
         "message": "There is no x",
         "output": [],
+        "timings": {"queued_at_ms": 0},
+        "comfyui_response": {},
         "code": "missing_models",
         "hint": "Get it",
         "details": {"problems": []},
     }
+
+
+TIMINGS = {"staged_ms": 3, "queued_ms": 4, "executed_ms": 50, "delivered_ms": 6, "total_ms": 63}
+
+
+def test_timings_have_the_stages_by_this_apis_names() -> None:
+    job = record(JobState.COMPLETED, output={"timings": TIMINGS}, ended_at=0.25)
+    assert result_of(job, ended(job), [])["timings"] == {
+        "queued_at_ms": 0,
+        "preprocess_ms": 3,
+        "generation_ms": 50,
+        "postprocess_ms": 6,
+        "completed_at_ms": 250,
+        "total_ms": 250,
+    }
+
+
+def test_the_history_is_in_comfyuis_words_for_who_asks_for_it() -> None:
+    output = {
+        "images": [item("a.png", "asset:/job/a.png", subfolder="sub"), item("b.png", "x", preview=True)],
+        "texts": [{"node_id": "5", "text": "words"}],
+    }
+    job = record(JobState.COMPLETED, output=output, prompt_id="p")
+    assert result_of(job, ended(job), [])["comfyui_response"] == {}
+    files = [
+        {"filename": "a.png", "subfolder": "sub", "type": "output"},
+        {"filename": "b.png", "subfolder": "", "type": "temp"},
+    ]
+    assert result_of(job, ended(job), [], with_history=True)["comfyui_response"] == {
+        "p": {
+            "outputs": {"9": {"images": files}, "5": {"text": ["words"]}},
+            "status": {"status_str": "success", "completed": True},
+        }
+    }
+    open_job = record(JobState.IN_PROGRESS, prompt_id="p")
+    assert result_of(open_job, ended(job), [], with_history=True)["comfyui_response"] == {}
 
 
 def item(name: str, content: str, **fields: Any) -> dict[str, Any]:
@@ -169,15 +200,15 @@ def assets(tmp_path: Path) -> AssetStore:
 
 def files(output: dict[str, Any], assets: AssetStore, *, as_base64: bool = True) -> list[dict[str, Any]]:
     linked = with_urls(output, lambda path: f"https://here/{path}")
-    return files_of(output, linked, assets, as_base64=as_base64)
+    return files_of("job", output, linked, assets, as_base64=as_base64)
 
 
-def test_a_file_of_ours_has_its_path_below_the_folder(assets: AssetStore) -> None:
+def test_a_file_of_ours_has_its_path_at_this_gateway(assets: AssetStore) -> None:
     output = {"images": [item("a b.png", "asset:/job/a%20b.png", subfolder="sub", preview=True)], "videos": []}
     [file] = files(output, assets)
     assert file == {
         "filename": "a b.png",
-        "local_path": "job/a b.png",
+        "local_path": "/assets/job/a b.png",
         "url": "https://here/job/a b.png",
         "type": "temp",
         "subfolder": "sub",
@@ -189,9 +220,9 @@ def test_a_file_of_ours_has_its_path_below_the_folder(assets: AssetStore) -> Non
     assert "data" not in files(output, assets, as_base64=False)[0]
 
 
-def test_a_file_in_a_bucket_has_its_url_only(assets: AssetStore) -> None:
+def test_a_file_in_a_bucket_has_its_url_and_a_path_at_this_gateway_too(assets: AssetStore) -> None:
     [file] = files({"audio": [item("a.mp3", "https://s3/a.mp3", type="s3_url")]}, assets)
-    assert (file["local_path"], file["url"], file["output_type"]) == (None, "https://s3/a.mp3", "audio")
+    assert (file["local_path"], file["url"], file["output_type"]) == ("/assets/job/a.mp3", "https://s3/a.mp3", "audio")
     assert "data" not in file
     assert file["error"] == "The file is in a bucket; take it by its url"
 
@@ -199,7 +230,7 @@ def test_a_file_in_a_bucket_has_its_url_only(assets: AssetStore) -> None:
 def test_a_file_that_was_delivered_both_ways_has_both(assets: AssetStore) -> None:
     both = item("a.png", "YWJj", type="base64", url="https://s3/a.png")
     [file] = files({"images": [both]}, assets)
-    assert (file["url"], file["data"], file["local_path"]) == ("https://s3/a.png", "YWJj", None)
+    assert (file["url"], file["data"], file["local_path"]) == ("https://s3/a.png", "YWJj", "/assets/job/a.png")
     [without] = files({"images": [both]}, assets, as_base64=False)
     assert (without["url"], without.get("data")) == ("https://s3/a.png", None)
     [inline] = files({"images": [item("a.png", "YWJj", type="base64")]}, assets, as_base64=False)

@@ -120,6 +120,7 @@ def _guard(app: FastAPI, settings: GatewaySettings, keys: Keys, limits: RateLimi
                 "Idempotency-Key",
                 "Last-Event-ID",
                 "X-Return-Outputs-As-Base64",
+                "X-Include-ComfyUI-Response",
             ],
             expose_headers=["Retry-After"],
         )

@@ -119,6 +119,7 @@ class JobService:
         cache_key: str | None = None,
         door: str = "runpod",
         details: Mapping[str, Any] | None = None,
+        replace_ended: bool = False,
     ) -> JobRecord:
         """Accept a job; when this returns, it survives the gateway.
 
@@ -133,6 +134,8 @@ class JobService:
                 the other.
             door: which API it came through.
             details: what that door has to remember of it; `only_backend` names the one ComfyUI that may run it.
+            replace_ended: whether it takes the place of a job of the same id and owner that has ended and whose webhook
+                is not to be sent any more.
 
         Raises:
             InvalidInput: a name is too long, or has characters that it cannot have; a template cannot be filled in; the
@@ -145,7 +148,7 @@ class JobService:
         own_id = job_id or (f"sync-{uuid.uuid4()}" if sync else f"{uuid.uuid4()}-u1")
         accepted = await run_in_threadpool(
             self._add, own_id, request, endpoint_id, _SYNC_RETENTION_S if sync else _RUN_RETENTION_S, priority,
-            idempotency_key, cache_key, door, {**(details or {}), **({"sync": True} if sync else {})},
+            idempotency_key, cache_key, door, {**(details or {}), **({"sync": True} if sync else {})}, replace_ended,
         )  # fmt: skip
         if accepted.id == own_id:
             self._publish(accepted, accepted.created_at)
@@ -163,6 +166,7 @@ class JobService:
         cache_key: str | None,
         door: str,
         details: Mapping[str, Any],
+        replace_ended: bool,
     ) -> JobRecord:
         # The key stands for what was sent: a template may become another workflow each time.
         body_hash = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
@@ -172,7 +176,13 @@ class JobService:
             key = _own_key(record.owner, "cache", cache_key)
             return self._store.add(record, key, max_waiting=self._max_queue_size, renew=True)
         own_key = None if idempotency_key is None else _own_key(record.owner, "request", endpoint_id, idempotency_key)
-        return self._store.add(record, own_key, body_hash, max_waiting=self._max_queue_size)
+        added = self._store.add(
+            record, own_key, body_hash, max_waiting=self._max_queue_size, replace_ended=replace_ended
+        )
+        if replace_ended:
+            # What is remembered of the one before is not this one's.
+            self._bus.forget(job_id)
+        return added
 
     async def submit_all(
         self, requests: Mapping[str, Mapping[str, Any]], *, door: str, details: Mapping[str, Any] | None = None

@@ -171,6 +171,11 @@ class GatewaySettings(Settings):
     modifier_timeout_s: float = _named(
         "MODIFIER_TIMEOUT_S", default=30.0, gt=0, le=3600, description="Seconds that a modifier may take."
     )
+    include_comfyui_response: bool = _named(
+        "INCLUDE_COMFYUI_RESPONSE",
+        default=False,
+        description="`/generate` and its kin tell the outputs and the status in the words of ComfyUI's history too.",
+    )
     log_format: Literal["text", "json"] = _named(
         "LOG_FORMAT", default="text", description="`json` writes one JSON object a line, with the job's id."
     )

@@ -129,6 +129,7 @@ class Store:
         *,
         max_waiting: int | None = None,
         renew: bool = False,
+        replace_ended: bool = False,
     ) -> JobRecord:
         """Keep a new job; return it, or the job that was accepted under the same key before.
 
@@ -138,6 +139,7 @@ class Store:
             body_hash: of what was sent under that key.
             max_waiting: how many jobs may be waiting at most, this one included.
             renew: whether a job that ended without a result gives its key away.
+            replace_ended: whether one that ended gives its id away, to the same owner and when its webhook was sent.
 
         Raises:
             DuplicateKey: the key was used with another body.
@@ -153,6 +155,9 @@ class Store:
                 elif earlier is not None:
                     return earlier
                 _check_room(connection, max_waiting)
+                if replace_ended:
+                    before = (jobs.c.id == record.id) & (jobs.c.owner == record.owner) & jobs.c.state.not_in(_OPEN)
+                    connection.execute(delete(jobs).where(before, ~_has_webhook_to_send()))
                 connection.execute(insert(jobs).values(**columns))
                 _note(connection, record.id, record.state, record.created_at)
                 if idempotency_key is not None:
@@ -163,7 +168,9 @@ class Store:
             with self._reading() as connection:
                 earlier = self._accepted_before(connection, idempotency_key, body_hash)
             if earlier is None:
-                raise DuplicateRequest(f"There is a job with the id {record.id!r} already") from None
+                raise DuplicateRequest(
+                    f"There is a job with the id {record.id!r} already", hint="Wait for its end, or use another id"
+                ) from None
             return earlier
         return record
 
@@ -503,8 +510,12 @@ def _is_of(owners: Collection[str] | None) -> ColumnElement[bool]:
 
 
 def _has_expired(now: float) -> Any:
+    return (jobs.c.ended_at + jobs.c.retention_s < now) & ~_has_webhook_to_send()
+
+
+def _has_webhook_to_send() -> ColumnElement[bool]:
     waiting = select(webhook_deliveries.c.job_id).where(webhook_deliveries.c.done_at.is_(None))
-    return (jobs.c.ended_at + jobs.c.retention_s < now) & jobs.c.id.not_in(waiting)
+    return jobs.c.id.in_(waiting)
 
 
 def _check_room(connection: Connection, max_waiting: int | None, wanted: int = 1) -> None:

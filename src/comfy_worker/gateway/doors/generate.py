@@ -6,7 +6,8 @@ import json
 import time
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any
 
@@ -19,28 +20,32 @@ from starlette.concurrency import run_in_threadpool
 from comfy_worker.gateway.answers import JOB_ID, Answer, DetailedProblem, problems, request_body
 from comfy_worker.gateway.bodies import read_body, warnings_of
 from comfy_worker.gateway.doors.generate_page import readme_page
-from comfy_worker.gateway.doors.generate_words import (
+from comfy_worker.gateway.doors.generate_results import (
     Following,
     GenerateEvent,
-    GenerateRequest,
     GenerateResult,
     QueueInfo,
     Standing,
-    check_source,
     ended,
     files_of,
     http_status,
-    not_read,
     result_of,
+)
+from comfy_worker.gateway.doors.generate_words import (
+    GenerateRequest,
+    check_source,
+    fingerprint,
+    not_read,
     runpod_request,
 )
 from comfy_worker.gateway.doors.parts import Parts, queue_sizes
-from comfy_worker.gateway.errors import DatabaseUnavailable
+from comfy_worker.gateway.errors import DatabaseUnavailable, DuplicateRequest, NotFound
 from comfy_worker.gateway.event_stream import EventStream
 from comfy_worker.gateway.leaving import while_connected
 from comfy_worker.gateway.records import JobRecord
 from comfy_worker.jobs import JobState
 from comfy_worker.modifiers import apply, randomized
+from comfy_worker.payload import input_warnings
 
 DOOR = "generate"
 _WAIT_S = 300.0
@@ -71,6 +76,22 @@ AsBase64 = Annotated[
         "`return_outputs_as_base64`.",
     ),
 ]
+WithHistory = Annotated[
+    str | None,
+    Header(
+        alias="X-Include-ComfyUI-Response",
+        description="`1`, `true`, `yes` or `on`: the result has what ComfyUI's history says of its outputs, as "
+        "`comfyui_response`; anything else: it has not, whatever INCLUDE_COMFYUI_RESPONSE says.",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class _Wish:
+    """How a caller wants the result: with the files' bytes, and in ComfyUI's words too."""
+
+    with_bytes: bool = False
+    with_history: bool = False
 
 
 def router(parts: Parts) -> APIRouter:
@@ -162,35 +183,44 @@ class _Door:
         self._modifier_threads = CapacityLimiter(_MODIFIERS_AT_ONCE)
         self._counts: tuple[float, Mapping[JobState, int]] | None = None
 
-    async def generate(self, request: Request, as_base64: AsBase64 = None) -> Answer:
+    async def generate(self, request: Request, as_base64: AsBase64 = None, with_history: WithHistory = None) -> Answer:
         """Queue a job and return its id."""
-        record, warnings = await self._submit(request, as_base64)
-        return Answer({**await self._result(request, record), **warnings}, status_code=202)
+        wish = self._wish(as_base64, with_history)
+        record, warnings = await self._submit(request, wish)
+        return Answer({**await self._result(request, record, wish), **warnings}, status_code=202)
 
     async def sync(
         self,
         request: Request,
         as_base64: AsBase64 = None,
+        with_history: WithHistory = None,
         timeout: Annotated[
             float, Query(gt=0, le=_LONGEST_WAIT_S, allow_inf_nan=False, description="Seconds.")
         ] = _WAIT_S,
     ) -> Answer:
         """Queue a job and return its result; 202 and where it stands if that takes longer than `timeout` seconds."""
-        record, warnings = await self._submit(request, as_base64)
+        wish = self._wish(as_base64, with_history)
+        record, warnings = await self._submit(request, wish)
         # Nobody reads the answer to a client that has left; its job goes on.
         record = await while_connected(request, self._service.wait(record.id, timeout)) or record
         status = http_status(record) if record.state.is_terminal else 202
-        return Answer({**await self._result(request, record), **warnings}, status_code=status)
+        return Answer({**await self._result(request, record, wish), **warnings}, status_code=status)
 
-    async def stream(self, request: Request, as_base64: AsBase64 = None) -> EventSourceResponse:
+    async def stream(
+        self, request: Request, as_base64: AsBase64 = None, with_history: WithHistory = None
+    ) -> EventSourceResponse:
         """Queue a job and tell what happens to it until it has ended; it goes on when the client leaves."""
-        record, warnings = await self._submit(request, as_base64)
-        return EventStream(self._as_sse(request, record, warnings), ping=_KEEP_ALIVE_S, send_timeout=_PATIENCE_S)
+        wish = self._wish(as_base64, with_history)
+        record, warnings = await self._submit(request, wish)
+        told = self._as_sse(request, record, wish, warnings)
+        return EventStream(told, ping=_KEEP_ALIVE_S, send_timeout=_PATIENCE_S)
 
-    async def result(self, request: Request, request_id: RequestId, as_base64: AsBase64 = None) -> Answer:
+    async def result(
+        self, request: Request, request_id: RequestId, as_base64: AsBase64 = None, with_history: WithHistory = None
+    ) -> Answer:
         """Return where a job stands, with its result when it has one."""
         record = await self._service.get(request_id)
-        result = await self._result(request, record, as_base64=_is_yes(as_base64))
+        result = await self._result(request, record, self._wish(as_base64, with_history))
         return Answer(result, status_code=http_status(record))
 
     async def queue_info(self) -> Answer:
@@ -199,24 +229,45 @@ class _Door:
 
     # ----------------------------------------------------------------------------------------------- request
 
-    async def _submit(self, request: Request, as_base64: str | None) -> tuple[JobRecord, Mapping[str, Any]]:
+    def _wish(self, as_base64: str | None, with_history: str | None) -> _Wish:
+        always = self._parts.settings.include_comfyui_response
+        return _Wish(_is_yes(as_base64), always if with_history is None else _is_yes(with_history))
+
+    async def _submit(self, request: Request, wish: _Wish) -> tuple[JobRecord, Mapping[str, Any]]:
         """Queue a job; return it, and for the answer what was ignored."""
         body = await read_body(request, GenerateRequest)
         job_input = body["input"]
         check_source(job_input)
-        wants_base64 = bool(job_input.get("return_outputs_as_base64")) or _is_yes(as_base64)
         workflow, unread = await self._workflow(job_input)
         job = runpod_request(body, workflow)
-        record = await self._service.submit(
-            job,
-            job_id=job_input.get("request_id") or str(uuid.uuid4()),
-            door=DOOR,
-            details={"as_base64": True} if wants_base64 else {},
-        )
+        record = await self._accept(request, body, job, wish)
         # For the line that the log has of this request.
         request.state.job_id = record.id
-        ignored = [*warnings_of(body, GenerateRequest).get("warnings", ()), *not_read(unread)]
+        ignored = [
+            *warnings_of(body, GenerateRequest).get("warnings", ()),
+            *input_warnings(job["input"]),
+            *not_read(unread),
+        ]
         return record, {"warnings": ignored} if ignored else {}
+
+    async def _accept(
+        self, request: Request, body: Mapping[str, Any], job: Mapping[str, Any], wish: _Wish
+    ) -> JobRecord:
+        """Queue a job under its caller's id; where that is open already, the same request is the same job."""
+        own_id = body["input"].get("request_id")
+        details: dict[str, Any] = {"base_url": self._parts.base_url(request), "sent": fingerprint(body)}
+        if wish.with_bytes or body["input"].get("return_outputs_as_base64"):
+            details["as_base64"] = True
+        try:
+            return await self._service.submit(
+                job, job_id=own_id or str(uuid.uuid4()), door=DOOR, details=details, replace_ended=True
+            )
+        except DuplicateRequest:
+            with suppress(NotFound):
+                earlier = await self._service.get(own_id)
+                if earlier.details.get("sent") == details["sent"]:
+                    return earlier
+            raise
 
     async def _workflow(self, job_input: Mapping[str, Any]) -> tuple[Mapping[str, Any], Sequence[str]]:
         """Return the workflow to run, and the names of the modifications that its modifier did not read."""
@@ -232,29 +283,31 @@ class _Door:
 
     # ------------------------------------------------------------------------------------------------ result
 
-    async def _result(self, request: Request, record: JobRecord, *, as_base64: bool = False) -> dict[str, Any]:
+    async def _result(self, request: Request, record: JobRecord, wish: _Wish) -> dict[str, Any]:
         if not record.state.is_terminal:
             following = Following.of(record, await self._service.recent_events(record.id))
             return result_of(record, following.standing(self._service.place(record.id)), [])
-        with_bytes = as_base64 or bool(record.details.get("as_base64"))
+        with_bytes = wish.with_bytes or bool(record.details.get("as_base64"))
         output = await run_in_threadpool(self._files, record, self._parts.base_url(request), with_bytes)
-        return result_of(record, ended(record), output)
+        return result_of(record, ended(record), output, with_history=wish.with_history)
 
     def _files(self, record: JobRecord, base_url: str, as_base64: bool) -> list[dict[str, Any]]:
         output = record.output or {}
-        return files_of(output, self._parts.linked(output, base_url), self._parts.assets, as_base64=as_base64)
+        return files_of(
+            record.id, output, self._parts.linked(output, base_url), self._parts.assets, as_base64=as_base64
+        )
 
     # ------------------------------------------------------------------------------------------------ stream
 
     async def _as_sse(
-        self, request: Request, record: JobRecord, warnings: Mapping[str, Any]
+        self, request: Request, record: JobRecord, wish: _Wish, warnings: Mapping[str, Any]
     ) -> AsyncGenerator[ServerSentEvent, None]:
-        async with aclosing(self._told(request, record, warnings)) as told:
+        async with aclosing(self._told(request, record, wish, warnings)) as told:
             async for data in told:
                 yield ServerSentEvent(json.dumps(data))
 
     async def _told(
-        self, request: Request, record: JobRecord, warnings: Mapping[str, Any]
+        self, request: Request, record: JobRecord, wish: _Wish, warnings: Mapping[str, Any]
     ) -> AsyncGenerator[dict[str, Any], None]:
         """Yield what each event says; the last has the result, or says why there is none yet."""
         following = Following()
@@ -267,14 +320,14 @@ class _Door:
             if record.state.is_terminal:
                 standing = ended(record)
                 yield await self._event(record, standing)
-                result = {**await self._result(request, record), **warnings}
-                yield {**_head(record, "final_result"), "result": result}
+                result = {**await self._result(request, record, wish), **warnings}
+                yield {**await self._event(record, standing), "status": "final_result", "result": result}
                 return
         except DatabaseUnavailable:
             # A stream that has begun cannot be answered with an error any more.
             pass
         words = f"The stream ends before the job: ask GET /result/{record.id}"
-        yield {**_head(record, standing.status), "message": words}
+        yield await self._event(record, replace(standing, message=words))
 
     async def _standings(self, record: JobRecord, following: Following) -> AsyncGenerator[Standing, None]:
         """Yield where the job stands, each time that it changes, until it ends or nothing more can be heard."""
@@ -290,7 +343,7 @@ class _Door:
                     yield standing
 
     async def _event(self, record: JobRecord, standing: Standing) -> dict[str, Any]:
-        sizes = await self._sizes(at_most_s=_COUNTS_AGE_S)
+        sizes = await self._sizes_lately()
         return {
             **_head(record, standing.status),
             "message": standing.message,
@@ -305,6 +358,13 @@ class _Door:
             # The database counts them, and need not do it for each event of each stream.
             self._counts = (now, await self._service.counts())
         return queue_sizes(self._counts[1], self._service.backends())
+
+    async def _sizes_lately(self) -> dict[str, int]:
+        """Return the same for a stream, which goes on to tell the last figures while the database is away."""
+        try:
+            return await self._sizes(at_most_s=_COUNTS_AGE_S)
+        except DatabaseUnavailable:
+            return queue_sizes(self._counts[1] if self._counts else {}, self._service.backends())
 
 
 def _head(record: JobRecord, status: str) -> dict[str, Any]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Query
-from fastapi.responses import Response
+from fastapi.responses import RedirectResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from starlette.concurrency import run_in_threadpool
 
@@ -13,7 +14,9 @@ from comfy_worker.errors import ComfyUnreachable
 from comfy_worker.gateway.answers import Answer, EnvelopedProblem, FileAnswer, Problem, State, problems
 from comfy_worker.gateway.assets import AssetStore, no_such_file
 from comfy_worker.gateway.callers import has_caller
+from comfy_worker.gateway.doors.outputs import link_elsewhere
 from comfy_worker.gateway.doors.parts import Parts
+from comfy_worker.gateway.errors import NotFound
 from comfy_worker.gateway.metrics import Cached
 from comfy_worker.gateway.service import JobService
 from comfy_worker.gateway.signing import IMAGES_PATH, PATH, AssetLinks
@@ -36,6 +39,7 @@ def router(parts: Parts, registry: CollectorRegistry) -> APIRouter:
     file: Responses = {
         200: {"content": {"*/*": {"schema": {"type": "string", "format": "binary"}}}, "description": "The file."},
         206: {"content": {"*/*": {"schema": {"type": "string", "format": "binary"}}}, "description": "A part of it."},
+        307: {"description": "The file is in a bucket, where the link leads."},
     }
     api.add_api_route(
         "/live", door.live, operation_id="live", response_model=State, responses=problems(), tags=["Operations"]
@@ -94,14 +98,23 @@ class _Door:
         path: Annotated[str, Path(max_length=2048)],
         expires: Annotated[int | None, Query(ge=0, le=2**53, description="Seconds since the epoch.")] = None,
         signature: Annotated[str | None, Query(max_length=255)] = None,
-    ) -> FileAnswer:
-        """Return an output's file, or a range of it; needs a key or a signed link out of an answer."""
+    ) -> Response:
+        """Return an output's file, or a range of it; needs a key or a signed link out of an answer.
+
+        With a key, a file that is in a bucket is where the answer leads.
+        """
         name = f"{job_id}/{path}"
         if not has_caller():
             self._links.check(name, expires or 0, signature or "")
         elif not await self._service.may_see(job_id):
             raise no_such_file()
-        file = await run_in_threadpool(self._assets.path_of, name)
+        try:
+            file = await run_in_threadpool(self._assets.path_of, name)
+        except NotFound:
+            link = await self._link_elsewhere(job_id, path)
+            if link is None:
+                raise
+            return RedirectResponse(link)
         mime_type = mime_type_of_name(file.name)
         place = "inline" if mime_type.startswith(_SHOWN) else "attachment"
         return FileAnswer(
@@ -111,3 +124,10 @@ class _Door:
             content_disposition_type=place,
             headers={"Cache-Control": "private, max-age=3600"},
         )
+
+    async def _link_elsewhere(self, job_id: str, path: str) -> str | None:
+        if not has_caller():
+            return None
+        with suppress(NotFound):
+            return link_elsewhere((await self._service.get(job_id)).output or {}, path)
+        return None

@@ -22,6 +22,20 @@ def kind_of(item: Mapping[str, Any], listed_as: Kind) -> Kind:
     return Kind.VIDEO if listed_as is Kind.IMAGE and is_video else listed_as
 
 
+def path_in_job(item: Mapping[str, Any]) -> str:
+    """Return a file's path below its job's, wherever it lies."""
+    return f"{item['subfolder']}/{item['filename']}" if item.get("subfolder") else str(item["filename"])
+
+
+def link_elsewhere(output: Mapping[str, Any], path: str) -> str | None:
+    """Return the link to the file at a path below its job's, if it is in a bucket; None if there is no such file."""
+    for _listed_as, item in _files(output):
+        link = item.get("url") or (item["data"] if item["type"] == "s3_url" else None)
+        if link and path_in_job(item) == path:
+            return str(link)
+    return None
+
+
 def _files(output: Mapping[str, Any]) -> Iterator[tuple[Kind, Mapping[str, Any]]]:
     for kind in Kind:
         for item in output.get(kind.value, []):
