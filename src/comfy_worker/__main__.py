@@ -164,7 +164,7 @@ def _serve(sockets: list[socket] | None = None) -> int:
     from comfy_worker.gateway.server import Server
 
     try:
-        Server(app, settings.api_host, settings.api_port).run(sockets)
+        Server(app, settings).run(sockets)
     except SystemExit as ending:
         # uvicorn ends the process itself when it cannot start, and has logged why.
         return _START_FAILED if ending.code else 0

@@ -42,6 +42,7 @@ from comfy_worker.gateway.openapi import describe, methods_at
 from comfy_worker.gateway.problems import problem_body
 from comfy_worker.gateway.settings import GatewaySettings
 from comfy_worker.gateway.signing import AssetLinks
+from comfy_worker.gateway.uploads import Unread
 from comfy_worker.modifiers import Modifiers
 
 log = logging.getLogger(__name__)
@@ -125,6 +126,7 @@ def _guard(app: FastAPI, settings: GatewaySettings, keys: Keys, limits: RateLimi
             expose_headers=["Retry-After"],
         )
     app.add_middleware(Outside)
+    app.add_middleware(Unread)
 
 
 def _answer_errors(app: FastAPI) -> None:

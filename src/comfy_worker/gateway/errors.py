@@ -69,6 +69,13 @@ class RequestTooLarge(WorkerError):
     http_status = 413
 
 
+class RequestTooSlow(WorkerError):
+    """The body stands still, or comes too slowly."""
+
+    code = "request_too_slow"
+    http_status = 408
+
+
 class DuplicateKey(WorkerError):
     """An Idempotency-Key came with another body than before."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from urllib.parse import parse_qs
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -15,10 +14,10 @@ from starlette.websockets import WebSocket
 from comfy_worker.errors import WorkerError
 from comfy_worker.gateway.auth import Guard
 from comfy_worker.gateway.callers import Caller, acting
-from comfy_worker.gateway.errors import RequestTooLarge
-from comfy_worker.gateway.limits import RateLimits, TooOften, body_limit
+from comfy_worker.gateway.limits import RateLimits, TooOften
 from comfy_worker.gateway.problems import body_of
 from comfy_worker.gateway.signing import SIGNED_PATHS
+from comfy_worker.gateway.uploads import HAS_KEY, paced
 
 log = logging.getLogger(__name__)
 
@@ -108,12 +107,12 @@ class Gate:
             return
         try:
             caller = await self._admit(scope)
-            limited = self._limited(scope, receive) if scope["type"] == "http" else receive
+            paced_receive = paced(scope, receive) if scope["type"] == "http" else receive
         except WorkerError as error:
             await _refuse(scope, receive, send, error)
             return
         with acting(caller):
-            await self._app(scope, limited, send)
+            await self._app(scope, paced_receive, send)
 
     async def _admit(self, scope: Scope) -> Caller | None:
         """Return who makes a request, None if it needs no key."""
@@ -124,32 +123,9 @@ class Gate:
         if caller.owner:
             # For the line that the log has of this request.
             scope.setdefault("state", {})["key"] = caller.name
+        scope.setdefault("state", {})[HAS_KEY] = True
         await self._limits.count(caller.name, path)
         return caller
-
-    @staticmethod
-    def _limited(scope: Scope, receive: Receive) -> Receive:
-        """Return `receive`, reading no further than the path's limit."""
-        limit = body_limit(scope["path"])
-        declared = Headers(scope=scope).get("content-length", "")
-        too_large = _too_large(limit)
-        if declared.isdecimal() and int(declared) > limit:
-            raise too_large()
-        received = 0
-
-        async def receive_limited() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > limit:
-                raise too_large()
-            return message
-
-        return receive_limited
-
-
-def _too_large(limit: int) -> Callable[[], RequestTooLarge]:
-    return lambda: RequestTooLarge(f"The request has more than {limit} bytes", hint="Send inputs by URL")
 
 
 def _has_files(path: str) -> bool:

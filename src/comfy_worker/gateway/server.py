@@ -19,7 +19,16 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.supervisors import ChangeReload
 
+from comfy_worker.gateway.connections import (
+    LARGEST_HEAD,
+    Connections,
+    WatchedState,
+    http_protocol,
+    websocket_protocol,
+)
 from comfy_worker.gateway.memory import give_large_blocks_back
+from comfy_worker.gateway.settings import GatewaySettings
+from comfy_worker.gateway.uploads import closing
 from comfy_worker.signals import END_SIGNALS
 
 log = logging.getLogger(__name__)
@@ -29,6 +38,10 @@ _ANSWERS_END_S = 5
 _LAST_REQUESTS_S = 0.5
 """How long a stop waits after the last answer for requests that are on their way on connections that are kept."""
 _LOOK_S = 0.05
+_ACCEPTED_AT_ONCE = 64
+"""New connections that are accepted before those accepted are counted; asyncio takes as many as the backlog has."""
+_WAITING = 2048
+"""New connections that may wait for their acceptance."""
 _NORMAL, _SERVICE_RESTART = 1000, 1012
 """Codes with which a WebSocket is closed: that all is told, and that the server ends."""
 
@@ -77,31 +90,44 @@ class Ending:
 
 def _as_last(message: Message) -> Message:
     if message["type"] == "http.response.start":
-        # A stream of events says that its connection is kept.
-        others = [(name, value) for name, value in message.get("headers", ()) if name.lower() != b"connection"]
-        return {**message, "headers": [*others, (b"connection", b"close")]}
+        return closing(message)
     if message["type"] == "websocket.close" and message.get("code", _NORMAL) == _NORMAL:
         return {**message, "code": _SERVICE_RESTART}
     return message
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which ends with exit code 0 on SIGTERM and SIGINT."""
+    """uvicorn's server, which watches its connections and ends with exit code 0 on SIGTERM and SIGINT.
 
-    def __init__(self, app: FastAPI, host: str, port: int) -> None:
-        """Take the application, which has to have `state.let_go`, and where to listen."""
+    Attributes:
+        connections: those that are open.
+    """
+
+    def __init__(self, app: FastAPI, settings: GatewaySettings) -> None:
+        """Take the application, which has to have `state.let_go`, and the settings that say where to listen.
+
+        Raises:
+            InvalidInput: the limit of open files is too low for the connections that are set.
+        """
         self._ending = Ending(app)
+        self.connections = Connections.of(settings)
         super().__init__(
             uvicorn.Config(
                 self._ending,
-                host=host,
-                port=port,
+                host=settings.api_host,
+                port=settings.api_port,
+                http=http_protocol(),
+                ws=websocket_protocol(),
+                h11_max_incomplete_event_size=LARGEST_HEAD,
+                forwarded_allow_ips=settings.proxies,
+                backlog=_ACCEPTED_AT_ONCE,
                 log_config=None,
                 access_log=False,
                 server_header=False,
                 timeout_graceful_shutdown=_ANSWERS_END_S,
             )
         )
+        self.server_state = WatchedState(self.connections)
         self._let_go = app.state.let_go
         give_large_blocks_back()
 
@@ -126,9 +152,17 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to listen, and say where; of sockets that it is given uvicorn says nothing."""
         await super().startup(sockets)
+        for server in getattr(self, "servers", ()):
+            _let_more_wait(server)
         for one in (sockets or []) if self.started else []:
             host, port = one.getsockname()[:2]
             log.info("running on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Look after the connections once a second; this is called ten times as often."""
+        if counter % 10 == 0:
+            self.connections.sweep()
+        return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take no more connections, let those go that wait, and end when the others have their answers.
@@ -159,6 +193,13 @@ class Server(uvicorn.Server):
             server_state=self.server_state,
             app_state=self.lifespan.state,
         )
+
+
+def _let_more_wait(server: asyncio.base_events.Server) -> None:
+    """Let the system hold more new connections than are accepted at once."""
+    for listening in server.sockets:
+        with socket.socket(fileno=os.dup(listening.fileno())) as same:
+            same.listen(_WAITING)
 
 
 def _all_that_wait(listening: socket.socket) -> list[socket.socket]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ipaddress import ip_network
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -148,6 +149,25 @@ class GatewaySettings(Settings):
         default="",
         description="URL under which clients reach the gateway, for links to outputs; taken from the request if empty.",
     )
+    max_connections: int | None = _named(
+        "MAX_CONNECTIONS",
+        default=None,
+        ge=1,
+        description="How many connections a process may have; if not set, as many as its limit of open files allows.",
+    )
+    max_connections_per_address: int | None = _named(
+        "MAX_CONNECTIONS_PER_ADDRESS",
+        default=None,
+        ge=1,
+        description="How many of them may come from one address, other than a proxy's; half of all if not set.",
+    )
+    trusted_proxies: str = _named(
+        "TRUSTED_PROXIES",
+        "FORWARDED_ALLOW_IPS",
+        default="127.0.0.1,::1",
+        description="Addresses and networks of proxies, separated by commas: their `X-Forwarded-For` is believed; `*` "
+        "for any.",
+    )
     asset_url_expires_s: int = _named(
         "ASSET_URL_EXPIRES_S", default=3600, ge=1, le=604_800, description="How long a link to an output works."
     )
@@ -245,6 +265,14 @@ class GatewaySettings(Settings):
         parse(value)
         return value
 
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _of_networks(cls, value: str) -> str:
+        for network in _listed(value):
+            if network != "*":
+                ip_network(network, strict=False)
+        return value
+
     @field_validator("public_url", "runpod_endpoint_url")
     @classmethod
     def _absolute(cls, value: str) -> str:
@@ -261,6 +289,11 @@ class GatewaySettings(Settings):
     def allowed_origins(self) -> list[str]:
         """The origins whose pages may use the API."""
         return [origin.strip().rstrip("/") for origin in self.cors_origins.split(",") if origin.strip()]
+
+    @property
+    def proxies(self) -> list[str]:
+        """The addresses and networks of TRUSTED_PROXIES."""
+        return _listed(self.trusted_proxies)
 
     @property
     def given_keys(self) -> list[str]:
@@ -303,8 +336,11 @@ def _is_readable(redis_url: str) -> bool:
 
 
 def _keys_in(value: SecretStr | None) -> list[str]:
-    keys = value.get_secret_value().split(",") if value else []
-    return [key.strip() for key in keys if key.strip()]
+    return _listed(value.get_secret_value() if value else "")
+
+
+def _listed(value: str) -> list[str]:
+    return [part.strip() for part in value.split(",") if part.strip()]
 
 
 def _urls_in(value: str) -> list[str]:
