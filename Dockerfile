@@ -156,18 +156,25 @@ FROM comfyui AS base
 
 WORKDIR /app
 
-COPY requirements.txt ./
+# The locks name a version of each package for the system's Python, and its hashes.
+COPY locks/worker.txt locks/
 RUN --mount=type=cache,target=/root/.cache/pip \
     python3 -m venv /opt/worker \
-    && /opt/worker/bin/pip install --requirement requirements.txt
+    && /opt/worker/bin/pip install --require-hashes --requirement locks/worker.txt
 
 # `fleet` runs the jobs of gateways with ENGINE=celery; `emulator` lets the image be tried without a GPU, see
 # docs/deployment.md.
 ARG WORKER_EXTRAS=
-COPY pyproject.toml README.md ./
-COPY src src
+COPY locks/emulator.txt locks/fleet.txt locks/
 RUN --mount=type=cache,target=/root/.cache/pip \
-    /opt/worker/bin/pip install ".${WORKER_EXTRAS:+[${WORKER_EXTRAS}]}"
+    IFS=,; for extra in ${WORKER_EXTRAS}; do \
+        /opt/worker/bin/pip install --require-hashes --requirement "locks/${extra}.txt"; \
+    done
+
+# setuptools, which builds the package, is in the lock too.
+COPY pyproject.toml requirements.txt README.md ./
+COPY src src
+RUN /opt/worker/bin/pip install --no-deps --no-build-isolation .
 
 COPY --chmod=755 start.sh ./
 COPY handler.py main.py test_input.json ./

@@ -1,18 +1,24 @@
 # Every command of the project. `make demo` and `make test` set up whatever they need.
 SHELL := /bin/bash
 PYTHON ?= python3
-VENV := .venv
+VERSION := $(shell $(PYTHON) -c 'import sys; v = sys.version_info[:2]; print("%d.%d" % v if v >= (3, 10) else "")')
+$(if $(VERSION),,$(error PYTHON=$(PYTHON) is no Python 3.10 or newer))
+# Each Python but the default has an environment of its own: PYTHON=python3.12 has .venv-3.12.
+VENV := .venv$(if $(filter-out file,$(origin PYTHON)),-$(VERSION))
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test lint bench soak clean
+.PHONY: help setup demo test test-newest test-unlocked lint lock bench soak clean
 
 help:
 	@echo "make demo    run test_input.json on the embedded emulator; the picture lands in output/"
 	@echo "make test    lint, type check and run all tests"
+	@echo "make test PYTHON=python3.12   the same on another Python, in .venv-3.12"
+	@echo "make test-newest   run all tests with the newest versions that the bounds allow, not with those of locks/"
 	@echo "make lint    ruff, mypy, shellcheck, hadolint"
 	@echo "make bench   measure everything that docs/benchmarks.md tells of, about ten minutes"
 	@echo "make soak    2,000 jobs while everything goes wrong, then gateways and a fleet, about 20 minutes; output/ gets the figures"
 	@echo "make setup   only install (into $(VENV))"
+	@echo "make lock    write locks/ anew for what requirements.txt and pyproject.toml ask for; UPGRADE=1 takes the newest versions"
 
 # A Debian or Ubuntu Python may come without venv: install it where that is allowed, say so where it is not.
 $(BIN)/python:
@@ -22,14 +28,26 @@ $(BIN)/python:
 	    && $(PYTHON) -m venv $(VENV); } \
 	  || { rm -rf $(VENV); echo "Install python3-venv (apt-get install python3-venv) and try again" >&2; exit 1; }
 
-$(VENV)/.run-ready: $(BIN)/python pyproject.toml requirements.txt
-	@echo "Installing the worker and its emulator into $(VENV) …"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[emulator]'
+# pip installs uv, and uv all the rest, several packages at a time.
+$(BIN)/uv: $(BIN)/python locks/uv.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement locks/uv.txt
 	@touch $@
 
-$(VENV)/.dev-ready: $(BIN)/python pyproject.toml requirements.txt
+# Every package comes from a lock, with its hash checked; setuptools, too, which builds this one.
+INSTALL = $(BIN)/uv pip install --python $(BIN)/python
+define install
+@$(INSTALL) --require-hashes --requirement $(1)
+@$(INSTALL) --no-deps --no-build-isolation --editable .
+endef
+
+$(VENV)/.run-ready: $(BIN)/uv pyproject.toml requirements.txt locks/emulator.txt
+	@echo "Installing the worker and its emulator into $(VENV) …"
+	$(call install,locks/emulator.txt)
+	@touch $@
+
+$(VENV)/.dev-ready: $(BIN)/uv pyproject.toml requirements.txt locks/dev.txt
 	@echo "Installing the worker, its emulator and what its tests need into $(VENV) …"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(call install,locks/dev.txt)
 	@touch $@ $(VENV)/.run-ready
 
 # RunPod's JavaScript SDK, which its tests play as it is; without Node they are skipped.
@@ -55,8 +73,29 @@ lint: $(VENV)/.dev-ready
 	@$(BIN)/hadolint Dockerfile
 
 # One real ComfyUI has one queue: its tests take turns.
+PYTEST = $(BIN)/python -m pytest -n $(if $(COMFYUI_URL),0,3) --dist loadfile
+
 test: lint $(VENV)/.clients-ready
-	@$(BIN)/python -m pytest -n $(if $(COMFYUI_URL),0,3) --dist loadfile
+	@$(PYTEST)
+
+test-newest:
+	@$(MAKE) --no-print-directory VENV=$(VENV)-newest test-unlocked
+
+test-unlocked: $(BIN)/uv $(VENV)/.clients-ready
+	@$(INSTALL) --upgrade --editable '.[dev]'
+	@$(PYTEST)
+
+# Universal locks: each serves every Python from 3.10 on. All have the versions of dev's.
+COMPILE = UV_PYTHON_DOWNLOADS=never $(BIN)/uv pip compile --quiet --python $(BIN)/python --universal --python-version 3.10 \
+  --generate-hashes --custom-compile-command 'make lock' $(if $(UPGRADE),--upgrade)
+PART = $(COMPILE) --no-annotate --constraint locks/dev.txt --group build pyproject.toml
+
+lock: $(BIN)/uv
+	@$(COMPILE) --group uv --output-file locks/uv.txt
+	@$(COMPILE) --group build pyproject.toml --extra dev --output-file locks/dev.txt
+	@$(PART) --extra emulator --output-file locks/emulator.txt
+	@$(PART) --extra fleet --output-file locks/fleet.txt
+	@$(PART) --output-file locks/worker.txt
 
 bench: $(VENV)/.dev-ready
 	@for name in overhead throughput cold_start staging delivery gateway scale; do \
@@ -68,4 +107,4 @@ soak: $(VENV)/.dev-ready
 	@$(BIN)/python -m benchmarks.fleet_chaos
 
 clean:
-	rm -rf $(VENV) output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* output .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -85,4 +85,4 @@ def test_each_package_that_is_imported_is_installed(files: set[Path], extras: tu
 
 def test_the_image_and_the_package_install_the_same_list() -> None:
     assert 'dependencies = { file = ["requirements.txt"] }' in (ROOT / "pyproject.toml").read_text()
-    assert "pip install --requirement requirements.txt" in (ROOT / "Dockerfile").read_text()
+    assert "pip install --require-hashes --requirement locks/worker.txt" in (ROOT / "Dockerfile").read_text()
