@@ -6,7 +6,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
 
-from comfy_worker.serverless.handler import handler
+try:
+    from comfy_worker.serverless.handler import handler
+except ModuleNotFoundError as error:
+    if __name__ != "__main__" or not error.name or error.name.partition(".")[0] == "comfy_worker":
+        raise
+    sys.exit(
+        f"The package {error.name} is not installed for {sys.executable}: run `make install` in the folder of "
+        "handler.py, then `.venv/bin/python handler.py`."
+    )
 
 __all__ = ["handler"]
 

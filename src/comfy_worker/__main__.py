@@ -1,8 +1,7 @@
-"""`python -m comfy_worker serve`: the gateway; `python -m comfy_worker worker`: a worker of its fleet."""
+"""`comfy-worker`, which is `python -m comfy_worker` too: a job on a desk, the gateway, a worker, the emulator."""
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 import signal
@@ -12,7 +11,6 @@ from pathlib import Path
 from socket import socket
 from typing import TYPE_CHECKING
 
-from comfy_worker.env_file import read_env_file
 from comfy_worker.errors import InvalidInput, WorkerError
 from comfy_worker.signals import END_SIGNALS, end_at_once
 
@@ -22,19 +20,27 @@ if TYPE_CHECKING:
     from comfy_worker.gateway.asgi import Application
     from comfy_worker.gateway.settings import GatewaySettings
 
-_START_FAILED = 1
 _OWN_NAME = "default"
 """Of the key that the gateway makes itself, so that the jobs outlive a change of the key."""
+_START_FAILED, _NOT_DONE = 1, 2
+_EXTRAS = {"celery": "fleet", "kombu": "fleet", "aiohttp": "emulator", "numpy": "emulator", "safetensors": "emulator"}
+"""Packages that requirements.txt does not bring, and the extra that does."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Serve or work until a signal; return the process's exit code."""
-    parser = argparse.ArgumentParser(prog="python -m comfy_worker")
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("serve", help="serve the HTTP API")
-    commands.add_parser("worker", help="run the jobs of gateways with ENGINE=celery, beside a ComfyUI")
-    chosen = parser.parse_args(arguments).command
-    return _run(_serve_or_reload if chosen == "serve" else _work)
+    """Do what a command line asks for, until it is done or until a signal; return the process's exit code."""
+    return _guarded(lambda: _do(arguments))
+
+
+def _do(arguments: Sequence[str] | None) -> int:
+    from comfy_worker import cli
+
+    command, rest = cli.choose(arguments)
+    if command == "run":
+        return _run_job(rest)
+    if command == "emulator":
+        return _emulate(rest)
+    return _run(lambda: _serve_or_work(command, rest))
 
 
 def serve_again(sockets: list[socket] | None) -> None:
@@ -56,17 +62,54 @@ def _run(serve: Callable[[], int]) -> int:
     return _guarded(serve)
 
 
-def _guarded(serve: Callable[[], int]) -> int:
-    """Return what `serve` does, with the settings of `.env`; a refusal is told, and is 2."""
+def _guarded(work: Callable[[], int]) -> int:
+    """Return what `work` does; a refusal is told, and is 2."""
     try:
-        read_env_file()
-        return serve()
+        return work()
     except ModuleNotFoundError as error:
         _say(_what_to_install(error))
-        return 2
     except WorkerError as error:
         _say(error.message)
-        return 2
+    return _NOT_DONE
+
+
+def _emulate(arguments: Sequence[str]) -> int:
+    """Be a ComfyUI until a signal."""
+    from comfy_worker.emulator import __main__ as emulator
+
+    emulator.main(arguments, program="comfy-worker emulator")
+    return 0
+
+
+def _run_job(arguments: Sequence[str]) -> int:
+    """Run a job on a desk."""
+    from comfy_worker import cli, desk
+    from comfy_worker.entry import run_at_desk
+    from comfy_worker.settings import Settings
+
+    parser = cli.parser_of("run", "[FILE]")
+    desk.add_arguments(parser)
+    parser.add_argument(
+        "file", metavar="FILE", nargs="?", default=desk.FILE, help=f"file with such a job (default: {desk.FILE})"
+    )
+    cli.add_settings(parser, "settings of the worker", Settings)
+    options = parser.parse_args(arguments)
+    cli.put_into_environment(options)
+    return run_at_desk(options.test_input, options.file)
+
+
+def _serve_or_work(command: str, arguments: Sequence[str]) -> int:
+    from comfy_worker import cli
+    from comfy_worker.env_file import read_env_file
+    from comfy_worker.gateway.settings import GatewaySettings
+    from comfy_worker.settings import Settings
+
+    parser = cli.parser_of(command)
+    cli.add_settings(parser, "settings of the gateway", GatewaySettings)
+    cli.add_settings(parser, "settings of the worker", Settings)
+    cli.put_into_environment(parser.parse_args(arguments))
+    read_env_file()
+    return _serve_or_reload() if command == "serve" else _work()
 
 
 def _serve_or_reload() -> int:
@@ -108,9 +151,11 @@ def make_application() -> Application:
     applications: list[Application] = []
 
     def make() -> int:
+        from comfy_worker.env_file import read_env_file
         from comfy_worker.gateway.asgi import Application, listener
         from comfy_worker.gateway.settings import load_gateway_settings
 
+        read_env_file()
         found = listener()
         try:
             # uvicorn has been told already what to listen on, and how many processes and whether to reload.
@@ -208,10 +253,10 @@ def _what_to_install(error: ModuleNotFoundError) -> str:
     package = (error.name or "").partition(".")[0]
     if package in ("", "comfy_worker"):
         raise error
-    source = "'.[fleet]'" if package in ("celery", "kombu") else "-r requirements.txt"
+    source = f"'.[{_EXTRAS[package]}]'" if package in _EXTRAS else "-r requirements.txt"
     return (
-        f"The gateway needs the package {package}, which is not installed: run `pip install {source}` in the folder of "
-        "the worker's pyproject.toml."
+        f"The package {package} is not installed, which comfy-worker needs for this: run "
+        f"`pip install {source}` in the folder of its pyproject.toml."
     )
 
 

@@ -24,17 +24,34 @@ from comfy_worker.signals import END_SIGNALS, in_thread
 from comfy_worker.stop import Stop
 from comfy_worker.worker import Worker
 
+FILE = "test_input.json"
+"""Where the job is without `--test_input`, as for RunPod's SDK."""
 _SHOWN_BASE64 = 24
 
 
-def main(arguments: Sequence[str], settings: Settings) -> int:
-    """Run the job of `--test_input`, or else of `test_input.json`; return the process's exit code."""
-    parser = argparse.ArgumentParser(description="Run one job against ComfyUI")
-    parser.add_argument("--test_input", help='the job as JSON, {"input": {"workflow": {…}}}')
+def test_input_of(arguments: Sequence[str]) -> str | None:
+    """Return the job that stands on the command line of `python handler.py`, None without one."""
+    parser = argparse.ArgumentParser(
+        description=f"Run one job on ComfyUI: that of --test_input, or else of the file {FILE}.",
+        epilog="The settings are environment variables, such as COMFYUI_URL: `comfy-worker run --help` names them all. "
+        "With --rp_serve_api RunPod's SDK serves its API for development.",
+    )
+    add_arguments(parser)
     options, _others = parser.parse_known_args(arguments)
+    job: str | None = options.test_input
+    return job
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of every command that runs a job here."""
+    parser.add_argument("--test_input", metavar="JSON", help='the job, {"input": {"workflow": {…}}}')
+
+
+def main(text: str | None, file: str, settings: Settings) -> int:
+    """Run the job in `text`, or else of a file; return the process's exit code."""
     interruption = Interruption()
     try:
-        output = run(read_job(options.test_input), settings, interruption)
+        output = run(read_job(text, file), settings, interruption)
     except WorkerError as error:
         output = error.as_output()
     print(json.dumps(output, indent=2, ensure_ascii=False), flush=True)
@@ -67,19 +84,20 @@ class Interruption:
             signal.signal(number, signal.SIG_DFL)
 
 
-def read_job(text: str | None) -> dict[str, Any]:
-    """Return the job in `text`, or in the file test_input.json of the current folder.
+def read_job(text: str | None, file: str = FILE) -> dict[str, Any]:
+    """Return the job in `text`, or in a file.
 
     Raises:
         InvalidInput: there is none, or it is not a JSON object.
     """
     where = "--test_input"
     if text is None:
-        where = "test_input.json"
+        where = file
         try:
-            text = Path(where).read_text(encoding="utf-8")
+            text = Path(file).read_text(encoding="utf-8")
         except OSError as error:
-            raise InvalidInput(f"test_input.json cannot be read in the current folder: {error.strerror}") from None
+            place = "" if Path(file).is_absolute() else " in the current folder"
+            raise InvalidInput(f"{file} cannot be read{place}: {error.strerror}") from None
     try:
         job = json.loads(text)
     except ValueError as error:

@@ -8,13 +8,42 @@ from collections.abc import Mapping, Sequence
 from comfy_worker.env_file import read_env_file
 from comfy_worker.errors import WorkerError
 from comfy_worker.logs import configure_logs
-from comfy_worker.settings import load_settings
+from comfy_worker.settings import Settings, load_settings
 from comfy_worker.storage import Storages
 from comfy_worker.webhooks import Webhooks
+
+_NOT_SOUND = 2
 
 
 def run(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
     """Run until the end of the worker, the API or the job; return the process's exit code."""
+    settings = _sound_settings()
+    if settings is None:
+        return _NOT_SOUND
+    if is_desk(arguments, environment):
+        from comfy_worker import desk
+
+        configure_logs(settings.log_level, settings.secrets())
+        return desk.main(desk.test_input_of(arguments), desk.FILE, settings)
+    from comfy_worker.serverless.start import start
+
+    start(settings)
+    return 0
+
+
+def run_at_desk(text: str | None, file: str) -> int:
+    """Run one job here, that in `text` or else of a file; return the process's exit code."""
+    from comfy_worker import desk
+
+    settings = _sound_settings()
+    if settings is None:
+        return _NOT_SOUND
+    configure_logs(settings.log_level, settings.secrets())
+    return desk.main(text, file, settings)
+
+
+def _sound_settings() -> Settings | None:
+    """Return the settings; where they are not sound, say why and return None."""
     try:
         read_env_file()
         settings = load_settings()
@@ -23,16 +52,8 @@ def run(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
         Webhooks(settings).close()
     except WorkerError as error:
         print(error.message, file=sys.stderr)
-        return 2
-    if is_desk(arguments, environment):
-        from comfy_worker import desk
-
-        configure_logs(settings.log_level, settings.secrets())
-        return desk.main(arguments, settings)
-    from comfy_worker.serverless.start import start
-
-    start(settings)
-    return 0
+        return None
+    return settings
 
 
 def is_desk(arguments: Sequence[str], environment: Mapping[str, str]) -> bool:

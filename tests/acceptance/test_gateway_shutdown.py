@@ -187,8 +187,8 @@ class TestWhatIsRefused:
         with serve({}, "-c", program) as process:
             assert process.wait() == 2
             assert process.output == (
-                "The gateway needs the package fastapi, which is not installed: run `pip install -r requirements.txt` "
-                "in the folder of the worker's pyproject.toml.\n"
+                "The package fastapi is not installed, which comfy-worker needs for this: run `pip install -r "
+                "requirements.txt` in the folder of its pyproject.toml.\n"
             )
 
     def test_a_port_that_is_taken(self, data: Path) -> None:

@@ -22,9 +22,9 @@ from comfy_worker.emulator.server import Service
 _MEGABYTE = 1024 * 1024
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Serve until SIGTERM or SIGINT."""
-    options = _parse(arguments)
+def main(arguments: Sequence[str] | None = None, program: str = "python -m comfy_worker.emulator") -> None:
+    """Serve until SIGTERM or SIGINT; `program` is what the help calls this."""
+    options = _parse(arguments, program)
     logging.basicConfig(level=options.log_level.upper(), format="%(levelname)s %(message)s")
     with ExitStack() as stack:
         temporary = None
@@ -43,8 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.exit(f"The emulator cannot serve at {options.listen}:{options.port}: {error}")
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m comfy_worker.emulator", description=__doc__)
+def _parse(arguments: Sequence[str] | None, program: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=program, description="A ComfyUI without models, editor and GPU on a port of this machine."
+    )
     parser.add_argument("--listen", default="127.0.0.1", metavar="IP", help="address to listen on (127.0.0.1)")
     parser.add_argument("--port", type=int, default=8188, help="port to listen on, 0 for any free one (8188)")
     parser.add_argument(

@@ -1,0 +1,138 @@
+"""`comfy-worker`: what its help names, and what its options do."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from pydantic import AliasChoices, SecretStr
+
+from comfy_worker import cli
+from comfy_worker.gateway.settings import GatewaySettings, load_gateway_settings
+from comfy_worker.settings import Settings
+from tests.support.processes import ROOT, Process
+
+PROGRAM = [sys.executable, "-m", "comfy_worker"]
+ENVIRONMENT = {"PYTHONPATH": str(ROOT / "src")}
+SETTINGS_OF = [("run", Settings), ("serve", GatewaySettings), ("worker", GatewaySettings)]
+
+
+def says(folder: Path, *arguments: str | Path) -> tuple[int, str, str]:
+    """Return the exit code, the output and the errors of a command that is run in an empty folder and leaves it so."""
+    folder.mkdir()
+    with Process(arguments, environment=ENVIRONMENT, cwd=folder) as process:
+        code = process.wait()
+        assert list(folder.iterdir()) == []
+        return code, process.stdout, process.stderr
+
+
+def settings_in(kind: type[Settings]) -> Iterator[tuple[list[str], bool, object]]:
+    for field in kind.model_fields.values():
+        assert isinstance(field.validation_alias, AliasChoices)
+        names = [str(name) for name in field.validation_alias.choices]
+        yield (
+            names,
+            SecretStr in (field.annotation, *get_args(field.annotation)),
+            getattr(field.default, "value", field.default),
+        )
+
+
+def test_it_is_a_command() -> None:
+    [target] = re.findall(r'^comfy-worker = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    module, _, function = target.partition(":")
+    assert callable(getattr(importlib.import_module(module), function))
+
+
+def test_its_help_names_the_commands(tmp_path: Path) -> None:
+    code, told, _ = says(tmp_path / "empty", *PROGRAM, "--help")
+    assert code == 0
+    assert re.findall(r"^  ([a-z]+)  ", told, re.MULTILINE) == ["run", "serve", "worker", "emulator"]
+    code, _, errors = says(tmp_path / "none", *PROGRAM)
+    assert (code, errors) == (2, told)
+
+
+@pytest.mark.parametrize(("command", "kind"), SETTINGS_OF)
+def test_a_commands_help_names_every_setting_with_its_variables_and_its_default(
+    tmp_path: Path, command: str, kind: type[Settings]
+) -> None:
+    code, told, _ = says(tmp_path / "empty", *PROGRAM, command, "--help")
+    assert code == 0
+    told = re.sub(r"\s+", " ", told)
+    for names, is_secret, default in settings_in(kind):
+        option = "--" + names[0].lower().replace("_", "-")
+        assert (f"{option} {names[0]} " in told) != is_secret, names
+        assert f"{names[0]}: " in told or not is_secret, names
+        shown = "not set" if default in (None, "") else default
+        also = f"; also read from {', '.join(names[1:])}" if names[1:] else ""
+        assert f"(default: {shown}{also})" in told, names
+
+
+def test_the_emulators_help_names_its_options(tmp_path: Path) -> None:
+    code, told, _ = says(tmp_path / "empty", *PROGRAM, "emulator", "--help")
+    assert code == 0
+    assert told.startswith("usage: comfy-worker emulator ")
+    assert "--base-directory DIR" in told
+
+
+@pytest.mark.parametrize("program", ["handler.py", "deploy/make-env"])
+def test_the_help_of_other_commands_writes_nothing(tmp_path: Path, program: str) -> None:
+    before = (ROOT / ".env").exists()
+    command = [sys.executable, ROOT / program] if program.endswith(".py") else [ROOT / program]
+    code, told, _ = says(tmp_path / "empty", *command, "--help")
+    assert code == 0
+    assert "usage: " in told.lower()
+    assert (ROOT / ".env").exists() == before
+
+
+def test_an_option_goes_before_its_variable(environment: pytest.MonkeyPatch) -> None:
+    for name, value in (("API_PORT", "1"), ("API_RELOAD", "false"), ("MAX_QUEUE_SIZE", "7")):
+        environment.setenv(name, value)
+    parser = cli.parser_of("serve")
+    cli.add_settings(parser, "settings", GatewaySettings)
+    cli.put_into_environment(parser.parse_args(["--api-port", "2", "--api-reload=true"]))
+    settings = load_gateway_settings()
+    assert (settings.api_port, settings.api_reload, settings.max_queue_size) == (2, True, 7)
+
+
+@pytest.mark.parametrize("command", ["run", "serve", "worker"])
+def test_a_wrong_value_is_refused_by_its_variables_name(tmp_path: Path, command: str) -> None:
+    code, told, errors = says(tmp_path / "empty", *PROGRAM, command, "--workflow-timeout", "soon")
+    assert (code, told) == (2, "")
+    assert re.fullmatch(r"Invalid settings: .*WORKFLOW_TIMEOUT: Input should be a valid number.*\n", errors)
+
+
+@pytest.mark.parametrize(
+    ("package", "command", "source"),
+    [
+        ("fastapi", "serve", "-r requirements.txt"),
+        ("celery", "worker", "'.[fleet]'"),
+        ("aiohttp", "emulator", "'.[emulator]'"),
+    ],
+)
+def test_what_is_not_installed_is_named_with_the_command_that_installs_it(
+    tmp_path: Path, package: str, command: str, source: str
+) -> None:
+    program = (
+        f"import sys; sys.modules[{package!r}] = None; from comfy_worker.__main__ import main; "
+        f"sys.exit(main([{command!r}]))"
+    )
+    with Process(
+        [sys.executable, "-c", program],
+        environment={
+            **ENVIRONMENT,
+            "ENGINE": "celery",
+            "DATABASE_URL": "postgresql://nowhere/jobs",
+            "DATA_DIR": str(tmp_path),
+        },
+        cwd=tmp_path,
+    ) as process:
+        assert process.wait() == 2
+        assert process.output == (
+            f"The package {package} is not installed, which comfy-worker needs for this: run `pip install {source}` in "
+            "the folder of its pyproject.toml.\n"
+        )
