@@ -7,17 +7,19 @@ $(if $(VERSION),,$(error PYTHON=$(PYTHON) is no Python 3.10 or newer))
 VENV := .venv$(if $(filter-out file,$(origin PYTHON)),-$(VERSION))
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test test-newest test-unlocked lint lock bench soak clean
+.PHONY: help install setup demo serve test test-newest test-unlocked lint lock bench soak clean
 
 help:
 	@echo "make demo    run test_input.json on the embedded emulator; the picture lands in output/"
+	@echo "make serve   serve the HTTP API on the embedded emulator, until Ctrl-C; API_PORT=8001 takes another port than 8000"
 	@echo "make test    lint, type check and run all tests"
 	@echo "make test PYTHON=python3.12   the same on another Python, in .venv-3.12"
 	@echo "make test-newest   run all tests with the newest versions that the bounds allow, not with those of locks/"
 	@echo "make lint    ruff, mypy, shellcheck, hadolint"
 	@echo "make bench   measure everything that docs/benchmarks.md tells of, about ten minutes"
 	@echo "make soak    2,000 jobs while everything goes wrong, then gateways and a fleet, about 20 minutes; output/ gets the figures"
-	@echo "make setup   only install (into $(VENV))"
+	@echo "make install only install worker, gateway and emulator (into $(VENV))"
+	@echo "make setup   the same with what the tests need"
 	@echo "make lock    write locks/ anew for what requirements.txt and pyproject.toml ask for; UPGRADE=1 takes the newest versions"
 
 # A Debian or Ubuntu Python may come without venv: install it where that is allowed, say so where it is not.
@@ -41,12 +43,12 @@ define install
 endef
 
 $(VENV)/.run-ready: $(BIN)/uv pyproject.toml requirements.txt locks/emulator.txt
-	@echo "Installing the worker and its emulator into $(VENV) …"
+	@echo "Installing worker, gateway and emulator into $(VENV) …"
 	$(call install,locks/emulator.txt)
 	@touch $@
 
 $(VENV)/.dev-ready: $(BIN)/uv pyproject.toml requirements.txt locks/dev.txt
-	@echo "Installing the worker, its emulator and what its tests need into $(VENV) …"
+	@echo "Installing worker, gateway, emulator and what the tests need into $(VENV) …"
 	$(call install,locks/dev.txt)
 	@touch $@ $(VENV)/.run-ready
 
@@ -59,11 +61,20 @@ $(VENV)/.clients-ready: $(BIN)/python tests/data/clients/package.json tests/data
 	  else echo "Without Node and npm the tests of RunPod's JavaScript SDK are skipped"; fi
 	@touch $@
 
+install: $(VENV)/.run-ready
+
 setup: $(VENV)/.dev-ready $(VENV)/.clients-ready
 
+# The emulator takes any free port.
+ON_EMULATOR = COMFY_EMULATOR=true WORKER_PYTHON=$(BIN)/python COMFYUI_PORT=$$($(BIN)/python -c \
+  'import socket; s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1])')
+
 demo: $(VENV)/.run-ready
-	@port=$$($(BIN)/python -c 'import socket; s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1])'); \
-	  COMFY_EMULATOR=true COMFYUI_PORT=$$port WORKER_PYTHON=$(BIN)/python ./start.sh
+	@$(ON_EMULATOR) ./start.sh
+
+# Only this machine reaches it, so that it needs no key.
+serve: $(VENV)/.run-ready
+	@$(ON_EMULATOR) SERVE_API_LOCALLY=true API_HOST=$${API_HOST:-127.0.0.1} ./start.sh
 
 lint: $(VENV)/.dev-ready
 	@$(BIN)/ruff check .

@@ -52,7 +52,7 @@ def serve_beside_others(host: str, port: int) -> None:
     """Serve as one process of several at a port, until a signal."""
     from comfy_worker.gateway.several import open_port
 
-    sys.exit(_run(lambda: _serve([open_port(host, port)])))
+    sys.exit(_run(lambda: _serve([open_port(host, port)], is_announced=True)))
 
 
 def _run(serve: Callable[[], int]) -> int:
@@ -131,6 +131,7 @@ def _serve_with_workers(settings: GatewaySettings) -> int:
     _make_data_dir(settings)
     configure_gateway_logs(settings.log_level, settings.secrets(), settings.log_format)
     _check_database(settings)
+    _announce(settings, f"http://{settings.api_host}:{settings.api_port}")
     return serve_with_several(serve_beside_others, settings.api_host, settings.api_port, settings.api_workers)
 
 
@@ -200,7 +201,7 @@ def _make_app(settings: GatewaySettings) -> FastAPI:
     return app
 
 
-def _serve(sockets: list[socket] | None = None) -> int:
+def _serve(sockets: list[socket] | None = None, *, is_announced: bool = False) -> int:
     """Serve until a signal, on sockets that are bound already if there are any; return the process's exit code."""
     from comfy_worker.gateway.settings import load_gateway_settings
 
@@ -208,12 +209,24 @@ def _serve(sockets: list[socket] | None = None) -> int:
     app = _make_app(settings)
     from comfy_worker.gateway.server import Server
 
+    def announce(url: str) -> None:
+        if not is_announced:
+            _announce(settings, url)
+
     try:
-        Server(app, settings).run(sockets)
+        Server(app, settings, announce).run(sockets)
     except SystemExit as ending:
         # uvicorn ends the process itself when it cannot start, and has logged why.
         return _START_FAILED if ending.code else 0
     return 0
+
+
+def _announce(settings: GatewaySettings, url: str) -> None:
+    """Tell the person who starts a gateway how to go on; a log of JSON is no place for it."""
+    from comfy_worker.gateway.welcome import welcome
+
+    if settings.log_format == "text":
+        _say(welcome(settings, url))
 
 
 def _work() -> int:
@@ -277,10 +290,11 @@ def _make_data_dir(settings: GatewaySettings) -> None:
 def _own_key(settings: GatewaySettings) -> str | None:
     """Return a key for a gateway that others than this machine can reach; when it is made, it is printed."""
     from comfy_worker.gateway.auth import is_loopback, kept_secret
+    from comfy_worker.gateway.welcome import KEY_FILE
 
     if is_loopback(settings.api_host):
         return None
-    file = Path(settings.data_dir) / "api.key"
+    file = Path(settings.data_dir) / KEY_FILE
     is_new = not file.exists()
     key = kept_secret(file)
     if is_new:

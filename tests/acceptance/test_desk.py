@@ -10,6 +10,7 @@ import pty
 import re
 import signal
 import struct
+import sys
 import termios
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ import pytest
 from tests.support import graphs
 from tests.support.comfyui import ComfyUI, comfyui
 from tests.support.leaks import assert_nothing_leaks
-from tests.support.processes import ROOT, start_handler
+from tests.support.processes import ROOT, Process, start_handler
 from tests.support.receiver import Receiver
 from tests.support.s3 import SECRET_KEY
 
@@ -108,6 +109,17 @@ def test_a_job_on_the_command_line_writes_its_files(desk: Desk) -> None:
     ]
     assert graphs.colors((desk.outputs / "ComfyUI_00001_.png").read_bytes()) == [ORANGE]
     assert graphs.colors((desk.outputs / "sub" / "ComfyUI_00001_.png").read_bytes()) == [GREEN]
+
+
+def test_a_job_in_a_file_is_run_by_the_command(desk: Desk) -> None:
+    (desk.folder / "job.json").write_text(json.dumps({"input": {"workflow": graphs.picture(GREEN)}}))
+    command = [sys.executable, "-m", "comfy_worker", "run", "--output-dir", "there", "job.json"]
+    environment = {**desk.environment, "PYTHONPATH": str(ROOT / "src")}
+    with Process(command, environment=environment, cwd=desk.folder) as process:
+        assert process.wait() == 0, process.output
+    [image] = json.loads(process.stdout)["images"]
+    assert image["saved_as"] == "there/ComfyUI_00001_.png"
+    assert graphs.colors((desk.folder / image["saved_as"]).read_bytes()) == [GREEN]
 
 
 def test_the_files_of_an_earlier_run_are_kept(desk: Desk) -> None:

@@ -89,6 +89,17 @@ def test_the_help_of_other_commands_writes_nothing(tmp_path: Path, program: str)
     assert (ROOT / ".env").exists() == before
 
 
+@pytest.mark.parametrize("arguments", [(), ("--help",)])
+def test_the_handler_without_its_packages_names_the_command_to_run(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    code, told, errors = says(tmp_path / "empty", sys.executable, "-S", ROOT / "handler.py", *arguments)
+    assert (code, told) == (1, "")
+    assert re.fullmatch(
+        r"The package \w+ is not installed for \S+: run `make install` in the folder of handler\.py, then "
+        r"`\.venv/bin/python handler\.py`\.\n",
+        errors,
+    )
+
+
 def test_an_option_goes_before_its_variable(environment: pytest.MonkeyPatch) -> None:
     for name, value in (("API_PORT", "1"), ("API_RELOAD", "false"), ("MAX_QUEUE_SIZE", "7")):
         environment.setenv(name, value)

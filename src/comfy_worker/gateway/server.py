@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import time
+from asyncio.trsock import TransportSocket
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -96,6 +97,10 @@ def _as_last(message: Message) -> Message:
     return message
 
 
+def _tell_nobody(_url: str) -> None:
+    pass
+
+
 class Server(uvicorn.Server):
     """uvicorn's server, which watches its connections and ends with exit code 0 on SIGTERM and SIGINT.
 
@@ -103,8 +108,10 @@ class Server(uvicorn.Server):
         connections: those that are open.
     """
 
-    def __init__(self, app: FastAPI, settings: GatewaySettings) -> None:
+    def __init__(self, app: FastAPI, settings: GatewaySettings, announce: Callable[[str], None] = _tell_nobody) -> None:
         """Take the application, which has to have `state.let_go`, and the settings that say where to listen.
+
+        `announce` is told of the URL when it listens.
 
         Raises:
             InvalidInput: the limit of open files is too low for the connections that are set.
@@ -129,6 +136,7 @@ class Server(uvicorn.Server):
         )
         self.server_state = WatchedState(self.connections)
         self._let_go = app.state.let_go
+        self._announce = announce
         give_large_blocks_back()
 
     @contextmanager
@@ -152,11 +160,13 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to listen, and say where; of sockets that it is given uvicorn says nothing."""
         await super().startup(sockets)
-        for server in getattr(self, "servers", ()):
+        if not self.started:
+            return
+        for server in self.servers:
             _let_more_wait(server)
-        for one in (sockets or []) if self.started else []:
-            host, port = one.getsockname()[:2]
-            log.info("running on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+        for one in sockets or []:
+            log.info("running on %s", _url_of(one))
+        self._announce(_url_of((sockets or list(self.servers[0].sockets))[0]))
 
     async def on_tick(self, counter: int) -> bool:
         """Look after the connections once a second; this is called ten times as often."""
@@ -200,6 +210,11 @@ def _let_more_wait(server: asyncio.base_events.Server) -> None:
     for listening in server.sockets:
         with socket.socket(fileno=os.dup(listening.fileno())) as same:
             same.listen(_WAITING)
+
+
+def _url_of(listening: socket.socket | TransportSocket) -> str:
+    host, port = listening.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def _all_that_wait(listening: socket.socket) -> list[socket.socket]:
