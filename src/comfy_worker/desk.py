@@ -22,6 +22,7 @@ from comfy_worker.progress import Progress
 from comfy_worker.settings import Settings
 from comfy_worker.signals import END_SIGNALS, in_thread
 from comfy_worker.stop import Stop
+from comfy_worker.strict_json import NotStrictJson, parse_json
 from comfy_worker.worker import Worker
 
 FILE = "test_input.json"
@@ -99,9 +100,9 @@ def read_job(text: str | None, file: str = FILE) -> dict[str, Any]:
             place = "" if Path(file).is_absolute() else " in the current folder"
             raise InvalidInput(f"{file} cannot be read{place}: {error.strerror}") from None
     try:
-        job = json.loads(text)
-    except ValueError as error:
-        raise InvalidInput(f"{where} is not JSON: {error}") from None
+        job = parse_json(text)
+    except NotStrictJson as problem:
+        raise InvalidInput(f"{where} {problem}") from None
     if not isinstance(job, dict):
         raise InvalidInput(f"{where} must be an object with an input")
     return {"id": "local_test", **job}

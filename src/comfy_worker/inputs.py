@@ -28,8 +28,8 @@ from comfy_worker.errors import (
     WorkerError,
 )
 from comfy_worker.fetch import Fetcher
+from comfy_worker.input_files import decode_base64
 from comfy_worker.jobs import InputFile, Job
-from comfy_worker.payload import decode_base64
 from comfy_worker.references import Reference, find_strings, name_of_url, refer, shortened
 from comfy_worker.sniff import HEAD_BYTES, content_type, disguise, with_true_extension
 from comfy_worker.stop import Stop

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
-import json
+import itertools
 import re
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
 from pydantic.aliases import AliasChoices
 
+from comfy_worker.envelope import (
+    check_extra_params,
+    check_job,
+    execution_timeout_s,
+    read_input,
+    unknown_names,
+    warnings_of_job,
+)
 from comfy_worker.errors import InvalidInput, InvalidWorkflow, WorkerError
+from comfy_worker.input_files import FAILED, check_name, decode_files, too_many_files
 from comfy_worker.jobs import (
     Artifact,
     Conversion,
     Delivery,
     DeliveryType,
-    InputFile,
     Job,
     JobBucket,
     JobResult,
@@ -29,13 +34,9 @@ from comfy_worker.jobs import (
     Webhook,
     Workflow,
 )
+from comfy_worker.strict_json import NotStrictJson, parse_json
 from comfy_worker.workflow import check_workflow
 
-_DATA_URI = re.compile(r"data:[^,]*,", re.IGNORECASE)
-_URL = re.compile(r"(https?|s3)://", re.IGNORECASE)
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-_ANNOTATION = re.compile(r"\[(input|output|temp)\]$")
-"""ComfyUI takes it for an annotation without a space before it too."""
 _REFUSALS = {
     "missing": "is missing",
     "string_type": "must be a string",
@@ -47,11 +48,11 @@ _REFUSALS = {
     "float_type": "must be a number",
 }
 """pydantic's types of problem in the words of JSON; the others say what they mean."""
-_MOST_KEYS_NAMED = 50
-_LONGEST_KEY = 100
-_LONGEST_NAME = 1024
-_LONGEST_PART = 255
-"""Bytes that a file system takes for one part of a path."""
+_MOST_WARNINGS = 100
+"""About one job's fields, however many it has."""
+_MOST_PROBLEMS = 20
+_MOST_EXTRA_DATA = 100
+"""Each secret in it is looked for in each sentence."""
 
 
 class _Model(BaseModel):
@@ -62,16 +63,10 @@ class _Model(BaseModel):
     def unknown_keys(self, where: str) -> Iterator[str]:
         known = [name for field, info in type(self).model_fields.items() for name in _accepted_names(field, info)]
         extra = list(self.__pydantic_extra__ or {})
-        for key in extra[:_MOST_KEYS_NAMED]:
-            name = key if len(key) <= _LONGEST_KEY else f"{key[:_LONGEST_KEY]}…"
+        for key in extra:
             if key in known:
-                yield f"{where}.{name} was ignored: its other name is there too"
-                continue
-            near = get_close_matches(name, known, n=1)
-            advice = f"; did you mean {near[0]!r}?" if near else ""
-            yield f"{where}.{name} is unknown and was ignored{advice}"
-        if len(extra) > _MOST_KEYS_NAMED:
-            yield f"{where} has {len(extra) - _MOST_KEYS_NAMED} more keys that are unknown and were ignored"
+                yield f"{where}.{key} was ignored: its other name is there too"
+        yield from unknown_names([key for key in extra if key not in known], known, f"{where}.")
 
 
 def _accepted_names(field: str, info: Any) -> list[str]:
@@ -137,40 +132,59 @@ class _JobInput(_Model):
 # ------------------------------------------------------------------------------------------------- input
 
 
-def parse_job(job: Mapping[str, Any]) -> Job:
+def parse_job(job: Mapping[str, Any], max_files: int | None = None) -> Job:
     """Return the Job in what RunPod hands to a handler: `{"id": …, "input": {…}}`.
+
+    Args:
+        job: as it came; what is no object, NaN and the like are refused too.
+        max_files: how many input files it may have; None for any number.
 
     Raises:
         InvalidInput: a field is missing, of the wrong kind or cannot be decoded; the sentence names all of them.
         InvalidWorkflow: the workflow is no graph in API format.
     """
-    payload = _json_object(job.get("input"))
+    payload, _is_wrapped = read_input(job)
+    check_job(job)
     if payload.get("workflow") is None:
         raise InvalidInput("Missing 'workflow' parameter", hint=_hint_of_missing(payload))
+    _check_counts(payload, max_files)
+    check_extra_params(payload.get("webhook"))
     try:
         # A field that is null is one that was left out, as for every client that fills in a template.
         parsed = _JobInput.model_validate({key: value for key, value in payload.items() if value is not None})
     except ValidationError as error:
         raise InvalidInput(_sentence(error)) from None
     workflow = _parse_workflow(parsed.workflow)
+    warnings = itertools.chain(warnings_of_job(job), _warnings(parsed))
     return Job(
         id=str(job.get("id") or "local_test"),
         prompt_id=str(uuid.uuid4()),
         workflow=check_workflow(workflow),
-        files=_decode_files([*parsed.images, *parsed.files]),
+        files=decode_files((item.name, item.image, item.url) for item in (*parsed.images, *parsed.files)),
         delivery=_parse_delivery(parsed.delivery),
         conversion=_parse_conversion(parsed.convert),
         bucket=_parse_bucket(parsed.s3 or _platform_bucket(job.get("s3Config"))),
         webhook=_parse_webhook(parsed.webhook),
         timeout_s=parsed.timeout_s,
-        execution_timeout_s=_execution_timeout(job.get("policy")),
+        execution_timeout_s=execution_timeout_s(job.get("policy")),
         retry_on_crash=parsed.retry_on_crash,
         strict=parsed.strict,
         include_previews=parsed.include_previews,
         comfy_org_api_key=parsed.comfy_org_api_key,
         extra_data={**_wrapped_extra_data(workflow), **parsed.extra_data},
-        warnings=tuple(_warnings(parsed)),
+        warnings=tuple(itertools.islice(warnings, _MOST_WARNINGS)),
     )
+
+
+def _check_counts(payload: Mapping[str, Any], max_files: int | None) -> None:
+    """Refuse what has too many parts, before any of them is looked at."""
+    lists = [payload.get(name) for name in ("images", "files")]
+    count = sum(len(items) for items in lists if isinstance(items, list))
+    if max_files is not None and count > max_files:
+        raise InvalidInput(too_many_files(count, max_files))
+    extra_data = payload.get("extra_data")
+    if isinstance(extra_data, Mapping) and len(extra_data) > _MOST_EXTRA_DATA:
+        raise InvalidInput(f"input.extra_data has {len(extra_data)} keys, and may have {_MOST_EXTRA_DATA}")
 
 
 def _hint_of_missing(payload: Mapping[str, Any]) -> str:
@@ -182,7 +196,7 @@ def _hint_of_missing(payload: Mapping[str, Any]) -> str:
 def workflow_of(job: Mapping[str, Any]) -> Workflow:
     """Return the graph of a job that may yet turn out to be invalid; an empty one if none can be made out."""
     try:
-        payload = _json_object(job.get("input"))
+        payload, _is_wrapped = read_input(job)
         return check_workflow(_parse_workflow(payload.get("workflow") or {}))
     except WorkerError:
         return {}
@@ -200,14 +214,15 @@ def asked_webhook(job: Mapping[str, Any]) -> Webhook | None:
     """Return the job's own receiver, whatever else is wrong with the job; None if it names none.
 
     Raises:
-        InvalidInput: the webhook has not the form that it must have.
+        InvalidInput: the webhook has not the form that it must have, or too many extra parameters.
     """
     try:
-        asked = _json_object(job.get("input")).get("webhook")
+        asked = read_input(job)[0].get("webhook")
     except WorkerError:
         return None
     if asked is None:
         return None
+    check_extra_params(asked)
     try:
         return _parse_webhook(_WebhookInput.model_validate(asked))
     except ValidationError as error:
@@ -220,34 +235,19 @@ def _wrapped_extra_data(workflow: Any) -> Mapping[str, Any]:
     return extra_data if isinstance(extra_data, Mapping) else {}
 
 
-def _execution_timeout(policy: Any) -> float | None:
-    """Return RunPod's `policy.executionTimeout`, milliseconds, in seconds; None where the job carries none."""
-    milliseconds = policy.get("executionTimeout") if isinstance(policy, Mapping) else None
-    return milliseconds / 1000 if isinstance(milliseconds, (int, float)) and milliseconds > 0 else None
-
-
-def _json_object(value: Any) -> Mapping[str, Any]:
-    if value is None:
-        raise InvalidInput("Please provide input", hint='Send {"input": {"workflow": {…}}}')
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            raise InvalidInput("Invalid JSON format in input") from None
-    if not isinstance(value, Mapping):
-        raise InvalidInput("input must be an object with a workflow")
-    return value
-
-
 def _sentence(error: ValidationError, where: str = "input") -> str:
-    """Return all problems that pydantic found as one sentence, each at its place, without the values."""
+    """Return the problems that pydantic found as one sentence, each at its place, without the values."""
     problems: dict[str, str] = {}
     for item in error.errors(include_url=False, include_input=False):
         # The parts of a union that did not fit ("str", "dict[str,any]") are pydantic's words, not the caller's.
         place = ".".join(str(part) for part in item["loc"] if not re.search(r"[\[\]()]|^str$", str(part)))
         words = _REFUSALS.get(item["type"]) or item["msg"].replace("Input should", "must")
         problems.setdefault(f"{where}.{place}", words)
-    return "; ".join(f"{place} {words}" for place, words in problems.items())
+    named = [f"{place} {words}" for place, words in itertools.islice(problems.items(), _MOST_PROBLEMS)]
+    more = [f"and {len(problems) - _MOST_PROBLEMS} more"] if len(problems) > _MOST_PROBLEMS else []
+    sentence = "; ".join([*named, *more])
+    are_files = all(place.startswith((f"{where}.images", f"{where}.files")) for place in problems)
+    return f"{FAILED}: {sentence}" if are_files else sentence
 
 
 def _parse_workflow(workflow: Any) -> Any:
@@ -256,9 +256,9 @@ def _parse_workflow(workflow: Any) -> Any:
     if not isinstance(workflow, str):
         raise InvalidWorkflow("Workflow validation failed: the workflow is neither an object nor a string")
     try:
-        return json.loads(workflow)
-    except (ValueError, RecursionError):
-        raise InvalidWorkflow("Workflow validation failed: the workflow is a string that is not JSON") from None
+        return parse_json(workflow)
+    except NotStrictJson as problem:
+        raise InvalidWorkflow(f"Workflow validation failed: the workflow is a string that {problem.reason}") from None
 
 
 def _parse_delivery(delivery: _DeliveryInput) -> Delivery:
@@ -315,84 +315,7 @@ def input_warnings(job_input: Mapping[str, Any]) -> list[str]:
         parsed = _JobInput.model_validate({key: value for key, value in job_input.items() if value is not None})
     except ValidationError:
         return []
-    return list(_warnings(parsed))
-
-
-def _decode_files(items: Sequence[_FileInput]) -> tuple[InputFile, ...]:
-    files: dict[str, InputFile] = {}
-    for item in items:
-        name = check_name(item.name, "Image name")
-        if name in files:
-            raise InvalidInput(f"Two images are named {name!r}")
-        files[name] = _parse_file(item, name)
-    return tuple(files.values())
-
-
-def _parse_file(item: _FileInput, name: str) -> InputFile:
-    """Return a file that is there or is to be fetched; a URL may stand in either field, and so may a data URI."""
-    given = [value for value in (item.image, item.url) if value is not None]
-    if len(given) != 1:
-        raise InvalidInput(f"Image {name!r} needs either 'image' (base64) or 'url'")
-    if _URL.match(given[0]):
-        return InputFile(name, url=given[0])
-    if item.url is not None and not _DATA_URI.match(item.url[:1024]):
-        raise InvalidInput(f"The url of image {name!r} is neither http(s) nor s3 nor a data URI")
-    return InputFile(name, decode_base64(given[0], name))
-
-
-def check_name(name: str, what: str) -> str:
-    """Return `name` if it is a relative path that stays in its folder.
-
-    Raises:
-        InvalidInput: it leads elsewhere, or no file system or ComfyUI could take it.
-    """
-    refused = f"{what} {name!r} is refused: "
-    parts = name.split("/")
-    if not name.strip():
-        raise InvalidInput(f"{refused}it is empty")
-    if _CONTROL.search(name):
-        raise InvalidInput(f"{refused}it has control characters")
-    if "\\" in name or name.startswith("/") or ":" in parts[0]:
-        raise InvalidInput(f"{refused}it must be relative, with '/' between folders")
-    if any(part in ("", ".", "..") for part in parts):
-        raise InvalidInput(f"{refused}it must not leave its folder or have empty parts")
-    if _ANNOTATION.search(name):
-        raise InvalidInput(f"{refused}' [input]' and its like belong into the workflow, not into the name")
-    try:
-        too_long = any(len(part.encode()) > _LONGEST_PART for part in parts)
-    except UnicodeEncodeError:
-        raise InvalidInput(f"{refused}it is not valid Unicode") from None
-    if too_long:
-        raise InvalidInput(f"{what} {name[:40]!r}… is refused: a part of it is longer than {_LONGEST_PART} bytes")
-    if len(name.encode()) > _LONGEST_NAME:
-        raise InvalidInput(f"{what} {name[:40]!r}… is refused: it is longer than {_LONGEST_NAME} bytes")
-    return name
-
-
-def decode_base64(text: str, name: str) -> bytes:
-    """Return the bytes of a base64 text, with or without a data URI around it; line breaks are ignored.
-
-    Raises:
-        InvalidInput: it is empty, or has a character that does not belong there; the sentence names the image.
-    """
-    head = _DATA_URI.match(text[:1024])
-    if head is None and text[:5].lower() == "data:":
-        raise InvalidInput(f"Image {name!r} is a data URI without a comma before its data")
-    if head is not None and not head.group().lower().endswith(";base64,"):
-        raise InvalidInput(f"Image {name!r} is a data URI that is not base64")
-    encoded = text[head.end() :] if head else text
-    if any(space in encoded for space in "\n\r\t "):
-        encoded = "".join(encoded.split())
-    if not encoded:
-        raise InvalidInput(f"Image {name!r} is empty")
-    try:
-        content = base64.b64decode(encoded, validate=True)
-    except (binascii.Error, ValueError):
-        raise InvalidInput(f"Image {name!r} is not valid base64") from None
-    if not content:
-        # Python 3.10 takes padding alone for nothing.
-        raise InvalidInput(f"Image {name!r} is not valid base64")
-    return content
+    return list(itertools.islice(_warnings(parsed), _MOST_WARNINGS))
 
 
 # ------------------------------------------------------------------------------------------------ output

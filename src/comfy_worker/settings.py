@@ -225,7 +225,9 @@ class Settings(BaseSettings):
         "BUCKET_PART_MB", default=8, ge=5, le=64, description="Size of the parts in which large outputs are uploaded."
     )
     allow_job_bucket: bool = _named(
-        "ALLOW_JOB_S3", default=False, description="Whether a job may bring a bucket of its own (`s3`, `s3Config`)."
+        "ALLOW_JOB_S3",
+        default=True,
+        description="Whether a job may bring a bucket of its own (`s3`, `s3Config`), at a public address.",
     )
     job_bucket_endpoints: str = _named(
         "JOB_S3_ENDPOINTS",

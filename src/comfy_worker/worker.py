@@ -10,6 +10,7 @@ from typing import Any
 from comfy_worker.catalog.library import Library
 from comfy_worker.catalog.template import expand_job
 from comfy_worker.comfy.client import ComfyClient
+from comfy_worker.envelope import HOW_TO_SEND
 from comfy_worker.errors import InternalError, InvalidInput, OutputTooLarge, WorkerError
 from comfy_worker.jobs import Job, OnEvent, ignore_events
 from comfy_worker.payload import parse_job, result_as_output
@@ -78,6 +79,8 @@ class Worker:
             result_limit: bytes that the output may have as JSON; None for no limit.
             tell: whether the webhooks are told; in the background, so that nothing waits for them.
         """
+        if not isinstance(job, Mapping):
+            return InvalidInput("The job must be an object with an input", hint=HOW_TO_SEND).as_output()
         if not tell:
             return self._run_to_end(job, on_event, stop, result_limit)
         report = self._webhooks.report_on(job, result_limit)
@@ -103,7 +106,7 @@ class Worker:
     ) -> dict[str, Any]:
         secrets: list[str | None] = list(self.settings.secrets())
         try:
-            parsed = parse_job(expand_job(job, self._library))
+            parsed = parse_job(expand_job(job, self._library), self.settings.input_max_files)
             secrets += parsed.secrets
             check_webhook(parsed.webhook)
         except WorkerError as error:

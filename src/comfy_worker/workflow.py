@@ -17,6 +17,9 @@ _ANNOTATION = " [input]"
 _DEFAULT_PREFIX = "ComfyUI"
 """For a prefix that is empty; ComfyUI would name the files after the folder."""
 
+_MOST_NAMED = 10
+_LONGEST_ID = 100
+
 WEBSOCKET_OUTPUT_NODE = "SaveImageWebsocket"
 """ComfyUI's node whose pictures come as binary frames and are never files."""
 
@@ -52,7 +55,34 @@ def check_workflow(workflow: Any) -> Workflow:
             raise InvalidWorkflow(f"Workflow validation failed: Node {node_id}: class_type is missing")
         if not isinstance(node.get("inputs", {}), Mapping):
             raise InvalidWorkflow(f"Workflow validation failed: Node {node_id}: inputs is not an object")
+    _check_links(workflow)
     return workflow
+
+
+def _check_links(workflow: Workflow) -> None:
+    """Refuse links that lead to no node; ComfyUI itself meets a KeyError there."""
+    dangling = [
+        (str(node_id), str(name), value[0])
+        for node_id, node in workflow.items()
+        for name, value in node.get("inputs", {}).items()
+        if is_link(value) and value[0] not in workflow
+    ]
+    if not dangling:
+        return
+    sentences = [
+        f"Node {node_id} ({name}): it is linked to node {target[:_LONGEST_ID]}, which the workflow does not have"
+        for node_id, name, target in dangling[:_MOST_NAMED]
+    ]
+    more = [f"and {len(dangling) - _MOST_NAMED} more such links"] if len(dangling) > _MOST_NAMED else []
+    raise InvalidWorkflow(
+        f"Workflow validation failed: {'; '.join([*sentences, *more])}",
+        details={
+            "problems": [
+                {"type": "dangling_link", "node_id": node_id, "input_name": name, "given": target[:_LONGEST_ID]}
+                for node_id, name, target in dangling[:_MOST_NAMED]
+            ]
+        },
+    )
 
 
 def is_ui_format(workflow: Mapping[str, Any]) -> bool:

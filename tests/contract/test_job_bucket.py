@@ -28,7 +28,7 @@ def job_bucket(url: str, name: str, **more: Any) -> JobBucket:
     return JobBucket(url, name, JOB_ACCESS_KEY, JOB_SECRET_KEY, **more)
 
 
-ALLOWED: dict[str, Any] = {"allow_job_bucket": True, "job_bucket_endpoints": "127.0.0.1"}
+ALLOWED: dict[str, Any] = {"job_bucket_endpoints": "127.0.0.1"}
 
 
 def test_the_bucket_of_a_job_goes_before_the_workers(s3: S3Server, bucket: str, storages: Make) -> None:
@@ -68,7 +68,7 @@ def test_a_name_that_means_another_address_later_gets_nothing(
     resolve(monkeypatch, addresses)
     bucket = s3.create_bucket()
     endpoint = f"http://rebinding.example.com:{urlsplit(s3.url).port}"
-    storage = storages(allow_job_bucket=True).choose(Delivery(), None, job_bucket(endpoint, bucket))
+    storage = storages().choose(Delivery(), None, job_bucket(endpoint, bucket))
     addresses["rebinding.example.com"] = "127.0.0.1"
     with pytest.raises(DeliveryFailed, match=r"S3 could not be reached to store a\.png: EndpointConnectionError"):
         storage.deliver(parcel("a.png", CONTENT if kind == "small" else LARGE))
@@ -80,7 +80,7 @@ def test_a_proxy_of_the_environment_is_not_asked_for_an_address_that_must_be_pub
 ) -> None:
     resolve(monkeypatch, {"shop.example.com": "93.184.216.34"})
     monkeypatch.setenv("HTTP_PROXY", s3.url)
-    storage = storages(allow_job_bucket=True).choose(Delivery(), None, job_bucket("http://shop.example.com", bucket))
+    storage = storages().choose(Delivery(), None, job_bucket("http://shop.example.com", bucket))
     resolve(monkeypatch, {"shop.example.com": "127.0.0.1"})
     with pytest.raises(DeliveryFailed):
         storage.deliver(parcel("proxied.png"))
@@ -100,8 +100,8 @@ def test_a_proxy_of_the_environment_is_not_asked_for_an_address_that_must_be_pub
     ],
 )
 def test_hosts_that_the_worker_lists_are_taken(storages: Make, listed: str, endpoint: str) -> None:
-    storages(allow_job_bucket=True, job_bucket_endpoints=listed).choose(Delivery(), None, job_bucket(endpoint, "shop"))
+    storages(job_bucket_endpoints=listed).choose(Delivery(), None, job_bucket(endpoint, "shop"))
 
 
 def test_a_public_address_is_taken_where_none_is_listed(storages: Make) -> None:
-    storages(allow_job_bucket=True).choose(Delivery(), None, job_bucket("https://93.184.216.34", "shop"))
+    storages().choose(Delivery(), None, job_bucket("https://93.184.216.34", "shop"))

@@ -197,10 +197,10 @@ def test_a_bucket_of_the_job(run: Run, s3: S3Server) -> None:
     theirs = s3.create_bucket()
     keys = {"access_key_id": JOB_ACCESS_KEY, "secret_access_key": JOB_SECRET_KEY}
     mine = {"endpoint_url": s3.url, "bucket_name": theirs, "region": "eu-west-3", **keys}
-    refused = run({}, graphs.picture(RED), s3=mine)
+    refused = run({"allow_job_bucket": False}, graphs.picture(RED), s3=mine)
     assert (refused["code"], refused["hint"]) == ("invalid_input", "ALLOW_JOB_S3=true lets jobs do so")
 
-    output = run({"allow_job_bucket": True, "job_bucket_endpoints": "127.0.0.1"}, graphs.picture(RED), s3=mine)
+    output = run({"job_bucket_endpoints": "127.0.0.1"}, graphs.picture(RED), s3=mine)
     assert s3.keys(theirs) == ["job-1/ComfyUI_00001_.png"]
     assert JOB_SECRET_KEY not in unquote(json.dumps(output))
 

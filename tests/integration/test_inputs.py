@@ -25,6 +25,7 @@ from comfy_worker.emulator.node import Context, NodeResult, Registry
 from comfy_worker.emulator.nodes import REGISTRY
 from comfy_worker.errors import Cancelled, DiskFull, InputFetchFailed, InvalidInput, UploadFailed
 from comfy_worker.fetch import Fetcher
+from comfy_worker.input_files import FAILED
 from comfy_worker.inputs import stage_inputs
 from comfy_worker.jobs import Delivery, Job, JobResult
 from comfy_worker.payload import parse_job
@@ -513,20 +514,21 @@ def _job_bucket(s3: S3Server, bucket: str) -> dict[str, str]:
     }
 
 
-def test_a_jobs_own_bucket(settings: Settings, s3: S3Server) -> None:
+def test_a_jobs_own_bucket(bench: Bench, s3: S3Server) -> None:
     own = s3.create_bucket()
     s3.client.put_object(Bucket=own, Key="a b/ü.png", Body=png(RED))
-    allowed = settings.model_copy(update={"allow_job_bucket": True})
-    with closing(ComfyClient(allowed)) as client:
-        bench = Bench(client, Storages(allowed))
-        for key in ("a b/ü.png", "a%20b/%C3%BC.png"):
-            result, _job = bench.run(inverted(f"s3://{own}/{key}"), s3=_job_bucket(s3, own))
-            assert bench.read(bench.loaded(result, "1", "image")) == png(RED)
+    for key in ("a b/ü.png", "a%20b/%C3%BC.png"):
+        result, _job = bench.run(inverted(f"s3://{own}/{key}"), s3=_job_bucket(s3, own))
+        assert bench.read(bench.loaded(result, "1", "image")) == png(RED)
 
 
-def test_a_jobs_own_bucket_that_the_worker_does_not_take(bench: Bench, s3: S3Server, bucket: str) -> None:
-    with pytest.raises(InvalidInput, match="does not take"):
-        bench.run(inverted(f"s3://{bucket}/a.png"), s3=_job_bucket(s3, bucket))
+def test_a_jobs_own_bucket_that_the_worker_does_not_take(settings: Settings, s3: S3Server, bucket: str) -> None:
+    careful = settings.model_copy(update={"allow_job_bucket": False})
+    with (
+        closing(ComfyClient(careful)) as client,
+        pytest.raises(InvalidInput, match=f"^{FAILED}: .* which this worker does not take"),
+    ):
+        Bench(client, Storages(careful)).run(inverted(f"s3://{bucket}/a.png"), s3=_job_bucket(s3, bucket))
 
 
 @pytest.mark.parametrize(

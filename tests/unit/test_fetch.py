@@ -24,9 +24,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import given
 from hypothesis import strategies as st
 
+from comfy_worker.addresses import is_public
 from comfy_worker.errors import Cancelled, DiskFull, InputFetchFailed
 from comfy_worker.fetch import Fetcher
-from comfy_worker.fetch.address import is_public, read_url, shown
+from comfy_worker.fetch.address import read_url, shown
 from comfy_worker.fetch.problem import Problem
 from comfy_worker.settings import Settings, load_settings
 from comfy_worker.stop import Stop

@@ -14,6 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from comfy_worker.errors import InvalidInput, InvalidWorkflow, UiFormatWorkflow, WorkerError
+from comfy_worker.input_files import FAILED, check_name, decode_base64
 from comfy_worker.jobs import (
     Artifact,
     Delivered,
@@ -26,7 +27,7 @@ from comfy_worker.jobs import (
     OutputText,
     Timings,
 )
-from comfy_worker.payload import check_name, decode_base64, parse_job, result_as_output, workflow_of
+from comfy_worker.payload import parse_job, result_as_output, workflow_of
 
 WORKFLOW: dict[str, Any] = {
     "6": {"class_type": "CLIPTextEncode", "inputs": {"text": "a beautiful landscape", "clip": ["30", 1]}},
@@ -183,7 +184,7 @@ def test_an_unknown_key_is_named_with_the_nearest_known_one(fields: dict[str, An
     assert parse(**fields).warnings == (warning,)
 
 
-@given(st.dictionaries(st.text(max_size=12), json_values.filter(lambda value: value is not None), max_size=4))
+@given(st.dictionaries(st.text(max_size=12), st.integers(-5, 5) | st.text() | st.lists(st.booleans()), max_size=4))
 def test_no_unknown_key_is_lost_in_silence(fields: dict[str, Any]) -> None:
     unknown = {f"x-{key}": value for key, value in fields.items()}
     warnings = parse(**unknown).warnings
@@ -227,7 +228,9 @@ def test_a_job_without_input(job: dict[str, Any]) -> None:
     ("workflow", "sentence"),
     [
         ("{", "the workflow is a string that is not JSON"),
-        ("[" * 100_000, "the workflow is a string that is not JSON"),
+        ("[" * 100_000, "the workflow is a string that nests deeper than 200 levels"),
+        ("[" * 201 + "]" * 201, "the workflow is a string that nests deeper than 200 levels"),
+        ('{"1": 1e400}', "the workflow is a string that has NaN, Infinity or a number that is too large"),
         ("[1]", "the workflow is a list, not an object of nodes"),
         ('"x"', "the workflow is a string, not an object of nodes"),
         ("null", "the workflow is a null, not an object of nodes"),
@@ -250,18 +253,18 @@ def test_a_workflow_of_the_canvas_is_explained() -> None:
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"images": {}}, "input.images must be a list"),
-        ({"images": ["SECRET"]}, "input.images.0 must be an object"),
-        ({"images": [{}]}, "input.images.0.name is missing"),
+        ({"images": {}}, f"{FAILED}: input.images must be a list"),
+        ({"images": ["SECRET"]}, f"{FAILED}: input.images.0 must be an object"),
+        ({"images": [{}]}, f"{FAILED}: input.images.0.name is missing"),
         (
             {"images": [{"name": "a", "image": "YQ=="}, {"name": 5, "image": "YQ=="}]},
-            "input.images.1.name must be a string",
+            f"{FAILED}: input.images.1.name must be a string",
         ),
-        ({"files": [{"name": "a", "image": ["SECRET"]}]}, "input.files.0.image must be a string"),
+        ({"files": [{"name": "a", "image": ["SECRET"]}]}, f"{FAILED}: input.files.0.image must be a string"),
         ({"timeout_s": "SECRET"}, "input.timeout_s must be a number"),
         ({"timeout_s": True}, "input.timeout_s must be a number"),
         ({"timeout_s": 0}, "input.timeout_s must be greater than 0"),
-        ({"timeout_s": float("inf")}, "input.timeout_s must be a finite number"),
+        ({"timeout_s": float("inf")}, "The job has NaN, Infinity or a number that is too large"),
         ({"strict": "SECRET"}, "input.strict must be true or false"),
         ({"include_previews": 1}, "input.include_previews must be true or false"),
         ({"delivery": "SECRET"}, "input.delivery must be an object"),
@@ -317,6 +320,23 @@ def test_bytes_survive_with_and_without_data_uri(head: str, content: bytes) -> N
     assert decode_base64(head + encoded(content), "a.png") == content
 
 
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        ("image/png;base64,YWJj", b"abc"),
+        ("data:image/png,YWJj", b"abc"),
+        ("anything,YWJj", b"abc"),
+        ("YQ", b"a"),
+        ("YQ=", b"a"),
+        ("data:image/png;base64,YWI", b"ab"),
+        ("-_-_", b"\xfb\xff\xbf"),
+        ("+/-_", b"\xfb\xff\xbf"),
+    ],
+)
+def test_base64_is_taken_as_worker_comfyui_takes_it(text: str, content: bytes) -> None:
+    assert decode_base64(text, "a.png") == content
+
+
 @given(content=st.binary(min_size=1, max_size=200), data=st.data())
 def test_line_breaks_and_spaces_do_not_matter(content: bytes, data: st.DataObject) -> None:
     text = list(encoded(content))
@@ -330,11 +350,11 @@ def test_line_breaks_and_spaces_do_not_matter(content: bytes, data: st.DataObjec
     [
         ("@@@@", "is not valid base64"),
         ("data:image/png;base64,@@@@", "is not valid base64"),
-        ("iVBORw0KGgo", "is not valid base64"),
-        ("YQ=", "is not valid base64"),
+        ("iVBORw0KGgo;", "is not valid base64"),
+        ("iVBOR", "is not valid base64"),
+        ("image/png;base64,@@@@", "is not valid base64"),
         ("YQ==YQ==", "is not valid base64"),
         ("=", "is not valid base64"),
-        ("YQ-_", "is not valid base64"),
         ("bilde ä", "is not valid base64"),
         ("\ud800YQ==", "is not valid base64"),
         ("YQ==\0", "is not valid base64"),
@@ -343,12 +363,12 @@ def test_line_breaks_and_spaces_do_not_matter(content: bytes, data: st.DataObjec
         ("data:image/png;base64,", "is empty"),
         ("data:image/png;base64, \n", "is empty"),
         ("data:image/svg+xml,%3Csvg/%3E", "is a data URI that is not base64"),
-        ("data:image/png,YQ==", "is a data URI that is not base64"),
+        ("data:text/plain,hello", "is a data URI that is not base64"),
         ("data:image/png;base64;YQ==", "is a data URI without a comma before its data"),
     ],
 )
 def test_what_is_not_an_image_is_refused_by_name(text: str, why: str) -> None:
-    assert refused(images=[{"name": "poses/in.png", "image": text}]) == f"Image 'poses/in.png' {why}"
+    assert refused(images=[{"name": "poses/in.png", "image": text}]) == f"{FAILED}: Image 'poses/in.png' {why}"
 
 
 @given(st.text(max_size=40))
@@ -413,14 +433,14 @@ def test_names_that_stay_in_their_folder(name: str) -> None:
 )
 def test_names_that_would_leave_are_refused(name: str, why: str) -> None:
     told = refused(images=[{"name": name, "image": "YQ=="}])
-    assert told == f"Image name {name!r} is refused: {why}"
+    assert told == f"{FAILED}: Image name {name!r} is refused: {why}"
     json.dumps(told, ensure_ascii=False).encode("utf-8")
 
 
 @pytest.mark.parametrize("name", ["x" * 256, "日" * 86, f"a/{'x' * 256}/b.png", "x" * 1_000_000])
 def test_a_name_that_no_file_system_takes_is_shown_in_part(name: str) -> None:
     told = refused(images=[{"name": name, "image": "YQ=="}])
-    assert told == f"Image name {name[:40]!r}… is refused: a part of it is longer than 255 bytes"
+    assert told == f"{FAILED}: Image name {name[:40]!r}… is refused: a part of it is longer than 255 bytes"
 
 
 @given(
@@ -446,7 +466,7 @@ def test_a_name_that_is_taken_leads_nowhere_else(name: str) -> None:
 
 def test_two_files_of_one_name() -> None:
     images = [{"name": "a.png", "image": "YQ=="}]
-    assert refused(images=images, files=images) == "Two images are named 'a.png'"
+    assert refused(images=images, files=images) == f"{FAILED}: Two images are named 'a.png'"
 
 
 # --------------------------------------------------------------------------------------------------- output

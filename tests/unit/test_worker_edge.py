@@ -114,7 +114,7 @@ def test_a_failure_is_a_fresh_dict_each_time(worker: Worker) -> None:
 def test_the_workers_own_key_and_the_jobs_are_masked(worker: Worker) -> None:
     images = [{"name": f"{key}.png", "image": "@@@@"} for key in ("comfyui-s3cr3t",)]
     output = worker.run({"id": "job", "input": {"workflow": WORKFLOW, "images": images}})
-    assert output["error"] == "Image '***.png' is not valid base64"
+    assert output["error"] == "Failed to upload one or more input images: Image '***.png' is not valid base64"
 
 
 def test_s3_without_a_bucket_is_explained(worker: Worker) -> None:

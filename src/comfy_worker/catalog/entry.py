@@ -17,8 +17,8 @@ import filetype
 from comfy_worker.catalog.manifest import Manifest, parse_manifest
 from comfy_worker.catalog.parameter import Parameter, is_fetched
 from comfy_worker.errors import InvalidInput
+from comfy_worker.input_files import decode_base64
 from comfy_worker.jobs import Workflow
-from comfy_worker.payload import decode_base64
 from comfy_worker.references import name_of_url
 from comfy_worker.workflow import Graph, check_workflow
 
@@ -75,7 +75,6 @@ def make_entry(name: str, graph: Any, manifest: Any = None) -> Entry:
     Raises:
         InvalidInput: the manifest is not sound, or does not go with the graph.
         InvalidWorkflow: the graph is none.
-        RecursionError: the graph is nested so deeply that it cannot be copied.
     """
     workflow = copy.deepcopy(check_workflow(graph))
     parsed = Manifest(title=name, description="") if manifest is None else parse_manifest(manifest, workflow)

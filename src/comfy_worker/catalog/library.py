@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
@@ -16,6 +15,7 @@ import comfy_worker
 from comfy_worker.catalog.entry import Entry, is_entry_name, make_entry, shown
 from comfy_worker.catalog.versions import MOST_VERSIONS, KeptVersions
 from comfy_worker.errors import InvalidInput, WorkerError
+from comfy_worker.strict_json import NotStrictJson, parse_json
 
 log = logging.getLogger(__name__)
 
@@ -175,8 +175,6 @@ class Library:
             raise _Unsound(manifest_file, error.message) from None
         except WorkerError as error:
             raise _Unsound(file, error.message) from None
-        except RecursionError:
-            raise _Unsound(file, "it is nested too deeply") from None
         if self._kept is not None:
             self._kept.keep(entry, manifest)
         return entry
@@ -231,12 +229,8 @@ def _check_has_graph(file: str, names: Mapping[str, _Stamp]) -> None:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"), parse_constant=_refuse_constant)
+        return parse_json(path.read_bytes())
     except OSError as error:
         raise _Unsound(path.name, f"it cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise _Unsound(path.name, f"it is not JSON: {error}") from None
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number")
+    except NotStrictJson as problem:
+        raise _Unsound(path.name, f"it {problem}") from None

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from random import SystemRandom
 from typing import Any
 
 from comfy_worker.catalog.entry import fill
 from comfy_worker.catalog.library import Library
+from comfy_worker.envelope import check_job, read_input
 from comfy_worker.errors import InvalidInput
 
 _OWN_KEYS = ("template", "inputs", "workflow")
@@ -20,16 +20,17 @@ def expand_job(job: Mapping[str, Any], library: Library) -> Mapping[str, Any]:
     Raises:
         InvalidInput: as `expand`.
     """
-    job_input = job.get("input")
-    if isinstance(job_input, str):
-        try:
-            job_input = json.loads(job_input)
-        except (ValueError, RecursionError):
-            # Whoever reads the job says so.
-            return job
-    if not isinstance(job_input, Mapping) or job_input.get("template") is None:
+    try:
+        job_input, is_wrapped = read_input(job)
+    except InvalidInput:
+        # Whoever reads the job says so.
         return job
-    return {**job, "input": expand(job_input, library)}
+    if job_input.get("template") is None:
+        return job
+    check_job(job)
+    expanded = expand(job_input, library)
+    # Whoever reads the job tells its caller that it is wrapped.
+    return {**job, "input": {"input": expanded} if is_wrapped else expanded}
 
 
 def expand(job_input: Mapping[str, Any], library: Library) -> Mapping[str, Any]:

@@ -116,7 +116,7 @@ class Runner:
     def _prepare(self, running: RunningJob) -> Job | WorkerError:
         try:
             request = self._patience.surely(lambda: self._store.request_of(running.job.id)) or {}
-            return parse_job({**request, "id": running.job.id})
+            return parse_job({**request, "id": running.job.id}, self._settings.input_max_files)
         except DatabaseUnavailable:
             raise
         except WorkerError as error:

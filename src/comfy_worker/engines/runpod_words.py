@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from comfy_worker.envelope import read_input
 from comfy_worker.errors import (
     DeliveryFailed,
     ExecutionFailed,
@@ -79,7 +80,7 @@ def submission(record: JobRecord, request: Mapping[str, Any], webhook: str | Non
 
 
 def _without_webhook(job_input: Any) -> dict[str, Any]:
-    payload = json.loads(job_input) if isinstance(job_input, str) else job_input
+    payload, _is_wrapped = read_input({"input": job_input})
     return {key: value for key, value in payload.items() if key != "webhook"}
 
 

@@ -1,8 +1,4 @@
-"""Which URLs are sound and which addresses are public.
-
-The SDK's `rp_ssrf` knows the private networks. Beside them stand addresses that are formally public and yet lead to
-private ones: notations that carry an IPv4 address inside an IPv6 one, and what a cloud serves its machines on.
-"""
+"""Which URLs are sound, and where they lead."""
 
 from __future__ import annotations
 
@@ -14,36 +10,14 @@ from urllib.parse import SplitResult, urlsplit
 
 import idna
 
+from comfy_worker.addresses import addresses_of, is_public
 from comfy_worker.fetch.problem import Problem
-from comfy_worker.sdk import import_runpod
 
 _LONGEST_URL = 8192
 _LONGEST_SHOWN = 200
 _NOT_IN_A_URL = re.compile(r"[\x00-\x20\x7f-\xa0\\\ud800-\udfff]")
 _NUMBER = re.compile(r"(0x[0-9a-f]*|\d+)\Z", re.IGNORECASE)
 _DEFAULT_PORTS = {"http": 80, "https": 443}
-
-_PRIVATE_IN_DISGUISE = tuple(
-    ipaddress.ip_network(network)
-    for network in (
-        "::/96",  # IPv4-compatible
-        "::ffff:0:0:0/96",  # IPv4-translated, RFC 2765
-        "64:ff9b::/96",  # NAT64
-        "64:ff9b:1::/48",  # NAT64 of one's own, RFC 8215
-        "2001::/23",  # protocol assignments, Teredo among them
-        "2002::/16",  # 6to4
-        "192.0.0.0/24",  # protocol assignments
-        "192.88.99.0/24",  # relays of 6to4
-        "fec0::/10",  # site-local, the unique local addresses of before
-        "3fff::/20",  # documentation
-        "5f00::/16",  # segment routing inside one network
-        "168.63.129.16/32",  # Azure's service for its own machines
-    )
-)
-_ISATAP_MARK = 0x5EFE
-"""Upper half of an IPv6 address' interface id whose lower half is an IPv4 address (RFC 5214)."""
-_ISATAP_FLAGS = 0x0300_0000
-"""Bits of that half that may be set beside the mark."""
 
 
 @dataclass(frozen=True)
@@ -124,30 +98,14 @@ def resolve(target: Target, *, allow_private: bool) -> list[str]:
         Problem: there are none, or one of them is not public and that is not allowed.
     """
     try:
-        found = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
+        addresses = addresses_of(target.host, target.port)
     except (OSError, UnicodeError) as error:
         passing = isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN
         raise Problem("its host could not be resolved", passing=passing) from error
-    addresses = list(dict.fromkeys(str(info[4][0]) for info in found))
     # A host with both kinds of addresses is out for mischief.
     if not allow_private and not all(map(is_public, addresses)):
         raise Problem("it leads to an address that is not public")
     return addresses
-
-
-def is_public(address: str) -> bool:
-    """Return whether an address is one of the internet's and leads nowhere else."""
-    import_runpod()
-    from runpod.serverless.utils import rp_ssrf
-
-    if not rp_ssrf.is_safe_address(address):
-        return False
-    parsed = ipaddress.ip_address(address)
-    if isinstance(parsed, ipaddress.IPv6Address) and parsed.ipv4_mapped is not None:
-        parsed = parsed.ipv4_mapped
-    if any(parsed in network for network in _PRIVATE_IN_DISGUISE):
-        return False
-    return parsed.version == 4 or (int(parsed) >> 32 & 0xFFFF_FFFF & ~_ISATAP_FLAGS) != _ISATAP_MARK
 
 
 def shown(url: str) -> str:

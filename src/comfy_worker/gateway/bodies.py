@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from starlette.concurrency import run_in_threadpool
 
 from comfy_worker.errors import InvalidInput
+from comfy_worker.strict_json import NotStrictJson, parse_json
 
-_DEEPEST = 200
-"""Levels that a request may nest: far more than any workflow has, and less than Python's own limit."""
 RUNPODS_FIELDS = ("webhook", "policy", "s3Config")
 """What RunPod's API takes beside `input`, and other APIs pass on."""
 _MOST_NAMED = 10
@@ -37,13 +35,11 @@ async def read_body(request: Request, model: type[BaseModel]) -> Mapping[str, An
 def parse_body(body: bytes, model: type[BaseModel]) -> Mapping[str, Any]:
     """Return the JSON object in a body, as it is; raise `InvalidInput` if it is none of the model's form."""
     try:
-        parsed = json.loads(body, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError):
-        raise InvalidInput("The request is not JSON") from None
+        parsed = parse_json(body)
+    except NotStrictJson as problem:
+        raise InvalidInput(f"The request {problem.reason}") from None
     if not isinstance(parsed, dict):
         raise InvalidInput("The request must be a JSON object", hint=_hint(model))
-    if _depth(parsed) > _DEEPEST:
-        raise InvalidInput(f"The request nests deeper than {_DEEPEST} levels")
     try:
         model.model_validate(parsed)
     except ValidationError as error:
@@ -54,24 +50,6 @@ def parse_body(body: bytes, model: type[BaseModel]) -> Mapping[str, Any]:
 def _hint(model: type[BaseModel]) -> str | None:
     """Return how a request of a model's form looks, if the model says so."""
     return getattr(model, "HINT", None)
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(name)
-
-
-def _depth(value: Any) -> int:
-    """Return how deep a value nests, without recursion."""
-    depth, level = 0, [value]
-    while level:
-        level = [
-            child
-            for item in level
-            for child in (item.values() if isinstance(item, dict) else item)
-            if isinstance(child, (dict, list))
-        ]
-        depth += 1
-    return depth
 
 
 def _sentence(error: ValidationError) -> str:

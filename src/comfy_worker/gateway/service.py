@@ -22,6 +22,7 @@ from starlette.concurrency import run_in_threadpool
 from comfy_worker.catalog.library import Library
 from comfy_worker.catalog.template import expand_job
 from comfy_worker.comfy.client import ComfyClient
+from comfy_worker.envelope import read_input
 from comfy_worker.errors import InvalidInput
 from comfy_worker.gateway.callers import current_caller
 from comfy_worker.gateway.errors import NotFound, NotPossible
@@ -231,6 +232,7 @@ class JobService:
         if self._library is not None:
             request = expand_job(request, self._library)
         check_receiver(request)
+        job_input = _input_of(request)
         policy = request.get("policy")
         policy = policy if isinstance(policy, Mapping) else {}
         if priority is None:
@@ -246,17 +248,11 @@ class JobService:
             queue_ttl_s=_milliseconds(policy.get("ttl"), 86_400_000) / 1000,
             retention_s=retention_s,
             signature=signature(workflow_of(request)),
-            webhook=self._has_webhook(request),
+            webhook=bool(job_input.get("webhook") or request.get("webhook") or self._webhook_url),
             door=door,
             details=details,
             owner=current_caller().owner,
         )
-
-    def _has_webhook(self, request: Mapping[str, Any]) -> bool:
-        job_input = request.get("input")
-        own = isinstance(job_input, Mapping) and job_input.get("webhook")
-        # An input that is a JSON string may name one too: the sender will find out.
-        return bool(own or request.get("webhook") or self._webhook_url or isinstance(job_input, str))
 
     async def get(self, job_id: str) -> JobRecord:
         """Return a job, without what was sent.
@@ -504,6 +500,14 @@ def _without_afterthoughts(events: Sequence[Event]) -> list[Event]:
     """Leave out what was told after a job's end: whoever ran it heard of a cancel a moment later."""
     last = max((place for place, event in enumerate(events) if event.type == STATUS), default=-1)
     return list(events[: last + 1])
+
+
+def _input_of(request: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a job's input; an empty one where there is none that can be read: whoever runs the job says so."""
+    try:
+        return read_input(request)[0]
+    except InvalidInput:
+        return {}
 
 
 def _check_names(endpoint_id: str, job_id: str | None, idempotency_key: str | None) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import threading
 from collections.abc import Mapping
@@ -13,6 +12,8 @@ from contextvars import ContextVar
 from functools import cache, partial
 from typing import Any
 
+from comfy_worker.envelope import read_input
+from comfy_worker.errors import InvalidInput
 from comfy_worker.jobs import JobEvent, OnEvent, ignore_events
 from comfy_worker.payload import workflow_of
 from comfy_worker.progress import Progress
@@ -53,6 +54,9 @@ async def handler(job: dict[str, Any]) -> dict[str, Any]:
     prompt in ComfyUI before it is let through.
     """
     worker = shared_worker()
+    if not isinstance(job, dict):
+        # Refused at once; whatever is asked of it below, it does not have.
+        return worker.run(job)
     # Files are read for it.
     expanded = await asyncio.to_thread(worker.expanded, job)
     async with AsyncExitStack() as stack:
@@ -69,11 +73,9 @@ async def handler(job: dict[str, Any]) -> dict[str, Any]:
 
 def is_last(job: Mapping[str, Any]) -> bool:
     """Return whether the worker is to be replaced after this job: the settings say so, or the job itself."""
-    payload = job.get("input")
-    if isinstance(payload, str):
-        with contextlib.suppress(ValueError, RecursionError):
-            payload = json.loads(payload)
-    wanted = isinstance(payload, Mapping) and payload.get("refresh_worker") is True
+    wanted = False
+    with contextlib.suppress(InvalidInput):
+        wanted = read_input(job)[0].get("refresh_worker") is True
     return wanted or shared_worker().settings.refresh_worker
 
 

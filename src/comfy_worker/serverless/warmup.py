@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from comfy_worker.errors import InvalidInput, WorkerError
 from comfy_worker.serverless.handler import shared_worker
 from comfy_worker.stop import Stop
+from comfy_worker.strict_json import parse_json
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def read_warm_up(text_or_file: str) -> dict[str, Any]:
     """
     try:
         text = text_or_file if text_or_file.lstrip().startswith("{") else Path(text_or_file).read_text(encoding="utf-8")
-        content = json.loads(text)
+        content = parse_json(text)
     except OSError as error:
         raise InvalidInput(f"WARMUP_WORKFLOW names a file that cannot be read: {error.strerror}") from None
     except ValueError:

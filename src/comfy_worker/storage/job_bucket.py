@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from urllib.parse import urlsplit
 
+from comfy_worker.addresses import addresses_of, is_public
 from comfy_worker.errors import InvalidInput
 from comfy_worker.jobs import JobBucket
-from comfy_worker.sdk import import_runpod
 from comfy_worker.settings import Settings
 from comfy_worker.storage.endpoint import Bucket, Words, check_header_value, known_service, parse_endpoint
 
@@ -61,12 +61,11 @@ def _pattern(listed: str) -> re.Pattern[str]:
 
 def _check_public(bucket: Bucket) -> None:
     """Refuse a host that has, or hides, an address of a private network or of this machine."""
-    import_runpod()
-    from runpod.serverless.utils.rp_ssrf import SSRFError, resolve_and_validate
-
     try:
-        resolve_and_validate(bucket.host, bucket.port)
-    except (SSRFError, UnicodeError):
+        has_public_only = all(map(is_public, addresses_of(bucket.host, bucket.port)))
+    except (OSError, UnicodeError):
+        has_public_only = False
+    if not has_public_only:
         raise InvalidInput(
             f"The job's S3 endpoint has the host {bucket.host}, which is not known to have a public address"
-        ) from None
+        )

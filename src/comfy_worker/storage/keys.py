@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from datetime import date
 
 from comfy_worker.errors import DeliveryFailed, InvalidInput
-from comfy_worker.payload import check_name
+from comfy_worker.input_files import check_name
 from comfy_worker.storage.parcel import Parcel
 
 _FIELDS = ("job_id", "filename", "node_id", "index", "date", "prefix")

@@ -15,8 +15,9 @@ from botocore.awsrequest import (
     AWSHTTPSConnection,
     AWSHTTPSConnectionPool,
 )
-from runpod.serverless.utils.rp_ssrf import is_safe_address
 from urllib3.exceptions import NewConnectionError
+
+from comfy_worker.addresses import is_public
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -30,7 +31,7 @@ def connect_only_to_public_addresses(client: S3Client) -> None:
 
 
 def _checked(connection: Any, connected: socket.socket) -> socket.socket:
-    if is_safe_address(connected.getpeername()[0]):
+    if is_public(str(connected.getpeername()[0])):
         return connected
     connected.close()
     raise NewConnectionError(connection, "the host has no public address")

@@ -6,7 +6,8 @@ import asyncio
 import socket
 from typing import Any
 
-from comfy_worker.fetch.address import is_public, read_url, resolve
+from comfy_worker.addresses import is_public
+from comfy_worker.fetch.address import read_url, resolve
 from comfy_worker.fetch.problem import Problem
 from comfy_worker.settings import Settings
 from comfy_worker.webhooks.message import Message

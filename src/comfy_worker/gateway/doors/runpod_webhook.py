@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Annotated
 
@@ -10,6 +9,7 @@ from fastapi import APIRouter, Path, Query, Request
 
 from comfy_worker.gateway.answers import JOB_ID, Answer
 from comfy_worker.gateway.signing import CALLBACK_PATH, CallbackLinks
+from comfy_worker.strict_json import NotStrictJson, parse_json
 
 Hear = Callable[[str, str | None], None]
 _LONGEST_ID = 255
@@ -35,8 +35,8 @@ def router(links: CallbackLinks, hear: Hear) -> APIRouter:
 
 def _remote_id(body: bytes) -> str | None:
     try:
-        told = json.loads(body)
-    except ValueError:
+        told = parse_json(body)
+    except NotStrictJson:
         return None
     remote_id = told.get("id") if isinstance(told, dict) else None
     return remote_id if isinstance(remote_id, str) and 0 < len(remote_id) <= _LONGEST_ID else None

@@ -1,0 +1,64 @@
+"""What JSON is taken from outside, on every Python alike."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from comfy_worker.strict_json import DEEPEST, NotStrictJson, check_json, parse_json
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False, allow_infinity=False),
+    lambda children: st.lists(children) | st.dictionaries(st.text(), children),
+    max_leaves=20,
+)
+
+
+@given(json_values)
+def test_what_json_has_is_taken_as_it_is(value: Any) -> None:
+    assert parse_json(json.dumps(value)) == parse_json(json.dumps(value).encode()) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "is not JSON"),
+        ("{", "is not JSON"),
+        (b"\xff\xfe\xfa", "is not JSON"),
+        ("[NaN]", "is not JSON"),
+        ("-Infinity", "is not JSON"),
+        ("1e400", "has NaN, Infinity or a number that is too large"),
+        ('{"a": [-1e400]}', "has NaN, Infinity or a number that is too large"),
+        ("1" + "0" * 400, "has NaN, Infinity or a number that is too large"),
+        ("9" * 10_000, "is not JSON"),
+    ],
+)
+def test_what_is_none(text: str | bytes, reason: str) -> None:
+    if text == "9" * 10_000 and not hasattr(sys, "get_int_max_str_digits"):
+        reason = "has NaN, Infinity or a number that is too large"
+    with pytest.raises(NotStrictJson) as refused:
+        parse_json(text)
+    assert refused.value.reason == reason
+    assert str(refused.value).startswith(reason)
+
+
+@pytest.mark.parametrize("levels", [201, 400, *range(950, 1010, 5), 5000, 100_000])
+@pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ('{"a":', "}")])
+def test_what_nests_too_deeply(levels: int, opening: str, closing: str) -> None:
+    with pytest.raises(NotStrictJson, match="nests deeper than 200 levels"):
+        parse_json(opening * levels + "1" + closing * levels)
+
+
+def test_what_nests_just_so() -> None:
+    parse_json("[" * DEEPEST + "1" + "]" * DEEPEST)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 10**400, -(10**400)])
+def test_what_somebody_else_parsed_is_looked_at_too(value: Any) -> None:
+    with pytest.raises(NotStrictJson, match="has NaN, Infinity or a number that is too large"):
+        check_json({"policy": {"executionTimeout": value}})
