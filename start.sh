@@ -223,6 +223,7 @@ build_comfyui_command() {
     --verbose "$log_level"
     --max-upload-size "${INPUT_MAX_MB:-1024}") # what the worker takes as an input, ComfyUI takes too
   is_true "${COMFY_CPU:-false}" && comfyui_command+=(--cpu)
+  is_true "${KEEP_METADATA:-false}" || comfyui_command+=(--disable-metadata)
   read -r -d '' -a extra <<<"${COMFYUI_ARGS:-}" || true # read ends with 1 at the end of its text
   comfyui_command+=("${extra[@]}")                      # last, so that it can take back what is above
   # Where the worker removes a job's files; with folders of one's own it has to be told.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from comfy_worker.jobs import Conversion
 from comfy_worker.media import BROKEN_PICTURE, load_pillow
+from comfy_worker.metadata import without_metadata
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -61,6 +62,8 @@ class Converted:
 def convert(content: bytes, filename: str, conversion: Conversion) -> Converted:
     """Return the picture in the format and size that `conversion` asks for; untouched where it is so already.
 
+    Metadata goes if `keep_metadata` is False; no pixel changes where nothing else is to be done.
+
     Colours come out with 8 bits a channel; grey of 16 bits keeps them in a PNG. EXIF's orientation is applied whenever
     the picture is written anew.
 
@@ -98,14 +101,17 @@ class _Picture:
         self._conversion = conversion
         self._source = "JPEG" if image.format == "MPO" else str(image.format)
         self._target = conversion.format.upper() if conversion.format else self._source
+        self._keeps_metadata = conversion.keep_metadata is not False
         self._note: str | None = None
 
     def convert(self) -> Converted:
-        if self._is_as_wanted():
-            return Converted(self._content, self._filename, _mime_type(self._source))
+        if self._has_wanted_pixels():
+            content = self._content if self._keeps_metadata else without_metadata(self._content)
+            if self._keeps_metadata or self._source in _WRITABLE or not _has_metadata(self._image):
+                return Converted(content, self._filename, _mime_type(self._source))
         self._check()
         # Read first: to turn the picture upright changes its EXIF.
-        metadata = self._metadata_options() if self._conversion.keep_metadata else {}
+        metadata = self._metadata_options() if self._keeps_metadata else {}
         image = self._scaled(self._with_writable_mode(self._upright()))
         profile = self._profile_for(image)
         # What Pillow would carry over by itself (a JPEG's comment, say) is not what was asked for.
@@ -114,12 +120,12 @@ class _Picture:
         image.save(written, self._target, icc_profile=profile, quality=self._conversion.quality, **metadata)
         return Converted(written.getvalue(), self._new_filename(), _mime_type(self._target), self._note)
 
-    def _is_as_wanted(self) -> bool:
+    def _has_wanted_pixels(self) -> bool:
         conversion = self._conversion
         # A JPEG that is to be a JPEG still is to have that quality; a PNG has none.
         same_format = conversion.format is None or self._target == self._source == "PNG"
         fits = conversion.max_side is None or max(self._image.size) <= conversion.max_side
-        return same_format and fits and (conversion.keep_metadata or not _has_metadata(self._image))
+        return same_format and fits
 
     def _check(self) -> None:
         if getattr(self._image, "is_animated", False) and self._image.format != "MPO":

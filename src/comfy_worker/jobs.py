@@ -69,13 +69,14 @@ class Conversion:
         format: what they become; None leaves the format.
         quality: of JPEG and WebP, 1 to 100.
         max_side: longest side in pixels; larger ones are scaled down, smaller ones left.
-        keep_metadata: whether the workflow and prompt that ComfyUI writes into pictures stay in them.
+        keep_metadata: whether the workflow and prompt that ComfyUI writes into pictures stay in them; the worker's
+            setting if None.
     """
 
     format: Literal["png", "jpeg", "webp"] | None = None
     quality: int = 90
     max_side: int | None = None
-    keep_metadata: bool = True
+    keep_metadata: bool | None = None
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from comfy_worker.convert import ConversionFailed, convert
 from comfy_worker.errors import Cancelled, OutputMissing, OutputTooLarge, WorkerError
 from comfy_worker.jobs import Artifact, Job, Kind, OutputFile, OutputText, Workflow
 from comfy_worker.media import Media, inspect, kind_of
+from comfy_worker.metadata import WRITTEN_INTO, without_metadata
 from comfy_worker.stop import Stop
 from comfy_worker.storage import Content, InMemory, Parcel, Storage, Watched, read_all
 from comfy_worker.storage.keys import safe_name, safe_path
@@ -183,6 +184,8 @@ class _Delivery:
         self._storage = storage
         self._received = found.received
         self._stop = stop
+        wish = job.conversion.keep_metadata if job.conversion else None
+        self._keeps_metadata = client.settings.keep_metadata if wish is None else wish
         self._lock = threading.Lock()
         self._owners = dict(zip(_paths(found.files, job.prompt_id), found.files, strict=True))
 
@@ -217,14 +220,18 @@ class _Delivery:
         return artifact, item.notes
 
     def _converted(self, item: _Item) -> _Item:
-        """Return a picture as the job wants it; as it is, with a warning, where that cannot be done."""
-        conversion, name = self._job.conversion, item.file.filename
-        if conversion is None or not item.media.mime_type.startswith("image/"):
+        """Return a picture as the job wants it; with its own pixels, and a warning, where that cannot be done."""
+        name = item.file.filename
+        if not item.media.mime_type.startswith("image/"):
             return item
+        if self._job.conversion is None:
+            return item if self._keeps_metadata else _bare(item)
         try:
-            converted = convert(read_all(item.content), name, conversion)
+            wish = replace(self._job.conversion, keep_metadata=self._keeps_metadata)
+            converted = convert(read_all(item.content), name, wish)
         except ConversionFailed as error:
-            return replace(item, notes=(f"Output {name} was not converted: {error}",))
+            left = item if self._keeps_metadata else _bare(item)
+            return replace(left, notes=(f"Output {name} was not converted: {error}",))
         content = InMemory(converted.content)
         return _Item(
             file=replace(item.file, filename=converted.filename),
@@ -241,6 +248,15 @@ class _Delivery:
         with self._lock:
             owner = self._owners.setdefault(path, item.file)
         return path if owner == item.file else f"{_apart(item.file)}/{path}"
+
+
+def _bare(item: _Item) -> _Item:
+    """Return a picture without metadata."""
+    if item.media.mime_type not in WRITTEN_INTO:
+        return item
+    content = read_all(item.content)
+    bare = without_metadata(content)
+    return item if bare is content else replace(item, content=InMemory(bare))
 
 
 def _look_at(filename: str, content: Content) -> Media:

@@ -90,7 +90,7 @@ class _ConvertInput(_Model):
     format: Literal["png", "jpeg", "webp"] | None = None
     quality: Annotated[StrictInt, Field(ge=1, le=100)] = 90
     max_side: Annotated[StrictInt, Field(ge=1, le=65535)] | None = None
-    keep_metadata: StrictBool = True
+    keep_metadata: StrictBool | None = None
 
 
 class _BucketInput(_Model):

@@ -116,6 +116,12 @@ class Settings(BaseSettings):
         description="Key for ComfyUI's paid API nodes, for jobs that bring none.",
     )
 
+    keep_metadata: bool = _named(
+        "KEEP_METADATA",
+        default=False,
+        description="Leave the workflow and the prompt in outputs; a job may say `convert.keep_metadata` for pictures.",
+    )
+
     # -------------------------------------------------------------------------------------------- inputs
     input_max_files: int = _named(
         "INPUT_MAX_FILES", default=64, ge=1, description="How many input files a job may have."

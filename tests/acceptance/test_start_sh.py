@@ -266,8 +266,13 @@ class TestComfyUI:
         about = told(started.output, "comfyui")
         assert about["cwd"] == str(waiting.comfyui)
         expected = "--listen 0.0.0.0 --port 8299 --verbose DEBUG --max-upload-size 1024 --cpu"
-        expected += " --lowvram --listen 127.0.0.2"
+        expected += " --disable-metadata --lowvram --listen 127.0.0.2"
         assert about["args"] == expected.split()
+
+    def test_writes_the_prompt_into_outputs_only_where_that_is_wanted(self, waiting: Container) -> None:
+        started = waiting.start(KEEP_METADATA="true")
+        started.wait_for_line(COMFYUI_IS_UP)
+        assert "--disable-metadata" not in str(told(started.output, "comfyui")["args"])
 
     def test_is_run_by_the_python_of_the_environment_beside_it(self, waiting: Container) -> None:
         del waiting.env["COMFYUI_PYTHON"]

@@ -17,7 +17,7 @@ from comfy_worker.jobs import Delivery, JobBucket
 from comfy_worker.sdk import import_runpod
 from comfy_worker.settings import load_settings
 from comfy_worker.stop import Stop
-from comfy_worker.storage import InMemory, OnDisk, Parcel, Watched, endpoint
+from comfy_worker.storage import InMemory, OnDisk, Parcel, Watched, job_bucket, worker_bucket
 from comfy_worker.storage.keys import safe_path
 from tests.support.delivered import (
     CONTENT,
@@ -283,7 +283,8 @@ def test_another_month_is_another_bucket(s3: S3Server, storages: Make, monkeypat
     theirs = JobBucket(s3.url, None, JOB_ACCESS_KEY, JOB_SECRET_KEY)
     months = [s3.create_bucket(), s3.create_bucket()]
     for month in months:
-        monkeypatch.setattr(endpoint, "bucket_of_the_month", lambda: month)  # noqa: B023 - called in this round only
+        for module in (worker_bucket, job_bucket):
+            monkeypatch.setattr(module, "bucket_of_the_month", lambda: month)  # noqa: B023 - called in this round
         made.choose(Delivery()).deliver(parcel("own.png"))
         made.choose(Delivery(), None, theirs).deliver(parcel("theirs.png"))
     for month in months:

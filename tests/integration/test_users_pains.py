@@ -265,10 +265,20 @@ def test_salad_subfolders_are_ignored(worker: Worker) -> None:
 def test_w139_metadata_in_the_png_wanted(worker: Worker) -> None:
     graph = graphs.picture(ORANGE)
     extra: dict[str, Any] = {"extra_pnginfo": {"workflow": {"nodes": []}}}
-    output = RunningJob(worker, job(graph, extra_data=extra)).output()
+    output = RunningJob(worker, job(graph, extra_data=extra, convert={"keep_metadata": True})).output()
     with Image.open(io.BytesIO(content_of(output)[0])) as image:
         assert '"EmptyImage"' in image.info["prompt"]
         assert image.info["workflow"] == '{"nodes": []}'
+
+
+def test_w_no_metadata_in_the_png_where_nothing_is_said(worker: Worker) -> None:
+    """worker-comfyui runs ComfyUI with --disable-metadata."""
+    output = RunningJob(worker, job(graphs.picture(ORANGE), extra_data={"extra_pnginfo": {"workflow": {}}})).output()
+    [content] = content_of(output)
+    assert graphs.colors(content) == [ORANGE]
+    with Image.open(io.BytesIO(content)) as image:
+        assert image.info == {}
+    assert output["images"][0]["size_bytes"] == len(content)
 
 
 def test_c4325_c5603_the_disk_fills(victim: Emulated) -> None:

@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from comfy_worker.errors import InvalidInput
-from comfy_worker.storage import endpoint
 from comfy_worker.storage.endpoint import Addressing, Bucket, known_service, parse_endpoint
 
 ACCOUNT = "0123456789abcdef0123456789abcdef"
@@ -249,9 +248,10 @@ def test_what_is_no_endpoint(url: str) -> None:
         "https://storage.googleapis.com",
     ],
 )
-def test_an_endpoint_without_a_bucket_has_the_one_of_the_month(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint, "bucket_of_the_month", lambda: "11-26")
-    bucket = parse_endpoint(url)
+def test_an_endpoint_without_a_bucket(url: str) -> None:
+    with pytest.raises(InvalidInput, match="No bucket is named: set BUCKET_NAME"):
+        parse_endpoint(url)
+    bucket = parse_endpoint(url, unnamed="11-26")
     assert (bucket.name, bucket.endpoint_url) == ("11-26", url.rstrip("/"))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -91,15 +90,16 @@ def parse_endpoint(
     region: str | None = None,
     *,
     addressing: Addressing = "auto",
+    unnamed: str | None = None,
     words: Words = Words(),
 ) -> Bucket:
     """Return the bucket that `url` and the explicit `name` and `region` stand for; what is explicit wins.
 
     A path of the URL is the bucket; with an explicit name it belongs to the endpoint, as Supabase's `/storage/v1/s3`.
-    Where nothing names the bucket, it is the one of the month.
+    Where none of these names a bucket, it is `unnamed`.
 
     Raises:
-        InvalidInput: it is no http URL, or it has parts that would go unheeded.
+        InvalidInput: it is no http URL, nothing names a bucket, or it has parts that would go unheeded.
     """
     parts, host, port = _split(url.strip(), words)
     host_bucket, service_host, known_region, virtual_hosted = _read_host(host, name)
@@ -109,7 +109,11 @@ def parse_endpoint(
             f"{words.url} has more in its path than a bucket: folders belong into the outputs' keys, "
             f"and a path of the endpoint itself needs {words.name}"
         )
-    bucket = name or host_bucket or path_bucket or bucket_of_the_month()
+    bucket = name or host_bucket or path_bucket or unnamed
+    if not bucket:
+        raise InvalidInput(
+            f"No bucket is named: set {words.name}, or put the bucket into the host or path of {words.url}"
+        )
     _check_name(bucket, words)
     region = _checked_region(region, words) or known_region or _DEFAULT_REGION
     authority = f"[{service_host}]" if ":" in service_host else _regional(service_host, region)
@@ -121,11 +125,6 @@ def parse_endpoint(
         virtual_hosted=addressing == "virtual"
         or (addressing == "auto" and virtual_hosted and not (parts.scheme == "https" and "." in bucket)),
     )
-
-
-def bucket_of_the_month() -> str:
-    """Return the bucket that RunPod's own uploader takes where none is named: `11-26` in November 2026."""
-    return time.strftime("%m-%y")
 
 
 def check_header_value(what: str, value: str) -> None:

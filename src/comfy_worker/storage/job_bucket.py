@@ -10,6 +10,7 @@ from comfy_worker.errors import InvalidInput
 from comfy_worker.jobs import JobBucket
 from comfy_worker.settings import Settings
 from comfy_worker.storage.endpoint import Bucket, Words, check_header_value, known_service, parse_endpoint
+from comfy_worker.storage.keys import bucket_of_the_month
 
 _WORDS = Words("s3.endpoint_url", "s3.bucket_name", "s3.region")
 
@@ -32,7 +33,9 @@ def permitted_bucket(job_bucket: JobBucket, settings: Settings) -> Bucket:
         )
     check_header_value("s3.access_key_id", job_bucket.access_key_id)
     check_header_value("s3.secret_access_key", job_bucket.secret_access_key)
-    bucket = parse_endpoint(job_bucket.endpoint_url, job_bucket.name, job_bucket.region, words=_WORDS)
+    bucket = parse_endpoint(
+        job_bucket.endpoint_url, job_bucket.name, job_bucket.region, unnamed=bucket_of_the_month(), words=_WORDS
+    )
     if is_listed(settings):
         _check_listed(job_bucket.endpoint_url.strip(), settings)
     elif not settings.allow_private_urls:

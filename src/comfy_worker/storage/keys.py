@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import string
+import time
 from collections.abc import Iterator
 from datetime import date
 
@@ -62,6 +63,11 @@ def _fields(template: str) -> Iterator[str]:
             known = ", ".join(f"{{{name}}}" for name in _FIELDS)
             raise InvalidInput(f"{_SETTING} has a placeholder that is none of {known}")
         yield field
+
+
+def bucket_of_the_month() -> str:
+    """Return the bucket that RunPod's own uploader takes where none is named: `11-26` in November 2026."""
+    return time.strftime("%m-%y")
 
 
 def object_key(template: str, parcel: Parcel, prefix: str | None, today: date) -> str:

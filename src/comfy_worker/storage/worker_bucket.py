@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 from comfy_worker.errors import InvalidInput
 from comfy_worker.settings import Settings
 from comfy_worker.storage.endpoint import Bucket, check_header_value, parse_endpoint
+from comfy_worker.storage.keys import bucket_of_the_month
 
 _CANNED_ACLS = (
     "private",
@@ -36,6 +37,7 @@ def worker_bucket(settings: Settings) -> Bucket:
         settings.bucket_name,
         settings.bucket_region,
         addressing=settings.bucket_addressing,
+        unnamed=bucket_of_the_month(),
     )
 
 
