@@ -231,7 +231,7 @@ def test_the_end_of_an_execution_is_told(gateway: Served) -> None:
     with Receiver() as told:
         execution = execute(gateway, 1, inputs={"prompt": "x"}, webhook={"url": told.url})
         [received] = told.wait_for(1)
-    assert received.body["id"] == f"execution-{execution['id']}"
+    assert received.body["data"]["execution"]["id"] == execution["id"]
 
 
 def test_a_job_of_another_api_is_an_execution_too(gateway: Served) -> None:

@@ -401,7 +401,7 @@ def test_a_webhook_is_told_of_the_end_with_its_extra_params(gateway: Served) -> 
         webhook = {"url": receiver.url, "extra_params": {"custom_field": "value"}}
         result = generate(gateway, "/generate/sync", workflow_json=picture(RED), webhook=webhook).json()
         [message] = receiver.wait_for(1)
-    assert (message.body["id"], message.body["status"]) == (result["id"], "COMPLETED")
+    assert (message.body["id"], message.body["status"]) == (result["id"], "completed")
     assert message.body["extra_params"] == {"custom_field": "value"}
 
 

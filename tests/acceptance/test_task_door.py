@@ -122,7 +122,7 @@ def test_runpods_fields_beside_params_are_honoured_and_others_named(gateway: Ser
         accepted = gateway.post("/task", body).json()
         assert accepted["warnings"] == ["'seed' is unknown and was ignored"]
         [told] = receiver.wait_for(1)
-    assert told.body["id"] == accepted["task_id"]
+    assert told.body["task_id"] == accepted["task_id"]
 
 
 def test_whatever_runpods_input_takes_goes_with_a_task(gateway: Served) -> None:

@@ -16,6 +16,7 @@ from comfy_worker.gateway.database import connect
 from comfy_worker.gateway.deliveries import Deliveries
 from comfy_worker.gateway.records import JobRecord
 from comfy_worker.gateway.settings import load_gateway_settings
+from comfy_worker.gateway.signing import AssetLinks
 from comfy_worker.gateway.store import Store
 from comfy_worker.jobs import JobState
 from tests.support.lost_answers import LostAnswers
@@ -56,7 +57,7 @@ def end_a_job(url: str, webhook: str) -> None:
 
 def sender(store: Store, tmp_path: Path) -> Deliveries:
     settings = load_gateway_settings(allow_private_urls=True)
-    return Deliveries(store, AssetStore(tmp_path / "assets"), settings, is_shared=True)
+    return Deliveries(store, AssetStore(tmp_path / "assets"), settings, AssetLinks("secret", 60), is_shared=True)
 
 
 def is_done(url: str) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from comfy_worker.gateway.progress_webhooks import ProgressWebhooks
+from comfy_worker.gateway.records import JobRecord
 from comfy_worker.gateway.settings import load_gateway_settings
 from comfy_worker.jobs import Job, JobState, Webhook
 from tests.support import graphs
@@ -39,6 +40,9 @@ def comfyui() -> Iterator[Emulated]:
 def bench(tmp_path: Path, comfyui: Emulated) -> Iterator[Bench]:
     with Bench(tmp_path / "data", comfyui.url) as running:
         yield running
+
+
+RECORD = JobRecord("job", "local", JobState.IN_PROGRESS, 0.0)
 
 
 def submit(bench: Bench, graph: graphs.Graph, receiver: Receiver, **webhook: Any) -> str:
@@ -173,7 +177,7 @@ def job_of(receiver: Receiver) -> Job:
 
 def test_a_slow_receiver_gets_the_latest_and_no_pile(webhooks: ProgressWebhooks) -> None:
     with Receiver("hang") as receiver:
-        with webhooks.told(job_of(receiver)) as tell:
+        with webhooks.told(job_of(receiver), RECORD) as tell:
             tell({"step": 0})
             receiver.wait_for(1)
             for step in range(1, 10_000):
@@ -187,7 +191,7 @@ def test_a_slow_receiver_gets_the_latest_and_no_pile(webhooks: ProgressWebhooks)
 
 def test_who_waits_for_the_end_of_progress_waits_for_what_is_under_way(webhooks: ProgressWebhooks) -> None:
     with Receiver("hang") as receiver:
-        with webhooks.told(job_of(receiver)) as tell:
+        with webhooks.told(job_of(receiver), RECORD) as tell:
             tell({"step": 0})
             receiver.wait_for(1)
             waiting = threading.Thread(target=lambda: asyncio.run(webhooks.end("job")))
@@ -206,14 +210,14 @@ def test_who_waits_for_the_end_of_progress_waits_for_what_is_under_way(webhooks:
 def test_a_report_is_forgotten_with_its_job(webhooks: ProgressWebhooks) -> None:
     with Receiver() as receiver:
         for _ in range(3):
-            with webhooks.told(job_of(receiver)) as tell, webhooks.told(job_of(receiver)):
+            with webhooks.told(job_of(receiver), RECORD) as tell, webhooks.told(job_of(receiver), RECORD):
                 tell({"step": 0})
     wait_until(lambda: not webhooks._reports)
 
 
 def test_nothing_runs_where_nobody_is_to_be_told(webhooks: ProgressWebhooks) -> None:
     before = set(threading.enumerate())
-    with webhooks.told(Job("job", "prompt", {})) as tell:
+    with webhooks.told(Job("job", "prompt", {}), RECORD) as tell:
         tell({"step": 0})
     asyncio.run(webhooks.end("job"))
     # Those of earlier tests may end meanwhile.

@@ -17,6 +17,7 @@ from comfy_worker.gateway.errors import NotFound
 from comfy_worker.gateway.events import LocalEventBus
 from comfy_worker.gateway.records import JobRecord
 from comfy_worker.gateway.settings import load_gateway_settings
+from comfy_worker.gateway.signing import AssetLinks
 from comfy_worker.gateway.store import Store
 from comfy_worker.gateway.upkeep import Upkeep
 from comfy_worker.jobs import JobState
@@ -195,7 +196,8 @@ def store(tmp_path: Path) -> Iterator[Store]:
 def sender(store: Store, tmp_path: Path, **settings: object) -> Deliveries:
     values = {"allow_private_urls": True, **settings}
     return Deliveries(
-        store, AssetStore(tmp_path / "assets"), load_gateway_settings(**values), first_back_off_s=0.01
+        store, AssetStore(tmp_path / "assets"), load_gateway_settings(**values), AssetLinks("secret", 60),
+        first_back_off_s=0.01,
     )  # fmt: skip
 
 

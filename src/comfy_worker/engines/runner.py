@@ -110,7 +110,7 @@ class Runner:
         if isinstance(job, WorkerError):
             self._finish(running.job, JobState.FAILED, error=job.as_output(self._settings.secrets()))
             return
-        with self._progress.told(job) as tell:
+        with self._progress.told(job, running.job.record) as tell:
             self._follow(running, job, tell)
 
     def _prepare(self, running: RunningJob) -> Job | WorkerError:

@@ -119,7 +119,7 @@ class Carrier:
         if isinstance(prepared, WorkerError):
             await self._fail(job, prepared)
             return
-        with self._progress.told(prepared) as tell:
+        with self._progress.told(prepared, job.record) as tell:
             if job.remote_id is not None or await self._send(job):
                 await self._follow(job, tell)
 

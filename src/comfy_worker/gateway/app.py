@@ -7,7 +7,6 @@ import os
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -19,7 +18,7 @@ from starlette.exceptions import HTTPException
 from comfy_worker import __version__
 from comfy_worker.errors import InternalError, InvalidInput, WorkerError
 from comfy_worker.gateway import live
-from comfy_worker.gateway.auth import Guard, Keys, kept_secret
+from comfy_worker.gateway.auth import Guard, Keys
 from comfy_worker.gateway.core import Gateway
 from comfy_worker.gateway.docs_page import add_docs
 from comfy_worker.gateway.doors import (
@@ -41,7 +40,6 @@ from comfy_worker.gateway.middleware import Gate, Outside, answer_error
 from comfy_worker.gateway.openapi import describe, methods_at
 from comfy_worker.gateway.problems import problem_body
 from comfy_worker.gateway.settings import GatewaySettings
-from comfy_worker.gateway.signing import AssetLinks
 from comfy_worker.gateway.uploads import Unread
 from comfy_worker.modifiers import Modifiers
 
@@ -61,7 +59,6 @@ def create_app(settings: GatewaySettings, keys: Keys) -> FastAPI:
     registry = make_registry()
     gateway = Gateway(settings)
     registry.register(GatewayCollector(gateway.store, gateway.service.backends, settings.backends))
-    links = AssetLinks(_links_key(settings), settings.asset_url_expires_s)
     limits = RateLimits(settings)
 
     @asynccontextmanager
@@ -75,7 +72,7 @@ def create_app(settings: GatewaySettings, keys: Keys) -> FastAPI:
     app.state.let_go = gateway.let_go
     gateway.when_taken_over = _end_process
     modifiers = Modifiers(settings.modifiers_dir, [settings.workflows_dir])
-    parts = Parts(gateway.service, gateway.assets, links, settings, gateway.library, modifiers)
+    parts = Parts(gateway.service, gateway.assets, gateway.links, settings, gateway.library, modifiers)
     app.include_router(runpod.router(parts))
     app.include_router(tasks.router(parts))
     app.include_router(catalog.router(parts))
@@ -92,13 +89,6 @@ def create_app(settings: GatewaySettings, keys: Keys) -> FastAPI:
     _answer_errors(app)
     _guard(app, settings, keys, limits)
     return app
-
-
-def _links_key(settings: GatewaySettings) -> str:
-    """Return what links are signed with: gateways that share a GATEWAY_KEY take each other's links."""
-    if settings.gateway_key is not None:
-        return settings.gateway_key.get_secret_value()
-    return kept_secret(Path(settings.data_dir) / "links.key")
 
 
 def _end_process() -> None:

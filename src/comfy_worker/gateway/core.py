@@ -21,7 +21,7 @@ from comfy_worker.gateway.ownership import owned, turn
 from comfy_worker.gateway.progress_notes import ProgressNotes
 from comfy_worker.gateway.service import JobService
 from comfy_worker.gateway.settings import GatewaySettings
-from comfy_worker.gateway.signing import CallbackLinks
+from comfy_worker.gateway.signing import AssetLinks, CallbackLinks
 from comfy_worker.gateway.store import Store
 from comfy_worker.gateway.upkeep import Upkeep
 
@@ -37,6 +37,7 @@ class Gateway:
     Attributes:
         service: what doors use.
         assets: where outputs lie.
+        links: makes the links to them.
         library: the named workflows.
         callbacks: the URLs at which RunPod tells the ends of jobs.
         when_taken_over: called, in a thread of its own, when another gateway has taken over the database while that
@@ -62,7 +63,11 @@ class Gateway:
             self.store = patiently(lambda: Store(engine, own_key.encode()))
             self.library = Library(settings.workflows_dir, kept=KeptVersions(data / "workflow_versions"))
             self.bus, self.assets = bus or make_bus(settings), AssetStore(data / "assets")
-            self._deliveries = Deliveries(self.store, self.assets, settings, is_shared=settings.engine != "local")
+            self.links = AssetLinks(_links_key(settings), settings.asset_url_expires_s)
+            is_shared = settings.engine != "local"
+            self._deliveries = Deliveries(
+                self.store, self.assets, settings, self.links, public_url=settings.public_url, is_shared=is_shared
+            )
             self.callbacks = CallbackLinks(own_key, settings.public_url)
             self._notes = ProgressNotes(self.store, settings.progress_note_s)
             self._engine = self._make_engine(settings)
@@ -138,6 +143,13 @@ def make_bus(settings: GatewaySettings) -> EventBus:
     from comfy_worker.gateway.redis_bus import RedisEventBus
 
     return RedisEventBus(settings.broker_url.get_secret_value())
+
+
+def _links_key(settings: GatewaySettings) -> str:
+    """Return what links are signed with: gateways that share a GATEWAY_KEY take each other's links."""
+    if settings.gateway_key is not None:
+        return settings.gateway_key.get_secret_value()
+    return kept_secret(Path(settings.data_dir) / "links.key")
 
 
 def _nothing() -> None:

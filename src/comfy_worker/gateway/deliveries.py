@@ -15,13 +15,15 @@ from typing import Any
 
 from comfy_worker.errors import InvalidInput, WorkerError
 from comfy_worker.fetch.address import shown_host
-from comfy_worker.gateway.assets import AssetStore, without_files
+from comfy_worker.gateway.assets import AssetStore
 from comfy_worker.gateway.errors import DatabaseUnavailable
 from comfy_worker.gateway.progress_webhooks import ProgressWebhooks
 from comfy_worker.gateway.receivers import webhook_of_request
-from comfy_worker.gateway.records import JobRecord, WebhookDelivery, status_body
+from comfy_worker.gateway.records import WebhookDelivery
+from comfy_worker.gateway.signing import AssetLinks
 from comfy_worker.gateway.store import Store
-from comfy_worker.jobs import Kind, Webhook
+from comfy_worker.gateway.webhook_words import WebhookParts, words_of
+from comfy_worker.jobs import Webhook
 from comfy_worker.logs import where_it_broke
 from comfy_worker.redact import redact
 from comfy_worker.settings import Settings
@@ -57,11 +59,22 @@ class Deliveries:
         store: Store,
         assets: AssetStore,
         settings: Settings,
+        links: AssetLinks,
         *,
+        public_url: str = "",
         first_back_off_s: float = _FIRST_BACK_OFF_S,
         is_shared: bool = False,
     ) -> None:
-        """Take the parts; `is_shared` says that other processes use the same store, too.
+        """Take the parts.
+
+        Args:
+            store: has the jobs, and what is to be sent.
+            assets: the outputs' files.
+            settings: the settings.
+            links: makes the links to the files.
+            public_url: where clients find the gateway; what each job's caller used if empty.
+            first_back_off_s: how long to wait before a second attempt.
+            is_shared: whether other processes use the same store, too.
 
         Raises:
             InvalidInput: WEBHOOK_URL or WEBHOOK_SECRET is not sound.
@@ -69,6 +82,8 @@ class Deliveries:
         self.progress = ProgressWebhooks(settings)
         self._store = store
         self._assets = assets
+        self._links = links
+        self._public_url = public_url
         self._settings = settings
         self._first_back_off_s = first_back_off_s
         self._is_shared = is_shared
@@ -217,7 +232,9 @@ class Deliveries:
         settings = self._settings
         limit_mb = settings.runsync_result_limit_mb if record.is_sync else settings.run_result_limit_mb
         limit = int(limit_mb * _MB)
-        return Message.of(webhook, delivery.id, status_body(record, self._output(record, limit)), limit)
+        parts = WebhookParts(self._assets, self._links, self._public_url, limit)
+        body = words_of(record.door).end_body(record, parts, webhook.extra_params)
+        return Message.of(webhook, delivery.id, body, limit)
 
     def _receiver(self, request: Mapping[str, Any]) -> Webhook | None:
         """Return the job's own receiver if it can be told anything; the settings' one otherwise."""
@@ -227,12 +244,3 @@ class Deliveries:
         except InvalidInput:
             webhook = None
         return webhook or self._own
-
-    def _output(self, record: JobRecord, limit: int) -> Mapping[str, Any] | None:
-        """Return the output with its files in it, or without them if they are too large for a message."""
-        if record.output is None:
-            return None
-        files = [item for kind in Kind for item in record.output.get(kind.value, [])]
-        if sum(item["size_bytes"] for item in files) * 4 / 3 > limit:
-            return without_files(record.output)
-        return self._assets.as_base64(record.output)

@@ -9,6 +9,8 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
+from comfy_worker.gateway.records import JobRecord
+from comfy_worker.gateway.webhook_words import words_of
 from comfy_worker.jobs import Job
 from comfy_worker.settings import Settings
 from comfy_worker.webhooks import Webhooks
@@ -27,15 +29,19 @@ class ProgressWebhooks:
         self._reports: dict[str, set[ProgressReport]] = {}
 
     @contextmanager
-    def told(self, job: Job) -> Iterator[Tell]:
+    def told(self, job: Job, record: JobRecord) -> Iterator[Tell]:
         """Yield what is to be called with where the job stands; it never waits, and tells nobody after this block.
 
-        To be entered before the job is known to be open: then `end` finds it, whoever ends the job meanwhile.
+        To be entered before the job is known to be open: then `end` finds it, whoever ends the job meanwhile. What is
+        told is in the words of the record's door.
         """
         if job.webhook is None or not job.webhook.progress:
             yield _tell_nobody
             return
-        report = ProgressReport(job.webhook, job.id, self._webhooks.settings)
+        extra_params, words = job.webhook.extra_params, words_of(record.door)
+        report = ProgressReport(
+            job.webhook, job.id, self._webhooks.settings, lambda told: words.progress_body(record, told, extra_params)
+        )
         with self._lock:
             self._reports.setdefault(job.id, set()).add(report)
         sending = self._webhooks.begin(report.send_all())

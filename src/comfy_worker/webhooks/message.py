@@ -126,6 +126,9 @@ def _json(value: Any) -> str:
 
 
 def _without_data(output: Any) -> Any:
+    if isinstance(output, list):
+        # The generate API's files.
+        return [{key: value for key, value in item.items() if key != "data"} for item in output]
     if not isinstance(output, Mapping):
         return output
     lists = {kind.value: output[kind.value] for kind in Kind if kind.value in output}

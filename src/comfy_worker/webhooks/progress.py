@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from comfy_worker.fetch.address import shown_host
@@ -26,11 +26,18 @@ _TIMEOUT_S = 5.0
 class ProgressReport:
     """Sends what it was last told, one after the other and each once; in one event loop."""
 
-    def __init__(self, webhook: Webhook, job_id: str, settings: Settings) -> None:
-        """Take whom to tell, and of what."""
+    def __init__(
+        self,
+        webhook: Webhook,
+        job_id: str,
+        settings: Settings,
+        body_of: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    ) -> None:
+        """Take whom to tell, and of what; `body_of` returns what a message says, in place of RunPod's words."""
         self._webhook = webhook
         self._job_id = job_id
         self._settings = settings
+        self._body_of = body_of or self._runpods_body
         self._latest: dict[str, Any] = {}
         self._sent: dict[str, Any] = {}
         self._news = asyncio.Event()
@@ -65,12 +72,7 @@ class ProgressReport:
 
     async def _send(self) -> None:
         self._sent = self._latest
-        content = {
-            "type": "progress",
-            "id": self._job_id,
-            "status": JobState.IN_PROGRESS.value,
-            "output": self._latest,
-        }
+        content = self._body_of(self._latest)
         # Not a number: one that begins again, after a restart or in another worker, must not repeat an id.
         message = Message.of(self._webhook, f"{self._job_id}_progress_{uuid.uuid4().hex}", content)
         timeout_s = min(_TIMEOUT_S, self._settings.webhook_timeout_s)
@@ -80,6 +82,9 @@ class ProgressReport:
             log.debug(
                 "progress of job %s was not accepted by %s: %s", self._job_id, shown_host(self._webhook.url), error
             )
+
+    def _runpods_body(self, told: dict[str, Any]) -> dict[str, Any]:
+        return {"type": "progress", "id": self._job_id, "status": JobState.IN_PROGRESS.value, "output": told}
 
     async def close(self) -> None:
         """Return when nothing more can come; what is under way has its own time limit."""

@@ -89,7 +89,9 @@ class _Door:
         batch_id = str(uuid.uuid4())
         jobs = await run_in_threadpool(self._jobs, body, batch_id)
         await check_comfyui(self._service)
-        records = await self._service.submit_all(jobs, door=DOOR, details={"batch_id": batch_id})
+        records = await self._service.submit_all(
+            jobs, door=DOOR, details=self._parts.details(request, batch_id=batch_id)
+        )
         return Answer(
             {
                 "batch_id": batch_id,

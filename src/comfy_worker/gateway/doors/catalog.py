@@ -19,16 +19,15 @@ from comfy_worker.gateway.bodies import read_body
 from comfy_worker.gateway.doors import catalog_answers as answers
 from comfy_worker.gateway.doors.catalog_words import (
     JOB_PREFIX,
-    execution_id_of,
-    failure,
+    execution_of,
     iso,
     job_id_of,
     node_of,
     nodes_of,
     number_of,
-    outputs_of,
     parameter_of,
     status_of,
+    told_of,
 )
 from comfy_worker.gateway.doors.parts import Parts
 from comfy_worker.gateway.errors import (
@@ -47,14 +46,6 @@ from comfy_worker.jobs import JobState
 
 DOOR = "catalog"
 _ROOT = "/api/v1/comfyui"
-_STATUSES: Mapping[JobState, str] = {
-    JobState.IN_QUEUE: "running",
-    JobState.IN_PROGRESS: "running",
-    JobState.COMPLETED: "completed",
-    JobState.FAILED: "failed",
-    JobState.TIMED_OUT: "failed",
-    JobState.CANCELLED: "cancelled",
-}
 _NODES_AGE_S = 60.0
 """How long ComfyUI's nodes are remembered: they only change when it is started anew."""
 
@@ -198,24 +189,14 @@ class _Door:
         return await self._told(await self._service.cancel(record.id))
 
     async def _told(self, record: JobRecord) -> Answer:
-        execution = await self._execution(record)
-        if record.error is None:
-            return _success({"execution": execution})
-        return Answer({**failure(record.error), "data": {"execution": execution}}, status_code=status_of(record.error))
+        status = 200 if record.error is None else status_of(record.error)
+        return Answer(told_of(record, await self._execution(record)), status_code=status)
 
     async def _execution(self, record: JobRecord) -> dict[str, Any]:
-        execution = {
-            "id": execution_id_of(record.id),
-            "workflow_id": record.details.get("workflow_id"),
-            "status": _STATUSES[record.state],
-            "progress": await self._progress(record),
-            "created_at": iso(record.created_at),
-            "updated_at": iso(record.ended_at or record.started_at or record.created_at),
-        }
+        output = None if record.output is None else self._parts.linked(record.output, "", IMAGES_PATH)
+        execution = execution_of(record, await self._progress(record), output)
         if (place := self._service.place_of(record)) is not None:
             execution["queue_position"] = place.position
-        if record.output is not None:
-            execution["outputs"] = outputs_of(self._parts.linked(record.output, "", IMAGES_PATH))
         return execution
 
     async def _progress(self, record: JobRecord) -> float:
@@ -243,8 +224,7 @@ class _Door:
                     yield await self._message(await self._service.get(record.id))
 
     async def _message(self, record: JobRecord) -> Mapping[str, Any]:
-        data = {"execution": await self._execution(record)}
-        return {"status": "success", "data": data} if record.error is None else {**failure(record.error), "data": data}
+        return told_of(record, await self._execution(record))
 
     # ----------------------------------------------------------------------------------------------- nodes
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Any
 
@@ -11,9 +12,20 @@ from comfy_worker.catalog.entry import Entry
 from comfy_worker.errors import all_errors
 from comfy_worker.gateway.doors.outputs import files_by_kind
 from comfy_worker.gateway.problems import envelope
-from comfy_worker.jobs import Kind
+from comfy_worker.gateway.records import JobRecord
+from comfy_worker.gateway.signing import IMAGES_PATH
+from comfy_worker.gateway.webhook_words import WebhookParts, WebhookWords
+from comfy_worker.jobs import JobState, Kind
 
 JOB_PREFIX = "execution-"
+_STATUSES: Mapping[JobState, str] = {
+    JobState.IN_QUEUE: "running",
+    JobState.IN_PROGRESS: "running",
+    JobState.COMPLETED: "completed",
+    JobState.FAILED: "failed",
+    JobState.TIMED_OUT: "failed",
+    JobState.CANCELLED: "cancelled",
+}
 _LIMITS = {"default": "default", "minimum": "min", "maximum": "max"}
 """Our names of what ComfyUI says of an input's value."""
 
@@ -87,6 +99,25 @@ def failure(error: Mapping[str, Any]) -> dict[str, Any]:
     return body
 
 
+def execution_of(record: JobRecord, percent: float, output: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return an execution of which so much has run, with an output whose files are links."""
+    execution = {
+        "id": execution_id_of(record.id),
+        "workflow_id": record.details.get("workflow_id"),
+        "status": _STATUSES[record.state],
+        "progress": percent,
+        "created_at": iso(record.created_at),
+        "updated_at": iso(record.ended_at or record.started_at or record.created_at),
+    }
+    return execution if output is None else {**execution, "outputs": outputs_of(output)}
+
+
+def told_of(record: JobRecord, execution: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an execution in the envelope, with why it failed."""
+    data = {"execution": execution}
+    return {"status": "success", "data": data} if record.error is None else {**failure(record.error), "data": data}
+
+
 def status_of(error: Mapping[str, Any]) -> int:
     """Return the HTTP status of a kept failure, by its code."""
     return next((known.http_status for known in all_errors() if known.code == error.get("code")), 500)
@@ -137,3 +168,18 @@ def _type(kind: Any) -> str:
 def iso(seconds: float) -> str:
     """Return a time as ISO 8601, in UTC."""
     return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _end(record: JobRecord, parts: WebhookParts) -> dict[str, Any]:
+    percent = 100 if record.state is JobState.COMPLETED else float((record.progress or {}).get("percent", 0))
+    # As in this API's answers, links are below the gateway's root.
+    output = None if record.output is None else parts.linked(record, IMAGES_PATH, base_url="")
+    return told_of(record, execution_of(record, percent, output))
+
+
+def _progress(record: JobRecord, told: Mapping[str, Any]) -> dict[str, Any]:
+    open_record = replace(record, state=JobState.IN_PROGRESS)
+    return told_of(open_record, execution_of(open_record, float(told.get("percent", 0)), None))
+
+
+WEBHOOK = WebhookWords(_end, _progress)

@@ -255,7 +255,7 @@ class _Door:
     ) -> JobRecord:
         """Queue a job under its caller's id; where that is open already, the same request is the same job."""
         own_id = body["input"].get("request_id")
-        details: dict[str, Any] = {"base_url": self._parts.base_url(request), "sent": fingerprint(body)}
+        details = self._parts.details(request, sent=fingerprint(body))
         if wish.with_bytes or body["input"].get("return_outputs_as_base64"):
             details["as_base64"] = True
         try:

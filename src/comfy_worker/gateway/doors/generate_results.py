@@ -16,6 +16,7 @@ from comfy_worker.gateway.limits import RUNSYNC_LIMIT
 from comfy_worker.gateway.records import JobRecord
 from comfy_worker.gateway.service import Place
 from comfy_worker.gateway.signing import PATH
+from comfy_worker.gateway.webhook_words import WebhookParts, WebhookWords
 from comfy_worker.jobs import JobState, Kind, Stage
 
 Status = Literal["queued", "processing", "generating", "completed", "failed", "cancelled"]
@@ -305,3 +306,26 @@ def _waiting(place: Place | None) -> Standing:
     if place is None:
         return Standing("queued", "The request was queued", "preprocessing", 1, None)
     return Standing("queued", "The request was queued", "preprocessing", place.position + 1, place.wait_s)
+
+
+# ---------------------------------------------------------------------------------------------------- webhooks
+
+
+def _end(record: JobRecord, parts: WebhookParts) -> dict[str, Any]:
+    as_base64 = bool(record.details.get("as_base64"))
+    files = files_of(record.id, record.output or {}, parts.linked(record), parts.assets, as_base64=as_base64)
+    result = result_of(record, ended(record), files)
+    # ComfyUI's words are for who asks for them: the wrapper leaves them out, too.
+    return {name: value for name, value in result.items() if name != "comfyui_response"}
+
+
+def _progress(record: JobRecord, told: Mapping[str, Any]) -> dict[str, Any]:
+    return result_of(record, Following(JobState.IN_PROGRESS, told).standing(None), [])
+
+
+def _extra(extra_params: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the caller's parameters as the wrapper gave them back first, beside its fields, and does today."""
+    return {**extra_params, "extra": extra_params} if extra_params else {}
+
+
+WEBHOOK = WebhookWords(_end, _progress, _extra)

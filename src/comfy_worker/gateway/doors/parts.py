@@ -41,6 +41,10 @@ class Parts:
         """Return the URL under which this client reaches the gateway."""
         return self.settings.public_url or str(request.base_url).rstrip("/")
 
+    def details(self, request: Request, **others: Any) -> dict[str, Any]:
+        """Return what a door remembers of a job: where its caller found the gateway, for webhooks, and others."""
+        return {"base_url": self.base_url(request), **others}
+
     def linked(self, output: Mapping[str, Any], base_url: str, prefix: str = PATH) -> dict[str, Any]:
         """Return a job's output with links to its files, below the gateway's URL or, if that is empty, its root."""
         return with_urls(output, lambda path: self.links.url(base_url, path, prefix))

@@ -6,6 +6,7 @@ import re
 import socket
 import uuid
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import urlsplit
@@ -30,6 +31,7 @@ from comfy_worker.gateway.doors.outputs import files_by_kind
 from comfy_worker.gateway.doors.parts import Parts
 from comfy_worker.gateway.records import LOW_PRIORITY, NORMAL_PRIORITY, JobRecord
 from comfy_worker.gateway.service import JobService
+from comfy_worker.gateway.webhook_words import WebhookParts, WebhookWords
 from comfy_worker.jobs import JobState, Kind
 from comfy_worker.settings import without_credentials
 
@@ -170,7 +172,9 @@ class _Door:
         body = await read_body(request, TaskRequest)
         job_input = dict(body["params"])
         address = job_input.pop("server_address", None)
-        details = {"only_backend": backend_at(address, self._backends())} if address else {}
+        details = self._parts.details(request)
+        if address:
+            details["only_backend"] = backend_at(address, self._backends())
         priority = _PRIORITIES[body["priority"]] if body.get("priority") else None
         job = {"input": job_input, **{name: body[name] for name in RUNPODS_FIELDS if body.get(name)}}
         record = await self._service.submit(
@@ -196,14 +200,11 @@ class _Door:
     async def status(self, request: Request, task_id: TaskId) -> Answer:
         """Return where a task stands, with its result when it has one."""
         record = await self._service.get(task_id)
-        answer = await _summary(record, self._service)
+        output = None if record.output is None else self._parts.linked(record.output, self._parts.base_url(request))
+        answer = _with_outcome(await _summary(record, self._service), record, output)
         place = self._service.place_of(record)
         if place is not None:
             answer["queue_position"] = place.position
-        if record.output is not None:
-            answer["result"] = result_of(self._parts.linked(record.output, self._parts.base_url(request)))
-        if record.error is not None:
-            answer |= {"error": record.error["error"], "code": record.error["code"]}
         return Answer(answer)
 
 
@@ -253,13 +254,24 @@ def result_of(output: Mapping[str, Any]) -> dict[str, Any]:
 
 
 async def _summary(record: JobRecord, service: JobService) -> dict[str, Any]:
+    return _summary_at(record, await _progress(record, service))
+
+
+def _summary_at(record: JobRecord, progress: float) -> dict[str, Any]:
     return {
         "task_id": record.id,
         "task_type": _TASK_TYPE,
         "status": _STATUSES[record.state],
-        "progress": await _progress(record, service),
+        "progress": progress,
         "created_at": datetime.fromtimestamp(record.created_at, timezone.utc).isoformat(),
     }
+
+
+def _with_outcome(summary: dict[str, Any], record: JobRecord, output: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return a task with its result, whose files are links, and why it failed."""
+    result = {} if output is None else {"result": result_of(output)}
+    error = {} if record.error is None else {"error": record.error["error"], "code": record.error["code"]}
+    return {**summary, **result, **error}
 
 
 async def _progress(record: JobRecord, service: JobService) -> float:
@@ -267,3 +279,16 @@ async def _progress(record: JobRecord, service: JobService) -> float:
         return 100.0
     told = None if record.state.is_terminal else await service.progress_of(record)
     return 0.0 if told is None else float(told.data.get("percent", 0.0))
+
+
+def _webhook_end(record: JobRecord, parts: WebhookParts) -> dict[str, Any]:
+    percent = 100.0 if record.state is JobState.COMPLETED else float((record.progress or {}).get("percent", 0.0))
+    output = None if record.output is None else parts.linked(record)
+    return _with_outcome(_summary_at(record, percent), record, output)
+
+
+def _webhook_progress(record: JobRecord, told: Mapping[str, Any]) -> dict[str, Any]:
+    return _summary_at(replace(record, state=JobState.IN_PROGRESS), float(told.get("percent", 0.0)))
+
+
+WEBHOOK = WebhookWords(_webhook_end, _webhook_progress)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from comfy_worker.gateway.doors.outputs import files_by_kind
 from comfy_worker.gateway.doors.parts import Parts
 from comfy_worker.gateway.doors.workflow_words import STATES
-from comfy_worker.gateway.events import Event
+from comfy_worker.gateway.events import PROGRESS, Event
 from comfy_worker.gateway.records import JobRecord
 from comfy_worker.gateway.service import Place
+from comfy_worker.gateway.webhook_words import WebhookParts, WebhookWords
 from comfy_worker.jobs import JobState
 
 
@@ -85,3 +87,17 @@ def _outputs(output: Mapping[str, Any]) -> dict[str, Any]:
 def _link(item: Mapping[str, Any]) -> str:
     """Return where a file is; of one that came as base64 too, where else it is."""
     return str(item.get("url") or item["data"])
+
+
+def _end(record: JobRecord, parts: WebhookParts) -> dict[str, Any]:
+    told = None if record.progress is None else Event(record.progress_number or 0, record.id, PROGRESS, record.progress)
+    return status_body(record, told, None, parts.linked(record), time.time())
+
+
+def _progress_of(record: JobRecord, told: Mapping[str, Any]) -> dict[str, Any]:
+    now = time.time()
+    event = Event(int(now * 1_000_000), record.id, PROGRESS, told)
+    return status_body(replace(record, state=JobState.IN_PROGRESS), event, None, None, now)
+
+
+WEBHOOK = WebhookWords(_end, _progress_of)

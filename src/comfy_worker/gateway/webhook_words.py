@@ -1,0 +1,96 @@
+"""In whose words a webhook tells of a job: those of the API that took it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from comfy_worker.gateway.assets import AssetStore, with_urls, without_files
+from comfy_worker.gateway.records import JobRecord, status_body
+from comfy_worker.gateway.signing import PATH, AssetLinks
+from comfy_worker.jobs import JobState, Kind
+
+_DOORS = {
+    "generate": "generate_results",
+    "task": "tasks",
+    "workflow": "workflow_status",
+    "catalog": "catalog_words",
+}
+"""The modules that have a door's `WEBHOOK`; loaded late, because a fleet's worker needs few of them."""
+
+
+@dataclass(frozen=True)
+class WebhookParts:
+    """What the end of a job is told with.
+
+    Attributes:
+        assets: the outputs' files.
+        links: makes the links to them.
+        public_url: the gateway's, before the one that the job's caller used.
+        limit: bytes that a message may have.
+    """
+
+    assets: AssetStore
+    links: AssetLinks
+    public_url: str
+    limit: int
+
+    def linked(self, record: JobRecord, prefix: str = PATH, base_url: str | None = None) -> dict[str, Any]:
+        """Return a job's output with links to its files, below the gateway's URL as the job's caller knows it."""
+        base = self.public_url or str(record.details.get("base_url", "")) if base_url is None else base_url
+        return with_urls(record.output or {}, lambda path: self.links.url(base, path, prefix))
+
+    def inlined(self, record: JobRecord) -> Mapping[str, Any] | None:
+        """Return a job's output with its files in it, or without them if they are too large for a message."""
+        if record.output is None:
+            return None
+        files = [item for kind in Kind for item in record.output.get(kind.value, [])]
+        if sum(item["size_bytes"] for item in files) * 4 / 3 > self.limit:
+            return without_files(record.output)
+        return self.assets.as_base64(record.output)
+
+
+@dataclass(frozen=True)
+class WebhookWords:
+    """What a door has its webhooks say.
+
+    Attributes:
+        end: returns the body that tells of a job's end.
+        progress: returns the body that tells how far a job is, given what was told of it last.
+        beside: returns what the caller's `extra_params` add to either, beside the field of this name.
+    """
+
+    end: Callable[[JobRecord, WebhookParts], dict[str, Any]]
+    progress: Callable[[JobRecord, Mapping[str, Any]], dict[str, Any]]
+    beside: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda _extra_params: {}
+
+    def end_body(self, record: JobRecord, parts: WebhookParts, extra_params: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the body that tells of a job's end; no parameter of the caller's takes the place of a field."""
+        return {**self.beside(extra_params), **self.end(record, parts)}
+
+    def progress_body(
+        self, record: JobRecord, told: Mapping[str, Any], extra_params: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Return the body that tells how far a job is; its `type` sets it apart from the end, in every API."""
+        return {**self.beside(extra_params), "type": "progress", **self.progress(record, told)}
+
+
+def words_of(door: str) -> WebhookWords:
+    """Return the words of a door; RunPod's for one that has none of its own."""
+    if door not in _DOORS:
+        return RUNPOD
+    words: WebhookWords = import_module(f"comfy_worker.gateway.doors.{_DOORS[door]}").WEBHOOK
+    return words
+
+
+def _runpods_end(record: JobRecord, parts: WebhookParts) -> dict[str, Any]:
+    return status_body(record, parts.inlined(record))
+
+
+def _runpods_progress(record: JobRecord, told: Mapping[str, Any]) -> dict[str, Any]:
+    return {"id": record.id, "status": JobState.IN_PROGRESS.value, "output": told}
+
+
+RUNPOD = WebhookWords(_runpods_end, _runpods_progress)
