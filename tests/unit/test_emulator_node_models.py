@@ -325,7 +325,7 @@ def test_upscaling_with_a_model(bench: Bench, name: str, factor: int) -> None:
 def test_the_banner_fits_any_size_and_text(width: int, height: int, details: list[str]) -> None:
     picture = landscape("any", width, height)
     assert picture.shape == (height, width, 3)
-    assert 0 <= picture.min() <= picture.max() <= 1
+    assert 0 <= np.min(picture) <= np.max(picture) <= 1
     labelled = with_banner(picture, details)
     assert labelled.shape == picture.shape
     assert labelled.dtype == np.float32
