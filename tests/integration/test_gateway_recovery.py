@@ -242,7 +242,12 @@ def test_a_webhook_that_was_not_sent_before_the_end_is_sent_after_the_start(stor
         again.start()
         again.stop()
 
-    assert received.body == {"id": "job", "status": "FAILED", "error": "so", "output": {"code": "internal"}}
+    assert received.body == {
+        "id": "job",
+        "status": "FAILED",
+        "error": "so",
+        "output": {"error": "so", "code": "internal"},
+    }
     assert len(receiver.received) == 1
 
 
