@@ -36,6 +36,8 @@ $(BIN)/uv: $(BIN)/python locks/uv.txt
 	@touch $@
 
 # Every package comes from a lock, with its hash checked; setuptools, too, which builds this one.
+# As pip does, uv trusts whom the machine trusts: a company's own proxy, say.
+export UV_SYSTEM_CERTS ?= true
 INSTALL = $(BIN)/uv pip install --python $(BIN)/python
 define install
 @$(INSTALL) --require-hashes --requirement $(1)

@@ -306,6 +306,13 @@ class Settings(BaseSettings):
         description="How many files are uploaded, fetched or delivered at the same time.",
     )
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _not_a_placeholder(cls, value: object) -> object:
+        if isinstance(value, str) and value.endswith("…"):
+            raise ValueError("is the placeholder of an example: put a value of your own there")
+        return value
+
     @field_validator("comfyui_url")
     @classmethod
     def _complete_url(cls, value: str) -> str:

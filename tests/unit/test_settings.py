@@ -133,3 +133,10 @@ def test_settings_do_not_change(environment: pytest.MonkeyPatch) -> None:
     settings = load(environment)
     with pytest.raises(ValueError, match="frozen"):
         settings.log_level = "DEBUG"
+
+
+@pytest.mark.parametrize("name", ["COMFY_ORG_API_KEY", "COMFYUI_URL", "WORKFLOW_TIMEOUT", "BUCKET_NAME"])
+@pytest.mark.parametrize("value", ["…", "key-…"])
+def test_the_placeholder_of_an_example_is_no_value(environment: pytest.MonkeyPatch, name: str, value: str) -> None:
+    told = refusal(environment, **{name: value})
+    assert told == f"Invalid settings: {name}: is the placeholder of an example: put a value of your own there"

@@ -1,0 +1,143 @@
+"""The commands of README.md and docs/ run as they are printed, in a fresh copy of the project.
+
+Only addresses are put in place of others: those of the servers that a test started.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import requests
+
+from tests.support.checkout import Checkout
+from tests.support.comfyui import ComfyUI
+from tests.support.comfyui import comfyui as running_comfyui
+from tests.support.graphs import colors
+from tests.support.ports import free_port
+from tests.support.processes import ROOT, Process
+from tests.support.served import Served, served
+
+KEYS = "my-key,your-key"
+"""Those of the examples."""
+FLOOD = 4000
+"""Characters; more than one page of a terminal."""
+PAGES_THAT_RUN = ["api/catalog", "api/generate", "api/task", "api/workflow", "catalog", "gateway"]
+NOT_RUN = {
+    "compose": "docker",
+    "deployment": "docker",
+    "fleet": "servers of a fleet",
+    "runpod-engine": "an endpoint of RunPod",
+}
+"""Pages with blocks that need what a test has not."""
+TIMEOUT_S = 60.0
+
+
+def blocks_of(page: Path) -> list[str]:
+    return re.findall(r"^```bash\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def comfyui() -> Iterator[ComfyUI]:
+    with running_comfyui() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def gateway(comfyui: ComfyUI, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with served(comfyui.url, tmp_path_factory.mktemp("data"), API_KEYS=KEYS) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
+    return Checkout(tmp_path_factory.mktemp("fresh") / "comfy-worker")
+
+
+def at(gateway_url: str, block: str) -> str:
+    """Return commands with the address of a gateway in place of those that are printed."""
+    return re.sub(r"http://(127\.0\.0\.1|localhost):8000|https://api\.runpod\.ai(?=/v2/)", gateway_url, block)
+
+
+def test_every_page_with_commands_is_one_that_runs_or_says_what_it_needs() -> None:
+    pages = {
+        page.relative_to(ROOT / "docs").with_suffix("").as_posix()
+        for page in (ROOT / "docs").rglob("*.md")
+        if blocks_of(page)
+    }
+    assert pages == {*PAGES_THAT_RUN, *NOT_RUN}
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{page}.md" for page in (*PAGES_THAT_RUN, *NOT_RUN))])
+def test_a_command_uses_no_placeholder_and_no_variable_that_was_not_set_before(page: str) -> None:
+    before = ""
+    for block in blocks_of(ROOT / page):
+        before += block
+        assert "…" not in block
+        assert not re.search(r"<[a-z_ ]+>", block)
+        for used in re.findall(r"\$\{?([A-Z_]+)", re.sub(r"'[^']*'", "", block)):
+            assert f"{used}=" in before
+
+
+@pytest.mark.parametrize("page", PAGES_THAT_RUN)
+def test_the_commands_of_a_page_run(checkout: Checkout, comfyui: ComfyUI, gateway: Served, page: str) -> None:
+    source = "source .venv/bin/activate\n"
+    shell = "\n".join(blocks_of(ROOT / "docs" / f"{page}.md"))
+    told = checkout.run(source + at(gateway.url, shell), {"COMFYUI_URL": comfyui.url})
+    assert told
+    assert len(told) < FLOOD * len(blocks_of(ROOT / "docs" / f"{page}.md")), "it floods a terminal"
+
+
+class TestReadme:
+    """Block by block."""
+
+    def test_has_the_blocks_that_are_tried_here(self) -> None:
+        firsts = [block.split()[:2] for block in blocks_of(ROOT / "README.md")]
+        assert [" ".join(words) for words in firsts] == [
+            "make demo",
+            "make test",  # which is this
+            "make serve",
+            "curl -d",
+            "source .venv/bin/activate",
+            "ENDPOINT_ID=your-endpoint-id RUNPOD_API_KEY=your-key",
+            "docker build",  # which needs Docker
+            "curl -H",
+        ]
+
+    def test_make_demo_leaves_a_picture(self, checkout: Checkout) -> None:
+        told = checkout.run(block("make demo"), {})
+        [image] = json.loads(told[told.index("{\n") :])["images"]
+        assert len(told) < FLOOD
+        assert (checkout.folder / image["saved_as"]).read_bytes().startswith(b"\x89PNG")
+
+    def test_make_serve_serves_what_the_next_command_asks_for(self, checkout: Checkout) -> None:
+        command = ["bash", "-c", block("make serve")]
+        with Process(command, environment={"API_PORT": str(free_port())}, cwd=checkout.folder) as process:
+            url = process.wait_for_line(r"The API is described at (http://127\.0\.0\.1:\d+)/docs").group(1)
+            told = checkout.run(at(url, block("curl -d")), {})
+            assert len(told) < FLOOD
+            [image] = json.loads(told)["output"]["images"]
+            assert requests.get(image["data"], timeout=TIMEOUT_S).content.startswith(b"\x89PNG")
+
+    def test_a_desk(self, checkout: Checkout, comfyui: ComfyUI) -> None:
+        told = checkout.run(block("source"), {"COMFYUI_URL": comfyui.url})
+        assert len(told) < FLOOD
+        assert "usage: comfy-worker COMMAND" in told
+        assert colors((checkout.folder / "pictures/ComfyUI_00001_.png").read_bytes())
+
+    def test_a_client_of_runpod(self, checkout: Checkout, gateway: Served) -> None:
+        assert checkout.run(at(gateway.url, block("ENDPOINT_ID=")), {}) == ""
+        assert json.loads((checkout.folder / "answer.json").read_text())["output"]["images"]
+
+    def test_a_client_of_a_container(self, checkout: Checkout, gateway: Served) -> None:
+        told = checkout.run(at(gateway.url, block("curl -H")), {})
+        assert len(told) < FLOOD
+        assert json.loads(told)["output"]["images"]
+
+
+def block(beginning: str) -> str:
+    [found] = [block for block in blocks_of(ROOT / "README.md") if block.startswith(beginning)]
+    return found
