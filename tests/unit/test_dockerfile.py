@@ -78,6 +78,22 @@ def test_what_is_copied_is_in_the_project(name: str) -> None:
     assert (ROOT / name).exists()
 
 
+def test_the_worker_gets_packages_only_from_locks_with_their_hashes() -> None:
+    installs = [text for text in re.split(r"&&|;", " ; ".join(instructions("RUN"))) if "/opt/worker/bin/pip" in text]
+    assert len(installs) == 3
+    for install in installs:
+        assert re.search(r"--require-hashes --requirement \S*locks/|--no-deps --no-build-isolation \.", install)
+
+
+def test_each_extra_of_the_image_has_a_lock() -> None:
+    table = (ROOT / "docs/deployment.md").read_text()
+    [extras] = re.findall(r"`WORKER_EXTRAS` \| none \| [^:]*: (.*)\. \|", table)
+    copied = " ".join(instructions("COPY"))
+    for extra in re.findall(r"`(\w+)`", extras):
+        assert f"locks/{extra}.txt" in copied
+        assert (ROOT / f"locks/{extra}.txt").exists()
+
+
 def test_every_build_argument_is_documented_with_its_default() -> None:
     table = (ROOT / "docs/deployment.md").read_text().partition("## A RunPod serverless endpoint")[0]
     for argument in instructions("ARG"):

@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from tests.support.processes import ROOT
+from tests.support.processes import ROOT, clean_environment
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -124,8 +124,10 @@ def test_every_pin_has_hashes_and_names_no_index(lock: str) -> None:
 
 
 def make(*arguments: str) -> str:
-    told = subprocess.run(["make", "--dry-run", *arguments], cwd=ROOT, text=True, capture_output=True, check=True)
-    return told.stdout
+    """Return what make would do; not as a part of the make that runs the tests, whose variables it would have."""
+    command = ["make", "--dry-run", *arguments]
+    environment = clean_environment({})
+    return subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, check=True).stdout
 
 
 @pytest.fixture
