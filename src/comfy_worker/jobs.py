@@ -126,6 +126,8 @@ class Job:
         webhook: who is told of the end; None for whoever the worker's settings name.
         timeout_s: how long ComfyUI may take from submission to end, in seconds; the worker's setting if None.
         execution_timeout_s: how long the whole job may take from its start, as the platform says; None for no limit.
+        staging_timeout_s: how long its inputs may take from their turn, where nobody watches the whole job; None for no
+            limit. `timeout_s` is one, too.
         retry_on_crash: run the workflow again, once, if ComfyUI dies while it runs; the worker's setting if None.
         strict: a workflow of which ComfyUI would skip an invalid part is a failure, not a warning.
         include_previews: hand back files of type `temp` too.
@@ -145,6 +147,7 @@ class Job:
     webhook: Webhook | None = None
     timeout_s: float | None = None
     execution_timeout_s: float | None = None
+    staging_timeout_s: float | None = None
     retry_on_crash: bool | None = None
     strict: bool = False
     include_previews: bool = False

@@ -160,7 +160,7 @@ class _Run:
             raise
 
     def _stage(self) -> None:
-        self._warnings += stage_inputs(self._job, self._graph, self._client, self._stop)
+        self._warnings += stage_inputs(self._job, self._graph, self._client, self._stop, self._staging_deadline())
         prefix_outputs(self._graph, self._job.prompt_id)
         self._stop.check()
 
@@ -234,6 +234,12 @@ class _Run:
                 Deadline(self._began[Stage.STAGING] + limit_s, f"The job took longer than {limit_s:g} seconds")
             )
         return min(deadlines, key=lambda deadline: deadline.at, default=Deadline(math.inf, ""))
+
+    def _staging_deadline(self) -> Deadline:
+        """Return when the inputs have to be there: staging may take as long as the caller gives the workflow."""
+        limit_s = min(self._job.timeout_s or math.inf, self._job.staging_timeout_s or math.inf)
+        own = Deadline(time.monotonic() + limit_s, f"Staging the inputs took longer than {limit_s:g} seconds")
+        return min(own, self._deadline(), key=lambda deadline: deadline.at)
 
     def _extra_data(self) -> Mapping[str, Any]:
         own_key = self._client.settings.comfy_org_api_key

@@ -7,7 +7,7 @@ names (`LOAD_3D`, and `{"__value__": […]}`, which is how a list is told from a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 from urllib.parse import unquote
@@ -20,6 +20,13 @@ _URL = re.compile(r"(https?|s3)://|data:", re.IGNORECASE)
 _AROUND_A_NAME = re.compile(r"^[\s.]+|[\s.]+$")
 _NOT_IN_A_NAME = re.compile(r"[\x00-\x1f\x7f/\\:*?\"<>|\ud800-\udfff]")
 _ANNOTATION = re.compile(r"\s*\[(input|output|temp)\]\Z")
+_EXTENSION = re.compile(r"[^\s/]\.(?=[A-Za-z0-9]*[A-Za-z])[A-Za-z0-9]{1,11}\Z")
+_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
+_URL_WORDS = frozenset(
+    {"link", "links", "href", "webhook", "webhooks", "callback", "endpoint", "host", "server", "address"}
+)
+_URL_ENDS = ("url", "urls", "uri", "uris")
+"""What the names of inputs have that are for a URL itself: it is not replaced by what is there."""
 _LONGEST_NAME = 120
 """Bytes of a name that is made out of a URL."""
 _LONGEST_EXTENSION = 16
@@ -48,6 +55,23 @@ class Reference:
         return split_annotation(self.value)[0]
 
     @property
+    def is_fetched(self) -> bool:
+        """Whether it is a URL of something that is elsewhere; no data URI."""
+        return self.is_url and self.value[:5].lower() != "data:"
+
+    @property
+    def is_for_url(self) -> bool:
+        """Whether the input is there for a URL, by a word of its name: `url`, `image_url`, `webhookUri`, `link`."""
+        names = (self.input_name, *(step for step in self.path if isinstance(step, str)))
+        words = (word.lower() for name in names for word in _WORD.findall(name[:_LONGEST_NAME]))
+        return any(word in _URL_WORDS or word.endswith(_URL_ENDS) for word in words)
+
+    @property
+    def has_extension(self) -> bool:
+        """Whether it reads like the name of a file, not like a word or a number."""
+        return _EXTENSION.search(self.name) is not None
+
+    @property
     def is_url(self) -> bool:
         """Whether it says where the file is to be fetched, or is the file itself."""
         return _URL.match(self.value) is not None
@@ -72,19 +96,28 @@ def _strings(value: Any, path: Path) -> Iterator[tuple[Path, str]]:
             yield from _strings(item, (*path, place))
 
 
-def refer(graph: Graph, reference: Reference, name: str) -> None:
-    """Let a reference name another file, in place; what else the input's value holds is not touched but copied."""
-    inputs = graph[reference.node_id]["inputs"]
-    _name, annotation = split_annotation(reference.value)
-    inputs[reference.input_name] = _replaced(inputs[reference.input_name], reference.path, name + annotation)
+def refer(graph: Graph, names: Iterable[tuple[Reference, str]]) -> None:
+    """Let references name other files, in place; what else the inputs' values hold is not touched but copied, once."""
+    own: set[tuple[str, str]] = set()
+    for reference, name in names:
+        inputs, input_name = graph[reference.node_id]["inputs"], reference.input_name
+        text = name + split_annotation(reference.value)[1]
+        if not reference.path:
+            inputs[input_name] = text
+            continue
+        if (reference.node_id, input_name) not in own:
+            own.add((reference.node_id, input_name))
+            inputs[input_name] = _copied(inputs[input_name])
+        holder = inputs[input_name]
+        for step in reference.path[:-1]:
+            holder = holder[step]
+        holder[reference.path[-1]] = text
 
 
-def _replaced(value: Any, path: Path, text: str) -> Any:
-    if not path:
-        return text
-    copy: Any = dict(value) if isinstance(value, Mapping) else list(value)
-    copy[path[0]] = _replaced(copy[path[0]], path[1:], text)
-    return copy
+def _copied(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _copied(item) for key, item in value.items()}
+    return [_copied(item) for item in value] if isinstance(value, list) else value
 
 
 def name_of_url(url: str) -> str:

@@ -303,7 +303,8 @@ class Settings(BaseSettings):
         default=8,
         ge=1,
         le=64,
-        description="How many files are uploaded, fetched or delivered at the same time.",
+        description="How many files of a job are fetched and uploaded at the same time, and how many of all jobs are "
+        "delivered.",
     )
 
     @field_validator("*", mode="before")

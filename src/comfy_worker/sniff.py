@@ -33,6 +33,23 @@ _KIN = (
 """Extensions between which the first bytes do not decide, or need not."""
 
 
+def is_medium(head: bytes, name: str, declared: str) -> bool:
+    """Return whether a file is a picture, sound, video or 3D model: by its content or else by what it is called.
+
+    Args:
+        head: its first bytes.
+        name: by which it goes.
+        declared: its `Content-Type`, as its server says.
+    """
+    if _WEB_PAGE.match(head):
+        return False
+    known = filetype.guess(head)
+    if head.startswith(_GLB) or known is not None:
+        return known is None or known.mime.partition("/")[0] in _MEDIA
+    called = (declared.partition(";")[0].strip().lower(), mime_type_of_name(name))
+    return any(kind.partition("/")[0] in (*_MEDIA, "model") for kind in called)
+
+
 def content_type(head: bytes, name: str) -> str:
     """Return the MIME type of a file, by its content or else by its name."""
     if head.startswith(_GLB):

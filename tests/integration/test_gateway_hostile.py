@@ -210,7 +210,7 @@ def answers(files: FileServer) -> Iterator[Hostile]:
         # All have the gateway's one limit here.
         sentence = re.sub(r"0\.6 seconds", "2 seconds", case["sentence"])
         body = job_of(name="a.png", url=f"{url}?token={SECRET}")
-        yield Hostile(body, f"{url} could not be fetched: {sentence}", ["input_fetch_failed"])
+        yield Hostile(body, f"{FAILED}: {url} could not be fetched: {sentence}", ["input_fetch_failed"])
 
 
 def test_no_webhook_reaches_what_is_not_public(strangers: Apart) -> None:

@@ -23,7 +23,7 @@ from comfy_worker.emulator import EmulatorServer
 from comfy_worker.emulator.interfaces import load_object_info
 from comfy_worker.emulator.node import Context, NodeResult, Registry
 from comfy_worker.emulator.nodes import REGISTRY
-from comfy_worker.errors import Cancelled, DiskFull, InputFetchFailed, InvalidInput, UploadFailed
+from comfy_worker.errors import Cancelled, DiskFull, InputFetchFailed, InvalidInput, TimedOut, UploadFailed
 from comfy_worker.fetch import Fetcher
 from comfy_worker.input_files import FAILED
 from comfy_worker.inputs import stage_inputs
@@ -367,12 +367,71 @@ def test_a_3d_file_beside_the_jobs_folder_is_cleaned_up_too(settings: Settings) 
 # --------------------------------------------------------------------------------------------- what is named
 
 
-def test_a_url_in_a_text_stays_a_text(bench: Bench, files: FileServer) -> None:
+def test_a_url_of_a_medium_is_replaced_in_every_input(bench: Bench, files: FileServer) -> None:
     url = files.put("/prompt.png", png(RED))
+    bare = files.put("/bare", ServedFile(b"<svg/>", headers={"Content-Type": "image/svg+xml"}))
+    for _cached in range(2):
+        graph = bench.stage(
+            {
+                "1": node("CLIPTextEncode", text=url, clip=["3", 0]),
+                "2": node("PreviewAny", source=bare),
+                "3": node("CLIPLoader", clip_name="a.safetensors", type="sd", own={"mask": url, "fov": 1}),
+            }
+        )
+        text, source = graph["1"]["inputs"]["text"], graph["2"]["inputs"]["source"]
+        assert bench.read(text) == png(RED)
+        assert bench.read(source) == b"<svg/>"
+        assert graph["3"]["inputs"]["own"] == {"mask": text, "fov": 1}
+
+
+@pytest.mark.parametrize(
+    ("content", "declared"),
+    [
+        (b"<!doctype html><p>a page</p>", "text/html"),
+        (b"<html>a page that calls itself a picture</html>", "image/png"),
+        (b'{"some": "json"}', "application/json"),
+        (b"PK\x03\x04" + bytes(100), "image/png"),
+        (b"just text", ""),
+    ],
+)
+def test_a_url_of_something_else_stays_in_a_text(
+    bench: Bench, files: FileServer, content: bytes, declared: str
+) -> None:
+    url = files.put("/page", ServedFile(content, headers={"Content-Type": declared}))
+    result, _job = bench.run(
+        {"1": node("PreviewAny", source=url), "2": node("PreviewAny", source=f"see {files.url}/prompt.png")}
+    )
+    assert [text.text for text in result.texts] == [url, f"see {files.url}/prompt.png"]
+    assert result.warnings == ()
+
+
+def test_a_large_file_that_is_no_medium_is_not_fetched_whole(bench: Bench, files: FileServer) -> None:
+    endless = RawAnswer(b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 100_000, closes=False)
+    url = files.put("/endless", endless)
+    graph = bench.stage({"1": node("PreviewAny", source=url)})
+    assert graph["1"]["inputs"]["source"] == url
+
+
+@pytest.mark.parametrize(
+    "name", ["url", "image_url", "imageUrl", "URL", "video-uri", "link", "webhook", "api_endpoint", "urls", "baseurl"]
+)
+def test_a_url_stays_where_the_input_is_for_urls(bench: Bench, files: FileServer, name: str) -> None:
+    url = files.put("/own.png", png(RED))
     files.requests.clear()
-    graph = bench.stage({"1": node("CLIPTextEncode", text=url, clip=["2", 0]), "3": node("PreviewAny", source=url)})
-    assert graph["1"]["inputs"]["text"] == graph["3"]["inputs"]["source"] == url
+    graph = bench.stage({"1": node("PreviewAny", **{name: url}), "2": node("PreviewAny", source={name: url})})
+    assert (graph["1"]["inputs"][name], graph["2"]["inputs"]["source"]) == (url, {name: url})
     assert not files.requests
+
+
+def test_a_url_in_a_text_that_cannot_be_fetched_stays_with_a_warning(bench: Bench, files: FileServer) -> None:
+    url = f"{files.url}/nothing.png"
+    result, _job = bench.run({"7": node("PreviewAny", source=url)})
+    assert [text.text for text in result.texts] == [url]
+    assert result.warnings == (
+        f"Node 7 (source) keeps its URL: {url} could not be fetched: its server answered 404 Not Found",
+    )
+    with pytest.raises(InputFetchFailed):
+        bench.stage({"7": node("PreviewAny", source=url), **inverted(url)})
 
 
 def test_a_model_is_not_fetched_into_the_inputs(bench: Bench, files: FileServer) -> None:
@@ -415,14 +474,55 @@ def test_two_jobs_with_the_same_name_never_meet(bench: Bench) -> None:
     assert [bench.read(graph["1"]["inputs"]["image"]) for graph in graphs] == [png(RED), png(TEAL)]
 
 
-def test_what_nobody_loads_is_not_even_fetched(bench: Bench, files: FileServer) -> None:
-    url = files.put("/unused.png", png(RED))
-    files.requests.clear()
-    result, _job = bench.run(
-        inverted("a.png"), {"name": "a.png", "image": data_uri(png(RED))}, {"name": "unused.png", "url": url}
+def test_what_nobody_names_is_uploaded_too(bench: Bench, files: FileServer) -> None:
+    url = files.put("/unused.png", png(TEAL))
+    result, job = bench.run(
+        inverted("a.png"), {"name": "a.png", "image": data_uri(png(RED))}, {"name": "un/used.png", "url": url}
     )
-    assert result.warnings == ("Image 'unused.png' is not used: no node of the workflow loads it",)
-    assert not files.requests
+    assert result.warnings == ("Image 'un/used.png' is not used: no node of the workflow loads it",)
+    assert bench.read(f"{job.prompt_id}/un/used.png") == png(TEAL)
+
+
+def test_what_nobody_names_does_not_fail_the_job(bench: Bench, files: FileServer) -> None:
+    missing = {"name": "b.png", "url": f"{files.url}/gone/b.png"}
+    result, _job = bench.run(inverted("a.png"), {"name": "a.png", "image": data_uri(png(RED))}, missing)
+    [warning] = result.warnings
+    assert warning.startswith("Image 'b.png' is not used, and not there: ")
+    assert warning.endswith("its server answered 404 Not Found")
+    assert result.artifacts
+
+
+PATH_LOADER = {
+    "input": {"required": {"path": ["STRING", {}], "prompt": ["STRING", {"multiline": True}], "note": ["*", {}]}},
+    "output": ["IMAGE"],
+    "output_is_list": [False],
+    "output_node": False,
+}
+
+
+def test_a_file_is_found_by_a_text_that_is_its_name(settings: Settings) -> None:
+    registry = Registry({"LoadPath": REGISTRY.nodes["LoadImage"]})
+    with (
+        EmulatorServer(registry=registry, object_info={"LoadPath": PATH_LOADER}) as server,
+        closing(ComfyClient(settings.model_copy(update={"comfyui_url": server.url}))) as client,
+    ):
+        bench = Bench(client, Storages(settings))
+        graph = bench.stage(
+            {
+                "1": node("LoadPath", path="cat.png", prompt="cat.png", note="cat.png"),
+                "2": node("LoadPath", path="cat", prompt="", note=""),
+                "3": node("LoadPath", path="v1.5", prompt="", note=""),
+                "4": node("LoadPath", path="clips/a.mp4 [input]", prompt="", note=""),
+            },
+            *({"name": name, "image": data_uri(png(RED))} for name in ("cat.png", "cat", "v1.5")),
+            {"name": "clips/a.mp4", "image": base64.b64encode(media_files.mp4()).decode()},
+        )
+        paths = [graph[node_id]["inputs"]["path"] for node_id in "1234"]
+        assert bench.read(paths[0]) == png(RED)
+        assert (graph["1"]["inputs"]["prompt"], graph["1"]["inputs"]["note"]) == ("cat.png", "cat.png")
+        assert paths[1:3] == ["cat", "v1.5"]
+        assert paths[3].endswith("/clips/a.mp4 [input]")
+        assert bench.read(paths[3]) == media_files.mp4()
 
 
 FOLDER_LOADER = {
@@ -548,7 +648,7 @@ def test_a_jobs_own_bucket_that_the_worker_does_not_take(settings: Settings, s3:
 def test_an_object_that_cannot_be_had(bench: Bench, bucket: str, url: str, sentence: str) -> None:
     with pytest.raises(InputFetchFailed) as failed:
         bench.stage(inverted(url.format(bucket=bucket)))
-    assert failed.value.message == sentence.format(bucket=bucket)
+    assert failed.value.message == f"{FAILED}: {sentence.format(bucket=bucket)}"
 
 
 # -------------------------------------------------------------------------------------------------- failures
@@ -563,14 +663,14 @@ def test_several_failures_are_named_together(bench: Bench, files: FileServer) ->
         f"{files.url}/gone/{name} could not be fetched: its server answered 404 Not Found"
         for name in ("a.png", "b.png")
     }
-    assert set(failed.value.message.split("; ")) <= sentences
+    assert set(failed.value.message.removeprefix(f"{FAILED}: ").split("; ")) <= sentences
 
 
 def test_one_that_cannot_be_had_ends_the_others(bench: Bench, files: FileServer) -> None:
     silent = files.put("/silent.png", RawAnswer(b"HTTP/1.1 200 OK\r\n", closes=False))
     late = files.put("/late-404.png", ServedFile(status=404, has_etag=False))
     workflow = {"1": node("LoadImage", image=silent), "2": node("LoadImage", image=late)}
-    with pytest.raises(InputFetchFailed, match=r"late-404\.png could not be fetched: its server answered 404"):
+    with pytest.raises(InputFetchFailed, match=rf"^{FAILED}: .*late-404\.png .* answered 404"):
         bench.stage(workflow)
 
 
@@ -586,6 +686,12 @@ def test_a_job_that_is_cancelled_while_it_fetches(bench: Bench, files: FileServe
         stop.set()
         with pytest.raises(Cancelled):
             staging.result(_TIMEOUT_S)
+
+
+def test_a_job_that_is_late_while_it_fetches(bench: Bench, files: FileServer) -> None:
+    url = files.put("/late.png", RawAnswer(b"HTTP/1.1 200 OK\r\n", closes=False))
+    with pytest.raises(TimedOut, match=r"Staging the inputs took longer than 0\.2 seconds"):
+        bench.run(inverted(url), timeout_s=0.2)
 
 
 def test_a_file_that_comfyui_finds_too_large(settings: Settings) -> None:

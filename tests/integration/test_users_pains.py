@@ -307,7 +307,10 @@ def test_worker_comfyui_uploads_at_signs_as_an_empty_picture(worker: Worker) -> 
     # In full: tests/unit/test_payload.py.
     sent = {"name": "a.png", "image": "@@@@"}
     output = RunningJob(worker, job(graphs.inverted("a.png"), images=[sent])).output()
-    assert (output["code"], output["error"]) == ("invalid_input", "Image 'a.png' is not valid base64")
+    assert (output["code"], output["error"]) == (
+        "invalid_input",
+        "Failed to upload one or more input images: Image 'a.png' is not valid base64",
+    )
 
 
 def test_p18_c1507_two_jobs_with_an_input_of_the_same_name_collide(victim: Emulated) -> None:

@@ -54,9 +54,7 @@ def test_a_reference_is_rewritten_and_nothing_else_is_touched() -> None:
     }
     kept = copy.deepcopy(workflow)
     graph = copy_graph(workflow)
-    for reference in list(find_strings(graph)):
-        if reference.name == "a.png":
-            refer(graph, reference, "job/a.png")
+    refer(graph, [(found, "job/a.png") for found in find_strings(graph) if found.name == "a.png"])
 
     assert graph == {
         "1": node("Load3D", image={"image": "job/a.png", "mask": "job/a.png [input]", "camera_info": {"fov": 1}}),

@@ -235,14 +235,17 @@ class ComfyClient:
 
     # ---------------------------------------------------------------------------------------------- nodes
 
-    def node_inputs(self, class_type: str) -> Mapping[str, Any]:
-        """Return the inputs of a node class, name to `[type, options]`; empty for a class that is not there.
+    def node_inputs(self, class_type: str) -> Mapping[str, Any] | None:
+        """Return the inputs of a node class, name to `[type, options]`; None for a class that is not there.
 
         The values that a combo offers change, types and options do not: they are remembered.
         """
-        if class_type not in self._node_inputs:
-            self._node_inputs[class_type] = self._fetch_inputs(class_type)
-        return self._node_inputs[class_type]
+        known = self._node_inputs.get(class_type)
+        if known is None:
+            known = self._fetch_inputs(class_type)
+            if known is not None:
+                self._node_inputs[class_type] = known
+        return known
 
     def object_info(self) -> Mapping[str, Any]:
         """Return what ComfyUI says of all its node classes: megabytes on a machine with many custom nodes."""
@@ -272,9 +275,12 @@ class ComfyClient:
                 return [str(name) for name in names]
         raise ComfyUnreachable(f"ComfyUI answered GET {_endpoint(path)} with something that is not a list")
 
-    def _fetch_inputs(self, class_type: str) -> Mapping[str, Any]:
+    def _fetch_inputs(self, class_type: str) -> Mapping[str, Any] | None:
         path = f"/object_info/{quote(class_type, safe='')}"
-        inputs = self._get_json(path).get(class_type, {}).get("input", {})
+        found = self._get_json(path).get(class_type)
+        if found is None:
+            return None
+        inputs = found.get("input", {})
         return {**inputs.get("optional", {}), **inputs.get("required", {})}
 
     # ---------------------------------------------------------------------------------------------- files

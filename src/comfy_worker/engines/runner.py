@@ -142,7 +142,8 @@ class Runner:
         priority = _FIRST if is_resumed else running.job.record.priority
         turns = JobTurns(self._staging, running.backend.gate, self._delivering, priority, running.stop)
         # How long it may run is the engine's to watch: waiting for others in ComfyUI's queue does not count.
-        job = replace(job, prompt_id=prompt_id, resumed=is_resumed, execution_timeout_s=None)
+        limit_s = running.job.record.execution_timeout_s
+        job = replace(job, prompt_id=prompt_id, resumed=is_resumed, execution_timeout_s=None, staging_timeout_s=limit_s)
         listen = self._telling.listener(running, job, tell)
         output = running.backend.worker.run_parsed(job, listen, running.stop, turns=turns)
         self._around.note_over(running)

@@ -8,9 +8,9 @@ import http
 import math
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import BinaryIO
 
 import requests
@@ -24,6 +24,7 @@ from comfy_worker.fetch.connection import Line, get, problem_of
 from comfy_worker.fetch.problem import Problem
 from comfy_worker.jobs import JobBucket
 from comfy_worker.settings import Settings
+from comfy_worker.sniff import HEAD_BYTES
 from comfy_worker.stop import Stop
 
 _MB = 1024 * 1024
@@ -36,6 +37,14 @@ _GZIP_OR_ZLIB = 47
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+Wants = Callable[[bytes, str], bool]
+"""Says by the first bytes of a body and its `Content-Type` whether it is wanted."""
+
+
+class Unwanted(Exception):
+    """What is at a URL is not what was looked for; no more of it was fetched than it took to see that."""
+
+
 @dataclass(frozen=True)
 class _Source:
     """Where a file is fetched.
@@ -45,12 +54,19 @@ class _Source:
         identity: what the cache knows it by.
         is_s3: whether a refusal is explained as S3 does.
         allow_private: whether it may be at an address that is not public.
+        wants: says whether a body is wanted; None if any is.
     """
 
     url: str
     identity: str
     is_s3: bool
     allow_private: bool
+    wants: Wants | None = None
+
+    def check(self, head: bytes, declared: str) -> None:
+        """Raise `Unwanted` if a body that begins so is not wanted."""
+        if self.wants is not None and not self.wants(head, declared):
+            raise Unwanted
 
 
 class Fetcher:
@@ -68,14 +84,16 @@ class Fetcher:
         """Give up what was needed for fetching; the files stay open."""
         self._signer.close()
 
-    def fetch(self, url: str, stop: Stop) -> BinaryIO:
+    def fetch(self, url: str, stop: Stop, wants: Wants | None = None) -> BinaryIO:
         """Return a file with what is at `url`, to be closed by the caller; it is not whole in memory at any time.
 
         Args:
             url: http, https or s3.
             stop: ends the fetch.
+            wants: is asked whether what is there is wanted; then it is tried once only.
 
         Raises:
+            Unwanted: it is not.
             InvalidInput: the worker does not take the job's bucket.
             InputFetchFailed: it cannot or may not be fetched; the sentence names the URL and says why.
             DiskFull: the worker's disk has no room for it.
@@ -84,7 +102,7 @@ class Fetcher:
         try:
             cache = UrlCache.of(self._settings)
             with Line(self._settings.input_fetch_timeout_s, stop).held() as line:
-                source = self._source(url)
+                source = replace(self._source(url), wants=wants)
                 if cache is None:
                     return self._fetch(source, line)
                 return self._fetch_once(source, cache, line)
@@ -137,13 +155,24 @@ class Fetcher:
         try:
             file = self._fetch_anew(source, entry, about.conditions, line)
         except _Unchanged:
-            entry.touch()
-            return body
+            return self._kept(source, entry, body, about)
         except BaseException:
             body.close()
             raise
         body.close()
         return file
+
+    @staticmethod
+    def _kept(source: _Source, entry: Entry, body: BinaryIO, about: About) -> BinaryIO:
+        """Return a body that did not change."""
+        try:
+            source.check(body.read(HEAD_BYTES), about.content_type)
+        except Unwanted:
+            body.close()
+            raise
+        body.seek(0)
+        entry.touch()
+        return body
 
     def _fetch_anew(self, source: _Source, entry: Entry, conditions: Mapping[str, str], line: Line) -> BinaryIO:
         file = entry.create()
@@ -169,7 +198,7 @@ class Fetcher:
                 return self._try(source, conditions, file, line)
             except Problem as problem:
                 line.check()
-                if not problem.passing or attempt == _ATTEMPTS - 1:
+                if not problem.passing or attempt == _ATTEMPTS - 1 or source.wants is not None:
                     raise
                 line.wait(_FIRST_PAUSE_S * 2**attempt)
         raise AssertionError("every attempt returns or raises")
@@ -181,29 +210,38 @@ class Fetcher:
                 raise _Unchanged
             if status != http.HTTPStatus.OK:
                 raise Problem(_refusal(response, source, line), passing=status in _PASSING_STATUSES)
-            sha256, size = self._save(response, file, line)
+            declared = response.headers.get("Content-Type", "")
+            sha256, size = self._save(response, file, line, lambda head: source.check(head, declared))
             if not size:
                 raise Problem("it is empty")
             keepable = "no-store" not in response.headers.get("Cache-Control", "").lower()
             headers = response.headers if keepable else {}
-            return About(sha256, size, headers.get("ETag"), headers.get("Last-Modified"))
+            return About(sha256, size, headers.get("ETag"), headers.get("Last-Modified"), declared)
 
-    def _save(self, response: requests.Response, file: BinaryIO, line: Line) -> tuple[str, int]:
-        """Write the body into `file`, from its start; return its hash and its size."""
+    def _save(
+        self, response: requests.Response, file: BinaryIO, line: Line, check: Callable[[bytes], None]
+    ) -> tuple[str, int]:
+        """Write the body into `file`, from its start, and have its head checked; return its hash and its size."""
         too_large = Problem(f"it is larger than an input may be, {self._settings.input_max_mb:g} MB")
         declared = response.headers.get("Content-Length", "")
         if declared.isdecimal() and int(declared) > self._limit_bytes:
             raise too_large
         file.seek(0)
         file.truncate()
-        sha256, size = hashlib.sha256(), 0
+        sha256, size, head = hashlib.sha256(), 0, b""
         for chunk in _content(response, line):
             size += len(chunk)
             if size > self._limit_bytes:
                 raise too_large
+            if len(head) < HEAD_BYTES:
+                head = (head + chunk)[:HEAD_BYTES]
+                if len(head) == HEAD_BYTES:
+                    check(head)
             sha256.update(chunk)
             file.write(chunk)
             line.check()
+        if 0 < len(head) < HEAD_BYTES:
+            check(head)
         file.flush()
         file.seek(0)
         return sha256.hexdigest(), size

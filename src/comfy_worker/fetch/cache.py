@@ -36,13 +36,14 @@ class About:
     Attributes:
         sha256: of the body, in hex.
         size: in bytes.
-        etag: as its server gave it, quotes and all; so `last_modified`.
+        etag: as its server gave it, quotes and all; so `last_modified` and `content_type`.
     """
 
     sha256: str
     size: int
     etag: str | None = None
     last_modified: str | None = None
+    content_type: str = ""
 
     @property
     def conditions(self) -> Mapping[str, str]:
