@@ -25,6 +25,7 @@ from comfy_worker.gateway.app import create_app
 from comfy_worker.gateway.auth import Keys
 from comfy_worker.gateway.core import Gateway
 from comfy_worker.gateway.settings import load_gateway_settings
+from comfy_worker.input_files import FAILED
 from tests.support.comfyui import emulator
 from tests.support.file_server import FileServer, RawAnswer, ServedFile, file_server
 from tests.support.graphs import data_uri, inverted, picture, png
@@ -214,13 +215,15 @@ def answers(files: FileServer) -> Iterator[Hostile]:
 
 
 def test_no_webhook_reaches_what_is_not_public(strangers: Apart) -> None:
-    """A webhook that can be none fails its job; one to a private address is not sent, and its job runs."""
+    """A webhook that can be none is refused at the door; one to a private address is not sent, and its job runs."""
     before = strangers.reached()
 
     def send(body: Body) -> None:
         answer = strangers.gateway.post("/runsync?wait=60000", body)
-        assert answer.status_code == 200
-        assert answer.json()["status"] in ("COMPLETED", "FAILED")
+        if answer.status_code == 400:
+            assert answer.json()["code"] == "invalid_input"
+        else:
+            assert answer.json()["status"] == "COMPLETED"
         assert_nothing_leaks(answer.text)
         assert SECRET not in answer.text
 
