@@ -24,6 +24,7 @@ help:
 
 # A Debian or Ubuntu Python may come without venv: install it where that is allowed, say so where it is not.
 $(BIN)/python:
+	@echo "Making $(VENV) …"
 	@$(PYTHON) -m venv $(VENV) 2>/dev/null || { rm -rf $(VENV); \
 	  echo "python3 has no venv module: installing python3-venv"; \
 	  $$([ "$$(id -u)" = 0 ] || echo sudo) sh -c 'apt-get update -qq && apt-get install -y -qq python3-venv' >/dev/null \

@@ -126,7 +126,7 @@ class TestReadme:
         told = checkout.run(block("source"), {"COMFYUI_URL": comfyui.url})
         assert len(told) < FLOOD
         assert "usage: comfy-worker COMMAND" in told
-        assert colors((checkout.folder / "pictures/ComfyUI_00001_.png").read_bytes())
+        assert colors((checkout.folder / "output/mine/ComfyUI_00001_.png").read_bytes())
 
     def test_a_client_of_runpod(self, checkout: Checkout, gateway: Served) -> None:
         assert checkout.run(at(gateway.url, block("ENDPOINT_ID=")), {}) == ""
