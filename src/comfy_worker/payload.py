@@ -69,6 +69,12 @@ class _Model(BaseModel):
         yield from unknown_names([key for key in extra if key not in known], known, f"{where}.")
 
 
+def unknown_keys(job_input: Mapping[str, Any], where: str = "input") -> list[str]:
+    """Return a sentence for each key of RunPod's `input` that nothing reads; `where` is what the caller calls it."""
+    known = [name for field, info in _JobInput.model_fields.items() for name in _accepted_names(field, info)]
+    return list(unknown_names([key for key in job_input if key not in known], known, f"{where}."))
+
+
 def _accepted_names(field: str, info: Any) -> list[str]:
     alias = info.validation_alias
     return [str(choice) for choice in alias.choices] if isinstance(alias, AliasChoices) else [field]

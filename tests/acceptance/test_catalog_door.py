@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta
@@ -180,12 +181,17 @@ def test_the_described_error_of_a_workflow_that_is_not_there(gateway: Served) ->
 def test_the_described_error_of_an_execution_that_failed(gateway: Served) -> None:
     answer = ended(gateway, execute(gateway, "work", inputs={"seconds": 0.1, "fail_at": 1}))
     body = answer.json()
-    assert (answer.status_code, body["status"], body["message"]) == (507, "error", "Workflow execution failed")
+    assert (answer.status_code, body["status"], body["message"]) == (200, "error", "Workflow execution failed")
     [error] = body["errors"]
     assert (error["code"], error["reason"]) == ("execution_error", "out_of_memory")
     assert error["message"]
-    assert error["details"]
-    assert body["data"]["execution"]["status"] == "failed"
+    assert re.search(r"; Node error: .+ \(node 3, \w+\)$", error["details"])
+    assert not re.search(r"[{}\[\]]", error["details"])
+    assert error["data"]["node_id"] == "3"
+    execution = body["data"]["execution"]
+    assert execution["status"] == "failed"
+    assert isinstance(execution["progress"], int)
+    assert gateway.post(f"{ROOT}/executions/{execution['id']}/cancel").json() == body
 
 
 # -------------------------------------------------------------------------------------------------- progress
@@ -205,6 +211,11 @@ def test_progress_comes_over_the_websocket(gateway: Served) -> None:
     progress = [message["progress"] for message in told]
     assert progress == sorted(progress)
     assert len(set(progress)) > 3
+    assert {type(value) for value in progress} == {int}
+    assert progress[-1] == 100
+    # The time of the last change moves with them.
+    moved = {message["progress"]: message["updated_at"] for message in told}
+    assert list(moved.values()) == sorted(set(moved.values()))
     assert told[-1]["status"] == "completed"
     assert told[-1]["outputs"]["images"]
 
@@ -263,6 +274,13 @@ def test_inputs_that_do_not_fit_are_refused(gateway: Served, body: Any, words: s
     [error] = answer.json()["errors"]
     assert error["code"] == "invalid_input"
     assert words in error["message"]
+
+
+def test_a_field_that_nobody_knows_is_named(gateway: Served) -> None:
+    body = {"inputs": {"prompt": "x"}, "webhok": {"url": "http://127.0.0.1:1"}}
+    answer = gateway.post(f"{ROOT}/workflows/1/execute", body)
+    assert answer.status_code == 200
+    assert answer.json()["warnings"] == ["'webhok' is unknown and was ignored; did you mean 'webhook'?"]
 
 
 @pytest.mark.parametrize("path", ["/workflows", "/workflows/1", "/executions/1", "/nodes", "/nothing"])

@@ -208,6 +208,20 @@ def test_what_cannot_be_a_task_is_refused(gateway: Served, change: dict[str, Any
     assert answer.json()["detail"] == answer.json()["error"]
 
 
+def test_the_described_default_is_the_gateways_own_comfyui(gateway: Served) -> None:
+    task_id = submit(gateway, picture(RED), params={"server_address": "127.0.0.1:8188"})
+    assert ended(gateway, task_id)["status"] == "completed"
+
+
+def test_fields_that_nobody_knows_are_named(gateway: Served) -> None:
+    params = {"workflow": picture(RED), "delivry": {}}
+    answer = gateway.post("/task", {"task_type": "comfyui", "params": params, "colour": 1}).json()
+    assert answer["warnings"] == [
+        "'colour' is unknown and was ignored",
+        "params.delivry is unknown and was ignored; did you mean 'delivery'?",
+    ]
+
+
 @pytest.mark.parametrize("address", ["10.0.0.1:8188", "169.254.169.254", "example.com:80", "http://[::1", ":99999"])
 def test_the_caller_does_not_choose_whom_the_server_talks_to(gateway: Served, address: str) -> None:
     params = {"workflow": picture(RED), "server_address": address}

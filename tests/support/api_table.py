@@ -35,8 +35,8 @@ The shapes of requests and answers, with examples that run, are at `/docs` of a 
 task APIs, and in an envelope on those of the catalog API.
 
 A job whose node failed is a 500 in `/result` and `/generate/sync`, for that is what the generate API's description says
-of a processing that failed. The catalog API answers by the class of the failure (a node's failure is a 422, the GPU's
-full memory a 507), for its description leaves that open.
+of a processing that failed. In the other APIs a question for a job that is known is a 200, and the answer says that the
+job failed.
 """
 
 

@@ -12,22 +12,9 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from comfy_worker.errors import (
-    Cancelled,
-    ComfyCrashed,
-    DeliveryFailed,
-    DiskFull,
-    ExecutionFailed,
-    InputFetchFailed,
-    OutOfMemory,
-    OutputTooLarge,
-    TimedOut,
-    WorkerError,
-)
 from comfy_worker.gateway.answers import EXAMPLE_JOB
 from comfy_worker.gateway.app import create_app
 from comfy_worker.gateway.auth import Keys
-from comfy_worker.gateway.doors.catalog_words import status_of
 from comfy_worker.gateway.limits import RUN_LIMIT
 from comfy_worker.gateway.settings import load_gateway_settings
 from tests.support.gateway import gateway
@@ -102,24 +89,6 @@ def test_a_bug_is_one_sentence_of_each_api(make: Make, path: str) -> None:
     answer = client.get(path, headers=KEY)
     assert (answer.status_code, sentence(answer)) == (500, "The gateway failed because of a bug of its own")
     assert "words" not in answer.text
-
-
-@pytest.mark.parametrize(
-    ("failure", "status"),
-    [
-        (Cancelled, 409),
-        (OutputTooLarge, 413),
-        (ExecutionFailed, 422),
-        (InputFetchFailed, 422),
-        (ComfyCrashed, 502),
-        (DeliveryFailed, 502),
-        (TimedOut, 504),
-        (OutOfMemory, 507),
-        (DiskFull, 507),
-    ],
-)
-def test_a_kept_failure_is_answered_by_its_class(failure: type[WorkerError], status: int) -> None:
-    assert status_of(failure("It failed").as_output()) == status
 
 
 def test_ranges_of_a_picture_are_answered_in_the_catalogs_shape(make: Make, tmp_path: Path) -> None:

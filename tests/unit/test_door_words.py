@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 from comfy_worker.catalog.library import Library
 from comfy_worker.catalog.template import expand
@@ -73,9 +73,20 @@ def test_a_nodes_failure_is_said_in_words() -> None:
     assert details_of(details) == "Node error: no more (node 3, KSampler)"
 
 
-@pytest.mark.parametrize("details", [{"problems": [{"node": "ä", "is": None}]}, {"message": "alone"}, [1, True], 7])
-def test_other_details_are_json(details: Any) -> None:
-    assert json.loads(details_of(details)) == details
+@pytest.mark.parametrize(
+    ("details", "said"),
+    [
+        (
+            {"problems": [{"node_id": "3", "message": "too large"}, {"type": "odd"}]},
+            "Node error: too large (node 3); type: odd",
+        ),
+        ({"log": ["one", "two"], "exit_code": 1}, "log: one; two, exit code: 1"),
+        ([1, True], "1; True"),
+    ],
+)
+def test_other_details_are_words_and_the_same_for_a_program(details: Any, said: str) -> None:
+    assert details_of(details).removeprefix("problems: ") == said
+    assert envelope({"error": "It failed", "code": "failed", "details": details})["errors"][0]["data"] == details
 
 
 def test_a_text_stays_as_it_is() -> None:
@@ -114,6 +125,15 @@ def test_what_stands_there_must_be_sound(model: type[BaseModel], beside: dict[st
         parse_body(json.dumps(body).encode(), model)
 
 
+def test_fields_of_the_parts_of_a_request_are_named_too() -> None:
+    body = {"policy": {"ttll": 1, "ttl": 20_000}, "params": {"anything": 1}, "priorty": "low"}
+    assert warnings_of(body, TaskRequest, ["last"])["warnings"] == [
+        "'policy.ttll' is unknown and was ignored; did you mean 'policy.ttl'?",
+        "'priorty' is unknown and was ignored; did you mean 'priority'?",
+        "last",
+    ]
+
+
 def test_many_unknown_fields_are_counted() -> None:
     warnings = warnings_of({f"{'x' * 300}{number}": 1 for number in range(14)}, TaskRequest)["warnings"]
     assert len(warnings) == 11
@@ -127,6 +147,37 @@ def test_many_unknown_fields_are_counted() -> None:
 @pytest.mark.parametrize("address", ["here:8188", "http://HERE:8188", "http://here:8188/"])
 def test_an_address_is_host_and_port_or_a_plain_url(address: str) -> None:
     assert backend_at(address, ["http://here:8188"]) == "http://here:8188"
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:9000", "localhost:9000", "http://LOCALHOST:9000/", "[::1]:9000"])
+@pytest.mark.parametrize("backend", ["http://localhost:9000", "http://127.0.0.1:9000", "http://[::1]:9000"])
+def test_every_name_of_the_loopback_is_the_same(address: str, backend: str) -> None:
+    assert backend_at(address, ["http://other:8188", backend]) == backend
+
+
+@pytest.mark.parametrize(
+    ("address", "backend"),
+    [("here", "http://here:80"), ("http://here:80/", "http://here"), ("https://here", "https://here:443")],
+)
+def test_a_schemes_own_port_may_be_left_out(address: str, backend: str) -> None:
+    assert backend_at(address, [backend]) == backend
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:8188", "localhost:8188", "http://127.0.0.1:8188/"])
+def test_the_described_default_is_any_unless_a_comfyui_listens_there(address: str) -> None:
+    assert backend_at(address, ["http://gpu-1:8188", "http://gpu-2:8188"]) is None
+    assert backend_at(address, []) is None
+    assert backend_at(address, ["http://gpu-1:8188", "http://localhost:8188"]) == "http://localhost:8188"
+
+
+def test_a_fleets_worker_is_found_by_its_address() -> None:
+    assert backend_at("worker-7:8188", ["http://worker-6:8188", "http://worker-7:8188"]) == "http://worker-7:8188"
+
+
+def test_the_refusal_names_no_address() -> None:
+    with pytest.raises(InvalidInput) as refused:
+        backend_at("gpu-9:8188", ["http://gpu-1:8188"])
+    assert "gpu" not in json.dumps(refused.value.as_output())
 
 
 @pytest.mark.parametrize(
@@ -189,16 +240,20 @@ def refusal(model: type[BaseModel], body: bytes) -> str:
     return refused.value.message
 
 
+class Strict(ExecuteRequest):
+    model_config = ConfigDict(extra="forbid")
+
+
 def test_every_problem_has_a_place() -> None:
-    assert refusal(ExecuteRequest, b'{"str": 1}') == "str: Extra inputs are not permitted"
+    assert refusal(Strict, b'{"str": 1}') == "str: Extra inputs are not permitted"
     lone = refusal(RunRequest, b'{"input": {}, "\\ud800": 1}')
     assert lone == "The request: A name or a text in it is no valid Unicode"
-    assert refusal(ExecuteRequest, b'{"\\ud800": 1}').isascii()
+    assert refusal(Strict, b'{"\\ud800": 1}').isascii()
 
 
 def test_quoted_names_are_cut_and_many_problems_counted() -> None:
-    long = refusal(ExecuteRequest, json.dumps({"x" * 5000: 1}).encode())
+    long = refusal(Strict, json.dumps({"x" * 5000: 1}).encode())
     assert len(long) < 300
-    many = refusal(ExecuteRequest, json.dumps({f"x{number}": 1 for number in range(25)}).encode())
+    many = refusal(Strict, json.dumps({f"x{number}": 1 for number in range(25)}).encode())
     assert many.count("Extra inputs") == 10
     assert many.endswith("; and 15 more")

@@ -110,7 +110,9 @@ class EnvelopedError(BaseModel):
 
     code: str
     message: str
-    details: str | None = None
+    details: str | None = Field(None, description="More about it, in a sentence.")
+    data: Any = Field(None, description="The same for a program.")
+    reason: str | None = Field(None, description="Of an execution: the code of its failure.")
 
 
 class EnvelopedProblem(BaseModel):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any, get_args
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
@@ -76,10 +77,29 @@ def _cut(text: str) -> str:
     return whole if len(whole) <= _LONGEST_QUOTE else f"{whole[:_LONGEST_QUOTE]}…"
 
 
-def warnings_of(body: Mapping[str, Any], model: type[BaseModel]) -> dict[str, Sequence[str]]:
-    """Return, for the answer, a sentence for each field of a request that nobody knows."""
-    unknown = [name for name in body if name not in model.model_fields]
-    said = [f"{_cut(name)!r} is unknown and was ignored" for name in unknown[:_MOST_NAMED]]
+def warnings_of(
+    body: Mapping[str, Any], model: type[BaseModel], others: Sequence[str] = ()
+) -> dict[str, Sequence[str]]:
+    """Return, for the answer, a sentence for each field of a request that nobody knows, and `others` behind them."""
+    unknown = list(_unknown_fields(body, model))
+    said = unknown[:_MOST_NAMED]
     if len(unknown) > _MOST_NAMED:
         said.append(f"{len(unknown) - _MOST_NAMED} more fields are unknown and were ignored")
+    said += others
     return {"warnings": said} if said else {}
+
+
+def _unknown_fields(body: Mapping[str, Any], model: type[BaseModel], where: str = "") -> Iterator[str]:
+    for name, value in body.items():
+        if name not in model.model_fields:
+            near = get_close_matches(_cut(name), model.model_fields, n=1)
+            advice = f"; did you mean {where + near[0]!r}?" if near else ""
+            yield f"{where + _cut(name)!r} is unknown and was ignored{advice}"
+        elif isinstance(value, dict) and (inner := _model_of(model.model_fields[name].annotation)) is not None:
+            yield from _unknown_fields(value, inner, f"{where}{name}.")
+
+
+def _model_of(annotation: Any) -> type[BaseModel] | None:
+    """Return the model of a field that is one or may be left out; None where whatever is sent goes on elsewhere."""
+    kinds = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
+    return next((kind for kind in kinds if issubclass(kind, BaseModel) and not getattr(kind, "GOES_ON", False)), None)

@@ -32,12 +32,17 @@ _WAITING = 256
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened to a job."""
+    """Something that happened to a job; its number is when, in microseconds since the epoch."""
 
     number: int
     job_id: str
     type: str
     data: Mapping[str, Any]
+
+    @property
+    def at(self) -> float:
+        """When it happened, in seconds since the epoch."""
+        return self.number / 1_000_000
 
 
 def last_progress(events: Iterable[Event]) -> Event | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,22 +34,26 @@ def problem_body(problem: Mapping[str, Any], path: str) -> dict[str, Any]:
 def envelope(problem: Mapping[str, Any], title: str = _TITLE) -> dict[str, Any]:
     """Return an error in the catalog API's envelope."""
     code, sentence = str(problem["code"]), str(problem["error"])
-    error = {"code": code, "message": sentence}
+    error: dict[str, Any] = {"code": code, "message": sentence}
     details = [_words(problem[name]) for name in ("hint", "details") if problem.get(name)]
     if details:
         error["details"] = "; ".join(details)
+    if problem.get("details") and not isinstance(problem["details"], str):
+        error["data"] = problem["details"]
     return {"status": "error", "message": title, "errors": [error]}
 
 
 def _words(details: Any) -> str:
-    """Return a hint or details as the envelope's one string: of a node's failure a sentence, of other data its JSON."""
-    if isinstance(details, str):
-        return details
+    """Return a hint or details as a sentence; `data` has them for a program."""
     if isinstance(details, Mapping) and (said := details.get("message") or details.get("exception_message")):
         node = [str(details[name]) for name in ("node_id", "node_type") if details.get(name)]
         if node:
             return f"Node error: {said} (node {', '.join(node)})"
-    return json.dumps(details, ensure_ascii=False)
+    if isinstance(details, Mapping):
+        return ", ".join(f"{str(name).replace('_', ' ')}: {_words(value)}" for name, value in details.items())
+    if isinstance(details, list):
+        return "; ".join(map(_words, details))
+    return str(details)
 
 
 def body_of(error: WorkerError, path: str) -> dict[str, Any]:

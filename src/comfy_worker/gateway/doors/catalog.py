@@ -15,7 +15,7 @@ from starlette.concurrency import run_in_threadpool
 
 from comfy_worker.catalog.entry import Entry
 from comfy_worker.gateway.answers import JOB_ID, Answer, EnvelopedProblem, problems, request_body
-from comfy_worker.gateway.bodies import read_body
+from comfy_worker.gateway.bodies import read_body, warnings_of
 from comfy_worker.gateway.doors import catalog_answers as answers
 from comfy_worker.gateway.doors.catalog_words import (
     JOB_PREFIX,
@@ -26,7 +26,6 @@ from comfy_worker.gateway.doors.catalog_words import (
     nodes_of,
     number_of,
     parameter_of,
-    status_of,
     told_of,
 )
 from comfy_worker.gateway.doors.parts import Parts
@@ -60,7 +59,7 @@ class ExecuteRequest(BaseModel):
     """What a workflow is to be filled in with."""
 
     HINT: ClassVar[str] = 'Send {"inputs": {"prompt": "…"}}'
-    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"inputs": {}}]})
+    model_config = ConfigDict(json_schema_extra={"examples": [{"inputs": {}}]})
     inputs: dict[str, Any] | None = Field(None, description="A value by the name of its parameter.")
     version: str | None = Field(
         None, description="The content of the workflow that is meant; the present one if not given."
@@ -75,7 +74,6 @@ def router(parts: Parts) -> APIRouter:
     get, post = ["GET"], ["POST"]
     refusals = problems(503, model=EnvelopedProblem)
     not_found = problems(404, 503, model=EnvelopedProblem)
-    failed = problems(404, 409, 422, 500, 502, 503, 504, 507, model=EnvelopedProblem)
     body = request_body(ExecuteRequest)
     for path, methods, handler, model, responses, extra in (
         ("/workflows", get, door.workflows, answers.Workflows, refusals, None),
@@ -88,8 +86,8 @@ def router(parts: Parts) -> APIRouter:
             not_found,
             body,
         ),
-        ("/executions/{execution_id}", get, door.execution, answers.Execution, failed, None),
-        ("/executions/{execution_id}/cancel", post, door.cancel, answers.Execution, failed, None),
+        ("/executions/{execution_id}", get, door.execution, answers.AnyExecution, not_found, None),
+        ("/executions/{execution_id}/cancel", post, door.cancel, answers.AnyExecution, not_found, None),
         ("/nodes", get, door.nodes, answers.Nodes, refusals, None),
     ):
         api.add_api_route(
@@ -160,7 +158,7 @@ class _Door:
             job_input["webhook"] = body["webhook"]
         record = await self._submit({"input": job_input}, {"workflow_id": number_of(entry), "workflow": entry.name})
         request.state.job_id = record.id
-        return _success({"execution": await self._execution(record)})
+        return _success({"execution": await self._execution(record)}, warnings_of(body, ExecuteRequest))
 
     async def _submit(self, request: Mapping[str, Any], details: Mapping[str, Any]) -> JobRecord:
         """Queue a job under a number that no other has."""
@@ -189,21 +187,17 @@ class _Door:
         return await self._told(await self._service.cancel(record.id))
 
     async def _told(self, record: JobRecord) -> Answer:
-        status = 200 if record.error is None else status_of(record.error)
-        return Answer(told_of(record, await self._execution(record)), status_code=status)
+        # An execution that is known is a 200, and so is the question for one that failed: the envelope says so.
+        return Answer(await self._message(record))
 
     async def _execution(self, record: JobRecord) -> dict[str, Any]:
+        told = None if record.state is JobState.COMPLETED else await self._service.progress_of(record)
         output = None if record.output is None else self._parts.linked(record.output, "", IMAGES_PATH)
-        execution = execution_of(record, await self._progress(record), output)
+        percent = 0.0 if told is None else told.data.get("percent", 0.0)
+        execution = execution_of(record, percent, output, told.at if told else None)
         if (place := self._service.place_of(record)) is not None:
             execution["queue_position"] = place.position
         return execution
-
-    async def _progress(self, record: JobRecord) -> float:
-        if record.state is JobState.COMPLETED:
-            return 100
-        told = await self._service.progress_of(record)
-        return 0 if told is None else float(told.data.get("percent", 0))
 
     async def websocket(self, websocket: WebSocket, execution_id: str) -> None:
         """Tell how far an execution is until it has ended: each time what `GET /executions/{id}` would answer."""
@@ -236,5 +230,5 @@ class _Door:
         return _success({"nodes": list(self._nodes[1])})
 
 
-def _success(data: Mapping[str, Any]) -> Answer:
-    return Answer({"status": "success", "data": data})
+def _success(data: Mapping[str, Any], warnings: Mapping[str, Any] | None = None) -> Answer:
+    return Answer({"status": "success", "data": data, **(warnings or {})})

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
+from comfy_worker.gateway.answers import EnvelopedProblem
+
 
 class Success(BaseModel):
     """The envelope of what worked."""
@@ -101,7 +103,7 @@ class ExecutionShown(BaseModel):
     id: int | str
     workflow_id: int | None = Field(None, description="None for a job that came through another API.")
     status: Literal["running", "completed", "failed", "cancelled"]
-    progress: float = Field(description="How much of the workflow has run, from 0 to 100.")
+    progress: int = Field(ge=0, le=100, description="How much of the workflow has run.")
     queue_position: int | None = Field(None, description="How many are in front of it, while it waits.")
     outputs: Outputs | None = None
     created_at: str
@@ -118,6 +120,16 @@ class Execution(Success):
     """One execution, in the envelope."""
 
     data: ExecutionData
+    warnings: list[str] | None = Field(None, description="What was ignored in the request.")
+
+
+class FailedExecution(EnvelopedProblem):
+    """One execution that failed, in the envelope that says why."""
+
+    data: ExecutionData
+
+
+AnyExecution = Execution | FailedExecution
 
 
 class NodeInput(BaseModel):

@@ -1,7 +1,8 @@
-"""The catalog API's words: entries, jobs, failures and nodes as its clients know them. Pure."""
+"""The catalog API's words: entries, jobs, failures and nodes as its clients know them."""
 
 from __future__ import annotations
 
+import time
 import zlib
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,7 +10,6 @@ from datetime import datetime, timezone
 from typing import Any
 
 from comfy_worker.catalog.entry import Entry
-from comfy_worker.errors import all_errors
 from comfy_worker.gateway.doors.outputs import files_by_kind
 from comfy_worker.gateway.problems import envelope
 from comfy_worker.gateway.records import JobRecord
@@ -99,15 +99,25 @@ def failure(error: Mapping[str, Any]) -> dict[str, Any]:
     return body
 
 
-def execution_of(record: JobRecord, percent: float, output: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return an execution of which so much has run, with an output whose files are links."""
+def execution_of(
+    record: JobRecord, percent: float, output: Mapping[str, Any] | None, told_at: float | None = None
+) -> dict[str, Any]:
+    """Return an execution as clients see it.
+
+    Args:
+        record: its job.
+        percent: how much of it has run; where it broke off, of one that ended early.
+        output: what it made; files are links.
+        told_at: when that progress was told, in seconds since the epoch.
+    """
+    changed = record.ended_at or max(record.started_at or record.created_at, told_at or 0.0)
     execution = {
         "id": execution_id_of(record.id),
         "workflow_id": record.details.get("workflow_id"),
         "status": _STATUSES[record.state],
-        "progress": percent,
+        "progress": 100 if record.state is JobState.COMPLETED else int(percent),
         "created_at": iso(record.created_at),
-        "updated_at": iso(record.ended_at or record.started_at or record.created_at),
+        "updated_at": iso(changed),
     }
     return execution if output is None else {**execution, "outputs": outputs_of(output)}
 
@@ -116,11 +126,6 @@ def told_of(record: JobRecord, execution: Mapping[str, Any]) -> dict[str, Any]:
     """Return an execution in the envelope, with why it failed."""
     data = {"execution": execution}
     return {"status": "success", "data": data} if record.error is None else {**failure(record.error), "data": data}
-
-
-def status_of(error: Mapping[str, Any]) -> int:
-    """Return the HTTP status of a kept failure, by its code."""
-    return next((known.http_status for known in all_errors() if known.code == error.get("code")), 500)
 
 
 def node_of(name: str, info: Mapping[str, Any]) -> dict[str, Any]:
@@ -171,7 +176,7 @@ def iso(seconds: float) -> str:
 
 
 def _end(record: JobRecord, parts: WebhookParts) -> dict[str, Any]:
-    percent = 100 if record.state is JobState.COMPLETED else float((record.progress or {}).get("percent", 0))
+    percent = (record.progress or {}).get("percent", 0.0)
     # As in this API's answers, links are below the gateway's root.
     output = None if record.output is None else parts.linked(record, IMAGES_PATH, base_url="")
     return told_of(record, execution_of(record, percent, output))
@@ -179,7 +184,7 @@ def _end(record: JobRecord, parts: WebhookParts) -> dict[str, Any]:
 
 def _progress(record: JobRecord, told: Mapping[str, Any]) -> dict[str, Any]:
     open_record = replace(record, state=JobState.IN_PROGRESS)
-    return told_of(open_record, execution_of(open_record, float(told.get("percent", 0)), None))
+    return told_of(open_record, execution_of(open_record, told.get("percent", 0.0), None, time.time()))
 
 
 WEBHOOK = WebhookWords(_end, _progress)

@@ -33,6 +33,7 @@ from comfy_worker.gateway.records import LOW_PRIORITY, NORMAL_PRIORITY, JobRecor
 from comfy_worker.gateway.service import JobService
 from comfy_worker.gateway.webhook_words import WebhookParts, WebhookWords
 from comfy_worker.jobs import JobState, Kind
+from comfy_worker.payload import unknown_keys
 from comfy_worker.settings import without_credentials
 
 DOOR = "task"
@@ -47,6 +48,8 @@ _STATUSES: Mapping[JobState, str] = {
     JobState.CANCELLED: "cancelled",
 }
 _MOST_LISTED = 1000
+_DEFAULT_ADDRESS = ("127.0.0.1", 8188)
+"""What clients send that leave the choice to the gateway: the default that the API's description names."""
 _ADDRESS = re.compile(r"(?:https?://)?(?:[^\s/?#@:\[\]]+|\[[0-9a-f:.]+\])(?::[0-9]+)?/?", re.IGNORECASE)
 
 TaskStatus = Literal["pending", "processing", "completed", "failed", "cancelled"]
@@ -55,12 +58,13 @@ TaskStatus = Literal["pending", "processing", "completed", "failed", "cancelled"
 class TaskParams(BaseModel):
     """What a task runs; beside these, whatever RunPod's `input` takes (`images`, `delivery`, `webhook`, …)."""
 
+    GOES_ON: ClassVar[bool] = True
     model_config = ConfigDict(extra="allow")
     workflow: dict[str, Any] = Field(description="The graph in ComfyUI's API format.")
     server_address: str | None = Field(
         None,
-        description="`host:port`, or the URL, of the ComfyUI that is to run it: one of the gateway's own; any if left "
-        "out or empty.",
+        description="`host:port`, or the URL, of the ComfyUI that is to run it: one of the gateway's own, or of a "
+        "fleet's workers; any if left out, empty or `127.0.0.1:8188` where none listens there.",
     )
 
 
@@ -173,8 +177,8 @@ class _Door:
         job_input = dict(body["params"])
         address = job_input.pop("server_address", None)
         details = self._parts.details(request)
-        if address:
-            details["only_backend"] = backend_at(address, self._backends())
+        if address and (backend := backend_at(address, self._backends())) is not None:
+            details["only_backend"] = backend
         priority = _PRIORITIES[body["priority"]] if body.get("priority") else None
         job = {"input": job_input, **{name: body[name] for name in RUNPODS_FIELDS if body.get(name)}}
         record = await self._service.submit(
@@ -186,7 +190,7 @@ class _Door:
                 "task_id": record.id,
                 "status": _STATUSES[record.state],
                 "message": "The task was accepted and queued",
-                **warnings_of(body, TaskRequest),
+                **warnings_of(body, TaskRequest, unknown_keys(job_input, "params")),
             }
         )
 
@@ -208,8 +212,10 @@ class _Door:
         return Answer(answer)
 
 
-def backend_at(address: str, backends: list[str]) -> str:
+def backend_at(address: str, backends: list[str]) -> str | None:
     """Return the URL, without a password, of the gateway's ComfyUI at an address, `host:port` or a URL.
+
+    The description's default that is no ComfyUI of the gateway's stands for any of them, and is None.
 
     Raises:
         InvalidInput: none of the gateway's own listens there; a caller must not choose whom the server talks to.
@@ -221,6 +227,8 @@ def backend_at(address: str, backends: list[str]) -> str:
     for backend in backends:
         if _host_and_port(backend) in wanted:
             return without_credentials(backend)
+    if (host, port) == _DEFAULT_ADDRESS:
+        return None
     raise InvalidInput(
         "params.server_address is none of this gateway's ComfyUIs",
         hint="Leave it out, or have its URL added to COMFYUI_BACKENDS",
@@ -240,7 +248,7 @@ def _host_and_port(address: str) -> tuple[str, int]:
         port = parts.port or (443 if parts.scheme == "https" else 80)
     except ValueError:
         return "", 0
-    return "127.0.0.1" if host == "localhost" else host, port
+    return "127.0.0.1" if is_loopback(host) else host, port
 
 
 def result_of(output: Mapping[str, Any]) -> dict[str, Any]:
