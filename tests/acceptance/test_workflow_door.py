@@ -536,8 +536,8 @@ def test_what_is_not_there_is_404(gateway: Served) -> None:
     refused(gateway.post(f"/api/workflow/cancel/{nothing}"), 404, "not_found", nothing)
 
 
-def test_making_a_workflow_out_of_a_text_is_not_there_yet(gateway: Served) -> None:
-    refused(gateway.post("/api/workflow/generate", {"prompt": "x"}), 501, "not_implemented", "is not there yet")
+def test_making_a_workflow_out_of_a_text_needs_what_is_not_there(gateway: Served) -> None:
+    refused(gateway.post("/api/workflow/generate", {"prompt": "x"}), 501, "not_implemented", "needs ComfyGPT")
 
 
 def test_keys_and_sizes_hold_here_too(gateway: Served) -> None:

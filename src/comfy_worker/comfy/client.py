@@ -263,16 +263,28 @@ class ComfyClient:
             folder: self._get_names(f"/models/{quote(folder, safe='')}") for folder in wanted if folder != _NO_MODELS
         }
 
+    def model_facts(self, folder: str) -> Sequence[Mapping[str, Any]]:
+        """Return `name`, `pathIndex`, `size` (bytes) and `modified` of a folder's models; nothing if it is old."""
+        return self._get_list(f"/experiment/models/{quote(folder, safe='')}")
+
+    def model_roots(self) -> Mapping[str, Sequence[str]]:
+        """Return where on ComfyUI's disk the models of each folder lie, in the order that `pathIndex` counts."""
+        return {str(root["name"]): list(root["folders"]) for root in self._get_list("/experiment/models")}
+
     def _get_names(self, path: str) -> Sequence[str]:
         """Return a list of names; an empty one where ComfyUI has nothing at the path."""
+        return [str(name) for name in self._get_list(path)]
+
+    def _get_list(self, path: str) -> Sequence[Any]:
+        """Return a list; an empty one where ComfyUI has nothing at the path."""
         response = self._request("GET", path)
         if response.status_code == requests.codes.not_found:
             return []
         _check(response)
         with contextlib.suppress(ValueError):
-            names = response.json()
-            if isinstance(names, list):
-                return [str(name) for name in names]
+            found = response.json()
+            if isinstance(found, list):
+                return found
         raise ComfyUnreachable(f"ComfyUI answered GET {_endpoint(path)} with something that is not a list")
 
     def _fetch_inputs(self, class_type: str) -> Mapping[str, Any] | None:

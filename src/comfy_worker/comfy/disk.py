@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import shutil
+import stat
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from comfy_worker.comfy.protocol import NodeOutputs
 from comfy_worker.errors import ComfyUnreachable, DiskFull
@@ -88,3 +91,26 @@ def _remove(folder: Path) -> None:
         return
     except OSError as error:
         log.warning("%s could not be removed: %s", folder.name, error.strerror)
+
+
+def remove_file(root: Path, name: str) -> None:
+    """Remove a file below a folder; no part of its name is followed out of there.
+
+    Raises:
+        OSError: it is not there, or may not be removed.
+        ValueError: it is no file in that folder, but a link, say, or below one.
+    """
+    parts = PurePosixPath(name).parts
+    if not parts or ".." in parts or PurePosixPath(name).is_absolute():
+        raise ValueError("the name leads out of the folder")
+    with contextlib.ExitStack() as stack:
+        at = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+        stack.callback(os.close, at)
+        for part in parts[:-1]:
+            if not stat.S_ISDIR(os.stat(part, dir_fd=at, follow_symlinks=False).st_mode):
+                raise ValueError("it lies below a link")
+            at = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=at)
+            stack.callback(os.close, at)
+        if not stat.S_ISREG(os.stat(parts[-1], dir_fd=at, follow_symlinks=False).st_mode):
+            raise ValueError("it is a link or no file")
+        os.unlink(parts[-1], dir_fd=at)

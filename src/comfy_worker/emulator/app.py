@@ -15,7 +15,7 @@ from comfy_worker.emulator.core import EMULATOR, Emulator, cut, emulator_of
 from comfy_worker.emulator.faults import Faults, take
 from comfy_worker.emulator.files import add_file_routes
 from comfy_worker.emulator.jobs import add_job_routes
-from comfy_worker.emulator.models import MODEL_FOLDERS
+from comfy_worker.emulator.models import MODEL_FOLDERS, facts_in, names_in
 from comfy_worker.emulator.prompts import add_prompt_routes
 
 COMFYUI_VERSION = "0.8.0"
@@ -54,6 +54,8 @@ def add_service_routes(router: web.UrlDispatcher) -> None:
         router.add_get(f"{prefix}/features", get_features)
         router.add_get(f"{prefix}/models", get_model_folders)
         router.add_get(f"{prefix}/models/{{folder}}", get_models)
+        router.add_get(f"{prefix}/experiment/models", get_model_roots)
+        router.add_get(f"{prefix}/experiment/models/{{folder}}", get_model_facts)
         router.add_get(f"{prefix}/embeddings", get_embeddings)
 
 
@@ -196,7 +198,24 @@ async def get_models(request: web.Request) -> web.Response:
     folder = request.match_info["folder"]
     if folder not in MODEL_FOLDERS:
         return web.Response(status=404)
-    return web.json_response(list(emulator_of(request).config.models.get(folder, ())))
+    emulator = emulator_of(request)
+    return web.json_response(names_in(emulator.config.models, emulator.folders.models, folder))
+
+
+async def get_model_roots(request: web.Request) -> web.Response:
+    """Tell where on the disk the models of each folder lie."""
+    root = emulator_of(request).folders.models
+    shown = [folder for folder in MODEL_FOLDERS if folder not in ("configs", "custom_nodes")]
+    return web.json_response([{"name": name, "folders": [str(root / name)], "extensions": []} for name in shown])
+
+
+async def get_model_facts(request: web.Request) -> web.Response:
+    """Tell the size and the times of each model in a folder."""
+    folder = request.match_info["folder"]
+    if folder not in MODEL_FOLDERS:
+        return web.Response(status=404)
+    emulator = emulator_of(request)
+    return web.json_response(facts_in(emulator.config.models, emulator.folders.models, folder))
 
 
 async def get_embeddings(request: web.Request) -> web.Response:

@@ -30,6 +30,11 @@ class Folders:
         """Where preview nodes write; emptied at the start."""
         return self.base / "temp"
 
+    @property
+    def models(self) -> Path:
+        """Where model files lie, in a folder for each kind."""
+        return self.base / "models"
+
     def prepare(self) -> None:
         """Make the folders, and empty `temp/` as ComfyUI does when it starts."""
         shutil.rmtree(self.temp, ignore_errors=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from comfy_worker.emulator.folders import Folders
-from comfy_worker.emulator.models import FOLDER_OF_INPUT, Models
+from comfy_worker.emulator.models import FOLDER_OF_INPUT, Models, names_in
 from comfy_worker.emulator.node import Node, Registry
 
 JsonObject = dict[str, Any]
@@ -129,7 +129,7 @@ class NodeInterfaces:
     ) -> list[str] | None:
         folder = FOLDER_OF_INPUT.get((class_type, name))
         if folder is not None:
-            present = list(self._models.get(folder, ()))
+            present = names_in(self._models, self._folders.models, folder)
             return present + [value for value in listed if value not in present]
         if "image_folder" in options:  # the list is fetched from another address, `remote`
             return None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 Models = Mapping[str, Sequence[str]]
 """File names by model folder."""
@@ -39,6 +41,7 @@ DEFAULT_MODELS: Models = {
         "sd3.5_large_fp8_scaled.safetensors",
         "sd_xl_base_1.0.safetensors",
         "v1-5-pruned-emaonly-fp16.safetensors",
+        "v1-5-pruned-emaonly.safetensors",
     ),
     "loras": ("pixel-art-xl.safetensors",),
     "vae": ("ae.safetensors", "hunyuan_video_vae_bf16.safetensors"),
@@ -107,3 +110,26 @@ FOLDER_OF_INPUT: Mapping[tuple[str, str], str] = {
     for entry in entries
 }
 """Which folder a node's input lists, by class and input name."""
+
+
+def names_in(models: Models, base: Path, folder: str) -> list[str]:
+    """Return the models in a folder: those that the emulator claims to have, and the files that lie there."""
+    return [*models.get(folder, ()), *(str(file.relative_to(base / folder)) for file in _files(base, folder))]
+
+
+def facts_in(models: Models, base: Path, folder: str) -> list[dict[str, Any]]:
+    """Return what ComfyUI tells of each model in a folder; one that is only claimed has no bytes."""
+    claimed = [
+        {"name": name, "pathIndex": 0, "modified": 0.0, "created": 0.0, "size": 0} for name in models.get(folder, ())
+    ]
+    return [*claimed, *(_facts(file, base / folder) for file in _files(base, folder))]
+
+
+def _facts(file: Path, folder: Path) -> dict[str, Any]:
+    found = file.stat()
+    times = {"modified": found.st_mtime, "created": found.st_ctime}
+    return {"name": str(file.relative_to(folder)), "pathIndex": 0, **times, "size": found.st_size}
+
+
+def _files(base: Path, folder: str) -> list[Path]:
+    return sorted(file for file in (base / folder).rglob("*") if file.is_file())

@@ -280,6 +280,7 @@ def problems(*statuses: int, model: type[BaseModel] = Problem) -> dict[int | str
     words = {
         400: "The request is not as it must be.",
         401: "The key, or the link's signature, is missing or wrong.",
+        403: "The key may not do this.",
         404: "There is no such job or file (any more), or it is another key's.",
         409: "It cannot be done as things are.",
         413: "The request, or the answer, is too large.",

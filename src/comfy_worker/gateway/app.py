@@ -31,6 +31,7 @@ from comfy_worker.gateway.doors import (
     tasks,
     video,
     workflow,
+    workflow_models,
 )
 from comfy_worker.gateway.doors.parts import Parts
 from comfy_worker.gateway.errors import NotFound
@@ -77,6 +78,7 @@ def create_app(settings: GatewaySettings, keys: Keys) -> FastAPI:
     app.include_router(tasks.router(parts))
     app.include_router(catalog.router(parts))
     app.include_router(workflow.router(parts))
+    app.include_router(workflow_models.router(parts))
     app.include_router(video.router(parts))
     app.include_router(batch.router(parts))
     app.include_router(live.router(gateway.service))
@@ -104,7 +106,7 @@ def _guard(app: FastAPI, settings: GatewaySettings, keys: Keys, limits: RateLimi
         app.add_middleware(
             CORSMiddleware,
             allow_origins=origins,
-            allow_methods=["GET", "HEAD", "POST"],
+            allow_methods=["GET", "HEAD", "POST", "DELETE"],
             allow_headers=[
                 "Authorization",
                 "Content-Type",

@@ -34,6 +34,13 @@ class Unauthorized(WorkerError):
     http_status = 401
 
 
+class Forbidden(WorkerError):
+    """The key is known, and may not do this."""
+
+    code = "forbidden"
+    http_status = 403
+
+
 class RateLimited(WorkerError):
     """The key was used too often in too short a time."""
 

@@ -368,6 +368,20 @@ class JobService:
         in_order = sorted(found, key=lambda record: record.state is JobState.IN_QUEUE)
         return [(number, record) for number, record in enumerate(in_order, 1) if caller.sees(record.owner)]
 
+    async def jobs_with_value(self, value: str) -> Sequence[str]:
+        """Return the ids of all jobs that have not ended and give this text to a node, whoever sent them."""
+
+        def find() -> Sequence[str]:
+            found = []
+            for record in self._store.unfinished():
+                request = self._store.request_of(record.id) or {}
+                graph = workflow_of(request)
+                if any(value in node.get("inputs", {}).values() for node in graph.values()):
+                    found.append(record.id)
+            return found
+
+        return await run_in_threadpool(find)
+
     def place(self, job_id: str) -> Place | None:
         """Return where a job stands in the queue, None if it does not wait."""
         return self._engine.place(job_id)

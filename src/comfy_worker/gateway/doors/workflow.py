@@ -1,4 +1,4 @@
-"""The workflow API: submit a graph, ask for its status, cancel it; queue, models and versions of named workflows."""
+"""The workflow API: submit a graph, ask for its status, cancel it; queue and versions of named workflows."""
 
 from __future__ import annotations
 
@@ -30,14 +30,10 @@ from comfy_worker.gateway.doors.workflow_words import (
 )
 from comfy_worker.gateway.errors import DatabaseUnavailable, NotFound, NotImplementedYet
 from comfy_worker.gateway.events import PREVIEW, STATUS
-from comfy_worker.gateway.metrics import Cached
 from comfy_worker.gateway.middleware import answer_error
 from comfy_worker.gateway.records import JobRecord
 from comfy_worker.gateway.websockets import tell
 from comfy_worker.jobs import JobState
-
-_MODELS_AGE_S = 1.0
-"""To list them takes ComfyUI a request for each folder."""
 
 PromptId = Annotated[str, Path(pattern=JOB_ID)]
 TemplateName = Annotated[str, Path(max_length=255, examples=["solid-color"])]
@@ -75,7 +71,6 @@ def router(parts: Parts) -> APIRouter:
     for path, handler, operation_id, model, statuses in (
         ("/api/workflow/status/{prompt_id}", door.status, "workflow_status", WorkflowStatus, (404,)),
         ("/api/queue", door.queue, "workflow_queue", WorkflowQueue, ()),
-        ("/api/models", door.models, "models", dict[str, list[str]], (503,)),
         ("/api/workflows/{name}/versions", door.versions, "workflow_versions", WorkflowVersions, (404,)),
     ):
         api.add_api_route(
@@ -94,7 +89,6 @@ class _Door:
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self._service = parts.service
-        self._models = Cached(lambda: dict(parts.service.comfyui().models()), _MODELS_AGE_S)
 
     async def submit(self, request: Request) -> Answer:
         """Queue a workflow and return its id."""
@@ -120,8 +114,8 @@ class _Door:
     async def generate(self) -> Answer:
         """Make a workflow out of a text; that is not there yet, and this always answers 501."""
         raise NotImplementedYet(
-            "Making a workflow out of a text is not there yet",
-            hint="Submit a workflow, or name one as template",
+            "Making a workflow out of a text needs ComfyGPT, which this gateway does not have",
+            hint="Submit a workflow, or name one of GET /api/v1/comfyui/workflows as template",
         )
 
     async def status(self, request: Request, prompt_id: PromptId) -> Answer:
@@ -145,11 +139,6 @@ class _Door:
         unfinished = await self._service.unfinished()
         states = {"running": JobState.IN_PROGRESS, "pending": JobState.IN_QUEUE}
         return Answer({name: _numbered(unfinished, state) for name, state in states.items()})
-
-    async def models(self) -> Answer:
-        """Return the files in each of ComfyUI's model folders."""
-        await check_comfyui(self._service)
-        return Answer(await run_in_threadpool(self._models.get))
 
     async def versions(self, name: TemplateName) -> Answer:
         """Return all known versions of a named workflow, the latest in front."""
