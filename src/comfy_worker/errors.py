@@ -28,9 +28,12 @@ these at the edge where they arise, and these become an answer at the edge of th
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from comfy_worker.redact import redact
+
+if TYPE_CHECKING:
+    from comfy_worker.jobs import JobResult
 
 _LONGEST_SENTENCE = 8000
 """Characters of a message; it may quote what a caller sent, as long as that likes."""
@@ -43,6 +46,7 @@ class WorkerError(Exception):
         code: stable name of the kind of failure.
         http_status: what an HTTP door answers with.
         retryable: whether the same job may succeed when it is sent again unchanged.
+        partial: what the job had made by then, delivered; None for nothing.
     """
 
     code: ClassVar[str]
@@ -54,6 +58,7 @@ class WorkerError(Exception):
         self.message = message
         self.details = details
         self.hint = hint
+        self.partial: JobResult | None = None
 
     def as_output(self, secrets: Iterable[str | None] = ()) -> dict[str, Any]:
         """Return the failure as the `output` of a RunPod job: JSON-safe, without paths and `secrets`."""

@@ -261,7 +261,7 @@ class Timings:
 
 @dataclass(frozen=True)
 class JobResult:
-    """What a job that succeeded hands back; `warnings` is what went wrong without failing it."""
+    """What a job hands back, all or, if it failed, what it had made; `warnings` is what went wrong besides."""
 
     prompt_id: str
     artifacts: tuple[Artifact, ...]

@@ -132,6 +132,15 @@ def deliver_outputs(
         Cancelled: the job was cancelled meanwhile.
         WorkerError: there were files and none could be delivered; the first one's failure.
     """
+    artifacts, failures, warnings = deliver_each(job, found, client, storage, stop)
+    _check_failures(failures, artifacts, found)
+    return artifacts, warnings
+
+
+def deliver_each(
+    job: Job, found: Found, client: ComfyClient, storage: Storage, stop: Stop
+) -> tuple[list[Artifact], list[WorkerError], list[str]]:
+    """Deliver as `deliver_outputs` does; return what became of it: what arrived, the failures, the warnings."""
     delivery = _Delivery(job, client, storage, found, stop)
     pending = [
         client.transfers.submit(delivery.deliver, file, path)
@@ -139,7 +148,7 @@ def deliver_outputs(
     ]
     # Whatever becomes of one of them: none is under way any more when the job's folder is removed.
     wait(pending)
-    artifacts, warnings, failures = [], list(found.lost), []
+    artifacts, failures, warnings = [], [], list(found.lost)
     for file, future in zip(found.files, pending, strict=True):
         try:
             artifact, notes = future.result()
@@ -149,8 +158,7 @@ def deliver_outputs(
         else:
             artifacts.append(artifact)
         warnings += notes
-    _check_failures(failures, artifacts, found)
-    return artifacts, warnings
+    return artifacts, failures, warnings
 
 
 def _check_failures(failures: Sequence[WorkerError], artifacts: Sequence[Artifact], found: Found) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
@@ -345,6 +345,26 @@ def result_as_output(result: JobResult) -> dict[str, Any]:
     output["prompt_id"] = result.prompt_id
     output["timings"] = asdict(result.timings)
     return output
+
+
+_OF_ERRORS = ("error", "code", "hint", "details")
+
+
+def failure_as_output(error: WorkerError, secrets: Iterable[str | None] = ()) -> dict[str, Any]:
+    """Return a failure as the `output` of a RunPod job, with what the job had made beside it and `partial: true`."""
+    output = error.as_output(secrets)
+    if error.partial is None:
+        return output
+    made = {name: value for name, value in result_as_output(error.partial).items() if name != "status"}
+    return {**output, **made, "partial": True}
+
+
+def split_failure(output: Mapping[str, Any]) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """Return what a failed job had made, None if that was nothing, and `{error, code, …}`."""
+    if output.get("partial") is not True:
+        return None, dict(output)
+    error = {name: output[name] for name in _OF_ERRORS if name in output}
+    return {name: value for name, value in output.items() if name not in error}, error
 
 
 def _artifacts(result: JobResult, kind: Kind) -> list[dict[str, Any]]:

@@ -7,7 +7,6 @@ import math
 import time
 import uuid
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from comfy_worker.comfy.client import ComfyClient
@@ -47,31 +46,14 @@ from comfy_worker.jobs import (
     Timings,
     ignore_events,
 )
+from comfy_worker.leftovers import Made, deliver_leftovers
 from comfy_worker.outputs import deliver_outputs, find_outputs
 from comfy_worker.stop import Stop
 from comfy_worker.storage import Storage
+from comfy_worker.turns import Turns
 from comfy_worker.workflow import WEBSOCKET_OUTPUT_NODE, copy_graph, prefix_outputs
 
 log = logging.getLogger(__name__)
-
-
-class Turns:
-    """When a job may do what: here at once; a gateway with many jobs lets them take turns.
-
-    Each method returns a context in which the job does its part; entering it waits for the job's turn.
-    """
-
-    def staging(self) -> AbstractContextManager[None]:
-        """Upload inputs."""
-        return nullcontext()
-
-    def generating(self) -> AbstractContextManager[None]:
-        """Be in ComfyUI's queue."""
-        return nullcontext()
-
-    def delivering(self) -> AbstractContextManager[None]:
-        """Hand outputs over."""
-        return nullcontext()
 
 
 def run_job(
@@ -88,7 +70,8 @@ def run_job(
     ComfyUI when this returns or raises, unless ComfyUI itself no longer answers.
 
     Raises:
-        WorkerError: the job failed, was cancelled or took too long; the class says which.
+        WorkerError: the job failed, was cancelled or took too long; the class says which. What it had made by then is
+            its `partial`.
     """
     return _Run(job, client, storage, on_event, stop or Stop(), turns or Turns()).run()
 
@@ -108,19 +91,28 @@ class _Run:
         self._graph = copy_graph(job.workflow)
         self._warnings = list(job.warnings)
         self._protocol = PromptProtocol(job.prompt_id, job.workflow)
-        self._reported: dict[str, Mapping[str, Any]] = {}
+        self._made = Made()
         self._began: dict[Stage, float] = {}
 
     def run(self) -> JobResult:
         disk = self._client.disk
         if disk is None:
-            return self._run()
+            return self._run_and_keep()
         disk.check_free()
         try:
-            return self._run()
+            return self._run_and_keep()
         finally:
             if not self._stop.detached:
-                disk.clean_up(self._job.prompt_id, self._reported)
+                disk.clean_up(self._job.prompt_id, self._made.outputs)
+
+    def _run_and_keep(self) -> JobResult:
+        try:
+            return self._run()
+        except WorkerError as error:
+            # What ran of a workflow that was refused is not wanted; what was to be delivered was tried.
+            if not isinstance(error, InvalidWorkflow) and Stage.DELIVERING not in self._began:
+                error.partial = self._partial_result()
+            raise
 
     def _run(self) -> JobResult:
         self._enter(Stage.STAGING)
@@ -202,7 +194,7 @@ class _Run:
             self._note_unheard_outputs()
             raise
         finally:
-            self._reported.update(self._protocol.outputs)
+            self._made.add(self._protocol)
         if isinstance(outcome, (NodeFailed, WasInterrupted)):
             self._note_unheard_outputs()
         self._end_broken_comfyui(outcome)
@@ -263,15 +255,17 @@ class _Run:
             self._end_hanging_comfyui()
 
     def _note_unheard_outputs(self) -> None:
-        """Note what a prompt without success left on ComfyUI's disk and the websocket did not tell: to be removed."""
-        if self._client.disk is None:
+        """Note what a prompt without success had made and the websocket did not tell: to be delivered, and removed."""
+        if self._client.disk is None and self._stop.is_set() and not self._stop.is_late:
             return
         try:
             entry = self._client.history(self._protocol.prompt_id) or {}
         except WorkerError as error:
-            log.warning("previews of prompt %s may stay on the disk: %s", self._protocol.prompt_id, error)
+            log.warning(
+                "what prompt %s made last may be lost, and stay on the disk: %s", self._protocol.prompt_id, error
+            )
         else:
-            self._reported.update(entry.get("outputs") or {})
+            self._made.outputs.update(entry.get("outputs") or {})
 
     def _end_hanging_comfyui(self) -> None:
         """Have start.sh start a new ComfyUI in place of one that takes connections and never answers."""
@@ -341,7 +335,7 @@ class _Run:
 
     def _deliver(self, outputs: NodeOutputs) -> JobResult:
         self._enter(Stage.DELIVERING)
-        self._reported.update(outputs)
+        self._made.outputs.update(outputs)
         found = find_outputs(
             outputs, self._protocol.images, self._job.workflow, include_previews=self._job.include_previews
         )
@@ -351,6 +345,28 @@ class _Run:
             artifacts=tuple(artifacts),
             texts=found.texts,
             warnings=(*self._warnings, *warnings),
+            timings=self._timings(),
+        )
+
+    def _partial_result(self) -> JobResult | None:
+        """Return what a job that failed had made, delivered; None for nothing."""
+        if Stage.QUEUED not in self._began:
+            return None
+        try:
+            left = deliver_leftovers(self._job, self._made, self._client, self._storage, self._stop, self._turns)
+        except Cancelled:
+            return None  # nobody waits for it any more
+        except Exception:
+            # The first failure is the one to tell.
+            log.exception("what job %s had made before it failed could not be delivered", self._job.id)
+            return None
+        if left is None:
+            return None
+        return JobResult(
+            prompt_id=self._protocol.prompt_id,
+            artifacts=tuple(left.artifacts),
+            texts=tuple(left.texts),
+            warnings=(*self._warnings, *left.warnings),
             timings=self._timings(),
         )
 
@@ -367,7 +383,7 @@ class _Run:
     def _timings(self) -> Timings:
         now = time.monotonic()
         staged, queued = self._began[Stage.STAGING], self._began[Stage.QUEUED]
-        delivering = self._began[Stage.DELIVERING]
+        delivering = self._began.get(Stage.DELIVERING, now)
         # A prompt may have ended before it was heard, or seen in the queue, to run.
         running = self._began.get(Stage.RUNNING, queued)
         return Timings(

@@ -13,20 +13,27 @@ class Stop:
     """A cancel that can be set once, from any thread, and wakes whoever is blocked on the job's behalf.
 
     The one who sets it waits for `run_job` to return: only then is the prompt out of ComfyUI.
+
+    Attributes:
+        detached: only whoever follows the job ends.
+        is_late: it ends because its time is up: what it has made is still wanted.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._event = threading.Event()
         self.detached = False
+        self.is_late = False
         self._wake_ups: list[Callable[[], None]] = []
 
-    def set(self, *, detach: bool = False) -> None:
-        """Ask the job to end; more than once changes nothing.
+    def set(self, *, detach: bool = False, late: bool = False) -> None:
+        """Ask the job to end; more than once changes nothing, but that one that is late may still be cancelled.
 
-        With `detach` only whoever follows it ends: its prompt stays in ComfyUI, and another takes it up there.
+        With `detach` only whoever follows it ends: its prompt stays in ComfyUI, and another takes it up there. With
+        `late` its time is up.
         """
         with self._lock:
+            self.is_late = late and (self.is_late or not self._event.is_set())
             self.detached = self.detached or (detach and not self._event.is_set())
             self._event.set()
             wake_ups = list(self._wake_ups)

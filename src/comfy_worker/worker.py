@@ -13,11 +13,12 @@ from comfy_worker.comfy.client import ComfyClient
 from comfy_worker.envelope import HOW_TO_SEND
 from comfy_worker.errors import InternalError, InvalidInput, OutputTooLarge, WorkerError
 from comfy_worker.jobs import Job, OnEvent, ignore_events
-from comfy_worker.payload import parse_job, result_as_output
-from comfy_worker.pipeline import Turns, run_job
+from comfy_worker.payload import failure_as_output, parse_job, result_as_output, split_failure
+from comfy_worker.pipeline import run_job
 from comfy_worker.settings import Settings
 from comfy_worker.stop import Stop
 from comfy_worker.storage import Storages
+from comfy_worker.turns import Turns
 from comfy_worker.webhooks import Webhooks, check_webhook
 
 log = logging.getLogger(__name__)
@@ -129,7 +130,7 @@ class Worker:
             storage = self._storages.choose(job.delivery, budget, job.bucket)
             return result_as_output(run_job(job, self.client, storage, on_event, stop, turns))
         except WorkerError as error:
-            output = error.as_output([*self.settings.secrets(), *job.secrets])
+            output = failure_as_output(error, [*self.settings.secrets(), *job.secrets])
             log.info("job %s failed: %s", job.id, output["error"])
             return output
 
@@ -137,13 +138,17 @@ class Worker:
 def _within(output: dict[str, Any], limit: int | None) -> dict[str, Any]:
     """Return the output if it fits; the platform would drop it otherwise and call the job done.
 
-    Of a failure that does not fit, the beginning of its sentence is kept.
+    Of a failure that does not fit, what had been made goes; then the beginning of its sentence is kept.
 
     Raises:
         OutputTooLarge: it does not fit.
     """
     if limit is None or (size := _bytes_of(output)) <= limit:
         return output
+    made, error = split_failure(output)
+    if made is not None:
+        lost = "What the job had made does not fit into the answer"
+        return _within({**error, "errors": [lost]}, limit)
     if "error" in output:
         return {"error": f"{output['error'][:_LONGEST_SENTENCE]}…", "code": output["code"]}
     raise OutputTooLarge(

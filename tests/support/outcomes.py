@@ -302,6 +302,14 @@ row is the same whatever becomes of the socket. `tests/integration/test_outcomes
 emulator and, where one is there, on a real ComfyUI, and keeps this page in step.
 """
 _HOW_SOON = """\
+## What had been made
+
+A job that fails in ComfyUI hands back what its nodes had saved, sent or said by then: `images`, `videos`, `texts`, …,
+and `partial: true` beside `error` and `code`, through every API, in webhooks and at a desk. So does one that was
+interrupted or ran too long, and one whose ComfyUI died, if its files can be reached. It has 30 s for that; a file
+that does not make it is a sentence in `errors`, and never changes why the job failed. Of a job that its caller
+cancelled nothing is handed over. Where a workflow ran twice, each node's last files count.
+
 ## How soon
 
 Seconds from the event to the end of the job, at the default settings; the time that a node takes to heed an interrupt

@@ -119,6 +119,14 @@ def test_each_end_is_one_of_ours(status: dict[str, Any], state: str, error: Any)
         assert outcome.error == error
 
 
+def test_what_a_failed_job_had_made_is_its_output() -> None:
+    made = {"images": [{"filename": "a.png"}], "partial": True}
+    error = {"code": "execution_failed", "details": {"node_id": "3"}}
+    told = {"status": "FAILED", "error": "Oh", "output": {"error": "Oh", **error, **made}}
+    outcome = outcome_of(told, [SECRET])
+    assert (outcome.state.value, outcome.output, outcome.error) == ("FAILED", made, {"error": "Oh", **error})
+
+
 def test_only_a_job_that_runs_tells_how_far_it_is() -> None:
     output = {"stage": "running", "percent": 5}
     assert progress_in({"status": "IN_PROGRESS", "output": output}) == output

@@ -135,7 +135,7 @@ def stop_late(in_hand: Iterable[RunningJob]) -> None:
         is_before_delivery = running.stage is not Stage.DELIVERING
         if running.deadline is not None and now >= running.deadline and is_before_delivery:
             running.timed_out = True
-            running.stop.set()
+            running.stop.set(late=True)
 
 
 def choose(job: Waiting, backends: list[Backend]) -> Backend | None:

@@ -32,7 +32,7 @@ from comfy_worker.gateway.progress_webhooks import ProgressWebhooks, Tell
 from comfy_worker.gateway.settings import GatewaySettings
 from comfy_worker.gateway.store import Store, moment
 from comfy_worker.jobs import Job, JobState
-from comfy_worker.payload import parse_job
+from comfy_worker.payload import parse_job, split_failure
 from comfy_worker.worker import json_safe
 from comfy_worker.workflow import WEBSOCKET_OUTPUT_NODE
 
@@ -197,7 +197,7 @@ class Runner:
             return  # it goes on in ComfyUI, and the next start takes it up
         if running.timed_out and code == Cancelled.code:
             sentence = f"The job ran for longer than {job.record.execution_timeout_s:g} seconds"
-            code, output = TimedOut.code, TimedOut(sentence).as_output()
+            code, output = TimedOut.code, {**output, **TimedOut(sentence).as_output()}
         was_lost = is_resumed and not running.stop.is_set() and _has_lost_something(output)
         again = was_lost or self._may_do_better_elsewhere(running, code)
         if again and self._again(running, "its files went while nobody watched" if was_lost else output["error"]):
@@ -207,7 +207,8 @@ class Runner:
         else:
             states = {Cancelled.code: JobState.CANCELLED, TimedOut.code: JobState.TIMED_OUT}
             state = states.get(str(code), JobState.FAILED)
-            self._finish(job, state, error=output, ran_from=running.began_at)
+            made, error = split_failure(output)
+            self._finish(job, state, output=made, error=error, ran_from=running.began_at)
 
     def _may_do_better_elsewhere(self, running: RunningJob, code: str | None) -> bool:
         if code not in _NOT_ITS_FAULT:

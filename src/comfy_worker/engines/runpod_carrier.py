@@ -324,7 +324,10 @@ class Carrier:
                 kept = await self._do(lambda: keep_files(job.id, output, self._assets.storage()))
                 outcome = replace(outcome, output=kept)
             except WorkerError as error:
-                outcome = Outcome(JobState.FAILED, None, error.as_output(self._secrets), outcome.ran_s)
+                log.warning("what RunPod made of job %s could not be kept: %s", job.id, error)
+                failure = outcome.error or error.as_output(self._secrets)
+                state = JobState.FAILED if outcome.state is JobState.COMPLETED else outcome.state
+                outcome = Outcome(state, None, failure, outcome.ran_s)
         await self._finish(job, outcome)
 
     async def _fail(self, job: RemoteJob, error: WorkerError) -> None:

@@ -22,6 +22,7 @@ from comfy_worker.gateway.limits import MB, RUN_LIMIT
 from comfy_worker.gateway.records import NORMAL_PRIORITY, JobRecord
 from comfy_worker.jobs import JobState, Kind
 from comfy_worker.media import mime_type_of_name
+from comfy_worker.payload import split_failure
 from comfy_worker.storage.content import InMemory
 from comfy_worker.storage.keys import safe_name, safe_path
 from comfy_worker.storage.parcel import Parcel, Storage
@@ -44,7 +45,7 @@ class Outcome:
 
     Attributes:
         state: one that is terminal.
-        output: what the worker returned, its files as they came.
+        output: what the worker returned, its files as they came; of one that failed, what it had made.
         error: `{error, code, …}` of one that did not complete; None of one that was cancelled without a word.
         ran_s: how long it ran, in seconds; None if RunPod does not say.
     """
@@ -120,10 +121,11 @@ def outcome_of(status: Mapping[str, Any], secrets: Iterable[str | None]) -> Outc
         # As RunPod does with a result that it found too large.
         lost = OutputMissing("RunPod calls the job completed, and has no output of it")
         return Outcome(JobState.FAILED, None, lost.as_output(), ran_s)
-    error = redact_all(_error_in(status, state), list(secrets))
+    made, error = split_failure(_error_in(status, state))
+    error = redact_all(error, list(secrets))
     if state in (JobState.COMPLETED, JobState.FAILED):
         state = status_of(error)  # a worker that met its own time limit fails, in RunPod's words
-    return Outcome(state, None, None if state is JobState.CANCELLED else error, ran_s)
+    return Outcome(state, made, None if state is JobState.CANCELLED else error, ran_s)
 
 
 def _error_in(status: Mapping[str, Any], state: JobState) -> dict[str, Any]:

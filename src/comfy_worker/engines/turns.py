@@ -8,8 +8,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
-from comfy_worker.pipeline import Turns
 from comfy_worker.stop import Stop
+from comfy_worker.turns import Turns
 
 
 class Gate:
