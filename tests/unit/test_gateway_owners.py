@@ -32,7 +32,7 @@ BATCH = "alices-batch"
 JOB = f"{BATCH}-1"
 FILE = "9/picture.png"
 OF_JOBS = ("job_id", "request_id", "prompt_id", "task_id", "execution_id")
-NOT_OF_JOBS = ("endpoint_id", "workflow_id", "name")
+NOT_OF_JOBS = ("endpoint_id", "workflow_id", "name", "folder")
 
 
 @dataclass(frozen=True)
