@@ -536,6 +536,14 @@ def test_what_is_not_there_is_404(gateway: Served) -> None:
     refused(gateway.post(f"/api/workflow/cancel/{nothing}"), 404, "not_found", nothing)
 
 
+@pytest.mark.parametrize("path", ["/api/workflow/submit", "/api/workflow/batch"])
+def test_a_link_to_a_node_that_is_not_there_is_refused(gateway: Served, path: str) -> None:
+    graph = picture((1, 2, 3))
+    graph["9"]["inputs"]["images"] = ["77", 0]
+    body = {"workflow": {"prompt": graph}, **({"seeds": [1]} if path.endswith("batch") else {})}
+    refused(gateway.post(path, body), 400, "invalid_workflow", "77")
+
+
 def test_making_a_workflow_out_of_a_text_needs_what_is_not_there(gateway: Served) -> None:
     refused(gateway.post("/api/workflow/generate", {"prompt": "x"}), 501, "not_implemented", "needs ComfyGPT")
 
