@@ -536,6 +536,7 @@ def test_it_may_refuse_a_value_in_its_own_words(folder: Path, modifiers: Modifie
         ("[]", "no workflow but a list"),
         ("{'1': {1, 2}}", "a workflow that is not JSON"),
         ("{'1': float('nan')}", "a workflow that is not JSON"),
+        ("{'1': 10**400}", "a workflow that is not JSON"),
         ("{'1': self}", "a workflow that is not JSON"),
     ],
 )

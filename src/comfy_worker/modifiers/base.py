@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from comfy_worker.errors import InvalidInput
 from comfy_worker.modifiers.errors import MissingValue, ModifierFailed
 from comfy_worker.modifiers.random_ints import HIGHEST, RANDOM_INT, fill_random_ints
 from comfy_worker.modifiers.values import Values
+from comfy_worker.strict_json import NotStrictJson, parse_json
 
 _URL = re.compile(r"https?://", re.IGNORECASE)
 _ON_COMFYUIS_DISK = ("input_dir", "download_file", "find_input_file", "list_files_in_directory", "get_file_extension")
@@ -127,8 +127,8 @@ class BaseModifier:
     def _read_workflow(self) -> dict[str, Any]:
         file = self._find_workflow()
         try:
-            workflow = json.loads(file.read_bytes())
-        except (OSError, ValueError, RecursionError):
+            workflow = parse_json(file.read_bytes())
+        except (OSError, NotStrictJson):
             raise ModifierFailed(f"Modifier {self._name} cannot read its workflow {file.name}") from None
         if not isinstance(workflow, dict):
             raise ModifierFailed(f"Modifier {self._name} has a workflow that is no object of nodes: {file.name}")

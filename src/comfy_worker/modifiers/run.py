@@ -17,6 +17,7 @@ from typing import Any
 from comfy_worker.errors import InvalidInput
 from comfy_worker.modifiers.errors import MissingValue, ModifierFailed
 from comfy_worker.modifiers.loader import FoundModifier, Modifiers, where_in
+from comfy_worker.strict_json import parse_json
 
 log = logging.getLogger(__name__)
 
@@ -146,7 +147,7 @@ def _as_json(name: str, workflow: Any) -> dict[str, Any]:
     if not isinstance(workflow, dict):
         raise ModifierFailed(f"Modifier {name} made no workflow but a {type(workflow).__name__}")
     try:
-        made: dict[str, Any] = json.loads(json.dumps(workflow, allow_nan=False))
+        made: dict[str, Any] = parse_json(json.dumps(workflow, allow_nan=False))
     except (TypeError, ValueError, RecursionError):
         raise ModifierFailed(f"Modifier {name} made a workflow that is not JSON") from None
     return made
