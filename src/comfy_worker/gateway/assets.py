@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import base64
 import shutil
-from collections.abc import Callable, Mapping
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -14,15 +17,30 @@ from comfy_worker.jobs import Kind
 from comfy_worker.storage.keys import safe_name
 from comfy_worker.storage.local import LocalStorage
 
+_LENT_S = 3600
 _SCHEME = "asset:"
 """Of the URL under which an output is noted in the store; the rest is `/<job>/<path>`."""
 
 
+@dataclass(frozen=True)
+class Loan:
+    """An asset that another gateway has: which run of its job made it, and its content."""
+
+    version: str
+    pieces: Iterable[bytes]
+
+
 class AssetStore:
-    """Keeps outputs until their job expires."""
+    """Keeps outputs until their job expires.
+
+    Attributes:
+        elsewhere: returns an asset that is not here, None if it is nowhere.
+    """
 
     def __init__(self, folder: Path) -> None:
+        self.elsewhere: Callable[[str], Loan | None] | None = None
         self._folder = folder
+        self._loans = folder.with_name(f"{folder.name}_of_others")
         folder.mkdir(parents=True, exist_ok=True)
 
     def storage(self) -> LocalStorage:
@@ -35,17 +53,37 @@ class AssetStore:
         Raises:
             NotFound: there is none of this name (any more), or the name leads elsewhere.
         """
-        try:
-            found = (self._folder / path).resolve()
-            of_job = (self._folder / path.partition("/")[0]).resolve()
-            is_in_its_folder = of_job.parent == self._folder.resolve() and found.is_relative_to(of_job)
-            is_ours = is_in_its_folder and found.is_file()
-        except (OSError, ValueError):
-            # No file can have such a name: it is too long, or has a zero byte.
-            is_ours = False
-        if not is_ours:
+        found = _inside(self._folder, path)
+        if found is not None and not found.is_file():
+            found = self._borrowed(path)
+        if found is None:
             raise no_such_file()
         return found
+
+    def _borrowed(self, path: str) -> Path | None:
+        """Return where a copy of an asset lies that is not ours; it is made if it is not there."""
+        loan = None if self.elsewhere is None else self.elsewhere(path)
+        if loan is None:
+            return None
+        job_id, _, rest = path.partition("/")
+        target = _inside(self._loans, f"{job_id}@{loan.version}/{rest}")
+        if target is None or target.is_file():
+            return target
+        self._forget_old_loans()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(f".{uuid.uuid4().hex}.part")
+        try:
+            with part.open("xb") as file:
+                file.writelines(loan.pieces)
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
+        return target
+
+    def _forget_old_loans(self) -> None:
+        for job in self._loans.glob("*"):
+            if job.stat().st_mtime < time.time() - _LENT_S:
+                shutil.rmtree(job, ignore_errors=True)
 
     def remove(self, job_id: str) -> None:
         """Remove all assets of a job."""
@@ -71,6 +109,19 @@ class AssetStore:
 def no_such_file() -> NotFound:
     """Return the error that says that a file is not there; of a file that its caller may not see, too."""
     return NotFound("There is no such file (any more)")
+
+
+def _inside(folder: Path, path: str) -> Path | None:
+    """Return where `<job>/<path>` lies below a folder, if it is in its job's own; None if it leads elsewhere."""
+    try:
+        found = (folder / path).resolve()
+        of_job = (folder / path.partition("/")[0]).resolve()
+        is_in_its_folder = of_job.parent == folder.resolve() and found.is_relative_to(of_job)
+        # No file can have a name that is too long or has a zero byte.
+        found.is_file()
+    except (OSError, ValueError):
+        return None
+    return found if is_in_its_folder else None
 
 
 def with_urls(output: Mapping[str, Any], url_of: Callable[[str], str]) -> dict[str, Any]:

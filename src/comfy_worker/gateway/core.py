@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from comfy_worker.catalog.library import Library
 from comfy_worker.catalog.versions import KeptVersions
@@ -27,6 +29,7 @@ from comfy_worker.gateway.upkeep import Upkeep
 
 if TYPE_CHECKING:
     from comfy_worker.engines.celery import CeleryEngine
+    from comfy_worker.gateway.peers import Peers
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +74,7 @@ class Gateway:
             self.callbacks = CallbackLinks(own_key, settings.public_url)
             self._notes = ProgressNotes(self.store, settings.progress_note_s)
             self._engine = self._make_engine(settings)
+            self._peers = self._make_peers(settings, data)
             self._upkeep = Upkeep(
                 self.store,
                 self.bus,
@@ -85,6 +89,7 @@ class Gateway:
                 max_queue_size=settings.max_queue_size,
                 webhook_url=settings.webhook_url,
                 library=self.library,
+                peers=self._peers,
             )
             self._held = stack.pop_all()
 
@@ -98,6 +103,31 @@ class Gateway:
         if settings.engine == "runpod":
             return RunpodEngine(*parts, self.callbacks.url)
         return LocalEngine(*parts)
+
+    def _make_peers(self, settings: GatewaySettings, data: Path) -> Peers | None:
+        """Return the other gateways at the same Redis, where each has jobs of its own."""
+        if settings.engine != "local" or settings.api_cache != "redis":
+            return None
+        # Loaded late: Redis's client is an extra of its own.
+        from comfy_worker.gateway.peer_files import lend
+        from comfy_worker.gateway.peers import Peers
+
+        name = kept_secret(data / "gateway.id", lambda: uuid.uuid4().hex)
+        peers = Peers(settings.broker_url.get_secret_value(), name, self.store)
+        self.store.when_changed = peers.note
+        self.assets.elsewhere = partial(lend, peers)
+        return peers
+
+    def _act_for_peer(self, asked: Mapping[str, Any]) -> Any:
+        from comfy_worker.gateway.peer_files import WHAT, piece
+
+        if asked["what"] == WHAT:
+            return piece(self.assets, asked)
+        done = self.service.act(asked)
+        if asked["what"] == "give_up" and done:
+            # Whoever asks here for a file of this name is to get the new job's.
+            self.assets.remove(str(asked["id"]))
+        return done
 
     def hear_from_runpod(self, job_id: str, remote_id: str | None) -> None:
         """Be told by RunPod that a job has ended there, under RunPod's own id."""
@@ -114,6 +144,8 @@ class Gateway:
         self._notes.start()
         self._deliveries.start()
         self._upkeep.start()
+        if self._peers is not None:
+            self._peers.start(self.service.snapshot, self._act_for_peer)
 
     def let_go(self) -> None:
         """Let all who wait for a job or hear its events go at once, because the gateway ends."""
@@ -128,6 +160,8 @@ class Gateway:
 
     def stop(self) -> None:
         """End without losing anything: prompts stay in ComfyUI, and the next start takes them up."""
+        if self._peers is not None:
+            self._peers.stop()
         self._engine.stop()
         self._notes.stop()
         self._deliveries.stop()

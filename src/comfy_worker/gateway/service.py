@@ -12,10 +12,12 @@ import hashlib
 import json
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
 
 from starlette.concurrency import run_in_threadpool
 
@@ -25,7 +27,7 @@ from comfy_worker.comfy.client import ComfyClient
 from comfy_worker.envelope import read_input
 from comfy_worker.errors import InvalidInput
 from comfy_worker.gateway.callers import current_caller
-from comfy_worker.gateway.errors import NotFound, NotPossible
+from comfy_worker.gateway.errors import DatabaseUnavailable, DuplicateRequest, NotFound, NotPossible
 from comfy_worker.gateway.events import GAP, PREVIEW, PROGRESS, STATUS, Event, EventBus, Listening, last_progress
 from comfy_worker.gateway.receivers import check_receiver
 from comfy_worker.gateway.records import LOW_PRIORITY, NORMAL_PRIORITY, JobRecord
@@ -35,6 +37,11 @@ from comfy_worker.payload import workflow_of
 from comfy_worker.prefetch import signature
 from comfy_worker.storage.keys import safe_name
 
+if TYPE_CHECKING:
+    from comfy_worker.gateway.peers import Peers
+
+_MOST_PLACES = 1000
+"""Of waiting jobs other gateways are told the places of so many."""
 _SYNC_RETENTION_S = 60.0
 _RUN_RETENTION_S = 1800.0
 _LONGEST_ID = 128
@@ -95,10 +102,11 @@ class JobService:
         max_queue_size: int,
         webhook_url: str | None = None,
         library: Library | None = None,
+        peers: Peers | None = None,
     ) -> None:
         """Take the parts; `webhook_url` is told of every job that names no webhook of its own.
 
-        Without a library a job's `template` is left to fail.
+        Without a library a job's `template` is left to fail. `peers` are other gateways whose jobs are shown too.
         """
         self._store = store
         self._bus = bus
@@ -106,6 +114,7 @@ class JobService:
         self._max_queue_size = max_queue_size
         self._webhook_url = webhook_url
         self._library = library
+        self._peers = peers
         self._cancelling: dict[str, asyncio.Future[None]] = {}
 
     async def submit(
@@ -172,6 +181,8 @@ class JobService:
         # The key stands for what was sent: a template may become another workflow each time.
         body_hash = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
         record = self._record(job_id, request, endpoint_id, retention_s, priority, door, details)
+        if self._peers is not None:
+            self._free_id(self._peers, record, replace_ended=replace_ended)
         if cache_key is not None:
             # It was made of the request already.
             key = _own_key(record.owner, "cache", cache_key)
@@ -184,6 +195,19 @@ class JobService:
             # What is remembered of the one before is not this one's.
             self._bus.forget(job_id)
         return added
+
+    @staticmethod
+    def _free_id(peers: Peers, record: JobRecord, *, replace_ended: bool) -> None:
+        """Have another gateway give up a job's id, if it has one; raise `DuplicateRequest` if it does not."""
+        try:
+            copy = peers.find(record.id)
+        except DatabaseUnavailable:
+            # Nobody knows; no job is refused because the Redis is away.
+            return
+        if copy is None:
+            return
+        if not replace_ended or not peers.ask(copy.gateway, "give_up", id=record.id, owner=record.owner):
+            raise DuplicateRequest(f"There is a job with the id {record.id!r} already")
 
     async def submit_all(
         self, requests: Mapping[str, Mapping[str, Any]], *, door: str, details: Mapping[str, Any] | None = None
@@ -261,10 +285,27 @@ class JobService:
             NotFound: there is none with this id (any more), or none that the caller may see.
         """
         caller = current_caller()
-        record = await run_in_threadpool(self._store.get, job_id)
+        record = await run_in_threadpool(self._find, job_id)
         if record is None or not caller.sees(record.owner):
             raise NotFound(f"There is no job {job_id!r} (any more)")
         return record
+
+    def _find(self, job_id: str) -> JobRecord | None:
+        record = self._store.get(job_id)
+        if record is not None or self._peers is None:
+            return record
+        copy = self._peers.find(job_id)
+        return None if copy is None else copy.record
+
+    async def _told_peer(self, job_id: str, what: str) -> bool:
+        """Have another gateway do something with a job of its own; return whether it is another's."""
+        if self._peers is None or await run_in_threadpool(self._store.get, job_id) is not None:
+            return False
+        copy = await run_in_threadpool(self._peers.find, job_id)
+        if copy is None:
+            return False
+        await run_in_threadpool(partial(self._peers.ask, copy.gateway, what, id=job_id))
+        return True
 
     async def may_see(self, job_id: str) -> bool:
         """Return whether the caller may have what a job made; who sees all may, without a look at the database."""
@@ -298,6 +339,8 @@ class JobService:
             NotFound: there is none with this id (any more).
         """
         await self.get(job_id)
+        if await self._told_peer(job_id, "cancel"):
+            return await self.get(job_id)
         now = time.time()
         changed = await run_in_threadpool(self._store.finish, job_id, JobState.CANCELLED, now)
         # Also for one that was cancelled a moment ago: its prompt may be on its way out still.
@@ -325,6 +368,8 @@ class JobService:
             NotPossible: it did neither.
         """
         await self.get(job_id)
+        if await self._told_peer(job_id, "retry"):
+            return await self.get(job_id)
         now = time.time()
         if not await run_in_threadpool(self._store.retry, job_id, now):
             raise NotPossible("Only a job that FAILED or TIMED_OUT can be retried")
@@ -340,11 +385,29 @@ class JobService:
         for job_id in cancelled:
             await self._take_off_gpu(job_id)
             self._bus.publish(job_id, STATUS, {"status": JobState.CANCELLED.value}, moment(now))
-        return len(cancelled)
+        return len(cancelled) + await self._purge_others(endpoint_id)
+
+    async def _purge_others(self, endpoint_id: str | None) -> int:
+        """Cancel the caller's jobs that wait at other gateways."""
+        found = [] if self._peers is None else await run_in_threadpool(self._peers.all)
+        waiting = [
+            record.id
+            for record in found
+            if record.state is JobState.IN_QUEUE
+            and endpoint_id in (None, record.endpoint_id)
+            and current_caller().sees(record.owner)
+        ]
+        return [(await self.cancel(job_id)).state for job_id in waiting].count(JobState.CANCELLED)
 
     async def counts(self) -> Mapping[JobState, int]:
         """Return how many jobs are in each state, those of all callers."""
-        return await run_in_threadpool(self._store.counts)
+        counts = Counter(await run_in_threadpool(self._store.counts))
+        for state in self._states_of_peers():
+            counts.update({JobState(name): count for name, count in state["counts"].items()})
+        return counts
+
+    def _states_of_peers(self) -> Sequence[Mapping[str, Any]]:
+        return [] if self._peers is None else self._peers.states()
 
     async def retried(self) -> int:
         """Return how many of all callers' jobs were put back into the queue, by their caller or by the gateway."""
@@ -352,11 +415,21 @@ class JobService:
 
     async def latest(self, endpoint_id: str | None = None, limit: int = 100) -> Sequence[JobRecord]:
         """Return the caller's latest jobs, newest first, without what was sent."""
-        return await run_in_threadpool(self._store.latest, endpoint_id, limit, current_caller().owners)
+        own = await run_in_threadpool(self._store.latest, endpoint_id, limit, current_caller().owners)
+        others = [record for record in await self._of_peers() if endpoint_id in (None, record.endpoint_id)]
+        return sorted([*own, *others], key=lambda record: record.created_at, reverse=True)[:limit]
+
+    async def _of_peers(self) -> list[JobRecord]:
+        """Return the caller's jobs at other gateways, newest first."""
+        caller = current_caller()
+        found = [] if self._peers is None else await run_in_threadpool(self._peers.all)
+        return [record for record in found if caller.sees(record.owner)]
 
     async def with_prefix(self, prefix: str) -> Sequence[JobRecord]:
         """Return the caller's jobs whose ids begin so, without what was sent, the one accepted first in front."""
-        return await run_in_threadpool(self._store.with_prefix, prefix, current_caller().owners)
+        own = await run_in_threadpool(self._store.with_prefix, prefix, current_caller().owners)
+        others = [record for record in await self._of_peers() if record.id.startswith(prefix)]
+        return sorted([*own, *others], key=lambda record: (record.created_at, record.id))
 
     async def unfinished(self) -> Sequence[tuple[int, JobRecord]]:
         """Return the caller's jobs that have not ended, without what was sent, those that run in front.
@@ -364,7 +437,10 @@ class JobService:
         The number beside each is its place among those of all callers, from 1 and in the order of their turns.
         """
         caller = current_caller()
-        found = await run_in_threadpool(self._store.unfinished)
+        found = list(await run_in_threadpool(self._store.unfinished))
+        if self._peers is not None:
+            others = await run_in_threadpool(self._peers.all)
+            found += [record for record in others if not record.state.is_terminal]
         in_order = sorted(found, key=lambda record: record.state is JobState.IN_QUEUE)
         return [(number, record) for number, record in enumerate(in_order, 1) if caller.sees(record.owner)]
 
@@ -384,15 +460,23 @@ class JobService:
 
     def place(self, job_id: str) -> Place | None:
         """Return where a job stands in the queue, None if it does not wait."""
-        return self._engine.place(job_id)
+        place = self._engine.place(job_id)
+        if place is None:
+            told = (state["places"].get(job_id) for state in self._states_of_peers())
+            place = next((Place(**fields) for fields in told if fields is not None), None)
+        return place
 
     def place_of(self, record: JobRecord) -> Place | None:
         """Return where a job stands in the queue; None if by this record, which may be newer, it does not wait."""
         return self.place(record.id) if record.state is JobState.IN_QUEUE else None
 
     def backends(self) -> Sequence[Mapping[str, Any]]:
-        """Return how each ComfyUI is doing."""
+        """Return how each ComfyUI of this gateway is doing."""
         return self._engine.backends()
+
+    def all_backends(self) -> Sequence[Mapping[str, Any]]:
+        """Return the same with those of other gateways."""
+        return [*self.backends(), *(backend for state in self._states_of_peers() for backend in state["backends"])]
 
     def comfyui(self) -> ComfyClient:
         """Return a client of a ComfyUI that answers, for questions about its nodes and models.
@@ -401,6 +485,48 @@ class JobService:
             ComfyUnreachable: none answers.
         """
         return self._engine.comfyui()
+
+    # ---------------------------------------------------------------------------------- for other gateways
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return how this gateway's queue is, as JSON, for other gateways."""
+        waiting = [record for record in self._store.unfinished() if record.state is JobState.IN_QUEUE]
+        places = {record.id: self._engine.place(record.id) for record in waiting[:_MOST_PLACES]}
+        return {
+            "counts": {state.value: count for state, count in self._store.counts().items()},
+            "backends": [dict(backend) for backend in self.backends()],
+            "places": {job_id: asdict(place) for job_id, place in places.items() if place is not None},
+        }
+
+    def act(self, asked: Mapping[str, Any]) -> Any:
+        """Do what another gateway asks for with a job of this one, for a caller whom that has looked at.
+
+        Raises:
+            NotFound: there is no such job (any more).
+            NotPossible: it is in a state in which this cannot be done.
+        """
+        job_id, now = str(asked["id"]), time.time()
+        if asked["what"] == "give_up":
+            return self._store.give_up_ended(job_id, str(asked["owner"]))
+        changed = {"cancel": self._cancel_here, "retry": self._retry_here}[asked["what"]](job_id, now)
+        record = self._store.get(job_id)
+        if record is None:
+            raise NotFound(f"There is no job {job_id!r} (any more)")
+        if changed:
+            self._publish(record, now)
+        if changed and record.state is JobState.IN_QUEUE:
+            self._engine.submit(record)
+        return None
+
+    def _cancel_here(self, job_id: str, now: float) -> bool:
+        changed = self._store.finish(job_id, JobState.CANCELLED, now)
+        self._engine.cancel(job_id)
+        return changed
+
+    def _retry_here(self, job_id: str, now: float) -> bool:
+        if not self._store.retry(job_id, now):
+            raise NotPossible("Only a job that FAILED or TIMED_OUT can be retried")
+        return True
 
     # --------------------------------------------------------------------------------------------- events
 

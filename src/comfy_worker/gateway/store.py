@@ -74,6 +74,7 @@ class Store:
 
     Attributes:
         when_webhook_is_due: called, in the thread of whoever ended a job, when its webhook was noted.
+        when_changed: called likewise with the id of a job that was added, is in another state, or is gone.
     """
 
     def __init__(self, engine: Engine, secret: bytes) -> None:
@@ -90,6 +91,7 @@ class Store:
         self._writer = engine.execution_options(**WRITES)
         self._cipher = Fernet(base64.urlsafe_b64encode(hashlib.sha256(secret).digest()))
         self.when_webhook_is_due: Callable[[], None] = _nothing
+        self.when_changed: Callable[[str], None] = _nothing_of
         self._is_given_up = False
         with in_our_words():
             bring_up_to_date(self._writer)
@@ -156,8 +158,7 @@ class Store:
                     return earlier
                 _check_room(connection, max_waiting)
                 if replace_ended:
-                    before = (jobs.c.id == record.id) & (jobs.c.owner == record.owner) & jobs.c.state.not_in(_OPEN)
-                    connection.execute(delete(jobs).where(before, ~_has_webhook_to_send()))
+                    connection.execute(delete(jobs).where(_is_replaceable(record.id, record.owner)))
                 connection.execute(insert(jobs).values(**columns))
                 _note(connection, record.id, record.state, record.created_at)
                 if idempotency_key is not None:
@@ -172,6 +173,7 @@ class Store:
                     f"There is a job with the id {record.id!r} already", hint="Wait for its end, or use another id"
                 ) from None
             return earlier
+        self.when_changed(record.id)
         return record
 
     def add_all(self, records: Sequence[JobRecord], *, max_waiting: int | None = None) -> None:
@@ -190,6 +192,8 @@ class Store:
                     _note(connection, record.id, record.state, record.created_at)
         except IntegrityError:
             raise DuplicateRequest("There is a job with one of these ids already") from None
+        for record in records:
+            self.when_changed(record.id)
 
     def _accepted_before(self, connection: Connection, key: str | None, body_hash: str) -> JobRecord | None:
         if key is None:
@@ -402,6 +406,7 @@ class Store:
             is_due = state.is_terminal and _note_webhook(connection, job_id, now)
             if state.is_terminal:
                 note_seconds(connection, seconds_by_stage(*times, now, values.get("output")))
+        self.when_changed(job_id)
         if is_due:
             self.when_webhook_is_due()
         return True
@@ -420,7 +425,17 @@ class Store:
             with self._writing() as connection:
                 if connection.execute(delete(jobs).where(jobs.c.id == job_id, _has_expired(now))).rowcount:
                     removed.append(job_id)
+        for job_id in removed:
+            self.when_changed(job_id)
         return removed
+
+    def give_up_ended(self, job_id: str, owner: str) -> bool:
+        """Forget a job of an owner that has ended and whose webhook was sent; return whether there was one."""
+        with self._writing() as connection:
+            is_gone = bool(connection.execute(delete(jobs).where(_is_replaceable(job_id, owner))).rowcount)
+        if is_gone:
+            self.when_changed(job_id)
+        return is_gone
 
     # --------------------------------------------------------------------------------------------- events
 
@@ -513,6 +528,11 @@ def _has_expired(now: float) -> Any:
     return (jobs.c.ended_at + jobs.c.retention_s < now) & ~_has_webhook_to_send()
 
 
+def _is_replaceable(job_id: str, owner: str) -> ColumnElement[bool]:
+    is_it = (jobs.c.id == job_id) & (jobs.c.owner == owner) & jobs.c.state.not_in(_OPEN)
+    return is_it & ~_has_webhook_to_send()
+
+
 def _has_webhook_to_send() -> ColumnElement[bool]:
     waiting = select(webhook_deliveries.c.job_id).where(webhook_deliveries.c.done_at.is_(None))
     return jobs.c.id.in_(waiting)
@@ -553,3 +573,7 @@ def _note_webhook(connection: Connection, job_id: str, now: float) -> bool:
 
 def _nothing() -> None:
     """Be the callback of a store whose webhooks nobody sends."""
+
+
+def _nothing_of(_job_id: str) -> None:
+    """Be the callback of a store whose jobs nobody else wants to know."""

@@ -357,14 +357,14 @@ class _Door:
         if self._counts is None or now - self._counts[0] >= at_most_s:
             # The database counts them, and need not do it for each event of each stream.
             self._counts = (now, await self._service.counts())
-        return queue_sizes(self._counts[1], self._service.backends())
+        return queue_sizes(self._counts[1], self._service.all_backends())
 
     async def _sizes_lately(self) -> dict[str, int]:
         """Return the same for a stream, which goes on to tell the last figures while the database is away."""
         try:
             return await self._sizes(at_most_s=_COUNTS_AGE_S)
         except DatabaseUnavailable:
-            return queue_sizes(self._counts[1] if self._counts else {}, self._service.backends())
+            return queue_sizes(self._counts[1] if self._counts else {}, self._service.all_backends())
 
 
 def _head(record: JobRecord, status: str) -> dict[str, Any]:

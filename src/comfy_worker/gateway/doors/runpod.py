@@ -212,7 +212,7 @@ class _Door:
     async def health(self) -> Answer:
         """Return how many jobs and workers there are, and whether jobs can run; touches no ComfyUI."""
         counts = await self._service.counts()
-        backends = self._service.backends()
+        backends = self._service.all_backends()
         healthy = sum(bool(backend["healthy"]) for backend in backends)
         jobs = {
             "completed": counts.get(JobState.COMPLETED, 0),
