@@ -22,6 +22,7 @@ from tests.acceptance import test_all_doors as all_doors
 from tests.acceptance import test_catalog_door as catalog
 from tests.acceptance import test_gateway_client as client
 from tests.acceptance import test_generate_door as generate
+from tests.acceptance import test_partial_outputs as partial_outputs
 from tests.acceptance import test_task_door as task
 from tests.acceptance import test_workflow_door as workflow
 from tests.support.comfyui import ComfyUI
@@ -75,6 +76,7 @@ def comfyui(site: Site) -> ComfyUI:
 workflows = catalog.workflows
 files = generate.files
 endpoint = client.endpoint
+failed = partial_outputs.failed
 
 # ------------------------------------------------------------------------------------ RunPod's own client
 
@@ -127,6 +129,11 @@ test_webhook_catalog_door = catalog.test_the_end_of_an_execution_is_told
 
 test_same_bytes_all_doors = all_doors.test_the_same_job_through_each_door_gives_the_same_bytes
 test_asked_for_all_doors = all_doors.test_a_job_can_be_asked_for_through_each_door
+
+# ----------------------------------------------------------------------------------- what a failed job had made
+
+test_partial_client = partial_outputs.test_runpods_api
+test_partial_generate_door = partial_outputs.test_the_generate_api
 
 
 def test_one_job_is_told_live_through_every_door(site: Site) -> None:
