@@ -32,9 +32,12 @@ class _TookTooLong(Exception):
 
 @dataclass(frozen=True)
 class _Exited:
-    """The modifier wanted to end the process: asyncio throws these two at whoever runs the loop."""
+    """The modifier raised what asyncio treats as its own.
 
-    error: SystemExit | KeyboardInterrupt
+    It throws the first two at whoever runs the loop; of the last one Python 3.10 loses where it was raised.
+    """
+
+    error: SystemExit | KeyboardInterrupt | asyncio.CancelledError
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ async def _modified(found: FoundModifier, modifications: dict[str, Any], workflo
         made = await modifier.get_modified_workflow()
         # One that has put other values in the place of the caller's has read them all.
         return made, list(getattr(getattr(modifier, "modifications", None), "unread", ()))
-    except (SystemExit, KeyboardInterrupt) as error:
+    except (SystemExit, KeyboardInterrupt, asyncio.CancelledError) as error:
         return _Exited(error)
 
 
@@ -98,10 +101,7 @@ async def _within(limit_s: float, work: Coroutine[Any, Any, Any]) -> Any:
     if not done:
         task.cancel()
         raise _TookTooLong
-    result = task.result()
-    if isinstance(result, _Exited):
-        raise result.error
-    return result
+    return task.result()
 
 
 def _start(name: str, work: Callable[[], Coroutine[Any, Any, Any]]) -> Future[Any]:
@@ -110,9 +110,14 @@ def _start(name: str, work: Callable[[], Coroutine[Any, Any, Any]]) -> Future[An
 
     def drive() -> None:
         try:
-            outcome.set_result(asyncio.run(work()))
+            result = asyncio.run(work())
         except BaseException as error:  # noqa: BLE001 - whatever a modifier raises is looked at by who waits for it
             outcome.set_exception(error)
+            return
+        if isinstance(result, _Exited):
+            outcome.set_exception(result.error)
+        else:
+            outcome.set_result(result)
 
     context = contextvars.copy_context()  # so that its log lines name the job
     threading.Thread(target=context.run, args=(drive,), name=f"modifier-{name}", daemon=True).start()
