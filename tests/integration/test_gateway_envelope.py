@@ -62,6 +62,7 @@ def test_depth_is_bad_input_in_bodies_and_in_strings(gateway: GatewayProcess, le
     deep = "[" * levels + "]" * levels
     response = requests.post(f"{gateway.url}/run", data=f'{{"input": {{"x": {deep}}}}}', timeout=TIMEOUT_S)
     assert (response.status_code, response.json()["code"]) == (400, "invalid_input")
-    for job_input in (f'{{"workflow": {deep}}}', {"workflow": f'{{"1": {{"class_type": "A", "inputs": {deep}}}}}'}):
+    workflow = f'{{"1": {{"class_type": "A", "inputs": {{"x": {deep}}}}}}}'
+    for job_input in (f'{{"workflow": {workflow}}}', {"workflow": workflow}):
         answer = gateway.post("/runsync", {"input": job_input})
         assert (answer["status"], answer["output"]["code"][:8]) == ("FAILED", "invalid_"), answer
