@@ -69,19 +69,22 @@ def _check_links(workflow: Workflow) -> None:
     ]
     if not dangling:
         return
-    sentences = [
-        f"Node {node_id} ({name}): it is linked to node {target[:_LONGEST_ID]}, which the workflow does not have"
+    problems = [
+        {
+            "type": "dangling_link",
+            "message": f"it is linked to node {target[:_LONGEST_ID]}, which the workflow does not have",
+            "node_id": node_id,
+            "class_type": class_type(workflow, node_id),
+            "title": title(workflow, node_id),
+            "input_name": name,
+            "given": target[:_LONGEST_ID],
+        }
         for node_id, name, target in dangling[:_MOST_NAMED]
     ]
+    sentences = [f"Node {problem['node_id']} ({problem['input_name']}): {problem['message']}" for problem in problems]
     more = [f"and {len(dangling) - _MOST_NAMED} more such links"] if len(dangling) > _MOST_NAMED else []
     raise InvalidWorkflow(
-        f"Workflow validation failed: {'; '.join([*sentences, *more])}",
-        details={
-            "problems": [
-                {"type": "dangling_link", "node_id": node_id, "input_name": name, "given": target[:_LONGEST_ID]}
-                for node_id, name, target in dangling[:_MOST_NAMED]
-            ]
-        },
+        f"Workflow validation failed: {'; '.join([*sentences, *more])}", details={"problems": problems}
     )
 
 

@@ -56,7 +56,7 @@ def comfyui() -> Iterator[ComfyUI]:
 
 def with_prompt(graph: dict[str, Any]) -> dict[str, Any]:
     """Return a workflow with the prompt in it, in a node that no output needs."""
-    return {**graph, "77": {**node("CLIPTextEncode", text=PROMPT, clip=["30", 1]), "_meta": {"title": PROMPT}}}
+    return {**graph, "77": {**node("CLIPTextEncode", text=PROMPT), "_meta": {"title": PROMPT}}}
 
 
 def bucket() -> dict[str, str]:

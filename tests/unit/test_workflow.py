@@ -230,3 +230,34 @@ def test_a_prefix_that_leaves_the_jobs_folder_is_refused(prefix: str) -> None:
     graph = copy_graph({"9": {"class_type": "SaveImage", "inputs": {"filename_prefix": prefix}}})
     with pytest.raises(InvalidWorkflow, match=r"Node 9 \(filename_prefix\): .* leads out of its folder"):
         prefix_outputs(graph, "job")
+
+
+def test_a_link_to_no_node_is_named_with_its_place() -> None:
+    graph = {
+        "1": {"class_type": "A", "inputs": {"x": ["2", 0], "y": ["7", 1]}},
+        "2": {"class_type": "B", "inputs": {"text": ["not", "a link"]}},
+    }
+    with pytest.raises(InvalidWorkflow) as refused:
+        check_workflow({"prompt": graph})
+    message = "it is linked to node 7, which the workflow does not have"
+    assert refused.value.message == f"Workflow validation failed: Node 1 (y): {message}"
+    assert refused.value.details == {
+        "problems": [
+            {
+                "type": "dangling_link",
+                "message": message,
+                "node_id": "1",
+                "class_type": "A",
+                "title": "A",
+                "input_name": "y",
+                "given": "7",
+            }
+        ]
+    }
+
+
+def test_many_links_to_no_node_are_counted() -> None:
+    graph = {str(number): {"class_type": "A", "inputs": {"x": ["z" * 500, 0]}} for number in range(1000)}
+    with pytest.raises(InvalidWorkflow, match="and 990 more such links") as refused:
+        check_workflow(graph)
+    assert len(refused.value.message) < 3000
