@@ -159,8 +159,8 @@ def _live_until(store: Store, end: float) -> int:
     while time.monotonic() < end:
         record = _job()
         store.add(record, max_waiting=1_000_000)
+        store.note_submission(record.id, "a prompt", "http://a-comfyui:8188", instead_of=None)
         store.start(record.id, "a prompt", "http://a-comfyui:8188", time.time())
-        store.note_began(record.id, "a prompt", time.time())
         store.finish(record.id, JobState.COMPLETED, time.time(), output={"images": []})
         count += 1
     return count

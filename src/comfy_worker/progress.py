@@ -101,7 +101,7 @@ class Progress:
         """Return the progress as JSON, for a client that asks for the job's status."""
         output: dict[str, Any] = {"stage": self.stage.value, "percent": round(self.percent, 1)}
         if self.stage is Stage.QUEUED and self.ahead is not None:
-            output["queue_position"] = self.ahead
+            output["queue_position"] = max(1, self.ahead)
         if self.node_id:
             output["node"] = {"id": self.node_id, "title": self.title}
         if self.steps:

@@ -101,6 +101,17 @@ def copy_graph(workflow: Workflow) -> Graph:
     return {str(node_id): {**node, "inputs": dict(node.get("inputs", {}))} for node_id, node in workflow.items()}
 
 
+def nodes_without_consumers(workflow: Workflow) -> set[str]:
+    """Return the nodes whose results no other node takes: those at the end of the graph."""
+    taken = {
+        str(value[0])
+        for node in workflow.values()
+        for value in node.get("inputs", {}).values()
+        if isinstance(value, list) and len(value) == 2
+    }
+    return set(workflow) - taken
+
+
 def class_type(workflow: Workflow, node_id: str) -> str:
     """Return the class of a node, or "" for a node that the graph does not have (one made by another node)."""
     return str(_node(workflow, node_id).get("class_type", ""))

@@ -639,10 +639,29 @@ def test_how_far_a_job_is_belongs_to_its_present_attempt(store: Store) -> None:
     assert known(runs.id) == (None, None)
     store.note_progress([note(runs.id, "second", 6)])
     store.finish(runs.id, JobState.FAILED, NOW, error={"error": "It broke"})
+    # How far it was when it broke off may be noted after its end, and what is known later stays.
     store.note_progress([note(runs.id, "second", 7)])
-    assert known(runs.id) == ({"percent": 6}, 6)
+    store.note_progress([note(runs.id, "second", 5)])
+    assert known(runs.id) == ({"percent": 7}, 7)
     store.retry(runs.id, NOW)
     assert known(runs.id) == (None, None)
+
+
+def test_a_job_ends_with_its_last_progress(store: Store) -> None:
+    job_id = add(store)
+    store.start(job_id, "first", "http://a", NOW)
+    store.finish(job_id, JobState.COMPLETED, NOW, output={"images": []}, progress=note(job_id, "first", 100))
+    record = store.get(job_id)
+    assert record is not None
+    assert (record.progress, record.progress_number) == ({"percent": 100}, 100)
+
+
+def test_only_the_comfyui_that_was_given_a_job_starts_it(store: Store) -> None:
+    job_id = add(store)
+    assert store.note_submission(job_id, "first", "http://a", instead_of=None)
+    assert not store.note_submission(job_id, "second", "http://b", instead_of=None)
+    assert not store.start(job_id, "second", "http://b", NOW)
+    assert store.start(job_id, "first", "http://a", NOW)
 
 
 def note(job_id: str, prompt_id: str, number: int) -> ProgressNote:

@@ -76,7 +76,7 @@ def test_an_end_that_was_noted_after_all_is_heard(tmp_path: Path, comfyui: Emula
     gate = Gate(tmp_path)
     with Bench(tmp_path / "data", comfyui.url, database_url=line.url) as bench:
         job_id = bench.submit(gate.graph())
-        wait_until(lambda: bench.get(job_id).began_at is not None)
+        wait_until(lambda: bench.get(job_id).state is JobState.IN_PROGRESS)
         line.lose()
         gate.open()
         wait_until(lambda: bench.get(job_id).state is JobState.COMPLETED)

@@ -100,10 +100,10 @@ def test_what_is_only_seen_is_told_too(tmp_path: Path, comfyui: Emulated) -> Non
 
 def began_long_ago(bench: Bench, job_id: str) -> None:
     """Note that a job that runs has run for longer than any job may."""
-    wait_until(lambda: bench.get(job_id).began_at is not None)
-    prompt_id = bench.get(job_id).prompt_id
-    assert prompt_id is not None
-    bench.gateway.store.note_began(job_id, prompt_id, time.time() - 1000)
+    wait_until(lambda: bench.get(job_id).state is JobState.IN_PROGRESS)
+    record, store = bench.get(job_id), bench.gateway.store
+    assert store.requeue(job_id, time.time(), elsewhere=True)
+    assert store.start(job_id, str(record.prompt_id), str(record.backend), time.time() - 1000)
 
 
 def test_the_time_before_a_restart_counts(tmp_path: Path, comfyui: Emulated) -> None:
@@ -146,8 +146,7 @@ def test_a_job_that_waits_in_comfyui_over_a_restart_is_given_its_whole_time(tmp_
     with Bench(tmp_path / "data", comfyui.url) as after:
         back_at = time.monotonic()
         wait_until(lambda: time.monotonic() - back_at > 2.5)
-        assert after.get(job_id).state is JobState.IN_PROGRESS
-        assert after.get(job_id).began_at is None
+        assert after.get(job_id).state is JobState.IN_QUEUE
         gate.open()
         assert after.ended(job_id).state is JobState.COMPLETED
 
@@ -163,7 +162,7 @@ def test_a_job_that_is_run_again_is_given_its_whole_time(tmp_path: Path, comfyui
 
         comfyui.kill()
         bench.call(bench.service.retry(job_id))
-        assert bench.get(job_id).began_at is None
+        assert bench.get(job_id).started_at is None
 
 
 # ------------------------------------------------------------------------------------------------------- by itself
@@ -180,18 +179,18 @@ def running() -> Iterator[RunningJob]:
 def test_a_clock_begins_with_the_run_and_never_again(running: RunningJob) -> None:
     for stage in (Stage.STAGING, Stage.QUEUED):
         running.entered(stage)
-        assert (running.began_at, running.deadline) == (None, None)
+        assert (running.started_at, running.deadline) == (None, None)
     running.entered(Stage.RUNNING)
-    began_at, deadline = running.began_at, running.deadline
+    started_at, deadline = running.started_at, running.deadline
     assert deadline is not None
     assert 0 < deadline - time.monotonic() <= 100
     for stage in (Stage.QUEUED, Stage.RUNNING, Stage.DELIVERING):
         running.entered(stage)
-    assert (running.began_at, running.deadline) == (began_at, deadline)
+    assert (running.started_at, running.deadline) == (started_at, deadline)
 
 
 def test_a_clock_goes_on_from_what_an_earlier_gateway_noted(running: RunningJob) -> None:
-    running.began_at = time.time() - 90
+    running.started_at = time.time() - 90
     running.entered(Stage.QUEUED)
     assert running.deadline is None
     running.entered(Stage.RUNNING)
@@ -200,7 +199,7 @@ def test_a_clock_goes_on_from_what_an_earlier_gateway_noted(running: RunningJob)
 
 
 def test_a_clock_that_was_set_back_gives_no_more_than_the_whole_time(running: RunningJob) -> None:
-    running.began_at = time.time() + 5000
+    running.started_at = time.time() + 5000
     running.entered(Stage.RUNNING)
     assert running.deadline is not None
     assert running.deadline - time.monotonic() <= 100

@@ -56,8 +56,16 @@ class Bench:
         return self.call(self.service.get(job_id))
 
     def wait_until_in_progress(self, *job_ids: str) -> None:
-        """Return when all these jobs are in hand somewhere."""
+        """Return when ComfyUIs run all these jobs."""
         wait_until(lambda: all(self.get(job_id).state is JobState.IN_PROGRESS for job_id in job_ids))
+
+    def is_given(self, job_id: str) -> bool:
+        """Return whether a job was given to a ComfyUI, or to whoever has one."""
+        return self.get(job_id).prompt_id is not None
+
+    def wait_until_given(self, *job_ids: str) -> None:
+        """Return when all these jobs were given to ComfyUIs, which run them or have them wait."""
+        wait_until(lambda: all(map(self.is_given, job_ids)))
 
     def ended(self, job_id: str) -> JobRecord:
         record = self.call(self.service.wait(job_id, TIMEOUT_S))
@@ -117,7 +125,7 @@ class Ground(ABC):
         """Return jobs that wait at a gate with all that one ComfyUI takes in hand: whatever comes after them waits."""
         jobs = [bench.submit(gate.graph()) for _ in range(self.room)]
         gate.wait_until_run()
-        bench.wait_until_in_progress(*jobs)
+        bench.wait_until_given(*jobs)
         # The gateway may hear of it later than the database.
         wait_until(lambda: bench.service.backends()[0]["jobs"] == self.room)
         return jobs

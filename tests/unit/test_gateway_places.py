@@ -3,34 +3,25 @@
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import replace
 
+import hypothesis
 import pytest
-from hypothesis import given
 from hypothesis import strategies as st
 
-from comfy_worker.engines.backends import Backend, RunningJob
-from comfy_worker.engines.places import as_progress, places_of
-from comfy_worker.engines.turns import Gate
-from comfy_worker.engines.waiting import Queue, RunTimes, Waiting
+from comfy_worker.engines.places import InHand, SteadyPlaces, places_of
+from comfy_worker.engines.run_times import RunRecorder, RunTimes
+from comfy_worker.engines.waiting import Queue, Waiting
+from comfy_worker.gateway.place import Place
 from comfy_worker.gateway.records import JobRecord
-from comfy_worker.gateway.service import Place
-from comfy_worker.jobs import JobState, Stage
-from comfy_worker.settings import load_settings
-from comfy_worker.worker import Worker
+from comfy_worker.jobs import JobState, NodesCached, NodeStarted, Stage
+
+HERE, THERE = "http://here:8188", "http://there:8188"
 
 SIGNATURES = st.sampled_from(["a", "b", "c"])
 SECONDS = st.floats(min_value=0, max_value=1e6)
 RUNS = st.lists(st.tuples(SIGNATURES, SECONDS), max_size=30)
-
-
-@pytest.fixture(scope="module")
-def backend() -> Iterator[Backend]:
-    worker = Worker(load_settings())
-    yield Backend(worker, Gate(1), places=1)
-    worker.close()
 
 
 def waiting(job_id: str, signature: str = "a", priority: int = 0, created_at: float = 0.0) -> Waiting:
@@ -45,11 +36,14 @@ def queue_of(*signatures: str) -> Queue:
     return queue
 
 
-def in_hand(
-    backend: Backend, signature: str = "a", began_s_ago: float | None = None, stage: Stage = Stage.RUNNING
-) -> RunningJob:
-    began_at = None if began_s_ago is None else time.time() - began_s_ago
-    return RunningJob(waiting("in-hand", signature), backend, stage=stage, began_at=began_at)
+def running(seconds: float | None, backend: str = HERE) -> InHand:
+    """Return a job that runs on for so long."""
+    return InHand(waiting("runs"), backend, Stage.RUNNING, seconds)
+
+
+def given(job_id: str, stage: Stage, signature: str = "a", priority: int = 0, backend: str = HERE) -> InHand:
+    """Return a job that a ComfyUI was given and does not run yet."""
+    return InHand(waiting(job_id, signature, priority), backend, stage)
 
 
 def times(**seconds: float) -> RunTimes:
@@ -59,41 +53,130 @@ def times(**seconds: float) -> RunTimes:
     return made
 
 
-def waits(places: dict[str, Place]) -> list[float | None]:
-    return [place.wait_s for place in places.values()]
+def waits(places: Mapping[str, Place]) -> list[float | None]:
+    return [place.wait_s for place in places.values() if place.position]
+
+
+def positions(places: Mapping[str, Place]) -> dict[str, int | None]:
+    return {job_id: place.position for job_id, place in places.items()}
 
 
 # ------------------------------------------------------------------------------------------------------ by example
 
 
-def test_nothing_is_promised_before_anything_ran(backend: Backend) -> None:
-    places = places_of(queue_of("a", "a"), [in_hand(backend)], RunTimes(), at_work=1)
-    assert [place.position for place in places.values()] == [0, 1]
+def test_nothing_is_promised_before_anything_ran() -> None:
+    places = places_of(queue_of("a", "a"), [running(None)], RunTimes(), [HERE])
+    assert positions(places) == {"runs": 0, "0": 1, "1": 2}
     assert waits(places) == [None, None]
 
 
-def test_who_is_next_waits_for_what_is_in_hand_and_the_others_for_those_before_them(backend: Backend) -> None:
+def test_who_is_next_waits_for_what_runs_and_the_others_for_those_before_them() -> None:
     run_times = times(a=10.0, b=4.0)
-    # Of one that waits in ComfyUI's queue, nothing is done.
-    assert waits(places_of(queue_of("b", "a", "a"), [in_hand(backend)], run_times, 1)) == [10.0, 14.0, 24.0]
-    (wait_s,) = waits(places_of(queue_of("a"), [in_hand(backend, began_s_ago=6.0)], run_times, 1))
-    assert wait_s == pytest.approx(4.0, abs=2.0)
+    assert waits(places_of(queue_of("b", "a", "a"), [running(6.0)], run_times, [HERE])) == [6.0, 10.0, 20.0]
+    assert places_of([], [running(6.0)], run_times, [HERE])["runs"] == Place(0, 0.0, 6.0)
 
 
-def test_one_that_runs_for_longer_than_expected_is_expected_to_end_any_moment(backend: Backend) -> None:
-    assert waits(places_of(queue_of("a", "a"), [in_hand(backend, began_s_ago=99.0)], times(a=10.0), 1)) == [0.0, 10.0]
+def test_a_job_that_a_comfyui_was_given_waits_like_any_other_before_those_that_none_was_given() -> None:
+    in_hand = [given("staged", Stage.STAGING), running(6.0), given("submitted", Stage.QUEUED)]
+    places = places_of(queue_of("a"), in_hand, times(a=10.0), [HERE])
+    assert positions(places) == {"runs": 0, "submitted": 1, "staged": 2, "0": 3}
+    assert [places[name].wait_s for name in ("submitted", "staged", "0")] == [6.0, 16.0, 26.0]
+    assert places["submitted"].is_staged
+    assert not places["staged"].is_staged
 
 
-def test_what_is_being_delivered_keeps_no_gpu_busy(backend: Backend) -> None:
-    assert waits(places_of(queue_of("a"), [in_hand(backend, stage=Stage.DELIVERING)], times(a=10.0), 1)) == [0.0]
+def test_of_two_that_are_staged_the_one_of_higher_priority_is_next() -> None:
+    in_hand = [given("first", Stage.STAGING), given("important", Stage.STAGING, priority=1)]
+    assert positions(places_of([], in_hand, RunTimes(), [HERE])) == {"important": 1, "first": 2}
 
 
-def test_several_comfyuis_share_the_work(backend: Backend) -> None:
-    assert waits(places_of(queue_of("a", "a"), [in_hand(backend)], times(a=10.0), at_work=2)) == [5.0, 10.0]
+def test_what_is_being_delivered_keeps_no_gpu_busy_and_has_no_place() -> None:
+    places = places_of(queue_of("a"), [given("delivered", Stage.DELIVERING)], times(a=10.0), [HERE])
+    assert places == {"0": Place(1, 0.0, 10.0)}
 
 
-def test_without_any_comfyui_it_is_counted_as_with_one(backend: Backend) -> None:
-    assert waits(places_of(queue_of("a", "a"), [], times(a=10.0), at_work=0)) == [0.0, 10.0]
+def test_several_comfyuis_each_take_the_next_job_as_soon_as_they_are_free() -> None:
+    in_hand = [running(2.0), running(5.0, THERE)]
+    assert waits(places_of(queue_of("a", "a", "a"), in_hand, times(a=10.0), [HERE, THERE])) == [2.0, 5.0, 12.0]
+
+
+def test_a_job_waits_for_the_comfyui_that_it_was_given_to() -> None:
+    in_hand = [running(9.0), given("staged", Stage.QUEUED)]
+    places = places_of(queue_of("a"), in_hand, times(a=1.0), [HERE, THERE])
+    assert [places["staged"].wait_s, places["0"].wait_s] == [9.0, 0.0]
+
+
+def test_without_any_comfyui_nobody_knows_how_long_it_takes() -> None:
+    assert waits(places_of(queue_of("a", "a"), [], times(a=10.0), [])) == [None, None]
+
+
+def test_an_estimate_does_not_rise_while_what_runs_takes_longer_than_expected() -> None:
+    steady = SteadyPlaces()
+    assert steady.steady({"job": Place(1, 5.0, 2.0)}, 1)["job"].wait_s == 5.0
+    assert steady.steady({"job": Place(1, 7.0, 2.0)}, 1)["job"].wait_s == 5.0
+    assert steady.steady({"job": Place(1, 3.0, 2.0)}, 1)["job"].wait_s == 3.0
+    assert steady.steady({"job": Place(0, 0.0, 2.0)}, 1)["job"].run_s == 2.0
+    assert steady.steady({"job": Place(0, 0.0, 4.0)}, 1)["job"].run_s == 2.0
+
+
+def test_an_estimate_rises_when_a_job_gets_in_front_and_when_a_comfyui_goes_away() -> None:
+    steady = SteadyPlaces()
+    steady.steady({"job": Place(1, 5.0, 2.0)}, 2)
+    assert steady.steady({"job": Place(2, 9.0, 2.0)}, 2)["job"].wait_s == 9.0
+    assert steady.steady({"job": Place(2, 18.0, 2.0)}, 1)["job"].wait_s == 18.0
+
+
+# ------------------------------------------------------------------------------------------ how long a run goes on
+
+
+GRAPH = {
+    "1": {"class_type": "Load", "inputs": {}},
+    "2": {"class_type": "Sample", "inputs": {"model": ["1", 0]}},
+    "3": {"class_type": "Save", "inputs": {"images": ["2", 0]}},
+}
+
+
+def run_of(*points: tuple[float, float], started_at: float = 1000.0) -> RunRecorder:
+    """Return a run that was so far after so many seconds."""
+    run = RunRecorder.of(GRAPH, started_at)
+    for percent, seconds in points:
+        run.record(NodeStarted("2", "Sample", ""), percent, started_at + seconds)
+    return run
+
+
+def test_how_far_a_run_is_tells_how_long_it_goes_on() -> None:
+    run_times = RunTimes()
+    run_times.remember("a", 10.0, run_of((33.0, 1.0), (50.0, 5.0), (66.0, 9.0)).profile)
+    assert run_times.remaining("a", run_of((33.0, 1.0)), 1001.0) == pytest.approx(9.0)
+    # It is faster than the one before.
+    assert run_times.remaining("a", run_of((33.0, 1.0), (50.0, 2.0)), 1002.0) == pytest.approx(5.0)
+    # It is slower, and what is left to do has not become less meanwhile.
+    assert run_times.remaining("a", run_of((33.0, 1.0)), 1020.0) == pytest.approx(5.0)
+    assert run_times.remaining("a", run_of((66.0, 9.0)), 1020.0) == 0.0
+    assert run_times.remaining("a", run_of((100.0, 9.0)), 1009.0) == 0.0
+
+
+def test_without_a_run_like_it_its_own_time_tells() -> None:
+    run_times = times(other=10.0)
+    assert run_times.remaining("a", run_of((50.0, 1.0)), 1004.0) == pytest.approx(6.0)
+    assert run_times.remaining("a", run_of((50.0, 1.0)), 1099.0) == 0.0
+    assert RunTimes().remaining("a", run_of((50.0, 1.0)), 1004.0) is None
+
+
+def test_a_run_out_of_comfyuis_cache_is_no_measure() -> None:
+    run = RunRecorder.of(GRAPH, 0.0)
+    run.record(NodesCached(("1", "2")), 66.0, 0.0)
+    run.record(NodeStarted("3", "Save", ""), 66.0, 0.1)
+    assert run.is_from_cache
+    # Loading the model was saved, as always after the first run.
+    run = RunRecorder.of(GRAPH, 0.0)
+    run.record(NodesCached(("1",)), 33.0, 0.0)
+    run.record(NodeStarted("2", "Sample", ""), 33.0, 0.1)
+    assert not run.is_from_cache
+    # Nothing was cached of a graph that is all output.
+    run = RunRecorder.of({"1": {"class_type": "Work", "inputs": {}}}, 0.0)
+    run.record(NodeStarted("1", "Work", ""), 0.0, 0.1)
+    assert not run.is_from_cache
 
 
 def test_a_workflow_that_never_ran_is_taken_for_one_of_the_latest() -> None:
@@ -102,26 +185,30 @@ def test_a_workflow_that_never_ran_is_taken_for_one_of_the_latest() -> None:
 
 
 def test_a_listener_is_told_what_is_known() -> None:
-    assert as_progress(Place(2, None)) == {"stage": "waiting", "queue_position": 2}
-    assert as_progress(Place(0, 1.5)) == {"stage": "waiting", "queue_position": 0, "estimated_wait_s": 1.5}
+    assert Place(2, None).as_progress() == {"stage": "waiting", "queue_position": 2}
+    staged = Place(1, 1.5, is_staged=True).as_progress()
+    assert staged == {"stage": "queued", "queue_position": 1, "estimated_wait_s": 1.5}
+    away = Place(1, None, notice="ComfyUI has not answered since then")
+    assert away.beside_progress() == {"queue_position": 1, "notice": "ComfyUI has not answered since then"}
+    assert Place(0, 0.0, 4.26).beside_progress() == {"estimated_s": 4.3}
 
 
 def test_runs_before_a_restart_are_learned_from() -> None:
-    ended = replace(
-        waiting("job").record, state=JobState.COMPLETED, signature="b", started_at=1.0, began_at=2.0, ended_at=5.0
-    )
+    ended = replace(waiting("job").record, state=JobState.COMPLETED, signature="b", started_at=2.0, ended_at=5.0)
     run_times = RunTimes()
     run_times.learn(
         [
             ended,
             replace(ended, signature="failed", state=JobState.FAILED),
-            replace(ended, signature="never seen to run", began_at=None),
-            replace(ended, signature="a clock that was set back", began_at=9.0),
+            replace(ended, signature="never seen to run", started_at=None),
+            replace(ended, signature="from the cache", progress={"from_cache": True}),
+            replace(ended, signature="a clock that was set back", started_at=9.0),
         ]
     )
     assert run_times.expected("b") == 3.0
     assert run_times.expected("a clock that was set back") == 0.0
     assert run_times.expected("failed") == run_times.expected("never seen to run") == 1.5
+    assert run_times.expected("from the cache") == 1.5
 
 
 def test_only_so_many_workflows_are_remembered_those_that_ran_last() -> None:
@@ -138,7 +225,7 @@ def test_only_so_many_workflows_are_remembered_those_that_ran_last() -> None:
 # -------------------------------------------------------------------------------------------------- what always holds
 
 
-@given(RUNS, SIGNATURES)
+@hypothesis.given(RUNS, SIGNATURES)
 def test_expected_is_the_median_of_the_latest_of_its_like(runs: list[tuple[str, float]], signature: str) -> None:
     run_times = RunTimes()
     for own, seconds in runs:
@@ -147,15 +234,15 @@ def test_expected_is_the_median_of_the_latest_of_its_like(runs: list[tuple[str, 
     assert run_times.expected(signature) == (statistics.median(like[-5:]) if like else None)
 
 
-@given(RUNS, st.lists(SIGNATURES, max_size=10), st.integers(min_value=0, max_value=4))
+@hypothesis.given(RUNS, st.lists(SIGNATURES, max_size=10), st.integers(min_value=1, max_value=4))
 def test_places_are_in_order_and_nobody_waits_longer_than_who_is_behind(
-    runs: list[tuple[str, float]], queued: list[str], at_work: int
+    runs: list[tuple[str, float]], queued: list[str], comfyuis: int
 ) -> None:
     run_times = RunTimes()
     for own, seconds in runs:
         run_times.remember(own, seconds)
-    places = places_of(queue_of(*queued), [], run_times, at_work)
-    assert [place.position for place in places.values()] == list(range(len(queued)))
+    places = places_of(queue_of(*queued), [], run_times, [f"http://{number}" for number in range(comfyuis)])
+    assert [place.position for place in places.values()] == list(range(1, len(queued) + 1))
     known = [wait_s for wait_s in waits(places) if wait_s is not None]
     assert all(wait_s >= 0 for wait_s in known)
     assert known == sorted(known)
@@ -164,24 +251,43 @@ def test_places_are_in_order_and_nobody_waits_longer_than_who_is_behind(
     assert known[:1] == [0.0] * min(1, len(queued))
 
 
-@given(RUNS.filter(len), st.lists(SIGNATURES, min_size=1, max_size=10))
+@hypothesis.given(RUNS.filter(len), st.lists(SIGNATURES, min_size=1, max_size=10))
 def test_when_the_queue_moves_everybody_is_nearer(runs: list[tuple[str, float]], queued: list[str]) -> None:
     run_times = RunTimes()
     for own, seconds in runs:
         run_times.remember(own, seconds)
     queue = queue_of(*queued)
-    before = places_of(queue, [], run_times, 1)
+    before = places_of(queue, [], run_times, [HERE])
     queue.remove("0")
-    after = places_of(queue, [], run_times, 1)
+    after = places_of(queue, [], run_times, [HERE])
     for job_id, place in after.items():
-        assert place.position == before[job_id].position - 1
         wait_s, waited_s = place.wait_s, before[job_id].wait_s
+        assert (place.position or 0) + 1 == before[job_id].position
         assert wait_s is not None
         assert waited_s is not None
         assert wait_s <= waited_s
 
 
-@given(st.lists(st.tuples(st.integers(min_value=-1, max_value=1), st.floats(min_value=0, max_value=9)), max_size=20))
+@hypothesis.given(RUNS.filter(len), st.floats(min_value=0, max_value=100), st.floats(min_value=0, max_value=1e4))
+def test_what_runs_never_has_less_than_nothing_left_nor_more_than_it_takes(
+    runs: list[tuple[str, float]], percent: float, now_s: float
+) -> None:
+    run_times = RunTimes()
+    for own, seconds in runs:
+        run_times.remember(own, seconds, ((50.0, seconds / 2),))
+    for signature in ("a", "b", "c"):
+        expected, left = (
+            run_times.expected(signature),
+            run_times.remaining(signature, run_of((percent, 0.0)), 1e3 + now_s),
+        )
+        assert expected is not None
+        assert left is not None
+        assert 0 <= left <= expected + 1e-6
+
+
+@hypothesis.given(
+    st.lists(st.tuples(st.integers(min_value=-1, max_value=1), st.floats(min_value=0, max_value=9)), max_size=20)
+)
 def test_the_queue_is_by_priority_and_then_by_who_came_first(jobs: list[tuple[int, float]]) -> None:
     queue = Queue()
     for number, (priority, created_at) in enumerate(jobs):

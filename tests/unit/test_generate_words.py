@@ -25,8 +25,8 @@ from comfy_worker.gateway.doors.generate_results import Following, ended, files_
 from comfy_worker.gateway.doors.generate_words import check_source, runpod_request
 from comfy_worker.gateway.events import PREVIEW, PROGRESS, STATUS, Event
 from comfy_worker.gateway.limits import RUNSYNC_LIMIT
+from comfy_worker.gateway.place import Place
 from comfy_worker.gateway.records import JobRecord
-from comfy_worker.gateway.service import Place
 from comfy_worker.jobs import JobState
 
 GRAPH = {"1": {"class_type": "Note", "inputs": {}}}
@@ -261,7 +261,7 @@ def events(*told: Any) -> list[Event]:
 def standing(state: JobState, *told: Any, place: Place | None = None) -> tuple[Any, ...]:
     """Return status, message, queue, position, size and wait of a job of which so much was told."""
     found = Following.of(record(state), events(*told)).standing(place)
-    queue = found.queue_position(SIZES)
+    queue = found.queue_position(SIZES, 9)
     return (found.status, found.message, *queue.values())
 
 
@@ -271,14 +271,7 @@ RUNNING = ("IN_QUEUE", "IN_PROGRESS")
 @pytest.mark.parametrize(
     ("told", "expected"),
     [
-        ((), ("processing", "Staging the inputs", "preprocessing", 0, 4, 0)),
-        (RUNNING, ("processing", "Staging the inputs", "preprocessing", 0, 4, 0)),
-        ((*RUNNING, {"stage": "staging", "notice": "Fetching"}), ("processing", "Fetching", "preprocessing", 0, 4, 0)),
-        ((*RUNNING, {"stage": "queued"}), ("processing", "Waiting for ComfyUI", "generation", 1, 2, None)),
-        (
-            (*RUNNING, {"stage": "queued", "queue_position": 5}),
-            ("processing", "Waiting for ComfyUI", "generation", 5, 5, None),
-        ),
+        (RUNNING, ("generating", "ComfyUI runs the workflow (0 %)", "generation", 0, 2, 0)),
         (
             (*RUNNING, {"stage": "running", "percent": 12.5}, b"preview"),
             ("generating", "ComfyUI runs the workflow (12.5 %)", "generation", 0, 2, 0),
@@ -308,15 +301,24 @@ def test_where_a_running_job_stands(told: tuple[Any, ...], expected: tuple[Any, 
 
 
 def test_where_a_waiting_job_stands() -> None:
-    words = ("queued", "The request was queued", "preprocessing")
-    assert standing(JobState.IN_QUEUE, place=Place(2, 12.5)) == (*words, 3, 4, 12.5)
-    assert standing(JobState.IN_QUEUE, "IN_QUEUE", {"stage": "waiting"}, place=Place(6, None)) == (*words, 7, 7, None)
-    assert standing(JobState.IN_QUEUE) == (*words, 1, 4, None), "it is about to be taken"
+    words = ("queued", "The request waits behind 2 others", "preprocessing")
+    assert standing(JobState.IN_QUEUE, place=Place(3, 12.5)) == (*words, 3, 9, 12.5)
+    behind_one = ("queued", "The request waits behind one other", "generation", 2, 9, None)
+    assert standing(JobState.IN_QUEUE, "IN_QUEUE", place=Place(2, None, is_staged=True)) == behind_one
+    is_next = ("queued", "The request is next", "preprocessing", 1, 9, None)
+    assert standing(JobState.IN_QUEUE) == is_next, "it is about to be taken"
+    away = Place(10, None, notice="ComfyUI has not answered since then")
+    assert standing(JobState.IN_QUEUE, place=away) == ("queued", away.notice, "preprocessing", 10, 10, None)
+
+
+def test_a_job_whose_inputs_are_staged_ahead_waits() -> None:
+    for told in ({"stage": "staging"}, {"stage": "queued"}, {"stage": "queued", "queue_position": 5}):
+        assert standing(JobState.IN_QUEUE, "IN_QUEUE", told, place=Place(2, None))[0] == "queued"
 
 
 def test_what_was_told_of_an_earlier_turn_is_forgotten() -> None:
     again = (*RUNNING, {"stage": "running", "percent": 99.0}, *RUNNING)
-    assert standing(JobState.IN_PROGRESS, *again)[:2] == ("processing", "Staging the inputs")
+    assert standing(JobState.IN_PROGRESS, *again)[:2] == ("generating", "ComfyUI runs the workflow (0 %)")
     # The record is newer than what was heard.
     assert standing(JobState.IN_QUEUE, *RUNNING, {"stage": "running"})[0] == "queued"
 
@@ -335,7 +337,7 @@ def test_how_a_job_ended(state: JobState, status: str) -> None:
     following.hear(events(state.value)[0])
     assert following.has_ended
     assert ended(record(state)).status == status
-    assert ended(record(state)).queue_position(SIZES) == {
+    assert ended(record(state)).queue_position(SIZES, 9) == {
         "current_queue": None,
         "position": 0,
         "queue_size": 0,

@@ -24,9 +24,8 @@ from comfy_worker.gateway.doors.workflow_graph import with_inputs, with_prompt, 
 from comfy_worker.gateway.doors.workflow_requests import cache_key_of, input_of, job_of
 from comfy_worker.gateway.doors.workflow_status import status_body
 from comfy_worker.gateway.errors import RequestTooLarge
-from comfy_worker.gateway.events import PROGRESS, Event
+from comfy_worker.gateway.place import Place
 from comfy_worker.gateway.records import JobRecord
-from comfy_worker.gateway.service import Place
 from comfy_worker.gateway.settings import load_gateway_settings
 from comfy_worker.jobs import JobState
 from tests.support.graphs import Graph, node, picture
@@ -304,10 +303,6 @@ def record(state: JobState, **fields: Any) -> JobRecord:
     return JobRecord(id="p", endpoint_id="local", state=state, created_at=1.0, **fields)
 
 
-def told(kind: str, at: float = NOW, **data: Any) -> Event:
-    return Event(int(at * 1_000_000), "p", kind, data)
-
-
 EMPTY = {
     "prompt_id": "p",
     "status": "pending",
@@ -323,15 +318,18 @@ EMPTY = {
 
 def test_one_that_waits_says_how_long() -> None:
     waiting = record(JobState.IN_QUEUE)
-    assert status_body(waiting, None, None, None, NOW) == EMPTY
-    shown = status_body(waiting, None, Place(2, 10.2, 5.0), None, NOW)
+    assert status_body(waiting, None, None, None) == EMPTY
+    shown = status_body(waiting, None, Place(2, 10.2, 5.0), None)
     assert shown == {**EMPTY, "queue_position": 2, "estimated_time_remaining": 16}
-    assert status_body(waiting, None, Place(0, None, 5.0), None, NOW)["estimated_time_remaining"] is None
+    assert status_body(waiting, None, Place(1, None, 5.0), None)["estimated_time_remaining"] is None
+    away = Place(1, None, notice="ComfyUI has not answered since then")
+    shown = status_body(waiting, away.as_progress(), away, None)
+    assert shown == {**EMPTY, "queue_position": 1, "notice": away.notice}
 
 
 def test_one_that_runs_says_where_it_is() -> None:
-    last = told(PROGRESS, NOW - 3, percent=50.0, node={"id": "3", "title": "KSampler"}, estimated_s=10.0)
-    shown = status_body(record(JobState.IN_PROGRESS), last, None, None, NOW)
+    last = {"percent": 50.0, "node": {"id": "3", "title": "KSampler"}}
+    shown = status_body(record(JobState.IN_PROGRESS), last, Place(0, 0.0, 6.2), None)
     assert shown == {
         **EMPTY,
         "status": "running",
@@ -340,7 +338,7 @@ def test_one_that_runs_says_where_it_is() -> None:
         "current_node_title": "KSampler",
         "estimated_time_remaining": 7,
     }
-    assert status_body(record(JobState.IN_PROGRESS), last, None, None, NOW + 60)["estimated_time_remaining"] == 0
+    assert status_body(record(JobState.IN_PROGRESS), last, None, None)["estimated_time_remaining"] is None
 
 
 def test_one_that_has_ended_has_links_or_a_sentence() -> None:
@@ -354,7 +352,7 @@ def test_one_that_has_ended_has_links_or_a_sentence() -> None:
         "texts": [{"node_id": "5", "text": "hello"}],
         "errors": ["one of two is missing"],
     }
-    done = status_body(record(JobState.COMPLETED, output=output), None, None, output, NOW)
+    done = status_body(record(JobState.COMPLETED, output=output), None, None, output)
     assert done == {
         **EMPTY,
         "status": "completed",
@@ -368,11 +366,11 @@ def test_one_that_has_ended_has_links_or_a_sentence() -> None:
     }
     for state in (JobState.FAILED, JobState.TIMED_OUT):
         error = {"error": "It went wrong", "code": "x", "hint": "Mend it"}
-        failed = status_body(record(state, error=error), told(PROGRESS, percent=40.0), None, None, NOW)
+        failed = status_body(record(state, error=error), {"percent": 40.0}, None, None)
         assert failed["status"] == "failed"
         assert (failed["error"], failed["error_code"], failed["error_hint"]) == ("It went wrong", "x", "Mend it")
         assert failed["progress"] == 40.0
-    assert status_body(record(JobState.CANCELLED), None, None, None, NOW)["status"] == "cancelled"
+    assert status_body(record(JobState.CANCELLED), None, None, None)["status"] == "cancelled"
 
 
 # ------------------------------------------------------------------------------------------------- a bug

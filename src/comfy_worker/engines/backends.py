@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from comfy_worker.engines.run_times import RunRecorder
 from comfy_worker.engines.turns import Gate
 from comfy_worker.engines.waiting import Waiting
 from comfy_worker.gateway.assets import AssetStore
+from comfy_worker.gateway.records import ProgressNote
 from comfy_worker.gateway.settings import GatewaySettings
 from comfy_worker.jobs import Stage
 from comfy_worker.settings import without_credentials
@@ -23,6 +25,7 @@ log = logging.getLogger(__name__)
 
 _PROBE_INTERVAL_S = 2.0
 _SICK_PROBE_INTERVAL_S = 0.5
+EXPIRED = "The job waited in the queue for longer than its ttl"
 _FAILURES = 2
 """Probes in a row that fail before a ComfyUI is taken out: one that is busy may miss one."""
 
@@ -33,11 +36,13 @@ class RunningJob:
 
     Attributes:
         stage: which part of its way it is on.
-        began_at: when ComfyUI began it, in seconds since the epoch; None before. A gateway before this one may have
-            noted it.
+        started_at: when ComfyUI began to run it, in seconds since the epoch; None before. A gateway before this one may
+            have noted it.
+        run: what its run tells of how long such runs take; None before.
         deadline: until when it may run, on the monotonic clock; None as long as it was not heard or seen to run.
-        timed_out: it was stopped because of that.
+        late: why it was stopped, as a sentence: it waited or ran for too long. None if it was not.
         prompt_id: under which it runs; None before it is noted to.
+        progress: how far it is.
         done: set when it is out of hand.
     """
 
@@ -45,25 +50,27 @@ class RunningJob:
     backend: Backend
     stop: Stop = field(default_factory=Stop)
     stage: Stage = Stage.STAGING
-    began_at: float | None = None
+    started_at: float | None = None
+    run: RunRecorder | None = None
     deadline: float | None = None
-    timed_out: bool = False
+    late: str | None = None
     prompt_id: str | None = None
+    progress: ProgressNote | None = None
     done: threading.Event = field(default_factory=threading.Event)
 
     @property
     def may_be_in_comfyui(self) -> bool:
         """Whether its prompt may be in ComfyUI; once its stop is set, a False stays so."""
-        return self.job.was_running or self.stage in (Stage.QUEUED, Stage.RUNNING)
+        return self.job.may_be_in_comfyui or self.stage in (Stage.QUEUED, Stage.RUNNING)
 
     def entered(self, stage: Stage) -> None:
         """Note that it entered a stage; its time runs from when ComfyUI begins it, once."""
         self.stage = stage
         if stage is Stage.RUNNING and self.deadline is None:
             now = time.time()
-            self.began_at = now if self.began_at is None else self.began_at
-            # Of a clock that was set back meanwhile, no more is counted than nothing.
-            ran_s = max(0.0, now - self.began_at)
+            self.started_at = now if self.started_at is None else self.started_at
+            # Clamped to 0 if the clock was set back meanwhile.
+            ran_s = max(0.0, now - self.started_at)
             self.deadline = time.monotonic() + self.job.record.execution_timeout_s - ran_s
 
 
@@ -75,6 +82,7 @@ class Backend:
         gate: lets so many jobs into its queue.
         places: how many jobs it may have that are not being delivered yet.
         healthy: whether it answers; not before it was asked.
+        away_since: since when it has not answered, in seconds since the epoch; None while it does.
         name: the URL under which it is known to others, if that is not where it is found from here.
     """
 
@@ -82,6 +90,7 @@ class Backend:
     gate: Gate
     places: int
     healthy: bool = False
+    away_since: float | None = field(default_factory=time.time)
     jobs: set[RunningJob] = field(default_factory=set)
     name: str = ""
 
@@ -94,6 +103,19 @@ class Backend:
     def load(self) -> int:
         """How many jobs it has that are not being delivered yet."""
         return sum(running.stage is not Stage.DELIVERING for running in self.jobs)
+
+    @property
+    def running(self) -> int:
+        """How many jobs it runs right now."""
+        return sum(running.stage is Stage.RUNNING for running in self.jobs)
+
+    def mark(self, healthy: bool) -> bool:
+        """Note whether it answers; return whether that has changed."""
+        has_changed = healthy is not self.healthy
+        self.healthy = healthy
+        if has_changed:
+            self.away_since = None if healthy else time.time()
+        return has_changed
 
     @property
     def has_room(self) -> bool:
@@ -129,18 +151,28 @@ def connect(url: str, settings: GatewaySettings, assets: AssetStore, places: int
 
 
 def stop_late(in_hand: Iterable[RunningJob]) -> None:
-    """Stop the jobs that have run for too long; what is being delivered was in time."""
-    now = time.monotonic()
+    """Stop the jobs that have waited or run for too long; what is being delivered was in time."""
     for running in in_hand:
-        is_before_delivery = running.stage is not Stage.DELIVERING
-        if running.deadline is not None and now >= running.deadline and is_before_delivery:
-            running.timed_out = True
+        sentence = _too_late(running)
+        if sentence is not None and running.late is None:
+            running.late = sentence
             running.stop.set(late=True)
+
+
+def _too_late(running: RunningJob) -> str | None:
+    """Return why a job is to be stopped, as a sentence; None if it is not."""
+    if running.stage is Stage.DELIVERING:
+        return None
+    if running.deadline is None:
+        return EXPIRED if time.time() >= running.job.expires_at and running.started_at is None else None
+    if time.monotonic() < running.deadline:
+        return None
+    return f"The job ran for longer than {running.job.record.execution_timeout_s:g} seconds"
 
 
 def choose(job: Waiting, backends: list[Backend]) -> Backend | None:
     """Return the ComfyUI for a job: the one that has it already, or else the least loaded; None if it has to wait."""
-    if job.was_running:
+    if job.may_be_in_comfyui:
         own = next((backend for backend in backends if backend.url == job.record.backend), None)
         if own is not None and (own.healthy or len(backends) == 1):
             return own if own.healthy else None

@@ -11,7 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from kombu.exceptions import OperationalError
@@ -19,15 +19,17 @@ from redis import ConnectionError as RedisConnectionError
 from redis import RedisError
 
 from comfy_worker.comfy.client import ComfyClient
+from comfy_worker.engines.backends import EXPIRED
 from comfy_worker.engines.celery_app import QUEUE, make_app, publish, queue_of, task_of
 from comfy_worker.engines.fleet import Fleet
-from comfy_worker.engines.places import as_progress, places_of
-from comfy_worker.engines.waiting import Queue, RunTimes, Waiting
+from comfy_worker.engines.places import InHand, SteadyPlaces, has_moved, places_of
+from comfy_worker.engines.run_times import RunTimes
+from comfy_worker.engines.waiting import Queue, Waiting
 from comfy_worker.errors import ComfyUnreachable, TimedOut
 from comfy_worker.gateway.errors import DatabaseUnavailable, NoComfyUI
 from comfy_worker.gateway.events import PROGRESS, STATUS, EventBus
+from comfy_worker.gateway.place import Place, as_time
 from comfy_worker.gateway.records import JobRecord
-from comfy_worker.gateway.service import Place
 from comfy_worker.gateway.settings import GatewaySettings
 from comfy_worker.gateway.store import Store, moment
 from comfy_worker.jobs import JobState, Stage
@@ -44,15 +46,6 @@ _OFF_THE_GPU_S = 60.0
 _OFF_LOOK_S = 0.02
 
 
-@dataclass(frozen=True)
-class _Elsewhere:
-    """A job that a worker has in hand."""
-
-    job: Waiting
-    stage: Stage
-    began_at: float | None
-
-
 class CeleryEngine:
     """Sends jobs to the workers' queue, and sees to it that none is forgotten."""
 
@@ -66,7 +59,9 @@ class CeleryEngine:
         self._comfyui = ComfyClient(settings) if "comfyui_url" in settings.model_fields_set else None
         self._lock = threading.Lock()
         self._queue = Queue()
-        self._in_hand: list[_Elsewhere] = []
+        self._in_hand: list[InHand] = []
+        self._steady = SteadyPlaces()
+        self._away_since: float | None = time.time()
         self._workers: Sequence[Mapping[str, Any]] = []
         self._run_times = RunTimes()
         self._has_learned = False
@@ -74,7 +69,7 @@ class CeleryEngine:
         self._new: dict[str, JobRecord] = {}
         self._open: set[str] = set()
         self._looks: dict[str, int] = {}
-        self._told: dict[str, Place] = {}
+        self._published: Mapping[str, Place] = {}
         self._to_send: queue.SimpleQueue[JobRecord | None] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._look_now = threading.Event()
@@ -143,7 +138,7 @@ class CeleryEngine:
             present = {worker["url"] for worker in self._workers}
         if record.only_backend is not None:
             return queue_of(record.only_backend)
-        if record.state is JobState.IN_PROGRESS and record.backend in present:
+        if record.prompt_id is not None and record.backend in present:
             return queue_of(str(record.backend))
         return QUEUE
 
@@ -181,19 +176,30 @@ class CeleryEngine:
 
     # -------------------------------------------------------------------------------------------- questions
 
-    def place(self, job_id: str) -> Place | None:
-        """Return where a job stands in the queue, None if it does not wait."""
-        return self._places().get(job_id)
-
-    def _places(self) -> dict[str, Place]:
+    def places(self) -> Mapping[str, Place]:
+        """Return where every job stands that waits or runs, by its id."""
         with self._lock:
-            at_work = sum(bool(worker["healthy"]) for worker in self._workers)
-            return places_of(self._queue, self._in_hand, self._run_times, at_work)
+            present = [str(worker["url"]) for worker in self._workers if worker["healthy"]]
+            places = places_of(self._queue, self._in_hand, self._run_times, present)
+            if notice := self._notice(is_any_present=bool(present)):
+                for job in self._queue:
+                    places[job.id] = replace(places[job.id], wait_s=None, notice=notice)
+            return self._steady.steady(places, len(present))
+
+    def _notice(self, *, is_any_present: bool) -> str:
+        """Return why no job gets on, as a sentence; empty if jobs do."""
+        if is_any_present or self._away_since is None:
+            return ""
+        since = as_time(self._away_since)
+        if self._workers:
+            return f"No ComfyUI of the fleet has answered since {since}"
+        return f"The fleet has had no worker since {since}"
 
     def backends(self) -> Sequence[Mapping[str, Any]]:
-        """Return what the workers said last: `url`, `healthy`, `jobs` and `load`."""
+        """Return what the workers reported last; see `Engine.backends`."""
+        names = ("url", "healthy", "away_since", "jobs", "load", "running")
         with self._lock:
-            return [{name: worker[name] for name in ("url", "healthy", "jobs", "load")} for worker in self._workers]
+            return [{name: worker.get(name) for name in names} for worker in self._workers]
 
     def comfyui(self) -> ComfyClient:
         """Return a client of the gateway's own ComfyUI.
@@ -241,7 +247,7 @@ class CeleryEngine:
         self._note_ends(set(ids))
         self._end_expired(records)
         self._send_lost([record for record in records if record.id not in held], queued)
-        self._tell_places()
+        self._publish_places()
 
     def _take_in(self, workers: Sequence[Mapping[str, Any]], records: Sequence[JobRecord], held: set[str]) -> None:
         waiting, in_hand = Queue(), []
@@ -250,14 +256,41 @@ class CeleryEngine:
             if record.state is JobState.IN_QUEUE and record.id not in held:
                 waiting.add(job)
             else:
-                stage = Stage.RUNNING if record.began_at is not None else Stage.QUEUED
-                in_hand.append(_Elsewhere(job, stage, record.began_at))
+                in_hand.append(self._in_hand_elsewhere(job))
+        is_present = any(worker["healthy"] for worker in workers)
         with self._lock:
             known = {record.id for record in records} | held
             for new in self._new.values():
                 if new.id not in known:  # it was submitted while the store was asked
                     waiting.add(Waiting(new))
             self._workers, self._queue, self._in_hand = workers, waiting, in_hand
+            was_present = self._away_since is None
+            self._away_since = None if is_present else (self._away_since or time.time())
+        if is_present is not was_present:
+            level = logging.INFO if is_present else logging.WARNING
+            log.log(level, "%s ComfyUI of the fleet answers", "a" if is_present else "no")
+
+    def _in_hand_elsewhere(self, job: Waiting) -> InHand:
+        """Return a job that a worker has in hand, as far as the store knows."""
+        record, progress = job.record, job.record.progress or {}
+        stage = Stage.STAGING
+        if record.state is JobState.IN_PROGRESS:
+            is_delivered = progress.get("stage") == Stage.DELIVERING.value
+            stage = Stage.DELIVERING if is_delivered else Stage.RUNNING
+        elif progress.get("stage") == Stage.QUEUED.value:
+            stage = Stage.QUEUED
+        return InHand(job, str(record.backend), stage, self._remaining_s(record))
+
+    def _remaining_s(self, record: JobRecord) -> float | None:
+        """Return how much longer a job runs, by what its worker said last, or else by what jobs like it took."""
+        progress, now = record.progress or {}, time.time()
+        if "estimated_s" in progress and record.progress_number is not None:
+            # The number of an event is the microsecond in which it happened.
+            return max(0.0, float(progress["estimated_s"]) - (now - record.progress_number / 1_000_000))
+        expected = self._run_times.expected(record.signature)
+        if expected is None or record.started_at is None:
+            return None
+        return max(0.0, expected - (now - record.started_at))
 
     def _note_ends(self, open_now: set[str]) -> None:
         """Have webhooks sent of jobs that ended with a worker, and learn how long they ran."""
@@ -278,7 +311,7 @@ class CeleryEngine:
         now = time.time()
         for record in records:
             if record.state is JobState.IN_QUEUE and Waiting(record).expires_at <= now:
-                error = TimedOut("The job waited in the queue for longer than its ttl").as_output()
+                error = TimedOut(EXPIRED).as_output()
                 if self._store.finish(record.id, JobState.TIMED_OUT, now, error=error, only_waiting=True):
                     self._bus.publish(record.id, STATUS, {"status": JobState.TIMED_OUT.value}, moment(now))
 
@@ -303,10 +336,9 @@ class CeleryEngine:
                 for worker in self._workers
             )
 
-    def _tell_places(self) -> None:
-        places = self._places()
+    def _publish_places(self) -> None:
+        places = self.places()
         for job_id, place in places.items():
-            moved = job_id not in self._told or self._told[job_id].position != place.position
-            if moved and self._bus.has_listeners(job_id):
-                self._bus.publish(job_id, PROGRESS, as_progress(place))
-        self._told = places
+            if has_moved(place, self._published.get(job_id)) and self._bus.has_listeners(job_id):
+                self._bus.publish(job_id, PROGRESS, place.as_progress())
+        self._published = places

@@ -25,9 +25,10 @@ from comfy_worker.engines.celery_app import QUEUE, publish, queue_of
 from comfy_worker.engines.celery_host import CeleryHost, ask_to_end, was_asked_to_end
 from comfy_worker.engines.fleet import Fleet
 from comfy_worker.engines.patience import Patience
+from comfy_worker.engines.run_times import RunTimes
 from comfy_worker.engines.runner import Runner, take_out
 from comfy_worker.engines.telling import Telling
-from comfy_worker.engines.waiting import RunTimes, Waiting
+from comfy_worker.engines.waiting import Waiting
 from comfy_worker.errors import ComfyUnreachable
 from comfy_worker.gateway.assets import AssetStore
 from comfy_worker.gateway.auth import is_loopback, kept_secret
@@ -41,7 +42,6 @@ from comfy_worker.gateway.records import JobRecord
 from comfy_worker.gateway.redis_bus import RedisEventBus
 from comfy_worker.gateway.settings import GatewaySettings
 from comfy_worker.gateway.store import Store
-from comfy_worker.jobs import JobState
 from comfy_worker.signals import END_SIGNALS
 
 log = logging.getLogger(__name__)
@@ -112,7 +112,8 @@ class FleetWorker:
         run_times.learn(reversed(patiently(lambda: self._store.latest(limit=_LEARNED_FROM))))
         self._progress = ProgressWebhooks(settings)
         self._notes = ProgressNotes(self._store, settings.progress_note_s)
-        telling = Telling(self._store, self._notes, self._bus, run_times, self._lock)
+        self._run_times = run_times
+        telling = Telling(self._store, self._notes, self._bus, run_times, self._lock, self._standing)
         self._patience = Patience(self._store, self._stopping)
         self._runner = Runner(self._store, self._bus, settings, self._progress, telling, self._patience, self)
         self._threads = [
@@ -161,7 +162,7 @@ class FleetWorker:
         try:
             for prompt_id, job_id in self._fleet.prompts(self._backend.url).items():
                 record = self._patience.surely(partial(self._store.get, job_id))
-                if record is not None and record.prompt_id == prompt_id and record.state is JobState.IN_PROGRESS:
+                if record is not None and record.prompt_id == prompt_id and not record.state.is_terminal:
                     continue  # a gateway sends it here, to be taken up again
                 log.warning("the prompt of job %s is taken out of ComfyUI: nobody wants it any more", job_id)
                 self._backend.worker.client.remove(prompt_id)
@@ -214,7 +215,7 @@ class FleetWorker:
             self._stopping.wait(_HANDED_BACK_PAUSE_S)
         elif not was_passed_on and self._should_pass_on(record):
             self._again[record.id] = job, True
-        elif record.state is JobState.IN_PROGRESS or job.expires_at > time.time():
+        elif record.prompt_id is not None or job.expires_at > time.time():
             running = RunningJob(job, self._backend)
             with self._lock:
                 self._in_hand[record.id] = running
@@ -274,8 +275,7 @@ class FleetWorker:
     def mark(self, backend: Backend, healthy: bool) -> None:
         """Note whether the ComfyUI answers; while it does not, no jobs are taken."""
         with self._lock:
-            has_changed = healthy is not backend.healthy
-            backend.healthy = healthy
+            has_changed = backend.mark(healthy)
             self._lock.notify_all()
         if not has_changed:
             return
@@ -295,6 +295,15 @@ class FleetWorker:
     def note_over(self, running: RunningJob) -> None:
         """Wait until no progress of a job is under way: a gateway is about to tell of its end."""
         asyncio.run(self._progress.end(running.job.id))
+
+    def _standing(self, job_id: str) -> Mapping[str, Any]:
+        """Return how much longer a job runs; where one that waits stands, only the gateways know."""
+        with self._lock:
+            running = self._in_hand.get(job_id)
+            if running is None or running.run is None:
+                return {}
+            remaining_s = self._run_times.remaining(running.job.record.signature, running.run)
+        return {} if remaining_s is None else {"estimated_s": round(remaining_s, 1)}
 
     def has_others(self) -> bool:
         """Return whether the fleet has another ComfyUI that answers."""
@@ -355,7 +364,15 @@ class FleetWorker:
             jobs = len(self._in_hand)
             has_room = jobs < self._settings.generation_workers
             idle = self._host.is_taking and has_room and not self._stopping.is_set()
-            report = {"healthy": self._backend.healthy, "jobs": jobs, "load": self._backend.load, "idle": idle}
+            backend = self._backend
+            report = {
+                "healthy": backend.healthy,
+                "away_since": backend.away_since,
+                "jobs": jobs,
+                "load": backend.load,
+                "running": backend.running,
+                "idle": idle,
+            }
         if again or report != self._reported:
             self._reported = report
             self._quietly(lambda: self._fleet.report(self._backend.url, report))

@@ -10,22 +10,24 @@ from dataclasses import replace
 from typing import Any
 
 from comfy_worker.comfy.client import ComfyClient
-from comfy_worker.engines.backends import Backend, RunningJob, choose, connect, stop_late
+from comfy_worker.engines.absence import away_since, notice_of
+from comfy_worker.engines.backends import EXPIRED, Backend, RunningJob, choose, connect, stop_late
 from comfy_worker.engines.patience import Patience
-from comfy_worker.engines.places import as_progress, places_of
+from comfy_worker.engines.places import InHand, SteadyPlaces, has_moved, places_of
+from comfy_worker.engines.run_times import RunTimes
 from comfy_worker.engines.runner import Runner, take_out
 from comfy_worker.engines.telling import Telling
-from comfy_worker.engines.waiting import Queue, RunTimes, Waiting
-from comfy_worker.errors import ComfyUnreachable, TimedOut
+from comfy_worker.engines.waiting import Queue, Waiting
+from comfy_worker.errors import ComfyUnreachable, TimedOut, WorkerError
 from comfy_worker.gateway.assets import AssetStore
 from comfy_worker.gateway.database import patiently
 from comfy_worker.gateway.errors import DatabaseUnavailable
 from comfy_worker.gateway.events import PROGRESS, STATUS, EventBus
 from comfy_worker.gateway.jsonlogs import about_job
+from comfy_worker.gateway.place import Place
 from comfy_worker.gateway.progress_notes import ProgressNotes
 from comfy_worker.gateway.progress_webhooks import ProgressWebhooks
 from comfy_worker.gateway.records import JobRecord
-from comfy_worker.gateway.service import Place
 from comfy_worker.gateway.settings import GatewaySettings
 from comfy_worker.gateway.store import Store, moment
 from comfy_worker.jobs import JobState
@@ -33,6 +35,8 @@ from comfy_worker.jobs import JobState
 log = logging.getLogger(__name__)
 
 _TICK_S = 0.5
+_PLACES_AGE_S = 0.1
+"""How long places are good for: many streams ask for them at once."""
 _LEARNED_FROM = 256
 """The latest jobs, of which the start takes in how long they ran."""
 
@@ -40,8 +44,8 @@ _LEARNED_FROM = 256
 class LocalEngine:
     """Takes the waiting jobs in their order, stages, runs and delivers them, and notes their ends in the store.
 
-    A job is noted as running, under its prompt_id, before anything of it is sent: after a kill at any moment `start`
-    finds out from the store and from ComfyUI where each job stands.
+    A job's prompt_id is noted before anything of it is sent: after a kill at any moment, `start` finds out from the
+    store and from ComfyUI where each job stands.
     """
 
     def __init__(
@@ -62,7 +66,9 @@ class LocalEngine:
         self._run_times = RunTimes()
         self._running: dict[str, RunningJob] = {}
         self._stopping = threading.Event()
-        telling = Telling(store, notes, bus, self._run_times, self._lock)
+        self._steady = SteadyPlaces()
+        self._known_places: tuple[float, Mapping[str, Place]] = (-_PLACES_AGE_S, {})
+        telling = Telling(store, notes, bus, self._run_times, self._lock, self._standing)
         patience = Patience(store, self._stopping)
         self._runner = Runner(store, bus, settings, progress, telling, patience, self)
         self._unknown: set[str] = set()
@@ -130,8 +136,8 @@ class LocalEngine:
             position = self._queue.add(job)
             has_to_wait = position > 0 or choose(job, self._backends) is None
             self._lock.notify()
-        if has_to_wait:
-            self._tell_place(job.id, self.place(job.id))
+        if has_to_wait and (place := self._look_at_places().get(job.id)) is not None:
+            self._bus.publish(job.id, PROGRESS, place.as_progress())
 
     def cancel(self, job_id: str) -> None:
         """Drop a job whose end the store has already; return when it is out of ComfyUI.
@@ -141,23 +147,26 @@ class LocalEngine:
         with self._lock:
             waiting = self._queue.remove(job_id)
             running = self._running.get(job_id)
+            self._known_places = (-_PLACES_AGE_S, {})
         if running is not None:
             running.stop.set()
             if running.may_be_in_comfyui:
                 running.done.wait()
-        if waiting is not None and waiting.was_running:
+        if waiting is not None and waiting.may_be_in_comfyui:
             own = next((backend for backend in self._backends if backend.url == waiting.record.backend), None)
             take_out(waiting, own)
 
     def backends(self) -> Sequence[Mapping[str, Any]]:
-        """Return how each ComfyUI is doing: `url`, `healthy`, its `jobs`, and its `load`: those not delivered yet."""
+        """Return how each ComfyUI is doing; see `service.Engine`."""
         with self._lock:
             return [
                 {
                     "url": backend.worker.client.url,
                     "healthy": backend.healthy,
+                    "away_since": backend.away_since,
                     "jobs": len(backend.jobs),
                     "load": backend.load,
+                    "running": backend.running,
                 }
                 for backend in self._backends
             ]
@@ -174,33 +183,48 @@ class LocalEngine:
             raise ComfyUnreachable("No ComfyUI answers")
         return healthy.worker.client
 
-    def place(self, job_id: str) -> Place | None:
-        """Return where a job stands in the queue, None if it does not wait."""
-        return self._places().get(job_id)
-
-    def _places(self) -> dict[str, Place]:
+    def places(self) -> Mapping[str, Place]:
+        """Return where every job stands that waits or runs, by its id; as it was a moment ago, if nothing has moved."""
         with self._lock:
-            at_work = sum(backend.healthy for backend in self._backends)
-            return places_of(self._queue, self._running.values(), self._run_times, at_work)
+            at, places = self._known_places
+            return places if time.monotonic() - at < _PLACES_AGE_S else self._look_at_places()
 
-    def _tell_place(self, job_id: str, place: Place | None) -> None:
-        if place is not None:
-            self._bus.publish(job_id, PROGRESS, as_progress(place))
+    def _look_at_places(self) -> Mapping[str, Place]:
+        with self._lock:
+            in_hand = [self._in_hand(running) for running in self._running.values()]
+            healthy = [backend.url for backend in self._backends if backend.healthy]
+            places = places_of(self._queue, in_hand, self._run_times, healthy)
+            for job in self._queue:
+                if notice := notice_of(away_since(job, self._backends)):
+                    places[job.id] = replace(places[job.id], wait_s=None, notice=notice)
+            steady = self._steady.steady(places, len(healthy))
+            self._known_places = time.monotonic(), steady
+            return steady
+
+    def _in_hand(self, running: RunningJob) -> InHand:
+        signature = running.job.record.signature
+        remaining_s = None if running.run is None else self._run_times.remaining(signature, running.run)
+        return InHand(running.job, running.backend.url, running.stage, remaining_s)
+
+    def _standing(self, job_id: str) -> Mapping[str, Any]:
+        """Return what the progress of a job in hand says besides."""
+        place = self._look_at_places().get(job_id)
+        return {} if place is None else place.beside_progress()
 
     # ------------------------------------------------------------------------------------------------- clock
 
     def _keep_time(self) -> None:
-        """End what has waited or run too long, and tell those who listen how the queue moves."""
-        told: dict[str, Place] = {}
+        """End what has waited or run too long, and publish how the queue moves to those who listen."""
+        published: dict[str, Place] = {}
         while not self._stopping.wait(_TICK_S):
             self._stop_late()
             self._end_expired()
-            places = self._places()
+            self._end_unreachable()
+            places = self._look_at_places()
             for job_id, place in places.items():
-                moved = job_id not in told or told[job_id].position != place.position
-                if moved and self._bus.has_listeners(job_id):
-                    self._tell_place(job_id, place)
-            told = places
+                if has_moved(place, published.get(job_id)) and self._bus.has_listeners(job_id):
+                    self._bus.publish(job_id, PROGRESS, place.as_progress())
+            published = dict(places)
 
     def _stop_late(self) -> None:
         with self._lock:
@@ -210,19 +234,35 @@ class LocalEngine:
     def _end_expired(self) -> None:
         with self._lock:
             expired = self._queue.take_expired(time.time())
-        for job in expired:
+        self._end_waiting(expired, JobState.TIMED_OUT, TimedOut(EXPIRED))
+
+    def _end_unreachable(self) -> None:
+        """Fail jobs that have waited too long for a ComfyUI that does not answer."""
+        if self._settings.wait_for_comfyui:
+            return
+        limit_s = self._settings.ready_timeout_s
+        with self._lock:
+            unreachable = [job for job in self._queue if self._has_waited(job) >= limit_s]
+            for job in unreachable:
+                self._queue.remove(job.id)
+        self._end_waiting(unreachable, JobState.FAILED, self._backends[0].worker.client.unreachable())
+
+    def _has_waited(self, job: Waiting) -> float:
+        """Return for how long a job has waited while no ComfyUI that may run it has answered, in seconds."""
+        since = away_since(job, self._backends)
+        return 0.0 if since is None else time.time() - max(since, job.since)
+
+    def _end_waiting(self, jobs: Sequence[Waiting], state: JobState, error: WorkerError) -> None:
+        output = error.as_output(self._settings.secrets())
+        for job in jobs:
             try:
-                self._expire(job)
+                now = time.time()
+                if self._store.finish(job.id, state, now, error=output):
+                    self._bus.publish(job.id, STATUS, {"status": state.value}, moment(now))
             except DatabaseUnavailable:
                 # Not waited for: the clock is there for the jobs that run, too.
                 with self._lock:
                     self._queue.add(job)
-
-    def _expire(self, job: Waiting) -> None:
-        error = TimedOut("The job waited in the queue for longer than its ttl").as_output()
-        now = time.time()
-        if self._store.finish(job.id, JobState.TIMED_OUT, now, error=error):
-            self._bus.publish(job.id, STATUS, {"status": JobState.TIMED_OUT.value}, moment(now))
 
     # ------------------------------------------------------------------------------------------------- work
 
@@ -242,7 +282,7 @@ class LocalEngine:
                     backend = choose(job, self._backends)
                     if backend is not None:
                         return self._take_in_hand(job, backend)
-                    if not job.was_running and job.record.only_backend is None:
+                    if not job.may_be_in_comfyui and job.record.only_backend is None:
                         break  # nobody has room, so none behind it gets in either
                 self._lock.wait()
             return None
@@ -277,8 +317,8 @@ class LocalEngine:
     def mark(self, backend: Backend, healthy: bool) -> None:
         """Note whether a ComfyUI answers."""
         with self._lock:
-            if healthy is not backend.healthy:
-                level = logging.INFO if healthy else logging.WARNING
-                log.log(level, "a ComfyUI %s", "answers" if healthy else "does not answer any more")
-            backend.healthy = healthy
+            has_changed = backend.mark(healthy)
             self._lock.notify_all()
+        if has_changed:
+            level = logging.INFO if healthy else logging.WARNING
+            log.log(level, "the ComfyUI at %s %s", backend.url, "answers" if healthy else "does not answer any more")

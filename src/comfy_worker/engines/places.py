@@ -1,60 +1,139 @@
-"""Where each waiting job stands, and how long it will wait by what jobs like those before it took."""
+"""Where each job stands that ComfyUI does not run yet, and how long it will wait and run."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable
-from typing import Any, Protocol
+import heapq
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from comfy_worker.engines.waiting import Queue, RunTimes, Waiting
-from comfy_worker.gateway.service import Place
+from comfy_worker.engines.run_times import RunTimes
+from comfy_worker.engines.waiting import Waiting
+from comfy_worker.gateway.place import Place
 from comfy_worker.jobs import Stage
 
 
-class InHand(Protocol):
-    """A job that is in hand, here or with a worker elsewhere."""
+@dataclass(frozen=True)
+class InHand:
+    """A job that a ComfyUI was given, here or beside a worker elsewhere.
+
+    Attributes:
+        job: what it was before.
+        backend: the URL of its ComfyUI.
+        stage: which part of its way it is on.
+        remaining_s: how much longer it will run, in seconds; None if that is not known, or it does not run yet.
+    """
+
+    job: Waiting
+    backend: str
+    stage: Stage
+    remaining_s: float | None = None
 
     @property
-    def job(self) -> Waiting:
-        """What it was before."""
-
-    @property
-    def stage(self) -> Stage:
-        """Which part of its way it is on."""
-
-    @property
-    def began_at(self) -> float | None:
-        """When ComfyUI began it; None before."""
+    def order(self) -> tuple[bool, int, int]:
+        """What jobs that do not run yet are sorted by: what is in ComfyUI's queue goes first."""
+        return (self.stage is not Stage.QUEUED, -self.job.record.priority, self.job.number)
 
 
-def places_of(queue: Queue, in_hand: Iterable[InHand], run_times: RunTimes, at_work: int) -> dict[str, Place]:
-    """Return where every waiting job stands, by its id, when so many ComfyUIs are at work."""
-    wait_s = _seconds_in_hand(in_hand, run_times)
-    places = {}
-    for position, job in enumerate(queue):
-        own = run_times.expected(job.record.signature)
-        places[job.id] = Place(position, None if wait_s is None else round(wait_s / max(1, at_work), 1), own)
-        wait_s = None if wait_s is None or own is None else wait_s + own
+def places_of(
+    waiting: Iterable[Waiting], in_hand: Iterable[InHand], run_times: RunTimes, backends: Sequence[str]
+) -> dict[str, Place]:
+    """Return where every job stands that has not been run yet, and how long each of the others runs on, by id.
+
+    Args:
+        waiting: the jobs that no ComfyUI was given yet, the next one in front.
+        in_hand: the jobs that one was given.
+        run_times: how long jobs like these took.
+        backends: the URLs of the ComfyUIs that answer.
+    """
+    in_hand = list(in_hand)
+    places = {item.job.id: Place(0, 0.0, item.remaining_s) for item in in_hand if item.stage is Stage.RUNNING}
+    free_at = _when_free(in_hand, backends)
+    not_run = sorted((i for i in in_hand if i.stage in (Stage.STAGING, Stage.QUEUED)), key=lambda item: item.order)
+    position = 0
+    for item in not_run:
+        position += 1
+        own = run_times.expected(item.job.record.signature)
+        wait_s = free_at.get(item.backend)
+        places[item.job.id] = Place(position, _rounded(wait_s), own, is_staged=item.stage is Stage.QUEUED)
+        if item.backend in free_at:
+            free_at[item.backend] = _sum(wait_s, own)
+    places |= _places_in_queue(waiting, free_at, run_times, position)
     return places
 
 
-def _seconds_in_hand(in_hand: Iterable[InHand], run_times: RunTimes) -> float | None:
-    """Return how long the jobs in hand will keep the GPUs busy; None if that is not known."""
-    seconds = 0.0
-    for running in in_hand:
-        if running.stage is Stage.DELIVERING:
-            continue
-        expected = run_times.expected(running.job.record.signature)
-        if expected is None:
-            return None
-        done = 0.0 if running.began_at is None else time.time() - running.began_at
-        seconds += max(0.0, expected - done)
-    return seconds
+def _places_in_queue(
+    waiting: Iterable[Waiting], free_at: Mapping[str, float | None], run_times: RunTimes, in_front: int
+) -> dict[str, Place]:
+    """Return the places of jobs that go to whichever ComfyUI is free first."""
+    free = [seconds for seconds in free_at.values() if seconds is not None]
+    is_known = len(free) == len(free_at) > 0
+    heapq.heapify(free)
+    places = {}
+    for position, job in enumerate(waiting, in_front + 1):
+        own = run_times.expected(job.record.signature)
+        places[job.id] = Place(position, _rounded(free[0]) if is_known else None, own)
+        is_known = is_known and own is not None
+        if is_known and own is not None:
+            heapq.heapreplace(free, free[0] + own)
+    return places
 
 
-def as_progress(place: Place) -> dict[str, Any]:
-    """Return what the listeners of a waiting job are told."""
-    told: dict[str, Any] = {"stage": "waiting", "queue_position": place.position}
-    if place.wait_s is not None:
-        told["estimated_wait_s"] = place.wait_s
-    return told
+def _when_free(in_hand: Iterable[InHand], backends: Sequence[str]) -> dict[str, float | None]:
+    """Return in how many seconds each ComfyUI will have run what it runs now."""
+    free_at: dict[str, float | None] = dict.fromkeys(backends, 0.0)
+    for item in in_hand:
+        if item.stage is Stage.RUNNING and item.backend in free_at:
+            free_at[item.backend] = _sum(free_at[item.backend], item.remaining_s)
+    return free_at
+
+
+def _sum(seconds: float | None, more: float | None) -> float | None:
+    return None if seconds is None or more is None else seconds + more
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 1)
+
+
+class SteadyPlaces:
+    """Keeps a job's estimates from rising where there is no reason for it; the caller holds a lock.
+
+    A reason is a job that got in front, or a ComfyUI that went away. That the jobs in front take longer than those like
+    them did is none: the estimate then stays as it is until they are done.
+    """
+
+    def __init__(self) -> None:
+        self._shown: dict[str, Place] = {}
+        self._backends = 0
+
+    def steady(self, places: Mapping[str, Place], backends: int) -> dict[str, Place]:
+        """Return the places to be shown now; jobs that are not among them are forgotten."""
+        has_lost = backends < self._backends
+        self._backends = backends
+        self._shown = {
+            job_id: place if has_lost else _not_above(place, self._shown.get(job_id))
+            for job_id, place in places.items()
+        }
+        return dict(self._shown)
+
+
+def _not_above(place: Place, before: Place | None) -> Place:
+    if before is None or place.position is None or before.position is None or place.position > before.position:
+        return place
+    wait_s, run_s = _least(place.wait_s, before.wait_s), place.run_s
+    if place.position == 0 == before.position:
+        run_s = _least(run_s, before.run_s)
+    return replace(place, wait_s=wait_s, run_s=run_s)
+
+
+def _least(seconds: float | None, before: float | None) -> float | None:
+    if seconds is None or before is None:
+        return seconds
+    return min(seconds, before)
+
+
+def has_moved(place: Place, before: Place | None) -> bool:
+    """Return whether there is news of a job that waits, beside the passing of time."""
+    if place.position == 0:
+        return False
+    return before is None or (place.position, place.notice) != (before.position, before.notice)

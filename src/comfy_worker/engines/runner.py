@@ -29,6 +29,7 @@ from comfy_worker.errors import (
 from comfy_worker.gateway.errors import DatabaseUnavailable
 from comfy_worker.gateway.events import STATUS, EventBus
 from comfy_worker.gateway.progress_webhooks import ProgressWebhooks, Tell
+from comfy_worker.gateway.records import JobRecord
 from comfy_worker.gateway.settings import GatewaySettings
 from comfy_worker.gateway.store import Store, moment
 from comfy_worker.jobs import Job, JobState
@@ -70,8 +71,8 @@ class Around(Protocol):
 class Runner:
     """Stages, runs and delivers jobs, and notes their ends in the store.
 
-    A job is noted as running, under its prompt_id, before anything of it is sent: after a kill at any moment the store
-    and ComfyUI say where it stands.
+    A job's prompt_id and its ComfyUI are noted before anything of it is sent: after a kill at any moment the store and
+    ComfyUI say where it stands. It waits until ComfyUI runs it; `Telling` notes that.
     """
 
     def __init__(
@@ -130,12 +131,12 @@ class Runner:
             if not running.stop.is_set():
                 self._around.wait_again(running.job)
             return
-        if running.job.was_running and not self._is_open(running.job.id):
+        if running.job.may_be_in_comfyui and not self._is_open(running.job.id):
             take_out(running.job, running.backend)
             return
         is_resumed = prompt_id is not None
-        prompt_id = prompt_id or str(uuid.uuid4())
-        if not is_resumed and not self._begin(running, prompt_id):
+        prompt_id = prompt_id or self._claim(running)
+        if prompt_id is None:
             return
         running.prompt_id = prompt_id
         self._around.note_sending(running)
@@ -158,13 +159,13 @@ class Runner:
     def _prompt_to_resume(self, running: RunningJob, job: Job) -> str | None:
         """Return the prompt of a job that ComfyUI still has, from before the process that follows it was started."""
         record, client = running.job.record, running.backend.worker.client
-        if not running.job.was_running or record.prompt_id is None:
+        if record.prompt_id is None:
             return None
         is_here = record.backend == running.backend.url
         if is_here and client.knows(record.prompt_id):
             if not any(node["class_type"] == WEBSOCKET_OUTPUT_NODE for node in job.workflow.values()):
                 log.info("job %s is taken up again", record.id)
-                running.began_at = record.began_at
+                running.started_at = record.started_at
                 return record.prompt_id
             # Its pictures were sent to the process that ended, and to nobody else.
             client.remove(record.prompt_id)
@@ -172,19 +173,39 @@ class Runner:
             client.disk.clean_up(record.prompt_id, {})
         return None
 
-    def _begin(self, running: RunningJob, prompt_id: str) -> bool:
-        """Note that a job runs; return whether it was still waiting."""
-        job, url = running.job, running.backend.url
-        if job.was_running:
-            self._patience.surely(lambda: self._store.requeue(job.id, time.time()))
-        now = time.time()
+    def _claim(self, running: RunningJob) -> str | None:
+        """Note under which prompt_id a job goes to which ComfyUI; return None if it does not wait any more."""
+        job, url, prompt_id = running.job, running.backend.url, str(uuid.uuid4())
+        before = job.record.prompt_id
+        if job.record.state is JobState.IN_PROGRESS:
+            # ComfyUI does not have it any more.
+            if not self._requeue(job, before):
+                return None
+            before = None
 
-        def start() -> bool:
-            return self._store.start(job.id, prompt_id, url, now)
+        def claim() -> bool:
+            return self._store.note_submission(job.id, prompt_id, url, instead_of=before)
 
-        if not self._patience.change(job.id, start, lambda record: record.prompt_id == prompt_id):
+        is_ours = self._patience.change(job.id, claim, lambda record: record.prompt_id == prompt_id)
+        return prompt_id if is_ours else None
+
+    def _requeue(self, job: Waiting, prompt_id: str | None) -> bool:
+        """Let a job wait that was given to a ComfyUI under a prompt_id; return whether it was still open."""
+        now, was_running = time.time(), False
+
+        def requeue() -> bool:
+            nonlocal was_running
+            was_running = self._store.requeue(job.id, now)
+            # One that ComfyUI had not begun to run waits already.
+            return was_running or self._store.note_submission(job.id, None, None, instead_of=prompt_id)
+
+        def was_made(record: JobRecord) -> bool:
+            return record.state is JobState.IN_QUEUE and record.prompt_id is None
+
+        if not self._patience.change(job.id, requeue, was_made):
             return False
-        self._bus.publish(job.id, STATUS, {"status": JobState.IN_PROGRESS.value}, moment(now))
+        if was_running:
+            self._bus.publish(job.id, STATUS, {"status": JobState.IN_QUEUE.value}, moment(now))
         return True
 
     # -------------------------------------------------------------------------------------------------- end
@@ -195,40 +216,36 @@ class Runner:
         code = output.get("code") if "error" in output else None
         if running.stop.detached and code == Cancelled.code:
             return  # it goes on in ComfyUI, and the next start takes it up
-        if running.timed_out and code == Cancelled.code:
-            sentence = f"The job ran for longer than {job.record.execution_timeout_s:g} seconds"
-            code, output = TimedOut.code, {**output, **TimedOut(sentence).as_output()}
+        if running.late is not None and code == Cancelled.code:
+            code, output = TimedOut.code, {**output, **TimedOut(running.late).as_output()}
         was_lost = is_resumed and not running.stop.is_set() and _has_lost_something(output)
         again = was_lost or self._may_do_better_elsewhere(running, code)
         if again and self._again(running, "its files went while nobody watched" if was_lost else output["error"]):
             return
         if code is None:
-            self._finish(job, JobState.COMPLETED, output=output, ran_from=running.began_at)
+            self._finish(job, JobState.COMPLETED, output=output, ran=running)
         else:
             states = {Cancelled.code: JobState.CANCELLED, TimedOut.code: JobState.TIMED_OUT}
             state = states.get(str(code), JobState.FAILED)
             made, error = split_failure(output)
-            self._finish(job, state, output=made, error=error, ran_from=running.began_at)
+            self._finish(job, state, output=made, error=error, ran=running)
 
     def _may_do_better_elsewhere(self, running: RunningJob, code: str | None) -> bool:
         if code not in _NOT_ITS_FAULT:
             return False
         if not running.backend.worker.client.is_ready():
             self._around.mark(running.backend, False)
+            if code == ComfyUnreachable.code and self._settings.wait_for_comfyui:
+                return True
         return self._around.has_others() and running.job.attempts + 1 < _MOST_ATTEMPTS
 
     def _again(self, running: RunningJob, why: str) -> bool:
         """Put a job back into the queue; return whether it was still open."""
-        job, now = running.job, time.time()
-
-        def requeue() -> bool:
-            return self._store.requeue(job.id, now)
-
-        if not self._patience.change(job.id, requeue, lambda record: record.state is JobState.IN_QUEUE):
+        job = running.job
+        if not self._requeue(job, running.prompt_id):
             return False
         log.warning("job %s waits again: %s", job.id, why)
-        self._bus.publish(job.id, STATUS, {"status": JobState.IN_QUEUE.value}, moment(now))
-        record = replace(job.record, state=JobState.IN_QUEUE, prompt_id=None, backend=None)
+        record = replace(job.record, state=JobState.IN_QUEUE, prompt_id=None, backend=None, started_at=None)
         self._around.wait_again(Waiting(record, job.attempts + 1))
         return True
 
@@ -239,12 +256,15 @@ class Runner:
         *,
         output: Mapping[str, Any] | None = None,
         error: Mapping[str, Any] | None = None,
-        ran_from: float | None = None,
+        ran: RunningJob | None = None,
     ) -> None:
         now = time.time()
+        started_at, progress = (None, None) if ran is None else (ran.started_at, ran.progress)
 
         def finish() -> bool:
-            return self._store.finish(job.id, state, now, output=output, error=error, ran_from=ran_from)
+            return self._store.finish(
+                job.id, state, now, output=output, error=error, ran_from=started_at, progress=progress
+            )
 
         if self._patience.change(job.id, finish, lambda record: (record.state, record.ended_at) == (state, now)):
             self._bus.publish(job.id, STATUS, {"status": state.value}, moment(now))

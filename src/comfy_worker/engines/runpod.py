@@ -25,10 +25,10 @@ from comfy_worker.gateway.assets import AssetStore
 from comfy_worker.gateway.database import patiently
 from comfy_worker.gateway.errors import DatabaseUnavailable, NoComfyUI
 from comfy_worker.gateway.events import EventBus
+from comfy_worker.gateway.place import Place, as_time
 from comfy_worker.gateway.progress_notes import ProgressNotes
 from comfy_worker.gateway.progress_webhooks import ProgressWebhooks
 from comfy_worker.gateway.records import JobRecord
-from comfy_worker.gateway.service import Place
 from comfy_worker.gateway.settings import GatewaySettings
 from comfy_worker.gateway.store import Store
 from comfy_worker.jobs import JobState
@@ -246,20 +246,28 @@ class RunpodEngine:
 
     # ------------------------------------------------------------------------------------------------ answers
 
-    def place(self, job_id: str) -> Place | None:
-        """Return None: RunPod does not say where in its queue a job stands."""
-        return None
+    def places(self) -> Mapping[str, Place]:
+        """Return why jobs wait while RunPod does not answer; where in its queue one stands, RunPod does not say."""
+        since = self._health.away_since
+        if since is None:
+            return {}
+        place = Place(None, None, notice=f"RunPod has not answered since {as_time(since)}")
+        return {job.id: place for job in list(self._jobs.values()) if job.state is JobState.IN_QUEUE}
 
     def backends(self) -> Sequence[Mapping[str, Any]]:
-        """Return the endpoint as one: `url`, `healthy`, its `jobs` and `load`, and its `workers` as RunPod counts."""
-        running = sum(job.state is JobState.IN_PROGRESS for job in list(self._jobs.values()))
+        """Return the endpoint as one, with its `workers` as RunPod counts them; see `Engine.backends`."""
+        jobs = list(self._jobs.values())
+        running = sum(job.state is JobState.IN_PROGRESS for job in jobs)
+        taken = sum(job.state is JobState.IN_PROGRESS or job.taken_at is not None for job in jobs)
         health = self._health
         return [
             {
                 "url": self._name,
                 "healthy": health.is_healthy,
-                "jobs": running,
-                "load": running,
+                "away_since": health.away_since,
+                "jobs": taken,
+                "load": taken,
+                "running": running,
                 "workers": health.workers,
             }
         ]

@@ -28,7 +28,7 @@ from comfy_worker.gateway.events import PROGRESS, STATUS, EventBus
 from comfy_worker.gateway.jsonlogs import about_job
 from comfy_worker.gateway.progress_notes import ProgressNotes
 from comfy_worker.gateway.progress_webhooks import ProgressWebhooks, Tell
-from comfy_worker.gateway.records import JobRecord
+from comfy_worker.gateway.records import JobRecord, ProgressNote
 from comfy_worker.gateway.store import Store, moment
 from comfy_worker.jobs import Job, JobState
 from comfy_worker.payload import parse_job
@@ -278,14 +278,15 @@ class Carrier:
         if state.is_terminal:
             await self._end_with(job, status)
             return True
+        progress = progress_in(status)
+        state = job.state_by(state, progress)
         if state is not job.state:
             await self._move(job, state)
-        progress = progress_in(status)
         if progress is not None and progress != job.progress:
             job.progress = progress
             job.changed()
             told = await self._do(lambda: self._bus.publish(job.id, PROGRESS, progress))
-            self._notes.note(told, str(job.prompt_id))
+            self._notes.note(ProgressNote(job.id, str(job.prompt_id), told.number, progress))
             tell(dict(progress))
         return False
 

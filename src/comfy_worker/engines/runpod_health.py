@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,12 +22,14 @@ class Health:
 
     Attributes:
         is_healthy: whether it answers; an endpoint that has scaled down to no worker is healthy.
+        away_since: since when it has not answered, in seconds since the epoch; None while it does.
         workers: how many of them do what, in RunPod's words (`idle`, `running`, `throttled`, …).
     """
 
     def __init__(self, client: RunPodClient) -> None:
         """Take who asks."""
         self.is_healthy = False
+        self.away_since: float | None = time.time()
         self.workers: Mapping[str, int] = {}
         self._client = client
 
@@ -50,6 +53,7 @@ class Health:
     def _mark(self, is_healthy: bool) -> None:
         if is_healthy is not self.is_healthy:
             log.log(logging.INFO if is_healthy else logging.WARNING, "RunPod %s", _WORDS[is_healthy])
+            self.away_since = None if is_healthy else time.time()
         self.is_healthy = is_healthy
 
 

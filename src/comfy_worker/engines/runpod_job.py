@@ -11,7 +11,7 @@ from typing import Any
 
 from comfy_worker.engines.runpod_claims import is_claim
 from comfy_worker.gateway.records import JobRecord
-from comfy_worker.jobs import JobState
+from comfy_worker.jobs import JobState, Stage
 
 _SHORTEST_S = 0.25
 _GROWTH = 1.5
@@ -20,6 +20,9 @@ _LONGEST_CALLED_S = 15.0
 """Where RunPod calls back at the end, and nobody listens meanwhile."""
 _SHORTEST_OTHERS_S = 5.0
 """Of a job that another gateway submitted and most likely follows itself."""
+_BEFORE_RUN = (Stage.STAGING.value, Stage.QUEUED.value)
+_FIRST_WORD_S = 2.0
+"""How long a worker that has taken a job may say nothing of its stages: ours does so at once."""
 _NO_ANSWER_S = 120.0
 """How long after a job's own time RunPod may still call it running."""
 
@@ -32,6 +35,7 @@ class RemoteJob:
         prompt_id: RunPod's id, a claim to submit it, or None.
         state: as the store has it.
         started_at: when it was seen to run, in seconds since the epoch.
+        taken_at: when a worker was first seen to have it, on the monotonic clock.
         is_own: whether this gateway is the one to follow it.
         is_dropped: its caller cancelled it.
         sending: its submission is under way: not to be broken off.
@@ -43,6 +47,7 @@ class RemoteJob:
     prompt_id: str | None
     state: JobState
     started_at: float | None = None
+    taken_at: float | None = None
     is_own: bool = True
     is_dropped: bool = False
     sending: bool = False
@@ -66,6 +71,22 @@ class RemoteJob:
     def remote_id(self) -> str | None:
         """RunPod's id of it, if that is known."""
         return None if is_claim(self.prompt_id) else self.prompt_id
+
+    def state_by(self, told: JobState, progress: Mapping[str, Any] | None) -> JobState:
+        """Return the state that it is in, by RunPod's word and by what its worker said of its progress.
+
+        RunPod calls a job IN_PROGRESS that a worker has taken; it waits until the worker's ComfyUI runs it. A worker
+        that does not tell of stages, of another image than ours, is taken to run it.
+        """
+        if told is not JobState.IN_PROGRESS:
+            self.taken_at = None
+            return told
+        self.taken_at = time.monotonic() if self.taken_at is None else self.taken_at
+        if self.state is JobState.IN_PROGRESS:
+            return told
+        if progress is not None:
+            return JobState.IN_QUEUE if progress["stage"] in _BEFORE_RUN else told
+        return JobState.IN_QUEUE if time.monotonic() - self.taken_at < _FIRST_WORD_S else told
 
     def tell(self) -> None:
         """Wake whoever waits for news of it."""

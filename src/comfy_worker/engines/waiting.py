@@ -1,19 +1,15 @@
-"""The jobs that wait for their turn, and how long each will wait."""
+"""The jobs that wait for their turn."""
 
 from __future__ import annotations
 
 import bisect
 import itertools
-import statistics
-from collections import deque
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from comfy_worker.gateway.records import JobRecord
-from comfy_worker.jobs import JobState
 
-_RUNS_REMEMBERED = 5
-_SIGNATURES_REMEMBERED = 256
 _numbers = itertools.count()
 
 
@@ -22,13 +18,15 @@ class Waiting:
     """A job that waits; of its request, which may be large, the store is asked when its turn has come.
 
     Attributes:
-        record: as it was when it began to wait. One that is IN_PROGRESS was running when the gateway before this one
-            ended.
+        record: as it was when it began to wait. One with a `prompt_id` was given to a ComfyUI by the gateway before
+            this one.
         attempts: how many ComfyUIs have had it.
+        since: when it began to wait here, in seconds since the epoch.
     """
 
     record: JobRecord
     attempts: int = 0
+    since: float = field(default_factory=time.time)
     number: int = field(default_factory=lambda: next(_numbers))
 
     @property
@@ -37,9 +35,9 @@ class Waiting:
         return self.record.id
 
     @property
-    def was_running(self) -> bool:
-        """Whether ComfyUI may have it already."""
-        return self.record.state is JobState.IN_PROGRESS
+    def may_be_in_comfyui(self) -> bool:
+        """Whether ComfyUI may have its prompt already."""
+        return self.record.prompt_id is not None
 
     @property
     def expires_at(self) -> float:
@@ -49,7 +47,7 @@ class Waiting:
     @property
     def order(self) -> tuple[bool, int, float, int]:
         """What it is sorted by: first what ComfyUI has already, then by priority, then who came first."""
-        return (not self.was_running, -self.record.priority, self.record.created_at, self.number)
+        return (not self.may_be_in_comfyui, -self.record.priority, self.record.created_at, self.number)
 
 
 class Queue:
@@ -78,35 +76,7 @@ class Queue:
 
     def take_expired(self, now: float) -> list[Waiting]:
         """Take out what has waited too long; what ComfyUI has already waits no more."""
-        expired = [job for job in self._jobs if job.expires_at <= now and not job.was_running]
+        expired = [job for job in self._jobs if job.expires_at <= now and not job.may_be_in_comfyui]
         if expired:
-            self._jobs = [job for job in self._jobs if job.expires_at > now or job.was_running]
+            self._jobs = [job for job in self._jobs if job.expires_at > now or job.may_be_in_comfyui]
         return expired
-
-
-class RunTimes:
-    """How long workflows took that ran before, by their signature; whoever uses it holds a lock."""
-
-    def __init__(self) -> None:
-        self._by_signature: dict[str, deque[float]] = {}
-        self._all: deque[float] = deque(maxlen=_RUNS_REMEMBERED)
-
-    def remember(self, signature: str, seconds: float) -> None:
-        """Take in how long one ran."""
-        runs = self._by_signature.pop(signature, None) or deque(maxlen=_RUNS_REMEMBERED)
-        runs.append(seconds)
-        self._all.append(seconds)
-        self._by_signature[signature] = runs
-        if len(self._by_signature) > _SIGNATURES_REMEMBERED:
-            del self._by_signature[next(iter(self._by_signature))]  # the one that ran longest ago
-
-    def learn(self, records: Iterable[JobRecord]) -> None:
-        """Take in how long jobs ran before a restart, the oldest first; their delivery counts too."""
-        for record in records:
-            if record.state is JobState.COMPLETED and record.began_at is not None and record.ended_at is not None:
-                self.remember(record.signature, max(0.0, record.ended_at - record.began_at))
-
-    def expected(self, signature: str) -> float | None:
-        """Return how long one will run: as those like it, or else as the latest; None if none ran yet."""
-        runs = self._by_signature.get(signature) or self._all
-        return statistics.median(runs) if runs else None

@@ -233,6 +233,7 @@ class ComfyUIState(BaseModel):
     reachable: bool = Field(description="Whether any ComfyUI answered when it was asked last, seconds ago.")
     healthy: int = Field(description="How many did.")
     total: int
+    away_since: str | None = Field(None, description="Since when none has answered: ISO 8601, in UTC.")
 
 
 class QueueSizes(BaseModel):

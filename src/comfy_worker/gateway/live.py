@@ -20,6 +20,7 @@ from comfy_worker.gateway.middleware import answer_error
 from comfy_worker.gateway.records import JobRecord
 from comfy_worker.gateway.service import JobService
 from comfy_worker.gateway.websockets import PATIENCE_S, tell
+from comfy_worker.jobs import JobState
 
 _KEEP_ALIVE_S = 15
 _LARGEST_NUMBER = 2**63 - 1
@@ -116,10 +117,8 @@ class _Live:
 
     def _standing(self, record: JobRecord) -> dict[str, Any]:
         standing: dict[str, Any] = {"status": record.state.value}
-        if place := self._service.place_of(record):
-            standing["queue_position"] = place.position
-            if place.wait_s is not None:
-                standing["estimated_wait_s"] = round(place.wait_s, 1)
+        if record.state is JobState.IN_QUEUE and (place := self._service.place_of(record)) is not None:
+            standing |= place.beside_progress()
         return standing
 
 

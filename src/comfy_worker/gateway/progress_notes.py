@@ -6,7 +6,6 @@ import contextlib
 import threading
 
 from comfy_worker.gateway.errors import DatabaseUnavailable
-from comfy_worker.gateway.events import Event
 from comfy_worker.gateway.records import ProgressNote
 from comfy_worker.gateway.store import Store
 
@@ -34,12 +33,12 @@ class ProgressNotes:
         if self._thread.ident is not None:
             self._thread.join()
 
-    def note(self, event: Event, prompt_id: str) -> None:
-        """Remember what an event tells of a job; the next round has it noted."""
+    def note(self, progress: ProgressNote) -> None:
+        """Take in how far a job is; the next round has it noted."""
         if not self._interval_s:
             return
         with self._lock:
-            self._latest[event.job_id] = ProgressNote(event.job_id, prompt_id, event.number, event.data)
+            self._latest[progress.job_id] = progress
 
     def _run(self) -> None:
         while not self._stopping.wait(self._interval_s):

@@ -29,9 +29,8 @@ class JobRecord:
             store returns: it is large and secret, and whoever needs it asks `Store.request_of`.
         signature: of its workflow, the same for those that take about as long.
         webhook: whether somebody is to be told of its end.
-        started_at: when it was taken out of the queue; of a job that has ended, when ComfyUI began it.
-        began_at: when ComfyUI was first heard, or seen, to run it.
-        prompt_id: its name in ComfyUI, from before it is sent there.
+        started_at: when ComfyUI was first seen to run it.
+        prompt_id: its name in ComfyUI, from before it is sent there; a job that has one may still wait.
         backend: the URL of the ComfyUI that it was given to.
         progress: how far it was when that was noted last, in its present attempt.
         progress_number: of the event that told it.
@@ -55,7 +54,6 @@ class JobRecord:
     signature: str = ""
     webhook: bool = False
     started_at: float | None = None
-    began_at: float | None = None
     ended_at: float | None = None
     prompt_id: str | None = None
     backend: str | None = None

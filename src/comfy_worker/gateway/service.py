@@ -15,8 +15,9 @@ import uuid
 from collections import Counter
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
 from starlette.concurrency import run_in_threadpool
@@ -29,6 +30,7 @@ from comfy_worker.errors import InvalidInput
 from comfy_worker.gateway.callers import current_caller
 from comfy_worker.gateway.errors import DatabaseUnavailable, DuplicateRequest, NotFound, NotPossible
 from comfy_worker.gateway.events import GAP, PREVIEW, PROGRESS, STATUS, Event, EventBus, Listening, last_progress
+from comfy_worker.gateway.place import Place
 from comfy_worker.gateway.receivers import check_receiver
 from comfy_worker.gateway.records import LOW_PRIORITY, NORMAL_PRIORITY, JobRecord
 from comfy_worker.gateway.store import Store, moment
@@ -41,28 +43,13 @@ if TYPE_CHECKING:
     from comfy_worker.gateway.peers import Peers
 
 _MOST_PLACES = 1000
-"""Of waiting jobs other gateways are told the places of so many."""
+"""How many jobs' places are published to other gateways."""
 _SYNC_RETENTION_S = 60.0
 _RUN_RETENTION_S = 1800.0
 _LONGEST_ID = 128
 _LONGEST_KEY = 255
 _LONGEST_TIME_MS = 7 * 24 * 3_600_000.0
 """RunPod's limit of both times in a policy."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a job stands in the queue.
-
-    Attributes:
-        position: how many jobs are in front of it.
-        wait_s: how long it will wait, in seconds, by what jobs like those took before; None if that is not known.
-        run_s: how long it will run then, likewise.
-    """
-
-    position: int
-    wait_s: float | None
-    run_s: float | None = None
 
 
 class Engine(Protocol):
@@ -80,11 +67,15 @@ class Engine(Protocol):
     def cancel(self, job_id: str) -> None:
         """Drop a job whose end the store has already; return when it is off the GPU."""
 
-    def place(self, job_id: str) -> Place | None:
-        """Return where a job stands in the queue, None if it does not wait."""
+    def places(self) -> Mapping[str, Place]:
+        """Return where every job stands that waits or runs, by its id."""
 
     def backends(self) -> Sequence[Mapping[str, Any]]:
-        """Return how each ComfyUI is doing: `url`, `healthy`, its `jobs`, and its `load`: those not delivered yet."""
+        """Return how each ComfyUI is doing.
+
+        `url`; whether it is `healthy`, and if not, since when, `away_since`, in seconds since the epoch; how many
+        `jobs` it was given; how many of them are its `load`, not being delivered yet; how many of these `running`.
+        """
 
     def comfyui(self) -> ComfyClient:
         """Return a client of a ComfyUI that answers; raise `ComfyUnreachable` if none does."""
@@ -379,11 +370,11 @@ class JobService:
         return record
 
     async def purge(self, endpoint_id: str | None = None) -> int:
-        """Cancel the caller's waiting jobs, an administrator's everybody's; return how many they were."""
+        """Cancel the caller's jobs that no ComfyUI runs, an administrator's everybody's; return how many they were."""
         now = time.time()
         cancelled = await run_in_threadpool(self._store.cancel_waiting, endpoint_id, now, current_caller().owners)
+        await asyncio.gather(*map(self._take_off_gpu, cancelled))
         for job_id in cancelled:
-            await self._take_off_gpu(job_id)
             self._bus.publish(job_id, STATUS, {"status": JobState.CANCELLED.value}, moment(now))
         return len(cancelled) + await self._purge_others(endpoint_id)
 
@@ -441,7 +432,14 @@ class JobService:
         if self._peers is not None:
             others = await run_in_threadpool(self._peers.all)
             found += [record for record in others if not record.state.is_terminal]
-        in_order = sorted(found, key=lambda record: record.state is JobState.IN_QUEUE)
+        places = {record.id: self.place(record.id) for record in found}
+
+        def order(record: JobRecord) -> tuple[bool, int]:
+            place = places[record.id]
+            position = None if place is None else place.position
+            return record.state is JobState.IN_QUEUE, len(found) if position is None else position
+
+        in_order = sorted(found, key=order)
         return [(number, record) for number, record in enumerate(in_order, 1) if caller.sees(record.owner)]
 
     async def jobs_with_value(self, value: str) -> Sequence[str]:
@@ -459,16 +457,24 @@ class JobService:
         return await run_in_threadpool(find)
 
     def place(self, job_id: str) -> Place | None:
-        """Return where a job stands in the queue, None if it does not wait."""
-        place = self._engine.place(job_id)
+        """Return where a job stands, and how long it will take; None if it has ended, or nobody can tell."""
+        place = self._engine.places().get(job_id)
         if place is None:
             told = (state["places"].get(job_id) for state in self._states_of_peers())
             place = next((Place(**fields) for fields in told if fields is not None), None)
         return place
 
     def place_of(self, record: JobRecord) -> Place | None:
-        """Return where a job stands in the queue; None if by this record, which may be newer, it does not wait."""
-        return self.place(record.id) if record.state is JobState.IN_QUEUE else None
+        """Return where a job stands by its record, which may be newer than what the engine knows, or older.
+
+        One that waits does not run yet, and one that runs does not wait any more.
+        """
+        if record.state.is_terminal:
+            return None
+        place = self.place(record.id)
+        if place is None or (place.position != 0) is (record.state is JobState.IN_QUEUE):
+            return place
+        return replace(place, position=1) if record.state is JobState.IN_QUEUE else None
 
     def backends(self) -> Sequence[Mapping[str, Any]]:
         """Return how each ComfyUI of this gateway is doing."""
@@ -490,12 +496,11 @@ class JobService:
 
     def snapshot(self) -> dict[str, Any]:
         """Return how this gateway's queue is, as JSON, for other gateways."""
-        waiting = [record for record in self._store.unfinished() if record.state is JobState.IN_QUEUE]
-        places = {record.id: self._engine.place(record.id) for record in waiting[:_MOST_PLACES]}
+        places = dict(islice(self._engine.places().items(), _MOST_PLACES))
         return {
             "counts": {state.value: count for state, count in self._store.counts().items()},
             "backends": [dict(backend) for backend in self.backends()],
-            "places": {job_id: asdict(place) for job_id, place in places.items() if place is not None},
+            "places": {job_id: asdict(place) for job_id, place in places.items()},
         }
 
     def act(self, asked: Mapping[str, Any]) -> Any:
@@ -618,11 +623,20 @@ class JobService:
         return await run_in_threadpool(self._bus.recent, job_id, after)
 
     async def progress_of(self, record: JobRecord) -> Event | None:
-        """Return the last word on how far the present attempt of a job is: the bus's, or else the database's."""
+        """Return how far the present attempt of a job is, as it stands now; of one that has ended, how far it came.
+
+        None if nothing is known.
+        """
         told = last_progress(await self.recent_events(record.id))
         if told is None and record.progress is not None and record.progress_number is not None:
-            return Event(record.progress_number, record.id, PROGRESS, record.progress)
-        return told
+            told = Event(record.progress_number, record.id, PROGRESS, record.progress)
+        place = self.place_of(record)
+        if place is None:
+            return told
+        now = place.as_progress() if record.state is JobState.IN_QUEUE else place.beside_progress()
+        if told is None:
+            return Event(moment(record.created_at), record.id, PROGRESS, now)
+        return replace(told, data={**told.data, **now})
 
     def _publish(self, record: JobRecord, now: float) -> None:
         self._bus.publish(record.id, STATUS, {"status": record.state.value}, moment(now))

@@ -47,10 +47,16 @@ class GatewaySettings(Settings):
     )
     progress_note_s: float = _named(
         "PROGRESS_NOTE_S",
-        default=5.0,
+        default=0.5,
         ge=0,
-        le=3600,
+        le=60,
         description="Seconds between two notes in the database of how far running jobs are; 0 for none.",
+    )
+    wait_for_comfyui: bool = _named(
+        "WAIT_FOR_COMFYUI",
+        default=False,
+        description="Let jobs wait for a ComfyUI that does not answer for as long as their ttl allows, instead of "
+        "failing them after `COMFYUI_READY_TIMEOUT_S`. Jobs of a fleet or of RunPod always wait.",
     )
     worker_lost_s: float = _named(
         "WORKER_LOST_S",

@@ -54,16 +54,18 @@ def seconds_by_stage(
 
     Args:
         created_at: when it was accepted, in seconds since the epoch, as the others.
-        started_at: when it was taken out of the queue for its last attempt, if it was.
+        started_at: when ComfyUI began to run it, if it did.
         ended_at: when it ended.
         output: of a job that ended well; its `timings` tell of all stages but the first.
     """
-    waited_until = ended_at if started_at is None else started_at
     timings = (output or {}).get("timings")
     timings = timings if isinstance(timings, Mapping) else {}
     known = {stage.value: _seconds(timings.get(name)) for stage, name in _TIMINGS.items()}
     told = {stage: seconds for stage, seconds in known.items() if seconds is not None}
-    return {WAITING: max(0.0, waited_until - created_at), **told}
+    if started_at is None:
+        return {WAITING: max(0.0, ended_at - created_at), **told}
+    before_run = sum(told.get(stage.value, 0.0) for stage in (Stage.STAGING, Stage.QUEUED))
+    return {WAITING: max(0.0, started_at - created_at - before_run), **told}
 
 
 def _seconds(milliseconds: object) -> float | None:

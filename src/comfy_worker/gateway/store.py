@@ -286,25 +286,25 @@ class Store:
     # --------------------------------------------------------------------------------------------- states
 
     def start(self, job_id: str, prompt_id: str, backend: str, now: float) -> bool:
-        """Note that a waiting job runs, before it is sent to ComfyUI; return whether it was still waiting."""
-        values = {"prompt_id": prompt_id, "backend": backend, "started_at": now, **_NO_PROGRESS}
-        return self._change(job_id, [JobState.IN_QUEUE.value], JobState.IN_PROGRESS, values, now)
-
-    def note_began(self, job_id: str, prompt_id: str, at: float) -> None:
-        """Note when ComfyUI began a job that runs under this prompt_id; it changes nothing that others see."""
-        condition = (jobs.c.id == job_id) & (jobs.c.prompt_id == prompt_id)
-        condition &= jobs.c.state == JobState.IN_PROGRESS.value
-        with self._writing() as connection:
-            connection.execute(update(jobs).where(condition).values(began_at=at))
+        """Note that ComfyUI runs a waiting job under this prompt_id; return whether it was still waiting."""
+        values = {"prompt_id": prompt_id, "backend": backend, "started_at": now}
+        is_its_own = jobs.c.prompt_id.is_(None) | (jobs.c.prompt_id == prompt_id)
+        return self._change(job_id, [JobState.IN_QUEUE.value], JobState.IN_PROGRESS, values, now, is_its_own)
 
     def note_progress(self, notes: Sequence[ProgressNote]) -> None:
-        """Note how far jobs are, those of them that run still, and under the same prompt_id."""
+        """Note how far jobs are, or were when they ended, under this prompt_id; what is known later stays."""
         if not notes:
             return
         condition = (jobs.c.id == bindparam("of_job")) & (jobs.c.prompt_id == bindparam("of_prompt"))
-        condition &= jobs.c.state == JobState.IN_PROGRESS.value
+        condition &= jobs.c.progress_number.is_(None) | (jobs.c.progress_number < bindparam("of_number"))
         rows = [
-            {"of_job": note.job_id, "of_prompt": note.prompt_id, "progress": note.data, "progress_number": note.number}
+            {
+                "of_job": note.job_id,
+                "of_prompt": note.prompt_id,
+                "of_number": note.number,
+                "progress": note.data,
+                "progress_number": note.number,
+            }
             # In the same order by all who do this at the same time.
             for note in sorted(notes, key=lambda note: note.job_id)
         ]
@@ -314,17 +314,26 @@ class Store:
     def note_submission(
         self, job_id: str, prompt_id: str | None, backend: str | None, *, instead_of: str | None
     ) -> bool:
-        """Note what a waiting job is called in a queue elsewhere; return whether it waited, and was `instead_of`."""
+        """Note what a waiting job is called in the queue that it is sent to, before it is.
+
+        Args:
+            job_id: the job.
+            prompt_id: its name there; None: it is not in that queue (any more).
+            backend: whose queue that is.
+            instead_of: the name that it has had so far.
+
+        Returns:
+            Whether it waited, and was called `instead_of`.
+        """
         condition = (jobs.c.id == job_id) & (jobs.c.state == JobState.IN_QUEUE.value)
         condition &= jobs.c.prompt_id.is_(None) if instead_of is None else jobs.c.prompt_id == instead_of
-        values = {"prompt_id": prompt_id, "backend": backend}
+        values = {"prompt_id": prompt_id, "backend": backend, **_NO_PROGRESS}
         with self._writing() as connection:
             return bool(connection.execute(update(jobs).where(condition).values(**values)).rowcount)
 
     def requeue(self, job_id: str, now: float, *, elsewhere: bool = False) -> bool:
         """Put a running job back into the queue, perhaps one `elsewhere`; return whether it was running."""
-        times = dict.fromkeys(("started_at", "began_at"))
-        values = {**times, **_NO_PROGRESS, **({} if elsewhere else dict.fromkeys(("prompt_id", "backend")))}
+        values = {"started_at": None, **_NO_PROGRESS, **({} if elsewhere else dict.fromkeys(("prompt_id", "backend")))}
         values["retries"] = jobs.c.retries + 1
         return self._change(job_id, [JobState.IN_PROGRESS.value], JobState.IN_QUEUE, values, now)
 
@@ -337,6 +346,7 @@ class Store:
         output: Mapping[str, Any] | None = None,
         error: Mapping[str, Any] | None = None,
         ran_from: float | None = None,
+        progress: ProgressNote | None = None,
         only_waiting: bool = False,
         accepted_at: float | None = None,
     ) -> bool:
@@ -349,14 +359,15 @@ class Store:
             output: what it made.
             error: why it failed.
             ran_from: when ComfyUI began it, if it did; it counts as the job's start from then on.
+            progress: how far it was when it ended.
             only_waiting: whether a job that runs is left alone.
             accepted_at: if given, it is ended only if it was not retried since.
         """
         values = {"ended_at": now, "output": output, "error": error}
         values |= {} if ran_from is None else {"started_at": ran_from}
-        return self._change(
-            job_id, [JobState.IN_QUEUE.value] if only_waiting else _OPEN, state, values, now, accepted_at
-        )
+        values |= {} if progress is None else {"progress": progress.data, "progress_number": progress.number}
+        condition = None if accepted_at is None else jobs.c.created_at == accepted_at
+        return self._change(job_id, [JobState.IN_QUEUE.value] if only_waiting else _OPEN, state, values, now, condition)
 
     def cancel_waiting(
         self, endpoint_id: str | None, now: float, owners: Collection[str] | None = None
@@ -376,7 +387,7 @@ class Store:
 
     def retry(self, job_id: str, now: float) -> bool:
         """Put a job that failed or timed out into the queue again; return whether it had."""
-        values = dict.fromkeys(("started_at", "began_at", "ended_at", "prompt_id", "backend", "output", "error"))
+        values = dict.fromkeys(("started_at", "ended_at", "prompt_id", "backend", "output", "error"))
         changed = {**values, **_NO_PROGRESS, "created_at": now, "retries": jobs.c.retries + 1}
         return self._change(job_id, [JobState.FAILED.value, JobState.TIMED_OUT.value], JobState.IN_QUEUE, changed, now)
 
@@ -387,12 +398,12 @@ class Store:
         state: JobState,
         values: Mapping[str, Any],
         now: float,
-        accepted_at: float | None = None,
+        only_if: ColumnElement[bool] | None = None,
     ) -> bool:
         """Bring a job that is in one of `states` into another; return whether it was."""
         condition = (jobs.c.id == job_id) & jobs.c.state.in_(list(states))
-        if accepted_at is not None:
-            condition &= jobs.c.created_at == accepted_at
+        if only_if is not None:
+            condition &= only_if
         with self._writing() as connection:
             # Read before it is changed: of a job that ends, its start is noted anew.
             times = connection.execute(_TIMES.where(condition).with_for_update()).one_or_none()

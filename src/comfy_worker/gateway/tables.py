@@ -36,7 +36,6 @@ jobs = Table(
     Column("webhook", Boolean, nullable=False),
     Column("created_at", Float, nullable=False),
     Column("started_at", Float),
-    Column("began_at", Float),
     Column("ended_at", Float),
     Column("prompt_id", String(64)),
     Column("backend", String(512)),

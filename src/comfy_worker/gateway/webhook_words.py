@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
 from comfy_worker.gateway.assets import AssetStore, with_urls, without_files
 from comfy_worker.gateway.records import JobRecord, status_body
 from comfy_worker.gateway.signing import PATH, AssetLinks
-from comfy_worker.jobs import JobState, Kind
+from comfy_worker.jobs import JobState, Kind, Stage
 
 _DOORS = {
     "generate": "generate_results",
@@ -74,6 +74,8 @@ class WebhookWords:
         self, record: JobRecord, told: Mapping[str, Any], extra_params: Mapping[str, Any]
     ) -> dict[str, Any]:
         """Return the body that tells how far a job is; its `type` sets it apart from the end, in every API."""
+        waits = told.get("stage") in (Stage.STAGING.value, Stage.QUEUED.value)
+        record = replace(record, state=JobState.IN_QUEUE if waits else JobState.IN_PROGRESS)
         return {**self.beside(extra_params), "type": "progress", **self.progress(record, told)}
 
 
@@ -90,7 +92,7 @@ def _runpods_end(record: JobRecord, parts: WebhookParts) -> dict[str, Any]:
 
 
 def _runpods_progress(record: JobRecord, told: Mapping[str, Any]) -> dict[str, Any]:
-    return {"id": record.id, "status": JobState.IN_PROGRESS.value, "output": told}
+    return {"id": record.id, "status": record.state.value, "output": told}
 
 
 RUNPOD = WebhookWords(_runpods_end, _runpods_progress)

@@ -193,10 +193,11 @@ class _Door:
     async def _execution(self, record: JobRecord) -> dict[str, Any]:
         told = None if record.state is JobState.COMPLETED else await self._service.progress_of(record)
         output = None if record.output is None else self._parts.linked(record.output, "", IMAGES_PATH)
-        percent = 0.0 if told is None else told.data.get("percent", 0.0)
+        percent = 0.0 if told is None or record.state is JobState.IN_QUEUE else told.data.get("percent", 0.0)
         execution = execution_of(record, percent, output, told.at if told else None)
-        if (place := self._service.place_of(record)) is not None:
-            execution["queue_position"] = place.position
+        if record.state is JobState.IN_QUEUE and (place := self._service.place_of(record)) is not None:
+            waiting = {"queue_position": place.position, "notice": place.notice or None}
+            execution |= {name: value for name, value in waiting.items() if value is not None}
         return execution
 
     async def websocket(self, websocket: WebSocket, execution_id: str) -> None:

@@ -225,7 +225,8 @@ class _Door:
 
     async def queue_info(self) -> Answer:
         """Return how many jobs there are in each queue."""
-        return Answer(_queue_info(await self._sizes(at_most_s=0)))
+        sizes = queue_sizes(await self._counted(at_most_s=0), self._service.all_backends())
+        return Answer(_queue_info(sizes))
 
     # ----------------------------------------------------------------------------------------------- request
 
@@ -343,28 +344,29 @@ class _Door:
                     yield standing
 
     async def _event(self, record: JobRecord, standing: Standing) -> dict[str, Any]:
-        sizes = await self._sizes_lately()
+        counts = await self._counted_lately()
+        sizes = queue_sizes(counts, self._service.all_backends())
         return {
             **_head(record, standing.status),
             "message": standing.message,
-            "queue_position": standing.queue_position(sizes),
+            "queue_position": standing.queue_position(sizes, counts.get(JobState.IN_QUEUE, 0)),
             "queue_info": _queue_info(sizes),
         }
 
-    async def _sizes(self, at_most_s: float) -> dict[str, int]:
-        """Return how many jobs there are in each queue; how many wait, as it was so many seconds ago at most."""
+    async def _counted(self, at_most_s: float) -> Mapping[JobState, int]:
+        """Return how many jobs are in each state, as it was so many seconds ago at most."""
         now = time.monotonic()
         if self._counts is None or now - self._counts[0] >= at_most_s:
             # The database counts them, and need not do it for each event of each stream.
             self._counts = (now, await self._service.counts())
-        return queue_sizes(self._counts[1], self._service.all_backends())
+        return self._counts[1]
 
-    async def _sizes_lately(self) -> dict[str, int]:
-        """Return the same for a stream, which goes on to tell the last figures while the database is away."""
+    async def _counted_lately(self) -> Mapping[JobState, int]:
+        """Return the same for a stream, which goes on with the last figures while the database is away."""
         try:
-            return await self._sizes(at_most_s=_COUNTS_AGE_S)
+            return await self._counted(at_most_s=_COUNTS_AGE_S)
         except DatabaseUnavailable:
-            return queue_sizes(self._counts[1] if self._counts else {}, self._service.all_backends())
+            return self._counts[1] if self._counts else {}
 
 
 def _head(record: JobRecord, status: str) -> dict[str, Any]:

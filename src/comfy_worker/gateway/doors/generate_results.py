@@ -13,8 +13,8 @@ from comfy_worker.gateway.assets import AssetStore, with_urls
 from comfy_worker.gateway.doors.outputs import kind_of, path_in_job
 from comfy_worker.gateway.events import PROGRESS, STATUS, Event
 from comfy_worker.gateway.limits import RUNSYNC_LIMIT
+from comfy_worker.gateway.place import Place
 from comfy_worker.gateway.records import JobRecord
-from comfy_worker.gateway.service import Place
 from comfy_worker.gateway.signing import PATH
 from comfy_worker.gateway.webhook_words import WebhookParts, WebhookWords
 from comfy_worker.jobs import JobState, Kind, Stage
@@ -190,15 +190,15 @@ class QueuePosition(BaseModel):
     """Where a job stands in the queue that it is in."""
 
     current_queue: Literal["preprocessing", "generation", "postprocessing"] | None
-    position: int = Field(description="Counted from 1; 0 for one that is being worked on.")
-    queue_size: int
+    position: int = Field(description="Among all jobs that wait, counted from 1; 0 for one that is being worked on.")
+    queue_size: int = Field(description="All jobs that wait; of one that does not, the jobs of its queue.")
     estimated_wait_time: float | None = Field(description="Seconds; null if that is not known.")
 
 
 class QueueInfo(BaseModel):
     """How many jobs each queue has."""
 
-    preprocess_queue_size: int = Field(description="Jobs that wait for their turn.")
+    preprocess_queue_size: int = Field(description="Jobs that wait and that no ComfyUI was given.")
     generation_queue_size: int = Field(description="Jobs that a ComfyUI was given, up to the end of their workflow.")
     postprocess_queue_size: int = Field(description="Jobs whose outputs are being delivered.")
 
@@ -221,7 +221,7 @@ class Standing:
 
     Attributes:
         queue: the queue that it is in; None when it has ended.
-        position: in this queue, counted from 1; 0 for one that is being worked on.
+        position: among all jobs that wait, counted from 1; 0 for one that is being worked on.
         wait_s: how long it will wait, in seconds; None if that is not known.
     """
 
@@ -231,10 +231,11 @@ class Standing:
     position: int = 0
     wait_s: float | None = 0
 
-    def queue_position(self, sizes: Mapping[str, int]) -> dict[str, Any]:
-        """Return it as this API tells of it, with queues of these sizes."""
+    def queue_position(self, sizes: Mapping[str, int], waiting: int) -> dict[str, Any]:
+        """Return it as this API tells of it, with queues of these sizes and so many jobs that wait in all of them."""
         keys = {"preprocessing": "preprocess", "generation": "generation", "postprocessing": "postprocess"}
-        size = sizes[keys[self.queue]] if self.queue else 0
+        size = 0 if self.queue is None else sizes[keys[self.queue]]
+        size = waiting if self.position else size
         return {
             "current_queue": self.queue,
             "position": self.position,
@@ -281,18 +282,12 @@ class Following:
 
     def standing(self, place: Place | None) -> Standing:
         """Return where the job stands, which is at this place of the queue."""
-        stage = self._told.get("stage")
         if self._state is JobState.IN_QUEUE:
-            return _waiting(place)
-        if stage == Stage.QUEUED.value:
-            position = max(1, int(self._told.get("queue_position") or 0))
-            return Standing("processing", self._message("Waiting for ComfyUI"), "generation", position, None)
-        if stage == Stage.RUNNING.value:
-            words = f"ComfyUI runs the workflow ({self._told.get('percent', 0):g} %)"
-            return Standing("generating", self._message(words), "generation")
-        if stage == Stage.DELIVERING.value:
+            return self._waiting(place)
+        if self._told.get("stage") == Stage.DELIVERING.value:
             return Standing("processing", "Delivering the outputs", "postprocessing")
-        return Standing("processing", self._message("Staging the inputs"), "preprocessing")
+        words = f"ComfyUI runs the workflow ({self._told.get('percent', 0):g} %)"
+        return Standing("generating", self._message(words), "generation")
 
     def _message(self, otherwise: str) -> str:
         told = self._told
@@ -301,11 +296,19 @@ class Following:
             return f"Running {node.get('title') or node['id']}{step} ({told.get('percent', 0):g} %)"
         return str(told.get("notice") or otherwise)
 
+    def _waiting(self, place: Place | None) -> Standing:
+        is_staged = place is not None and place.is_staged
+        notice = str(self._told.get("notice") or "") if place is None else place.notice
+        position = 1 if place is None else max(1, place.position or 1)
+        queue = "generation" if is_staged else "preprocessing"
+        wait_s = None if place is None else place.wait_s
+        return Standing("queued", notice or _behind(position - 1), queue, position, wait_s)
 
-def _waiting(place: Place | None) -> Standing:
-    if place is None:
-        return Standing("queued", "The request was queued", "preprocessing", 1, None)
-    return Standing("queued", "The request was queued", "preprocessing", place.position + 1, place.wait_s)
+
+def _behind(others: int) -> str:
+    if others == 0:
+        return "The request is next"
+    return f"The request waits behind {'one other' if others == 1 else f'{others} others'}"
 
 
 # ---------------------------------------------------------------------------------------------------- webhooks
@@ -320,7 +323,7 @@ def _end(record: JobRecord, parts: WebhookParts) -> dict[str, Any]:
 
 
 def _progress(record: JobRecord, told: Mapping[str, Any]) -> dict[str, Any]:
-    return result_of(record, Following(JobState.IN_PROGRESS, told).standing(None), [])
+    return result_of(record, Following(record.state, told).standing(None), [])
 
 
 def _extra(extra_params: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -10,6 +10,7 @@ from fastapi import Request
 
 from comfy_worker.catalog.library import Library
 from comfy_worker.gateway.assets import AssetStore, with_urls
+from comfy_worker.gateway.place import as_time
 from comfy_worker.gateway.service import JobService
 from comfy_worker.gateway.settings import GatewaySettings
 from comfy_worker.gateway.signing import PATH, AssetLinks
@@ -51,11 +52,24 @@ class Parts:
 
 
 def queue_sizes(counts: Mapping[JobState, int], backends: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """Return how many jobs wait (`preprocess`), are with a ComfyUI (`generation`) or are delivered (`postprocess`)."""
-    in_comfyui = sum(int(backend["load"]) for backend in backends)
+    """Return how many jobs each queue has.
+
+    `preprocess`: those that wait and that no ComfyUI was given; `generation`: those that one was given, of which it
+    runs one; `postprocess`: those whose outputs are being delivered.
+    """
+    given = sum(int(backend["load"]) for backend in backends)
+    running = sum(int(backend.get("running") or 0) for backend in backends)
     in_hand = sum(int(backend["jobs"]) for backend in backends)
     return {
-        "preprocess": counts.get(JobState.IN_QUEUE, 0),
-        "generation": in_comfyui,
-        "postprocess": in_hand - in_comfyui,
+        "preprocess": max(0, counts.get(JobState.IN_QUEUE, 0) - (given - running)),
+        "generation": given,
+        "postprocess": in_hand - given,
     }
+
+
+def away(backends: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return since when no ComfyUI has answered, as ISO 8601 in UTC; nothing while one does."""
+    if not backends or any(backend["healthy"] for backend in backends):
+        return {}
+    since = [backend["away_since"] for backend in backends if backend.get("away_since")]
+    return {"away_since": as_time(max(since))} if since else {}

@@ -28,7 +28,7 @@ from comfy_worker.gateway.answers import (
 from comfy_worker.gateway.bodies import read_body
 from comfy_worker.gateway.callers import current_caller
 from comfy_worker.gateway.cursors import Cursor, make_cursors
-from comfy_worker.gateway.doors.parts import Parts, queue_sizes
+from comfy_worker.gateway.doors.parts import Parts, away, queue_sizes
 from comfy_worker.gateway.errors import NotFound
 from comfy_worker.gateway.events import PROGRESS, Event
 from comfy_worker.gateway.leaving import while_connected
@@ -226,7 +226,12 @@ class _Door:
                 "jobs": jobs,
                 "workers": _workers(backends),
                 "status": "healthy" if healthy else "unhealthy",
-                "comfyui": {"reachable": healthy > 0, "healthy": healthy, "total": len(backends)},
+                "comfyui": {
+                    "reachable": healthy > 0,
+                    "healthy": healthy,
+                    "total": len(backends),
+                    **away(backends),
+                },
                 "queues": queue_sizes(counts, backends),
                 "version": __version__,
             }

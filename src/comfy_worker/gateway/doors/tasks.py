@@ -6,7 +6,6 @@ import re
 import socket
 import uuid
 from collections.abc import Mapping
-from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import urlsplit
@@ -127,7 +126,8 @@ class TaskAnswer(TaskSummary):
     result: TaskResult | None = None
     error: str | None = Field(None, description="Why it failed.")
     code: str | None = Field(None, description="The same for a program.")
-    queue_position: int | None = Field(None, description="How many tasks are in front of it.")
+    queue_position: int | None = Field(None, description="Its position in the queue; 1 is next.")
+    notice: str | None = Field(None, description="Why it does not get on.")
 
 
 TaskId = Annotated[str, Path(pattern=JOB_ID)]
@@ -207,8 +207,9 @@ class _Door:
         output = None if record.output is None else self._parts.linked(record.output, self._parts.base_url(request))
         answer = _with_outcome(await _summary(record, self._service), record, output)
         place = self._service.place_of(record)
-        if place is not None:
-            answer["queue_position"] = place.position
+        if record.state is JobState.IN_QUEUE and place is not None:
+            waiting = {"queue_position": place.position, "notice": place.notice or None}
+            answer |= {name: value for name, value in waiting.items() if value is not None}
         return Answer(answer)
 
 
@@ -285,7 +286,9 @@ def _with_outcome(summary: dict[str, Any], record: JobRecord, output: Mapping[st
 async def _progress(record: JobRecord, service: JobService) -> float:
     if record.state is JobState.COMPLETED:
         return 100.0
-    told = None if record.state.is_terminal else await service.progress_of(record)
+    if record.state is JobState.IN_QUEUE:
+        return 0.0
+    told = await service.progress_of(record)
     return 0.0 if told is None else float(told.data.get("percent", 0.0))
 
 
@@ -296,7 +299,7 @@ def _webhook_end(record: JobRecord, parts: WebhookParts) -> dict[str, Any]:
 
 
 def _webhook_progress(record: JobRecord, told: Mapping[str, Any]) -> dict[str, Any]:
-    return _summary_at(replace(record, state=JobState.IN_PROGRESS), float(told.get("percent", 0.0)))
+    return _summary_at(record, float(told.get("percent", 0.0)))
 
 
 WEBHOOK = WebhookWords(_webhook_end, _webhook_progress)

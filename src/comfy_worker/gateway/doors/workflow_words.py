@@ -127,7 +127,8 @@ class WorkflowStatus(BaseModel):
     error: str | None = Field(description="Why it failed.")
     error_code: str | None = Field(None, description="The same for a program.")
     error_hint: str | None = Field(None, description="How to mend it.")
-    queue_position: int | None = Field(None, description="How many are in front of it.")
+    queue_position: int | None = Field(None, description="Its position in the queue; 1 is next.")
+    notice: str | None = Field(None, description="Why it does not get on.")
     estimated_time_remaining: int | None = Field(description="Seconds until its end; null where nobody can tell yet.")
 
 

@@ -1,0 +1,124 @@
+"""How long workflows ran before, and by that how much longer one runs."""
+
+from __future__ import annotations
+
+import bisect
+import statistics
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from comfy_worker.gateway.records import JobRecord
+from comfy_worker.jobs import JobEvent, JobState, NodesCached, NodeStarted, Workflow
+from comfy_worker.workflow import nodes_without_consumers
+
+_RUNS_REMEMBERED = 5
+_SIGNATURES_REMEMBERED = 256
+_LONGEST_PROFILE = 256
+"""Points of a run's progress that are remembered; a sampler of many steps reports more."""
+
+Profile = Sequence[tuple[float, float]]
+"""How far a run was, in percent, after so many seconds."""
+
+
+@dataclass
+class RunRecorder:
+    """Takes in the events of one run, to be remembered as a measure for the next.
+
+    Attributes:
+        started_at: when ComfyUI began to run the prompt, in seconds since the epoch.
+        percent: how far it is.
+        changed_at: since when it has been that far.
+    """
+
+    outputs: frozenset[str]
+    started_at: float
+    percent: float = 0.0
+    changed_at: float = 0.0
+    _profile: list[tuple[float, float]] = field(default_factory=list)
+    _has_cached: bool = False
+    _has_worked: bool = False
+
+    @classmethod
+    def of(cls, workflow: Workflow, started_at: float) -> RunRecorder:
+        """Return the recorder of a run that has just started."""
+        return cls(frozenset(nodes_without_consumers(workflow)), started_at, changed_at=started_at)
+
+    def record(self, event: JobEvent, percent: float, now: float) -> None:
+        """Take in an event, and how far the run was after it."""
+        if isinstance(event, NodesCached):
+            self._has_cached = self._has_cached or bool(event.node_ids)
+        elif isinstance(event, NodeStarted):
+            self._has_worked = self._has_worked or event.node_id not in self.outputs
+        if percent > self.percent:
+            self.percent, self.changed_at = percent, now
+            if len(self._profile) < _LONGEST_PROFILE:
+                self._profile.append((percent, now - self.started_at))
+
+    @property
+    def is_from_cache(self) -> bool:
+        """Whether ComfyUI had all but the last nodes in its cache: such a run tells nothing of the next one."""
+        return self._has_cached and not self._has_worked
+
+    @property
+    def profile(self) -> Profile:
+        """How far it was when."""
+        return tuple(self._profile)
+
+
+class RunTimes:
+    """How long workflows ran before, by their signature; the caller holds a lock."""
+
+    def __init__(self) -> None:
+        self._by_signature: dict[str, deque[float]] = {}
+        self._profiles: dict[str, tuple[Profile, float]] = {}
+        self._all: deque[float] = deque(maxlen=_RUNS_REMEMBERED)
+
+    def remember(self, signature: str, seconds: float, profile: Profile = ()) -> None:
+        """Take in how long a run took, and how far it was when."""
+        runs = self._by_signature.pop(signature, None) or deque(maxlen=_RUNS_REMEMBERED)
+        runs.append(seconds)
+        self._all.append(seconds)
+        self._by_signature[signature] = runs
+        if profile:
+            self._profiles[signature] = (profile, seconds)
+        if len(self._by_signature) > _SIGNATURES_REMEMBERED:
+            longest_ago = next(iter(self._by_signature))
+            del self._by_signature[longest_ago]
+            self._profiles.pop(longest_ago, None)
+
+    def learn(self, records: Iterable[JobRecord]) -> None:
+        """Take in how long jobs ran before a restart, the oldest first; their delivery counts too."""
+        for record in records:
+            is_measure = record.state is JobState.COMPLETED and not (record.progress or {}).get("from_cache")
+            if is_measure and record.started_at is not None and record.ended_at is not None:
+                self.remember(record.signature, max(0.0, record.ended_at - record.started_at))
+
+    def expected(self, signature: str) -> float | None:
+        """Return how long one will run: as those like it, or else as the latest; None if none ran yet."""
+        runs = self._by_signature.get(signature) or self._all
+        return statistics.median(runs) if runs else None
+
+    def remaining(self, signature: str, run: RunRecorder, now: float | None = None) -> float | None:
+        """Return how long a run will go on, in seconds; None if nothing ran yet."""
+        expected = self.expected(signature)
+        if expected is None:
+            return None
+        now = time.time() if now is None else now
+        known = self._profiles.get(signature)
+        if known is None or known[1] <= 0 or run.percent <= 0:
+            return max(0.0, expected - (now - run.started_at))
+        profile, seconds = known
+        left, left_at_next = _left(profile, seconds, run.percent)
+        return max(0.0, left * expected - (now - run.changed_at), left_at_next * expected)
+
+
+def _left(profile: Profile, seconds: float, percent: float) -> tuple[float, float]:
+    """Return what part of a remembered run was left when it was so far, and when it got further next: 1 to 0."""
+    index = bisect.bisect_right(profile, percent, key=lambda point: point[0])
+    before = profile[index - 1] if index else (0.0, 0.0)
+    after = profile[index] if index < len(profile) else (100.0, seconds)
+    part = (percent - before[0]) / (after[0] - before[0]) if after[0] > before[0] else 0.0
+    at = before[1] + min(1.0, part) * (after[1] - before[1])
+    return max(0.0, 1.0 - at / seconds), max(0.0, 1.0 - after[1] / seconds)

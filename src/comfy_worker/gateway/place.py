@@ -1,0 +1,51 @@
+"""Where a job stands in the queue: data, and how it is told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any
+
+from comfy_worker.jobs import Stage
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a job stands that has not ended its run, and how long it will take.
+
+    Attributes:
+        position: of a job that waits, counted from 1: how many jobs will have run when it has its turn, itself
+            included; 0 of one that runs; None where nobody can tell.
+        wait_s: how long it will wait, in seconds, by what jobs like those before it took; None if that is not known.
+        run_s: how long it will run then, or run on; None likewise.
+        is_staged: whether it waits in a ComfyUI's own queue already.
+        notice: why it does not get on, as a sentence; empty if it does.
+    """
+
+    position: int | None
+    wait_s: float | None
+    run_s: float | None = None
+    is_staged: bool = False
+    notice: str = ""
+
+    @property
+    def remaining_s(self) -> float | None:
+        """In how many seconds its run will have ended; None if that is not known."""
+        return None if self.wait_s is None or self.run_s is None else self.wait_s + self.run_s
+
+    def as_progress(self) -> dict[str, Any]:
+        """Return the progress of a job that waits, as JSON."""
+        stage = Stage.QUEUED.value if self.is_staged else "waiting"
+        return {"stage": stage, **self.beside_progress()}
+
+    def beside_progress(self) -> dict[str, Any]:
+        """Return what is said of where a job stands beside how far it is."""
+        if self.position == 0:
+            return {} if self.run_s is None else {"estimated_s": round(self.run_s, 1)}
+        known = {"queue_position": self.position, "estimated_wait_s": self.wait_s, "notice": self.notice or None}
+        return {name: value for name, value in known.items() if value is not None}
+
+
+def as_time(seconds: float) -> str:
+    """Return a moment, in seconds since the epoch, as callers read it: ISO 8601 in UTC."""
+    return f"{datetime.fromtimestamp(seconds, timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
