@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import threading
+import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -220,17 +221,28 @@ class Peers:
         is_there = self._call(send)
         if not is_there:
             raise _away(gateway)
-        client = connect(self._url, _PATIENCE_S + 5)
+        client = connect(self._url, _LISTEN_S + 5)
         try:
-            found = cast("tuple[bytes, bytes] | None", client.blpop([reply], _PATIENCE_S))
+            found = self._awaited(client, reply, gateway)
         except RedisError:
             found = None
         finally:
             client.close()
         if found is None:
             raise _away(gateway)
-        answer: Mapping[str, Any] = json.loads(found[1])
+        answer: Mapping[str, Any] = json.loads(found)
         return answer
+
+    def _awaited(self, client: Redis, reply: str, gateway: str) -> bytes | None:
+        """Return an answer; None if it takes too long, or if its gateway goes away before."""
+        deadline = time.monotonic() + _PATIENCE_S
+        while time.monotonic() < deadline:
+            found = cast("tuple[bytes, bytes] | None", client.blpop([reply], _LISTEN_S))
+            if found is not None:
+                return found[1]
+            if not client.exists(f"{_KEYS}:state:{gateway}"):
+                return None
+        return None
 
     def _call(self, command: Callable[[Redis], Any]) -> Any:
         try:
