@@ -121,3 +121,56 @@ def test_a_modification_that_is_not_read_is_a_warning(gateway: Served) -> None:
     payload = {"input": {"modifier": "Text2Image", "modifications": {"prompt": "a sea", "colour": "red"}}}
     result = gateway.post("/generate/sync", payload).json()
     assert result["warnings"] == ["input.modifications.colour was not read by the modifier"]
+
+
+FORMS = {
+    "s3": dict.fromkeys(("access_key_id", "secret_access_key", "endpoint_url", "bucket_name", "region"), ""),
+    "webhook": {"url": "", "secret": "REPLACE_WITH_YOUR_WEBHOOK_SECRET", "extra_params": {}},
+    "return_outputs_as_base64": False,
+}
+"""What each of AI-Dock's payloads has beside its workflow or modifier."""
+TEXTS = {
+    "6": node("CLIPTextEncode", text="photograph of victorian woman with wings", clip=["14", 1]),
+    "7": node("CLIPTextEncode", text="watermark, text", clip=["14", 1]),
+}
+SAMPLER = {"seed": "__RANDOM_INT__", "steps": 2, "cfg": 8, "sampler_name": "dpmpp_2m", "scheduler": "normal"}
+
+
+def test_ai_docks_payload_for_its_modifier_runs(gateway: Served) -> None:
+    modifications = {
+        "prompt": "A beautiful sunset over mountains, photorealistic",
+        "negative_prompt": "blurry, low quality",
+        "ckpt_name": "v1-5-pruned-emaonly-fp16.safetensors",
+        "seed": "__RANDOM_INT__",
+        "steps": 20,
+        "cfg_scale": 8.0,
+        "width": 512,
+        "height": 512,
+        "sampler_name": "dpmpp_2m",
+    }
+    job_input = {"request_id": "", "modifier": "Text2Image", "modifications": modifications, **FORMS}
+    result = gateway.post("/generate/sync", {"input": job_input}).json()
+    assert (result["status"], len(result["output"]), "warnings" in result) == ("completed", 1, False), result
+
+
+def test_ai_docks_raw_payload_downloads_its_picture(gateway: Served, files: FileServer) -> None:
+    graph = {
+        **TEXTS,
+        "3": node(
+            "KSampler",
+            **SAMPLER,
+            denoise=0.87,
+            model=["14", 0],
+            positive=["6", 0],
+            negative=["7", 0],
+            latent_image=["12", 0],
+        ),
+        "8": node("VAEDecode", samples=["3", 0], vae=["14", 2]),
+        "9": node("SaveImage", filename_prefix="image", images=["8", 0]),
+        "10": node("LoadImage", image=files.put("/example.png", png((0, 0, 255)))),
+        "12": node("VAEEncode", pixels=["10", 0], vae=["14", 2]),
+        "14": node("CheckpointLoaderSimple", ckpt_name="v1-5-pruned-emaonly-fp16.safetensors"),
+    }
+    graph["10"]["inputs"]["choose file to upload"] = "image"
+    result = gateway.post("/generate/sync", {"input": {"request_id": "", "workflow_json": graph, **FORMS}}).json()
+    assert (result["status"], len(result["output"]), "warnings" in result) == ("completed", 1, False), result

@@ -244,12 +244,7 @@ class _Door:
         record = await self._accept(request, body, job, wish)
         # For the line that the log has of this request.
         request.state.job_id = record.id
-        ignored = [
-            *warnings_of(body, GenerateRequest).get("warnings", ()),
-            *input_warnings(job["input"]),
-            *not_read(unread),
-        ]
-        return record, {"warnings": ignored} if ignored else {}
+        return record, warnings_of(body, GenerateRequest, [*input_warnings(job["input"]), *not_read(unread)])
 
     async def _accept(
         self, request: Request, body: Mapping[str, Any], job: Mapping[str, Any], wish: _Wish

@@ -44,6 +44,7 @@ class GenerateWebhook(BaseModel):
 class GenerateInput(BaseModel):
     """What is to be run; beside these, whatever RunPod's `input` takes (`files`, `delivery`, `timeout_s`, …)."""
 
+    GOES_ON: ClassVar[bool] = True
     model_config = ConfigDict(extra="allow")
     request_id: str | None = Field(
         None,
