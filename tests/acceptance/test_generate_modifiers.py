@@ -46,6 +46,17 @@ class Image2Image(BaseModifier):
         await super().apply_modifications()
 """
 
+ECHO = """
+from modifiers.basemodifier import BaseModifier
+
+class Echo(BaseModifier):
+    async def load_workflow(self, workflow=None):
+        self.workflow = {
+            "1": {"class_type": "PrimitiveString", "inputs": {"value": self.modifications["url"]}},
+            "2": {"class_type": "PreviewAny", "inputs": {"source": ["1", 0]}},
+        }
+"""
+
 
 @pytest.fixture(scope="module")
 def comfyui() -> Iterator[ComfyUI]:
@@ -69,6 +80,7 @@ def gateway(comfyui: ComfyUI, files: FileServer, tmp_path_factory: pytest.TempPa
     for own in (ROOT / "modifiers").glob("text_*.py"):
         (root / "modifiers" / own.name).write_text(own.read_text())
     (root / "modifiers/postcard.py").write_text(CODE[0])
+    (root / "modifiers/echo.py").write_text(ECHO)
     (root / "modifiers/broken.py").write_text("\nimport a_package_that_is_nowhere\n\nclass Broken: pass\n")
     (root / "workflows/image2image.json").write_text(json.dumps(image_to_image()))
     settings = {"MODIFIERS_DIR": str(root / "modifiers"), "WORKFLOWS_DIR": str(ROOT / "workflows")}
@@ -174,3 +186,13 @@ def test_ai_docks_raw_payload_downloads_its_picture(gateway: Served, files: File
     graph["10"]["inputs"]["choose file to upload"] = "image"
     result = gateway.post("/generate/sync", {"input": {"request_id": "", "workflow_json": graph, **FORMS}}).json()
     assert (result["status"], len(result["output"]), "warnings" in result) == ("completed", 1, False), result
+
+
+@pytest.mark.parametrize("is_raw", [True, False])
+def test_a_url_in_any_other_input_is_downloaded_too(gateway: Served, files: FileServer, *, is_raw: bool) -> None:
+    url = files.put("/other.png", png((9, 9, 9)))
+    graph = {"1": node("PrimitiveString", value=url), "2": node("PreviewAny", source=["1", 0])}
+    job_input = {"modifier": "Echo", "modifications": {"url": url}} if not is_raw else {"workflow_json": graph}
+    result = gateway.post("/generate/sync", {"input": job_input}).json()
+    [text] = [text["text"] for text in result["texts"]]
+    assert url not in text and text.endswith(".png"), result
