@@ -82,21 +82,29 @@ def warnings_of(
 ) -> dict[str, Sequence[str]]:
     """Return, for the answer, a sentence for each field of a request that nobody knows, and `others` behind them."""
     unknown = list(_unknown_fields(body, model))
-    said = unknown[:_MOST_NAMED]
+    # Only for these is the nearest known name looked for, which takes its time.
+    said = [_unknown(*field) for field in unknown[:_MOST_NAMED]]
     if len(unknown) > _MOST_NAMED:
         said.append(f"{len(unknown) - _MOST_NAMED} more fields are unknown and were ignored")
     said += others
     return {"warnings": said} if said else {}
 
 
-def _unknown_fields(body: Mapping[str, Any], model: type[BaseModel], where: str = "") -> Iterator[str]:
+def _unknown_fields(
+    body: Mapping[str, Any], model: type[BaseModel], where: str = ""
+) -> Iterator[tuple[str, str, type[BaseModel]]]:
+    """Yield the name of each field that nobody knows, where it stands and what is known there."""
     for name, value in body.items():
         if name not in model.model_fields:
-            near = get_close_matches(_cut(name), model.model_fields, n=1)
-            advice = f"; did you mean {where + near[0]!r}?" if near else ""
-            yield f"{where + _cut(name)!r} is unknown and was ignored{advice}"
+            yield name, where, model
         elif isinstance(value, dict) and (inner := _model_of(model.model_fields[name].annotation)) is not None:
             yield from _unknown_fields(value, inner, f"{where}{name}.")
+
+
+def _unknown(name: str, where: str, model: type[BaseModel]) -> str:
+    near = get_close_matches(_cut(name), model.model_fields, n=1)
+    advice = f"; did you mean {where + near[0]!r}?" if near else ""
+    return f"{where + _cut(name)!r} is unknown and was ignored{advice}"
 
 
 def _model_of(annotation: Any) -> type[BaseModel] | None:

@@ -244,14 +244,15 @@ class _Door:
         record = await self._accept(request, body, job, wish)
         # For the line that the log has of this request.
         request.state.job_id = record.id
-        return record, warnings_of(body, GenerateRequest, [*input_warnings(job["input"]), *not_read(unread)])
+        in_input = await run_in_threadpool(input_warnings, job["input"])
+        return record, warnings_of(body, GenerateRequest, [*in_input, *not_read(unread)])
 
     async def _accept(
         self, request: Request, body: Mapping[str, Any], job: Mapping[str, Any], wish: _Wish
     ) -> JobRecord:
         """Queue a job under its caller's id; where that is open already, the same request is the same job."""
         own_id = body["input"].get("request_id")
-        details = self._parts.details(request, sent=fingerprint(body))
+        details = self._parts.details(request, sent=await run_in_threadpool(fingerprint, body))
         if wish.with_bytes or body["input"].get("return_outputs_as_base64"):
             details["as_base64"] = True
         try:
