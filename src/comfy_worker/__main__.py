@@ -280,7 +280,7 @@ def _make_data_dir(settings: GatewaySettings) -> None:
         InvalidInput: it cannot be made, or nothing can be written into it.
     """
     try:
-        Path(settings.data_dir).mkdir(parents=True, exist_ok=True)
+        Path(settings.data_dir).mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise InvalidInput(f"DATA_DIR {settings.data_dir!r} cannot be made: {error.strerror}") from None
     if not os.access(settings.data_dir, os.W_OK | os.X_OK):

@@ -8,27 +8,31 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
+import websocket
 from requests.adapters import HTTPAdapter
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from comfy_worker.errors import InvalidInput
 from comfy_worker.gateway import connections, uploads
+from comfy_worker.gateway.answers import EXAMPLE_JOB
 from comfy_worker.gateway.app import create_app
 from comfy_worker.gateway.auth import Keys
-from comfy_worker.gateway.connections import connection_limits, network_of
+from comfy_worker.gateway.connections import connection_limits
+from comfy_worker.gateway.hosts import network_of
 from comfy_worker.gateway.server import Server
 from comfy_worker.gateway.settings import load_gateway_settings
 from tests.support.comfyui import emulator
 from tests.support.crowd import connect, endless_uploads, few_files, idle_connections, is_closed, upload
 from tests.support.graphs import picture
-from tests.support.ports import silent_port
+from tests.support.ports import free_port, silent_port
+from tests.support.receiver import Receiver
 from tests.support.running import wait_until
 from tests.support.served import Served, served
 
@@ -55,7 +59,7 @@ def serving(folder: Path, **settings: Any) -> Iterator[Server]:
         loaded = load_gateway_settings(
             data_dir=str(folder), comfyui_url=f"http://127.0.0.1:{port}", api_port=0, **settings
         )
-        server = ThreadServer(create_app(loaded, Keys(["key"])), loaded)
+        server = ThreadServer(create_app(loaded, Keys(["key", "other"])), loaded)
         thread = threading.Thread(target=server.run)
         thread.start()
         try:
@@ -269,6 +273,65 @@ def test_a_refused_websocket_is_no_error_in_the_log(tmp_path: Path, caplog: pyte
         assert answer_to(url, head).startswith(b"HTTP/1.1 401 ")
     assert [record.levelname for record in caplog.records if "/ws/x" in record.getMessage()] == ["INFO"]
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+def test_a_key_has_so_many_streams_and_no_more(tmp_path: Path) -> None:
+    with listening(tmp_path, max_streams_per_key=2) as url, ExitStack() as stack:
+
+        def listen() -> websocket.WebSocket:
+            address = f"{url.replace('http', 'ws', 1)}/ws/{job_id}"
+            opened = websocket.create_connection(address, timeout=TIMEOUT_S, header=KEY)
+            stack.callback(opened.shutdown)
+            return opened
+
+        def waiting() -> int:
+            jobs = requests.get(f"{url}/health", headers=KEY, timeout=TIMEOUT_S).json()["jobs"]
+            return int(jobs["inQueue"])
+
+        job_id = requests.post(f"{url}/run", headers=KEY, json=EXAMPLE_JOB, timeout=TIMEOUT_S).json()["id"]
+        [first, _] = listen(), listen()
+        refused = requests.get(f"{url}/events/{job_id}", headers=KEY, timeout=TIMEOUT_S)
+        assert (refused.status_code, refused.json()["code"]) == (429, "rate_limited")
+        assert "2 streams" in refused.json()["error"]
+        with pytest.raises(websocket.WebSocketBadStatusException, match="429"):
+            listen()
+        body = {"input": {"workflow_json": EXAMPLE_JOB["input"]["workflow"]}}
+        refused = requests.post(f"{url}/generate/stream", headers=KEY, json=body, timeout=TIMEOUT_S)
+        assert (refused.status_code, waiting()) == (429, 1)
+        with requests.get(
+            f"{url}/events/{job_id}", headers={"Authorization": "Bearer other"}, timeout=TIMEOUT_S
+        ) as one:
+            assert one.status_code == 404
+        first.close()
+
+        def is_let_in() -> bool:
+            with requests.get(f"{url}/events/{job_id}", headers=KEY, timeout=TIMEOUT_S, stream=True) as answer:
+                return answer.status_code == 200
+
+        wait_until(is_let_in)
+
+
+def test_another_port_answers_pings_and_nothing_else(tmp_path: Path) -> None:
+    port = free_port()
+    with listening(tmp_path, port_health=port) as url:
+        assert requests.get(f"http://127.0.0.1:{port}/ping", timeout=TIMEOUT_S).status_code == 204
+        assert requests.get(f"{url}/ping", timeout=TIMEOUT_S).status_code == 204
+        for path in ("/live", "/health", "/run"):
+            assert requests.get(f"http://127.0.0.1:{port}{path}", headers=KEY, timeout=TIMEOUT_S).status_code == 404
+
+
+def test_a_link_for_others_does_not_follow_the_host_of_a_request(
+    tmp_path: Path,
+) -> None:
+    private = {"RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS": "true"}
+    with emulator() as comfyui, Receiver() as receiver, served(comfyui.url, tmp_path, **private) as gateway:
+        evil = {**gateway.headers, "Host": "evil.example"}
+        job = {"input": {"workflow": picture((4, 5, 6))}, "webhook": receiver.url}
+        answer = requests.post(f"{gateway.url}/runsync?files=url", json=job, headers=evil, timeout=TIMEOUT_S).json()
+        # It is the sender's own answer.
+        assert answer["output"]["images"][0]["data"].startswith("http://evil.example/assets/")
+        assert "evil" not in gateway.get(f"/status/{answer['id']}?files=url").text
+        assert b"evil" not in receiver.wait_for(1)[0].content
 
 
 # --------------------------------------------------------------------------------------------- an attack on a process

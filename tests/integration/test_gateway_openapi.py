@@ -16,6 +16,7 @@ import requests
 import schemathesis
 from schemathesis.engine import Status, events, from_schema
 
+from comfy_worker.gateway.middleware import OPEN_PATHS
 from tests.support.comfyui import ComfyUI, emulator
 from tests.support.running import wait_until
 from tests.support.served import KEY, Served, served
@@ -49,9 +50,9 @@ _UNTOLD = "positive_data_acceptance"
 _NOT_THERE_YET = "/api/workflow/generate"
 _OURS = (
     r"^(/v2/\{endpoint_id\})?/(run|runsync|status|status-sync|stream|cancel|retry|purge-queue|health)(/|$)"
-    r"|^/(events|assets|live|ready|metrics)(/|$)"
+    r"|^/(events|assets|live|ready|ping|metrics)(/|$)"
 )
-_COMMON_ERRORS = ("400", "401", "413", "429", "500", "503")
+_COMMON_ERRORS = ("400", "401", "408", "413", "429", "500", "503")
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def comfyui() -> Iterator[ComfyUI]:
 
 @pytest.fixture(scope="module")
 def gateway(tmp_path_factory: pytest.TempPathFactory, comfyui: ComfyUI) -> Iterator[Served]:
-    limits = dict.fromkeys(("RUN", "RUNSYNC", "CANCEL", "STATUS"), "off")
+    limits = dict.fromkeys(("RUN", "RUNSYNC", "CANCEL", "STATUS", "WRONG_KEYS"), "off")
     environment = {f"RATE_LIMIT_{name}": value for name, value in limits.items()}
     # None of what is sent here is to be refused for want of room.
     environment["MAX_QUEUE_SIZE"] = "100000"
@@ -192,8 +193,8 @@ def test_every_operation_says_what_it_does(description: dict[str, Any]) -> None:
 def test_every_operation_declares_its_key_and_its_errors(description: dict[str, Any]) -> None:
     assert description["security"] == [{"key": []}]
     for path, method, operation in operations(description):
-        common = ("413", "500") if path == "/live" else _COMMON_ERRORS
-        assert operation.get("security") == ([] if path == "/live" else None), path
+        common = ("400", "408", "413", "500") if path in OPEN_PATHS else _COMMON_ERRORS
+        assert operation.get("security") == ([] if path in OPEN_PATHS else None), path
         assert set(operation["responses"]) >= set(common), (path, method)
         assert "HTTPValidationError" not in str(operation), path
         for status, response in operation["responses"].items():

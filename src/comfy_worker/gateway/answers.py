@@ -283,6 +283,7 @@ def problems(*statuses: int, model: type[BaseModel] = Problem) -> dict[int | str
         401: "The key, or the link's signature, is missing or wrong.",
         403: "The key may not do this.",
         404: "There is no such job or file (any more), or it is another key's.",
+        408: "The rest of the request does not arrive.",
         409: "It cannot be done as things are.",
         413: "The request, or the answer, is too large.",
         416: "The file has no such part.",
@@ -297,5 +298,5 @@ def problems(*statuses: int, model: type[BaseModel] = Problem) -> dict[int | str
     }
     return {
         status: {"model": model, "description": words[status]}
-        for status in sorted({400, 401, 413, 429, 500, 503} | {*statuses})
+        for status in sorted({400, 401, 408, 413, 429, 500, 503} | {*statuses})
     }

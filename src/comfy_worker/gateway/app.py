@@ -12,6 +12,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
+from limits import parse
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
@@ -41,7 +42,9 @@ from comfy_worker.gateway.middleware import Gate, Outside, answer_error
 from comfy_worker.gateway.openapi import describe, methods_at
 from comfy_worker.gateway.problems import problem_body
 from comfy_worker.gateway.settings import GatewaySettings
+from comfy_worker.gateway.streams import Streams
 from comfy_worker.gateway.uploads import Unread
+from comfy_worker.gateway.wrong_keys import WrongKeys
 from comfy_worker.modifiers import Modifiers
 
 log = logging.getLogger(__name__)
@@ -101,7 +104,13 @@ def _end_process() -> None:
 def _guard(app: FastAPI, settings: GatewaySettings, keys: Keys, limits: RateLimits) -> None:
     """Put what every request passes around the application; what is added last is the outermost."""
     origins = settings.allowed_origins
-    app.add_middleware(Gate, guard=Guard(keys, origins), limits=limits)
+    app.add_middleware(
+        Gate,
+        guard=Guard(keys, origins),
+        limits=limits,
+        streams=Streams(settings.max_streams_per_key),
+        wrong_keys=WrongKeys(parse(settings.rate_limit_wrong_keys) if settings.rate_limit_wrong_keys else None),
+    )
     if origins:
         app.add_middleware(
             CORSMiddleware,

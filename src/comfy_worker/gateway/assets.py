@@ -7,6 +7,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,9 @@ class AssetStore:
         self._folder = folder
         self._loans = folder.with_name(f"{folder.name}_of_others")
         folder.mkdir(parents=True, exist_ok=True)
+        # Other users of the machine have no key. A folder that belongs to somebody else is for them to protect.
+        with suppress(PermissionError):
+            folder.chmod(0o700)
 
     def storage(self) -> LocalStorage:
         """Return the storage that puts outputs here."""

@@ -19,7 +19,7 @@ from starlette.datastructures import Headers
 
 from comfy_worker.errors import InvalidInput
 from comfy_worker.gateway.callers import ANYONE, NOBODY, Caller
-from comfy_worker.gateway.errors import Unauthorized
+from comfy_worker.gateway.errors import Unauthorized, WrongKey
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[\w.@+-]{1,64}")
@@ -78,7 +78,8 @@ class Keys:
         # All are compared, however early one fits.
         found = [caller for known, caller in self._callers.items() if hmac.compare_digest(known, given)]
         if not found:
-            raise Unauthorized("The request needs an API key", hint="Send the header Authorization: Bearer <key>")
+            refusal = WrongKey if authorization else Unauthorized
+            raise refusal("The request needs an API key", hint="Send the header Authorization: Bearer <key>")
         return found[0]
 
 

@@ -19,6 +19,7 @@ from uvicorn.protocols.websockets.auto import AutoWebSocketsProtocol
 from uvicorn.server import ServerState
 
 from comfy_worker.errors import InvalidInput
+from comfy_worker.gateway.hosts import network_of
 from comfy_worker.gateway.settings import GatewaySettings
 
 log = logging.getLogger(__name__)
@@ -40,19 +41,6 @@ _FULL, _HEAD_TOO_SLOW, _HEAD_TOO_LARGE = (
     b"408 Request Timeout",
     b"431 Request Header Fields Too Large",
 )
-
-
-def network_of(address: str) -> str:
-    """Return the name by which a client's connections are counted: its address, or the /64 that one IPv6 host has."""
-    try:
-        found = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:
-        return address  # of a Unix socket, or what a proxy calls its client
-    if isinstance(found, ipaddress.IPv4Address):
-        return str(found)
-    if found.ipv4_mapped is not None:
-        return str(found.ipv4_mapped)
-    return str(ipaddress.ip_network((found, 64), strict=False))
 
 
 def connection_limits(settings: GatewaySettings) -> tuple[int, int]:

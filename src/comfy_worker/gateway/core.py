@@ -54,7 +54,7 @@ class Gateway:
             InvalidInput: a setting is not sound, or another gateway uses the same database.
         """
         data = Path(settings.data_dir)
-        data.mkdir(parents=True, exist_ok=True)
+        data.mkdir(mode=0o700, parents=True, exist_ok=True)
         database = settings.database_url.get_secret_value() if settings.database_url else f"sqlite:///{data}/jobs.db"
         self.when_taken_over: Callable[[], None] = _nothing
         own_key = settings.gateway_key.get_secret_value() if settings.gateway_key else kept_secret(data / "gateway.key")

@@ -6,7 +6,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 from sqlalchemy import Connection, Engine, create_engine, event
@@ -66,11 +67,23 @@ def connect(url: str, kept: int = 10, most: int = 30) -> Engine:
 
 
 def _sqlite(url: URL) -> Engine:
+    if url.database and url.database != ":memory:":
+        _keep_private(Path(url.database))
     patience = {} if "timeout" in url.query else {"timeout": _SQLITE_PATIENCE_S}
     engine = create_engine(url, connect_args=patience, hide_parameters=True)
     event.listen(engine, "connect", _set_up_sqlite)
     event.listen(engine, "begin", _begin_in_sqlite)
     return engine
+
+
+def _keep_private(file: Path) -> None:
+    """Let nobody but their owner read a database's files; SQLite gives those beside it the permissions of the first."""
+    with suppress(OSError):  # a folder that is not there is told of when the database is opened
+        file.touch(mode=0o600)
+    for one in (file, *(file.with_name(f"{file.name}-{part}") for part in ("wal", "shm"))):
+        # One that belongs to somebody else is for them to protect.
+        with suppress(FileNotFoundError, PermissionError):
+            one.chmod(0o600)
 
 
 def _postgresql(url: URL, kept: int, most: int) -> Engine:

@@ -41,6 +41,10 @@ class Forbidden(WorkerError):
     http_status = 403
 
 
+class WrongKey(Unauthorized):
+    """The request has a key that is not ours."""
+
+
 class RateLimited(WorkerError):
     """The key was used too often in too short a time."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import nullcontext
 from urllib.parse import parse_qs
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -14,15 +15,19 @@ from starlette.websockets import WebSocket
 from comfy_worker.errors import WorkerError
 from comfy_worker.gateway.auth import Guard
 from comfy_worker.gateway.callers import Caller, acting
+from comfy_worker.gateway.errors import WrongKey
+from comfy_worker.gateway.hosts import check_host, network_of
 from comfy_worker.gateway.limits import RateLimits, TooOften
 from comfy_worker.gateway.problems import body_of
 from comfy_worker.gateway.signing import SIGNED_PATHS
+from comfy_worker.gateway.streams import Streams, is_stream
 from comfy_worker.gateway.uploads import HAS_KEY, paced
+from comfy_worker.gateway.wrong_keys import TooManyWrongKeys, WrongKeys
 
 log = logging.getLogger(__name__)
 
-OPEN_PATHS = frozenset({"/live"})
-"""Whoever asks these learns only that something listens."""
+OPEN_PATHS = frozenset({"/live", "/ping"})
+"""Whoever asks these learns only that something listens, and whether it can work."""
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
@@ -39,7 +44,7 @@ _LONGEST_LOGGED = 300
 def answer_error(error: WorkerError, path: str) -> JSONResponse:
     """Return an error as the answer to a request for a path."""
     response = JSONResponse(body_of(error, path), status_code=error.http_status)
-    if isinstance(error, TooOften):
+    if isinstance(error, (TooOften, TooManyWrongKeys)):
         response.headers["Retry-After"] = str(error.retry_after_s)
     elif error.http_status in (429, 503):
         response.headers["Retry-After"] = str(_RETRY_AFTER_S)
@@ -94,11 +99,13 @@ def _about(scope: Scope) -> dict[str, str]:
 class Gate:
     """Lets in who has a key, uses it not too often and sends not too much."""
 
-    def __init__(self, app: ASGIApp, guard: Guard, limits: RateLimits) -> None:
+    def __init__(self, app: ASGIApp, guard: Guard, limits: RateLimits, streams: Streams, wrong_keys: WrongKeys) -> None:
         """Stand around an application."""
         self._app = app
         self._guard = guard
         self._limits = limits
+        self._streams = streams
+        self._wrong_keys = wrong_keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request, or refuse it."""
@@ -106,12 +113,14 @@ class Gate:
             await self._app(scope, receive, send)
             return
         try:
+            check_host(Headers(scope=scope).get("host"))
             caller = await self._admit(scope)
             paced_receive = paced(scope, receive) if scope["type"] == "http" else receive
+            held = self._streams.take(caller.name) if caller and is_stream(scope) else nullcontext()
         except WorkerError as error:
             await _refuse(scope, receive, send, error)
             return
-        with acting(caller):
+        with acting(caller), held:
             await self._app(scope, paced_receive, send)
 
     async def _admit(self, scope: Scope) -> Caller | None:
@@ -119,7 +128,11 @@ class Gate:
         path = scope["path"]
         if path in OPEN_PATHS or (_has_files(path) and _is_signed(scope)):
             return None
-        caller = self._guard.admit(scope.get("method", "GET"), Headers(scope=scope))
+        try:
+            caller = self._guard.admit(scope.get("method", "GET"), Headers(scope=scope))
+        except WrongKey:
+            self._wrong_keys.count(network_of((scope.get("client") or ("",))[0]))
+            raise
         if caller.owner:
             # For the line that the log has of this request.
             scope.setdefault("state", {})["key"] = caller.name

@@ -10,7 +10,7 @@ from starlette.routing import compile_path
 
 from comfy_worker.gateway.middleware import OPEN_PATHS
 
-_NEVER_WHERE_OPEN = ("400", "401", "429", "503")
+_NEVER_WHERE_OPEN = ("401", "429", "503")
 _TEXT = (
     "RunPod's API on your own pod: a client written for an endpoint of RunPod needs only another base URL. "
     "Send a workflow in ComfyUI's API format; `GET /events/{job_id}` and the WebSocket `/ws/{job_id}` tell live how "

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import time
 from asyncio.trsock import TransportSocket
 from collections.abc import Callable, Generator
@@ -18,6 +19,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.config import STARTUP_FAILURE
 from uvicorn.supervisors import ChangeReload
 
 from comfy_worker.gateway.connections import (
@@ -28,6 +30,7 @@ from comfy_worker.gateway.connections import (
     websocket_protocol,
 )
 from comfy_worker.gateway.memory import give_large_blocks_back
+from comfy_worker.gateway.ping import OnlyPing
 from comfy_worker.gateway.settings import GatewaySettings
 from comfy_worker.gateway.uploads import closing
 from comfy_worker.signals import END_SIGNALS
@@ -101,6 +104,23 @@ def _tell_nobody(_url: str) -> None:
     pass
 
 
+def _config(app: ASGIApp, settings: GatewaySettings, port: int | None) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        host=settings.api_host,
+        port=port or 0,
+        http=http_protocol(),
+        ws=websocket_protocol(),
+        h11_max_incomplete_event_size=LARGEST_HEAD,
+        forwarded_allow_ips=settings.proxies,
+        backlog=_ACCEPTED_AT_ONCE,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=_ANSWERS_END_S,
+    )
+
+
 class Server(uvicorn.Server):
     """uvicorn's server, which watches its connections and ends with exit code 0 on SIGTERM and SIGINT.
 
@@ -118,22 +138,12 @@ class Server(uvicorn.Server):
         """
         self._ending = Ending(app)
         self.connections = Connections.of(settings)
-        super().__init__(
-            uvicorn.Config(
-                self._ending,
-                host=settings.api_host,
-                port=settings.api_port,
-                http=http_protocol(),
-                ws=websocket_protocol(),
-                h11_max_incomplete_event_size=LARGEST_HEAD,
-                forwarded_allow_ips=settings.proxies,
-                backlog=_ACCEPTED_AT_ONCE,
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                timeout_graceful_shutdown=_ANSWERS_END_S,
-            )
+        self._health = (
+            _config(OnlyPing(self._ending), settings, settings.port_health)
+            if settings.port_health not in (None, settings.api_port)
+            else None
         )
+        super().__init__(_config(self._ending, settings, settings.api_port))
         self.server_state = WatchedState(self.connections)
         self._let_go = app.state.let_go
         self._announce = announce
@@ -162,11 +172,32 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         if not self.started:
             return
+        if self._health is not None:
+            # Several processes share it, as they share the API's port.
+            await self._listen_for_pings(self._health, is_shared=sockets is not None)
         for server in self.servers:
             _let_more_wait(server)
         for one in sockets or []:
             log.info("running on %s", _url_of(one))
         self._announce(_url_of((sockets or list(self.servers[0].sockets))[0]))
+
+    async def _listen_for_pings(self, config: uvicorn.Config, *, is_shared: bool) -> None:
+        """Listen on the port of PORT_HEALTH too, or end the process as uvicorn does if that cannot be."""
+        config.load()
+        try:
+            server = await asyncio.get_running_loop().create_server(
+                lambda: self._make_protocol(config),
+                host=config.host,
+                port=config.port,
+                backlog=_ACCEPTED_AT_ONCE,
+                reuse_port=is_shared or None,
+            )
+        except OSError as error:
+            log.critical("%s:%d cannot be listened at: %s", config.host, config.port, (error.strerror or "").lower())
+            await super().shutdown(None)
+            sys.exit(STARTUP_FAILURE)
+        self.servers.append(server)
+        log.info("answering /ping on http://%s:%d", config.host, config.port)
 
     async def on_tick(self, counter: int) -> bool:
         """Look after the connections once a second; this is called ten times as often."""
@@ -194,12 +225,12 @@ class Server(uvicorn.Server):
         loop = asyncio.get_running_loop()
         for connection in [connection for one in listening for connection in _all_that_wait(one)]:
             connection.setblocking(False)
-            await loop.connect_accepted_socket(self._make_protocol, connection)
+            await loop.connect_accepted_socket(lambda: self._make_protocol(self.config), connection)
 
-    def _make_protocol(self) -> asyncio.Protocol:
+    def _make_protocol(self, config: uvicorn.Config) -> asyncio.Protocol:
         """Return what serves a connection, made as uvicorn makes it."""
-        return self.config.http_protocol_class(
-            config=self.config,  # type: ignore[call-arg]
+        return config.http_protocol_class(
+            config=config,  # type: ignore[call-arg]
             server_state=self.server_state,
             app_state=self.lifespan.state,
         )

@@ -27,6 +27,13 @@ class GatewaySettings(Settings):
     api_port: int = _named(
         "API_PORT", "PORT", default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one."
     )
+    port_health: int | None = _named(
+        "PORT_HEALTH",
+        default=None,
+        ge=1,
+        le=65535,
+        description="A further port that answers `/ping` alone, as RunPod's load balancer may ask for.",
+    )
     api_reload: bool = _named(
         "API_RELOAD", default=False, description="Start again whenever the gateway's own code changes, to work on it."
     )
@@ -191,6 +198,17 @@ class GatewaySettings(Settings):
     rate_limit_status: str = _named(
         "RATE_LIMIT_STATUS", default="2000/10 seconds", description="The same for `/status` and each other path."
     )
+    rate_limit_wrong_keys: str = _named(
+        "RATE_LIMIT_WRONG_KEYS",
+        default="20/minute",
+        description="Most wrong keys from one address before it has to wait, for longer each time; `off` for no limit.",
+    )
+    max_streams_per_key: int = _named(
+        "MAX_STREAMS_PER_KEY",
+        default=500,
+        ge=1,
+        description="How many event streams and WebSockets a process lets a key have open.",
+    )
     modifiers_dir: str = _named(
         "MODIFIERS_DIR", default="modifiers", description="Folder of the modifiers that requests may name."
     )
@@ -263,7 +281,9 @@ class GatewaySettings(Settings):
             raise ValueError("more than 1 need a PostgreSQL in DATABASE_URL: SQLite is for one process")
         return value
 
-    @field_validator("rate_limit_run", "rate_limit_runsync", "rate_limit_cancel", "rate_limit_status")
+    @field_validator(
+        "rate_limit_run", "rate_limit_runsync", "rate_limit_cancel", "rate_limit_status", "rate_limit_wrong_keys"
+    )
     @classmethod
     def _readable(cls, value: str) -> str:
         if value.lower() == "off":

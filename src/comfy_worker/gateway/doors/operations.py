@@ -18,6 +18,8 @@ from comfy_worker.gateway.doors.outputs import link_elsewhere
 from comfy_worker.gateway.doors.parts import Parts
 from comfy_worker.gateway.errors import NotFound
 from comfy_worker.gateway.metrics import Cached
+from comfy_worker.gateway.ping import PATH as PING_PATH
+from comfy_worker.gateway.ping import Readiness
 from comfy_worker.gateway.service import JobService
 from comfy_worker.gateway.signing import IMAGES_PATH, PATH, AssetLinks
 from comfy_worker.media import mime_type_of_name
@@ -48,6 +50,14 @@ def router(parts: Parts, registry: CollectorRegistry) -> APIRouter:
         "/ready", door.ready, operation_id="ready", response_model=State, responses=problems(503), tags=["Operations"]
     )
     api.add_api_route(
+        PING_PATH,
+        door.ping,
+        operation_id="ping",
+        response_class=Response,
+        responses={**problems(), 200: {"description": "Jobs can run."}, 204: {"description": "Not yet."}},
+        tags=["Operations"],
+    )
+    api.add_api_route(
         "/metrics",
         door.metrics,
         operation_id="metrics",
@@ -76,6 +86,7 @@ class _Door:
         self._links = links
         self._registry = registry
         self._has_backend = Cached(lambda: any(backend["healthy"] for backend in service.backends()), _READY_AGE_S)
+        self._readiness = Readiness(self._check)
 
     async def live(self) -> Answer:
         """Say that something listens; needs no key."""
@@ -83,10 +94,23 @@ class _Door:
 
     async def ready(self) -> Answer:
         """Say whether jobs can run: the database answers, and so does a ComfyUI."""
+        await self._check()
+        return Answer({"status": "ok"})
+
+    async def ping(self) -> Response:
+        """Say to a load balancer of RunPod whether jobs can run; needs no key. 204 while ComfyUI starts."""
+        return Response(status_code=await self._readiness.status())
+
+    async def _check(self) -> None:
+        """Return if jobs can run.
+
+        Raises:
+            DatabaseUnavailable: the database does not answer.
+            ComfyUnreachable: no ComfyUI does.
+        """
         await self._service.counts()
         if not await run_in_threadpool(self._has_backend.get):
             raise ComfyUnreachable("No ComfyUI answers")
-        return Answer({"status": "ok"})
 
     async def metrics(self) -> Response:
         """Return the figures, for Prometheus."""

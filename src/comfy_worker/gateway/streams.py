@@ -1,0 +1,55 @@
+"""How many live streams a key may have open: server-sent events, WebSockets, and RunPod's `/stream`."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+from starlette.types import Scope
+
+from comfy_worker.gateway.errors import RateLimited
+
+_STREAMS = re.compile(r"(/v2/[^/]+)?/(events|stream)/.+|/generate/stream/?")
+
+
+class TooManyStreams(RateLimited):
+    """A key has as many streams open as it may."""
+
+
+class Streams:
+    """Counts the streams of each key, in this process."""
+
+    def __init__(self, most: int) -> None:
+        """Take how many a key may have."""
+        self._most = most
+        self._open: Counter[str] = Counter()
+
+    def take(self, key: str) -> AbstractContextManager[None]:
+        """Count one more; return a context at whose end it is counted no more.
+
+        Raises:
+            TooManyStreams: the key has as many as it may.
+        """
+        if self._open[key] >= self._most:
+            raise TooManyStreams(
+                f"More than {self._most} streams are open with this key",
+                hint="Close one, or ask for the status from time to time",
+            )
+        self._open[key] += 1
+        return self._held(key)
+
+    @contextmanager
+    def _held(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self._open[key] -= 1
+            if not self._open[key]:
+                del self._open[key]
+
+
+def is_stream(scope: Scope) -> bool:
+    """Return whether a request is answered as long as there is something to tell."""
+    return scope["type"] == "websocket" or _STREAMS.fullmatch(scope["path"]) is not None
