@@ -54,7 +54,7 @@ def gateway(comfyui_url: str, keys: Sequence[str], streams: int) -> Iterator[str
             **os.environ,
             "COMFYUI_URL": comfyui_url,
             "API_PORT": str(port),
-            "API_KEYS": ",".join(keys),
+            "API_KEYS": ",".join(f"listener:{key}" for key in keys),
             "DATA_DIR": data,
             "LOG_LEVEL": "WARNING",
             "MAX_STREAMS_PER_KEY": str(streams),
@@ -132,7 +132,7 @@ def measure(streams: int, keys: Sequence[str]) -> dict[str, tuple[float, list[fl
     with emulator() as comfyui, gateway(comfyui, keys, streams) as url:
         port = int(url.rpartition(":")[2])
         pipe, other_end = multiprocessing.Pipe()
-        prober = multiprocessing.get_context("spawn").Process(target=probe, args=(port, other_end))
+        prober = multiprocessing.get_context("spawn").Process(target=probe, args=(port, "/live", other_end))
         prober.start()
         try:
             asyncio.run(_play(url, port, streams, keys, phases))

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from comfy_worker.gateway.turns import turns_of
 from comfy_worker.jobs import JobState
 
 STATUS = "status"
@@ -189,7 +190,8 @@ class Listener:
         self._waiting = deque(missed)
         self._leave = leave
         self._after = -1
-        self._arrived = asyncio.Event()
+        self._turns = turns_of(self._loop)
+        self._turn = asyncio.Event()
         self._closed = False
 
     def take_first(self, missed: list[Event]) -> None:
@@ -219,16 +221,22 @@ class Listener:
         return self
 
     async def __anext__(self) -> Event:
-        while not self._waiting:
-            if self._closed:
-                raise StopAsyncIteration
-            self._arrived.clear()
-            await self._arrived.wait()
-        return self._waiting.popleft()
+        while self._waiting or not self._closed:
+            if self._waiting:
+                self._turns.ask(self)
+            await self._turn.wait()
+            self._turn.clear()
+            if self._waiting:
+                return self._waiting.popleft()
+        raise StopAsyncIteration
+
+    def begin_turn(self) -> None:
+        """Have the next event taken, or the end."""
+        self._turn.set()
 
     def _end(self) -> None:
         self._closed = True
-        self._arrived.set()
+        self._turns.ask(self)
 
     def _take(self, event: Event) -> None:
         if event.type in (PREVIEW, GAP):
@@ -239,7 +247,7 @@ class Listener:
         self._waiting.append(event)
         if len(self._waiting) > _WAITING:
             _leave_one_out(self._waiting)
-        self._arrived.set()
+        self._turns.ask(self)
 
 
 def _leave_one_out(events: deque[Event]) -> None:

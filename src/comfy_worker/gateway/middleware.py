@@ -20,7 +20,7 @@ from comfy_worker.gateway.hosts import check_host, network_of
 from comfy_worker.gateway.limits import RateLimits, TooOften
 from comfy_worker.gateway.problems import body_of
 from comfy_worker.gateway.signing import SIGNED_PATHS
-from comfy_worker.gateway.streams import Streams, is_stream
+from comfy_worker.gateway.streams import Streams, begins_at_once, is_stream, opening
 from comfy_worker.gateway.uploads import HAS_KEY, paced
 from comfy_worker.gateway.wrong_keys import TooManyWrongKeys, WrongKeys
 
@@ -121,7 +121,11 @@ class Gate:
             await _refuse(scope, receive, send, error)
             return
         with acting(caller), held:
-            await self._app(scope, paced_receive, send)
+            if not begins_at_once(scope):
+                await self._app(scope, paced_receive, send)
+                return
+            async with opening(send) as send_first:
+                await self._app(scope, paced_receive, send_first)
 
     async def _admit(self, scope: Scope) -> Caller | None:
         """Return who makes a request, None if it needs no key."""

@@ -42,7 +42,7 @@ _ANSWERS_END_S = 5
 _LAST_REQUESTS_S = 0.5
 """How long a stop waits after the last answer for requests that are on their way on connections that are kept."""
 _LOOK_S = 0.05
-_ACCEPTED_AT_ONCE = 64
+_ACCEPTED_AT_ONCE = 16
 """New connections that are accepted before those accepted are counted; asyncio takes as many as the backlog has."""
 _WAITING = 2048
 """New connections that may wait for their acceptance."""
@@ -109,6 +109,8 @@ def _config(app: ASGIApp, settings: GatewaySettings, port: int | None) -> uvicor
         app,
         host=settings.api_host,
         port=port or 0,
+        # uvloop would accept all that wait at once, however many files that opens and however long it takes.
+        loop="asyncio",
         http=http_protocol(),
         ws=websocket_protocol(),
         h11_max_incomplete_event_size=LARGEST_HEAD,

@@ -34,6 +34,7 @@ from comfy_worker.gateway.place import Place
 from comfy_worker.gateway.receivers import check_receiver
 from comfy_worker.gateway.records import LOW_PRIORITY, NORMAL_PRIORITY, JobRecord
 from comfy_worker.gateway.store import Store, moment
+from comfy_worker.gateway.turns import turns_of
 from comfy_worker.jobs import JobState
 from comfy_worker.payload import workflow_of
 from comfy_worker.prefetch import signature
@@ -550,9 +551,10 @@ class JobService:
             NotFound: there is none with this id (any more).
         """
         with self._bus.listen(job_id) as listening:
-            record = await self.get(job_id)
             told = -1 if after is None else after
-            missed = await self._missed(record, told)
+            async with turns_of(asyncio.get_running_loop()).questions:
+                record = await self.get(job_id)
+                missed = await self._missed(record, told)
             latest = missed[-1].number if missed else told
             if after is None:
                 has_changed = known is not None and record.state is not known

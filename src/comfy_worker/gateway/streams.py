@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 
-from starlette.types import Scope
+from starlette.types import Message, Scope, Send
 
 from comfy_worker.gateway.errors import RateLimited
+from comfy_worker.gateway.turns import turns_of
 
 _STREAMS = re.compile(r"(/v2/[^/]+)?/(events|stream)/.+|/generate/stream/?")
 
@@ -48,6 +50,34 @@ class Streams:
             self._open[key] -= 1
             if not self._open[key]:
                 del self._open[key]
+
+
+@asynccontextmanager
+async def opening(send: Send) -> AsyncIterator[Send]:
+    """Open a stream within the block, when few others are; return `send`, whose first message lets the next one in."""
+    openings = turns_of(asyncio.get_running_loop()).openings
+    await openings.acquire()
+    is_held = True
+
+    def let_go() -> None:
+        nonlocal is_held
+        if is_held:
+            is_held = False
+            openings.release()
+
+    async def send_and_let_go(message: Message) -> None:
+        let_go()
+        await send(message)
+
+    try:
+        yield send_and_let_go
+    finally:
+        let_go()
+
+
+def begins_at_once(scope: Scope) -> bool:
+    """Return whether a stream's answer begins before there is something to tell; RunPod's `/stream` waits for that."""
+    return is_stream(scope) and "/stream/" not in scope["path"]
 
 
 def is_stream(scope: Scope) -> bool:
