@@ -177,20 +177,23 @@ def parse_job(job: Mapping[str, Any], max_files: int | None = None) -> Job:
         strict=parsed.strict,
         include_previews=parsed.include_previews,
         comfy_org_api_key=parsed.comfy_org_api_key,
-        extra_data={**_wrapped_extra_data(workflow), **parsed.extra_data},
+        extra_data=_checked_extra_data({**_wrapped_extra_data(workflow), **parsed.extra_data}),
         warnings=tuple(itertools.islice(warnings, _MOST_WARNINGS)),
     )
 
 
+def _checked_extra_data(extra_data: dict[str, Any]) -> dict[str, Any]:
+    if len(extra_data) > _MOST_EXTRA_DATA:
+        raise InvalidInput(f"extra_data has {len(extra_data)} keys, and may have {_MOST_EXTRA_DATA}")
+    return extra_data
+
+
 def _check_counts(payload: Mapping[str, Any], max_files: int | None) -> None:
-    """Refuse what has too many parts, before any of them is looked at."""
+    """Refuse a job with too many input files, before any of them is looked at."""
     lists = [payload.get(name) for name in ("images", "files")]
     count = sum(len(items) for items in lists if isinstance(items, list))
     if max_files is not None and count > max_files:
         raise InvalidInput(too_many_files(count, max_files))
-    extra_data = payload.get("extra_data")
-    if isinstance(extra_data, Mapping) and len(extra_data) > _MOST_EXTRA_DATA:
-        raise InvalidInput(f"input.extra_data has {len(extra_data)} keys, and may have {_MOST_EXTRA_DATA}")
 
 
 def _hint_of_missing(payload: Mapping[str, Any]) -> str:

@@ -561,3 +561,11 @@ def test_many_unknown_keys_are_counted() -> None:
     job = parse_job({"input": {"workflow": WORKFLOW, **{f"key_{number}" + "a1" * 1000: 1 for number in range(2000)}}})
     assert len(job.warnings) == 51
     assert job.warnings[-1] == "input has 1950 more keys that are unknown and were ignored"
+
+
+@pytest.mark.parametrize("is_wrapped", [True, False])
+def test_extra_data_has_a_limit(is_wrapped: bool) -> None:
+    """Each of its secrets is looked for in each sentence that leaves the worker."""
+    extra = {f"key_{number}": "x" for number in range(101)}
+    fields = {"workflow": {"prompt": WORKFLOW, "extra_data": extra}} if is_wrapped else {"extra_data": extra}
+    assert refused(**fields) == "extra_data has 101 keys, and may have 100"
