@@ -174,7 +174,7 @@ def test_the_described_streaming_request(gateway: Served) -> None:
     assert last["status"] == "final_result"
     assert (last["result"]["status"], len(last["result"]["output"])) == ("completed", 1)
     statuses = list(dict.fromkeys(update["status"] for update in updates))
-    assert statuses == ["queued", "processing", "generating", "completed"]
+    assert statuses == ["queued", "generating", "processing", "completed"]
     assert set(last) == UPDATE | {"result"}
     assert (last["message"], last["queue_info"]) == (updates[-1]["message"], updates[-1]["queue_info"])
     for update in told:
@@ -225,7 +225,7 @@ def test_streaming_from_javascript(gateway: Served, tmp_path: Path) -> None:
         ["node", script, gateway.url, KEY, payload], capture_output=True, text=True, timeout=TIMEOUT_S, check=True
     )
     lines = ran.stdout.splitlines()
-    assert lines[0] == "Status: queued - The request was queued"
+    assert lines[0] == "Status: queued - The request is next"
     assert lines[-2] == "Status: completed - The job is complete"
     assert file_of(json.loads(lines[-1].removeprefix("Complete: "))) == [GREEN]
 
@@ -594,7 +594,7 @@ def test_a_full_queue_is_told_to_all_and_each_in_it_knows_its_place(gateway: Ser
         assert int(refused[0].headers["retry-after"]) > 0
         info = gateway.get("/queue-info").json()
         assert set(info) == SIZES
-        assert info["preprocess_queue_size"] == 3
+        assert info["preprocess_queue_size"] in (2, 3), "one of the three that wait may be staged already"
         assert info["preprocess_queue_size"] + info["generation_queue_size"] == len(jobs)
         assert info["postprocess_queue_size"] == 0
         health = gateway.get("/health").json()
@@ -661,7 +661,9 @@ def test_without_a_comfyui_requests_wait_and_health_says_so(tmp_path: Path) -> N
     with silent_port() as port, served(f"http://127.0.0.1:{port}", tmp_path) as gateway:
         answer = gateway.get("/health")
         assert (answer.status_code, answer.json()["status"]) == (200, "unhealthy")
-        assert answer.json()["comfyui"] == {"reachable": False, "healthy": 0, "total": 1}
+        told = answer.json()["comfyui"]
+        assert told.pop("away_since"), "since when it is away"
+        assert told == {"reachable": False, "healthy": 0, "total": 1}
         assert generate(gateway, workflow_json=picture(RED)).status_code == 202
         assert generate(gateway, "/generate/sync?timeout=0.1", workflow_json=picture(RED)).json()["status"] == "queued"
         assert gateway.get("/queue-info").json()["preprocess_queue_size"] == 2
