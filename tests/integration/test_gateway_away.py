@@ -1,0 +1,127 @@
+"""A ComfyUI that is away is said to be: to who waits, in the gateway's health, and by the job's end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+from comfy_worker.jobs import JobState
+from tests.support import graphs
+from tests.support.benches import Bench
+from tests.support.gate import Gate
+from tests.support.gateway import GatewayProcess
+from tests.support.running import wait_until
+from tests.support.victims import Emulated
+
+RED = (255, 0, 0)
+TIMEOUT_S = 30.0
+SINCE = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"
+
+
+@pytest.fixture(autouse=True)
+def bare_environment(environment: pytest.MonkeyPatch) -> None:
+    """Run every test with nothing but its own settings."""
+
+
+@pytest.fixture
+def comfyui(tmp_path: Path) -> Iterator[Emulated]:
+    with Emulated(base_directory=tmp_path / "comfyui") as running:
+        yield running
+
+
+def bench_at(comfyui: Emulated, folder: Path, **settings: Any) -> Bench:
+    return Bench(folder / "data", comfyui.url, **settings)
+
+
+def notice(bench: Bench, job_id: str) -> str:
+    progress = bench.call(bench.service.progress_of(bench.get(job_id)))
+    return "" if progress is None else str(progress.data.get("notice", ""))
+
+
+def test_a_job_fails_that_waits_too_long_for_a_comfyui_that_is_away(tmp_path: Path, comfyui: Emulated) -> None:
+    comfyui.kill()
+    with bench_at(comfyui, tmp_path, comfyui_ready_timeout_s=0.2) as bench:
+        record = bench.ended(bench.submit(graphs.picture(RED)))
+
+    assert record.state is JobState.FAILED
+    assert record.error is not None
+    address = comfyui.url.removeprefix("http://")
+    assert record.error["error"] == f"ComfyUI server ({address}) not reachable after multiple retries"
+    assert record.error["code"] == "comfyui_unreachable"
+
+
+def test_a_job_waits_for_as_long_as_it_takes_where_the_operator_says_so(tmp_path: Path, comfyui: Emulated) -> None:
+    comfyui.kill()
+    with bench_at(comfyui, tmp_path, comfyui_ready_timeout_s=0.1, wait_for_comfyui=True) as bench:
+        job_id = bench.submit(graphs.picture(RED))
+        wait_until(lambda: notice(bench, job_id).startswith("ComfyUI has not answered since "))
+        place = bench.service.place(job_id)
+        assert place is not None
+        assert (place.position, place.wait_s) == (1, None)
+        comfyui.start()
+        assert bench.picture(job_id) == RED
+
+
+def test_a_job_whose_comfyui_dies_waits_for_it_where_the_operator_says_so(tmp_path: Path, comfyui: Emulated) -> None:
+    gate = Gate(tmp_path)
+    settings = {"comfyui_ready_timeout_s": 0.1, "wait_for_comfyui": True, "generation_workers": 2}
+    with bench_at(comfyui, tmp_path, **settings) as bench:
+        running = bench.submit(gate.graph())
+        bench.wait_until_in_progress(running)
+        staged = bench.submit(graphs.picture(RED))
+        wait_until(lambda: bool(comfyui.pending()))
+        comfyui.kill()
+        wait_until(lambda: notice(bench, staged) != "" and not bench.is_given(staged))
+        comfyui.start()
+        assert bench.picture(staged) == RED
+        # ComfyUI had begun to run this one: it may have done things, and is not run again unasked.
+        assert bench.ended(running).state is JobState.FAILED
+
+
+def test_a_comfyui_that_is_back_in_time_is_no_failure(tmp_path: Path, comfyui: Emulated) -> None:
+    comfyui.kill()
+    with bench_at(comfyui, tmp_path, comfyui_ready_timeout_s=TIMEOUT_S) as bench:
+        job_id = bench.submit(graphs.picture(RED))
+        wait_until(lambda: notice(bench, job_id) != "")
+        comfyui.start()
+        assert bench.picture(job_id) == RED
+        assert [backend["away_since"] for backend in bench.service.backends()] == [None]
+
+
+@pytest.fixture
+def served(tmp_path: Path, comfyui: Emulated) -> Iterator[GatewayProcess]:
+    gateway = GatewayProcess(tmp_path / "data", comfyui.url, WAIT_FOR_COMFYUI="true")
+    gateway.start()
+    yield gateway
+    gateway.stop()
+
+
+def test_every_api_says_since_when_comfyui_is_away(served: GatewayProcess, comfyui: Emulated) -> None:
+    comfyui.kill()
+    wait_until(lambda: "away_since" in _get(served, "/health")["comfyui"])
+    health = _get(served, "/health")
+    assert health["status"] == "unhealthy"
+    assert not health["comfyui"]["reachable"]
+    words = f"ComfyUI has not answered since {health['comfyui']['away_since']}"
+
+    body = {"input": {"workflow": graphs.picture(RED)}}
+    job_id = served.post("/run", body)["id"]
+    assert _get(served, f"/status/{job_id}")["output"]["notice"] == words
+    assert served.post("/runsync?wait=1000", body)["output"]["notice"] == words
+    assert _get(served, f"/task/{job_id}")["notice"] == words
+    assert _get(served, f"/api/workflow/status/{job_id}")["notice"] == words
+    assert _get(served, f"/result/{job_id}")["message"] == words
+    url, generate = f"{served.url}/generate/stream", {"input": {"workflow_json": graphs.picture(RED)}}
+    with requests.post(url, json=generate, stream=True, timeout=TIMEOUT_S) as stream:
+        lines = (line.removeprefix(b"data: ") for line in stream.iter_lines() if line.startswith(b"data: "))
+        assert json.loads(next(lines))["message"] == words
+    served.process.wait_for_line(r"ComfyUI at http://127.0.0.1:\d+ does not answer any more")
+
+
+def _get(served: GatewayProcess, path: str) -> Any:
+    return requests.get(f"{served.url}{path}", timeout=TIMEOUT_S).json()
