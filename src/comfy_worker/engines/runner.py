@@ -45,8 +45,8 @@ _NOT_ITS_FAULT = {ComfyUnreachable.code, ComfyCrashed.code, UploadFailed.code}
 """Failures after which another ComfyUI may do better."""
 _LOST_MEANWHILE = {OutputMissing.code, DeliveryFailed.code, Cancelled.code}
 """Failures of a job that was taken up again whose files or prompt went while nobody watched."""
-_FIRST = sys.maxsize
-"""Priority of what ComfyUI has already."""
+_FIRST = -sys.maxsize
+"""What jobs that ComfyUI has already are sorted by."""
 
 
 class Around(Protocol):
@@ -140,8 +140,9 @@ class Runner:
             return
         running.prompt_id = prompt_id
         self._around.note_sending(running)
-        priority = _FIRST if is_resumed else running.job.record.priority
-        turns = JobTurns(self._staging, running.backend.gate, self._delivering, priority, running.stop)
+        # In the order in which they were accepted, whichever is staged first.
+        order = (_FIRST if is_resumed else -running.job.record.priority, running.job.number)
+        turns = JobTurns(self._staging, running.backend.gate, self._delivering, order, running.stop)
         # How long it may run is the engine's to watch: waiting for others in ComfyUI's queue does not count.
         limit_s = running.job.record.execution_timeout_s
         job = replace(job, prompt_id=prompt_id, resumed=is_resumed, execution_timeout_s=None, staging_timeout_s=limit_s)
