@@ -30,7 +30,7 @@ from comfy_worker.gateway.progress_notes import ProgressNotes
 from comfy_worker.gateway.progress_webhooks import ProgressWebhooks, Tell
 from comfy_worker.gateway.records import JobRecord, ProgressNote
 from comfy_worker.gateway.store import Store, moment
-from comfy_worker.jobs import Job, JobState
+from comfy_worker.jobs import Job, JobState, Stage
 from comfy_worker.payload import parse_job
 
 log = logging.getLogger(__name__)
@@ -285,10 +285,13 @@ class Carrier:
         if progress is not None and progress != job.progress:
             job.progress = progress
             job.changed()
-            told = await self._do(lambda: self._bus.publish(job.id, PROGRESS, progress))
-            self._notes.note(ProgressNote(job.id, str(job.prompt_id), told.number, progress))
+            self._notes.note(await self._publish_progress(job, progress))
             tell(dict(progress))
         return False
+
+    async def _publish_progress(self, job: RemoteJob, progress: Mapping[str, Any]) -> ProgressNote:
+        event = await self._do(lambda: self._bus.publish(job.id, PROGRESS, progress))
+        return ProgressNote(job.id, str(job.prompt_id), event.number, progress)
 
     async def _move(self, job: RemoteJob, state: JobState) -> None:
         """Note that a job began to run, or waits again because its worker was lost."""
@@ -335,6 +338,10 @@ class Carrier:
         await self._finish(job, Outcome(JobState.FAILED, None, error.as_output(self._secrets), None))
 
     async def _finish(self, job: RemoteJob, outcome: Outcome) -> None:
+        progress = None
+        if outcome.state is JobState.COMPLETED:
+            # A worker's last progress is seldom seen: its result comes right behind it.
+            progress = await self._publish_progress(job, {"stage": Stage.DELIVERING.value, "percent": 100.0})
         now = time.time()
         ran_from = None if outcome.ran_s is None else max(job.record.created_at, now - outcome.ran_s)
 
@@ -346,6 +353,7 @@ class Carrier:
                 output=outcome.output,
                 error=outcome.error,
                 ran_from=ran_from,
+                progress=progress,
                 accepted_at=job.record.created_at,
             )
 
