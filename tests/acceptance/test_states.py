@@ -65,6 +65,11 @@ def events(gateway: Served, job_id: str) -> tuple[str, Any]:
     return standing["status"], standing.get("queue_position")
 
 
+def execution(gateway: Served, job_id: str) -> tuple[str, Any]:
+    answer = gateway.get(f"/api/v1/comfyui/executions/{job_id}").json()["data"]["execution"]
+    return answer["status"], answer.get("queue_position")
+
+
 @pytest.mark.parametrize(
     ("ask", "runs", "waits"),
     [
@@ -72,6 +77,7 @@ def events(gateway: Served, job_id: str) -> tuple[str, Any]:
         (events, "IN_PROGRESS", "IN_QUEUE"),
         (workflow_status, "running", "pending"),
         (task, "processing", "pending"),
+        (execution, "running", "pending"),
     ],
 )
 def test_one_runs_and_four_wait(

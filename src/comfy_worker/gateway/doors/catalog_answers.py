@@ -102,7 +102,7 @@ class ExecutionShown(BaseModel):
 
     id: int | str
     workflow_id: int | None = Field(None, description="None for a job that came through another API.")
-    status: Literal["running", "completed", "failed", "cancelled"]
+    status: Literal["pending", "running", "completed", "failed", "cancelled"]
     progress: int = Field(ge=0, le=100, description="How much of the workflow has run.")
     queue_position: int | None = Field(None, description="How many are in front of it, while it waits.")
     outputs: Outputs | None = None

@@ -19,7 +19,7 @@ from comfy_worker.jobs import JobState, Kind
 
 JOB_PREFIX = "execution-"
 _STATUSES: Mapping[JobState, str] = {
-    JobState.IN_QUEUE: "running",
+    JobState.IN_QUEUE: "pending",
     JobState.IN_PROGRESS: "running",
     JobState.COMPLETED: "completed",
     JobState.FAILED: "failed",
