@@ -15,6 +15,8 @@ from standardwebhooks import Webhook as Verifier
 from standardwebhooks import WebhookVerificationError
 
 from comfy_worker.errors import Cancelled, DiskFull, InvalidInput, TimedOut, all_errors
+from comfy_worker.gateway.answers import WEBHOOK
+from comfy_worker.gateway.receivers import check_receiver
 from comfy_worker.jobs import JobState, Webhook
 from comfy_worker.settings import load_settings
 from comfy_worker.webhooks import Webhooks
@@ -75,6 +77,16 @@ def test_a_secret_that_only_begins_as_one_of_standard_webhooks_is_refused_and_no
 def test_an_empty_secret_is_refused() -> None:
     with pytest.raises(InvalidInput, match=r"^input\.webhook\.secret is empty$"):
         check_webhook(Webhook(URL, ""))
+
+
+def test_the_webhook_that_does_not_count_is_checked_too() -> None:
+    with pytest.raises(InvalidInput, match="webhookV2 must be a URL of http or https"):
+        check_receiver({"input": {}, "webhook": URL, "webhookV2": "ftp://example.com"})
+
+
+@given(st.from_regex(WEBHOOK, fullmatch=True).filter(str.strip))
+def test_whatever_is_declared_is_accepted(url: str) -> None:
+    check_webhook(Webhook(url.removesuffix("\n")))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import json
 from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi.responses import FileResponse, JSONResponse
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, WithJsonSchema
 from starlette.datastructures import Headers
 from starlette.types import Message, Receive, Scope, Send
 
@@ -155,6 +155,14 @@ class BucketConfig(BaseModel):
     endpointUrl: str
 
 
+_NUMBER = "(25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
+_HOST = rf"(([A-Za-z0-9_-]+\.)*[A-Za-z][A-Za-z0-9_-]*|({_NUMBER}\.){{3}}{_NUMBER})"
+_PORT = "([1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3})"
+WEBHOOK = rf"^([Hh][Tt][Tt][Pp][Ss]?://{_HOST}(:{_PORT})?([/?#][!-\[\]-~]*)?)?$"
+"""A webhook's URL as it is declared: what the check of webhooks accepts, or nothing for no webhook."""
+_WebhookUrl = Annotated[str, WithJsonSchema({"type": "string", "pattern": WEBHOOK})]
+
+
 class RunRequest(BaseModel):
     """A job."""
 
@@ -163,8 +171,8 @@ class RunRequest(BaseModel):
         extra="allow", json_schema_extra={"examples": [EXAMPLE_JOB, EXAMPLE_WITH_INPUT, EXAMPLE_IN_FULL]}
     )
     input: dict[str, Any] | str = Field(description="The workflow and its files; see docs/api.md.")
-    webhook: str | None = Field(None, description="URL that is told of the job's end.")
-    webhookV2: str | None = Field(None, description="The same; `webhook` counts where both are there.")
+    webhook: _WebhookUrl | None = Field(None, description="URL that is told of the job's end.")
+    webhookV2: _WebhookUrl | None = Field(None, description="The same; `webhook` counts where both are there.")
     policy: Policy | None = None
     s3Config: BucketConfig | None = None
 

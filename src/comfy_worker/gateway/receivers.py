@@ -12,7 +12,7 @@ from comfy_worker.webhooks.message import check_webhook
 
 def webhook_of_request(request: Mapping[str, Any]) -> Webhook | None:
     """Return who is to be told of a job: its `input.webhook`, or RunPod's `webhook`, a URL beside the input."""
-    return webhook_of(request) or _beside_input(request)
+    return webhook_of(request) or _beside_input(request, "webhook")
 
 
 def check_receiver(request: Mapping[str, Any]) -> None:
@@ -22,9 +22,11 @@ def check_receiver(request: Mapping[str, Any]) -> None:
         InvalidInput: the sentence says what is wrong with the webhook.
     """
     check_webhook(asked_webhook(request))
-    check_webhook(_beside_input(request), "webhook")
+    # The one that does not count where both are there is checked, too: a caller's mistake is not left for later.
+    for name in ("webhookV2", "webhook"):
+        check_webhook(_beside_input(request, name), name)
 
 
-def _beside_input(request: Mapping[str, Any]) -> Webhook | None:
-    plain = request.get("webhook")
+def _beside_input(request: Mapping[str, Any], name: str) -> Webhook | None:
+    plain = request.get(name)
     return Webhook(plain) if isinstance(plain, str) and plain else None
