@@ -7,9 +7,13 @@ docs/api.md is this table as a page; it is written by
 
 from __future__ import annotations
 
+import ast
 import json
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+
+from tests.support.processes import ROOT
 
 _FOLDER = Path(__file__).parents[1] / "data" / "api_table"
 _APIS = {
@@ -73,19 +77,36 @@ def page() -> str:
             found = [row for row in rows() if (row.api, row.kind) == (api, kind)]
             if found:
                 lines += [f"### {heading}", "", "| what | what it does | proved by |", "| --- | --- | --- |"]
-                lines += [f"| {_cell(f'`{row.what}`')} | {_cell(row.says)} | {_proof(row.test)} |" for row in found]
+                lines += [f"| {cell(f'`{row.what}`')} | {cell(row.says)} | {proof(row.test)} |" for row in found]
                 lines.append("")
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
+    """Return a text as it stands in a cell of a table."""
     return text.replace("|", "\\|")
 
 
-def _proof(test: str) -> str:
+def proof(test: str) -> str:
+    """Return a link to a test's file that is named as the test is."""
     file, _, function = test.partition("::")
+    function = function.rpartition("::")[2]
     name = function.removeprefix("test_").replace("_", " ") or Path(file).stem
     return f"[{name}](../{file})"
+
+
+def is_there(test: str) -> bool:
+    """Return whether a test exists: `file`, `file::function` or `file::class::function`."""
+    file, _, names = test.partition("::")
+    return (ROOT / file).is_file() and set(filter(None, names.split("::"))) <= _names_in(ROOT / file)
+
+
+@cache
+def _names_in(file: Path) -> set[str]:
+    tree = ast.parse(file.read_text())
+    return {
+        node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+    }
 
 
 if __name__ == "__main__":

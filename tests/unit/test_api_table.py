@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import re
 from collections.abc import Iterator
-from functools import cache
-from pathlib import Path
 
 import pytest
 from fastapi import FastAPI
@@ -16,7 +13,7 @@ from starlette.routing import WebSocketRoute
 from comfy_worker.gateway.app import create_app
 from comfy_worker.gateway.auth import Keys
 from comfy_worker.gateway.settings import load_gateway_settings
-from tests.support.api_table import Row, page, rows
+from tests.support.api_table import Row, is_there, page, rows
 from tests.support.processes import ROOT
 
 
@@ -31,16 +28,7 @@ def test_the_page_is_the_table() -> None:
 
 @pytest.mark.parametrize("row", rows(), ids=lambda row: f"{row.api} {row.kind} {row.what}")
 def test_every_row_has_a_proof_that_is_there(row: Row) -> None:
-    file, _, function = row.test.partition("::")
-    assert (ROOT / file).is_file()
-    if function:
-        assert function in functions_of(ROOT / file)
-
-
-@cache
-def functions_of(file: Path) -> set[str]:
-    tree = ast.parse(file.read_text())
-    return {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))}
+    assert is_there(row.test)
 
 
 def test_no_two_rows_say_the_same() -> None:

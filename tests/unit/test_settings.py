@@ -6,6 +6,7 @@ import pytest
 from pydantic import AliasChoices
 
 from comfy_worker.errors import InvalidInput
+from comfy_worker.gateway.settings import load_gateway_settings
 from comfy_worker.settings import Settings, load_settings
 
 SECRET = "s3cr3t-value"
@@ -140,3 +141,7 @@ def test_settings_do_not_change(environment: pytest.MonkeyPatch) -> None:
 def test_the_placeholder_of_an_example_is_no_value(environment: pytest.MonkeyPatch, name: str, value: str) -> None:
     told = refusal(environment, **{name: value})
     assert told == f"Invalid settings: {name}: is the placeholder of an example: put a value of your own there"
+
+
+def test_progress_in_the_database_is_at_most_a_second_old(environment: pytest.MonkeyPatch) -> None:
+    assert 0 < load_gateway_settings().progress_note_s <= 1
