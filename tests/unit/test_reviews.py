@@ -1,0 +1,24 @@
+"""docs/reviews.md has every point of the reviews, and each of the tests that keep them is there."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.support.api_table import is_there
+from tests.support.processes import ROOT
+from tests.support.reviews import Point, page, points
+
+
+def test_the_page_is_the_table() -> None:
+    assert (ROOT / "docs" / "reviews.md").read_text() == page(), "python -m tests.support.reviews > docs/reviews.md"
+
+
+@pytest.mark.parametrize("point", points(), ids=lambda one: f"{one.group} {one.point}")
+def test_every_point_has_a_test_that_is_there(point: Point) -> None:
+    assert "::test_" in point.test
+    assert is_there(point.test)
+
+
+def test_no_two_points_are_the_same() -> None:
+    said = [(one.group, one.point) for one in points()]
+    assert sorted(said) == sorted(set(said))
