@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import logging
 import socket
@@ -25,6 +26,7 @@ from comfy_worker.gateway.answers import EXAMPLE_JOB
 from comfy_worker.gateway.app import create_app
 from comfy_worker.gateway.auth import Keys
 from comfy_worker.gateway.connections import connection_limits
+from comfy_worker.gateway.fair_loop import FairLoop, Group
 from comfy_worker.gateway.hosts import network_of
 from comfy_worker.gateway.server import Server
 from comfy_worker.gateway.settings import load_gateway_settings
@@ -51,9 +53,13 @@ class ThreadServer(Server):
     def capture_signals(self) -> Any:
         return nullcontext()
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self.loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+
 
 @contextmanager
-def serving(folder: Path, **settings: Any) -> Iterator[Server]:
+def serving(folder: Path, **settings: Any) -> Iterator[ThreadServer]:
     """Serve a gateway whose ComfyUI is not there until the end of the block."""
     with silent_port() as port:
         loaded = load_gateway_settings(
@@ -235,9 +241,16 @@ def test_all_are_counted_however_many_addresses_they_come_from(tmp_path: Path) -
 
 def test_without_an_idle_one_a_new_connection_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     body = b"POST /run HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer key\r\nContent-Length: 9\r\n\r\n{"
-    with listening(tmp_path, max_connections=20, max_connections_per_address=4) as url:
+    with serving(tmp_path, max_connections=20, max_connections_per_address=4) as server:
+        url = url_of(server)
+
+        def busy_ones() -> int:
+            return sum(not one.is_idle for one in list(server.connections._by_transport.values()))
+
         busy = [connect(url, "127.0.0.3", body) for _ in range(4)]
-        wait_until(lambda: answer_to(url, b"", "127.0.0.3").startswith(b"HTTP/1.1 503 "))
+        # Until its head has been read, each is an idle one, which makes room.
+        wait_until(lambda: busy_ones() == len(busy))
+        assert answer_to(url, b"", "127.0.0.3").startswith(b"HTTP/1.1 503 ")
         assert answers(url, "127.0.0.2")
         # A proxy's clients all come from one address.
         beside = [connect(url, "127.0.0.1", body) for _ in range(8)]
@@ -309,6 +322,32 @@ def test_a_key_has_so_many_streams_and_no_more(tmp_path: Path) -> None:
                 return answer.status_code == 200
 
         wait_until(is_let_in)
+
+
+@pytest.mark.usefixtures("parser")
+def test_new_connections_and_streams_take_turns_and_others_do_not(tmp_path: Path) -> None:
+    with serving(tmp_path) as server, ExitStack() as open_ones:
+        assert isinstance(server.loop, FairLoop)
+        sockets, url = server.loop.sockets, url_of(server)
+
+        def groups() -> list[Group]:
+            return sorted(sockets._group_of.values(), key=lambda group: group.name)
+
+        kept = open_ones.enter_context(connect(url))
+        wait_until(lambda: groups() == [Group.NEW])
+        assert is_alive(kept)
+        assert groups() == []
+        job_id = requests.post(f"{url}/run", json=EXAMPLE_JOB, headers=KEY, timeout=TIMEOUT_S).json()["id"]
+        events = open_ones.enter_context(
+            requests.get(f"{url}/events/{job_id}", headers=KEY, stream=True, timeout=TIMEOUT_S)
+        )
+        assert groups() == [Group.STREAMS]
+        live = websocket.create_connection(f"ws{url[4:]}/ws/{job_id}", header=KEY, timeout=TIMEOUT_S)
+        open_ones.callback(live.shutdown)
+        assert groups() == [Group.STREAMS, Group.STREAMS]
+        events.close()
+        live.shutdown()
+        wait_until(lambda: groups() == [])
 
 
 def test_another_port_answers_pings_and_nothing_else(tmp_path: Path) -> None:

@@ -19,8 +19,10 @@ from uvicorn.protocols.websockets.auto import AutoWebSocketsProtocol
 from uvicorn.server import ServerState
 
 from comfy_worker.errors import InvalidInput
+from comfy_worker.gateway.fair_loop import Group, assign
 from comfy_worker.gateway.hosts import network_of
 from comfy_worker.gateway.settings import GatewaySettings
+from comfy_worker.gateway.streams import is_stream
 
 log = logging.getLogger(__name__)
 
@@ -95,10 +97,15 @@ class Connection:
         cycle = self._protocol.cycle
         return not self.is_websocket and (cycle is None or cycle.response_complete)
 
+    @property
+    def _is_stream(self) -> bool:
+        return self.is_websocket or is_stream(self._protocol.cycle.scope)
+
     def note_bytes(self, count: int) -> None:
         """Take note of bytes that have been read."""
         if not self._waits_for_head:
             self._has_asked, self._head_since, self._head_bytes = True, None, 0
+            assign(self._transport, Group.STREAMS if self._is_stream else None)
             return
         self._head_since = self._head_since or time.monotonic()
         self._head_bytes += count
@@ -258,6 +265,7 @@ class _WatchedHttp(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
+        assign(transport, Group.NEW)
         self._connection = self.server_state.watched.add(self, self.transport)
 
     def data_received(self, data: bytes) -> None:
@@ -270,6 +278,7 @@ class _WatchedHttp(asyncio.Protocol):
                 self._connection.cut()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        assign(self.transport, None)
         self.server_state.watched.remove(self.transport)
         super().connection_lost(exc)
 
@@ -289,6 +298,7 @@ class _WatchedWebSocket(asyncio.Protocol):
         self._watched = server_state.watched
 
     def connection_lost(self, exc: Exception | None) -> None:
+        assign(self.transport, None)
         self._watched.remove(self.transport)
         super().connection_lost(exc)
 
