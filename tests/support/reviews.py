@@ -28,8 +28,8 @@ In November 2026 reviewers tried commit `9485bd5` from outside: against the five
 clients, as newcomers and as attackers. This page lists their points, and those that came up while they were mended,
 with what is true now and the test that keeps it. It is generated, and a test keeps it whole.
 
-The tests were run on that commit: those of {seen} of {all} points were seen failing there for what was wrong. For the
-others that was not shown: their tests start parts that did not exist, or the reason of the failure was not looked at.
+The tests were run on that commit: those of {seen} of {all} points were seen failing there, a few of them because what
+they test did not exist. For the other points that was not shown: their tests could not be run there as they are.
 """
 
 
