@@ -31,7 +31,13 @@ def jobs(gateway: Served) -> Iterator[list[str]]:
     """Return five jobs of which one runs, the next one in front; they are cancelled afterwards."""
     body = {"input": {"workflow": work(20.0, steps=100)}}
     sent = [gateway.post("/run", body).json()["id"] for _ in range(5)]
-    wait_until(lambda: "running" in json.dumps(gateway.get(f"/status/{sent[0]}").json().get("output", {})))
+
+    def stages() -> list[str]:
+        outputs = [gateway.get(f"/status/{job_id}").json().get("output", {}) for job_id in sent]
+        return sorted(output.get("stage", "") for output in outputs)
+
+    # One is in ComfyUI's own queue, behind the one that runs; from now on none overtakes another.
+    wait_until(lambda: stages() == ["queued", "running", *["waiting"] * 3])
     yield in_queue(gateway)
     gateway.post("/purge-queue")
     for job_id in sent:

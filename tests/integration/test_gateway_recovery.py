@@ -62,7 +62,7 @@ def test_a_prompt_that_still_runs_is_watched_again(data: Path, comfyui: Emulated
     assert len(comfyui.running()) == 1
 
     with Bench(data, comfyui.url) as after:
-        assert after.get(job_id).state is JobState.IN_PROGRESS
+        after.wait_until_in_progress(job_id)
         gate.open()
         assert after.ended(job_id).state is JobState.COMPLETED
     assert gate.runs == 1
