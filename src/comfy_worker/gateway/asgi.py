@@ -75,7 +75,6 @@ class Application(Ending):
         loop = asyncio.get_running_loop()
         handlers = {number: signal.getsignal(number) for number in END_SIGNALS}
 
-        # No method of an object: sse-starlette would take that for the server and break its streams off.
         def end(number: int, frame: FrameType | None) -> None:
             loop.call_soon_threadsafe(self._end)
             handler = handlers[signal.Signals(number)]

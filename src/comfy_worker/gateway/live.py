@@ -9,8 +9,8 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Path, Query, WebSocket
-from sse_starlette import EventSourceResponse, ServerSentEvent
+from fastapi import APIRouter, Header, Path, Query, Response, WebSocket
+from sse_starlette import ServerSentEvent
 
 from comfy_worker.gateway.answers import JOB_ID, problems
 from comfy_worker.gateway.errors import DatabaseUnavailable, NotFound
@@ -54,7 +54,7 @@ def router(service: JobService) -> APIRouter:
         live.events,
         methods=["GET"],
         operation_id="get_events",
-        response_class=EventSourceResponse,
+        response_class=Response,
         responses={200: stream, **problems(404)},
     )
     api.add_api_websocket_route("/ws/{job_id}", live.websocket)
@@ -65,13 +65,11 @@ class _Live:
     def __init__(self, service: JobService) -> None:
         self._service = service
 
-    async def events(
-        self, job_id: JobId, last_event_id: LastNumber = None, previews: Previews = False
-    ) -> EventSourceResponse:
+    async def events(self, job_id: JobId, last_event_id: LastNumber = None, previews: Previews = False) -> EventStream:
         """Tell what happens to a job until it has ended; keep-alives every 15 s."""
         record = await self._service.get(job_id)
         told = self._as_sse(record, _number(last_event_id), previews)
-        return EventStream(told, ping=_KEEP_ALIVE_S, send_timeout=PATIENCE_S)
+        return EventStream(told, keep_alive_s=_KEEP_ALIVE_S, patience_s=PATIENCE_S)
 
     async def _as_sse(
         self, record: JobRecord, after: int | None, previews: bool

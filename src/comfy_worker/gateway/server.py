@@ -155,8 +155,6 @@ class Server(uvicorn.Server):
     def capture_signals(self) -> Generator[None, None, None]:
         """End on either signal; unlike uvicorn's own, it is not raised again afterwards to kill the process."""
 
-        # No method of this object: sse-starlette would find the server by it and break its streams off, where they
-        # end properly by themselves.
         def stop(_number: int, _frame: FrameType | None) -> None:
             self.should_exit = True
 

@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import Any
 
+import anyio
 from fastapi import WebSocket, WebSocketDisconnect
 
 from comfy_worker.gateway.errors import DatabaseUnavailable
@@ -18,7 +19,7 @@ PATIENCE_S = 30
 """A client that takes nothing for so long is let go; it can come back."""
 _ENDED, _FAILED, _TRY_AGAIN_LATER = 1000, 1011, 1013
 """Codes with which a WebSocket is closed."""
-_CLIENT_GONE = (WebSocketDisconnect, RuntimeError, asyncio.TimeoutError)
+_CLIENT_GONE = (WebSocketDisconnect, RuntimeError, TimeoutError)
 """What sending to a client raises that has left, or takes nothing any more."""
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,8 @@ async def _tell(websocket: WebSocket, messages: AsyncGenerator[Mapping[str, Any]
     try:
         async with aclosing(messages):
             async for message in messages:
-                await asyncio.wait_for(websocket.send_text(json.dumps(message)), PATIENCE_S)
+                with anyio.fail_after(PATIENCE_S):
+                    await websocket.send_text(json.dumps(message))
     except DatabaseUnavailable:
         code = _TRY_AGAIN_LATER
     await websocket.close(code)

@@ -12,9 +12,9 @@ from functools import partial
 from typing import Annotated, Any
 
 from anyio import CapacityLimiter, to_thread
-from fastapi import APIRouter, Header, Path, Query, Request
+from fastapi import APIRouter, Header, Path, Query, Request, Response
 from fastapi.responses import HTMLResponse
-from sse_starlette import EventSourceResponse, ServerSentEvent
+from sse_starlette import ServerSentEvent
 from starlette.concurrency import run_in_threadpool
 
 from comfy_worker.gateway.answers import JOB_ID, Answer, DetailedProblem, problems, request_body
@@ -124,7 +124,7 @@ def router(parts: Parts) -> APIRouter:
         door.stream,
         methods=["POST"],
         operation_id="generate_stream",
-        response_class=EventSourceResponse,
+        response_class=Response,
         responses={200: _stream(), **problems(409, 503, model=DetailedProblem)},
         openapi_extra=body,
     )
@@ -208,12 +208,12 @@ class _Door:
 
     async def stream(
         self, request: Request, as_base64: AsBase64 = None, with_history: WithHistory = None
-    ) -> EventSourceResponse:
+    ) -> EventStream:
         """Queue a job and tell what happens to it until it has ended; it goes on when the client leaves."""
         wish = self._wish(as_base64, with_history)
         record, warnings = await self._submit(request, wish)
         told = self._as_sse(request, record, wish, warnings)
-        return EventStream(told, ping=_KEEP_ALIVE_S, send_timeout=_PATIENCE_S)
+        return EventStream(told, keep_alive_s=_KEEP_ALIVE_S, patience_s=_PATIENCE_S)
 
     async def result(
         self, request: Request, request_id: RequestId, as_base64: AsBase64 = None, with_history: WithHistory = None
