@@ -90,6 +90,22 @@ def test_of_two_that_are_staged_the_one_of_higher_priority_is_next() -> None:
     assert positions(places_of([], in_hand, RunTimes(), [HERE])) == {"important": 1, "first": 2}
 
 
+def test_who_was_given_to_a_comfyui_ahead_of_jobs_that_came_earlier_still_waits_for_them() -> None:
+    """Of each key, one job may be staged beyond the others, so that none waits for another key's files."""
+    in_hand = [given("alices", Stage.STAGING), InHand(waiting("bobs", created_at=9.0), HERE, Stage.STAGING)]
+    places = places_of(queue_of("a", "a"), in_hand, times(a=10.0), [HERE])
+    assert positions(places) == {"alices": 1, "0": 2, "1": 3, "bobs": 4}
+    assert waits(places) == [0.0, 10.0, 20.0, 30.0]
+
+
+def test_a_job_of_higher_priority_goes_before_all_but_the_next() -> None:
+    """It can be staged as soon as that begins to run."""
+    queue = Queue()
+    queue.add(waiting("important", priority=1))
+    in_hand = [given(f"{number}", Stage.STAGING) for number in range(3)]
+    assert positions(places_of(queue, in_hand, RunTimes(), [HERE])) == {"0": 1, "important": 2, "1": 3, "2": 4}
+
+
 def test_what_is_being_delivered_keeps_no_gpu_busy_and_has_no_place() -> None:
     places = places_of(queue_of("a"), [given("delivered", Stage.DELIVERING)], times(a=10.0), [HERE])
     assert places == {"0": Place(1, 0.0, 10.0)}

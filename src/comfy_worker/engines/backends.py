@@ -80,7 +80,8 @@ class Backend:
 
     Attributes:
         gate: lets so many jobs into its queue.
-        places: how many jobs it may have that are not being delivered yet.
+        places: how many jobs it may have that are not being delivered yet; beyond them, one of each owner that has
+            none.
         healthy: whether it answers; not before it was asked.
         away_since: since when it has not answered, in seconds since the epoch; None while it does.
         name: the URL under which it is known to others, if that is not where it is found from here.
@@ -117,10 +118,12 @@ class Backend:
             self.away_since = None if healthy else time.time()
         return has_changed
 
-    @property
-    def has_room(self) -> bool:
-        """Whether it can take a job."""
-        return self.healthy and self.load < self.places
+    def has_room_for(self, owner: str) -> bool:
+        """Return whether it can take a job of an owner."""
+        return self.healthy and (self.load < self.places or not self._has_load_of(owner))
+
+    def _has_load_of(self, owner: str) -> bool:
+        return any(running.job.record.owner == owner and running.stage is not Stage.DELIVERING for running in self.jobs)
 
     def probe(self, mark: Callable[[Backend, bool], None], stopping: threading.Event) -> None:
         """Ask it again and again whether it answers, until the engine stops."""
@@ -176,6 +179,6 @@ def choose(job: Waiting, backends: list[Backend]) -> Backend | None:
         own = next((backend for backend in backends if backend.url == job.record.backend), None)
         if own is not None and (own.healthy or len(backends) == 1):
             return own if own.healthy else None
-    only = job.record.only_backend
-    free = [backend for backend in backends if backend.has_room and only in (None, backend.url)]
+    only, owner = job.record.only_backend, job.record.owner
+    free = [backend for backend in backends if backend.has_room_for(owner) and only in (None, backend.url)]
     return min(free, key=lambda backend: backend.load, default=None)

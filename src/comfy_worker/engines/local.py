@@ -72,9 +72,10 @@ class LocalEngine:
         patience = Patience(store, self._stopping)
         self._runner = Runner(store, bus, settings, progress, telling, patience, self)
         self._unknown: set[str] = set()
-        in_hand = settings.postprocess_workers + sum(backend.places for backend in self._backends)
-        self._threads = [threading.Thread(target=self._work, name=f"job {number}") for number in range(in_hand)]
-        self._threads.append(threading.Thread(target=self._keep_time, name="clock"))
+        self._threads = [
+            threading.Thread(target=self._work, name="turns"),
+            threading.Thread(target=self._keep_time, name="clock"),
+        ]
         for backend in self._backends:
             arguments = (self.mark, self._stopping)
             self._threads.append(threading.Thread(target=backend.probe, args=arguments, name="probe"))
@@ -105,6 +106,8 @@ class LocalEngine:
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join()
+        for running in in_hand:
+            running.done.wait()
         for backend in self._backends:
             backend.worker.close()
 
@@ -267,25 +270,45 @@ class LocalEngine:
     # ------------------------------------------------------------------------------------------------- work
 
     def _work(self) -> None:
+        """Give each job that is taken a thread: how many there are, the rooms of the ComfyUIs and the gates limit."""
         while (running := self._take()) is not None:
-            with about_job(running.job.id):
-                try:
-                    self._runner.run(running)
-                finally:
-                    self._let_go(running)
+            try:
+                threading.Thread(target=self._run, args=(running,), name=f"job {running.job.id}").start()
+            except RuntimeError:  # the system has no more
+                log.exception("job %s waits again: it was given no thread", running.job.id)
+                self._let_go(running)
+                self.wait_again(running.job)
+                self._stopping.wait(_TICK_S)
+
+    def _run(self, running: RunningJob) -> None:
+        with about_job(running.job.id):
+            try:
+                self._runner.run(running)
+            finally:
+                self._let_go(running)
 
     def _take(self) -> RunningJob | None:
         """Wait for a job and a ComfyUI that can take it; None when the engine stops."""
         with self._lock:
             while not self._stopping.is_set():
-                for job in self._queue:
-                    backend = choose(job, self._backends)
-                    if backend is not None:
-                        return self._take_in_hand(job, backend)
-                    if not job.may_be_in_comfyui and job.record.only_backend is None:
-                        break  # nobody has room, so none behind it gets in either
+                if (chosen := self._choose()) is not None:
+                    return self._take_in_hand(*chosen)
                 self._lock.wait()
             return None
+
+    def _choose(self) -> tuple[Waiting, Backend] | None:
+        """Return the next job that a ComfyUI can take, and that; the jobs of a key keep their order."""
+        refused = set()
+        for job in self._queue:
+            # Where one gets in nowhere, none like it gets in either; one that a ComfyUI has is like no other.
+            kind = (job.record.owner, job.record.only_backend, job.record.prompt_id)
+            if kind in refused:
+                continue
+            backend = choose(job, self._backends)
+            if backend is not None:
+                return job, backend
+            refused.add(kind)
+        return None
 
     def _take_in_hand(self, job: Waiting, backend: Backend) -> RunningJob:
         self._queue.remove(job.id)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from comfy_worker.engines.run_times import RunTimes
-from comfy_worker.engines.waiting import Waiting
+from comfy_worker.engines.waiting import Order, Waiting
 from comfy_worker.gateway.place import Place
 from comfy_worker.jobs import Stage
 
@@ -29,15 +29,17 @@ class InHand:
     remaining_s: float | None = None
 
     @property
-    def order(self) -> tuple[bool, int, int]:
+    def order(self) -> Order:
         """What jobs that do not run yet are sorted by: what is in ComfyUI's queue goes first."""
-        return (self.stage is not Stage.QUEUED, -self.job.record.priority, self.job.number)
+        return self.job.order_if(is_in_comfyui=self.stage is Stage.QUEUED)
 
 
 def places_of(
     waiting: Iterable[Waiting], in_hand: Iterable[InHand], run_times: RunTimes, backends: Sequence[str]
 ) -> dict[str, Place]:
     """Return where every job stands that has not been run yet, and how long each of the others runs on, by id.
+
+    How long files take to come is not known: a job that waits for its own lets those behind it pass.
 
     Args:
         waiting: the jobs that no ComfyUI was given yet, the next one in front.
@@ -48,34 +50,42 @@ def places_of(
     in_hand = list(in_hand)
     places = {item.job.id: Place(0, 0.0, item.remaining_s) for item in in_hand if item.stage is Stage.RUNNING}
     free_at = _when_free(in_hand, backends)
-    not_run = sorted((i for i in in_hand if i.stage in (Stage.STAGING, Stage.QUEUED)), key=lambda item: item.order)
-    position = 0
-    for item in not_run:
-        position += 1
-        own = run_times.expected(item.job.record.signature)
-        wait_s = free_at.get(item.backend)
-        places[item.job.id] = Place(position, _rounded(wait_s), own, is_staged=item.stage is Stage.QUEUED)
-        if item.backend in free_at:
-            free_at[item.backend] = _sum(wait_s, own)
-    places |= _places_in_queue(waiting, free_at, run_times, position)
-    return places
-
-
-def _places_in_queue(
-    waiting: Iterable[Waiting], free_at: Mapping[str, float | None], run_times: RunTimes, in_front: int
-) -> dict[str, Place]:
-    """Return the places of jobs that go to whichever ComfyUI is free first."""
-    free = [seconds for seconds in free_at.values() if seconds is not None]
-    is_known = len(free) == len(free_at) > 0
-    heapq.heapify(free)
-    places = {}
-    for position, job in enumerate(waiting, in_front + 1):
+    for position, (job, item) in enumerate(_in_turn(waiting, in_hand), 1):
         own = run_times.expected(job.record.signature)
-        places[job.id] = Place(position, _rounded(free[0]) if is_known else None, own)
-        is_known = is_known and own is not None
-        if is_known and own is not None:
-            heapq.heapreplace(free, free[0] + own)
+        backend = _free_first(free_at) if item is None else item.backend
+        wait_s = None if backend is None else free_at.get(backend)
+        is_staged = item is not None and item.stage is Stage.QUEUED
+        places[job.id] = Place(position, _rounded(wait_s), own, is_staged=is_staged)
+        if backend in free_at:
+            free_at[backend] = _sum(wait_s, own)
     return places
+
+
+def _in_turn(waiting: Iterable[Waiting], in_hand: Iterable[InHand]) -> Iterator[tuple[Waiting, InHand | None]]:
+    """Yield the jobs that do not run yet in the order in which they will, those that a ComfyUI was given with that.
+
+    With each that begins to run, the next one is given to a ComfyUI, and goes before those there that came after it.
+    """
+    ahead: list[tuple[Order, int, Waiting, InHand | None]] = [
+        (item.order, number, item.job, item)
+        for number, item in enumerate(in_hand)
+        if item.stage in (Stage.STAGING, Stage.QUEUED)
+    ]
+    heapq.heapify(ahead)
+    for number, job in enumerate(waiting, len(ahead)):
+        entry = (job.order, number, job, None)
+        if ahead:
+            yield heapq.heapreplace(ahead, entry)[2:]
+        else:
+            ahead.append(entry)
+    while ahead:
+        yield heapq.heappop(ahead)[2:]
+
+
+def _free_first(free_at: Mapping[str, float | None]) -> str | None:
+    """Return which ComfyUI will be free first; None if that is not known of each."""
+    known = {url: seconds for url, seconds in free_at.items() if seconds is not None}
+    return min(known, key=known.__getitem__, default=None) if len(known) == len(free_at) else None
 
 
 def _when_free(in_hand: Iterable[InHand], backends: Sequence[str]) -> dict[str, float | None]:

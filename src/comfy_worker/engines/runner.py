@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 import uuid
 from collections.abc import Mapping
@@ -45,8 +44,6 @@ _NOT_ITS_FAULT = {ComfyUnreachable.code, ComfyCrashed.code, UploadFailed.code}
 """Failures after which another ComfyUI may do better."""
 _LOST_MEANWHILE = {OutputMissing.code, DeliveryFailed.code, Cancelled.code}
 """Failures of a job that was taken up again whose files or prompt went while nobody watched."""
-_FIRST = -sys.maxsize
-"""What jobs that ComfyUI has already are sorted by."""
 
 
 class Around(Protocol):
@@ -92,8 +89,9 @@ class Runner:
         self._telling = telling
         self._patience = patience
         self._around = around
-        self._staging = Gate(settings.preprocess_workers)
-        self._delivering = Gate(settings.postprocess_workers)
+        # Both wait for servers that callers name.
+        self._staging = Gate(settings.preprocess_workers, one_of_each=True)
+        self._delivering = Gate(settings.postprocess_workers, one_of_each=True)
 
     def run(self, running: RunningJob) -> None:
         """Run a job to its end, or until it waits again; of one that ended meanwhile nothing is done."""
@@ -141,8 +139,8 @@ class Runner:
         running.prompt_id = prompt_id
         self._around.note_sending(running)
         # In the order in which they were accepted, whichever is staged first.
-        order = (_FIRST if is_resumed else -running.job.record.priority, running.job.number)
-        turns = JobTurns(self._staging, running.backend.gate, self._delivering, order, running.stop)
+        order, owner = running.job.order_if(is_in_comfyui=is_resumed), running.job.record.owner
+        turns = JobTurns(self._staging, running.backend.gate, self._delivering, order, owner, running.stop)
         # How long it may run is the engine's to watch: waiting for others in ComfyUI's queue does not count.
         limit_s = running.job.record.execution_timeout_s
         job = replace(job, prompt_id=prompt_id, resumed=is_resumed, execution_timeout_s=None, staging_timeout_s=limit_s)

@@ -2,52 +2,72 @@
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import NamedTuple
 
+from comfy_worker.engines.waiting import Order
 from comfy_worker.stop import Stop
 from comfy_worker.turns import Turns
 
-Order = tuple[int, int]
-"""What jobs are sorted by that wait for the same thing: the smallest is next."""
+
+class _Ticket(NamedTuple):
+    """Who waits at a gate; the smallest is next."""
+
+    order: Order
+    number: int
+    owner: str
 
 
 class Gate:
     """Lets so many in at a time; of those who wait, the one of the smallest order is next."""
 
-    def __init__(self, places: int) -> None:
+    def __init__(self, places: int, *, one_of_each: bool = False) -> None:
+        """Take how many; `one_of_each` lets in, beyond them, one of each owner that has none inside."""
         self._free = places
-        self._waiting: list[tuple[Order, int]] = []
+        self._one_of_each = one_of_each
+        self._inside: Counter[str] = Counter()
+        self._waiting: list[_Ticket] = []
         self._numbers = itertools.count()
         self._changed = threading.Condition()
 
     @contextmanager
-    def inside(self, order: Order, stop: Stop) -> Iterator[None]:
+    def inside(self, order: Order, owner: str, stop: Stop) -> Iterator[None]:
         """Wait for a place and hold it.
 
         Raises:
             Cancelled: `stop` was set while this waited.
         """
-        ticket = (order, next(self._numbers))
+        ticket = _Ticket(order, next(self._numbers), owner)
         with stop.waking(self._wake), self._changed:
-            heapq.heappush(self._waiting, ticket)
+            self._waiting.append(ticket)
             try:
-                self._changed.wait_for(lambda: stop.is_set() or (self._free > 0 and self._waiting[0] == ticket))
+                self._changed.wait_for(lambda: stop.is_set() or self._is_next(ticket))
                 stop.check()
-                self._free -= 1
+                self._count(owner, 1)
             finally:
                 self._waiting.remove(ticket)
-                heapq.heapify(self._waiting)
                 self._changed.notify_all()
         try:
             yield
         finally:
             with self._changed:
-                self._free += 1
+                self._count(owner, -1)
                 self._changed.notify_all()
+
+    def _is_next(self, ticket: _Ticket) -> bool:
+        if self._free > 0:
+            return ticket == min(self._waiting)
+        if not self._one_of_each or self._inside[ticket.owner]:
+            return False
+        return ticket == min(other for other in self._waiting if other.owner == ticket.owner)
+
+    def _count(self, owner: str, more: int) -> None:
+        self._free -= more
+        self._inside[owner] += more
 
     def _wake(self) -> None:
         with self._changed:
@@ -57,19 +77,18 @@ class Gate:
 class JobTurns(Turns):
     """One job's turns at the gates of its engine and its backend."""
 
-    def __init__(self, staging: Gate, generating: Gate, delivering: Gate, order: Order, stop: Stop) -> None:
+    def __init__(self, staging: Gate, generating: Gate, delivering: Gate, order: Order, owner: str, stop: Stop) -> None:
         self._gates = (staging, generating, delivering)
-        self._order = order
-        self._stop = stop
+        self._ticket = (order, owner, stop)
 
     def staging(self) -> AbstractContextManager[None]:
         """Wait for the job's turn to upload its inputs."""
-        return self._gates[0].inside(self._order, self._stop)
+        return self._gates[0].inside(*self._ticket)
 
     def generating(self) -> AbstractContextManager[None]:
         """Wait for the job's turn in ComfyUI's queue."""
-        return self._gates[1].inside(self._order, self._stop)
+        return self._gates[1].inside(*self._ticket)
 
     def delivering(self) -> AbstractContextManager[None]:
         """Wait for the job's turn to hand its outputs over."""
-        return self._gates[2].inside(self._order, self._stop)
+        return self._gates[2].inside(*self._ticket)

@@ -12,6 +12,9 @@ from comfy_worker.gateway.records import JobRecord
 
 _numbers = itertools.count()
 
+Order = tuple[bool, int, float, int]
+"""What jobs are sorted by that wait for the same thing: the smallest is next."""
+
 
 @dataclass(frozen=True)
 class Waiting:
@@ -45,9 +48,13 @@ class Waiting:
         return self.record.created_at + self.record.queue_ttl_s
 
     @property
-    def order(self) -> tuple[bool, int, float, int]:
+    def order(self) -> Order:
         """What it is sorted by: first what ComfyUI has already, then by priority, then who came first."""
-        return (not self.may_be_in_comfyui, -self.record.priority, self.record.created_at, self.number)
+        return self.order_if(is_in_comfyui=self.may_be_in_comfyui)
+
+    def order_if(self, *, is_in_comfyui: bool) -> Order:
+        """Return what it is sorted by if ComfyUI has it, or has not."""
+        return (not is_in_comfyui, -self.record.priority, self.record.created_at, self.number)
 
 
 class Queue:
