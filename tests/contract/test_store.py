@@ -215,6 +215,31 @@ def test_no_more_jobs_wait_than_may(store: Store) -> None:
     assert store.counts() == {JobState.IN_QUEUE: 5}
 
 
+def test_no_more_jobs_of_one_owner_wait_than_may(store: Store) -> None:
+    limits: Any = {"max_waiting": 5, "max_waiting_of_owner": 3}
+
+    def try_to_add(number: int) -> str | None:
+        owner = ("alice", "bob")[number % 2]
+        try:
+            store.add(job(owner=owner), **limits)
+        except QueueFull:
+            return None
+        return owner
+
+    store.add_all([job(owner="alice"), job(owner="alice")], **limits)
+    with pytest.raises(QueueFull, match="2 jobs of this key are waiting already, and with these 2 there would be more"):
+        store.add_all([job(owner="alice"), job(owner="alice")], **limits)
+    with ThreadPoolExecutor(8) as pool:
+        accepted = list(pool.map(try_to_add, range(16)))
+
+    assert (accepted.count("alice"), accepted.count("bob")) == (1, 2)
+    with pytest.raises(QueueFull, match="5 jobs are waiting already"):
+        store.add(job(owner="bob"), **limits)
+    with pytest.raises(QueueFull, match="3 jobs of this key are waiting already"):
+        store.add(job(owner="alice"), max_waiting=50, max_waiting_of_owner=3)
+    store.add(job(owner="carol"), max_waiting=50, max_waiting_of_owner=3)
+
+
 def test_a_request_that_was_accepted_before_is_found_in_a_full_queue(store: Store) -> None:
     first = store.add(job(), "key", "hash", max_waiting=1)
 

@@ -153,6 +153,31 @@ def test_a_full_queue_says_when_to_come_back(make: Make) -> None:
     assert client.post("/purge-queue", headers=KEY).json() == {"removed": 1, "status": "completed"}
 
 
+@pytest.mark.parametrize(
+    ("keys", "settings", "share"),
+    [
+        (("alice:a-key",), {}, 6),
+        (("alice:a-key", "alice:her-new-one"), {}, 6),
+        (("alice:a-key", "bob:b-key"), {}, 3),
+        (("alice:a-key", "bob:b-key"), {"max_queue_size_per_key": 2}, 2),
+    ],
+)
+def test_a_key_may_fill_its_share_of_the_queue(
+    make: Make, keys: tuple[str, ...], settings: dict[str, int], share: int
+) -> None:
+    client = make(keys, max_queue_size=6, **settings)
+
+    def run(key: str) -> Any:
+        return client.post("/run", headers={"Authorization": f"Bearer {key}"}, json=EXAMPLE_JOB)
+
+    assert [run("a-key").status_code for _ in range(share + 1)] == [200] * share + [503]
+    refused = run("a-key")
+    assert (refused.json()["code"], int(refused.headers["retry-after"]) > 0) == ("queue_full", True)
+    if len(keys) > 1 and keys[1] == "bob:b-key":
+        assert refused.json()["error"] == f"{share} jobs of this key are waiting already"
+        assert run("b-key").status_code == 200
+
+
 def test_the_queue_of_one_endpoint_is_purged_alone(make: Make) -> None:
     client = make()
     kept = client.post("/v2/a/run", headers=KEY, json=EXAMPLE_JOB).json()["id"]

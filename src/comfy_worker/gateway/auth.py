@@ -44,15 +44,16 @@ class Keys:
         ordinary = [_Key.of(text) for text in keys if text] + [_Key.of_hash(text) for text in hashes]
         of_admins = [_Key.of(text) for text in admins if text]
         self._callers: dict[str, Caller] = {}
-        for key in of_admins:
-            self._add(key, Caller(key.name, key.name, None))
         names = {key.name for key in ordinary}
+        is_alone = len(names.union(key.name for key in of_admins)) == 1
+        for key in of_admins:
+            self._add(key, Caller(key.name, key.name, None, is_alone))
         for key in ordinary:
             # What was submitted before the key had its name stays its own.
             owners = {key.name, *(other.first_name for other in ordinary if other.name == key.name)}
             if len(names) == 1:
                 owners.add(NOBODY)
-            self._add(key, Caller(key.name, key.name, frozenset(owners)))
+            self._add(key, Caller(key.name, key.name, frozenset(owners), is_alone))
 
     def _add(self, key: _Key, caller: Caller) -> None:
         if self._callers.setdefault(key.hash, caller) != caller:

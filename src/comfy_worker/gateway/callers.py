@@ -23,11 +23,13 @@ class Caller:
         name: what logs call the caller, and what its calls are counted by; it tells nothing of the key.
         owner: of the jobs that the caller submits.
         owners: those whose jobs the caller may see and cancel; None for all.
+        is_alone: whether nobody else has a key.
     """
 
     name: str
     owner: str
     owners: frozenset[str] | None
+    is_alone: bool = True
 
     def sees(self, owner: str) -> bool:
         """Return whether the jobs of an owner are shown to this caller."""

@@ -87,6 +87,7 @@ class Gateway:
                 self.bus,
                 self._engine,
                 max_queue_size=settings.max_queue_size,
+                max_queue_size_per_key=settings.max_queue_size_per_key,
                 webhook_url=settings.webhook_url,
                 library=self.library,
                 peers=self._peers,

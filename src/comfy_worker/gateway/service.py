@@ -92,18 +92,21 @@ class JobService:
         engine: Engine,
         *,
         max_queue_size: int,
+        max_queue_size_per_key: int | None = None,
         webhook_url: str | None = None,
         library: Library | None = None,
         peers: Peers | None = None,
     ) -> None:
         """Take the parts; `webhook_url` is told of every job that names no webhook of its own.
 
+        `max_queue_size` jobs may wait, `max_queue_size_per_key` of each key: half of all if None and there are several.
         Without a library a job's `template` is left to fail. `peers` are other gateways whose jobs are shown too.
         """
         self._store = store
         self._bus = bus
         self._engine = engine
         self._max_queue_size = max_queue_size
+        self._max_queue_size_per_key = max_queue_size_per_key
         self._webhook_url = webhook_url
         self._library = library
         self._peers = peers
@@ -178,15 +181,23 @@ class JobService:
         if cache_key is not None:
             # It was made of the request already.
             key = _own_key(record.owner, "cache", cache_key)
-            return self._store.add(record, key, max_waiting=self._max_queue_size, renew=True)
+            return self._store.add(
+                record, key, max_waiting=self._max_queue_size, max_waiting_of_owner=self._share(), renew=True
+            )
         own_key = None if idempotency_key is None else _own_key(record.owner, "request", endpoint_id, idempotency_key)
         added = self._store.add(
-            record, own_key, body_hash, max_waiting=self._max_queue_size, replace_ended=replace_ended
-        )
+            record, own_key, body_hash, max_waiting=self._max_queue_size, max_waiting_of_owner=self._share(),
+            replace_ended=replace_ended,
+        )  # fmt: skip
         if replace_ended:
             # What is remembered of the one before is not this one's.
             self._bus.forget(job_id)
         return added
+
+    def _share(self) -> int:
+        """Return how many jobs of the caller may wait."""
+        half = max(1, self._max_queue_size // 2)
+        return self._max_queue_size_per_key or (self._max_queue_size if current_caller().is_alone else half)
 
     @staticmethod
     def _free_id(peers: Peers, record: JobRecord, *, replace_ended: bool) -> None:
@@ -232,7 +243,7 @@ class JobService:
             self._record(job_id, request, "local", _RUN_RETENTION_S, None, door, details)
             for job_id, request in requests.items()
         ]
-        self._store.add_all(records, max_waiting=self._max_queue_size)
+        self._store.add_all(records, max_waiting=self._max_queue_size, max_waiting_of_owner=self._share())
         return records
 
     def _record(

@@ -132,7 +132,11 @@ class GatewaySettings(Settings):
         description="URLs of several ComfyUIs, separated by commas; COMFYUI_URL if empty.",
     )
     preprocess_workers: int = _named(
-        "PREPROCESS_WORKERS", default=3, ge=1, le=64, description="How many jobs are staged at the same time."
+        "PREPROCESS_WORKERS",
+        default=3,
+        ge=1,
+        le=64,
+        description="How many jobs are staged at the same time; one of each key always may.",
     )
     generation_workers: int = _named(
         "GENERATION_WORKERS",
@@ -142,9 +146,19 @@ class GatewaySettings(Settings):
         description="How many jobs a ComfyUI has at the same time: one runs, the others are next.",
     )
     postprocess_workers: int = _named(
-        "POSTPROCESS_WORKERS", default=3, ge=1, le=64, description="How many jobs are delivered at the same time."
+        "POSTPROCESS_WORKERS",
+        default=3,
+        ge=1,
+        le=64,
+        description="How many jobs are delivered at the same time; one of each key always may.",
     )
     max_queue_size: int = _named("MAX_QUEUE_SIZE", default=100, ge=1, description="How many jobs may wait.")
+    max_queue_size_per_key: int | None = _named(
+        "MAX_QUEUE_SIZE_PER_KEY",
+        default=None,
+        ge=1,
+        description="How many of them may be one key's; half of all if not set and there are several keys.",
+    )
 
     api_keys_file: str = _named(
         "API_KEYS_FILE",

@@ -130,6 +130,7 @@ class Store:
         body_hash: str = "",
         *,
         max_waiting: int | None = None,
+        max_waiting_of_owner: int | None = None,
         renew: bool = False,
         replace_ended: bool = False,
     ) -> JobRecord:
@@ -140,6 +141,7 @@ class Store:
             idempotency_key: the caller's own name for this request.
             body_hash: of what was sent under that key.
             max_waiting: how many jobs may be waiting at most, this one included.
+            max_waiting_of_owner: how many of them may be its owner's.
             renew: whether a job that ended without a result gives its key away.
             replace_ended: whether one that ended gives its id away, to the same owner and when its webhook was sent.
 
@@ -156,7 +158,7 @@ class Store:
                     connection.execute(delete(idempotency_keys).where(idempotency_keys.c.key == idempotency_key))
                 elif earlier is not None:
                     return earlier
-                _check_room(connection, max_waiting)
+                _check_room(connection, [record], max_waiting, max_waiting_of_owner)
                 if replace_ended:
                     connection.execute(delete(jobs).where(_is_replaceable(record.id, record.owner)))
                 connection.execute(insert(jobs).values(**columns))
@@ -176,8 +178,14 @@ class Store:
         self.when_changed(record.id)
         return record
 
-    def add_all(self, records: Sequence[JobRecord], *, max_waiting: int | None = None) -> None:
-        """Keep new jobs, all of them or none.
+    def add_all(
+        self,
+        records: Sequence[JobRecord],
+        *,
+        max_waiting: int | None = None,
+        max_waiting_of_owner: int | None = None,
+    ) -> None:
+        """Keep new jobs of one owner, all of them or none; the limits are as in `add`.
 
         Raises:
             DuplicateRequest: there is a job with one of their ids.
@@ -186,7 +194,7 @@ class Store:
         rows = [self._columns(record) for record in records]
         try:
             with self._writing() as connection:
-                _check_room(connection, max_waiting, len(rows))
+                _check_room(connection, records, max_waiting, max_waiting_of_owner)
                 connection.execute(insert(jobs), rows)
                 for record in records:
                     _note(connection, record.id, record.state, record.created_at)
@@ -549,19 +557,30 @@ def _has_webhook_to_send() -> ColumnElement[bool]:
     return jobs.c.id.in_(waiting)
 
 
-def _check_room(connection: Connection, max_waiting: int | None, wanted: int = 1) -> None:
-    """Raise `QueueFull` if so many more jobs may not wait; nobody else adds one until the transaction ends."""
-    if max_waiting is None:
+def _check_room(
+    connection: Connection, new: Sequence[JobRecord], max_waiting: int | None, max_of_owner: int | None
+) -> None:
+    """Raise `QueueFull` if these may not wait, too; nobody else adds a job until the transaction ends."""
+    if not new or (max_waiting is None and max_of_owner is None):
         return
     if connection.dialect.name == "postgresql":
         connection.execute(text(f"SELECT pg_advisory_xact_lock({_QUEUE_LOCK})"))
-    query = select(func.count()).select_from(jobs).where(jobs.c.state == JobState.IN_QUEUE.value)
+    _check_limit(connection, len(new), max_waiting, "jobs", true())
+    _check_limit(connection, len(new), max_of_owner, "jobs of this key", jobs.c.owner == new[0].owner)
+
+
+def _check_limit(
+    connection: Connection, wanted: int, limit: int | None, whose: str, are_these: ColumnElement[bool]
+) -> None:
+    if limit is None:
+        return
+    query = select(func.count()).select_from(jobs).where(jobs.c.state == JobState.IN_QUEUE.value, are_these)
     waiting = connection.execute(query).scalar_one()
-    if waiting >= max_waiting:
-        raise QueueFull(f"{max_waiting} jobs are waiting already", hint="Try again in a while")
-    if waiting + wanted > max_waiting:
+    if waiting >= limit:
+        raise QueueFull(f"{waiting} {whose} are waiting already", hint="Try again in a while")
+    if waiting + wanted > limit:
         raise QueueFull(
-            f"{waiting} jobs are waiting already, and with these {wanted} there would be more than {max_waiting}",
+            f"{waiting} {whose} are waiting already, and with these {wanted} there would be more than {limit}",
             hint="Try again in a while, or with fewer",
         )
 
