@@ -306,7 +306,11 @@ class _Run:
         """Return whether memory was freed for another try."""
         if not (isinstance(outcome, NodeFailed) and is_out_of_memory(outcome)):
             return False
-        self._client.free_memory()
+        try:
+            self._client.free_memory()
+        except ComfyUnreachable as error:
+            # One that has died meanwhile has freed it all; the next attempt waits for it to be back.
+            log.warning("ComfyUI did not free its memory: %s", error)
         self._warnings.append(
             f"Node {outcome.node_id} ({outcome.node_type}) ran out of memory: freed it, ran once more"
         )

@@ -127,6 +127,14 @@ def test_want_of_memory_is_met_by_freeing_it_and_running_once_more(failure: Exce
     assert trouble.fresh_runs == 2, "ComfyUI was to forget its results too"
 
 
+def test_a_comfyui_that_does_not_say_whether_it_freed_its_memory_runs_the_workflow_again() -> None:
+    trouble = Trouble([MemoryError()])
+    with trouble.victim() as victim, working(victim) as worker:
+        victim.server.faults.lose_answer("/free")
+        output = RunningJob(worker, job(trouble.graph())).output()
+    assert "error" not in output
+
+
 def test_want_of_memory_that_stays_fails_the_job_with_advice() -> None:
     trouble = Trouble([RuntimeError("CUDA out of memory.")] * 9)
     with trouble.victim() as victim, working(victim) as worker:

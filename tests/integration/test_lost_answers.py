@@ -84,3 +84,18 @@ def test_a_result_is_posted_again_for_about_a_minute() -> None:
     assert waits[0] < 1
     assert 45 < sum(waits) < 90
     assert options.retry_all_server_errors
+
+
+@pytest.mark.parametrize("path", ["/queue", "/history"])
+def test_a_question_that_is_answered_badly_does_not_hide_that_a_prompt_arrived(
+    server: EmulatorServer, client: ComfyClient, path: str
+) -> None:
+    server.faults.lose_answer("/prompt")
+    # Asked for the history only of what is not in the queue.
+    server.faults.answer_with(500, "/queue")
+    if path == "/history":
+        server.faults.answer_with(500, path)
+
+    prompt_id = submit(client)
+
+    assert in_queue(server) == [prompt_id]

@@ -35,6 +35,8 @@ _QUESTION_TIMEOUT_S = 5.0
 """For questions that ComfyUI answers from memory; files take as long as they take."""
 _READY_INTERVAL_S = 0.05
 _SUBMIT_ATTEMPTS = 3
+_LOOK_UP_S = 2.0
+"""How long it is asked again whether a prompt arrived whose answer got lost, where the question is not answered."""
 _LATE_PROMPT_S = 5.0
 """How long a prompt is looked for that ComfyUI did not answer in time, before it is sent again."""
 _NO_MODELS = "custom_nodes"
@@ -179,14 +181,19 @@ class ComfyClient:
     def _took(self, prompt_id: str, patience_s: float) -> bool:
         """Return whether a prompt arrived whose answer got lost; a busy ComfyUI may take it a little later."""
         deadline = time.monotonic() + patience_s
-        try:
-            while not (is_known := self.knows(prompt_id)) and time.monotonic() < deadline:
-                time.sleep(_READY_INTERVAL_S)
-        except ComfyUnreachable as error:
-            # That nobody takes the question says nothing of the prompt.
-            error.never_sent = False
-            raise
-        return is_known
+        give_up_at = max(deadline, time.monotonic() + _LOOK_UP_S)
+        while True:
+            try:
+                if self.knows(prompt_id):
+                    return True
+                if time.monotonic() >= deadline:
+                    return False
+            except ComfyUnreachable as error:
+                # One answer that is wrong or lost says nothing of the prompt.
+                if time.monotonic() >= give_up_at or not self.is_listening():
+                    error.never_sent = False
+                    raise
+            time.sleep(_READY_INTERVAL_S)
 
     def history(self, prompt_id: str) -> Mapping[str, Any] | None:
         """Return the entry of a prompt that has ended, None for one that has not (or is not known)."""
