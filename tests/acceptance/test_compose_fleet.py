@@ -14,6 +14,7 @@ import requests
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from comfy_worker.gateway.auth import split_name
 from tests.support import compose
 from tests.support.container import Container
 from tests.support.graphs import picture
@@ -104,9 +105,9 @@ class Deployed:
 
     @property
     def keys(self) -> list[str]:
-        """The gateway's keys: a client's, and that of Prometheus."""
+        """The gateway's keys without their names: a client's, and that of Prometheus."""
         told: str = self.file["services"]["gateway"]["environment"]["API_KEYS"]
-        return told.split(",")
+        return [split_name(text)[1] for text in told.split(",")]
 
     def get(self, path: str, key: int = 0) -> requests.Response:
         headers = {"Authorization": f"Bearer {self.keys[key]}"}

@@ -68,7 +68,7 @@ def test_a_gateway_that_is_set_up_as_described(comfyui: ComfyUI, tmp_path: Path)
         [output] = result["output"]
         assert output["url"].startswith(f"{s3.url}/{bucket}/")
         assert colors(requests.get(output["url"], timeout=TIMEOUT_S).content) == [RED]
-        assert (message.body["id"], message.body["status"]) == (result["id"], "COMPLETED")
+        assert (message.body["id"], message.body["status"]) == (result["id"], "completed")
 
 
 @pytest.mark.parametrize(("name", "value"), [("API_WORKERS", "2"), ("API_CACHE", "disk")])

@@ -143,7 +143,10 @@ def test_runpods_door_tells_runpods_status(gateway: Served) -> None:
 def test_a_body_of_generate_that_is_too_long_goes_without_the_files_bytes(comfyui: ComfyUI, tmp_path: Path) -> None:
     settings = {"RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS": "true", "RUN_RESULT_LIMIT_MB": "0.001"}
     with served(comfyui.url, tmp_path, **settings) as small, Receiver() as receiver:
-        job_input = {"workflow_json": picture(RED), "webhook": {"url": receiver.url}, "return_outputs_as_base64": True}
+        graph = picture(RED)
+        # A file that is longer than all the rest of the body.
+        graph["1"]["inputs"] |= {"width": 1024, "height": 1024}
+        job_input = {"workflow_json": graph, "webhook": {"url": receiver.url}, "return_outputs_as_base64": True}
         small.post("/generate", {"input": job_input})
         [body] = [received.body for received in receiver.wait_for(1)]
     assert "the data of its outputs was left out" in body["note"]

@@ -60,7 +60,7 @@ class RemoteJob:
     @classmethod
     def of(cls, record: JobRecord, *, is_own: bool) -> RemoteJob:
         """Take a job as the store has it."""
-        return cls(record, record.prompt_id, record.state, record.started_at, is_own)
+        return cls(record, record.prompt_id, record.state, record.started_at, is_own=is_own)
 
     @property
     def id(self) -> str:
