@@ -98,6 +98,7 @@ class TestSignals:
     ) -> None:
         waiting = pool.submit(gateway.post, "/runsync?wait=300000", {"input": {"workflow": work(LONG_S)}})
         prompt_id = comfyui.wait_until_running()
+        gateway.wait_until_one_runs()
         gateway.process.send_signal(number)
         answer = waiting.result().json()
         assert answer["status"] == "IN_PROGRESS"
@@ -111,6 +112,7 @@ class TestSignals:
     def test_live_streams_end(self, comfyui: ComfyUI, gateway: Served, pool: ThreadPoolExecutor) -> None:
         job_id = gateway.run(work(LONG_S))
         comfyui.wait_until_running()
+        assert gateway.wait_until_one_runs() == job_id
         address = urlsplit(gateway.url)
         with (
             closing(HTTPConnection(address.netloc, timeout=60)) as connection,
@@ -164,6 +166,7 @@ class TestSignals:
     def test_saying_it_again_changes_nothing(self, comfyui: ComfyUI, gateway: Served, pool: ThreadPoolExecutor) -> None:
         waiting = pool.submit(gateway.post, "/runsync", {"input": {"workflow": work(LONG_S)}})
         comfyui.wait_until_running()
+        gateway.wait_until_one_runs()
         for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
             gateway.process.send_signal(number)
         assert waiting.result().json()["status"] == "IN_PROGRESS"

@@ -49,7 +49,7 @@ def test_a_signal_answers_all_who_wait_and_its_job_goes_on(comfyui: ComfyUI, gat
     with ThreadPoolExecutor() as pool:
         waiting = pool.submit(gateway.post, "/runsync?wait=300000", {"input": {"workflow": work(LONG_S)}})
         prompt_id = comfyui.wait_until_running()
-        [[_, job_id, _]] = gateway.get("/api/queue").json()["running"]
+        job_id = gateway.wait_until_one_runs()
         with gateway.get(f"/events/{job_id}", stream=True) as events:
             lines = events.iter_lines()
             assert next(lines) == b"event: status"

@@ -19,6 +19,7 @@ import requests
 
 from tests.support.postgres import Postgres, postgres
 from tests.support.processes import Process
+from tests.support.running import wait_until
 
 KEY = "a-key-for-tests"
 DATABASES = ("sqlite", "postgresql")
@@ -48,6 +49,15 @@ class Served:
         assert answer.status_code == 200, answer.text
         job_id: str = answer.json()["id"]
         return job_id
+
+    def wait_until_one_runs(self) -> str:
+        """Return the id of the only job that ComfyUI runs, when the gateway has heard that it does."""
+
+        def running() -> list[str]:
+            return [job_id for _number, job_id, _ in self.get("/api/queue").json()["running"]]
+
+        wait_until(lambda: len(running()) == 1)
+        return running()[0]
 
     def ended(self, job_id: str) -> dict[str, Any]:
         """Return a job's status when it has ended: its events end with it."""
