@@ -45,7 +45,7 @@ def test_two_gateways_answer_for_each_others_jobs(sites: Sites, tmp_path: Path) 
     gate.wait_until_run()
     low = site.submit(graphs.picture(RED), by=0, lowPriority=True)
     normal = site.submit(graphs.picture(RED), by=1)
-    wait_until(lambda: place(site.gateways[1], low) == 1 and place(site.gateways[0], normal) == 0)
+    wait_until(lambda: place(site.gateways[1], low) == 2 and place(site.gateways[0], normal) == 1)
     with requests.get(f"{site.gateways[1].url}/events/{first}", stream=True, timeout=TIMEOUT_S) as stream:
         gate.open()
         heard = [line for line in stream.iter_lines(decode_unicode=True) if line.startswith("data: ")]

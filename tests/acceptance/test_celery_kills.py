@@ -17,6 +17,7 @@ def test_a_killed_workers_job_ends_once_on_another(sites: Sites, tmp_path: Path)
     site, gate = sites.start(workers=2), Gate(tmp_path)
     job_id = site.submit(gate.graph())
     gate.wait_until_run()
+    site.wait_until_in_progress(job_id)
     victim = site.at_work()
     site.fleet.workers[victim].kill()
 
@@ -37,6 +38,7 @@ def test_a_worker_that_comes_back_takes_its_prompt_up_again(sites: Sites, tmp_pa
     site, gate = sites.start(), Gate(tmp_path)
     job_id = site.submit(gate.graph())
     gate.wait_until_run()
+    site.wait_until_in_progress(job_id)
     (worker,) = site.fleet.workers
     worker.kill()
     worker.start()
@@ -83,6 +85,7 @@ def test_a_job_of_a_worker_that_was_silent_for_too_long_ends_once(sites: Sites, 
     site, gate = sites.start(workers=2), Gate(tmp_path)
     job_id = site.submit(gate.graph())
     gate.wait_until_run()
+    site.wait_until_in_progress(job_id)
     silent = site.at_work()
     site.fleet.workers[silent].process.send_signal(signal.SIGSTOP)
     gate.wait_until_run(2)

@@ -427,11 +427,12 @@ def test_a_job_that_is_worked_on_is_not_taken_up_twice(tmp_path: Path, comfyui: 
         running = bench.submit(gate.graph())
         gate.wait_until_run()
         others = [bench.submit(graphs.picture((number, 2, 3))) for number in range(4)]
-        wait_until(lambda: bench.service.place(others[0]) is None)
+        bench.wait_until_given(others[0])
         before = bench.service.place(others[-1])
         for _ in range(3):
             bench.gateway._engine.take_up_forgotten()
         assert before is not None
+        assert before.position == len(others)
         assert bench.service.place(others[-1]) == before
         gate.open()
         assert bench.ended(running).state is JobState.COMPLETED

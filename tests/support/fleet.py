@@ -154,6 +154,10 @@ class Site:
         status: str = self.gateways[by].status(job_id)["status"]
         return status
 
+    def wait_until_in_progress(self, job_id: str) -> None:
+        """Return when the database has it that a ComfyUI runs a job: a moment after that began."""
+        wait_until(lambda: self.told(job_id)[-1] == "IN_PROGRESS")
+
     def wait_until_ended(self, *job_ids: str) -> None:
         """Return when all these jobs are done."""
         wait_until(lambda: all(self.told(job_id)[-1] == "COMPLETED" for job_id in job_ids), TIMEOUT_S)
