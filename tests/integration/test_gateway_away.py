@@ -115,6 +115,8 @@ def test_every_api_says_since_when_comfyui_is_away(served: GatewayProcess, comfy
     assert served.post("/runsync?wait=1000", body)["output"]["notice"] == words
     assert _get(served, f"/task/{job_id}")["notice"] == words
     assert _get(served, f"/api/workflow/status/{job_id}")["notice"] == words
+    execution = _get(served, f"/api/v1/comfyui/executions/{job_id}")["data"]["execution"]
+    assert execution["notice"] == words
     assert _get(served, f"/result/{job_id}")["message"] == words
     url, generate = f"{served.url}/generate/stream", {"input": {"workflow_json": graphs.picture(RED)}}
     with requests.post(url, json=generate, stream=True, timeout=TIMEOUT_S) as stream:
