@@ -119,8 +119,7 @@ class LocalEventBus:
             if kind != PREVIEW:
                 self._remember(event)
             # Handed over under the lock: two threads' events reach every listener in the order of their numbers.
-            for listener in self._listeners.get(job_id, ()):
-                listener.hand_over(event)
+            hand_over(self._listeners.get(job_id, ()), event)
         return event
 
     def listen(self, job_id: str, after: int | None = None) -> Listening:
@@ -200,11 +199,10 @@ class Listener:
         if missed:
             self._after = missed[-1].number
 
-    def hand_over(self, event: Event) -> None:
-        """Take an event, from any thread."""
-        # A loop that has ended has nobody left who could hear it.
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._take, event)
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The event loop that it was made in."""
+        return self._loop
 
     def close(self) -> None:
         """Let the listener go once it has heard what is waiting; from any thread."""
@@ -238,7 +236,8 @@ class Listener:
         self._closed = True
         self._turns.ask(self)
 
-    def _take(self, event: Event) -> None:
+    def take(self, event: Event) -> None:
+        """Take an event, in the listener's own loop."""
         if event.type in (PREVIEW, GAP):
             # Only the latest is worth looking at, and previews are large.
             self._waiting = deque(waiting for waiting in self._waiting if waiting.type != event.type)
@@ -248,6 +247,22 @@ class Listener:
         if len(self._waiting) > _WAITING:
             _leave_one_out(self._waiting)
         self._turns.ask(self)
+
+
+def hand_over(listeners: Iterable[Listener], event: Event) -> None:
+    """Give an event to listeners, from any thread; each loop is woken once, however many listeners it has."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[Listener]] = {}
+    for listener in listeners:
+        by_loop.setdefault(listener.loop, []).append(listener)
+    for loop, own in by_loop.items():
+        # A loop that has ended has nobody left to listen.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(_take_all, own, event)
+
+
+def _take_all(listeners: Iterable[Listener], event: Event) -> None:
+    for listener in listeners:
+        listener.take(event)
 
 
 def _leave_one_out(events: deque[Event]) -> None:

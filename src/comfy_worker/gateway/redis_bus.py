@@ -15,7 +15,7 @@ from typing import Any
 
 from redis import Redis
 
-from comfy_worker.gateway.events import GAP, STATUS, Event, Listener, Listening
+from comfy_worker.gateway.events import GAP, STATUS, Event, Listener, Listening, hand_over
 from comfy_worker.gateway.redis_events import RedisEvents
 from comfy_worker.gateway.redis_link import RedisAway, RedisLink, connect
 from comfy_worker.gateway.redis_reader import RedisReader
@@ -143,17 +143,16 @@ class RedisEventBus:
             listeners = self._listeners.get(event.job_id, {})
             for listener in listeners:
                 listeners[listener] = now
-                listener.hand_over(event)
+            hand_over(listeners, event)
 
     def _tell_of_gaps(self, silent_s: float) -> None:
         """Tell those of a gap that have heard nothing for so long."""
         now = time.monotonic()
         with self._lock:
             for job_id, listeners in self._listeners.items():
-                for listener, heard_at in listeners.items():
-                    if now - heard_at >= silent_s:
-                        listeners[listener] = now
-                        listener.hand_over(Event(_now(), job_id, GAP, {}))
+                silent = [listener for listener, heard_at in listeners.items() if now - heard_at >= silent_s]
+                listeners.update(dict.fromkeys(silent, now))
+                hand_over(silent, Event(_now(), job_id, GAP, {}))
 
 
 def _now() -> int:
