@@ -34,6 +34,7 @@ _LEAVING_S = 3.0
 """How long our own lost connection may still hold the lock; who holds it longer is somebody else."""
 
 _TAKE = text(f"SELECT pg_try_advisory_lock({_OWNER_LOCK})")
+_TAKE_YOUR_TIME = text("SET LOCAL idle_in_transaction_session_timeout = 0")
 _TAKE_TURN = text(f"SELECT pg_try_advisory_xact_lock({_TURN_LOCK})")
 _SESSION = text("SELECT pid, backend_start FROM pg_stat_activity WHERE pid = pg_backend_pid()")
 _END_SESSION = text(
@@ -89,6 +90,8 @@ def turn(engine: Engine) -> Iterator[bool]:
     with ExitStack() as stack:
         with in_our_words():
             connection = stack.enter_context(engine.connect())
+            # What is done meanwhile is done by other connections. This transaction locks no rows.
+            connection.execute(_TAKE_YOUR_TIME)
             is_ours = bool(connection.execute(_TAKE_TURN).scalar_one())
         yield is_ours
 

@@ -1,0 +1,51 @@
+"""A process that stands still in the middle of a transaction: what it has locked is free for others in the end."""
+
+from __future__ import annotations
+
+import pytest
+from sqlalchemy import text
+
+from comfy_worker.gateway import database
+from comfy_worker.gateway.database import connect, in_our_words
+from comfy_worker.gateway.errors import DatabaseUnavailable
+from comfy_worker.gateway.ownership import turn
+from comfy_worker.gateway.records import JobRecord
+from comfy_worker.gateway.store import Store
+from comfy_worker.jobs import JobState
+from tests.support.postgres import postgres
+
+NOW = 1_700_000_000.0
+
+
+def test_a_job_that_a_stopped_process_has_locked_goes_to_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(database, "_STANDS_STILL_S", 1)
+    with postgres() as server:
+        url = server.new_database()
+        stopped = connect(url)
+        # So that the test fails, and does not hang, where nothing frees the row.
+        store = Store(connect(f"{url}?options=-c%20lock_timeout%3D20s"), b"key")
+        store.add(JobRecord("job", "local", JobState.IN_QUEUE, NOW, request={"input": {}}, queue_ttl_s=1e9))
+        with stopped.connect() as connection:
+            connection.execute(text("UPDATE jobs SET prompt_id = 'lost'"))
+
+            assert store.note_submission("job", "prompt", "http://127.0.0.1:1", instead_of=None)
+            # The stopped one learns of it when it goes on.
+            with pytest.raises(DatabaseUnavailable), in_our_words():
+                connection.execute(text("SELECT 1"))
+        record = store.get("job")
+        assert record is not None
+        assert record.prompt_id == "prompt"
+        store.close()
+        stopped.dispose()
+
+
+def test_a_turn_may_take_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(database, "_STANDS_STILL_S", 1)
+    with postgres() as server:
+        engine = connect(server.new_database())
+        with turn(engine) as is_ours, engine.connect() as other:
+            assert is_ours
+            other.execute(text("SELECT pg_sleep(2)"))
+            with turn(engine) as is_theirs:
+                assert not is_theirs
+        engine.dispose()
