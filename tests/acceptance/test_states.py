@@ -36,8 +36,8 @@ def jobs(gateway: Served) -> Iterator[list[str]]:
         outputs = [gateway.get(f"/status/{job_id}").json().get("output", {}) for job_id in sent]
         return sorted(output.get("stage", "") for output in outputs)
 
-    # One is in ComfyUI's own queue, behind the one that runs; from now on none overtakes another.
-    wait_until(lambda: stages() == ["queued", "running", *["waiting"] * 3])
+    # One is in ComfyUI's own queue, behind the one that runs, the others are staged; none overtakes another any more.
+    wait_until(lambda: stages() == ["queued", "running", *["staging"] * 3])
     yield in_queue(gateway)
     gateway.post("/purge-queue")
     for job_id in sent:

@@ -338,6 +338,20 @@ def test_every_job_that_waits_has_a_position_whatever_is_staged_ahead(bench: Ben
         bench.ended(job_id)
 
 
+@needs(Feature.PLACES)
+def test_a_job_has_a_place_as_soon_as_it_is_accepted(bench: Bench, tmp_path: Path) -> None:
+    gate = Gate(tmp_path)
+    jobs = [bench.submit(gate.graph())]
+    bench.wait_until_in_progress(*jobs)
+    assert bench.service.place(jobs[0]) is not None, "where all stand has just been asked for"
+    jobs.append(bench.submit(gate.graph()))
+
+    assert bench.service.place(jobs[1]) is not None
+    gate.open()
+    for job_id in jobs:
+        bench.ended(job_id)
+
+
 def test_the_last_progress_of_a_job_is_in_the_database(bench: Bench) -> None:
     done = bench.ended(bench.submit(graphs.picture(RED)))
     wait_until(lambda: (bench.get(done.id).progress or {}).get("percent") == 100)

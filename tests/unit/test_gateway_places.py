@@ -81,8 +81,11 @@ def test_a_job_that_a_comfyui_was_given_waits_like_any_other_before_those_that_n
     places = places_of(queue_of("a"), in_hand, times(a=10.0), [HERE])
     assert positions(places) == {"runs": 0, "submitted": 1, "staged": 2, "0": 3}
     assert [places[name].wait_s for name in ("submitted", "staged", "0")] == [6.0, 16.0, 26.0]
-    assert places["submitted"].is_staged
-    assert not places["staged"].is_staged
+    assert {name: places[name].stage for name in ("submitted", "staged", "0")} == {
+        "submitted": "queued",
+        "staged": "staging",
+        "0": "waiting",
+    }
 
 
 def test_of_two_that_are_staged_the_one_of_higher_priority_is_next() -> None:
@@ -202,8 +205,8 @@ def test_a_workflow_that_never_ran_is_taken_for_one_of_the_latest() -> None:
 
 def test_a_listener_is_told_what_is_known() -> None:
     assert Place(2, None).as_progress() == {"stage": "waiting", "queue_position": 2}
-    staged = Place(1, 1.5, is_staged=True).as_progress()
-    assert staged == {"stage": "queued", "queue_position": 1, "estimated_wait_s": 1.5}
+    submitted = Place(1, 1.5, stage="queued").as_progress()
+    assert submitted == {"stage": "queued", "queue_position": 1, "estimated_wait_s": 1.5}
     away = Place(1, None, notice="ComfyUI has not answered since then")
     assert away.beside_progress() == {"queue_position": 1, "notice": "ComfyUI has not answered since then"}
     assert Place(0, 0.0, 4.26).beside_progress() == {"estimated_s": 4.3}

@@ -304,7 +304,7 @@ def test_where_a_waiting_job_stands() -> None:
     words = ("queued", "The request waits behind 2 others", "preprocessing")
     assert standing(JobState.IN_QUEUE, place=Place(3, 12.5)) == (*words, 3, 9, 12.5)
     behind_one = ("queued", "The request waits behind one other", "generation", 2, 9, None)
-    assert standing(JobState.IN_QUEUE, "IN_QUEUE", place=Place(2, None, is_staged=True)) == behind_one
+    assert standing(JobState.IN_QUEUE, "IN_QUEUE", place=Place(2, None, stage="queued")) == behind_one
     is_next = ("queued", "The request is next", "preprocessing", 1, 9, None)
     assert standing(JobState.IN_QUEUE) == is_next, "it is about to be taken"
     away = Place(10, None, notice="ComfyUI has not answered since then")

@@ -137,6 +137,7 @@ class LocalEngine:
         """Let a job wait for its turn, or for another one."""
         with self._lock:
             position = self._queue.add(job)
+            self._known_places = (-_PLACES_AGE_S, {})
             has_to_wait = position > 0 or choose(job, self._backends) is None
             self._lock.notify()
         if has_to_wait and (place := self._look_at_places().get(job.id)) is not None:

@@ -54,8 +54,8 @@ def places_of(
         own = run_times.expected(job.record.signature)
         backend = _free_first(free_at) if item is None else item.backend
         wait_s = None if backend is None else free_at.get(backend)
-        is_staged = item is not None and item.stage is Stage.QUEUED
-        places[job.id] = Place(position, _rounded(wait_s), own, is_staged=is_staged)
+        stage = "waiting" if item is None else item.stage.value
+        places[job.id] = Place(position, _rounded(wait_s), own, stage)
         if backend in free_at:
             free_at[backend] = _sum(wait_s, own)
     return places

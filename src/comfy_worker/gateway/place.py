@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
-from comfy_worker.jobs import Stage
-
 
 @dataclass(frozen=True)
 class Place:
@@ -18,14 +16,15 @@ class Place:
             included; 0 of one that runs; None where nobody can tell.
         wait_s: how long it will wait, in seconds, by what jobs like those before it took; None if that is not known.
         run_s: how long it will run then, or run on; None likewise.
-        is_staged: whether it waits in a ComfyUI's own queue already.
+        stage: of a job that waits: `waiting`, or what the ComfyUI that it was given does with it: `staging` its inputs,
+            or having it `queued`.
         notice: why it does not get on, as a sentence; empty if it does.
     """
 
     position: int | None
     wait_s: float | None
     run_s: float | None = None
-    is_staged: bool = False
+    stage: str = "waiting"
     notice: str = ""
 
     @property
@@ -35,8 +34,7 @@ class Place:
 
     def as_progress(self) -> dict[str, Any]:
         """Return the progress of a job that waits, as JSON."""
-        stage = Stage.QUEUED.value if self.is_staged else "waiting"
-        return {"stage": stage, **self.beside_progress()}
+        return {"stage": self.stage, **self.beside_progress()}
 
     def beside_progress(self) -> dict[str, Any]:
         """Return what is said of where a job stands beside how far it is."""

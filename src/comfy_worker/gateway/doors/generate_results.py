@@ -297,10 +297,10 @@ class Following:
         return str(told.get("notice") or otherwise)
 
     def _waiting(self, place: Place | None) -> Standing:
-        is_staged = place is not None and place.is_staged
+        is_in_comfyui = place is not None and place.stage == Stage.QUEUED.value
         notice = str(self._told.get("notice") or "") if place is None else place.notice
         position = 1 if place is None else max(1, place.position or 1)
-        queue = "generation" if is_staged else "preprocessing"
+        queue = "generation" if is_in_comfyui else "preprocessing"
         wait_s = None if place is None else place.wait_s
         return Standing("queued", notice or _behind(position - 1), queue, position, wait_s)
 
