@@ -58,8 +58,18 @@ def status(gateway: Served, task_id: str) -> str:
     return answer
 
 
-def wait_until_processing(gateway: Served, *task_ids: str) -> None:
-    wait_until(lambda: {status(gateway, task_id) for task_id in task_ids} == {"processing"})
+def wait_until_processing(gateway: Served, task_id: str) -> None:
+    wait_until(lambda: status(gateway, task_id) == "processing")
+
+
+def stage(gateway: Served, task_id: str) -> str:
+    answer: str = gateway.get(f"/status/{task_id}").json()["output"]["stage"]
+    return answer
+
+
+def position(gateway: Served, task_id: str) -> int | None:
+    answer: int | None = gateway.get(f"/task/{task_id}").json().get("queue_position")
+    return answer
 
 
 # ----------------------------------------------------------------------------------------- as it is described
@@ -170,20 +180,21 @@ def test_the_tasks_are_listed(gateway: Served) -> None:
 
 
 def test_tasks_of_a_higher_priority_have_their_turn_first(gateway: Served, comfyui: ComfyUI) -> None:
-    # One is in ComfyUI, and one is staged meanwhile.
-    in_hand = [submit(gateway, work(60)) for _ in range(2)]
-    wait_until_processing(gateway, *in_hand)
+    running = submit(gateway, work(60))
+    wait_until_processing(gateway, running)
+    # It is staged while the first one runs, or waits in ComfyUI: none gets in front of it any more.
+    ahead = submit(gateway, work(60))
+    wait_until(lambda: stage(gateway, ahead) in ("staging", "queued"))
     low, normal, high = (submit(gateway, work(60), priority=priority) for priority in ("low", "normal", "high"))
-    waiting = gateway.get(f"/task/{low}").json()
-    assert (waiting["status"], waiting["queue_position"] >= 1) == ("pending", True)
+    turns = [ahead, high, normal, low]
+    wait_until(lambda: [position(gateway, task_id) for task_id in turns] == [1, 2, 3, 4])
 
-    turns = [high, normal, low]
-    for number, leaving in enumerate([*in_hand, high]):
+    for leaving in (running, *turns):
+        waiting = turns[turns.index(leaving) + 1 :] if leaving in turns else turns
+        assert {status(gateway, task_id) for task_id in waiting} <= {"pending"}
         assert gateway.post(f"/cancel/{leaving}").json()["status"] == "CANCELLED"
-        wait_until_processing(gateway, turns[number])
-        assert {status(gateway, task_id) for task_id in turns[number + 1 :]} <= {"pending"}
-    for task_id in (normal, low):
-        gateway.post(f"/cancel/{task_id}")
+        if waiting:
+            wait_until_processing(gateway, waiting[0])
     assert comfyui.queue() == []
 
 
