@@ -288,14 +288,15 @@ def test_the_queue_shows_what_runs_and_waits_until_it_is_cancelled(gateway: Serv
     first = submitted(gateway, work(60))
     comfyui.wait_until_running()
     wait_until(lambda: status(gateway, first)["status"] == "running")
-    # One is staged while the first one runs, and counts as running.
+    # One is staged while the first one runs, and waits nevertheless.
     others = [submitted(gateway, work(60)) for _ in range(3)]
-    wait_until(lambda: len(gateway.get("/api/queue").json()["pending"]) == 2)
+    wait_until(lambda: gateway.get(f"/status/{others[0]}").json()["output"]["stage"] == "staging")
     queue = gateway.get("/api/queue").json()
-    assert queue["running"] == [["1", first, {}], ["2", others[0], {}]]
-    assert queue["pending"] == [["3", others[1], {}], ["4", others[2], {}]]
-    waiting = status(gateway, others[2])
-    assert (waiting["status"], waiting["progress"], waiting["queue_position"]) == ("pending", 0.0, 1)
+    assert queue["running"] == [["1", first, {}]]
+    assert queue["pending"] == [["2", others[0], {}], ["3", others[1], {}], ["4", others[2], {}]]
+    for position, prompt_id in enumerate(others, 1):
+        waiting = status(gateway, prompt_id)
+        assert (waiting["status"], waiting["progress"], waiting["queue_position"]) == ("pending", 0.0, position)
     for prompt_id in (*reversed(others), first):
         answer = gateway.post(f"/api/workflow/cancel/{prompt_id}")
         assert answer.status_code == 200
@@ -445,7 +446,9 @@ def test_a_batch_is_cancelled_as_a_whole(gateway: Served, comfyui: ComfyUI) -> N
     batch = submit_batch(gateway, workflow=work(60), sets=[{"3.seconds": 50 + number} for number in range(5)])
     comfyui.wait_until_running()
     path = f"/api/workflow/batch/{batch['batch_id']}"
-    assert gateway.get(path).json()["status"] == "running"
+    wait_until(lambda: gateway.get(path).json()["status"] == "running")
+    counts = gateway.get(path).json()["counts"]
+    assert counts == {"pending": 4, "running": 1, "completed": 0, "failed": 0, "cancelled": 0}
     answer = gateway.post(f"{path}/cancel").json()
     assert answer["status"] == "cancelled"
     assert answer["counts"]["cancelled"] == 5
