@@ -172,8 +172,12 @@ def heard(gateway: Served, path: str) -> list[dict[str, Any]]:
 
 def check_generate(updates: list[dict[str, Any]], last: dict[str, Any]) -> None:
     assert (last["status"], last["result"]["status"]) == ("final_result", "completed")
-    statuses = list(dict.fromkeys(update["status"] for update in updates))
-    assert statuses[-2:] == ["generating", "completed"]
+    statuses = list(dict.fromkeys(["queued", *(update["status"] for update in updates)]))
+    # RunPod's worker may be done before it tells that it delivers.
+    assert statuses in (
+        ["queued", "generating", "completed"],
+        ["queued", "generating", "processing", "completed"],
+    )
     assert any(update["message"].startswith("Running TestWork, step ") for update in updates)
     for update in updates:
         assert set(update) == generate.UPDATE
@@ -280,14 +284,13 @@ def test_the_queue_is_shown_and_cancelled(site: Site) -> None:
     wait_until(lambda: workflow.status(gateway, running)["status"] == "running")
     others = [workflow.submitted(gateway, work(60)) for _ in range(3)]
     jobs = [running, *others]
-    # One is staged while the first one runs; RunPod's worker takes one at a time.
-    in_hand = 2 if site.knows_places else 1
-    wait_until(lambda: shown(gateway) == (jobs[:in_hand], jobs[in_hand:]))
-    if site.knows_places:
-        wait_until(lambda: workflow.status(gateway, others[2])["queue_position"] == 1)
-    waiting = workflow.status(gateway, others[2])
-    assert (waiting["status"], waiting["progress"]) == ("pending", 0.0)
-    assert ("queue_position" in waiting) == site.knows_places
+    # Those that are staged while the first one runs, or are in ComfyUI's queue, wait too.
+    wait_until(lambda: shown(gateway) == ([running], others))
+    positions = [1, 2, 3] if site.knows_places else [None] * 3
+    wait_until(lambda: [workflow.status(gateway, one).get("queue_position") for one in others] == positions)
+    for one in others:
+        waiting = workflow.status(gateway, one)
+        assert (waiting["status"], waiting["progress"]) == ("pending", 0.0)
     for prompt_id in reversed(jobs):
         answer = gateway.post(f"/api/workflow/cancel/{prompt_id}").json()
         assert answer == {"prompt_id": prompt_id, "status": "cancelled", "message": "Workflow cancelled"}
