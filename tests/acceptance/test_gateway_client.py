@@ -19,6 +19,7 @@ from runpod import AsyncioEndpoint, AsyncioJob, Endpoint
 from tests.support.comfyui import ComfyUI
 from tests.support.comfyui import comfyui as running_comfyui
 from tests.support.graphs import colors, data_uri, inverted, picture, png, work
+from tests.support.running import wait_until
 from tests.support.served import DATABASES, KEY, Served, database_url, served
 
 RED = (255, 0, 0)
@@ -176,15 +177,14 @@ def test_a_job_whose_file_is_gone_is_not_taken_for_one_that_is_not_there(comfyui
 def test_health_and_purge_count_what_there_is(endpoint: Endpoint, comfyui: ComfyUI) -> None:
     running = endpoint.run({"workflow": work(60)})
     comfyui.wait_until_running()
+    wait_until(lambda: running.status() == "IN_PROGRESS")
     waiting = [endpoint.run({"workflow": work(60)}) for _ in range(4)]
     try:
         jobs = endpoint.health()["jobs"]
-        assert jobs["inProgress"] + jobs["inQueue"] == 5
-        purged = endpoint.purge_queue()
-        assert purged["status"] == "completed"
-        # One more may have been taken meanwhile: a job is prepared while another runs.
-        assert 0 < purged["removed"] <= jobs["inQueue"]
-        assert sum(job.status() == "CANCELLED" for job in waiting) == purged["removed"]
+        assert (jobs["inProgress"], jobs["inQueue"]) == (1, 4)
+        assert endpoint.purge_queue() == {"removed": 4, "status": "completed"}
+        assert [job.status() for job in waiting] == ["CANCELLED"] * 4
+        assert running.status() == "IN_PROGRESS"
     finally:
         for job in (running, *waiting):
             job.cancel(timeout=10)
