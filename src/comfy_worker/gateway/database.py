@@ -26,6 +26,9 @@ WRITES = {"takes_write_lock": True}
 _SQLITE_PATIENCE_S = 10.0
 """How long a statement waits for SQLite's lock, if the URL does not say (`?timeout=`)."""
 _POOL_PATIENCE_S = 10.0
+_STANDS_STILL_S = 15
+"""After so many seconds in the middle of a transaction PostgreSQL drops a process that does nothing: one that stands
+still, as a machine does that is paused, would keep its rows locked for everybody else."""
 _NETWORK = {
     # A server that is gone without a word is noticed in seconds, not in the hours of a system's defaults.
     "connect_timeout": 5,
@@ -33,10 +36,9 @@ _NETWORK = {
     "keepalives_interval": 5,
     "keepalives_count": 3,
     "tcp_user_timeout": 15_000,
+    # Set as the connection is made: no transaction of its own that could break off.
+    "options": f"-c idle_in_transaction_session_timeout={_STANDS_STILL_S}s",
 }
-_STANDS_STILL_S = 15
-"""After so many seconds in the middle of a transaction PostgreSQL drops a process that does nothing: one that stands
-still, as a machine does that is paused, would keep its rows locked for everybody else."""
 _SAID_EVERY_S = 10.0
 START_PATIENCE_S = 20.0
 """How long a process that starts waits for its database."""
@@ -91,7 +93,7 @@ def _keep_private(file: Path) -> None:
 
 def _postgresql(url: URL, kept: int, most: int) -> Engine:
     given = {name: value for name, value in _NETWORK.items() if name not in url.query}
-    engine = create_engine(
+    return create_engine(
         url,
         connect_args=given,
         hide_parameters=True,
@@ -100,16 +102,6 @@ def _postgresql(url: URL, kept: int, most: int) -> Engine:
         max_overflow=most - kept,
         pool_timeout=_POOL_PATIENCE_S,
     )
-    event.listen(engine, "connect", _set_up_postgresql)
-    return engine
-
-
-def _set_up_postgresql(connection: Any, _record: object) -> None:
-    cursor = connection.cursor()
-    cursor.execute(f"SET idle_in_transaction_session_timeout = '{_STANDS_STILL_S}s'")
-    cursor.close()
-    # A setting that is made in a transaction goes with it if that is rolled back.
-    connection.commit()
 
 
 def _set_up_sqlite(connection: Any, _record: object) -> None:
