@@ -3,7 +3,7 @@
     python -m benchmarks.streams [--streams N] [--keys N]
 
 It starts the emulator and a gateway in processes of their own. Half of the streams are server-sent events, half are
-WebSockets; another process asks for `/live` all the time, and what it waited longest in each phase is told.
+WebSockets; another process asks for `/live` all the time, and the longest wait of each phase is printed.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ async def _play(url: str, port: int, streams: int, keys: Sequence[str], phases: 
     with phase("they are open"):
         await asyncio.sleep(2)
     await asyncio.to_thread(cancel, long)
-    with phase(f"{_STEPS} events and the end are told"):
+    with phase(f"{_STEPS} events and the end are published"):
         await clients.follow()
     told = clients.events / streams
     clients.close()
