@@ -14,6 +14,8 @@ from benchmarks.soak.shapes import Cancel, SoakJob
 from tests.support.processes import Process
 
 _ROUND_TIMEOUT_S = 90.0
+_ANSWER_UNDER_WAY_S = 0.2
+"""How long after a job's end the answer to its result may still be lost."""
 
 
 class CurrentRound:
@@ -109,11 +111,17 @@ class CurrentRound:
             self._scene.comfyui.wait_until_up()
             ended.append((fault, fault.end(self._scene)))
             for running in self.running:
-                on_platform = running.on_platform
-                if on_platform.ended_at is None or on_platform.ended_at >= began:
+                if _met(running, fault, began):
                     running.faults.append(fault)
         never_began = [fault for fault in self._plan.faults if all(fault is not other for other, _ in self._began)]
         return [*ended, *((fault, False) for fault in never_began)]
+
+
+def _met(running: Running, fault: Fault, began: float) -> bool:
+    """Return whether a job was under way when a fault began, or its result's answer was."""
+    ended = running.on_platform.ended_at
+    slack_s = _ANSWER_UNDER_WAY_S if fault.loses_answers_to_results else 0.0
+    return ended is None or ended + slack_s >= began
 
 
 def _cancel(job_id: str, scene: Scene) -> None:

@@ -41,12 +41,15 @@ class Fault(ABC):
         codes: what a job may fail with that runs while the fault is on; none for a fault that may harm no job.
         delay_s: seconds after the round's jobs were submitted at which it begins; None: before they are.
         needs: a shape that one of the round's jobs must have, or the fault would not be met.
+        loses_answers_to_results: the platform may have taken a result whose answer is lost, so that the worker cannot
+            but post the same result again.
     """
 
     name: str
     codes: frozenset[str] = frozenset()
     delay_s: float | None = None
     needs: Shape | None = None
+    loses_answers_to_results: bool = False
 
     @abstractmethod
     def begin(self, scene: Scene) -> None:

@@ -29,7 +29,15 @@ class Running:
         """How it ended, and with how many results: what must not change any more."""
         # A result may have been on its way when the platform ended the job.
         was_aborted = self.on_platform.state in ("CANCELLED", "TIMED_OUT")
-        return self.outcome, 0 if was_aborted else len(self.on_platform.results)
+        return self.outcome, 0 if was_aborted else self.posts
+
+    @property
+    def posts(self) -> int:
+        """How many results the platform was given; the same one once more does not count if its answer may be lost."""
+        results = self.on_platform.results
+        if any(fault.loses_answers_to_results for fault in self.faults):
+            results = [result for number, result in enumerate(results) if result not in results[:number]]
+        return len(results)
 
     @property
     def outcome(self) -> str:
@@ -74,7 +82,7 @@ def allowed_codes(running: Running) -> set[str | None]:
 
 
 def _wrong_posts(running: Running) -> Iterator[str]:
-    state, posts = running.on_platform.state, len(running.on_platform.results)
+    state, posts = running.on_platform.state, running.posts
     # A result may be on its way while the platform ends the job.
     expected: Sequence[int] = (0, 1) if state in ("CANCELLED", "TIMED_OUT") else (1,)
     if posts not in expected:

@@ -1,0 +1,54 @@
+"""What the soak's judge lets pass, and what not."""
+
+from __future__ import annotations
+
+from random import Random
+from typing import Any
+
+import pytest
+
+from benchmarks.soak.faults import Fault, PlatformDown, PlatformMischief
+from benchmarks.soak.judge import Running, violations_of
+from benchmarks.soak.kinds import OWN_KINDS
+from benchmarks.soak.shapes import Expected, SoakJob
+from tests.support.board import PlatformJob
+
+DOWN = PlatformDown(name="platform down", seconds=1.0, loses_answers_to_results=True)
+CUT = PlatformMischief(name="job-done cut", kind="job-done", mischief="cut")
+RESULT: dict[str, Any] = {"output": {"texts": []}}
+OTHER: dict[str, Any] = {"output": {"texts": ["something else"]}}
+
+
+def _running(results: list[dict[str, Any]], *faults: Fault) -> Running:
+    job = SoakJob(0, "text", input={}, expected=Expected())
+    on_platform = PlatformJob("job", {}, 1, state="COMPLETED", results=results, answer={"output": {}})
+    return Running(job, on_platform, list(faults))
+
+
+def _posts_blamed(running: Running) -> list[str]:
+    return [problem for problem in violations_of(running) if "posted" in problem]
+
+
+def test_one_result_is_right() -> None:
+    assert _posts_blamed(_running([RESULT], DOWN)) == []
+
+
+@pytest.mark.parametrize("faults", [(), (CUT,)], ids=["no fault", "a post that was cut before it was taken"])
+def test_the_same_result_twice_is_wrong_where_no_answer_was_lost(faults: tuple[Fault, ...]) -> None:
+    assert len(_posts_blamed(_running([RESULT, RESULT], *faults))) == 1
+
+
+def test_the_same_result_may_come_again_when_the_platform_went_away_before_it_answered() -> None:
+    running = _running([RESULT, dict(RESULT)], DOWN)
+
+    assert _posts_blamed(running) == []
+    assert running.end == ("COMPLETED", 1)
+
+
+def test_two_different_results_are_wrong_whatever_happened() -> None:
+    assert len(_posts_blamed(_running([RESULT, OTHER], DOWN))) == 1
+
+
+def test_a_lot_of_a_platform_that_is_down_knows_that_answers_get_lost() -> None:
+    drawn = [draw(Random(1)) for draw in OWN_KINDS]
+    assert [fault.name for fault in drawn if fault.loses_answers_to_results] == ["platform down"]
