@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -240,12 +241,12 @@ def _left_behind(ground: RunPodGround, age_s: float) -> str:
         with ground.bench() as bench:
             job_id = bench.submit(graphs.picture(RED))
             bench.gateway.stop()
-            store = bench.gateway.store
-            record = store.get(job_id)
-            assert record is not None
-            assert record.state is JobState.IN_QUEUE
-            claim = f"sending:{record.created_at - age_s:.3f}:another-gateway:1"
-            assert store.note_submission(job_id, claim, "runpod:ep-test", instead_of=record.prompt_id)
+            with closing(bench.gateway.store) as store:
+                record = store.get(job_id)
+                assert record is not None
+                assert record.state is JobState.IN_QUEUE
+                claim = f"sending:{record.created_at - age_s:.3f}:another-gateway:1"
+                assert store.note_submission(job_id, claim, "runpod:ep-test", instead_of=record.prompt_id)
     finally:
         ground.platform.accept_connections()
     return job_id
