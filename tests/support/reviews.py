@@ -22,14 +22,15 @@ _GROUPS = {
     "attacks": "Attacked",
     "pythons": "On every Python",
 }
+_BY_HAND = "by hand: "
 _INTRODUCTION = """# What reviews found
 
 In November 2026 reviewers tried commit `9485bd5` from outside: against the five descriptions, with other people's
 clients, as newcomers and as attackers. This page lists their points, and those that came up while they were mended,
 with what is true now and the test that keeps it. It is generated, and a test keeps it whole.
 
-The tests were run on that commit: those of {seen} of {all} points were seen failing there, a few of them because what
-they test did not exist. For the other points that was not shown: their tests could not be run there as they are.
+Every point was seen failing on that commit: {tested} by its test, a few of them because what they test did not exist,
+and {tried} by the same requests made by hand, because their tests could not be run there as they are.
 """
 
 
@@ -42,7 +43,7 @@ class Point:
         point: what was wrong.
         now: what is true instead.
         test: `file::function` or `file::class::function`.
-        before: how the test failed on the commit that was reviewed; empty if it was not seen to.
+        before: how the test failed on the commit that was reviewed, or what its requests, made by hand, got there.
     """
 
     group: str
@@ -70,8 +71,8 @@ def page() -> str:
 
 
 def _introduction() -> str:
-    seen = [one for one in points() if one.before]
-    return _INTRODUCTION.format(seen=len(seen), all=len(points()))
+    tried = sum(one.before.startswith(_BY_HAND) for one in points())
+    return _INTRODUCTION.format(tested=len(points()) - tried, tried=tried)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,11 @@ def test_every_point_has_a_test_that_is_there(point: Point) -> None:
     assert is_there(point.test)
 
 
+@pytest.mark.parametrize("point", points(), ids=lambda one: f"{one.group} {one.point}")
+def test_every_point_was_seen_on_the_commit_that_was_reviewed(point: Point) -> None:
+    assert point.before
+
+
 def test_no_two_points_are_the_same() -> None:
     said = [(one.group, one.point) for one in points()]
     assert sorted(said) == sorted(set(said))
