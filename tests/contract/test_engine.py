@@ -106,6 +106,21 @@ def test_a_job_completes_and_its_files_are_kept(bench: Bench) -> None:
     assert bench.picture(job_id) == RED
 
 
+def test_a_caller_is_warned_of_what_was_not_understood(bench: Bench) -> None:
+    """Wherever in the request it stands, and whoever takes it off before a worker sees the job."""
+    wrapped = {"input": {"workflow": graphs.picture(RED), "strickt": True}}
+    job_id = bench.call(bench.service.submit({"input": wrapped, "polizy": {}, "policy": {"tlt": 60_000}})).id
+
+    record = bench.ended(job_id)
+    assert record.state is JobState.COMPLETED, record.error
+    assert (record.output or {})["errors"] == [
+        "input.input was taken for input: the request wraps its input twice",
+        "polizy is unknown and was ignored; did you mean 'policy'?",
+        "policy.tlt is unknown and was ignored; did you mean 'ttl'?",
+        "input.strickt is unknown and was ignored; did you mean 'strict'?",
+    ]
+
+
 def test_many_jobs_all_end_with_their_own_outputs(bench: Bench) -> None:
     sent = {bench.submit(graphs.picture((number, 0, 0))): number for number in range(12)}
 

@@ -20,7 +20,16 @@ from comfy_worker.engines.runpod_client import (
     UnknownRemoteJob,
 )
 from comfy_worker.engines.runpod_job import RemoteJob
-from comfy_worker.engines.runpod_words import Outcome, keep_files, lost, outcome_of, progress_in, state_in, submission
+from comfy_worker.engines.runpod_words import (
+    Outcome,
+    keep_files,
+    lost,
+    outcome_of,
+    progress_in,
+    state_in,
+    submission,
+    with_warnings,
+)
 from comfy_worker.errors import InternalError, InvalidInput, TimedOut, WorkerError
 from comfy_worker.gateway.assets import AssetStore
 from comfy_worker.gateway.errors import DatabaseUnavailable
@@ -119,6 +128,7 @@ class Carrier:
         if isinstance(prepared, WorkerError):
             await self._fail(job, prepared)
             return
+        job.warnings = prepared.warnings
         with self._progress.told(prepared, job.record) as tell:
             if job.remote_id is not None or await self._send(job):
                 await self._follow(job, tell)
@@ -323,7 +333,7 @@ class Carrier:
         if job.state is JobState.IN_QUEUE and outcome.ran_s is not None:
             await self._move(job, JobState.IN_PROGRESS)
         if outcome.output is not None:
-            output = outcome.output
+            output = with_warnings(outcome.output, job.warnings)
             try:
                 kept = await self._do(lambda: keep_files(job.id, output, self._assets.storage()))
                 outcome = replace(outcome, output=kept)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +41,7 @@ class RemoteJob:
         sending: its submission is under way: not to be broken off.
         rumours: ids under which RunPod said that it ended, and which nobody here noted.
         progress: what was told of it last.
+        warnings: what its caller is told besides, of what was sent and not understood.
     """
 
     record: JobRecord
@@ -53,6 +54,7 @@ class RemoteJob:
     sending: bool = False
     rumours: list[str] = field(default_factory=list)
     progress: Mapping[str, Any] | None = None
+    warnings: Sequence[str] = ()
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     _news: asyncio.Event = field(default_factory=asyncio.Event)
     _pause_s: float = _SHORTEST_S

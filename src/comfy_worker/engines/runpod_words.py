@@ -194,6 +194,14 @@ def _kept(job_id: str, item: Mapping[str, Any], storage: Storage, taken: set[str
     return {**described, "type": delivered.type, "data": delivered.data, "size_bytes": len(content)}
 
 
+def with_warnings(output: Mapping[str, Any], warnings: Iterable[str]) -> Mapping[str, Any]:
+    """Return an output with the warnings that its worker could not give: it saw the job as the gateway submitted it."""
+    told = output.get("errors")
+    errors = list(told) if isinstance(told, list) else []
+    errors[:0] = [warning for warning in warnings if warning not in errors]
+    return {**output, "errors": errors} if errors else output
+
+
 def lost() -> WorkerError:
     """Return the failure of a job that RunPod does not know any more."""
     return OutputMissing(
