@@ -320,8 +320,9 @@ def test_a_restart_under_a_request_that_may_be_repeated_is_waited_out(victim: Em
 
 
 @pytest.mark.parametrize(("path", "method"), [("/upload/image", "POST"), ("/view", "GET")], ids=str)
-def test_an_answer_that_got_lost_is_asked_for_again(victim: Emulated, path: str, method: str) -> None:
-    victim.server.faults.lose_answer(path, method=method)
+@pytest.mark.parametrize("times", [1, 2])
+def test_an_answer_that_got_lost_is_asked_for_again(victim: Emulated, path: str, method: str, times: int) -> None:
+    victim.server.faults.lose_answer(path, method=method, times=times)
     with working(victim) as worker:
         output = RunningJob(worker, job(graphs.inverted("a.png"), images=[PICTURE])).output()
     assert "error" not in output, output

@@ -34,7 +34,7 @@ _CONNECT_TIMEOUT_S = 5.0
 _QUESTION_TIMEOUT_S = 5.0
 """For questions that ComfyUI answers from memory; files take as long as they take."""
 _READY_INTERVAL_S = 0.05
-_SUBMIT_ATTEMPTS = 3
+_ATTEMPTS = 3
 _LOOK_UP_S = 2.0
 """How long it is asked again whether a prompt arrived whose answer got lost, where the question is not answered."""
 _LATE_PROMPT_S = 5.0
@@ -124,12 +124,13 @@ class ComfyClient:
             stop.check()
 
     def patiently(self, request: Callable[[], Answer], stop: Stop) -> Answer:
-        """Return what a request returns that may be made twice; between the two, wait for ComfyUI to be back."""
-        try:
-            return request()
-        except ComfyUnreachable:
-            self.wait_until_ready(stop)
-            return request()
+        """Return what a request returns that may be repeated; before each repetition, wait for ComfyUI to be back."""
+        for _attempt in range(1, _ATTEMPTS):
+            try:
+                return request()
+            except ComfyUnreachable:
+                self.wait_until_ready(stop)
+        return request()
 
     def unreachable(self) -> ComfyUnreachable:
         """Return the error for a ComfyUI that was tried again and again."""
@@ -156,13 +157,13 @@ class ComfyClient:
             ComfyUnreachable: it could not be queued.
         """
         body = {"prompt": graph, "prompt_id": prompt_id, "client_id": client_id, "extra_data": dict(extra_data)}
-        for attempt in range(1, _SUBMIT_ATTEMPTS + 1):
+        for attempt in range(1, _ATTEMPTS + 1):
             try:
                 response = self._request("POST", "/prompt", json=body)
             except ComfyUnreachable as error:
                 # One that was sent before may have arrived, whatever became of this one.
                 error.never_sent = error.never_sent and attempt == 1
-                if error.never_sent or attempt == _SUBMIT_ATTEMPTS:
+                if error.never_sent or attempt == _ATTEMPTS:
                     raise
                 is_late = isinstance(error.__cause__, requests.ReadTimeout)
                 if self._took(prompt_id, _LATE_PROMPT_S if is_late else 0.0):
