@@ -11,6 +11,7 @@ import hashlib
 import json
 import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +183,7 @@ def check(files: dict[str, bytes]) -> None:
 
 
 def assert_it_was_all_there(database: Path) -> None:
-    with sqlite3.connect(database) as connection:
+    with closing(sqlite3.connect(database)) as connection:
         states = {state for (state,) in connection.execute("SELECT state FROM jobs")}
         [(told,)] = connection.execute("SELECT count(*) FROM webhook_deliveries WHERE last_error <> ''")
         [(events,)] = connection.execute("SELECT count(*) FROM events")
