@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pytest_mock import MockerFixture
 
 from comfy_worker.emulator.node import Context, ImageBatch, NodeResult
 from comfy_worker.jobs import NodeFinished, NodeStarted, QueuePosition, Stage, StageStarted
@@ -414,6 +415,23 @@ def test_pictures_on_a_slow_connection_are_waited_for(victim: Emulated, gate: Ga
         # The history has been asked several times by then.
         with pytest.raises(AssertionError, match="has not ended"):
             running.output(timeout_s=1)
+        proxy.release_websockets()
+        output = running.output()
+    assert sorted(image["node_id"] for image in output["images"]) == ["8", "9"]
+    assert "errors" not in output
+
+
+def test_pictures_of_which_nothing_was_heard_before_the_end_are_waited_for(
+    victim: Emulated, gate: Gate, mocker: MockerFixture
+) -> None:
+    mocker.patch("comfy_worker.comfy.watch._FIRST_FRAME_S", 60.0)
+    with proxy_to(victim) as proxy, closing(Worker(shrunk(proxy.url))) as worker:
+        answers = mocker.spy(worker.client, "history")
+        proxy.hold_websockets()
+        running = RunningJob(worker, job(sent(gate, saved_too=True)))
+        gate.wait_until_run()
+        gate.open()
+        wait_until(lambda: any(entry is not None for entry in answers.spy_return_list))
         proxy.release_websockets()
         output = running.output()
     assert sorted(image["node_id"] for image in output["images"]) == ["8", "9"]

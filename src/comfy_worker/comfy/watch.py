@@ -26,6 +26,8 @@ from comfy_worker.stop import Stop
 
 _HISTORY_GRACE_S = 1.0
 """How long a prompt may be in neither queue nor history before it counts as gone."""
+_FIRST_FRAME_S = 2.0
+"""How long after the end of a prompt its first frame may come on a websocket that has missed nothing."""
 _DOWN_GRACE_S = 0.5
 """How long nothing may listen at ComfyUI's port before it counts as dead."""
 _HURRIED_INTERVAL_S = 0.25
@@ -117,16 +119,26 @@ class Watch:
             self._ask_at = time.monotonic()
 
     def _hear_out(self) -> None:
-        """Take in the pictures that are still on their way over a slow connection: they exist nowhere else."""
-        until = time.monotonic() + self.client.settings.comfyui_lost_after_s
-        while self.protocol.awaits_pictures and self._hears_prompt and self.socket.is_open:
-            patience = min(until, self.deadline.at) - time.monotonic()
-            if self.protocol.ended or patience <= 0:
+        """Take in the pictures that are still on their way: they exist nowhere but on the websocket.
+
+        The history may tell of the end first: where the connection is slow, or this process had to wait for a CPU.
+        """
+        ended_at = time.monotonic()
+        while self.protocol.awaits_pictures and not self.protocol.ended and self.socket.is_open:
+            patience_s = min(ended_at + self._longest_silence_s(), self.deadline.at) - time.monotonic()
+            if patience_s <= 0:
                 return
-            frame = self.socket.receive(patience)
+            frame = self.socket.receive(patience_s)
             self.stop.check()
             if frame is not None:
                 self._tell(frame)
+
+    def _longest_silence_s(self) -> float:
+        """Return how long after the end of a prompt its frames may come, in seconds."""
+        lost_after_s = self.client.settings.comfyui_lost_after_s
+        if self._hears_prompt:
+            return lost_after_s
+        return 0.0 if self.socket.was_lost else min(lost_after_s, _FIRST_FRAME_S)
 
     def _patience(self) -> float:
         """Return the seconds until something other than a frame is due."""
