@@ -168,6 +168,19 @@ def test_an_attack_by_count_does_not_slow_another_job(gateway: GatewayProcess) -
         assert status["error"] == f"{FAILED}{count} input files, and this worker takes 64 at most"
 
 
+def test_very_many_unknown_classes_do_not_slow_another_job(gateway: GatewayProcess) -> None:
+    usual_s = max(seconds_of_a_job(gateway, color) for color in range(3))
+    unknown = {str(number): node(f"SaveImageFoo{number}") for number in range(50_000)}
+    ids = [send(gateway, unknown) for _ in range(3)]
+
+    assert seconds_of_a_job(gateway, 9) < usual_s + 2 * len(ids)
+    for job_id in ids:
+        status = end_of(gateway, job_id)
+        assert status["status"] == "FAILED"
+        assert status["error"].endswith("; and there are more problems")
+        assert len(json.dumps(status)) < 50_000
+
+
 def test_slow_servers_hold_up_no_cancel_no_sigterm_and_no_others_files(
     gateway: GatewayProcess, files: FileServer
 ) -> None:

@@ -369,3 +369,59 @@ def test_no_answer_of_comfyui_is_too_strange_for_a_sentence(kind: str, details: 
     )
     assert error.message.startswith(f"{PREFIX}Node 30")
     json.dumps(error.as_output())
+
+
+# ------------------------------------------------------------------------------------------------ very many
+
+
+class Asked:
+    """What `/object_info` says, and how often it was asked."""
+
+    def __init__(self, told: dict[str, Any]) -> None:
+        self.told = told
+        self.times = 0
+
+    def __call__(self) -> dict[str, Any]:
+        self.times += 1
+        return self.told
+
+
+def test_of_very_many_missing_classes_the_first_are_named() -> None:
+    workflow = {str(number): {"class_type": f"SaveImage{number}", "inputs": {}} for number in range(10_000)}
+    asked = Asked(classes_known())
+
+    error = refuse({"error": {"type": "missing_node_type"}}, workflow, asked)
+
+    assert [problem["node_id"] for problem in (error.details or {})["problems"]] == [str(n) for n in range(50)]
+    assert error.message.count("; did you mean 'SaveImage'?") == 50
+    assert error.message.endswith("; and there are more problems")
+    assert asked.times == 1
+
+
+def test_for_very_many_missing_models_comfyui_is_asked_once() -> None:
+    extra = {"input_name": "ckpt_name", "received_value": "a.safetensors"}
+    node_error = {"class_type": "Loader", "errors": [{"type": "value_not_in_list", "extra_info": extra}]}
+    node_errors = {str(number): node_error for number in range(1_000)}
+    workflow = {node_id: {"class_type": "Loader", "inputs": {"ckpt_name": "a.safetensors"}} for node_id in node_errors}
+    asked = Asked({"Loader": {"input": {"required": {"ckpt_name": [["b.safetensors"], {}]}}}})
+
+    error = refuse({"node_errors": node_errors}, workflow, asked)
+    warnings = skipped_outputs(node_errors, workflow, asked)
+
+    assert len((error.details or {})["problems"]) == len(warnings) == 50
+    assert asked.times == 2
+
+
+def test_of_very_many_outputs_that_are_skipped_the_first_are_named() -> None:
+    outputs = [str(number) for number in range(1_000)]
+    problem = {"type": "required_input_missing", "extra_info": {"input_name": "images"}}
+    node_errors = {"0": {"class_type": "SaveImage", "errors": [problem], "dependent_outputs": outputs}}
+    workflow = {output: {"class_type": "SaveImage", "inputs": {}} for output in outputs}
+
+    [warning] = skipped_outputs(node_errors, workflow, classes_known)
+
+    assert warning.endswith("8 (SaveImage), 9 (SaveImage), …")
+
+
+def test_nothing_is_guessed_for_what_is_too_long_for_a_name() -> None:
+    assert nearest("a" * 256, ["a" * 257]) is None

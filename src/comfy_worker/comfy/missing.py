@@ -94,12 +94,24 @@ def missing_classes(workflow: Workflow, object_info: Mapping[str, Any]) -> list[
 
 def missing_models(workflow: Workflow, object_info: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Sequence[str]]]:
     """Yield `(node_id, input_name, value, choices)` for every model file that is named and not there."""
+    combos: dict[str, Mapping[str, Sequence[str]]] = {}
     for node_id, node in workflow.items():
-        inputs = object_info.get(str(node.get("class_type")), {}).get("input", {})
-        for name, value in node.get("inputs", {}).items():
-            choices = combo_values({**inputs.get("optional", {}), **inputs.get("required", {})}.get(name))
-            if isinstance(value, str) and MODEL_FILE.search(value) and choices is not None and value not in choices:
+        node_class = str(node.get("class_type"))
+        if node_class not in combos:
+            combos[node_class] = _combos(object_info.get(node_class, {}).get("input", {}))
+        for name, choices in combos[node_class].items():
+            value = node.get("inputs", {}).get(name)
+            if isinstance(value, str) and MODEL_FILE.search(value) and value not in choices:
                 yield node_id, name, value, choices
+
+
+def _combos(inputs: Mapping[str, Any]) -> Mapping[str, Sequence[str]]:
+    """Return what each combo of a node class offers."""
+    offered = {
+        name: combo_values(config)
+        for name, config in {**inputs.get("optional", {}), **inputs.get("required", {})}.items()
+    }
+    return {name: values for name, values in offered.items() if values is not None}
 
 
 def combo_values(config: Any) -> list[str] | None:

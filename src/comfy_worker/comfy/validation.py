@@ -6,6 +6,8 @@ the wire of 0.3.64 and 0.8.0.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +28,11 @@ from comfy_worker.jobs import Workflow
 from comfy_worker.workflow import class_type, find_loop, title
 
 _SHOWN_CHOICES = 10
+_SHOWN_OUTPUTS = 10
+_MOST_PROBLEMS = 50
+"""How many are named: to look for what may have been meant costs time, and nobody reads more."""
+_LONGEST_GUESSED = 255
+"""A longer value is no misspelt name."""
 _MISSING_NODE = "missing_node_type"
 _NOT_IN_LIST = "value_not_in_list"
 
@@ -98,15 +105,25 @@ def refusal(body: Mapping[str, Any], workflow: Workflow, object_info: ObjectInfo
 
     ComfyUI stops at the first class that it does not have; what else is missing is looked up.
     """
-    problems = list(node_problems(body.get("node_errors") or {}, workflow, object_info))
+    object_info = functools.cache(object_info)
+    problems = _first(node_problems(body.get("node_errors") or {}, workflow, object_info))
     if not problems and _names_missing_class(body.get("error") or {}):
-        problems = list(_all_that_is_missing(workflow, object_info()))
+        problems = _first(_all_that_is_missing(workflow, object_info()))
     problems = problems or [_whole_problem(body.get("error") or {}, workflow)]
+    sentences = [str(problem) for problem in problems[:_MOST_PROBLEMS]]
+    if len(problems) > _MOST_PROBLEMS:
+        sentences.append("and there are more problems")
+        problems = problems[:_MOST_PROBLEMS]
     return _error_class(problems)(
-        f"Workflow validation failed: {'; '.join(str(problem) for problem in problems)}",
+        f"Workflow validation failed: {'; '.join(sentences)}",
         details={"problems": [problem.as_details() for problem in problems]},
         hint=_hint(problems),
     )
+
+
+def _first(problems: Iterable[Problem]) -> list[Problem]:
+    """Return as many problems as are named, and one more if there are more."""
+    return list(itertools.islice(problems, _MOST_PROBLEMS + 1))
 
 
 def _error_class(problems: Sequence[Problem]) -> type[InvalidWorkflow]:
@@ -126,11 +143,12 @@ def _hint(problems: Sequence[Problem]) -> str | None:
 def skipped_outputs(node_errors: Mapping[str, Any], workflow: Workflow, object_info: ObjectInfo) -> list[str]:
     """Return a warning for each problem of an answer 200 with `node_errors`: ComfyUI skips what depends on it."""
     warnings = []
-    for node_id, node in node_errors.items():
-        outputs = [str(output) for output in node.get("dependent_outputs") or [node_id]]
-        skipped = ", ".join(f"{output} ({title(workflow, output)})" for output in outputs)
-        for problem in node_problems({node_id: node}, workflow, object_info):
-            warnings.append(f"{problem}; ComfyUI skipped output node {skipped}")
+    object_info = functools.cache(object_info)
+    for problem in itertools.islice(node_problems(node_errors, workflow, object_info), _MOST_PROBLEMS):
+        outputs = [str(output) for output in node_errors[problem.node_id].get("dependent_outputs") or [problem.node_id]]
+        skipped = ", ".join(f"{output} ({title(workflow, output)})" for output in outputs[:_SHOWN_OUTPUTS])
+        more = ", …" if len(outputs) > _SHOWN_OUTPUTS else ""
+        warnings.append(f"{problem}; ComfyUI skipped output node {skipped}{more}")
     return warnings
 
 
@@ -142,11 +160,8 @@ def node_problems(node_errors: Mapping[str, Any], workflow: Workflow, object_inf
             _node_problem(str(node_id), str(node.get("class_type", "")), error, workflow, object_info)
             for error in node.get("errors") or []
         ]
-        inputs = list(workflow.get(str(node_id), {}).get("inputs", {}))
-        yield from sorted(
-            problems,
-            key=lambda problem: inputs.index(problem.input_name) if problem.input_name in inputs else len(inputs),
-        )
+        inputs = {name: place for place, name in enumerate(workflow.get(str(node_id), {}).get("inputs", {}))}
+        yield from sorted(problems, key=lambda problem: inputs.get(problem.input_name, len(inputs)))
 
 
 def _node_problem(
@@ -290,6 +305,8 @@ def _loop_message(loop: Sequence[str]) -> str:
 
 def nearest(given: str, values: Iterable[str]) -> str | None:
     """Return the value most like what was given; case, folders and the endings of model files do not count."""
+    if len(given) > _LONGEST_GUESSED:
+        return None
     by_key: dict[str, list[str]] = {}
     for value in values:
         by_key.setdefault(_key(value), []).append(value)
