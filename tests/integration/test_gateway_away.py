@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,11 @@ def notice(bench: Bench, job_id: str) -> str:
     return "" if progress is None else str(progress.data.get("notice", ""))
 
 
+def stage(bench: Bench, job_id: str) -> str:
+    place = bench.service.place(job_id)
+    return "" if place is None else place.stage
+
+
 def test_a_job_fails_that_waits_too_long_for_a_comfyui_that_is_away(tmp_path: Path, comfyui: Emulated) -> None:
     comfyui.kill()
     with bench_at(comfyui, tmp_path, comfyui_ready_timeout_s=0.2) as bench:
@@ -53,6 +59,26 @@ def test_a_job_fails_that_waits_too_long_for_a_comfyui_that_is_away(tmp_path: Pa
     address = comfyui.url.removeprefix("http://")
     assert record.error["error"] == f"ComfyUI server ({address}) not reachable after multiple retries"
     assert record.error["code"] == "comfyui_unreachable"
+
+
+def test_jobs_in_hand_wait_no_longer_than_those_behind_them(tmp_path: Path, comfyui: Emulated) -> None:
+    """Two go into ComfyUI's queue, others are staged ahead, the last ones are in nobody's hands."""
+    limit_s, gate = 5.0, Gate(tmp_path)
+    settings = {"comfyui_ready_timeout_s": limit_s, "generation_workers": 2, "preprocess_workers": 2}
+    with bench_at(comfyui, tmp_path, **settings) as bench:
+        running = bench.submit(gate.graph())
+        bench.wait_until_in_progress(running)
+        waiting = [bench.submit(graphs.picture(RED)) for _ in range(6)]
+        wait_until(lambda: {stage(bench, job_id) for job_id in waiting} == {"queued", "staging", "waiting"})
+        comfyui.kill()
+        wait_until(
+            lambda: all(re.fullmatch(f"ComfyUI has not answered since {SINCE}", notice(bench, job)) for job in waiting)
+        )
+        records = [bench.ended(job_id) for job_id in waiting]
+
+    assert {(record.error or {})["code"] for record in records} == {"comfyui_unreachable"}
+    ends = [record.ended_at or 0.0 for record in records]
+    assert max(ends) - min(ends) < limit_s
 
 
 def test_a_job_waits_for_as_long_as_it_takes_where_the_operator_says_so(tmp_path: Path, comfyui: Emulated) -> None:

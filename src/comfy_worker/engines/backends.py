@@ -12,6 +12,7 @@ from typing import Any
 from comfy_worker.engines.run_times import RunRecorder
 from comfy_worker.engines.turns import Gate
 from comfy_worker.engines.waiting import Waiting
+from comfy_worker.errors import TimedOut, WorkerError
 from comfy_worker.gateway.assets import AssetStore
 from comfy_worker.gateway.records import ProgressNote
 from comfy_worker.gateway.settings import GatewaySettings
@@ -40,7 +41,7 @@ class RunningJob:
             have noted it.
         run: what its run tells of how long such runs take; None before.
         deadline: until when it may run, on the monotonic clock; None as long as it was not heard or seen to run.
-        late: why it was stopped, as a sentence: it waited or ran for too long. None if it was not.
+        stopped_by: why it was stopped, whoever waits for it: it waited or ran for too long. None if it was not.
         prompt_id: under which it runs; None before it is noted to.
         progress: how far it is.
         done: set when it is out of hand.
@@ -53,7 +54,7 @@ class RunningJob:
     started_at: float | None = None
     run: RunRecorder | None = None
     deadline: float | None = None
-    late: str | None = None
+    stopped_by: WorkerError | None = None
     prompt_id: str | None = None
     progress: ProgressNote | None = None
     done: threading.Event = field(default_factory=threading.Event)
@@ -157,9 +158,23 @@ def stop_late(in_hand: Iterable[RunningJob]) -> None:
     """Stop the jobs that have waited or run for too long; what is being delivered was in time."""
     for running in in_hand:
         sentence = _too_late(running)
-        if sentence is not None and running.late is None:
-            running.late = sentence
-            running.stop.set(late=True)
+        if sentence is not None:
+            _stop(running, TimedOut(sentence))
+
+
+def stop_unreachable(in_hand: Iterable[RunningJob], limit_s: float) -> None:
+    """Stop the jobs that have waited too long for a ComfyUI that does not answer; one that runs finds out itself."""
+    for running in in_hand:
+        since = running.backend.away_since
+        is_waiting = running.stage in (Stage.STAGING, Stage.QUEUED)
+        if is_waiting and since is not None and time.time() - max(since, running.job.since) >= limit_s:
+            _stop(running, running.backend.worker.client.unreachable())
+
+
+def _stop(running: RunningJob, error: WorkerError) -> None:
+    if running.stopped_by is None:
+        running.stopped_by = error
+        running.stop.set(late=True)
 
 
 def _too_late(running: RunningJob) -> str | None:

@@ -19,6 +19,7 @@ from redis import ConnectionError as RedisConnectionError
 from redis import RedisError
 
 from comfy_worker.comfy.client import ComfyClient
+from comfy_worker.engines.absence import notice_of
 from comfy_worker.engines.backends import EXPIRED
 from comfy_worker.engines.celery_app import QUEUE, make_app, publish, queue_of, task_of
 from comfy_worker.engines.fleet import Fleet
@@ -183,7 +184,12 @@ class CeleryEngine:
             places = places_of(self._queue, self._in_hand, self._run_times, present)
             if notice := self._notice(is_any_present=bool(present)):
                 for job in self._queue:
-                    places[job.id] = replace(places[job.id], wait_s=None, notice=notice)
+                    places[job.id] = replace(places[job.id], wait_s=None, run_s=None, notice=notice)
+            away = {worker["url"]: worker.get("away_since") for worker in self._workers}
+            for item in self._in_hand:
+                notice = notice_of(away.get(item.backend))
+                if notice and item.job.id in places:
+                    places[item.job.id] = replace(places[item.job.id], wait_s=None, run_s=None, notice=notice)
             return self._steady.steady(places, len(present))
 
     def _notice(self, *, is_any_present: bool) -> str:

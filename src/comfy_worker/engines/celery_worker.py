@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from kombu.exceptions import OperationalError
 from redis import RedisError
 
-from comfy_worker.engines.backends import Backend, RunningJob, connect, stop_late
+from comfy_worker.engines.backends import Backend, RunningJob, connect, stop_late, stop_unreachable
 from comfy_worker.engines.celery_app import QUEUE, publish, queue_of
 from comfy_worker.engines.celery_host import CeleryHost, ask_to_end, was_asked_to_end
 from comfy_worker.engines.fleet import Fleet
@@ -325,7 +325,10 @@ class FleetWorker:
                 return
             with self._lock:
                 in_hand = dict(self._in_hand)
-            stop_late(running for running in in_hand.values() if running is not None)
+            running_jobs = [running for running in in_hand.values() if running is not None]
+            stop_late(running_jobs)
+            if not self._settings.wait_for_comfyui:
+                stop_unreachable(running_jobs, self._settings.ready_timeout_s)
             if is_time := time.monotonic() >= self._say_again_at:
                 self._say_again_at = time.monotonic() + self._say_again_s
                 self._quietly(partial(self._keep, in_hand))

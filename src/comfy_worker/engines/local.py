@@ -11,7 +11,15 @@ from typing import Any
 
 from comfy_worker.comfy.client import ComfyClient
 from comfy_worker.engines.absence import away_since, notice_of
-from comfy_worker.engines.backends import EXPIRED, Backend, RunningJob, choose, connect, stop_late
+from comfy_worker.engines.backends import (
+    EXPIRED,
+    Backend,
+    RunningJob,
+    choose,
+    connect,
+    stop_late,
+    stop_unreachable,
+)
 from comfy_worker.engines.patience import Patience
 from comfy_worker.engines.places import InHand, SteadyPlaces, has_moved, places_of
 from comfy_worker.engines.run_times import RunTimes
@@ -198,9 +206,11 @@ class LocalEngine:
             in_hand = [self._in_hand(running) for running in self._running.values()]
             healthy = [backend.url for backend in self._backends if backend.healthy]
             places = places_of(self._queue, in_hand, self._run_times, healthy)
-            for job in self._queue:
-                if notice := notice_of(away_since(job, self._backends)):
-                    places[job.id] = replace(places[job.id], wait_s=None, notice=notice)
+            away = {job.id: away_since(job, self._backends) for job in self._queue}
+            away |= {running.job.id: running.backend.away_since for running in self._running.values()}
+            for job_id in away.keys() & places.keys():
+                if notice := notice_of(away[job_id]):
+                    places[job_id] = replace(places[job_id], wait_s=None, run_s=None, notice=notice)
             steady = self._steady.steady(places, len(healthy))
             self._known_places = time.monotonic(), steady
             return steady
@@ -234,6 +244,8 @@ class LocalEngine:
         with self._lock:
             in_hand = list(self._running.values())
         stop_late(in_hand)
+        if not self._settings.wait_for_comfyui:
+            stop_unreachable(in_hand, self._settings.ready_timeout_s)
 
     def _end_expired(self) -> None:
         with self._lock:

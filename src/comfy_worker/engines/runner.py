@@ -215,8 +215,8 @@ class Runner:
         code = output.get("code") if "error" in output else None
         if running.stop.detached and code == Cancelled.code:
             return  # it goes on in ComfyUI, and the next start takes it up
-        if running.late is not None and code == Cancelled.code:
-            code, output = TimedOut.code, {**output, **TimedOut(running.late).as_output()}
+        if (stopped_by := running.stopped_by) is not None and code == Cancelled.code:
+            code, output = stopped_by.code, {**output, **stopped_by.as_output(self._settings.secrets())}
         was_lost = is_resumed and not running.stop.is_set() and _has_lost_something(output)
         again = was_lost or self._may_do_better_elsewhere(running, code)
         if again and self._again(running, "its files went while nobody watched" if was_lost else output["error"]):

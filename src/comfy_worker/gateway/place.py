@@ -39,9 +39,10 @@ class Place:
     def beside_progress(self) -> dict[str, Any]:
         """Return what is said of where a job stands beside how far it is."""
         if self.position == 0:
-            return {} if self.run_s is None else {"estimated_s": round(self.run_s, 1)}
-        known = {"queue_position": self.position, "estimated_wait_s": self.wait_s, "notice": self.notice or None}
-        return {name: value for name, value in known.items() if value is not None}
+            known = {"estimated_s": self.run_s if self.run_s is None else round(self.run_s, 1)}
+        else:
+            known = {"queue_position": self.position, "estimated_wait_s": self.wait_s}
+        return {name: value for name, value in {**known, "notice": self.notice or None}.items() if value is not None}
 
 
 def as_time(seconds: float) -> str:
