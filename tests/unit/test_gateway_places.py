@@ -175,8 +175,8 @@ def test_how_far_a_run_is_tells_how_long_it_goes_on() -> None:
     assert run_times.remaining("a", run_of((100.0, 9.0)), 1009.0) == 0.0
 
 
-def test_without_a_run_like_it_its_own_time_tells() -> None:
-    run_times = times(other=10.0)
+def test_where_nobody_saw_how_far_one_like_it_was_its_own_time_tells() -> None:
+    run_times = times(a=10.0)
     assert run_times.remaining("a", run_of((50.0, 1.0)), 1004.0) == pytest.approx(6.0)
     assert run_times.remaining("a", run_of((50.0, 1.0)), 1099.0) == 0.0
     assert RunTimes().remaining("a", run_of((50.0, 1.0)), 1004.0) is None
@@ -198,9 +198,10 @@ def test_a_run_out_of_comfyuis_cache_is_no_measure() -> None:
     assert not run.is_from_cache
 
 
-def test_a_workflow_that_never_ran_is_taken_for_one_of_the_latest() -> None:
-    run_times = times(a=10.0, b=20.0, c=90.0)
-    assert (run_times.expected("a"), run_times.expected("unheard of")) == (10.0, 20.0)
+def test_others_tell_nothing_of_a_workflow_that_never_ran() -> None:
+    run_times = times(a=10.0, b=20.0)
+    assert (run_times.expected("a"), run_times.expected("unheard of")) == (10.0, None)
+    assert run_times.remaining("unheard of", run_of((50.0, 1.0)), 1004.0) is None
 
 
 def test_a_listener_is_told_what_is_known() -> None:
@@ -226,8 +227,8 @@ def test_runs_before_a_restart_are_learned_from() -> None:
     )
     assert run_times.expected("b") == 3.0
     assert run_times.expected("a clock that was set back") == 0.0
-    assert run_times.expected("failed") == run_times.expected("never seen to run") == 1.5
-    assert run_times.expected("from the cache") == 1.5
+    assert run_times.expected("failed") is run_times.expected("never seen to run") is None
+    assert run_times.expected("from the cache") is None
 
 
 def test_only_so_many_workflows_are_remembered_those_that_ran_last() -> None:
@@ -249,7 +250,7 @@ def test_expected_is_the_median_of_the_latest_of_its_like(runs: list[tuple[str, 
     run_times = RunTimes()
     for own, seconds in runs:
         run_times.remember(own, seconds)
-    like = [seconds for own, seconds in runs if own == signature] or [seconds for _, seconds in runs]
+    like = [seconds for own, seconds in runs if own == signature]
     assert run_times.expected(signature) == (statistics.median(like[-5:]) if like else None)
 
 
@@ -282,9 +283,9 @@ def test_when_the_queue_moves_everybody_is_nearer(runs: list[tuple[str, float]],
     for job_id, place in after.items():
         wait_s, waited_s = place.wait_s, before[job_id].wait_s
         assert (place.position or 0) + 1 == before[job_id].position
-        assert wait_s is not None
-        assert waited_s is not None
-        assert wait_s <= waited_s
+        if waited_s is not None:
+            assert wait_s is not None
+            assert wait_s <= waited_s
 
 
 @hypothesis.given(RUNS.filter(len), st.floats(min_value=0, max_value=100), st.floats(min_value=0, max_value=1e4))
@@ -294,7 +295,7 @@ def test_what_runs_never_has_less_than_nothing_left_nor_more_than_it_takes(
     run_times = RunTimes()
     for own, seconds in runs:
         run_times.remember(own, seconds, ((50.0, seconds / 2),))
-    for signature in ("a", "b", "c"):
+    for signature in {own for own, _ in runs}:
         expected, left = (
             run_times.expected(signature),
             run_times.remaining(signature, run_of((percent, 0.0)), 1e3 + now_s),

@@ -73,13 +73,11 @@ class RunTimes:
     def __init__(self) -> None:
         self._by_signature: dict[str, deque[float]] = {}
         self._profiles: dict[str, tuple[Profile, float]] = {}
-        self._all: deque[float] = deque(maxlen=_RUNS_REMEMBERED)
 
     def remember(self, signature: str, seconds: float, profile: Profile = ()) -> None:
         """Take in how long a run took, and how far it was when."""
         runs = self._by_signature.pop(signature, None) or deque(maxlen=_RUNS_REMEMBERED)
         runs.append(seconds)
-        self._all.append(seconds)
         self._by_signature[signature] = runs
         if profile:
             self._profiles[signature] = (profile, seconds)
@@ -96,12 +94,15 @@ class RunTimes:
                 self.remember(record.signature, max(0.0, record.ended_at - record.started_at))
 
     def expected(self, signature: str) -> float | None:
-        """Return how long one will run: as those like it, or else as the latest; None if none ran yet."""
-        runs = self._by_signature.get(signature) or self._all
+        """Return how long one will run, by those like it; None if none like it ran yet.
+
+        Others tell nothing of it: a video does not take as long as the pictures before it.
+        """
+        runs = self._by_signature.get(signature)
         return statistics.median(runs) if runs else None
 
     def remaining(self, signature: str, run: RunRecorder, now: float | None = None) -> float | None:
-        """Return how long a run will go on, in seconds; None if nothing ran yet."""
+        """Return how long a run will go on, in seconds; None if none like it ran yet."""
         expected = self.expected(signature)
         if expected is None:
             return None

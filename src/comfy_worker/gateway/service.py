@@ -264,6 +264,10 @@ class JobService:
         policy = policy if isinstance(policy, Mapping) else {}
         if priority is None:
             priority = LOW_PRIORITY if policy.get("lowPriority") is True else NORMAL_PRIORITY
+        has_webhook = bool(job_input.get("webhook") or request.get("webhook"))
+        if not has_webhook:
+            # The caller's Host header is good for the caller's own webhook; the operator's links do not follow it.
+            details = {name: value for name, value in details.items() if name != "base_url"}
         return JobRecord(
             id=job_id,
             endpoint_id=endpoint_id,
@@ -275,7 +279,7 @@ class JobService:
             queue_ttl_s=_milliseconds(policy.get("ttl"), 86_400_000) / 1000,
             retention_s=retention_s,
             signature=signature(workflow_of(request)),
-            webhook=bool(job_input.get("webhook") or request.get("webhook") or self._webhook_url),
+            webhook=has_webhook or bool(self._webhook_url),
             door=door,
             details=details,
             owner=current_caller().owner,
