@@ -87,7 +87,7 @@ def redact_all(value: Any, secrets: list[str | None]) -> Any:
     if isinstance(value, str):
         return _as_utf8(redact(value, secrets))
     if isinstance(value, dict):
-        return {_as_utf8(str(key)): redact_all(item, secrets) for key, item in value.items()}
+        return {_as_utf8(redact(str(key), secrets)): redact_all(item, secrets) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [redact_all(item, secrets) for item in value]
     if value is None or isinstance(value, (bool, int, float)):

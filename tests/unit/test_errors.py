@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import comfy_worker
@@ -94,6 +94,7 @@ JSON_LIKE = st.recursive(
 )
 
 
+@example(details={"00000000": None}, message="0", secret="00000000")
 @given(details=JSON_LIKE, message=st.text(min_size=1), secret=st.text("abcdef0123456789", min_size=8, max_size=12))
 def test_every_failure_is_json_without_the_secret(details: Any, message: str, secret: str) -> None:
     error = InternalError(f"{message}{secret}", details=[details, secret, {"key": secret}], hint=f"not {secret}")

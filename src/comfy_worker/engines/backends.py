@@ -84,7 +84,7 @@ class Backend:
         places: how many jobs it may have that are not being delivered yet; beyond them, one of each owner that has
             none.
         healthy: whether it answers; not before it was asked.
-        away_since: since when it has not answered, in seconds since the epoch; None while it does.
+        away_since: when it answered last, in seconds since the epoch, if it does not now; None while it does.
         name: the URL under which it is known to others, if that is not where it is found from here.
     """
 
@@ -95,6 +95,7 @@ class Backend:
     away_since: float | None = field(default_factory=time.time)
     jobs: set[RunningJob] = field(default_factory=set)
     name: str = ""
+    _answered_at: float = field(default_factory=time.time)
 
     @property
     def url(self) -> str:
@@ -116,7 +117,7 @@ class Backend:
         has_changed = healthy is not self.healthy
         self.healthy = healthy
         if has_changed:
-            self.away_since = None if healthy else time.time()
+            self.away_since = None if healthy else self._answered_at
         return has_changed
 
     def has_room_for(self, owner: str) -> bool:
@@ -130,7 +131,10 @@ class Backend:
         """Ask it again and again whether it answers, until the engine stops."""
         failures = 0
         while not stopping.is_set():
+            asked_at = time.time()
             is_ready = self.worker.client.is_ready()
+            if is_ready:
+                self._answered_at = asked_at
             failures = 0 if is_ready else failures + 1
             if is_ready or failures >= _FAILURES:
                 mark(self, is_ready)

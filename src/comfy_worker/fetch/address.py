@@ -77,7 +77,8 @@ def _ipv6(host: str) -> str:
     try:
         address = ipaddress.IPv6Address(host)
     except ValueError:
-        raise Problem("its host is no valid address") from None
+        # From Python 3.11 on, `urlsplit` finds that out itself.
+        raise Problem("its URL cannot be read") from None
     if address.scope_id is not None:
         raise Problem("its host is an address with a zone")
     return str(address)
