@@ -163,8 +163,8 @@ CANCELS = {
     "catalog": "/api/v1/comfyui/executions/{}/cancel",
 }
 """The generate API's `/cancel/{id}` is RunPod's."""
-SLOW_S = 2.0
-"""How long an upload or download holds; a cancel does not wait for its end."""
+SLOW_S = 10.0
+"""How long an upload or download holds, to be seen on a busy machine too; a cancel does not wait for its end."""
 
 
 def with_input() -> dict[str, Any]:

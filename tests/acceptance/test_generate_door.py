@@ -658,7 +658,7 @@ def test_health_is_the_union_of_what_the_apis_tell(gateway: Served) -> None:
 
 
 def test_without_a_comfyui_requests_wait_and_health_says_so(tmp_path: Path) -> None:
-    with silent_port() as port, served(f"http://127.0.0.1:{port}", tmp_path) as gateway:
+    with silent_port() as port, served(f"http://127.0.0.1:{port}", tmp_path, WAIT_FOR_COMFYUI="true") as gateway:
         answer = gateway.get("/health")
         assert (answer.status_code, answer.json()["status"]) == (200, "unhealthy")
         told = answer.json()["comfyui"]

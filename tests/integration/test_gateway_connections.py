@@ -63,7 +63,7 @@ def serving(folder: Path, **settings: Any) -> Iterator[ThreadServer]:
     """Serve a gateway whose ComfyUI is not there until the end of the block."""
     with silent_port() as port:
         loaded = load_gateway_settings(
-            data_dir=str(folder), comfyui_url=f"http://127.0.0.1:{port}", api_port=0, **settings
+            data_dir=str(folder), comfyui_url=f"http://127.0.0.1:{port}", api_port=0, wait_for_comfyui=True, **settings
         )
         server = ThreadServer(create_app(loaded, Keys(["key", "other"])), loaded)
         thread = threading.Thread(target=server.run)

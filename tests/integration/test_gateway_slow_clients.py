@@ -97,7 +97,9 @@ class Hall:
 @pytest.fixture
 def hall(tmp_path: Path, environment: pytest.MonkeyPatch) -> Iterator[Hall]:
     with silent_port() as port:
-        settings = load_gateway_settings(data_dir=str(tmp_path), comfyui_url=f"http://127.0.0.1:{port}")
+        settings = load_gateway_settings(
+            data_dir=str(tmp_path), comfyui_url=f"http://127.0.0.1:{port}", wait_for_comfyui=True
+        )
         app = create_app(settings, Keys(["key"]))
         with listening(app) as url:
             yield Hall(app.state.let_go.__self__, url)

@@ -358,7 +358,9 @@ def test_runpods_loop_tells_each_end_and_its_own_end_waits_for_that(comfyui_url:
         endpoint(comfyui_url, {**OPEN, "WEBHOOK_URL": receiver.url, "WEBHOOK_SECRET": SECRET}) as running,
     ):
         completed = running.run(workflow=graphs.picture(ORANGE))
+        receiver.wait_for(1)
         running.run(workflow=graphs.work(0.01, steps=2, fail_at=1))
+        receiver.wait_for(2)
         cancelled = running.platform.submit({"workflow": gate.graph()})
         gate.wait_until_run()
         running.platform.cancel(cancelled)

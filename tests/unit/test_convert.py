@@ -81,6 +81,8 @@ def test_whatever_comes_in_the_wish_is_met(
 ) -> None:
     try:
         content = saved(Image.new(mode, size), source)
+        # Pillow 12, the last for Python 3.10, writes BMPs of an empty palette that it cannot read.
+        Image.open(io.BytesIO(content)).load()
     except (OSError, KeyError, ValueError):  # this format has no such pictures
         return
     converted = convert(content, "a.b.xyz", Conversion(form, quality, max_side, keep_metadata))

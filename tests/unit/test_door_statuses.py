@@ -34,7 +34,7 @@ def make(environment: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Make]:
 
         def make(**settings: Any) -> TestClient:
             url = f"http://127.0.0.1:{port}"
-            loaded = load_gateway_settings(comfyui_url=url, data_dir=str(tmp_path), **settings)
+            loaded = load_gateway_settings(comfyui_url=url, data_dir=str(tmp_path), wait_for_comfyui=True, **settings)
             app = create_app(loaded, Keys(("key",)))
             client = TestClient(app, base_url="http://127.0.0.1", raise_server_exceptions=False)
             stack.enter_context(client)

@@ -31,7 +31,7 @@ def make(environment: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Make]:
 
         def make(keys: tuple[str, ...] = ("key",), **settings: Any) -> TestClient:
             url = f"http://127.0.0.1:{port}"
-            loaded = load_gateway_settings(comfyui_url=url, data_dir=str(tmp_path), **settings)
+            loaded = load_gateway_settings(comfyui_url=url, data_dir=str(tmp_path), wait_for_comfyui=True, **settings)
             client = TestClient(create_app(loaded, Keys(keys)), base_url="http://127.0.0.1")
             stack.enter_context(client)
             return client

@@ -91,7 +91,9 @@ def test_a_stream_tells_each_thing_once_to_each_key_until_the_job_is_gone(
     environment: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     with silent_port() as port:
-        settings = load_gateway_settings(comfyui_url=f"http://127.0.0.1:{port}", data_dir=str(tmp_path))
+        settings = load_gateway_settings(
+            comfyui_url=f"http://127.0.0.1:{port}", data_dir=str(tmp_path), wait_for_comfyui=True
+        )
         app = create_app(settings, Keys(["mine"], admins=["yours"]))
         gateway: Gateway = app.state.let_go.__self__
         with TestClient(app, base_url="http://127.0.0.1") as client:

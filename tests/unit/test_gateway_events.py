@@ -25,7 +25,9 @@ BODY = {"input": {"workflow": picture((1, 2, 3))}}
 def gateway(environment: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Gateway]:
     """A gateway whose ComfyUI is not there: nothing happens but what a test makes happen."""
     with silent_port() as port:
-        made = Gateway(load_gateway_settings(data_dir=str(tmp_path), comfyui_url=f"http://127.0.0.1:{port}"))
+        made = Gateway(
+            load_gateway_settings(data_dir=str(tmp_path), comfyui_url=f"http://127.0.0.1:{port}", wait_for_comfyui=True)
+        )
         made.start()
         yield made
         made.stop()
@@ -133,7 +135,9 @@ class SlowBus(LocalEventBus):
 def test_nobody_waits_for_what_another_asks_the_bus(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
     bus = SlowBus()
     with silent_port() as port:
-        settings = load_gateway_settings(data_dir=str(tmp_path), comfyui_url=f"http://127.0.0.1:{port}")
+        settings = load_gateway_settings(
+            data_dir=str(tmp_path), comfyui_url=f"http://127.0.0.1:{port}", wait_for_comfyui=True
+        )
         gateway = Gateway(settings, bus)
 
         async def ask() -> None:

@@ -68,7 +68,9 @@ def status_of(client: TestClient, method: str, path: str, headers: dict[str, str
 def app(environment: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FastAPI]:
     with silent_port() as port:
         url = f"http://127.0.0.1:{port}"
-        settings = load_gateway_settings(comfyui_url=url, data_dir=str(tmp_path), rate_limit_wrong_keys="off")
+        settings = load_gateway_settings(
+            comfyui_url=url, data_dir=str(tmp_path), rate_limit_wrong_keys="off", wait_for_comfyui=True
+        )
         yield create_app(settings, Keys(["key"]))
 
 

@@ -57,7 +57,9 @@ class Running:
 def running(environment: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Running]:
     """An application of which nothing runs a job: each waits until it is cancelled."""
     with silent_port() as port:
-        loaded = load_gateway_settings(comfyui_url=f"http://127.0.0.1:{port}", data_dir=str(tmp_path))
+        loaded = load_gateway_settings(
+            comfyui_url=f"http://127.0.0.1:{port}", data_dir=str(tmp_path), wait_for_comfyui=True
+        )
         app = create_app(loaded, KEYS)
         gateway: Gateway = app.state.let_go.__self__
         # Without its lifespan: the engine does not start.

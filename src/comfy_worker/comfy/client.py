@@ -124,11 +124,17 @@ class ComfyClient:
             stop.check()
 
     def patiently(self, request: Callable[[], Answer], stop: Stop) -> Answer:
-        """Return what a request returns that may be repeated; before each repetition, wait for ComfyUI to be back."""
+        """Return what a request returns that may be repeated; before each repetition, wait for ComfyUI to be back.
+
+        Raises:
+            ComfyUnreachable: it did not answer, or not in time.
+            Cancelled: `stop` was set meanwhile; nothing is repeated then.
+        """
         for _attempt in range(1, _ATTEMPTS):
             try:
                 return request()
             except ComfyUnreachable:
+                stop.check()
                 self.wait_until_ready(stop)
         return request()
 
