@@ -399,6 +399,9 @@ def test_what_ran_before_a_restart_tells_how_long_to_wait(ground_of: GroundOf, f
     with ground.bench() as before:
         ground.wait_until_ready(before)
         assert before.ended(before.submit(graphs.work(0.2, steps=2))).state is JobState.COMPLETED
+        # Those in front count as well.
+        (earlier := Gate(tmp_path)).open()
+        assert before.ended(before.submit(earlier.graph())).state is JobState.COMPLETED
     gate = Gate(tmp_path)
     with ground.bench() as after:
         ground.wait_until_ready(after)
