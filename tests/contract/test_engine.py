@@ -406,10 +406,10 @@ def test_what_ran_before_a_restart_tells_how_long_to_wait(ground_of: GroundOf, f
     with ground.bench() as after:
         ground.wait_until_ready(after)
         in_hand = ground.fill(after, gate)
-        waiting = after.submit(graphs.work(0.2, steps=2))
-        place = after.service.place(waiting)
+        waiting = [after.submit(graphs.work(0.2, steps=2)) for _ in range(2)]
+        place = after.service.place(waiting[1])
         gate.open()
-        for job_id in (*in_hand, waiting):
+        for job_id in (*in_hand, *waiting):
             after.ended(job_id)
 
     assert place is not None
