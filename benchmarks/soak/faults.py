@@ -252,6 +252,7 @@ class PlatformDown(Fault):
     """The platform cuts all connections and takes none for a while."""
 
     seconds: float
+    loses_answers_to_results: bool = True
     _is_down: bool = False
 
     def begin(self, scene: Scene) -> None:

@@ -231,12 +231,7 @@ def _platform(kind: str, mischief: Mischief, times: tuple[int, int] = (1, 1), ne
 
 
 def _platform_down(rng: Random) -> Fault:
-    return PlatformDown(
-        name="platform down",
-        delay_s=_soon(rng),
-        seconds=round(rng.uniform(0.2, 1.0), 3),
-        loses_answers_to_results=True,
-    )
+    return PlatformDown(name="platform down", delay_s=_soon(rng), seconds=round(rng.uniform(0.2, 1.0), 3))
 
 
 _KINDS: Mapping[Draw, int] = {

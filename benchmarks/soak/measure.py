@@ -9,11 +9,10 @@ from pathlib import Path
 
 _WARM_UP = 0.15
 """Part of the run that does not count: pools and caches fill, modules are loaded."""
-_MORE_HANDLES = 3
+MORE_HANDLES = 3
 """How many more open files or threads at the end than after the warm-up are no trend."""
 _MOST_KB_PER_JOB = 4.0
-_FEWEST_JOBS_FOR_A_TREND = 300
-"""With fewer, what a single job has in hand while it is looked at counts for more than what is left behind."""
+_FEWEST_JOBS_FOR_A_SLOPE = 300
 _MOST_MB = 40.0
 """How much a short run may add, before a slope says anything."""
 
@@ -71,18 +70,16 @@ class Trend:
 
     def violations(self) -> list[str]:
         """Return a sentence for everything that grew."""
-        found = []
-        if self.end.jobs >= _FEWEST_JOBS_FOR_A_TREND:
-            found += [
-                f"the worker's {name} grew from {before} to {after}"
-                for name, before, after in (
-                    ("open files", self.start.fds, self.end.fds),
-                    ("threads", self.start.threads, self.end.threads),
-                )
-                if after > before + _MORE_HANDLES
-            ]
-            if self.rss_kb_per_job > _MOST_KB_PER_JOB:
-                found.append(f"the worker's memory grows by {self.rss_kb_per_job:.2f} KB a job")
+        found = [
+            f"the worker's {name} grew from {before} to {after}"
+            for name, before, after in (
+                ("open files", self.start.fds, self.end.fds),
+                ("threads", self.start.threads, self.end.threads),
+            )
+            if after > before + MORE_HANDLES
+        ]
+        if self.end.jobs >= _FEWEST_JOBS_FOR_A_SLOPE and self.rss_kb_per_job > _MOST_KB_PER_JOB:
+            found.append(f"the worker's memory grows by {self.rss_kb_per_job:.2f} KB a job")
         if self.end.rss_mb > self.start.rss_mb + _MOST_MB:
             found.append(f"the worker's memory grew from {self.start.rss_mb} to {self.end.rss_mb} MB")
         return found

@@ -20,7 +20,7 @@ from benchmarks.soak.current import CurrentRound
 from benchmarks.soak.faults import Fault, Scene
 from benchmarks.soak.judge import Running, violations_of
 from benchmarks.soak.kinds import OWN_KINDS, REMOTE_KINDS, REQUEST_TIMEOUT_S
-from benchmarks.soak.measure import Sample, Trend, sample, trend
+from benchmarks.soak.measure import MORE_HANDLES, Sample, Trend, sample, trend
 from benchmarks.soak.schedule import Round, rounds
 from tests.support.platform import Platform
 from tests.support.processes import Process, start_handler
@@ -137,6 +137,7 @@ class _Runner:
         self._bar = bar
         self._began = began
         self._ended: list[tuple[Running, tuple[str, int]]] = []
+        self._left_to_settle_s = _SETTLE_TIMEOUT_S
 
     def run(self) -> None:
         """Run all rounds, or stop at the first job that does not end."""
@@ -145,13 +146,26 @@ class _Runner:
             has_ended = self._run_round(plan)
             if not has_ended:
                 break
-            found.samples.append(sample(self._worker.pid, found.ended_jobs, time.monotonic() - self._began))
+            found.samples.append(self._sample())
         found.prompts_left = len(scene.comfyui.queue())
         found.files_left = len(scene.comfyui.files())
         for running, end in self._ended:
             # Nothing may change a job any more that has ended.
             if running.end != end:
                 self._blame([f"job {running.job.number} changed after its end: {end}, then {running.end}"])
+
+    def _sample(self) -> Sample:
+        """Look at the worker when the threads of its last jobs have ended; what does not end is seen all the same.
+
+        On a busy machine they need a moment. All samples together wait for `_SETTLE_TIMEOUT_S` at most.
+        """
+        fewest = min((one.threads for one in self._found.samples), default=None)
+        while True:
+            found = sample(self._worker.pid, self._found.ended_jobs, time.monotonic() - self._began)
+            if fewest is None or found.threads <= fewest + MORE_HANDLES or self._left_to_settle_s <= 0:
+                return found
+            time.sleep(_SETTLE_INTERVAL_S)
+            self._left_to_settle_s -= _SETTLE_INTERVAL_S
 
     def _run_round(self, plan: Round) -> bool:
         """Run one round; return whether all of its jobs have ended."""

@@ -13,7 +13,7 @@ from benchmarks.soak.kinds import OWN_KINDS
 from benchmarks.soak.shapes import Expected, SoakJob
 from tests.support.board import PlatformJob
 
-DOWN = PlatformDown(name="platform down", seconds=1.0, loses_answers_to_results=True)
+DOWN = PlatformDown(name="platform down", seconds=1.0)
 CUT = PlatformMischief(name="job-done cut", kind="job-done", mischief="cut")
 RESULT: dict[str, Any] = {"output": {"texts": []}}
 OTHER: dict[str, Any] = {"output": {"texts": ["something else"]}}
@@ -49,6 +49,6 @@ def test_two_different_results_are_wrong_whatever_happened() -> None:
     assert len(_posts_blamed(_running([RESULT, OTHER], DOWN))) == 1
 
 
-def test_a_lot_of_a_platform_that_is_down_knows_that_answers_get_lost() -> None:
+def test_answers_to_results_get_lost_where_the_platform_goes_down_and_nowhere_else() -> None:
     drawn = [draw(Random(1)) for draw in OWN_KINDS]
     assert [fault.name for fault in drawn if fault.loses_answers_to_results] == ["platform down"]
