@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import tempfile
@@ -62,7 +63,10 @@ class RedisServer:
         """
         assert self._process is not None
         self._process.send_signal(number)
-        if number is not signal.SIGSTOP:
+        if number is signal.SIGSTOP:
+            # A signal is on its way for a while: until then it would still answer.
+            os.waitid(os.P_PID, self._process.pid, os.WSTOPPED)
+        else:
             self._process.wait()
             self._process = None
 
