@@ -167,6 +167,30 @@ def test_a_worker_whose_comfyui_is_back_takes_jobs_again(sites: Sites) -> None:
     assert site.told(job_id) == ["IN_QUEUE", "IN_PROGRESS", "COMPLETED"]
 
 
+def test_jobs_in_hand_of_a_comfyui_that_stays_away_go_back_to_the_queue(sites: Sites, tmp_path: Path) -> None:
+    site = sites.start(COMFYUI_READY_TIMEOUT_S="10", GENERATION_WORKERS="2")
+    (comfyui,), gate = site.comfyuis, Gate(tmp_path)
+    running = site.submit(gate.graph())
+    gate.wait_until_run()
+    in_hand = site.submit(graphs.picture(RED))
+    wait_until(lambda: bool(comfyui.pending()))
+    comfyui.kill()
+    wait_until(lambda: notice(site, in_hand).startswith("ComfyUI has not answered since "))
+    wait_until(lambda: notice(site, in_hand).startswith("No ComfyUI of the fleet has answered since "))
+    comfyui.start()
+
+    site.wait_until_ended(in_hand)
+    assert site.told(in_hand) == ["IN_QUEUE", "IN_PROGRESS", "COMPLETED"]
+    # ComfyUI had begun to run this one: it may have done things, and is not run again unasked.
+    assert site.told(running) == ["IN_QUEUE", "IN_PROGRESS", "FAILED"]
+
+
+def notice(site: Site, job_id: str) -> str:
+    """Return why a job that waits does not get on; empty if it does."""
+    output = site.gateway.status(job_id).get("output") or {}
+    return str(output.get("notice", ""))
+
+
 def test_a_worker_that_waits_for_its_comfyui_ends_at_once(sites: Sites) -> None:
     site = sites.start()
     (comfyui,), (worker,) = site.comfyuis, site.fleet.workers

@@ -106,24 +106,20 @@ def refusal(body: Mapping[str, Any], workflow: Workflow, object_info: ObjectInfo
     ComfyUI stops at the first class that it does not have; what else is missing is looked up.
     """
     object_info = functools.cache(object_info)
-    problems = _first(node_problems(body.get("node_errors") or {}, workflow, object_info))
+    found = node_problems(body.get("node_errors") or {}, workflow, object_info)
+    problems = list(itertools.islice(found, _MOST_PROBLEMS))
     if not problems and _names_missing_class(body.get("error") or {}):
-        problems = _first(_all_that_is_missing(workflow, object_info()))
+        found = _all_that_is_missing(workflow, object_info())
+        problems = list(itertools.islice(found, _MOST_PROBLEMS))
     problems = problems or [_whole_problem(body.get("error") or {}, workflow)]
-    sentences = [str(problem) for problem in problems[:_MOST_PROBLEMS]]
-    if len(problems) > _MOST_PROBLEMS:
+    sentences = [str(problem) for problem in problems]
+    if next(found, None) is not None:
         sentences.append("and there are more problems")
-        problems = problems[:_MOST_PROBLEMS]
     return _error_class(problems)(
         f"Workflow validation failed: {'; '.join(sentences)}",
         details={"problems": [problem.as_details() for problem in problems]},
         hint=_hint(problems),
     )
-
-
-def _first(problems: Iterable[Problem]) -> list[Problem]:
-    """Return as many problems as are named, and one more if there are more."""
-    return list(itertools.islice(problems, _MOST_PROBLEMS + 1))
 
 
 def _error_class(problems: Sequence[Problem]) -> type[InvalidWorkflow]:

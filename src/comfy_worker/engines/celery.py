@@ -184,12 +184,12 @@ class CeleryEngine:
             places = places_of(self._queue, self._in_hand, self._run_times, present)
             if notice := self._notice(is_any_present=bool(present)):
                 for job in self._queue:
-                    places[job.id] = replace(places[job.id], wait_s=None, run_s=None, notice=notice)
+                    places[job.id] = places[job.id].held_up(notice)
             away = {worker["url"]: worker.get("away_since") for worker in self._workers}
             for item in self._in_hand:
                 notice = notice_of(away.get(item.backend))
                 if notice and item.job.id in places:
-                    places[item.job.id] = replace(places[item.job.id], wait_s=None, run_s=None, notice=notice)
+                    places[item.job.id] = places[item.job.id].held_up(notice)
             return self._steady.steady(places, len(present))
 
     def _notice(self, *, is_any_present: bool) -> str:

@@ -81,6 +81,8 @@ class FleetWorker:
             InvalidInput: a setting is not sound or missing.
             DatabaseUnavailable: the database cannot be used.
         """
+        # Jobs that its ComfyUI does not take go back to the fleet's queue.
+        settings = settings.model_copy(update={"wait_for_comfyui": True})
         assert settings.database_url is not None, "settings without one are refused"  # noqa: S101
         data = Path(settings.data_dir)
         data.mkdir(parents=True, exist_ok=True)
@@ -327,8 +329,7 @@ class FleetWorker:
                 in_hand = dict(self._in_hand)
             running_jobs = [running for running in in_hand.values() if running is not None]
             stop_late(running_jobs)
-            if not self._settings.wait_for_comfyui:
-                stop_unreachable(running_jobs, self._settings.ready_timeout_s)
+            stop_unreachable(running_jobs, self._settings.ready_timeout_s)
             if is_time := time.monotonic() >= self._say_again_at:
                 self._say_again_at = time.monotonic() + self._say_again_s
                 self._quietly(partial(self._keep, in_hand))

@@ -210,7 +210,7 @@ class LocalEngine:
             away |= {running.job.id: running.backend.away_since for running in self._running.values()}
             for job_id in away.keys() & places.keys():
                 if notice := notice_of(away[job_id]):
-                    places[job_id] = replace(places[job_id], wait_s=None, run_s=None, notice=notice)
+                    places[job_id] = places[job_id].held_up(notice)
             steady = self._steady.steady(places, len(healthy))
             self._known_places = time.monotonic(), steady
             return steady

@@ -218,7 +218,7 @@ class Runner:
         if (stopped_by := running.stopped_by) is not None and code == Cancelled.code:
             code, output = stopped_by.code, {**output, **stopped_by.as_output(self._settings.secrets())}
         was_lost = is_resumed and not running.stop.is_set() and _has_lost_something(output)
-        again = was_lost or self._may_do_better_elsewhere(running, code)
+        again = was_lost or self._may_do_better_again(running, code)
         if again and self._again(running, "its files went while nobody watched" if was_lost else output["error"]):
             return
         if code is None:
@@ -229,13 +229,13 @@ class Runner:
             made, error = split_failure(output)
             self._finish(job, state, output=made, error=error, ran=running)
 
-    def _may_do_better_elsewhere(self, running: RunningJob, code: str | None) -> bool:
+    def _may_do_better_again(self, running: RunningJob, code: str | None) -> bool:
         if code not in _NOT_ITS_FAULT:
             return False
         if not running.backend.worker.client.is_ready():
             self._around.mark(running.backend, False)
-            if code == ComfyUnreachable.code and self._settings.wait_for_comfyui:
-                return True
+        if code == ComfyUnreachable.code and self._settings.wait_for_comfyui:
+            return True
         return self._around.has_others() and running.job.attempts + 1 < _MOST_ATTEMPTS
 
     def _again(self, running: RunningJob, why: str) -> bool:

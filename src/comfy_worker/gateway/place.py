@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import Any
 
@@ -31,6 +31,10 @@ class Place:
     def remaining_s(self) -> float | None:
         """In how many seconds its run will have ended; None if that is not known."""
         return None if self.wait_s is None or self.run_s is None else self.wait_s + self.run_s
+
+    def held_up(self, notice: str) -> Place:
+        """Return the place of a job that does not get on, and of which nobody can tell when it will."""
+        return replace(self, wait_s=None, run_s=None, notice=notice)
 
     def as_progress(self) -> dict[str, Any]:
         """Return the progress of a job that waits, as JSON."""
