@@ -375,6 +375,9 @@ def test_the_last_progress_of_a_job_is_in_the_database(bench: Bench) -> None:
 @needs(Feature.PLACES)
 def test_who_waits_is_told_where_and_how_long(ground: Ground, bench: Bench, tmp_path: Path) -> None:
     assert bench.ended(bench.submit(graphs.work(0.2, steps=2))).state is JobState.COMPLETED
+    # Those in front count as well.
+    (earlier := Gate(tmp_path)).open()
+    assert bench.ended(bench.submit(earlier.graph())).state is JobState.COMPLETED
     gate = Gate(tmp_path)
     in_hand = ground.fill(bench, gate)
     waiting = [bench.submit(graphs.work(0.2, steps=2)) for _ in range(3)]
@@ -388,7 +391,7 @@ def test_who_waits_is_told_where_and_how_long(ground: Ground, bench: Bench, tmp_
     assert waits == sorted(waits)
     assert waits[2] > waits[1] > 0
     for job_id in (*in_hand, *waiting):
-        bench.ended(job_id)
+        assert bench.service.place_of(bench.ended(job_id)) is None
     # A fleet's gateway hears of it from the worker.
     wait_until(lambda: bench.service.place(waiting[0]) is None)
 

@@ -283,6 +283,9 @@ def test_when_the_queue_moves_everybody_is_nearer(runs: list[tuple[str, float]],
     for job_id, place in after.items():
         wait_s, waited_s = place.wait_s, before[job_id].wait_s
         assert (place.position or 0) + 1 == before[job_id].position
+        # It is known if all in front are like one that has run.
+        is_known = set(queued[: int(job_id)]) <= {own for own, _ in runs}
+        assert (waited_s is not None) is is_known
         if waited_s is not None:
             assert wait_s is not None
             assert wait_s <= waited_s
