@@ -138,7 +138,7 @@ def test_nobody_waits_for_a_redis_that_is_away_and_it_is_said_once(
         server.start()
     # Changes of state are told then.
     wait_until(lambda: statuses(bus.recent("job")) == ["IN_QUEUE", "IN_PROGRESS"])
-    # One that hung does what it was told last when it goes on.
+    # A Redis that hung has the last command in its socket still, and runs it when it goes on.
     told = [event for event in bus.recent("job") if event.type == PROGRESS]
     assert len(told) == (1 if end is signal.SIGSTOP else 0)
     assert bus.publish("job", PROGRESS, {}).number > 7

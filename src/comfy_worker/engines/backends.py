@@ -41,7 +41,7 @@ class RunningJob:
             have noted it.
         run: what its run tells of how long such runs take; None before.
         deadline: until when it may run, on the monotonic clock; None as long as it was not heard or seen to run.
-        stopped_by: why it was stopped, whoever waits for it: it waited or ran for too long. None if it was not.
+        stopped_by: the error with which it was stopped because it waited or ran for too long; None if it was not.
         prompt_id: under which it runs; None before it is noted to.
         progress: how far it is.
         done: set when it is out of hand.

@@ -41,7 +41,7 @@ class RemoteJob:
         sending: its submission is under way: not to be broken off.
         rumours: ids under which RunPod said that it ended, and which nobody here noted.
         progress: what was told of it last.
-        warnings: what its caller is told besides, of what was sent and not understood.
+        warnings: a sentence for each part of the request that has no effect.
     """
 
     record: JobRecord
