@@ -8,7 +8,9 @@ import sqlite3
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -295,6 +297,16 @@ def test_a_locked_sqlite_is_unavailable_until_it_is_free(tmp_path: Path, comfyui
             assert gateway.get("/live").status_code == 200
         assert gateway.ended(gateway.run(body["input"]["workflow"]))["status"] == "COMPLETED"
     check_log(gateway.process.output, str(file))
+
+
+def test_threads_of_a_gateway_never_meet_a_locked_sqlite(tmp_path: Path) -> None:
+    """With `timeout=0` SQLite refuses at once who meets another writer."""
+    with closing(Store(connect(f"sqlite:///{tmp_path}/jobs.db?timeout=0"), b"key")) as store:
+        ids = [str(number) for number in range(200)]
+        with ThreadPoolExecutor(16) as threads:
+            added = list(threads.map(partial(noted, store, graphs.picture((1, 2, 3))), ids))
+        assert added == ids
+        assert all(store.get(job_id) for job_id in ids)
 
 
 def test_an_sqlite_that_has_no_room_is_unavailable_until_it_has(tmp_path: Path, comfyui: Emulated) -> None:

@@ -119,6 +119,34 @@ def _begin_in_sqlite(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
+class Writers:
+    """Lets one thread of this process at a time write to an SQLite database.
+
+    Who waits for SQLite's own lock asks for it again and again. Whoever is unlucky never gets it while others write.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        """Take the database's engine; PostgreSQL's writers do not wait for each other."""
+        self._lock = threading.Lock() if engine.dialect.name == "sqlite" else None
+
+    @contextmanager
+    def one_at_a_time(self) -> Iterator[None]:
+        """Wait until no other thread is within such a block.
+
+        Raises:
+            sqlalchemy.exc.TimeoutError: others are there for too long.
+        """
+        if self._lock is None:
+            yield
+            return
+        if not self._lock.acquire(timeout=_SQLITE_PATIENCE_S):
+            raise NoConnectionFree
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+
 @contextmanager
 def in_our_words() -> Iterator[None]:
     """Within this block a database that cannot be used is an error of ours; nothing of its statement is told.

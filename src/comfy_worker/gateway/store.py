@@ -35,7 +35,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import IntegrityError
 
-from comfy_worker.gateway.database import WRITES, connect, in_our_words
+from comfy_worker.gateway.database import WRITES, Writers, connect, in_our_words
 from comfy_worker.gateway.errors import (
     DatabaseUnavailable,
     DuplicateKey,
@@ -89,6 +89,7 @@ class Store:
         """
         self._engine = engine
         self._writer = engine.execution_options(**WRITES)
+        self._writers = Writers(engine)
         self._cipher = Fernet(base64.urlsafe_b64encode(hashlib.sha256(secret).digest()))
         self.when_webhook_is_due: Callable[[], None] = _nothing
         self.when_changed: Callable[[str], None] = _nothing_of
@@ -114,7 +115,7 @@ class Store:
     def _writing(self) -> Iterator[Connection]:
         """Make what is done within the block one transaction."""
         self._check_is_ours()
-        with in_our_words(), self._writer.begin() as connection:
+        with in_our_words(), self._writers.one_at_a_time(), self._writer.begin() as connection:
             yield connection
 
     def _check_is_ours(self) -> None:
