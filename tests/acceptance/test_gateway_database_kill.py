@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
-import pytest
 import requests
 
 from tests.support import graphs
@@ -60,7 +59,6 @@ class Client(threading.Thread):
             self._ending.wait(0.05)
 
 
-@pytest.mark.timeout(240)
 def test_nothing_is_lost_or_doubled(tmp_path: Path) -> None:
     with postgres() as server, Emulated(base_directory=tmp_path / "comfyui") as comfyui, Receiver() as receiver:
         url = server.new_database()

@@ -25,7 +25,6 @@ def found(request: pytest.FixtureRequest) -> Iterator[Found]:
         yield run(KILLS, SEED, server.new_database())
 
 
-@pytest.mark.timeout(240)
 def test_nothing_is_lost_or_doubled(found: Found) -> None:
     assert found.violations == []
     assert found.states == {"COMPLETED": found.accepted}

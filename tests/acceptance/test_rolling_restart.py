@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
-import pytest
 import requests
 
 from tests.support import graphs
@@ -110,7 +109,6 @@ class Listener(Client):
                     event[name] = value
 
 
-@pytest.mark.timeout(120)
 def test_a_rolling_restart_is_seen_by_nobody(tmp_path: Path) -> None:
     with postgres() as database, redis_server() as redis, ExitStack() as stack:
         off = {f"RATE_LIMIT_{name}": "off" for name in ("RUN", "STATUS")}

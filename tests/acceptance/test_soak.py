@@ -21,7 +21,6 @@ def found() -> Soak:
     return soak(JOBS, SEED, show_progress=False)
 
 
-@pytest.mark.timeout(240)
 def test_nothing_is_lost_doubled_or_mixed_up(found: Soak) -> None:
     assert found.violations == []
     assert found.outcomes.total() == found.ended_jobs == JOBS

@@ -76,7 +76,6 @@ def real(running_comfyui: Real) -> Iterator[Real]:
 
 @pytest.mark.real
 @pytest.mark.skipif(not (REAL_COMMAND or REAL_URL), reason="neither COMFYUI_REAL_COMMAND nor COMFYUI_URL is set")
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("socket", SOCKETS, ids=name_of)
 @pytest.mark.parametrize("ending", ENDINGS, ids=name_of)
 def test_a_job_ends_on_a_real_comfyui(socket: Socket, ending: Ending, real: Real, tmp_path: Path) -> None:
