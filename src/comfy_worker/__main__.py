@@ -131,8 +131,13 @@ def _serve_with_workers(settings: GatewaySettings) -> int:
     _make_data_dir(settings)
     configure_gateway_logs(settings.log_level, settings.secrets(), settings.log_format)
     _check_database(settings)
-    _announce(settings, f"http://{settings.api_host}:{settings.api_port}")
-    return serve_with_several(serve_beside_others, settings.api_host, settings.api_port, settings.api_workers)
+    return serve_with_several(
+        serve_beside_others,
+        settings.api_host,
+        settings.api_port,
+        settings.api_workers,
+        when_bound=lambda url: _announce(settings, url),
+    )
 
 
 def _reload(settings: GatewaySettings) -> int:

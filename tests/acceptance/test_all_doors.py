@@ -17,10 +17,10 @@ from PIL import Image
 from tests.support.comfyui import ComfyUI
 from tests.support.comfyui import comfyui as running_comfyui
 from tests.support.graphs import node, picture, work
+from tests.support.patience import TIMEOUT_S
 from tests.support.running import wait_until
 from tests.support.served import DATABASES, Served, database_url, served
 
-TIMEOUT_S = 30.0
 SIDE = 32
 Submit = Callable[[Served, dict[str, Any]], str]
 

@@ -18,12 +18,12 @@ import websocket
 from tests.support.comfyui import ComfyUI
 from tests.support.comfyui import comfyui as running_comfyui
 from tests.support.graphs import colors, node, picture, work
+from tests.support.patience import TIMEOUT_S
 from tests.support.receiver import Receiver
 from tests.support.running import wait_until
 from tests.support.served import KEY, Served, served
 
 ROOT = "/api/v1/comfyui"
-TIMEOUT_S = 30.0
 BLOG = {
     "id": 1,
     "title": "Blog Post Image",

@@ -15,9 +15,10 @@ import pytest
 import requests
 
 from tests.support import graphs
-from tests.support.fleet import TIMEOUT_S, Site, Sites
+from tests.support.fleet import Site, Sites
 from tests.support.gate import Gate
 from tests.support.gateway import GatewayProcess
+from tests.support.patience import TIMEOUT_S
 from tests.support.ports import free_port
 from tests.support.processes import Process
 from tests.support.receiver import Receiver

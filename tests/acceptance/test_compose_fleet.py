@@ -18,13 +18,12 @@ from comfy_worker.gateway.auth import split_name
 from tests.support import compose
 from tests.support.container import Container
 from tests.support.graphs import picture
+from tests.support.patience import TIMEOUT_S
 from tests.support.ports import silent_port
 from tests.support.postgres import Postgres, postgres
 from tests.support.processes import Process
 from tests.support.running import wait_until
 from tests.support.s3 import S3Server, s3_server
-
-TIMEOUT_S = 60.0
 
 
 class Deployed:

@@ -17,6 +17,7 @@ from tests.support.checkout import Checkout
 from tests.support.comfyui import ComfyUI
 from tests.support.comfyui import comfyui as running_comfyui
 from tests.support.graphs import colors
+from tests.support.patience import TIMEOUT_S
 from tests.support.ports import free_port
 from tests.support.processes import ROOT, Process
 from tests.support.served import Served, served
@@ -33,7 +34,6 @@ NOT_RUN = {
     "runpod-engine": "an endpoint of RunPod",
 }
 """Pages with blocks that need what a test has not."""
-TIMEOUT_S = 60.0
 
 
 def blocks_of(page: Path) -> list[str]:

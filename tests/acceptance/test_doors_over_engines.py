@@ -28,11 +28,11 @@ from tests.acceptance import test_workflow_door as workflow
 from tests.support.comfyui import ComfyUI
 from tests.support.engines import ENGINES, Site
 from tests.support.graphs import colors, inverted, picture, two_pictures, work
+from tests.support.patience import TIMEOUT_S
 from tests.support.processes import ROOT
 from tests.support.running import wait_until
 from tests.support.served import Served
 
-TIMEOUT_S = 30.0
 RED, GREEN = (255, 0, 0), (0, 255, 0)
 NO_COMFYUI = "no ComfyUI beside it"
 

@@ -19,6 +19,7 @@ from runpod import AsyncioEndpoint, AsyncioJob, Endpoint
 from tests.support.comfyui import ComfyUI
 from tests.support.comfyui import comfyui as running_comfyui
 from tests.support.graphs import colors, data_uri, inverted, picture, png, work
+from tests.support.patience import TIMEOUT_S
 from tests.support.running import wait_until
 from tests.support.served import DATABASES, KEY, Served, database_url, served
 
@@ -93,7 +94,7 @@ def test_the_described_graph_ends_in_the_described_error(gateway: Served) -> Non
 
 
 def test_run_sync_returns_the_picture(endpoint: Endpoint) -> None:
-    output = endpoint.run_sync({"workflow": picture(RED)}, timeout=60)
+    output = endpoint.run_sync({"workflow": picture(RED)}, timeout=TIMEOUT_S)
     image = output["images"][0]
     assert image["type"] == "base64"
     assert colors(base64.b64decode(image["data"])) == [RED]
@@ -103,7 +104,7 @@ def test_run_is_followed_to_its_output(endpoint: Endpoint, gateway: Served) -> N
     job = endpoint.run({"input": {"workflow": work(0.3)}})
     assert job.job_id.endswith("-u1")
     assert job.status() in ("IN_QUEUE", "IN_PROGRESS", "COMPLETED")
-    assert job.output(timeout=30)["images"][0]["type"] == "base64"
+    assert job.output(timeout=TIMEOUT_S)["images"][0]["type"] == "base64"
     assert job.status() == "COMPLETED"
     status = gateway.get(f"/v2/mine/status/{job.job_id}").json()
     assert status["executionTime"] >= 300
@@ -120,7 +121,7 @@ def test_a_stream_tells_of_steps_and_ends_with_the_output(endpoint: Endpoint) ->
 def test_a_job_that_is_cancelled_is_off_the_gpu(endpoint: Endpoint, comfyui: ComfyUI) -> None:
     job = endpoint.run({"workflow": work(60)})
     comfyui.wait_until_running()
-    assert job.cancel(timeout=10) == {"id": job.job_id, "status": "CANCELLED", "message": "The job is cancelled"}
+    assert job.cancel(timeout=TIMEOUT_S) == {"id": job.job_id, "status": "CANCELLED", "message": "The job is cancelled"}
     assert comfyui.queue() == []
     assert job.status() == "CANCELLED"
     assert job.output() is None
@@ -128,7 +129,7 @@ def test_a_job_that_is_cancelled_is_off_the_gpu(endpoint: Endpoint, comfyui: Com
 
 def test_a_failing_job_says_why(endpoint: Endpoint, gateway: Served) -> None:
     job = endpoint.run({"workflow": work(0.1, fail_at=1)})
-    assert job.output(timeout=30)["code"] == "out_of_memory"
+    assert job.output(timeout=TIMEOUT_S)["code"] == "out_of_memory"
     assert job.status() == "FAILED"
     status = gateway.get(f"/status/{job.job_id}").json()
     assert status["error"].startswith("Workflow execution error")
@@ -138,7 +139,7 @@ def test_a_failing_job_says_why(endpoint: Endpoint, gateway: Served) -> None:
 
 def test_run_sync_of_a_failed_job_shows_the_sentence(endpoint: Endpoint) -> None:
     """The client returns `output` and nothing else."""
-    output = endpoint.run_sync({"workflow": work(0.1, fail_at=1)}, timeout=60)
+    output = endpoint.run_sync({"workflow": work(0.1, fail_at=1)}, timeout=TIMEOUT_S)
     assert output["error"].startswith("Workflow execution error: Node Type: TestWork, Node ID: 3")
     assert output["code"] == "out_of_memory"
     streamed = list(endpoint.run({"workflow": work(0.1, fail_at=1)}).stream())
@@ -149,7 +150,7 @@ def test_a_job_longer_than_the_wait_is_polled(gateway: Served, endpoint: Endpoin
     answer = gateway.post("/v2/mine/runsync?wait=1000", {"input": {"workflow": work(1.5)}}).json()
     assert answer["id"].startswith("sync-")
     assert answer["status"] == "IN_PROGRESS"
-    assert "images" in runpod.endpoint.runner.Job("mine", answer["id"], endpoint.rp_client).output(timeout=30)
+    assert "images" in runpod.endpoint.runner.Job("mine", answer["id"], endpoint.rp_client).output(timeout=TIMEOUT_S)
 
 
 def test_a_client_gone_in_the_middle_of_runsync_leaves_its_job_running(gateway: Served) -> None:
@@ -187,7 +188,7 @@ def test_health_and_purge_count_what_there_is(endpoint: Endpoint, comfyui: Comfy
         assert running.status() == "IN_PROGRESS"
     finally:
         for job in (running, *waiting):
-            job.cancel(timeout=10)
+            job.cancel(timeout=TIMEOUT_S)
     assert endpoint.health()["workers"]["ready"] == 1
 
 
@@ -204,7 +205,7 @@ def test_the_asyncio_client_does_it_all_too(endpoint: Endpoint, comfyui: ComfyUI
         async with aiohttp.ClientSession() as session:
             mine = AsyncioEndpoint("mine", session)
             job: AsyncioJob = await mine.run({"workflow": picture(RED)})
-            output = await job.output(timeout=30)
+            output = await job.output(timeout=TIMEOUT_S)
             assert colors(base64.b64decode(output["images"][0]["data"])) == [RED]
             assert await job.status() == "COMPLETED"
             streamed = await mine.run({"workflow": work(0.5, steps=5)})
@@ -214,7 +215,7 @@ def test_the_asyncio_client_does_it_all_too(endpoint: Endpoint, comfyui: ComfyUI
             await asyncio.to_thread(comfyui.wait_until_running)
             assert (await long.cancel())["status"] == "CANCELLED"
             failing = await mine.run({"workflow": work(0.1, fail_at=1)})
-            failed = await failing.output(timeout=30)
+            failed = await failing.output(timeout=TIMEOUT_S)
             assert failed["error"].startswith("Workflow execution error: Node Type: TestWork, Node ID: 3")
             assert failed["code"] == "out_of_memory"
             assert (await mine.health())["workers"]["ready"] == 1
@@ -225,7 +226,7 @@ def test_the_asyncio_client_does_it_all_too(endpoint: Endpoint, comfyui: ComfyUI
 
 def test_neither_key_nor_prompt_is_in_the_log(gateway: Served, endpoint: Endpoint) -> None:
     graph = picture(RED, prefix="a-very-secret-prompt")
-    endpoint.run_sync({"workflow": graph, "comfy_org_api_key": "comfy-secret"}, timeout=30)
+    endpoint.run_sync({"workflow": graph, "comfy_org_api_key": "comfy-secret"}, timeout=TIMEOUT_S)
     for secret in (KEY, "a-very-secret-prompt", "comfy-secret"):
         assert secret not in gateway.process.output
 
@@ -234,9 +235,9 @@ def test_beyond_loopback_a_key_is_made_kept_and_printed_once(comfyui: ComfyUI, t
     settings = {"API_KEYS": "", "API_HOST": "0.0.0.0"}
     with served(comfyui.url, tmp_path, **settings) as first:
         key = first.process.wait_for_line(r"api\.key: (\S+)").group(1)
-        assert requests.get(f"{first.url}/health", timeout=10).status_code == 401
+        assert requests.get(f"{first.url}/health", timeout=TIMEOUT_S).status_code == 401
         headers = {"Authorization": f"Bearer {key}"}
-        assert requests.get(f"{first.url}/health", headers=headers, timeout=10).status_code == 200
+        assert requests.get(f"{first.url}/health", headers=headers, timeout=TIMEOUT_S).status_code == 200
     with served(comfyui.url, tmp_path, **settings) as second:
-        assert requests.get(f"{second.url}/health", headers=headers, timeout=10).status_code == 200
+        assert requests.get(f"{second.url}/health", headers=headers, timeout=TIMEOUT_S).status_code == 200
         assert key not in second.process.output

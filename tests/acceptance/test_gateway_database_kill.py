@@ -15,6 +15,7 @@ import requests
 
 from tests.support import graphs
 from tests.support.gateway import GatewayProcess
+from tests.support.patience import TIMEOUT_S
 from tests.support.postgres import Postgres, postgres
 from tests.support.receiver import Receiver
 from tests.support.running import wait_until
@@ -49,7 +50,9 @@ class Client(threading.Thread):
 
     def _send(self, key: str, body: dict[str, Any]) -> str:
         while True:
-            answer = requests.post(f"{self._gateway.url}/run", json=body, headers={"Idempotency-Key": key}, timeout=30)
+            answer = requests.post(
+                f"{self._gateway.url}/run", json=body, headers={"Idempotency-Key": key}, timeout=TIMEOUT_S
+            )
             if answer.status_code == 200:
                 job_id: str = answer.json()["id"]
                 return job_id
@@ -101,7 +104,7 @@ def torment(server: Postgres, gateway: GatewayProcess, webhook: str) -> list[Cli
 
 
 def waiting(gateway: GatewayProcess) -> int:
-    answer = requests.get(f"{gateway.url}/health", timeout=30)
+    answer = requests.get(f"{gateway.url}/health", timeout=TIMEOUT_S)
     counts = answer.json().get("jobs", {"inQueue": 1, "inProgress": 0})
     return int(counts["inQueue"] + counts["inProgress"])
 

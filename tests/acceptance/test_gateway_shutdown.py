@@ -19,6 +19,7 @@ import websocket
 
 from tests.support.comfyui import ComfyUI, emulator
 from tests.support.graphs import work
+from tests.support.patience import TIMEOUT_S
 from tests.support.processes import Process
 from tests.support.running import wait_until
 from tests.support.served import Served, served
@@ -64,7 +65,7 @@ def assert_ended_well(process: Process) -> None:
 @contextmanager
 def kept(netloc: str) -> Iterator[HTTPConnection]:
     """Yield a connection that stays open over answers, and does not open again once it is closed."""
-    with closing(HTTPConnection(netloc, timeout=60)) as connection:
+    with closing(HTTPConnection(netloc, timeout=TIMEOUT_S)) as connection:
         connection.connect()
         connection.auto_open = 0
         yield connection
@@ -73,7 +74,7 @@ def kept(netloc: str) -> Iterator[HTTPConnection]:
 def is_refused(port: int) -> bool:
     """Return whether nobody listens at a port of this machine."""
     try:
-        socket.create_connection(("127.0.0.1", port), timeout=60).close()
+        socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT_S).close()
     except ConnectionRefusedError:
         return True
     return False
@@ -115,9 +116,11 @@ class TestSignals:
         assert gateway.wait_until_one_runs() == job_id
         address = urlsplit(gateway.url)
         with (
-            closing(HTTPConnection(address.netloc, timeout=60)) as connection,
+            closing(HTTPConnection(address.netloc, timeout=TIMEOUT_S)) as connection,
             closing(
-                websocket.create_connection(f"ws://{address.netloc}/ws/{job_id}", header=gateway.headers, timeout=60)
+                websocket.create_connection(
+                    f"ws://{address.netloc}/ws/{job_id}", header=gateway.headers, timeout=TIMEOUT_S
+                )
             ) as listening,
         ):
             connection.request("GET", f"/events/{job_id}", headers=gateway.headers)

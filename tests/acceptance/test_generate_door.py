@@ -25,6 +25,7 @@ from tests.support.comfyui import ComfyUI
 from tests.support.comfyui import comfyui as running_comfyui
 from tests.support.file_server import FileServer, file_server
 from tests.support.graphs import Graph, colors, inverted, missing_model, node, picture, png, work
+from tests.support.patience import TIMEOUT_S
 from tests.support.ports import silent_port
 from tests.support.processes import ROOT
 from tests.support.receiver import Receiver
@@ -32,7 +33,6 @@ from tests.support.s3 import ACCESS_KEY, SECRET_KEY, s3_server
 from tests.support.served import KEY, Served, served
 
 RED, GREEN, WHITE = (255, 0, 0), (0, 255, 0), (255, 255, 255)
-TIMEOUT_S = 30.0
 MODIFIERS = """
 from comfy_worker.modifiers import BaseModifier
 

@@ -14,6 +14,7 @@ import comfy_worker
 from tests.support.comfyui import ComfyUI
 from tests.support.comfyui import comfyui as running_comfyui
 from tests.support.graphs import colors, picture
+from tests.support.patience import TIMEOUT_S
 from tests.support.ports import silent_port
 from tests.support.processes import Process
 from tests.support.receiver import Receiver
@@ -22,7 +23,6 @@ from tests.support.s3 import ACCESS_KEY, SECRET_KEY, s3_server
 from tests.support.served import Served, served
 
 RED = (255, 0, 0)
-TIMEOUT_S = 30.0
 
 
 @pytest.fixture(scope="module")

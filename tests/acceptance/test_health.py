@@ -17,6 +17,7 @@ import requests
 from tests.support import graphs
 from tests.support.comfyui import ComfyUI, comfyui, emulator
 from tests.support.endpoint import Endpoint, endpoint, worker
+from tests.support.patience import TIMEOUT_S
 from tests.support.platform import Platform
 from tests.support.ports import silent_port
 from tests.support.processes import Process, start_handler
@@ -118,7 +119,7 @@ def test_the_job_of_a_worker_whose_comfyui_is_given_up_is_answered(platform: Pla
 
 def history(comfy: ComfyUI) -> list[dict[str, Any]]:
     """Return the workflows that ComfyUI has run, the oldest first."""
-    entries = requests.get(f"{comfy.url}/history", timeout=10).json()
+    entries = requests.get(f"{comfy.url}/history", timeout=TIMEOUT_S).json()
     return [entry["prompt"][2] for entry in entries.values()]
 
 

@@ -18,6 +18,7 @@ from tests.support.board import PlatformJob
 from tests.support.comfyui import ComfyUI, comfyui, emulator
 from tests.support.detour import Detour
 from tests.support.endpoint import Endpoint, endpoint, worker
+from tests.support.patience import TIMEOUT_S
 from tests.support.platform import Platform
 from tests.support.platform_http import Mischief
 from tests.support.processes import Process, start_handler
@@ -72,12 +73,14 @@ def posts(platform: Platform, job_id: str) -> tuple[list[float], list[Any]]:
 
 def test_progress_tells_place_node_and_step_twice_a_second(plain: Endpoint, comfy: ComfyUI) -> None:
     platform = plain.platform
-    requests.post(f"{comfy.url}/prompt", json={"prompt": graphs.work(60, steps=600)}, timeout=10).raise_for_status()
+    requests.post(
+        f"{comfy.url}/prompt", json={"prompt": graphs.work(60, steps=600)}, timeout=TIMEOUT_S
+    ).raise_for_status()
     comfy.wait_until_running()
     job_id = platform.submit(working(2.0))
     job = platform.job(job_id)
     platform.wait_until(lambda: any("queue_position" in update for update in job.updates), "a place in the queue")
-    requests.post(f"{comfy.url}/interrupt", timeout=10).raise_for_status()
+    requests.post(f"{comfy.url}/interrupt", timeout=TIMEOUT_S).raise_for_status()
     assert platform.wait_for_end(job_id) == "COMPLETED"
     times, updates = posts(platform, job_id)
 

@@ -12,9 +12,9 @@ import requests
 
 from comfy_worker.emulator.server import EmulatorServer
 from tests.support.graphs import node, picture, work
+from tests.support.patience import TIMEOUT_S
 from tests.support.served import Served, served
 
-TIMEOUT_S = 60.0
 ADMIN = {"Authorization": "Bearer an-administrators-key"}
 CLAIMED = "v1-5-pruned-emaonly.safetensors"
 

@@ -14,6 +14,7 @@ import requests
 from tests.support.comfyui import ComfyUI, comfyui
 from tests.support.endpoint import endpoint
 from tests.support.graphs import Graph, colors, node, picture, work
+from tests.support.patience import TIMEOUT_S
 from tests.support.processes import start_handler
 from tests.support.receiver import Receiver
 from tests.support.served import Served, served
@@ -60,7 +61,7 @@ def failed(gateway: Served) -> str:
 
 def assert_is_red(url: str) -> None:
     """Assert that a link leads to the picture, without a key."""
-    assert colors(requests.get(url, timeout=30).content) == [RED]
+    assert colors(requests.get(url, timeout=TIMEOUT_S).content) == [RED]
 
 
 def assert_has_the_picture(output: Mapping[str, Any], code: str = "out_of_memory") -> None:

@@ -20,6 +20,7 @@ from comfy_worker.worker import Worker
 from tests.support import graphs
 from tests.support.comfyui import ComfyUI, comfyui
 from tests.support.endpoint import Endpoint, endpoint
+from tests.support.patience import TIMEOUT_S
 from tests.support.platform_http import CLIENT_KEY
 from tests.support.s3 import ACCESS_KEY, SECRET_KEY, S3Server, s3_server
 
@@ -204,7 +205,9 @@ def test_what_stands_beside_the_input_cannot_end_the_worker(plain: Endpoint) -> 
     platform = plain.platform
     request = {"input": {"workflow": graphs.picture((1, 2, 3))}, "self": 1, "webhook": [], "policy": {}, "kwargs": {}}
     headers = {"Authorization": f"Bearer {CLIENT_KEY}"}
-    answer = requests.post(f"{platform.url}/{platform.endpoint_id}/run", json=request, headers=headers, timeout=10)
+    answer = requests.post(
+        f"{platform.url}/{platform.endpoint_id}/run", json=request, headers=headers, timeout=TIMEOUT_S
+    )
 
     assert platform.wait_for_end(answer.json()["id"]) == "COMPLETED"
 

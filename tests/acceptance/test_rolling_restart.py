@@ -19,8 +19,9 @@ import requests
 
 from tests.support import graphs
 from tests.support.balancer import balancer
-from tests.support.fleet import TIMEOUT_S, Site, Sites
+from tests.support.fleet import Site, Sites
 from tests.support.gate import Gate
+from tests.support.patience import TIMEOUT_S
 from tests.support.postgres import postgres
 from tests.support.redis import redis_server
 from tests.support.running import wait_until

@@ -17,13 +17,13 @@ from tests.support import graphs
 from tests.support.comfyui import ComfyUI, emulator
 from tests.support.endpoint import worker
 from tests.support.gateway import GatewayProcess
+from tests.support.patience import TIMEOUT_S
 from tests.support.platform import Platform
 from tests.support.platform_http import CLIENT_KEY
 from tests.support.processes import Process
 from tests.support.running import wait_until
 from tests.support.served import Served, served
 
-TIMEOUT_S = 30.0
 GREEN = (0, 200, 40)
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT")
 

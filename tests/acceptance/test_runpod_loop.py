@@ -14,6 +14,7 @@ from tests.support import graphs
 from tests.support.comfyui import ComfyUI, comfyui, emulator
 from tests.support.endpoint import Endpoint, endpoint
 from tests.support.leaks import JOB_SECRET
+from tests.support.patience import TIMEOUT_S
 from tests.support.platform_http import CLIENT_KEY
 from tests.support.s3 import ACCESS_KEY, SECRET_KEY, S3Server, s3_server
 
@@ -96,7 +97,7 @@ def test_the_real_client_gets_the_output(plain: Endpoint, monkeypatch: pytest.Mo
     monkeypatch.setattr(runpod, "endpoint_url_base", plain.platform.url)
     client = runpod.Endpoint(plain.platform.endpoint_id, api_key=CLIENT_KEY)
 
-    output = client.run_sync({"input": {"workflow": graphs.picture(ORANGE)}}, timeout=60)
+    output = client.run_sync({"input": {"workflow": graphs.picture(ORANGE)}}, timeout=TIMEOUT_S)
     assert graphs.colors(content_of(output["images"][0])) == [ORANGE]
 
     job = client.run({"input": {"workflow": graphs.picture(GREEN)}})
@@ -205,7 +206,7 @@ def test_with_a_bucket_the_output_is_a_url(comfy: ComfyUI, s3: S3Server) -> None
 
     [image] = status["output"]["images"]
     assert image["type"] == "s3_url"
-    fetched = requests.get(image["data"], timeout=10)
+    fetched = requests.get(image["data"], timeout=TIMEOUT_S)
     assert fetched.status_code == 200
     assert fetched.headers["Content-Type"] == "image/png"
     assert len(fetched.content) == image["size_bytes"]

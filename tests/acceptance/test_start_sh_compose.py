@@ -17,11 +17,10 @@ import requests
 from tests.support import compose
 from tests.support.container import Container, write_program
 from tests.support.graphs import picture
+from tests.support.patience import TIMEOUT_S
 from tests.support.ports import silent_port
 from tests.support.processes import ROOT, Process
 from tests.support.running import wait_until
-
-TIMEOUT_S = 60.0
 
 # Stands for the worker's python. Asked by start.sh whether CUDA starts, it says yes; otherwise it tells what it is to
 # run, and waits for a signal if it is to.

@@ -20,6 +20,7 @@ import websocket
 
 from tests.support.container import Container
 from tests.support.graphs import picture, work
+from tests.support.patience import TIMEOUT_S
 from tests.support.ports import silent_port
 from tests.support.processes import ROOT, Process, clean_environment
 from tests.support.running import wait_until
@@ -27,7 +28,6 @@ from tests.support.running import wait_until
 KEY = "a-key-for-tests"
 LONG_S = 600.0
 """How long a job takes whose end no test waits for."""
-TIMEOUT_S = 60.0
 
 # Stands for the worker's python, and tells what it is to run the gateway with.
 TELLING_PYTHON = """

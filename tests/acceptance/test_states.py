@@ -12,11 +12,11 @@ import requests
 from tests.support.comfyui import ComfyUI
 from tests.support.comfyui import comfyui as running_comfyui
 from tests.support.graphs import work
+from tests.support.patience import TIMEOUT_S
 from tests.support.running import wait_until
 from tests.support.served import Served, served
 
 WAITING = [1, 2, 3, 4]
-TIMEOUT_S = 30.0
 
 
 @pytest.fixture(scope="module")

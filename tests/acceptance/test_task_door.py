@@ -16,13 +16,13 @@ import requests
 from tests.support.comfyui import ComfyUI, emulator
 from tests.support.comfyui import comfyui as running_comfyui
 from tests.support.graphs import colors, picture, two_pictures, work
+from tests.support.patience import TIMEOUT_S
 from tests.support.receiver import Receiver
 from tests.support.running import wait_until
 from tests.support.s3 import ACCESS_KEY, SECRET_KEY, S3Server, s3_server
 from tests.support.served import KEY, Served, served
 
 RED, GREEN = (255, 0, 0), (0, 255, 0)
-TIMEOUT_S = 30.0
 
 
 @pytest.fixture(scope="module")

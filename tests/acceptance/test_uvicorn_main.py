@@ -16,13 +16,13 @@ from comfy_worker.gateway.asgi import Listener, listener
 from tests.support.comfyui import ComfyUI, emulator
 from tests.support.fleet import Sites
 from tests.support.graphs import picture, work
+from tests.support.patience import TIMEOUT_S
 from tests.support.processes import ROOT, Process, clean_environment
 from tests.support.running import wait_until
 from tests.support.served import Served, served
 
 UVICORN = ("uvicorn", "main:app", "--port", "0")
 LONG_S = 600.0
-TIMEOUT_S = 60.0
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import requests
 from tests.support.comfyui import ComfyUI
 from tests.support.comfyui import comfyui as running_comfyui
 from tests.support.graphs import colors, missing_model, picture, work
+from tests.support.patience import TIMEOUT_S
 from tests.support.receiver import Received, Receiver
 from tests.support.running import wait_until
 from tests.support.served import Served, served
@@ -81,7 +82,7 @@ def test_generate_tells_its_result(gateway: Served) -> None:
     without_link = {name: value for name, value in kept.items() if name != "url"}
     assert {name: value for name, value in file.items() if name != "url"} == without_link
     assert file["url"].startswith(f"{gateway.url}{file['local_path']}?"), "as the job's caller knows the gateway"
-    assert len(colors(requests.get(file["url"], timeout=30).content)) == 1
+    assert len(colors(requests.get(file["url"], timeout=TIMEOUT_S).content)) == 1
 
 
 def test_generate_tells_why_a_job_failed(gateway: Served) -> None:
@@ -99,7 +100,7 @@ def test_a_task_tells_what_a_task_is(gateway: Served) -> None:
     kept = gateway.get(f"/task/{end['task_id']}").json()
     assert {**end, "result": None, "extra_params": None} == {**kept, "result": None, "extra_params": None}
     [link] = end["result"]["images"]
-    assert len(colors(requests.get(link, timeout=30).content)) == 1
+    assert len(colors(requests.get(link, timeout=TIMEOUT_S).content)) == 1
 
 
 def test_a_workflow_tells_its_status(comfyui: ComfyUI, tmp_path: Path) -> None:
@@ -117,7 +118,7 @@ def test_a_workflow_tells_its_status(comfyui: ComfyUI, tmp_path: Path) -> None:
             assert end == {name: value for name, value in kept.items() if name != "output_images"}
             # That receiver is the operator's: no caller says where its links lead.
             assert link.startswith("/assets/")
-            assert colors(requests.get(f"{gateway.url}{link}", timeout=30).content) == [RED]
+            assert colors(requests.get(f"{gateway.url}{link}", timeout=TIMEOUT_S).content) == [RED]
 
 
 def test_the_catalog_tells_an_execution(gateway: Served) -> None:

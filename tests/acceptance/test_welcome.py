@@ -14,10 +14,10 @@ import requests
 from tests.support.comfyui import ComfyUI
 from tests.support.comfyui import comfyui as running_comfyui
 from tests.support.graphs import colors
+from tests.support.patience import TIMEOUT_S
 from tests.support.processes import clean_environment
 from tests.support.served import KEY, served
 
-TIMEOUT_S = 60.0
 ORANGE = (255, 128, 0)
 
 

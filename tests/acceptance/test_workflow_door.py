@@ -17,6 +17,7 @@ import websocket
 from tests.support.comfyui import ComfyUI
 from tests.support.comfyui import comfyui as running_comfyui
 from tests.support.graphs import Graph, colors, data_uri, inverted, node, picture, png, work
+from tests.support.patience import TIMEOUT_S
 from tests.support.ports import silent_port
 from tests.support.processes import ROOT, Process
 from tests.support.running import wait_until
@@ -93,7 +94,7 @@ def ended(gateway: Served, prompt_id: str) -> Body:
 
 def opened(url: str) -> bytes:
     """Return what a link leads to, for somebody without a key."""
-    answer = requests.get(url, timeout=10)
+    answer = requests.get(url, timeout=TIMEOUT_S)
     assert answer.status_code == 200
     return answer.content
 
@@ -235,7 +236,7 @@ def told(gateway: Served, path: str, key: bool = True) -> Iterator[Iterator[Body
     """Yield the statuses that a WebSocket tells, as they come."""
     url = gateway.url.replace("http", "ws", 1) + path
     headers = [f"Authorization: {gateway.headers['Authorization']}"] if key else []
-    connection = websocket.create_connection(url, header=headers, timeout=20)
+    connection = websocket.create_connection(url, header=headers, timeout=TIMEOUT_S)
     try:
         yield (json.loads(message) for message in iter(connection.recv, ""))
     finally:
@@ -323,7 +324,7 @@ def test_models_are_listed_by_folder(gateway: Served, comfyui: ComfyUI) -> None:
     assert {"checkpoints", "loras", "vae", "text_encoders", "embeddings", "upscale_models"} <= set(models)
     assert "custom_nodes" not in models
     for folder, files in models.items():
-        assert files == requests.get(f"{comfyui.url}/models/{folder}", timeout=10).json()
+        assert files == requests.get(f"{comfyui.url}/models/{folder}", timeout=TIMEOUT_S).json()
     if comfyui.is_emulator:
         assert "hunyuan_video_t2v_720p_bf16.safetensors" in models["diffusion_models"]
         assert models["style_models"] == []
@@ -552,7 +553,7 @@ def test_making_a_workflow_out_of_a_text_needs_what_is_not_there(gateway: Served
 
 
 def test_keys_and_sizes_hold_here_too(gateway: Served) -> None:
-    answer = requests.post(f"{gateway.url}/api/workflow/submit", json={"workflow": picture(RED)}, timeout=10)
+    answer = requests.post(f"{gateway.url}/api/workflow/submit", json={"workflow": picture(RED)}, timeout=TIMEOUT_S)
     refused(answer, 401, "unauthorized", "key")
     large = {"workflow": picture(RED), "extra_data": {"a": "x" * 10_000_000}}
     refused(gateway.post("/api/workflow/submit", large), 413, "request_too_large", "more than")

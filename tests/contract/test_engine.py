@@ -19,8 +19,9 @@ from comfy_worker.gateway.events import Event
 from comfy_worker.gateway.records import JobRecord
 from comfy_worker.jobs import JobState
 from tests.support import graphs
-from tests.support.benches import TIMEOUT_S, Bench, Feature, Ground, Grounds
+from tests.support.benches import Bench, Feature, Ground, Grounds
 from tests.support.gate import Gate
+from tests.support.patience import TIMEOUT_S
 from tests.support.running import wait_until
 from tests.support.victims import Emulated
 

@@ -18,9 +18,10 @@ from comfy_worker.gateway.errors import NoComfyUI
 from comfy_worker.gateway.events import Event
 from comfy_worker.jobs import JobState
 from tests.support import graphs
-from tests.support.benches import TIMEOUT_S, WORKER_SETTINGS, Bench, RunPodGround
+from tests.support.benches import WORKER_SETTINGS, Bench, RunPodGround
 from tests.support.endpoint import worker
 from tests.support.gate import Gate
+from tests.support.patience import TIMEOUT_S
 from tests.support.platform import Platform
 from tests.support.postgres import postgres
 from tests.support.redis import redis_server

@@ -11,9 +11,8 @@ import pytest
 
 from comfy_worker.gateway.events import PREVIEW, PROGRESS, STATUS, Event, EventBus, Listening, LocalEventBus
 from comfy_worker.gateway.redis_bus import RedisEventBus
+from tests.support.patience import TIMEOUT_S
 from tests.support.redis import RedisServer, redis_server
-
-TIMEOUT_S = 20.0
 
 
 @pytest.fixture(scope="module")

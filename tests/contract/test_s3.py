@@ -33,6 +33,7 @@ from tests.support.delivered import (
     with_bucket,
 )
 from tests.support.leaks import assert_nothing_leaks
+from tests.support.patience import TIMEOUT_S
 from tests.support.ports import silent_port
 from tests.support.s3 import ACCESS_KEY, SECRET_KEY, S3Server
 
@@ -43,7 +44,7 @@ def test_the_object_lies_under_the_job_and_opens_under_its_name(s3: S3Server, bu
 
     assert unquote(urlsplit(delivered.data).path) == f"/{bucket}/job-7/größe/my picture.png"
     assert s3.read(bucket, "job-7/größe/my picture.png").content_type == "image/png"
-    disposition = requests.get(delivered.data, timeout=10).headers["Content-Disposition"]
+    disposition = requests.get(delivered.data, timeout=TIMEOUT_S).headers["Content-Disposition"]
     assert disposition == "inline; filename*=UTF-8''my%20picture.png"
 
 
@@ -64,7 +65,7 @@ def test_a_browser_shows_what_cannot_run_scripts(
 ) -> None:
     storage = storages(**with_bucket(f"{s3.url}/{bucket}")).choose(Delivery())
     delivered = storage.deliver(Parcel("job-1", name, mime_type, InMemory(b"")))
-    response = requests.get(delivered.data, timeout=10)
+    response = requests.get(delivered.data, timeout=TIMEOUT_S)
     assert response.headers["Content-Disposition"].startswith(f"{how}; ")
     assert response.headers["Content-Type"].startswith(mime_type)
 

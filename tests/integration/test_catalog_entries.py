@@ -27,6 +27,7 @@ from comfy_worker.worker import Worker
 from comfy_worker.workflow import is_link
 from tests.support.comfyui import ComfyUI, emulator
 from tests.support.graphs import SIDE, data_uri, png
+from tests.support.patience import TIMEOUT_S
 from tests.support.processes import ROOT
 
 LIBRARY = Library(ROOT / "workflows")
@@ -243,8 +244,8 @@ def test_a_real_comfyui_misses_nothing_but_models(entry: Entry) -> None:
     result = fill(entry, inputs_of(entry), Random(1))
     for image in result.images:
         file = {"image": (image["name"], png((200, 30, 60)), "image/png")}
-        requests.post(f"{url}/upload/image", files=file, timeout=30).raise_for_status()
-    answer = requests.post(f"{url}/prompt", json={"prompt": result.workflow}, timeout=30).json()
+        requests.post(f"{url}/upload/image", files=file, timeout=TIMEOUT_S).raise_for_status()
+    answer = requests.post(f"{url}/prompt", json={"prompt": result.workflow}, timeout=TIMEOUT_S).json()
     classes = {node_id: node["class_type"] for node_id, node in result.workflow.items()}
     missing = set()
     for node_id, problem in (answer.get("node_errors") or {}).items():

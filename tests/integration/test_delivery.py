@@ -32,6 +32,7 @@ from tests.support import graphs, videos
 from tests.support.breaks_off import BreaksOff, serving
 from tests.support.delivery import deliver_in_child, output_file
 from tests.support.leaks import JOB_SECRET, assert_nothing_leaks
+from tests.support.patience import TIMEOUT_S
 from tests.support.processes import Process
 from tests.support.s3 import ACCESS_KEY, SECRET_KEY, S3Server, s3_server
 
@@ -121,7 +122,7 @@ def video(prefix: str) -> graphs.Graph:
 
 
 def fetched(url: str) -> bytes:
-    response = requests.get(url, timeout=10)
+    response = requests.get(url, timeout=TIMEOUT_S)
     assert response.status_code == 200, response.text
     return response.content
 

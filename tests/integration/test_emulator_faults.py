@@ -12,7 +12,7 @@ import websocket
 
 from comfy_worker.emulator import EmulatorServer, Faults
 from comfy_worker.emulator.faults import RequestRule, StatusRule, take
-from tests.support.comfyui_replay import wait_until
+from tests.support.running import wait_until
 from tests.support.small_comfyui import OBJECT_INFO, Bench, Client, chain
 
 SHORT_S = 0.15

@@ -16,7 +16,8 @@ import requests
 import websocket
 
 from comfy_worker.emulator import EmulatorServer
-from tests.support.comfyui_replay import wait_until
+from tests.support.patience import TIMEOUT_S
+from tests.support.running import wait_until
 from tests.support.small_comfyui import OBJECT_INFO, Bench, Client, chain, node
 
 STOP_LIMIT_S = 2
@@ -132,20 +133,20 @@ def _start(*arguments: str) -> tuple[subprocess.Popen[str], str, Path]:
 def test_the_command_serves_until_a_signal(number: signal.Signals) -> None:
     process, url, folder = _start("--no-models", "--model", "loras/mine.safetensors")
     with process:
-        assert requests.get(f"{url}/models/checkpoints", timeout=10).json() == []
-        assert requests.get(f"{url}/models/loras", timeout=10).json() == ["mine.safetensors"]
+        assert requests.get(f"{url}/models/checkpoints", timeout=TIMEOUT_S).json() == []
+        assert requests.get(f"{url}/models/loras", timeout=TIMEOUT_S).json() == ["mine.safetensors"]
         prompt = {
             "1": node("EmptyImage", width=16, height=16, batch_size=1, color=0),
             "2": node("TestWork", image=["1", 0], seconds=600, steps=2, preview=False, fail_at=0),
             "9": node("SaveImage", images=["2", 0], filename_prefix="x"),
         }
-        socket = websocket.create_connection(url.replace("http", "ws") + "/ws?clientId=c", timeout=10)
-        requests.post(f"{url}/prompt", json={"prompt": prompt, "client_id": "c"}, timeout=10).raise_for_status()
+        socket = websocket.create_connection(url.replace("http", "ws") + "/ws?clientId=c", timeout=TIMEOUT_S)
+        requests.post(f"{url}/prompt", json={"prompt": prompt, "client_id": "c"}, timeout=TIMEOUT_S).raise_for_status()
         while '"executing", "data": {"node": "2"' not in str(socket.recv()):
             pass
         begin = time.monotonic()
         process.send_signal(number)
-        assert process.wait(timeout=10) == 0
+        assert process.wait(timeout=TIMEOUT_S) == 0
         assert time.monotonic() - begin < STOP_LIMIT_S
         socket.shutdown()
         assert process.stderr is not None
@@ -158,8 +159,8 @@ def test_the_command_dies_without_an_answer(tmp_path: Path) -> None:
     with process:
         assert folder == tmp_path
         with pytest.raises(requests.ConnectionError):
-            requests.post(f"{url}/_emulator/die", timeout=10)
-        assert process.wait(timeout=10) == 1
+            requests.post(f"{url}/_emulator/die", timeout=TIMEOUT_S)
+        assert process.wait(timeout=TIMEOUT_S) == 1
 
 
 def test_the_command_tells_of_a_taken_port(server: EmulatorServer) -> None:

@@ -10,7 +10,7 @@ import pytest
 import websocket
 
 from comfy_worker.emulator import EmulatorServer
-from tests.support.comfyui_replay import wait_until
+from tests.support.running import wait_until
 from tests.support.small_comfyui import OBJECT_INFO, Bench, Client, chain, node
 
 

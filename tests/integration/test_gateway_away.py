@@ -16,11 +16,11 @@ from tests.support import graphs
 from tests.support.benches import Bench
 from tests.support.gate import Gate
 from tests.support.gateway import GatewayProcess
+from tests.support.patience import TIMEOUT_S
 from tests.support.running import wait_until
 from tests.support.victims import Emulated
 
 RED = (255, 0, 0)
-TIMEOUT_S = 30.0
 SINCE = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"
 
 

@@ -33,12 +33,12 @@ from comfy_worker.gateway.settings import load_gateway_settings
 from tests.support.comfyui import emulator
 from tests.support.crowd import connect, endless_uploads, few_files, idle_connections, is_closed, upload
 from tests.support.graphs import picture
+from tests.support.patience import TIMEOUT_S
 from tests.support.ports import free_port, silent_port
 from tests.support.receiver import Receiver
 from tests.support.running import wait_until
 from tests.support.served import Served, served
 
-TIMEOUT_S = 60.0
 KEY = {"Authorization": "Bearer key"}
 HEAD = b"GET /live HTTP/1.1\r\nHost: 127.0.0.1\r\n"
 LIVE = HEAD + b"\r\n"

@@ -9,8 +9,9 @@ import pytest
 import requests
 
 from comfy_worker.emulator import EmulatorServer
-from tests.support.gateway import TIMEOUT_S, GatewayProcess
+from tests.support.gateway import GatewayProcess
 from tests.support.graphs import node, picture
+from tests.support.patience import TIMEOUT_S
 
 DANGLING = {"1": node("SaveImage", images=["7", 0], filename_prefix="x")}
 SENTENCE = "Workflow validation failed: Node 1 (images): it is linked to node 7, which the workflow does not have"

@@ -14,10 +14,10 @@ import requests
 
 from tests.support.comfyui import ComfyUI, emulator
 from tests.support.graphs import picture
+from tests.support.patience import TIMEOUT_S
 from tests.support.served import Served, served
 
 JOB = {"input": {"workflow": picture((1, 2, 3))}}
-TIMEOUT_S = 60.0
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ from PIL import Image
 from tests.support.comfyui import ComfyUI
 from tests.support.comfyui import comfyui as running_comfyui
 from tests.support.graphs import node, picture, two_pictures, work
+from tests.support.patience import TIMEOUT_S
 from tests.support.processes import Process
 from tests.support.running import wait_until
 from tests.support.served import KEY, Served, served
@@ -58,7 +59,7 @@ def test_events_tell_of_the_whole_way_and_end_with_the_job(gateway: Served) -> N
     job_id = gateway.run(work(0.3, steps=3))
     # From the beginning: however late this client comes, it hears all.
     headers = {**gateway.headers, "Last-Event-ID": "0"}
-    answer = requests.get(f"{gateway.url}/events/{job_id}", headers=headers, timeout=60)
+    answer = requests.get(f"{gateway.url}/events/{job_id}", headers=headers, timeout=TIMEOUT_S)
     assert answer.headers["content-type"].startswith("text/event-stream")
     told = events(answer.text)
     changes = [event["data"]["status"] for event in told if event["event"] == "status"]
@@ -78,14 +79,14 @@ def test_a_client_that_comes_back_hears_what_it_missed(gateway: Served) -> None:
     job_id = gateway.run(picture((1, 2, 3)))
     gateway.ended(job_id)
     headers = {**gateway.headers, "Last-Event-ID": "0"}
-    everything = events(requests.get(f"{gateway.url}/events/{job_id}", headers=headers, timeout=10).text)
+    everything = events(requests.get(f"{gateway.url}/events/{job_id}", headers=headers, timeout=TIMEOUT_S).text)
     assert [event["data"]["status"] for event in everything if event["event"] == "status"] == [
         "IN_QUEUE",
         "IN_PROGRESS",
         "COMPLETED",
     ]
     headers["Last-Event-ID"] = everything[2]["id"]
-    rest = events(requests.get(f"{gateway.url}/events/{job_id}", headers=headers, timeout=10).text)
+    rest = events(requests.get(f"{gateway.url}/events/{job_id}", headers=headers, timeout=TIMEOUT_S).text)
     assert rest == everything[3:]
 
 
@@ -93,7 +94,7 @@ def test_what_is_no_number_is_no_last_event_id(gateway: Served) -> None:
     job_id = gateway.run(picture((1, 2, 4)))
     gateway.ended(job_id)
     headers = {**gateway.headers, "Last-Event-ID": "nonsense"}
-    told = events(requests.get(f"{gateway.url}/events/{job_id}", headers=headers, timeout=10).text)
+    told = events(requests.get(f"{gateway.url}/events/{job_id}", headers=headers, timeout=TIMEOUT_S).text)
     assert [event["data"] for event in told] == [{"status": "COMPLETED"}]
 
 
@@ -131,7 +132,7 @@ def test_place_and_estimated_wait_shrink_as_the_queue_moves(gateway: Served) -> 
 def socket_of(gateway: Served, path: str) -> Iterator[websocket.WebSocket]:
     headers = [f"{name}: {value}" for name, value in gateway.headers.items()]
     url = f"{gateway.url.replace('http', 'ws', 1)}{path}"
-    connection = websocket.create_connection(url, header=headers, timeout=20)
+    connection = websocket.create_connection(url, header=headers, timeout=TIMEOUT_S)
     try:
         yield connection
     finally:
@@ -167,7 +168,7 @@ def test_a_websocket_to_no_job_is_refused_as_any_request(gateway: Served) -> Non
 def asks(gateway: Served, path: str) -> socket.socket:
     """Return the connection of a client that asked for something and does not read the answer."""
     address = urlsplit(gateway.url)
-    connection = socket.create_connection((address.hostname, address.port or 80), timeout=20)
+    connection = socket.create_connection((address.hostname, address.port or 80), timeout=TIMEOUT_S)
     headers = "".join(f"{name}: {value}\r\n" for name, value in gateway.headers.items())
     connection.sendall(f"GET {path} HTTP/1.1\r\nHost: {address.netloc}\r\n{headers}\r\n".encode())
     return connection
@@ -218,7 +219,7 @@ def follow(gateway: Served) -> None:
         streams = [threads.submit(listen if number % 2 else listen_on_websocket) for number in range(STREAMS)]
         polls = [threads.submit(gateway.get, f"/status/{job_id}") for _ in range(2)]
         for _ in range(STREAMS):
-            assert opened.acquire(timeout=30)
+            assert opened.acquire(timeout=TIMEOUT_S)
         assert [poll.result().status_code for poll in polls] == [200, 200]
         assert {stream.result() for stream in streams} == {'data: {"status": "COMPLETED"}'}
 
@@ -233,16 +234,16 @@ def test_outputs_are_served_by_link_with_type_and_ranges(gateway: Served) -> Non
     gateway.ended(job_id)
     link = gateway.get(f"/status/{job_id}?files=url").json()["output"]["images"][0]
     assert link["type"] == "url"
-    whole = requests.get(link["data"], timeout=10)
+    whole = requests.get(link["data"], timeout=TIMEOUT_S)
     assert whole.headers["content-type"] == "image/png"
     assert len(whole.content) == link["size_bytes"]
-    part = requests.get(link["data"], headers={"Range": "bytes=1-3"}, timeout=10)
+    part = requests.get(link["data"], headers={"Range": "bytes=1-3"}, timeout=TIMEOUT_S)
     assert (part.status_code, part.content) == (206, b"PNG")
-    outside = requests.get(link["data"], headers={"Range": "bytes=99999999-"}, timeout=10)
+    outside = requests.get(link["data"], headers={"Range": "bytes=99999999-"}, timeout=TIMEOUT_S)
     assert outside.status_code == 416
-    assert requests.get(link["data"][:-2], timeout=10).status_code == 401
+    assert requests.get(link["data"][:-2], timeout=TIMEOUT_S).status_code == 401
     bare = link["data"].partition("?")[0]
-    assert requests.get(bare, timeout=10).status_code == 401
+    assert requests.get(bare, timeout=TIMEOUT_S).status_code == 401
     assert gateway.get(bare.removeprefix(gateway.url)).content == whole.content
     assert gateway.get(f"/assets/{job_id}/../../gateway.key").status_code == 404
     assert gateway.get(f"/assets/{job_id}/%2e%2e/%2e%2e/gateway.key").status_code == 404
@@ -251,13 +252,13 @@ def test_outputs_are_served_by_link_with_type_and_ranges(gateway: Served) -> Non
 def test_a_file_and_the_readme_are_asked_for_by_head_too(gateway: Served) -> None:
     done = gateway.ended(gateway.run(two_pictures((255, 0, 0), (0, 255, 0))))
     [first, _] = gateway.get(f"/status/{done['id']}?files=url").json()["output"]["images"]
-    whole, head = (requests.request(method, first["data"], timeout=30) for method in ("GET", "HEAD"))
+    whole, head = (requests.request(method, first["data"], timeout=TIMEOUT_S) for method in ("GET", "HEAD"))
     assert (head.status_code, head.content) == (200, b"")
     for name in ("content-length", "content-type", "etag"):
         assert head.headers[name] == whole.headers[name]
     key = {"Authorization": f"Bearer {KEY}"}
     for path, status in (("/", 200), ("/assets/x/x.png", 404), ("/api/v1/images/generated/x/x.png", 404)):
-        answer = requests.head(gateway.url + path, headers=key, timeout=30)
+        answer = requests.head(gateway.url + path, headers=key, timeout=TIMEOUT_S)
         assert (answer.status_code, answer.content) == (status, b"")
 
 
@@ -276,7 +277,7 @@ def test_an_answer_that_would_be_too_large_has_links(gateway: Served) -> None:
     assert [image["type"] for image in status["output"]["images"]] == ["url", "url"]
     assert "10 MB" in status["output"]["errors"][0]
     for image in status["output"]["images"]:
-        assert len(requests.get(image["data"], timeout=10).content) > 5_000_000
+        assert len(requests.get(image["data"], timeout=TIMEOUT_S).content) > 5_000_000
 
 
 def test_figures_are_in_prometheus_form(gateway: Served) -> None:
@@ -298,7 +299,7 @@ def test_a_websocket_takes_any_number_to_begin_after(gateway: Served) -> None:
     gateway.ended(job_id)
     for after in ("99999999999999999999999999", "-99999999999999999999999999"):
         url = f"{gateway.url.replace('http', 'ws', 1)}/ws/{job_id}?after={after}"
-        connection = websocket.create_connection(url, header=[f"Authorization: Bearer {KEY}"], timeout=30)
+        connection = websocket.create_connection(url, header=[f"Authorization: Bearer {KEY}"], timeout=TIMEOUT_S)
         while connection.recv():
             pass
         connection.shutdown()
@@ -307,5 +308,5 @@ def test_a_websocket_takes_any_number_to_begin_after(gateway: Served) -> None:
 
 def test_a_path_of_any_length_is_refused_at_once_and_cut_in_the_log(gateway: Served) -> None:
     path = "/" + "a1" * 30_000
-    assert requests.get(gateway.url + path, timeout=30).status_code == 401
+    assert requests.get(gateway.url + path, timeout=TIMEOUT_S).status_code == 401
     assert "a1" * 200 not in gateway.process.output

@@ -18,6 +18,7 @@ from schemathesis.engine import Status, events, from_schema
 
 from comfy_worker.gateway.middleware import OPEN_PATHS
 from tests.support.comfyui import ComfyUI, emulator
+from tests.support.patience import TIMEOUT_S
 from tests.support.running import wait_until
 from tests.support.served import KEY, Served, served
 
@@ -288,19 +289,19 @@ def test_text_in_a_policy_is_refused_and_not_overlooked(gateway: Served, policy:
 def test_a_range_that_is_none_is_refused_in_our_form(gateway: Served, description: dict[str, Any]) -> None:
     [example, *_] = body_examples(description["paths"]["/runsync"]["post"])
     link = gateway.post("/runsync?files=url", example).json()["output"]["images"][0]["data"]
-    whole = requests.get(link, timeout=10)
+    whole = requests.get(link, timeout=TIMEOUT_S)
     assert (whole.status_code, whole.headers["content-type"]) == (200, "image/png")
-    part = requests.get(link, headers={"Range": "bytes=0-3"}, timeout=10)
+    part = requests.get(link, headers={"Range": "bytes=0-3"}, timeout=TIMEOUT_S)
     assert (part.status_code, part.content) == (206, whole.content[:4])
     for given, status, code in (
         ("bytes=999999999-", 416, "range_not_satisfiable"),
         ("lines=1-2", 400, "invalid_input"),
         ("bytes=5-1", 400, "invalid_input"),
     ):
-        refused = requests.get(link, headers={"Range": given}, timeout=10)
+        refused = requests.get(link, headers={"Range": given}, timeout=TIMEOUT_S)
         assert (refused.status_code, refused.json()["code"]) == (status, code)
         assert refused.headers["content-type"] == "application/json"
-    assert requests.get(link, headers={"Range": "bytes=999999999-"}, timeout=10).headers["content-range"]
+    assert requests.get(link, headers={"Range": "bytes=999999999-"}, timeout=TIMEOUT_S).headers["content-range"]
 
 
 # -------------------------------------------------------------------------------------------------- Swagger
@@ -309,7 +310,7 @@ def test_a_range_that_is_none_is_refused_in_our_form(gateway: Served, descriptio
 def test_swagger_is_whole_without_internet(gateway: Served) -> None:
     """Each script, style and picture comes from the gateway itself, and the policy lets in nothing else."""
     browser = ("anyone", KEY)
-    page = requests.get(f"{gateway.url}/docs", auth=browser, timeout=10)
+    page = requests.get(f"{gateway.url}/docs", auth=browser, timeout=TIMEOUT_S)
     assert page.status_code == 200
     assert "url: '/openapi.json'" in page.text
     kinds = {
@@ -320,13 +321,13 @@ def test_swagger_is_whole_without_internet(gateway: Served) -> None:
     for pattern, kind in kinds.items():
         [url] = re.findall(pattern, page.text)
         assert url.startswith("/docs/static/"), url
-        loaded = requests.get(f"{gateway.url}{url}", auth=browser, timeout=10)
+        loaded = requests.get(f"{gateway.url}{url}", auth=browser, timeout=TIMEOUT_S)
         assert (loaded.status_code, loaded.headers["content-type"].partition(";")[0]) == (200, kind)
-        assert requests.get(f"{gateway.url}{url}", timeout=10).status_code == 401
+        assert requests.get(f"{gateway.url}{url}", timeout=TIMEOUT_S).status_code == 401
 
 
 def test_the_policy_of_swaggers_page_admits_nothing_from_elsewhere(gateway: Served) -> None:
-    page = requests.get(f"{gateway.url}/docs", auth=("anyone", KEY), timeout=10)
+    page = requests.get(f"{gateway.url}/docs", auth=("anyone", KEY), timeout=TIMEOUT_S)
     policy = page.headers["content-security-policy"]
     assert policy.startswith("default-src 'none';")
     assert "unsafe" not in policy

@@ -22,6 +22,7 @@ import websocket
 from tests.support.comfyui import ComfyUI, emulator
 from tests.support.graphs import missing_model, node, picture
 from tests.support.leaks import assert_nothing_leaks
+from tests.support.patience import TIMEOUT_S
 from tests.support.served import Served, served
 
 PROMPT = "a heron over the marsh at dawn"
@@ -105,27 +106,27 @@ def use_as_strangers_do(gateway: Served, key: str) -> list[str]:
     job_ids = []
     for number, body in enumerate(jobs()):
         given = {**bearer, "Idempotency-Key": f"{SECRETS['idempotency key']}-{number}"}
-        answer = requests.post(f"{gateway.url}/run", json=body, headers=given, timeout=30)
+        answer = requests.post(f"{gateway.url}/run", json=body, headers=given, timeout=TIMEOUT_S)
         assert answer.status_code == 200, answer.text
         job_id = answer.json()["id"]
         job_ids.append(job_id)
-        heard = requests.get(f"{gateway.url}/events/{job_id}", headers=bearer, timeout=30).text
-        status = requests.get(f"{gateway.url}/status/{job_id}?files=url", headers=bearer, timeout=30)
+        heard = requests.get(f"{gateway.url}/events/{job_id}", headers=bearer, timeout=TIMEOUT_S).text
+        status = requests.get(f"{gateway.url}/status/{job_id}?files=url", headers=bearer, timeout=TIMEOUT_S)
         for text in (heard, status.text):
             assert not in_the_clear(text), text
         for image in status.json()["output"].get("images", []):
-            assert requests.get(image["data"], timeout=30).ok
+            assert requests.get(image["data"], timeout=TIMEOUT_S).ok
         socket = websocket.create_connection(
             f"{gateway.url.replace('http', 'ws', 1)}/ws/{job_id}", header=[f"Authorization: Bearer {key}"]
         )
         assert json.loads(socket.recv())["data"]["status"]
         socket.close()
-    assert requests.get(f"{gateway.url}/docs", auth=("anyone", key), timeout=30).ok
+    assert requests.get(f"{gateway.url}/docs", auth=("anyone", key), timeout=TIMEOUT_S).ok
     wrong = {"Authorization": f"Bearer {SECRETS['key that is none']}"}
-    assert requests.get(f"{gateway.url}/health", headers=wrong, timeout=30).status_code == 401
+    assert requests.get(f"{gateway.url}/health", headers=wrong, timeout=TIMEOUT_S).status_code == 401
     # One that is no JSON, and one that is no job.
     for content in (PROMPT.encode(), json.dumps({"input": 7, "s3Config": bucket(), "webhook": [PROMPT]}).encode()):
-        assert requests.post(f"{gateway.url}/run", data=content, headers=bearer, timeout=30).status_code == 400
+        assert requests.post(f"{gateway.url}/run", data=content, headers=bearer, timeout=TIMEOUT_S).status_code == 400
     return job_ids
 
 

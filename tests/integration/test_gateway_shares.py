@@ -13,6 +13,7 @@ import requests
 
 from tests.support.comfyui import ComfyUI, emulator
 from tests.support.graphs import inverted, picture
+from tests.support.patience import TIMEOUT_S
 from tests.support.running import wait_until
 from tests.support.served import Served, served
 from tests.support.silence import silent_server
@@ -20,7 +21,6 @@ from tests.support.silence import silent_server
 KEYS = {"API_KEYS": "alice:alices-1,bob:bobs-1,carol:carols-1"}
 POOLS = {"PREPROCESS_WORKERS": "3", "GENERATION_WORKERS": "2", "POSTPROCESS_WORKERS": "3"}
 PATIENT = {"INPUT_FETCH_TIMEOUT_S": "600", "RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS": "true"}
-TIMEOUT_S = 60.0
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def comfyui() -> Iterator[ComfyUI]:
 
 def post(gateway: Served, key: str, path: str, **job_input: Any) -> dict[str, Any]:
     headers = {"Authorization": f"Bearer {key}"}
-    answer = requests.post(f"{gateway.url}{path}", json={"input": job_input}, headers=headers, timeout=2 * TIMEOUT_S)
+    answer = requests.post(f"{gateway.url}{path}", json={"input": job_input}, headers=headers, timeout=TIMEOUT_S)
     body: dict[str, Any] = answer.json()
     return body
 

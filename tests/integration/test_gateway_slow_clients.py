@@ -30,12 +30,12 @@ from comfy_worker.gateway.events import PROGRESS, STATUS, LocalEventBus
 from comfy_worker.gateway.settings import load_gateway_settings
 from tests.support.comfyui import emulator
 from tests.support.graphs import node, picture
+from tests.support.patience import TIMEOUT_S
 from tests.support.ports import silent_port
 from tests.support.processes import Process
 from tests.support.running import wait_until
 from tests.support.served import Served, served
 
-TIMEOUT_S = 60.0
 SMALL_BUFFER = ((socket.SOL_SOCKET, socket.SO_RCVBUF, 65536),)
 MOST_BEHIND = 256
 """Events that are kept for a client that is slow, beside changes of state."""

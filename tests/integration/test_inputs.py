@@ -38,9 +38,9 @@ from tests.support import media_files
 from tests.support.comfyui import ComfyUI, comfyui
 from tests.support.file_server import FileServer, RawAnswer, ServedFile, file_server
 from tests.support.graphs import Graph, colors, data_uri, inverted, node, png
+from tests.support.patience import TIMEOUT_S
 from tests.support.s3 import ACCESS_KEY, SECRET_KEY, S3Server, s3_server
 
-_TIMEOUT_S = 30.0
 RED = (200, 10, 20)
 TEAL = (0, 128, 127)
 
@@ -112,7 +112,7 @@ class Bench:
         """Return a file of ComfyUI's input folder."""
         subfolder, _, filename = name.removesuffix(" [input]").rpartition("/")
         params = {"filename": filename, "subfolder": subfolder, "type": "input"}
-        response = requests.get(f"{self.client.url}/view", params=params, timeout=_TIMEOUT_S)
+        response = requests.get(f"{self.client.url}/view", params=params, timeout=TIMEOUT_S)
         response.raise_for_status()
         return response.content
 
@@ -682,10 +682,10 @@ def test_a_job_that_is_cancelled_while_it_fetches(bench: Bench, files: FileServe
     with ThreadPoolExecutor(1) as threads:
         staging = threads.submit(bench.stage, inverted(url), stop=stop)
         while not files.requests["/cancelled.png"]:
-            assert files.at_work.acquire(timeout=_TIMEOUT_S)
+            assert files.at_work.acquire(timeout=TIMEOUT_S)
         stop.set()
         with pytest.raises(Cancelled):
-            staging.result(_TIMEOUT_S)
+            staging.result(TIMEOUT_S)
 
 
 def test_a_job_that_is_late_while_it_fetches(bench: Bench, files: FileServer) -> None:

@@ -11,6 +11,7 @@ import requests
 from comfy_worker.comfy.socket import SocketPool
 from comfy_worker.emulator import EmulatorServer
 from tests.support import graphs
+from tests.support.patience import TIMEOUT_S
 from tests.support.running import wait_until
 
 
@@ -37,8 +38,8 @@ def use(pool: SocketPool) -> str:
 def tell_everybody(server: EmulatorServer) -> None:
     """Have frames on every websocket that no job waits for: somebody else's prompt changes the queue's length."""
     body = {"prompt": graphs.picture((1, 2, 3)), "client_id": "somebody else"}
-    requests.post(f"{server.url}/prompt", json=body, timeout=5).raise_for_status()
-    wait_until(lambda: bool(requests.get(f"{server.url}/history", timeout=5).json()))
+    requests.post(f"{server.url}/prompt", json=body, timeout=TIMEOUT_S).raise_for_status()
+    wait_until(lambda: bool(requests.get(f"{server.url}/history", timeout=TIMEOUT_S).json()))
 
 
 def test_it_is_kept(pool: SocketPool) -> None:

@@ -16,7 +16,7 @@ from comfy_worker.errors import ComfyUnreachable
 from comfy_worker.serverless.results import patient_retries
 from comfy_worker.settings import load_settings
 from tests.support import graphs
-from tests.support.comfyui_replay import wait_until
+from tests.support.running import wait_until
 
 TIMEOUT_S = 0.5
 

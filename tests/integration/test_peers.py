@@ -15,12 +15,12 @@ import requests
 from tests.support.comfyui import ComfyUI
 from tests.support.comfyui import comfyui as running_comfyui
 from tests.support.graphs import colors, picture, work
+from tests.support.patience import TIMEOUT_S
 from tests.support.redis import RedisServer, redis_server
 from tests.support.running import wait_until
 from tests.support.served import Served, served
 
 RED, GREEN = (255, 0, 0), (0, 255, 0)
-TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,13 @@ from comfy_worker.gateway.redis_bus import RedisEventBus
 from comfy_worker.gateway.settings import load_gateway_settings
 from comfy_worker.jobs import JobState
 from tests.support.graphs import picture
+from tests.support.patience import TIMEOUT_S
 from tests.support.ports import silent_port
 from tests.support.processes import Process
 from tests.support.publisher import PICTURE
 from tests.support.redis import RedisServer, redis_server
 from tests.support.running import wait_until
 
-TIMEOUT_S = 20.0
 NOT_FOR_LONG_S = 5.0
 """Far more than one command may take, and far less than a hundred of them would."""
 

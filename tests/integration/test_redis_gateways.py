@@ -21,6 +21,7 @@ import requests
 
 from comfy_worker.gateway.signing import AssetLinks
 from tests.support.graphs import picture
+from tests.support.patience import TIMEOUT_S
 from tests.support.postgres import Postgres, postgres
 from tests.support.processes import Process
 from tests.support.receiver import Receiver
@@ -29,7 +30,6 @@ from tests.support.running import wait_until
 from tests.support.served import Served, served
 
 JOB = {"input": {"workflow": picture((1, 2, 3))}}
-TIMEOUT_S = 20.0
 NOWHERE = "http://127.0.0.1:1"
 
 
@@ -122,13 +122,14 @@ def test_a_job_is_its_keys_own_at_every_gateway(tmp_path: Path, shared: dict[str
 def test_a_process_that_is_killed_is_replaced_and_a_signal_ends_all(tmp_path: Path, shared: dict[str, str]) -> None:
     with served(NOWHERE, tmp_path, **shared, API_WORKERS="2") as gateway:
         wait_until(lambda: len(serving(gateway.process)) == 2)
+        assert f"The API is described at {gateway.url}/docs" in gateway.process.output
         job_id = submit(gateway)
         os.kill(serving(gateway.process)[0], signal.SIGKILL)
         wait_until(lambda: len(serving(gateway.process)) == 3)
         assert gateway.get(f"/status/{job_id}").json()["status"] == "IN_QUEUE"
 
         answers: list[requests.Response] = []
-        waiting = threading.Thread(target=lambda: answers.append(gateway.post("/runsync?wait=60000", JOB)))
+        waiting = threading.Thread(target=lambda: answers.append(gateway.post("/runsync?wait=300000", JOB)))
         waiting.start()
         wait_until(lambda: gateway.get("/health").json()["jobs"]["inQueue"] == 2)
         began = time.monotonic()
@@ -165,6 +166,7 @@ def test_a_port_that_is_taken_ends_all(tmp_path: Path, shared: dict[str, str]) -
         with Process([sys.executable, "-m", "comfy_worker", "serve"], environment=environment) as process:
             assert process.wait() == 1
             assert "address already in use" in process.output
+            assert "The API is described at" not in process.output
 
 
 @pytest.mark.parametrize(

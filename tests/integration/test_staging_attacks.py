@@ -22,8 +22,9 @@ from comfy_worker.settings import load_settings
 from comfy_worker.stop import Stop
 from comfy_worker.workflow import copy_graph
 from tests.support.file_server import FileServer, RawAnswer, file_server
-from tests.support.gateway import TIMEOUT_S, GatewayProcess
+from tests.support.gateway import GatewayProcess
 from tests.support.graphs import Graph, data_uri, inverted, node, picture, png
+from tests.support.patience import TIMEOUT_S
 
 PATIENCE_S = 20.0
 """How long any of them may keep a worker, on a slow machine; before, it was many minutes."""

@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import requests
 
+from tests.support.patience import TIMEOUT_S
 from tests.support.platform import Platform
 from tests.support.platform_http import CLIENT_KEY
-
-TIMEOUT_S = 10.0
 
 
 @pytest.fixture

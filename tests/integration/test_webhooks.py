@@ -21,6 +21,7 @@ from comfy_worker.worker import Worker
 from tests.support import graphs
 from tests.support.endpoint import endpoint
 from tests.support.gate import OBJECT_INFO, Gate, job, registry
+from tests.support.patience import TIMEOUT_S
 from tests.support.ports import silent_port
 from tests.support.processes import start_handler
 from tests.support.receiver import Receiver
@@ -29,7 +30,6 @@ from tests.support.running import RunningJob
 ORANGE = (255, 128, 0)
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 QUERY = "query-secret-1"
-TIMEOUT_S = 60.0
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ from contextlib import contextmanager, suppress
 from urllib.parse import urlsplit
 
 from tests.support.endings import all_tasks_ended, stop_listening
+from tests.support.patience import TIMEOUT_S
 
 _CHUNK = 65536
-_TIMEOUT_S = 20
 
 
 class Balancer:
@@ -88,10 +88,10 @@ def balancer(urls: Sequence[str]) -> Iterator[Balancer]:
     running, listens, loop = Balancer(urls), Future[asyncio.Event](), asyncio.new_event_loop()
     thread = threading.Thread(target=lambda: loop.run_until_complete(running.serve(listens)), name="balancer")
     thread.start()
-    end = listens.result(_TIMEOUT_S)
+    end = listens.result(TIMEOUT_S)
     try:
         yield running
     finally:
         loop.call_soon_threadsafe(end.set)
-        thread.join(_TIMEOUT_S)
+        thread.join(TIMEOUT_S)
         loop.close()

@@ -18,6 +18,7 @@ from tests.support.endpoint import launched_worker
 from tests.support.fleet import Fleet, fleet
 from tests.support.gate import Gate
 from tests.support.gateway import gateway
+from tests.support.patience import TIMEOUT_S
 from tests.support.platform import Platform
 from tests.support.platform_http import CLIENT_KEY
 from tests.support.postgres import Postgres, postgres
@@ -25,7 +26,6 @@ from tests.support.redis import RedisServer, redis_server
 from tests.support.running import wait_until
 from tests.support.victims import Emulated
 
-TIMEOUT_S = 60.0
 _NOWHERE = "http://127.0.0.1:1"
 Answer = TypeVar("Answer")
 

@@ -9,6 +9,7 @@ import venv
 from collections.abc import Mapping
 from pathlib import Path
 
+from tests.support.patience import TIMEOUT_S
 from tests.support.processes import ROOT, clean_environment
 
 _READY = ("bin/uv", ".run-ready", ".dev-ready", ".clients-ready")
@@ -44,7 +45,7 @@ class Checkout:
         for name in _READY:
             (environment / name).touch()
 
-    def run(self, block: str, environment: Mapping[str, str], timeout_s: float = 100.0) -> str:
+    def run(self, block: str, environment: Mapping[str, str], timeout_s: float = TIMEOUT_S) -> str:
         """Return what a block of commands prints; each has to end with 0, and each `curl` with an answer below 400."""
         script = f'set -euo pipefail\ncurl() {{ command curl --fail --silent --show-error "$@"; }}\n{block}'
         done = subprocess.run(

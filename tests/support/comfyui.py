@@ -14,9 +14,8 @@ from urllib.parse import urlsplit
 import requests
 import websocket
 
+from tests.support.patience import TIMEOUT_S
 from tests.support.processes import Process
-
-_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class ComfyUI:
     def wait_until_running(self) -> str:
         """Return the id of the prompt that runs, as soon as one does."""
         url = f"{self.url.replace('http', 'ws', 1)}/ws?clientId=watcher"
-        with closing(websocket.create_connection(url, timeout=_TIMEOUT_S)) as watcher:
+        with closing(websocket.create_connection(url, timeout=TIMEOUT_S)) as watcher:
             while not (running := self._get("/queue")["queue_running"]):
                 # Every change of the queue is told to everyone.
                 watcher.recv()
@@ -71,13 +70,13 @@ class ComfyUI:
         try:
             yield
         finally:
-            requests.delete(f"{self.url}/_emulator/faults", timeout=_TIMEOUT_S).raise_for_status()
+            requests.delete(f"{self.url}/_emulator/faults", timeout=TIMEOUT_S).raise_for_status()
 
     def _set_faults(self, faults: Mapping[str, Any]) -> None:
-        requests.post(f"{self.url}/_emulator/faults", json=faults, timeout=_TIMEOUT_S).raise_for_status()
+        requests.post(f"{self.url}/_emulator/faults", json=faults, timeout=TIMEOUT_S).raise_for_status()
 
     def _get(self, path: str) -> Any:
-        response = requests.get(f"{self.url}{path}", timeout=_TIMEOUT_S)
+        response = requests.get(f"{self.url}{path}", timeout=TIMEOUT_S)
         response.raise_for_status()
         return json.loads(response.content)
 

@@ -10,9 +10,8 @@ import base64
 import io
 import json
 import re
-import time
 import wave
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,10 @@ import websocket
 from PIL import Image
 
 from comfy_worker.emulator import EmulatorServer
+from tests.support.patience import TIMEOUT_S
+from tests.support.running import wait_until
 
 RECORDINGS = Path(__file__).parents[1] / "data" / "comfyui_traffic"
-TIMEOUT_S = 30
 QUIET_S = 0.2
 
 Note = tuple[str, Any]
@@ -34,14 +34,6 @@ def read_recording(name: str, version: str = "v0.8.0") -> list[dict[str, Any]]:
     """The lines of a recording."""
     lines = (RECORDINGS / version / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
-
-
-def wait_until(holds: Callable[[], bool]) -> None:
-    """Wait for something that nothing announces."""
-    deadline = time.monotonic() + TIMEOUT_S
-    while not holds():
-        assert time.monotonic() < deadline, "It did not come about in time."
-        time.sleep(0.002)
 
 
 @dataclass

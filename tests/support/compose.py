@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from comfy_worker.gateway.settings import GatewaySettings
+from tests.support.patience import TIMEOUT_S
 from tests.support.processes import ROOT
 
 COMPOSE = ROOT / "docker-compose.yml"
@@ -78,7 +79,7 @@ def setting_names() -> set[str]:
 def run_make_env(folder: Path) -> subprocess.CompletedProcess[str]:
     """Run deploy/make-env in a folder with a copy of it."""
     return subprocess.run(
-        [folder / "deploy/make-env"], cwd=folder.parent, text=True, capture_output=True, timeout=60, check=False
+        [folder / "deploy/make-env"], cwd=folder.parent, text=True, capture_output=True, timeout=TIMEOUT_S, check=False
     )
 
 

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from urllib.parse import urlsplit
 
-TIMEOUT_S = 30.0
+from tests.support.patience import TIMEOUT_S
+
 _PART = b"x" * 65_536
 
 

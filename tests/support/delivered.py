@@ -21,6 +21,7 @@ import requests
 from comfy_worker.jobs import Delivered
 from comfy_worker.media import mime_type_of_name
 from comfy_worker.storage import InMemory, Parcel, Storages
+from tests.support.patience import TIMEOUT_S
 from tests.support.s3 import ACCESS_KEY, SECRET_KEY
 
 CONTENT = bytes(range(256)) * 41
@@ -72,7 +73,7 @@ def open_both(delivered: Delivered) -> Kept:
 
 
 def fetch(url: str) -> Kept:
-    response = requests.get(url, timeout=10)
+    response = requests.get(url, timeout=TIMEOUT_S)
     assert response.status_code == 200, response.text
     return Kept(response.content, response.headers["Content-Type"])
 

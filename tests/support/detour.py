@@ -11,9 +11,8 @@ from typing import Any
 
 import requests
 
+from tests.support.patience import TIMEOUT_S
 from tests.support.platform import Platform
-
-_TIMEOUT_S = 60.0
 
 
 class Detour:
@@ -37,12 +36,12 @@ class Detour:
     def pass_post(self, path: str, content: bytes) -> requests.Response | int:
         job_id = path.partition("?")[0].rpartition("/")[2]
         status = self.before_post(job_id, json.loads(content))
-        return requests.post(f"{self._base}{path}", data=content, timeout=_TIMEOUT_S) if status is None else status
+        return requests.post(f"{self._base}{path}", data=content, timeout=TIMEOUT_S) if status is None else status
 
     def pass_get(self, path: str) -> requests.Response:
         kind = path.split("/")[3]
         self.on_get(kind, False)
-        response = requests.get(f"{self._base}{path}", timeout=_TIMEOUT_S)
+        response = requests.get(f"{self._base}{path}", timeout=TIMEOUT_S)
         if response.status_code == 200:
             self.on_get(kind, True)
         return response

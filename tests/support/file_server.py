@@ -15,8 +15,8 @@ from pathlib import Path
 from aiohttp import web
 
 from tests.support.endings import stop_listening
+from tests.support.patience import TIMEOUT_S
 
-_TIMEOUT_S = 10.0
 _CHUNK = 16 * 1024
 
 
@@ -81,12 +81,12 @@ class FileServer:
 
     def __enter__(self) -> FileServer:
         self._thread.start()
-        assert self._started.wait(_TIMEOUT_S)
+        assert self._started.wait(TIMEOUT_S)
         return self
 
     def __exit__(self, *_error: object) -> None:
         self._loop.call_soon_threadsafe(self._ended.set)
-        self._thread.join(_TIMEOUT_S)
+        self._thread.join(TIMEOUT_S)
         self._loop.close()
 
     @property

@@ -14,6 +14,7 @@ import psycopg
 from comfy_worker.engines.fleet import Fleet as Known
 from tests.support import graphs
 from tests.support.gateway import GatewayProcess
+from tests.support.patience import TIMEOUT_S
 from tests.support.postgres import Postgres
 from tests.support.processes import Process
 from tests.support.redis import RedisServer
@@ -22,7 +23,6 @@ from tests.support.victims import Emulated
 
 LOST_S = 2.0
 """After how much silence a worker is lost; long enough for a machine that has much to do."""
-TIMEOUT_S = 60.0
 _NOWHERE = "http://127.0.0.1:1"
 _numbers = itertools.count()
 

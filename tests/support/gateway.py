@@ -12,11 +12,11 @@ import requests
 
 from comfy_worker.gateway.core import Gateway
 from comfy_worker.gateway.settings import load_gateway_settings
+from tests.support.patience import TIMEOUT_S
 from tests.support.ports import free_port
 from tests.support.processes import Process
 from tests.support.running import wait_until
 
-TIMEOUT_S = 30.0
 Body = dict[str, Any]
 
 

@@ -10,9 +10,9 @@ from enum import Enum
 from types import TracebackType
 
 from tests.support.endings import all_tasks_ended, stop_listening
+from tests.support.patience import TIMEOUT_S
 
 _CHUNK = 65536
-_TIMEOUT_S = 20.0
 
 
 class Weather(Enum):
@@ -53,7 +53,7 @@ class Link:
 
     def turn(self, weather: Weather) -> None:
         """Let something else become of what is sent; return when it does."""
-        asyncio.run_coroutine_threadsafe(self._turn(weather), self._loop).result(_TIMEOUT_S)
+        asyncio.run_coroutine_threadsafe(self._turn(weather), self._loop).result(TIMEOUT_S)
 
     async def _turn(self, weather: Weather) -> None:
         was, self._weather = self._weather, weather
@@ -149,9 +149,9 @@ class Network:
     def __exit__(
         self, _kind: type[BaseException] | None, _error: BaseException | None, _traceback: TracebackType | None
     ) -> None:
-        asyncio.run_coroutine_threadsafe(self._close(), self._loop).result(_TIMEOUT_S)
+        asyncio.run_coroutine_threadsafe(self._close(), self._loop).result(TIMEOUT_S)
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(_TIMEOUT_S)
+        self._thread.join(TIMEOUT_S)
         self._loop.close()
 
     def link(self, target: int) -> Link:

@@ -19,6 +19,7 @@ from aiohttp import web
 
 from tests.support.board import FINAL_STATES, Board, Call, PlatformJob
 from tests.support.endings import stop_listening
+from tests.support.patience import TIMEOUT_S
 from tests.support.platform_http import CLIENT_KEY, WORKER_KEY, Mischief, create_app
 
 Found = TypeVar("Found")
@@ -162,7 +163,7 @@ class Platform:
         """Queue a job without HTTP; return its id. `request` is what stands beside `input`, such as `policy`."""
         return self._in_loop(lambda: self.board.add({"input": dict(job_input), **request}, sync=sync)).id
 
-    def run(self, job_input: Mapping[str, Any], timeout_s: float = 60.0, **request: Any) -> dict[str, Any]:
+    def run(self, job_input: Mapping[str, Any], timeout_s: float = TIMEOUT_S, **request: Any) -> dict[str, Any]:
         """Queue a job, wait for its end and return the body of its `/status`."""
         job_id = self.submit(job_input, sync=True, **request)
         self.wait_for_end(job_id, timeout_s)
@@ -208,7 +209,7 @@ class Platform:
         with self.board.changed:
             return self.board.in_flight(worker_id)
 
-    def wait_until(self, condition: Callable[[], Found], what: str, timeout_s: float = 30.0) -> Found:
+    def wait_until(self, condition: Callable[[], Found], what: str, timeout_s: float = TIMEOUT_S) -> Found:
         """Return what `condition` returns once that is true; it is asked after each change, never in between.
 
         Raises:
@@ -226,21 +227,21 @@ class Platform:
         with self.board.changed:
             self.board.changed.notify_all()
 
-    def wait_for_worker(self, worker_id: str = "worker-1", timeout_s: float = 30.0) -> None:
+    def wait_for_worker(self, worker_id: str = "worker-1", timeout_s: float = TIMEOUT_S) -> None:
         """Return when a worker waits for a job."""
         self.wait_until(lambda: self.board.polling[worker_id] > 0, f"a poll by {worker_id}", timeout_s)
 
-    def wait_for_state(self, job_id: str, *states: str, timeout_s: float = 60.0) -> str:
+    def wait_for_state(self, job_id: str, *states: str, timeout_s: float = TIMEOUT_S) -> str:
         """Return a job's state once it is one of `states`."""
         job = self.job(job_id)
         self.wait_until(lambda: job.state in states, f"job {job_id} {' or '.join(states)}", timeout_s)
         return job.state
 
-    def wait_for_end(self, job_id: str, timeout_s: float = 60.0) -> str:
+    def wait_for_end(self, job_id: str, timeout_s: float = TIMEOUT_S) -> str:
         """Return a job's final state."""
         return self.wait_for_state(job_id, *FINAL_STATES, timeout_s=timeout_s)
 
-    def wait_for_updates(self, job_id: str, count: int = 1, timeout_s: float = 30.0) -> list[Any]:
+    def wait_for_updates(self, job_id: str, count: int = 1, timeout_s: float = TIMEOUT_S) -> list[Any]:
         """Return a job's IN_PROGRESS updates once there are `count`."""
         job = self.job(job_id)
         self.wait_until(lambda: len(job.updates) >= count, f"{count} updates of job {job_id}", timeout_s)

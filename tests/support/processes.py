@@ -14,6 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
+from tests.support.patience import TIMEOUT_S
+
 ROOT = Path(__file__).resolve().parents[2]
 """The project's folder."""
 
@@ -126,7 +128,7 @@ class Process:
         with self._changed:
             return "".join(line for name, line in self._lines if name in names)
 
-    def wait_for_line(self, pattern: str, timeout_s: float = 30.0) -> re.Match[str]:
+    def wait_for_line(self, pattern: str, timeout_s: float = TIMEOUT_S) -> re.Match[str]:
         """Return the first match of `pattern` in a line, past or to come.
 
         Raises:
@@ -149,7 +151,7 @@ class Process:
         """Whether it has not ended yet."""
         return self._process.poll() is None
 
-    def wait(self, timeout_s: float = 60.0) -> int:
+    def wait(self, timeout_s: float = TIMEOUT_S) -> int:
         """Return its exit code; all its output has been read by then."""
         try:
             code = self._process.wait(timeout_s)

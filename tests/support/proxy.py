@@ -10,11 +10,11 @@ from contextlib import suppress
 from enum import Enum
 
 from tests.support.endings import all_tasks_ended, stop_listening
+from tests.support.patience import TIMEOUT_S
 
 _CHUNK = 65536
 _END_OF_HEAD = b"\r\n\r\n"
 _LOOK_S = 0.005
-_TIMEOUT_S = 20
 
 
 class Websockets(Enum):
@@ -59,13 +59,13 @@ class Proxy:
         listens: Future[int] = Future()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run(listens)), daemon=True)
         self._thread.start()
-        self.port = listens.result(_TIMEOUT_S)
+        self.port = listens.result(TIMEOUT_S)
 
     def stop(self) -> None:
         """Refuse new connections and cut all open ones, as a machine does on which a process was killed."""
         if self._loop is not None and self._thread is not None:
             self._loop.call_soon_threadsafe(self._stopping.set)
-            self._thread.join(_TIMEOUT_S)
+            self._thread.join(TIMEOUT_S)
             self._loop = self._thread = None
 
     def cut_websockets(self) -> None:

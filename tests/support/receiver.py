@@ -11,7 +11,7 @@ from typing import Any
 
 from standardwebhooks import Webhook
 
-_TIMEOUT_S = 30.0
+from tests.support.patience import TIMEOUT_S
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Receiver:
         self.released.set()
         self._server.shutdown()
         self._server.server_close()
-        self._thread.join(_TIMEOUT_S)
+        self._thread.join(TIMEOUT_S)
 
     @property
     def port(self) -> int:
@@ -94,7 +94,7 @@ class Receiver:
     def wait_for(self, count: int) -> list[Received]:
         """Return all requests as soon as there are so many."""
         with self._changed:
-            assert self._changed.wait_for(lambda: len(self._received) >= count, _TIMEOUT_S), self._received
+            assert self._changed.wait_for(lambda: len(self._received) >= count, TIMEOUT_S), self._received
             return list(self._received)
 
     def _note(self, received: Received) -> int | str:
@@ -112,7 +112,7 @@ class Receiver:
                 headers = {name.lower(): value for name, value in self.headers.items()}
                 answer = receiver._note(Received(self.path, headers, content, time.monotonic()))
                 if answer == "hang":
-                    receiver.released.wait(_TIMEOUT_S)
+                    receiver.released.wait(TIMEOUT_S)
                     answer = 200
                 self.send_response(307 if isinstance(answer, str) else answer)
                 if isinstance(answer, str):

@@ -10,14 +10,14 @@ from typing import Any, TypeVar
 from comfy_worker.jobs import JobEvent, Notice
 from comfy_worker.stop import Stop
 from comfy_worker.worker import Worker
+from tests.support.patience import TIMEOUT_S
 
-_TIMEOUT_S = 60.0
 _LOOK_S = 0.005
 
 Event = TypeVar("Event", bound=JobEvent)
 
 
-def wait_until(holds: Callable[[], bool], timeout_s: float = _TIMEOUT_S) -> None:
+def wait_until(holds: Callable[[], bool], timeout_s: float = TIMEOUT_S) -> None:
     """Return when something holds that nothing announces."""
     deadline = time.monotonic() + timeout_s
     while not holds():
@@ -71,13 +71,13 @@ class RunningJob:
             self.events.append(event)
             self._changed.notify_all()
 
-    def output(self, timeout_s: float = _TIMEOUT_S) -> dict[str, Any]:
+    def output(self, timeout_s: float = TIMEOUT_S) -> dict[str, Any]:
         """Return what the worker answers, as soon as it does."""
         with self._changed:
             assert self._changed.wait_for(lambda: self.ended_at is not None, timeout_s), (
                 f"the job has not ended within {timeout_s:g} s; the last events were {self.events[-5:]}"
             )
-        self._thread.join(_TIMEOUT_S)
+        self._thread.join(TIMEOUT_S)
         return self._output
 
     def wait_for(self, holds: Callable[[JobEvent], bool]) -> JobEvent:
@@ -87,7 +87,7 @@ class RunningJob:
             return next((event for event in self.events if holds(event)), None)
 
         with self._changed:
-            self._changed.wait_for(lambda: find() or self.ended_at is not None, _TIMEOUT_S)
+            self._changed.wait_for(lambda: find() or self.ended_at is not None, TIMEOUT_S)
             found = find()
             assert found is not None, f"no such event; the job ended with {self._output} after {self.events}"
             return found

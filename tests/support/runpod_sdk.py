@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
+from tests.support.patience import TIMEOUT_S
 from tests.support.processes import ROOT, Process
 
 _SCRIPT = ROOT / "tests" / "data" / "clients" / "runpod_sdk.mjs"
 _SDK = Path(sys.prefix) / "clients" / "node_modules" / "runpod-sdk"
-_TIMEOUT_S = 60.0
 
 
 class Raised(Exception):
@@ -60,7 +60,7 @@ class RunpodSdk:
 
 def result_of(process: Process) -> Any:
     """Return what a call returned, when it has; raise what it raised."""
-    assert process.wait(_TIMEOUT_S) == 0, process.output
+    assert process.wait(TIMEOUT_S) == 0, process.output
     outcome = json.loads(process.stdout.splitlines()[-1])
     if "raised" in outcome:
         raise Raised(outcome["raised"]["message"], outcome["raised"].get("status"))

@@ -17,13 +17,13 @@ from typing import Any
 
 import requests
 
+from tests.support.patience import TIMEOUT_S
 from tests.support.postgres import Postgres, postgres
 from tests.support.processes import Process
 from tests.support.running import wait_until
 
 KEY = "a-key-for-tests"
 DATABASES = ("sqlite", "postgresql")
-_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class Served:
         return {"Authorization": f"Bearer {KEY}"}
 
     def get(self, path: str, **arguments: Any) -> requests.Response:
-        return requests.get(f"{self.url}{path}", headers=self.headers, timeout=_TIMEOUT_S, **arguments)
+        return requests.get(f"{self.url}{path}", headers=self.headers, timeout=TIMEOUT_S, **arguments)
 
     def post(self, path: str, body: Any = None, **headers: str) -> requests.Response:
-        return requests.post(f"{self.url}{path}", json=body, headers={**self.headers, **headers}, timeout=_TIMEOUT_S)
+        return requests.post(f"{self.url}{path}", json=body, headers={**self.headers, **headers}, timeout=TIMEOUT_S)
 
     def run(self, workflow: Mapping[str, Any], **beside: Any) -> str:
         """Queue a workflow and return its job's id."""

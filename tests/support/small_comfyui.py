@@ -16,8 +16,8 @@ from PIL import Image
 
 from comfy_worker.emulator import EmulatorServer
 from comfy_worker.emulator.node import Context, NodeResult, Registry
+from tests.support.patience import TIMEOUT_S
 
-TIMEOUT_S = 20
 Event = tuple[str, Any]
 
 

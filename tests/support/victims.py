@@ -18,12 +18,12 @@ import requests
 
 from comfy_worker.emulator.server import EmulatorServer
 from tests.support import gate
+from tests.support.patience import TIMEOUT_S
 from tests.support.ports import free_port
 from tests.support.processes import Process
 from tests.support.proxy import Proxy, Websockets
 from tests.support.running import wait_until
 
-_TIMEOUT_S = 20.0
 _BOOT_TIMEOUT_S = 180.0
 _NODES = Path(__file__).parents[1] / "data" / "gate_node.py"
 
@@ -120,7 +120,7 @@ class Victim(ABC):
         wait_until(is_idle)
 
     def _ask(self, method: str, path: str, body: Any = None) -> requests.Response:
-        response = requests.request(method, f"{self.own_url}{path}", json=body, timeout=_TIMEOUT_S)
+        response = requests.request(method, f"{self.own_url}{path}", json=body, timeout=TIMEOUT_S)
         response.raise_for_status()
         return response
 
@@ -266,7 +266,7 @@ class Real(Victim):
 
     def _answers(self) -> bool:
         try:
-            return requests.get(f"{self.own_url}/prompt", timeout=_TIMEOUT_S).ok
+            return requests.get(f"{self.own_url}/prompt", timeout=TIMEOUT_S).ok
         except requests.ConnectionError:
             return False
 

@@ -17,6 +17,7 @@ import yaml
 from comfy_worker.gateway.settings import load_gateway_settings
 from tests.support import compose
 from tests.support.compose import OWN_IMAGE, PROFILES
+from tests.support.patience import TIMEOUT_S
 from tests.support.processes import ROOT
 
 ONE_SHOT = {"bucket"}
@@ -41,7 +42,7 @@ class TestForm:
     def check(self, path: Path) -> None:
         # The schema is the Compose specification's own, which this program brings along.
         command = [str(tool("check-jsonschema")), "--builtin-schema", "vendor.compose-spec", str(path)]
-        checked = subprocess.run(command, text=True, capture_output=True, timeout=60, check=False)
+        checked = subprocess.run(command, text=True, capture_output=True, timeout=TIMEOUT_S, check=False)
         assert checked.returncode == 0, checked.stdout + checked.stderr
 
     def test_is_what_the_specification_asks_for(self) -> None:
@@ -296,7 +297,7 @@ class TestMakeBucket:
         client.chmod(0o755)
         told = {"PATH": f"{folder}:/usr/bin:/bin", "LOG": str(folder / "log"), "ANSWER": answer, "CODE": str(code)}
         script = ROOT / "deploy/minio/make-bucket.sh"
-        ended = subprocess.run(["sh", script], env=MINIO | told, capture_output=True, timeout=60, check=False)
+        ended = subprocess.run(["sh", script], env=MINIO | told, capture_output=True, timeout=TIMEOUT_S, check=False)
         return ended.returncode, (folder / "log").read_text().splitlines()
 
     def test_makes_the_bucket_and_its_user(self, tmp_path: Path) -> None:

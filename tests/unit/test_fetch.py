@@ -33,11 +33,11 @@ from comfy_worker.settings import Settings, load_settings
 from comfy_worker.stop import Stop
 from tests.support.file_server import FileServer, RawAnswer, ServedFile, file_server
 from tests.support.network import SmallInternet
+from tests.support.patience import TIMEOUT_S
 from tests.support.ports import silent_port
 
 CONTENT = bytes(range(256)) * 300
 OTHER = b"something else"
-_TIMEOUT_S = 30.0
 
 
 @pytest.fixture(autouse=True)
@@ -316,10 +316,10 @@ def test_a_cancelled_fetch_ends_at_once(server: FileServer, settings: Settings) 
     with ThreadPoolExecutor(1) as threads:
         fetching = threads.submit(Fetcher(settings).fetch, url, stop)
         while not server.requests["/silent.bin"]:
-            assert server.at_work.acquire(timeout=_TIMEOUT_S)
+            assert server.at_work.acquire(timeout=TIMEOUT_S)
         stop.set()
         with pytest.raises(Cancelled):
-            fetching.result(_TIMEOUT_S)
+            fetching.result(TIMEOUT_S)
 
 
 def test_who_waits_for_another_fetch_of_the_same_url_has_the_same_patience(
@@ -330,12 +330,12 @@ def test_who_waits_for_another_fetch_of_the_same_url_has_the_same_patience(
     with ThreadPoolExecutor(1) as threads:
         first = threads.submit(Fetcher(settings).fetch, url, stop)
         while not server.requests["/slow.bin"]:
-            assert server.at_work.acquire(timeout=_TIMEOUT_S)
+            assert server.at_work.acquire(timeout=TIMEOUT_S)
         with pytest.raises(InputFetchFailed, match=r"it took longer than 0\.2 seconds"):
             fetch(url, changed(settings, input_fetch_timeout_s=0.2))
         stop.set()
         with pytest.raises(Cancelled):
-            first.result(_TIMEOUT_S)
+            first.result(TIMEOUT_S)
 
 
 def test_a_full_disk_is_told_as_such(server: FileServer, cache_dir: Path) -> None:
@@ -358,7 +358,7 @@ def test_a_full_disk_is_told_as_such(server: FileServer, cache_dir: Path) -> Non
         "INPUT_CACHE_DIR": str(cache_dir),
     }
     done = subprocess.run(
-        [sys.executable, "-c", script, url], env=environment, capture_output=True, text=True, timeout=_TIMEOUT_S
+        [sys.executable, "-c", script, url], env=environment, capture_output=True, text=True, timeout=TIMEOUT_S
     )
     assert done.stdout.strip() == f"The worker's disk has no room for {url}", done.stderr
     assert [path.suffix for path in cache_dir.iterdir()] == []
@@ -558,7 +558,7 @@ def test_many_processes_fetch_it_once(server: FileServer, cache_dir: Path) -> No
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
     with ThreadPoolExecutor(4) as threads:
-        outputs = list(threads.map(lambda process: process.communicate("\n", _TIMEOUT_S)[0], processes))
+        outputs = list(threads.map(lambda process: process.communicate("\n", TIMEOUT_S)[0], processes))
     assert outputs == [f"{len(CONTENT)}\n"] * 4
     assert server.bodies["/processes.bin"] == 1
 
@@ -572,7 +572,7 @@ def test_a_process_that_is_killed_leaves_no_lock_and_no_part(
     process.stdin.write("\n")
     process.stdin.flush()
     while not server.requests["/killed.bin"]:
-        assert server.at_work.acquire(timeout=_TIMEOUT_S)
+        assert server.at_work.acquire(timeout=TIMEOUT_S)
     process.send_signal(signal.SIGKILL)
     process.communicate()
 

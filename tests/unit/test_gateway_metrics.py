@@ -24,10 +24,10 @@ from comfy_worker.gateway.metrics import Cached, GatewayCollector
 from comfy_worker.gateway.records import JobRecord
 from comfy_worker.gateway.store import Store
 from comfy_worker.jobs import JobState
+from tests.support.patience import TIMEOUT_S
 from tests.support.ports import silent_port
 
 NOW = 1_700_000_000.0
-TIMEOUT_S = 60.0
 Figures = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 

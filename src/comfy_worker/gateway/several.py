@@ -34,7 +34,7 @@ def open_port(host: str, port: int) -> socket.socket:
     return opened
 
 
-def serve_with_several(serve: Serve, host: str, port: int, count: int) -> int:
+def serve_with_several(serve: Serve, host: str, port: int, count: int, when_bound: Callable[[str], None]) -> int:
     """Let processes serve a port, and another one in the place of each that dies, until a signal.
 
     Args:
@@ -42,6 +42,7 @@ def serve_with_several(serve: Serve, host: str, port: int, count: int) -> int:
         host: where to listen.
         port: likewise; 0 for any that is free.
         count: of processes.
+        when_bound: called with the URL once the port is ours.
 
     Returns:
         The exit code: of a process that could not serve, which ends all, or else 0.
@@ -58,6 +59,7 @@ def serve_with_several(serve: Serve, host: str, port: int, count: int) -> int:
         log.critical("%s:%d cannot be listened at: %s", host, port, (error.strerror or "").lower())
         return _START_FAILED
     with held:
+        when_bound(f"http://{host}:{port}")
         return several.run(host, port, count)
 
 
