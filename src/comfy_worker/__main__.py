@@ -188,10 +188,19 @@ def _make_app(settings: GatewaySettings) -> FastAPI:
         InvalidInput: a setting is not sound.
         ModuleNotFoundError: a package of requirements.txt is not installed.
     """
+    from comfy_worker.gateway.memory import no_collections, spare_what_stays
+
+    with no_collections():
+        app = _load_app(settings)
+        app.openapi()  # else FastAPI would put the routes together while the first request waits
+    spare_what_stays()
+    return app
+
+
+def _load_app(settings: GatewaySettings) -> FastAPI:
     from comfy_worker.gateway.app import create_app
     from comfy_worker.gateway.auth import Keys, read_hashes
     from comfy_worker.gateway.jsonlogs import configure_gateway_logs
-    from comfy_worker.gateway.memory import spare_what_stays
 
     _make_data_dir(settings)
     hashes = read_hashes(settings.api_keys_file) if settings.api_keys_file else []
@@ -200,10 +209,7 @@ def _make_app(settings: GatewaySettings) -> FastAPI:
     secrets = [*settings.secrets(), *([own_key] if own_key else [])]
     configure_gateway_logs(settings.log_level, secrets, settings.log_format)
     given = [f"{_OWN_NAME}:{own_key}"] if own_key else settings.given_keys
-    app = create_app(settings, Keys(given, hashes, admins))
-    app.openapi()  # else FastAPI would put the routes together while the first request waits
-    spare_what_stays()
-    return app
+    return create_app(settings, Keys(given, hashes, admins))
 
 
 def _serve(sockets: list[socket] | None = None, *, is_announced: bool = False) -> int:

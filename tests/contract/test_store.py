@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy import text
 
 from comfy_worker.errors import InvalidInput
@@ -26,7 +27,7 @@ from comfy_worker.gateway.errors import (
     QueueFull,
     UnreadableRequest,
 )
-from comfy_worker.gateway.migrate import bring_up_to_date
+from comfy_worker.gateway.migrate import bring_up_to_date, newest_version
 from comfy_worker.gateway.ownership import owned, turn
 from comfy_worker.gateway.records import JobRecord, ProgressNote
 from comfy_worker.gateway.store import Store, moment
@@ -483,6 +484,10 @@ def test_several_that_start_at_once_bring_the_database_up_to_date_once(opened: O
 
     add(stores[0])
     assert stores[3].counts() == {JobState.IN_QUEUE: 1}
+
+
+def test_the_newest_version_is_alembics() -> None:
+    assert newest_version() == ScriptDirectory("src/comfy_worker/gateway/migrations").get_current_head()
 
 
 def test_jobs_of_the_first_version_are_kept(url: str, opened: Open) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -219,3 +221,11 @@ def test_lines_within_a_job_carry_its_id(caplog: pytest.LogCaptureFixture) -> No
     with about_job("job-2"):
         assert _add_job_id(record)
     assert record.__dict__["job_id"] == "job-2"
+
+
+def test_a_gateway_loads_nothing_that_most_do_not_need() -> None:
+    """Each of these would make every start slower."""
+    seldom = "{'aiohttp', 'alembic', 'boto3', 'celery', 'mako', 'redis', 'runpod'}"
+    program = f"import comfy_worker.gateway.app, sys; sys.exit(str({seldom} & set(sys.modules)))"
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert ran.stderr == "set()\n"

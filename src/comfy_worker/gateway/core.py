@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from comfy_worker.catalog.library import Library
 from comfy_worker.catalog.versions import KeptVersions
 from comfy_worker.engines.local import LocalEngine
-from comfy_worker.engines.runpod import RunpodEngine
 from comfy_worker.gateway.assets import AssetStore
 from comfy_worker.gateway.auth import kept_secret
 from comfy_worker.gateway.database import connect, patiently
@@ -29,6 +28,7 @@ from comfy_worker.gateway.upkeep import Upkeep
 
 if TYPE_CHECKING:
     from comfy_worker.engines.celery import CeleryEngine
+    from comfy_worker.engines.runpod import RunpodEngine
     from comfy_worker.gateway.peers import Peers
 
 log = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ class Gateway:
         links: makes the links to them.
         library: the named workflows.
         callbacks: the URLs at which RunPod tells the ends of jobs.
+        hear_from_runpod: to be called with a job's id, and RunPod's own for it, when it has ended there.
         when_taken_over: called, in a thread of its own, when another gateway has taken over the database while that
             was away. No job is worked on any more then, and nothing can be asked of the store.
     """
@@ -57,6 +58,7 @@ class Gateway:
         data.mkdir(mode=0o700, parents=True, exist_ok=True)
         database = settings.database_url.get_secret_value() if settings.database_url else f"sqlite:///{data}/jobs.db"
         self.when_taken_over: Callable[[], None] = _nothing
+        self.hear_from_runpod: Callable[[str, str | None], None] = _not_asked
         own_key = settings.gateway_key.get_secret_value() if settings.gateway_key else kept_secret(data / "gateway.key")
         with ExitStack() as stack:
             engine = connect(database)
@@ -102,7 +104,12 @@ class Gateway:
             return CeleryEngine(self.store, self.bus, settings)
         parts = (self.store, self.bus, self.assets, settings, self._deliveries.progress, self._notes)
         if settings.engine == "runpod":
-            return RunpodEngine(*parts, self.callbacks.url)
+            # Loaded late: it takes a tenth of the time that a gateway takes to start.
+            from comfy_worker.engines.runpod import RunpodEngine
+
+            engine = RunpodEngine(*parts, self.callbacks.url)
+            self.hear_from_runpod = engine.hear
+            return engine
         return LocalEngine(*parts)
 
     def _make_peers(self, settings: GatewaySettings, data: Path) -> Peers | None:
@@ -129,11 +136,6 @@ class Gateway:
             # Whoever asks here for a file of this name is to get the new job's.
             self.assets.remove(str(asked["id"]))
         return done
-
-    def hear_from_runpod(self, job_id: str, remote_id: str | None) -> None:
-        """Be told by RunPod that a job has ended there, under RunPod's own id."""
-        if isinstance(self._engine, RunpodEngine):
-            self._engine.hear(job_id, remote_id)
 
     def start(self) -> None:
         """Take up every job that has not ended, send every webhook that was not sent, and begin to work.
@@ -189,3 +191,7 @@ def _links_key(settings: GatewaySettings) -> str:
 
 def _nothing() -> None:
     """Be told of a gateway's end without doing anything about it."""
+
+
+def _not_asked(_job_id: str, _remote_id: str | None) -> None:
+    """Hear of a job that is not at RunPod: no such engine runs."""

@@ -5,19 +5,41 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
-from alembic import command
-from alembic.config import Config
-from sqlalchemy import Engine
+from sqlalchemy import Engine, inspect, text
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _alone = threading.Lock()
 """Alembic keeps what it does in variables of its modules."""
 
 
-def bring_up_to_date(engine: Engine, version: str = "head") -> None:
-    """Run every migration up to a version that the database has not seen; of several who start at once, one does."""
+def bring_up_to_date(engine: Engine, version: str | None = None) -> None:
+    """Run every migration up to a version, or the newest, that the database has not seen.
+
+    Of several who start at once, one does.
+    """
+    version = version or newest_version()
+    if _version_of(engine) == version:
+        return
+    # Loaded late: it takes a tenth of the time that a gateway takes to start, and most find nothing to do.
+    from alembic import command
+    from alembic.config import Config
+
     config = Config()
     config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
     with _alone, engine.begin() as connection:
         config.attributes["connection"] = connection
         command.upgrade(config, version)
+
+
+def newest_version() -> str:
+    """Return the version of the last migration; their files are named by it."""
+    return max(file.name.partition("_")[0] for file in (_MIGRATIONS / "versions").glob("[0-9]*.py"))
+
+
+def _version_of(engine: Engine) -> str | None:
+    """Return what Alembic noted last; None of a new database."""
+    with engine.connect() as connection:
+        if not inspect(connection).has_table("alembic_version"):
+            return None
+        version: str | None = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
+        return version

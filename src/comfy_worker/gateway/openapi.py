@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from starlette.routing import compile_path
 
+from comfy_worker.gateway.answers import PROBLEMS, schemas_of
 from comfy_worker.gateway.middleware import OPEN_PATHS
 
 _NEVER_WHERE_OPEN = ("401", "429", "503")
@@ -42,6 +43,8 @@ def methods_at(app: FastAPI, path: str) -> list[str]:
 def _describe(app: FastAPI) -> dict[str, Any]:
     schema = get_openapi(title=app.title, version=app.version, description=_TEXT, routes=app.routes)
     components = schema["components"]
+    for model in PROBLEMS:
+        components["schemas"] |= schemas_of(model)
     components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     schema["security"] = [{"key": []}]
     for path, operations in schema["paths"].items():
