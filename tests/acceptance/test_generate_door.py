@@ -165,7 +165,7 @@ def test_the_described_synchronous_request(gateway: Served) -> None:
 
 def test_the_described_streaming_request(gateway: Served, comfyui: ComfyUI) -> None:
     payload = {"input": {"workflow_json": work(0.5)}}
-    # While another runs, the first update is told of a job that waits.
+    # Another job runs first, so that this one waits when its stream begins.
     in_front = generate(gateway, workflow_json=work(60)).json()["id"]
     comfyui.wait_until_running()
     with requests.post(

@@ -301,8 +301,8 @@ def _reference(model: type[BaseModel]) -> dict[str, str]:
 def problems(*statuses: int, model: type[BaseModel] = Problem) -> dict[int | str, dict[str, Any]]:
     """Return the declaration of the errors that a route answers with, beside those that all do.
 
-    They are described, and not made of the model: FastAPI would prepare a validation of each for each route, for a
-    third of the time that a gateway takes to start.
+    They refer to the model's schema. Given the model itself, FastAPI would prepare its validation for each status of
+    each route, which takes a sixth of a gateway's start.
 
     Args:
         statuses: of the errors that this route answers with.

@@ -58,7 +58,7 @@ class Gateway:
         data.mkdir(mode=0o700, parents=True, exist_ok=True)
         database = settings.database_url.get_secret_value() if settings.database_url else f"sqlite:///{data}/jobs.db"
         self.when_taken_over: Callable[[], None] = _nothing
-        self.hear_from_runpod: Callable[[str, str | None], None] = _not_asked
+        self.hear_from_runpod: Callable[[str, str | None], None] = _nothing
         own_key = settings.gateway_key.get_secret_value() if settings.gateway_key else kept_secret(data / "gateway.key")
         with ExitStack() as stack:
             engine = connect(database)
@@ -189,9 +189,5 @@ def _links_key(settings: GatewaySettings) -> str:
     return kept_secret(Path(settings.data_dir) / "links.key")
 
 
-def _nothing() -> None:
-    """Be told of a gateway's end without doing anything about it."""
-
-
-def _not_asked(_job_id: str, _remote_id: str | None) -> None:
-    """Hear of a job that is not at RunPod: no such engine runs."""
+def _nothing(*_about: object) -> None:
+    """Be told of something without doing anything about it."""

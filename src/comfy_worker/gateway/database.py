@@ -122,7 +122,8 @@ def _begin_in_sqlite(connection: Connection) -> None:
 class Writers:
     """Lets one thread of this process at a time write to an SQLite database.
 
-    Who waits for SQLite's own lock asks for it again and again. Whoever is unlucky never gets it while others write.
+    A thread that waits for SQLite's own lock asks for it again and again, and has no place in a line: while others
+    write, it may wait for ten seconds.
     """
 
     def __init__(self, engine: Engine) -> None:
