@@ -12,6 +12,7 @@ import websocket
 
 from comfy_worker.emulator import EmulatorServer, Faults
 from comfy_worker.emulator.faults import RequestRule, StatusRule, take
+from tests.support.patience import on_this_machine
 from tests.support.running import wait_until
 from tests.support.small_comfyui import OBJECT_INFO, Bench, Client, chain
 
@@ -206,7 +207,7 @@ def test_it_stops_at_once_while_requests_hang(bench: Bench) -> None:
         with pytest.raises(requests.Timeout):
             requests.get(server.url + "/queue", timeout=SHORT_S)
         begin = time.monotonic()
-    assert time.monotonic() - begin < 30, "aiohttp waits for a minute"
+    assert time.monotonic() - begin < on_this_machine(2)
 
 
 def test_a_prompt_vanishes_while_pending(server: EmulatorServer, client: Client) -> None:

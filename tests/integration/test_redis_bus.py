@@ -21,14 +21,14 @@ from comfy_worker.gateway.redis_bus import RedisEventBus
 from comfy_worker.gateway.settings import load_gateway_settings
 from comfy_worker.jobs import JobState
 from tests.support.graphs import picture
-from tests.support.patience import TIMEOUT_S
+from tests.support.patience import TIMEOUT_S, on_this_machine
 from tests.support.ports import silent_port
 from tests.support.processes import Process
 from tests.support.publisher import PICTURE
 from tests.support.redis import RedisServer, redis_server
 from tests.support.running import wait_until
 
-NOT_FOR_LONG_S = 30.0
+NOT_FOR_LONG_S = 5.0
 """Far more than one command may take, which is a second, and far less than a hundred of them would."""
 
 MakeBus = Callable[[], RedisEventBus]
@@ -130,7 +130,7 @@ def test_nobody_waits_for_a_redis_that_is_away_and_it_is_said_once(
         bus.has_listeners("job")
         bus.forget("job")
     assert bus.publish("job", STATUS, {"status": "IN_PROGRESS"}, 7).number == 7
-    assert time.monotonic() - began < NOT_FOR_LONG_S
+    assert time.monotonic() - began < on_this_machine(NOT_FOR_LONG_S)
 
     if end is signal.SIGSTOP:
         server.go_on()
@@ -192,7 +192,7 @@ def test_closing_does_not_wait_for_a_redis_that_is_away(server: RedisServer) -> 
 
     began = time.monotonic()
     assert asyncio.run(listen()) == []
-    assert time.monotonic() - began < NOT_FOR_LONG_S
+    assert time.monotonic() - began < on_this_machine(NOT_FOR_LONG_S)
     server.go_on()
 
 
@@ -207,7 +207,7 @@ def test_many_who_come_and_go_do_not_wait_for_a_redis_that_hangs(server: RedisSe
                 with bus.listen(f"job-{number}"):
                     bus.publish(f"job-{number}", PROGRESS, {})
             with bus.listen("late") as late:
-                assert time.monotonic() - began < NOT_FOR_LONG_S
+                assert time.monotonic() - began < on_this_machine(NOT_FOR_LONG_S)
                 server.go_on()
                 assert (await hear(listening)).type == (await hear(late)).type == GAP
                 # Progress is not told later, as changes of state are: each of these is one command at most.

@@ -24,10 +24,10 @@ from comfy_worker.workflow import copy_graph
 from tests.support.file_server import FileServer, RawAnswer, file_server
 from tests.support.gateway import GatewayProcess
 from tests.support.graphs import Graph, data_uri, inverted, node, picture, png
-from tests.support.patience import TIMEOUT_S
+from tests.support.patience import TIMEOUT_S, on_this_machine
 
 PATIENCE_S = 20.0
-"""How long any of them may keep a processor, or another job; before, it was many minutes."""
+"""How long any of them may keep a worker; before, it was many minutes."""
 FAILED = "Failed to upload one or more input images: the job has "
 PIXEL = base64.b64encode(b"x").decode()
 
@@ -84,17 +84,17 @@ def stage(client: ComfyClient, workflow: Graph, *images: dict[str, str], stop: S
 def test_too_many_files_are_refused_before_they_are_looked_at(
     client: ComfyClient, workflow: Graph, images: list[dict[str, str]], sentence: str
 ) -> None:
-    began = time.process_time()
+    began = time.monotonic()
     with pytest.raises(InvalidInput, match=f"^{FAILED}{sentence} input files, and this worker takes 64 at most"):
         stage(client, workflow, *images)
-    assert time.process_time() - began < PATIENCE_S
+    assert time.monotonic() - began < on_this_machine(PATIENCE_S)
 
 
 def test_one_url_in_a_hundred_thousand_places_is_written_once(client: ComfyClient, files: FileServer) -> None:
     url = files.put("/everywhere.svg", b"<svg/>")
-    began = time.process_time()
+    began = time.monotonic()
     graph = stage(client, one_url_everywhere(url))
-    assert time.process_time() - began < PATIENCE_S
+    assert time.monotonic() - began < on_this_machine(PATIENCE_S)
     source = graph["1"]["inputs"]["source"]
     [name] = set(source["a"])
     assert name.endswith("/url1/everywhere.svg")
@@ -105,9 +105,9 @@ def test_many_classes_that_comfyui_does_not_have_are_not_asked_for_one_by_one(
     client: ComfyClient, comfy: EmulatorServer
 ) -> None:
     graph = {str(n): node(f"Missing{n}", x=f"http://a.example/{n}") for n in range(50_000)}
-    began = time.process_time()
+    began = time.monotonic()
     assert stage(client, graph) == graph, "ComfyUI itself will say what is missing"
-    assert time.process_time() - began < PATIENCE_S
+    assert time.monotonic() - began < on_this_machine(PATIENCE_S)
     assert client._node_inputs == {}
 
 
@@ -162,7 +162,7 @@ def test_an_attack_by_count_does_not_slow_another_job(gateway: GatewayProcess) -
         ]
         took_s = seconds_of_a_job(gateway, 9)
         ids = [attack.result(TIMEOUT_S) for attack in attacks]
-    assert took_s < usual_s + PATIENCE_S
+    assert took_s < usual_s + on_this_machine(2)
     for job_id, count in zip(ids, ["more than 64"] * 3 + ["6000"], strict=True):
         status = end_of(gateway, job_id)
         assert status["status"] == "FAILED"
@@ -174,7 +174,7 @@ def test_very_many_unknown_classes_do_not_slow_another_job(gateway: GatewayProce
     unknown = {str(number): node(f"SaveImageFoo{number}") for number in range(50_000)}
     ids = [send(gateway, unknown) for _ in range(3)]
 
-    assert seconds_of_a_job(gateway, 9) < usual_s + PATIENCE_S
+    assert seconds_of_a_job(gateway, 9) < usual_s + on_this_machine(2)
     for job_id in ids:
         status = end_of(gateway, job_id)
         assert status["status"] == "FAILED"

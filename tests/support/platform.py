@@ -23,7 +23,6 @@ from tests.support.patience import TIMEOUT_S
 from tests.support.platform_http import CLIENT_KEY, WORKER_KEY, Mischief, create_app
 
 Found = TypeVar("Found")
-_START_TIMEOUT_S = 10.0
 
 
 class Platform:
@@ -62,13 +61,13 @@ class Platform:
     def start(self) -> None:
         """Begin to answer; returns when it does."""
         self._thread.start()
-        self._ready.result(_START_TIMEOUT_S)
+        self._ready.result(TIMEOUT_S)
 
     def close(self) -> None:
         """Drop all connections and end; end the workers before, or they ask in vain."""
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._stopping.set)
-            self._thread.join(_START_TIMEOUT_S)
+            self._thread.join(TIMEOUT_S)
 
     @property
     def port(self) -> int:
@@ -126,11 +125,11 @@ class Platform:
 
     def refuse_connections(self) -> None:
         """Be down: every connection is cut, new ones are refused."""
-        asyncio.run_coroutine_threadsafe(self._hang_up(), self._loop).result(_START_TIMEOUT_S)
+        asyncio.run_coroutine_threadsafe(self._hang_up(), self._loop).result(TIMEOUT_S)
 
     def accept_connections(self) -> None:
         """Come back on the same port; jobs and records stay."""
-        asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result(_START_TIMEOUT_S)
+        asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result(TIMEOUT_S)
 
     # -------------------------------------------------------------------------------------------- mischief
 
@@ -191,7 +190,7 @@ class Platform:
         async def act() -> Found:
             return action()
 
-        return asyncio.run_coroutine_threadsafe(act(), self._loop).result(_START_TIMEOUT_S)
+        return asyncio.run_coroutine_threadsafe(act(), self._loop).result(TIMEOUT_S)
 
     # ------------------------------------------------------------------------------------ to look and to wait
 

@@ -24,6 +24,7 @@ from comfy_worker.gateway.doors.workflow_requests import template_of
 from comfy_worker.gateway.problems import body_of, envelope
 from comfy_worker.payload import parse_job
 from tests.support.graphs import picture
+from tests.support.patience import on_this_machine
 from tests.support.processes import ROOT
 
 LIBRARY = Library(ROOT / "workflows")
@@ -265,4 +266,4 @@ def test_a_hundred_thousand_unknown_fields_are_counted_without_a_word_for_each()
     began = time.monotonic()
     warnings = warnings_of(body, GenerateRequest)["warnings"]
     assert warnings[-1] == "99990 more fields are unknown and were ignored"
-    assert time.monotonic() - began < 20, "before: a minute on the event loop"
+    assert time.monotonic() - began < on_this_machine(5), "before: a minute on the event loop"
