@@ -227,7 +227,7 @@ build_comfyui_command() {
   read -r -d '' -a extra <<<"${COMFYUI_ARGS:-}" || true # read ends with 1 at the end of its text
   comfyui_command+=("${extra[@]}")                      # last, so that it can take back what is above
   # Where the worker removes a job's files; with folders of one's own it has to be told.
-  [[ " ${extra[*]:-} " == *-directory* ]] || comfyui_base=$COMFYUI_DIR
+  [[ " ${extra[*]:-} " == *-directory* ]] || comfyui_base=$comfyui_dir
 }
 
 read_max_deaths() {

@@ -208,6 +208,17 @@ class TestWorker:
         assert env["COMFYUI_URL"] == "http://127.0.0.1:8299"
         assert str(env["COMFYUI_PID_FILE"]).startswith(str(container.tmp))
 
+    def test_is_told_where_the_image_has_comfyui(self, container: Container) -> None:
+        """Without COMFYUI_DIR; only the image has that folder, so this start.sh has another in its place."""
+        text = START.read_text().replace("/opt/comfyui/ComfyUI", str(container.comfyui))
+        container.script = write_program(container.folder / "start.sh", text)
+        del container.env["COMFYUI_DIR"]
+        code, output = container.run()
+        env = told(output, "handler")["env"]
+        assert code == 0
+        assert isinstance(env, dict)
+        assert env["COMFYUI_BASE_DIRECTORY"] == str(container.comfyui)
+
     def test_ends_comfyui_by_ending(self, waiting: Container) -> None:
         started = waiting.start()
         comfyui = started.wait_for_line(COMFYUI_IS_UP)

@@ -126,6 +126,7 @@ class Container:
         self.tmp = folder / "tmp"
         self.tmp.mkdir()
         self.bin.mkdir()
+        self.script = START
         self.started: list[Process] = []
         self.env = {
             "PATH": f"{self.bin}:{environ['PATH']}",
@@ -150,7 +151,7 @@ class Container:
 
     def start(self, *args: str, **env: str) -> Process:
         # A test runner in the background may itself have been told to ignore SIGINT, which children inherit.
-        command = ["env", "--default-signal=INT", str(START), *args]
+        command = ["env", "--default-signal=INT", str(self.script), *args]
         started = Process(command, environment=self.env | env, cwd=self.folder)
         self.started.append(started)
         return started
