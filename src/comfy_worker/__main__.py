@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
     from comfy_worker.gateway.asgi import Application
     from comfy_worker.gateway.settings import GatewaySettings
+
+log = logging.getLogger(__name__)
 
 _OWN_NAME = "default"
 """Of the key that the gateway makes itself, so that the jobs outlive a change of the key."""
@@ -171,6 +174,8 @@ def make_application() -> Application:
                 raise
             raise InvalidInput(f"uvicorn was started with {found.workers} workers. {error.message}") from None
         applications.append(Application(_make_app(settings)))
+        if settings.port_health is not None:
+            log.warning("PORT_HEALTH opens no port under uvicorn main:app; /ping is answered at the server's own port")
         return 0
 
     if code := _guarded(make):

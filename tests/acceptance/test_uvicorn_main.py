@@ -17,6 +17,7 @@ from tests.support.comfyui import ComfyUI, emulator
 from tests.support.fleet import Sites
 from tests.support.graphs import picture, work
 from tests.support.patience import TIMEOUT_S
+from tests.support.ports import free_port
 from tests.support.processes import ROOT, Process, clean_environment
 from tests.support.running import wait_until
 from tests.support.served import Served, served
@@ -70,6 +71,12 @@ def test_beyond_the_loopback_a_key_is_needed(comfyui: ComfyUI, tmp_path: Path) -
         assert requests.get(f"{gateway.url}/health", timeout=TIMEOUT_S).status_code == 401
         key = {"Authorization": f"Bearer {(tmp_path / 'api.key').read_text().strip()}"}
         assert requests.get(f"{gateway.url}/health", headers=key, timeout=TIMEOUT_S).ok
+
+
+def test_a_port_that_it_cannot_open_is_named(comfyui: ComfyUI, tmp_path: Path) -> None:
+    with served(comfyui.url, tmp_path, *UVICORN, PORT_HEALTH=str(free_port())) as gateway:
+        assert "PORT_HEALTH opens no port under uvicorn main:app" in gateway.process.output
+        assert requests.get(f"{gateway.url}/ping", timeout=TIMEOUT_S).status_code in (200, 204)
 
 
 def test_on_the_loopback_none_is_needed_whatever_API_HOST_says(comfyui: ComfyUI, tmp_path: Path) -> None:
