@@ -205,7 +205,7 @@ build_emulator_command() {
   comfyui_workdir=$here
   comfyui_base=$run_dir/comfyui
   mkdir -p "$comfyui_base"
-  comfyui_command=("$worker_python" -m comfy_worker.emulator --listen "${COMFYUI_LISTEN:-127.0.0.1}"
+  comfyui_command=("$worker_python" -m comfy_emulator --listen "${COMFYUI_LISTEN:-127.0.0.1}"
     --port "$comfyui_port" --base-directory "$comfyui_base" --max-upload-size "${INPUT_MAX_MB:-1024}")
 }
 

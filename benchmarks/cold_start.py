@@ -55,7 +55,7 @@ class BootingComfyUI:
         time.sleep(self._boot_s)
         port = self.url.rpartition(":")[2]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "comfy_worker.emulator", "--port", port], stdout=subprocess.DEVNULL
+            [sys.executable, "-m", "comfy_emulator", "--port", port], stdout=subprocess.DEVNULL
         )
         while self._process.poll() is None:
             try:

@@ -103,7 +103,7 @@ class Fleet:
         """Start workers until there are so many; return when all take jobs."""
         while len(self.workers) < count:
             port = str(free_port())
-            self.emulators.append(self.stack.enter_context(module("comfy_worker.emulator", "--port", port)))
+            self.emulators.append(self.stack.enter_context(module("comfy_emulator", "--port", port)))
             told = {**self.environment, "COMFYUI_URL": f"http://127.0.0.1:{port}"}
             self.workers.append(self.stack.enter_context(module("comfy_worker", "worker", environment=told)))
         known = Known(self.environment["REDIS_URL"], LOST_S)

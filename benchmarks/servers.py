@@ -19,7 +19,7 @@ _START_TIMEOUT_S = 30.0
 def emulator(*arguments: str) -> Iterator[str]:
     """Yield the URL of a ComfyUI emulator that answers."""
     port = free_port()
-    command = [sys.executable, "-m", "comfy_worker.emulator", "--port", str(port), *arguments]
+    command = [sys.executable, "-m", "comfy_emulator", "--port", str(port), *arguments]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
         wait_until_it_answers(f"http://127.0.0.1:{port}/prompt", process)

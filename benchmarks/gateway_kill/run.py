@@ -14,7 +14,7 @@ from typing import Any
 
 import requests
 
-from comfy_worker.emulator import EmulatorServer
+from comfy_emulator import EmulatorServer
 from tests.support import graphs
 from tests.support.gateway import GatewayProcess
 from tests.support.receiver import Receiver

@@ -67,7 +67,7 @@ class KeptComfyUI:
         self._session.close()
 
     def _keep_up(self) -> None:
-        command = [sys.executable, "-m", "comfy_worker.emulator", "--port", str(self.port), "--allow-faults"]
+        command = [sys.executable, "-m", "comfy_emulator", "--port", str(self.port), "--allow-faults"]
         while not self._stopping.is_set():
             self._process = process = Process([*command, "--base-directory", str(self.base)])
             self._write_pid(process.pid)

@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.soak.comfyui import KeptComfyUI
 from benchmarks.soak.shapes import WEBSOCKET, Shape, SoakJob
-from comfy_worker.emulator.faults import Faults
+from comfy_emulator.faults import Faults
 from tests.support.platform import Platform
 from tests.support.platform_http import Mischief
 

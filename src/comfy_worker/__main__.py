@@ -78,7 +78,7 @@ def _guarded(work: Callable[[], int]) -> int:
 
 def _emulate(arguments: Sequence[str]) -> int:
     """Be a ComfyUI until a signal."""
-    from comfy_worker.emulator import __main__ as emulator
+    from comfy_emulator import __main__ as emulator
 
     emulator.main(arguments, program="comfy-worker emulator")
     return 0

@@ -397,7 +397,7 @@ class TestEmulator:
         )
         started.wait_for_line("handler waits")
         started.wait_for_line(
-            r"^emulator: -m comfy_worker.emulator --listen 127.0.0.1 --port 8299 "
+            r"^emulator: -m comfy_emulator --listen 127.0.0.1 --port 8299 "
             r"--base-directory \S+/comfyui --max-\S+ 1024$"
         )
 

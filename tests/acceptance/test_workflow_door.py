@@ -366,7 +366,7 @@ def test_a_video_that_cannot_be_is_refused(gateway: Served, change: Body, words:
 
 
 def test_missing_models_are_named_before_anything_is_queued(tmp_path: Path) -> None:
-    bare = [sys.executable, "-m", "comfy_worker.emulator", "--port", "0", "--no-models"]
+    bare = [sys.executable, "-m", "comfy_emulator", "--port", "0", "--no-models"]
     with Process([*bare, "--model", "vae/hunyuan_video_vae_bf16.safetensors"]) as process:
         url = process.wait_for_line(r"at (http://\S+\d)").group(1)
         with workflow_gateway(url, tmp_path) as gateway:

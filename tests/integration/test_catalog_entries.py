@@ -18,10 +18,10 @@ import pytest
 import requests
 from PIL import Image
 
+from comfy_emulator.models import DEFAULT_MODELS, FOLDER_OF_INPUT
 from comfy_worker.catalog.entry import Entry, fill
 from comfy_worker.catalog.library import Library
 from comfy_worker.catalog.parameter import Parameter
-from comfy_worker.emulator.models import DEFAULT_MODELS, FOLDER_OF_INPUT
 from comfy_worker.settings import load_settings
 from comfy_worker.worker import Worker
 from comfy_worker.workflow import is_link

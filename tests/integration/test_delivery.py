@@ -66,7 +66,7 @@ def comfy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         yield Place(url, Path(os.environ["COMFYUI_BASE_DIRECTORY"]))
         return
     base = tmp_path_factory.mktemp("comfyui")
-    command = [sys.executable, "-m", "comfy_worker.emulator", "--port", "0", "--base-directory", str(base)]
+    command = [sys.executable, "-m", "comfy_emulator", "--port", "0", "--base-directory", str(base)]
     with Process(command) as process:
         yield Place(process.wait_for_line(r"at (http://\S+\d)").group(1), base)
 

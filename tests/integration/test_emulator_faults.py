@@ -10,8 +10,8 @@ import pytest
 import requests
 import websocket
 
-from comfy_worker.emulator import EmulatorServer, Faults
-from comfy_worker.emulator.faults import RequestRule, StatusRule, take
+from comfy_emulator import EmulatorServer, Faults
+from comfy_emulator.faults import RequestRule, StatusRule, take
 from tests.support.patience import on_this_machine
 from tests.support.running import wait_until
 from tests.support.small_comfyui import OBJECT_INFO, Bench, Client, chain

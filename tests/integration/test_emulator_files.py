@@ -10,7 +10,7 @@ import pytest
 import requests
 from PIL import Image
 
-from comfy_worker.emulator import EmulatorServer
+from comfy_emulator import EmulatorServer
 from tests.support.small_comfyui import OBJECT_INFO, Bench, Client, node
 
 

@@ -15,7 +15,7 @@ import pytest
 import requests
 import websocket
 
-from comfy_worker.emulator import EmulatorServer
+from comfy_emulator import EmulatorServer
 from tests.support.patience import TIMEOUT_S, on_this_machine
 from tests.support.running import wait_until
 from tests.support.small_comfyui import OBJECT_INFO, Bench, Client, chain, node
@@ -121,7 +121,7 @@ def test_a_given_folder_stays(tmp_path: Path, bench: Bench) -> None:
 
 
 def _start(*arguments: str) -> tuple[subprocess.Popen[str], str, Path]:
-    command = [sys.executable, "-m", "comfy_worker.emulator", "--port", "0", *arguments]
+    command = [sys.executable, "-m", "comfy_emulator", "--port", "0", *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     line = process.stdout.readline()
@@ -164,7 +164,7 @@ def test_the_command_dies_without_an_answer(tmp_path: Path) -> None:
 
 
 def test_the_command_tells_of_a_taken_port(server: EmulatorServer) -> None:
-    command = [sys.executable, "-m", "comfy_worker.emulator", "--port", str(server.port)]
+    command = [sys.executable, "-m", "comfy_emulator", "--port", str(server.port)]
     refused = subprocess.run(command, capture_output=True, text=True, check=False)
     assert refused.returncode == 1
     assert refused.stderr.startswith(f"The emulator cannot serve at 127.0.0.1:{server.port}: ")
@@ -172,7 +172,7 @@ def test_the_command_tells_of_a_taken_port(server: EmulatorServer) -> None:
 
 
 def test_the_command_refuses_a_model_without_folder() -> None:
-    command = [sys.executable, "-m", "comfy_worker.emulator", "--model", "mine.safetensors"]
+    command = [sys.executable, "-m", "comfy_emulator", "--model", "mine.safetensors"]
     refused = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "999"})
     assert refused.returncode == 2
     assert "--model mine.safetensors: give FOLDER/FILE" in refused.stderr

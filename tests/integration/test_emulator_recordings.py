@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from comfy_worker.emulator import EmulatorServer
+from comfy_emulator import EmulatorServer
 from tests.support.comfyui_replay import Replay, read_recording
 
 IN_RECORDED_ORDER = (

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import websocket
 
-from comfy_worker.emulator import EmulatorServer
+from comfy_emulator import EmulatorServer
 from tests.support.running import wait_until
 from tests.support.small_comfyui import OBJECT_INFO, Bench, Client, chain, node
 

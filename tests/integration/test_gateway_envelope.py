@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import requests
 
-from comfy_worker.emulator import EmulatorServer
+from comfy_emulator import EmulatorServer
 from tests.support.gateway import GatewayProcess
 from tests.support.graphs import node, picture
 from tests.support.patience import TIMEOUT_S

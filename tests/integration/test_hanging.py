@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from comfy_worker.emulator import EmulatorServer
+from comfy_emulator import EmulatorServer
 from comfy_worker.jobs import Stage, StageStarted
 from comfy_worker.settings import load_settings
 from comfy_worker.worker import Worker

@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
+from comfy_emulator import EmulatorServer
 from comfy_worker.comfy.client import ComfyClient
-from comfy_worker.emulator import EmulatorServer
 from comfy_worker.errors import InputFetchFailed, InvalidInput, InvalidWorkflow, WorkerError
 from comfy_worker.fetch import Fetcher
 from comfy_worker.inputs import stage_inputs

@@ -18,11 +18,11 @@ import requests
 from PIL import Image
 from safetensors.numpy import load
 
+from comfy_emulator import EmulatorServer
+from comfy_emulator.interfaces import load_object_info
+from comfy_emulator.node import Context, NodeResult, Registry
+from comfy_emulator.nodes import REGISTRY
 from comfy_worker.comfy.client import ComfyClient
-from comfy_worker.emulator import EmulatorServer
-from comfy_worker.emulator.interfaces import load_object_info
-from comfy_worker.emulator.node import Context, NodeResult, Registry
-from comfy_worker.emulator.nodes import REGISTRY
 from comfy_worker.errors import Cancelled, DiskFull, InputFetchFailed, InvalidInput, TimedOut, UploadFailed
 from comfy_worker.fetch import Fetcher
 from comfy_worker.input_files import FAILED

@@ -8,8 +8,8 @@ from contextlib import closing
 import pytest
 import requests
 
+from comfy_emulator import EmulatorServer
 from comfy_worker.comfy.socket import SocketPool
-from comfy_worker.emulator import EmulatorServer
 from tests.support import graphs
 from tests.support.patience import TIMEOUT_S
 from tests.support.running import wait_until

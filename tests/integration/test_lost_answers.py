@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import requests
 
+from comfy_emulator import EmulatorServer
 from comfy_worker.comfy.client import ComfyClient
 from comfy_worker.comfy.protocol import QueuePlace
-from comfy_worker.emulator import EmulatorServer
 from comfy_worker.errors import ComfyUnreachable
 from comfy_worker.serverless.results import patient_retries
 from comfy_worker.settings import load_settings

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from comfy_emulator import EmulatorServer
 from comfy_worker.comfy.client import ComfyClient
-from comfy_worker.emulator import EmulatorServer
 from comfy_worker.errors import Cancelled, InvalidInput
 from comfy_worker.inputs import stage_inputs
 from comfy_worker.payload import parse_job

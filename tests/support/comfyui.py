@@ -94,6 +94,6 @@ def comfyui() -> Iterator[ComfyUI]:
 @contextmanager
 def emulator() -> Iterator[ComfyUI]:
     """Run the emulator until the end of the block."""
-    with Process([sys.executable, "-m", "comfy_worker.emulator", "--port", "0", "--allow-faults"]) as process:
+    with Process([sys.executable, "-m", "comfy_emulator", "--port", "0", "--allow-faults"]) as process:
         url = process.wait_for_line(r"at (http://\S+\d)").group(1)
         yield ComfyUI(url, process)

@@ -20,7 +20,7 @@ import requests
 import websocket
 from PIL import Image
 
-from comfy_worker.emulator import EmulatorServer
+from comfy_emulator import EmulatorServer
 from tests.support.patience import TIMEOUT_S
 from tests.support.running import wait_until
 

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from comfy_worker.emulator.node import ImageBatch, Interrupted
-from comfy_worker.emulator.nodes import REGISTRY
+from comfy_emulator.node import ImageBatch, Interrupted
+from comfy_emulator.nodes import REGISTRY
 
 Preview = tuple[str, Image.Image, "int | None"]
 

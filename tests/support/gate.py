@@ -9,8 +9,8 @@ import random
 from pathlib import Path
 from typing import Any
 
-from comfy_worker.emulator.interfaces import JsonObject, load_object_info
-from comfy_worker.emulator.node import Context, ImageBatch, NodeResult, Registry
+from comfy_emulator.interfaces import JsonObject, load_object_info
+from comfy_emulator.node import Context, ImageBatch, NodeResult, Registry
 from tests.support import graphs
 from tests.support.running import wait_until
 
@@ -31,7 +31,7 @@ OBJECT_INFO: dict[str, JsonObject] = {
 def registry() -> Registry:
     """Return all nodes of the emulator, and this one; more may be added."""
     # Loaded late: they bring NumPy and PyAV.
-    from comfy_worker.emulator.nodes import REGISTRY
+    from comfy_emulator.nodes import REGISTRY
 
     nodes = Registry(dict(REGISTRY.nodes))
     nodes.add("TestGate")(_wait)

@@ -14,8 +14,8 @@ import requests
 import websocket
 from PIL import Image
 
-from comfy_worker.emulator import EmulatorServer
-from comfy_worker.emulator.node import Context, NodeResult, Registry
+from comfy_emulator import EmulatorServer
+from comfy_emulator.node import Context, NodeResult, Registry
 from tests.support.patience import TIMEOUT_S
 
 Event = tuple[str, Any]

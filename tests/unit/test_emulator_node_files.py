@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
-from comfy_worker.emulator.nodes import REGISTRY
-from comfy_worker.emulator.nodes.files import OutsideFolder, annotated_path, save_path
+from comfy_emulator.nodes import REGISTRY
+from comfy_emulator.nodes.files import OutsideFolder, annotated_path, save_path
 from tests.support.emulator_bench import Bench, levels, pictures
 
 

@@ -15,11 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from comfy_worker.emulator.node import ImageBatch, Interrupted
-from comfy_worker.emulator.nodes.drawing import landscape, with_banner
-from comfy_worker.emulator.nodes.latents import Latent
-from comfy_worker.emulator.nodes.models import Clip, Conditioning, Model, Vae
-from comfy_worker.emulator.nodes.sampling import STEP_SECONDS
+from comfy_emulator.node import ImageBatch, Interrupted
+from comfy_emulator.nodes.drawing import landscape, with_banner
+from comfy_emulator.nodes.latents import Latent
+from comfy_emulator.nodes.models import Clip, Conditioning, Model, Vae
+from comfy_emulator.nodes.sampling import STEP_SECONDS
 from tests.support.emulator_bench import Bench, floats, pictures
 
 CHECKPOINT = "sd_xl_base_1.0.safetensors"
@@ -97,7 +97,7 @@ def test_a_sampler_can_be_interrupted(bench: Bench) -> None:
 
 
 def test_the_time_of_a_step_comes_from_the_environment() -> None:
-    code = "from comfy_worker.emulator.nodes.sampling import STEP_SECONDS; print(STEP_SECONDS)"
+    code = "from comfy_emulator.nodes.sampling import STEP_SECONDS; print(STEP_SECONDS)"
     environment = {"COMFY_EMULATOR_STEP_SECONDS": "0.5", "PYTHONPATH": ":".join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert float(done.stdout) == 0.5

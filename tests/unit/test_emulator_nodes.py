@@ -15,15 +15,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from comfy_worker.emulator.node import Interrupted
-from comfy_worker.emulator.nodes import REGISTRY
-from comfy_worker.emulator.nodes.pixels import scale
-from comfy_worker.emulator.nodes.texts import describe, tensor_text
+from comfy_emulator.node import Interrupted
+from comfy_emulator.nodes import REGISTRY
+from comfy_emulator.nodes.pixels import scale
+from comfy_emulator.nodes.texts import describe, tensor_text
 from tests.support.emulator_bench import Bench, floats, levels, pictures
 
 METHODS = ["nearest-exact", "bilinear", "area", "bicubic", "lanczos"]
 OBJECT_INFO: dict[str, Any] = json.loads(
-    resources.files("comfy_worker.emulator").joinpath("data/object_info.json").read_text(encoding="utf-8")
+    resources.files("comfy_emulator").joinpath("data/object_info.json").read_text(encoding="utf-8")
 )
 
 
@@ -57,7 +57,7 @@ def test_lists_of_files_and_models_are_left_to_the_server(class_type: str) -> No
 
 
 def test_starting_loads_no_codecs() -> None:
-    code = "import sys, comfy_worker.emulator.nodes; sys.exit('av' in sys.modules or 'safetensors' in sys.modules)"
+    code = "import sys, comfy_emulator.nodes; sys.exit('av' in sys.modules or 'safetensors' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

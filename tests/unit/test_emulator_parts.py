@@ -12,18 +12,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comfy_worker.emulator.cache import CachedResult, OutputCache, cache_keys
-from comfy_worker.emulator.errors import full_type_name, traceback_lines
-from comfy_worker.emulator.faults import Faults
-from comfy_worker.emulator.folders import Folders
-from comfy_worker.emulator.formatting import format_value
-from comfy_worker.emulator.graph import ExecutionList
-from comfy_worker.emulator.interfaces import NodeInterfaces, load_object_info
-from comfy_worker.emulator.interrupt import Interrupt
-from comfy_worker.emulator.mapping import merge_outputs, merge_ui, slices
-from comfy_worker.emulator.models import DEFAULT_MODELS, FOLDER_OF_INPUT, MODEL_FOLDERS
-from comfy_worker.emulator.node import Interrupted, NodeResult, Registry
-from comfy_worker.emulator.prompt_queue import Outcome, PromptQueue, QueueItem
+from comfy_emulator.cache import CachedResult, OutputCache, cache_keys
+from comfy_emulator.errors import full_type_name, traceback_lines
+from comfy_emulator.faults import Faults
+from comfy_emulator.folders import Folders
+from comfy_emulator.formatting import format_value
+from comfy_emulator.graph import ExecutionList
+from comfy_emulator.interfaces import NodeInterfaces, load_object_info
+from comfy_emulator.interrupt import Interrupt
+from comfy_emulator.mapping import merge_outputs, merge_ui, slices
+from comfy_emulator.models import DEFAULT_MODELS, FOLDER_OF_INPUT, MODEL_FOLDERS
+from comfy_emulator.node import Interrupted, NodeResult, Registry
+from comfy_emulator.prompt_queue import Outcome, PromptQueue, QueueItem
 
 Prompt = dict[str, dict[str, Any]]
 
@@ -209,7 +209,7 @@ def test_a_shut_down_stops_everything_that_follows() -> None:
 
 def test_exceptions_are_named_with_their_module() -> None:
     assert full_type_name(KeyError) == "KeyError"
-    assert full_type_name(Interrupted) == "comfy_worker.emulator.node.Interrupted"
+    assert full_type_name(Interrupted) == "comfy_emulator.node.Interrupted"
     try:
         _interfaces().inputs("gone")
     except KeyError as error:

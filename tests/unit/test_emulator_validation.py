@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comfy_worker.emulator.folders import Folders
-from comfy_worker.emulator.interfaces import InputSpec, NodeInterfaces
-from comfy_worker.emulator.node import Context, NodeResult, Registry
-from comfy_worker.emulator.validation import Verdict, is_link, types_fit, validate_prompt
+from comfy_emulator.folders import Folders
+from comfy_emulator.interfaces import InputSpec, NodeInterfaces
+from comfy_emulator.node import Context, NodeResult, Registry
+from comfy_emulator.validation import Verdict, is_link, types_fit, validate_prompt
 
 RECORDINGS = Path(__file__).parents[1] / "data" / "comfyui_traffic"
 PASSED = NodeResult()

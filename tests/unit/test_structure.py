@@ -151,12 +151,12 @@ def test_the_pipeline_knows_no_door() -> None:
 
 
 def test_the_emulator_knows_nothing_of_the_worker() -> None:
-    emulator = [name for name in MODULES if is_in(name, {"comfy_worker.emulator"})]
+    emulator = [name for name in MODULES if is_in(name, {"comfy_emulator"})]
     outside = {
         (name, imported)
         for name in emulator
         for imported in imports(name)
-        if is_in(imported, {PACKAGE}) and imported != PACKAGE and not is_in(imported, {"comfy_worker.emulator"})
+        if is_in(imported, {PACKAGE}) and imported != PACKAGE and not is_in(imported, {"comfy_emulator"})
     }
     assert emulator
     assert outside == set()
@@ -177,7 +177,7 @@ def test_importing_the_handler_is_quick_because_little_is_loaded() -> None:
         "numpy",
         "celery",
         "redis",
-        "comfy_worker.emulator",
+        "comfy_emulator",
     }
     assert loaded & late == set()
 

@@ -1,0 +1,180 @@
+"""`/api/jobs`: queue and history in one list, as from 0.8.0 on."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Any, NamedTuple
+
+from aiohttp import web
+
+from comfy_emulator.core import emulator_of
+from comfy_emulator.interfaces import JsonObject
+from comfy_emulator.prompt_queue import QueueItem
+
+STATUSES = ("pending", "in_progress", "completed", "failed")
+_SORT_FIELDS = ("created_at", "execution_duration")
+_ENDS = ("execution_success", "execution_error", "execution_interrupted")
+_SHOWN_MEDIA = ("images", "video", "audio")
+_3D_SUFFIXES = (".obj", ".fbx", ".gltf", ".glb")
+
+
+class BadQuery(ValueError):
+    """A query that `/api/jobs` answers 400, with its sentence."""
+
+
+class JobsQuery(NamedTuple):
+    """What a client wants to see of the jobs."""
+
+    statuses: Collection[str]
+    workflow_id: str | None
+    sort_by: str
+    descending: bool
+    limit: int | None
+    offset: int
+
+
+def add_job_routes(router: web.UrlDispatcher) -> None:
+    """Add the routes of this module, which are under `/api` only."""
+    router.add_get("/api/jobs", get_jobs)
+    router.add_get("/api/jobs/{job_id}", get_job)
+
+
+async def get_jobs(request: web.Request) -> web.Response:
+    """List jobs: some states, sorted, a page of them."""
+    try:
+        query = _read_query(dict(request.query))
+    except BadQuery as error:
+        return web.json_response({"error": str(error)}, status=400)
+    queue = emulator_of(request).queue
+    running, waiting = queue.current()
+    jobs = [
+        *(_queued_job(item, "in_progress") for item in running),
+        *(_queued_job(item, "pending") for item in waiting),
+        *(_finished_job(prompt_id, entry) for prompt_id, entry in queue.history().items()),
+    ]
+    wanted = [job for job in jobs if _is_wanted(job, query)]
+    wanted.sort(key=lambda job: _sort_key(job, query.sort_by), reverse=query.descending)
+    page = wanted[query.offset :] if query.limit is None else wanted[query.offset : query.offset + query.limit]
+    has_more = query.offset + len(page) < len(wanted)
+    pagination = {"offset": query.offset, "limit": query.limit, "total": len(wanted), "has_more": has_more}
+    return web.json_response({"jobs": page, "pagination": pagination})
+
+
+async def get_job(request: web.Request) -> web.Response:
+    """Show one job, with its outputs and its workflow once it has run."""
+    queue = emulator_of(request).queue
+    job_id = request.match_info["job_id"]
+    for prompt_id, entry in queue.history_of(job_id).items():
+        _, _, prompt, extra_data, _ = entry["prompt"]
+        details = {
+            "outputs": entry["outputs"],
+            "execution_status": entry["status"],
+            "workflow": {"prompt": prompt, "extra_data": extra_data},
+        }
+        return web.json_response({**_finished_job(prompt_id, entry), **details})
+    running, waiting = queue.current()
+    for status, items in (("in_progress", running), ("pending", waiting)):
+        for item in items:
+            if item.prompt_id == job_id:
+                return web.json_response(_queued_job(item, status))
+    return web.json_response({"error": "Job not found"}, status=404)
+
+
+def _read_query(query: dict[str, str]) -> JobsQuery:
+    statuses = [name.strip().lower() for name in query.get("status", "").split(",") if name.strip()]
+    unknown = [name for name in statuses if name not in STATUSES]
+    if unknown:
+        valid = ", ".join(STATUSES)
+        raise BadQuery(f"Invalid status value(s): {', '.join(unknown)}. Valid values: {valid}")
+    sort_by = query.get("sort_by", "created_at").lower()
+    if sort_by not in _SORT_FIELDS:
+        raise BadQuery("sort_by must be 'created_at' or 'execution_duration'")
+    order = query.get("sort_order", "desc").lower()
+    if order not in ("asc", "desc"):
+        raise BadQuery("sort_order must be 'asc' or 'desc'")
+    limit = _read_number(query, "limit")
+    if limit is not None and limit <= 0:
+        raise BadQuery("limit must be a positive integer")
+    offset = max(_read_number(query, "offset") or 0, 0)
+    wanted = statuses if query.get("status") else STATUSES
+    return JobsQuery(wanted, query.get("workflow_id"), sort_by, order == "desc", limit, offset)
+
+
+def _read_number(query: dict[str, str], name: str) -> int | None:
+    if name not in query:
+        return None
+    try:
+        return int(query[name])
+    except ValueError:
+        raise BadQuery(f"{name} must be an integer") from None
+
+
+def _is_wanted(job: JsonObject, query: JobsQuery) -> bool:
+    return job["status"] in query.statuses and (not query.workflow_id or job.get("workflow_id") == query.workflow_id)
+
+
+def _sort_key(job: JsonObject, sort_by: str) -> float:
+    if sort_by == "created_at":
+        return float(job.get("create_time", 0))
+    return float(job.get("execution_end_time", 0) - job.get("execution_start_time", 0))
+
+
+def _queued_job(item: QueueItem, status: str) -> JsonObject:
+    return _without_none(
+        {
+            "id": item.prompt_id,
+            "status": status,
+            "priority": item.number,
+            "create_time": item.extra_data.get("create_time"),
+            "outputs_count": 0,
+            "workflow_id": _workflow_id(item.extra_data),
+        }
+    )
+
+
+def _finished_job(prompt_id: str, entry: JsonObject) -> JsonObject:
+    number, _, _, extra_data, _ = entry["prompt"]
+    messages: dict[str, JsonObject] = dict(entry["status"]["messages"])
+    end: JsonObject = next((messages[name] for name in _ENDS if name in messages), {})
+    files = list(_output_files(entry["outputs"]))
+    return _without_none(
+        {
+            "id": prompt_id,
+            "status": "completed" if entry["status"]["completed"] else "failed",
+            "priority": number,
+            "create_time": extra_data.get("create_time"),
+            "execution_start_time": messages.get("execution_start", {}).get("timestamp"),
+            "execution_end_time": end.get("timestamp"),
+            "execution_error": messages.get("execution_error"),
+            "outputs_count": len(files),
+            "preview_output": _preview(files),
+            "workflow_id": _workflow_id(extra_data),
+        }
+    )
+
+
+def _output_files(outputs: JsonObject) -> Iterator[JsonObject]:
+    for node_id, output in outputs.items():
+        for media, items in output.items():
+            if media != "animated":
+                yield from ({**item, "nodeId": node_id, "mediaType": media} for item in items if isinstance(item, dict))
+
+
+def _preview(files: list[JsonObject]) -> JsonObject | None:
+    """Choose the file to show: a kept one before a temporary one."""
+    shown = [file for file in files if _can_be_shown(file)]
+    return next((file for file in shown if file.get("type") == "output"), shown[0] if shown else None)
+
+
+def _can_be_shown(file: JsonObject) -> bool:
+    if file["mediaType"] in _SHOWN_MEDIA or file.get("format", "").startswith(("video/", "audio/")):
+        return True
+    return bool(file.get("filename", "").lower().endswith(_3D_SUFFIXES))
+
+
+def _workflow_id(extra_data: JsonObject) -> Any:
+    return extra_data.get("extra_pnginfo", {}).get("workflow", {}).get("id")
+
+
+def _without_none(job: JsonObject) -> JsonObject:
+    return {key: value for key, value in job.items() if value is not None}

@@ -1,0 +1,8 @@
+"""The one registry that the modules of this package fill."""
+
+from __future__ import annotations
+
+from comfy_emulator.node import Registry
+
+REGISTRY = Registry()
+"""Every node of the emulator by class name; complete once `comfy_emulator.nodes` is imported."""

@@ -1,8 +1,0 @@
-"""The one registry that the modules of this package fill."""
-
-from __future__ import annotations
-
-from comfy_worker.emulator.node import Registry
-
-REGISTRY = Registry()
-"""Every node of the emulator by class name; complete once `comfy_worker.emulator.nodes` is imported."""
