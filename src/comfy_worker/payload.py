@@ -21,6 +21,7 @@ from comfy_worker.envelope import (
     warnings_of_job,
 )
 from comfy_worker.errors import InvalidInput, InvalidWorkflow, WorkerError
+from comfy_worker.graph.workflow import check_workflow
 from comfy_worker.input_files import FAILED, check_name, decode_files, too_many_files
 from comfy_worker.jobs import (
     Artifact,
@@ -35,7 +36,6 @@ from comfy_worker.jobs import (
     Workflow,
 )
 from comfy_worker.strict_json import NotStrictJson, parse_json
-from comfy_worker.workflow import check_workflow
 
 _REFUSALS = {
     "missing": "is missing",

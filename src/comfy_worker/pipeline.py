@@ -34,6 +34,7 @@ from comfy_worker.errors import (
     UploadFailed,
     WorkerError,
 )
+from comfy_worker.graph.workflow import WEBSOCKET_OUTPUT_NODE, copy_graph, prefix_outputs
 from comfy_worker.inputs import stage_inputs
 from comfy_worker.jobs import (
     Job,
@@ -51,7 +52,6 @@ from comfy_worker.outputs import deliver_outputs, find_outputs
 from comfy_worker.stop import Stop
 from comfy_worker.storage import Storage
 from comfy_worker.turns import Turns
-from comfy_worker.workflow import WEBSOCKET_OUTPUT_NODE, copy_graph, prefix_outputs
 
 log = logging.getLogger(__name__)
 

@@ -22,9 +22,9 @@ from comfy_emulator.models import DEFAULT_MODELS, FOLDER_OF_INPUT
 from comfy_worker.catalog.entry import Entry, fill
 from comfy_worker.catalog.library import Library
 from comfy_worker.catalog.parameter import Parameter
+from comfy_worker.graph.workflow import is_link
 from comfy_worker.settings import load_settings
 from comfy_worker.worker import Worker
-from comfy_worker.workflow import is_link
 from tests.support.comfyui import ComfyUI, emulator
 from tests.support.graphs import SIDE, data_uri, png
 from tests.support.patience import TIMEOUT_S

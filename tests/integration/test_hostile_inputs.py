@@ -22,11 +22,11 @@ from comfy_emulator import EmulatorServer
 from comfy_worker.comfy.client import ComfyClient
 from comfy_worker.errors import InputFetchFailed, InvalidInput, InvalidWorkflow, WorkerError
 from comfy_worker.fetch import Fetcher
+from comfy_worker.graph.workflow import copy_graph
 from comfy_worker.inputs import stage_inputs
 from comfy_worker.payload import parse_job
 from comfy_worker.settings import Settings, load_settings
 from comfy_worker.stop import Stop
-from comfy_worker.workflow import copy_graph
 from tests.support.file_server import FileServer, RawAnswer, ServedFile, file_server
 from tests.support.graphs import data_uri, inverted, png
 from tests.support.network import SmallInternet

@@ -25,6 +25,7 @@ from comfy_emulator.nodes import REGISTRY
 from comfy_worker.comfy.client import ComfyClient
 from comfy_worker.errors import Cancelled, DiskFull, InputFetchFailed, InvalidInput, TimedOut, UploadFailed
 from comfy_worker.fetch import Fetcher
+from comfy_worker.graph.workflow import copy_graph
 from comfy_worker.input_files import FAILED
 from comfy_worker.inputs import stage_inputs
 from comfy_worker.jobs import Delivery, Job, JobResult
@@ -33,7 +34,6 @@ from comfy_worker.pipeline import run_job
 from comfy_worker.settings import Settings, load_settings
 from comfy_worker.stop import Stop
 from comfy_worker.storage import Storages
-from comfy_worker.workflow import copy_graph
 from tests.support import media_files
 from tests.support.comfyui import ComfyUI, comfyui
 from tests.support.file_server import FileServer, RawAnswer, ServedFile, file_server

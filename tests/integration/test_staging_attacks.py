@@ -16,11 +16,11 @@ import pytest
 from comfy_emulator import EmulatorServer
 from comfy_worker.comfy.client import ComfyClient
 from comfy_worker.errors import Cancelled, InvalidInput
+from comfy_worker.graph.workflow import copy_graph
 from comfy_worker.inputs import stage_inputs
 from comfy_worker.payload import parse_job
 from comfy_worker.settings import load_settings
 from comfy_worker.stop import Stop
-from comfy_worker.workflow import copy_graph
 from tests.support.file_server import FileServer, RawAnswer, file_server
 from tests.support.gateway import GatewayProcess
 from tests.support.graphs import Graph, data_uri, inverted, node, picture, png

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from comfy_worker.graph.workflow import check_workflow
 from comfy_worker.modifiers import MissingValue, Modifiers, apply
-from comfy_worker.workflow import check_workflow
 from tests.support.modifiers import made_by
 
 ROOT = Path(__file__).parents[2]

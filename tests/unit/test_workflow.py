@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from comfy_worker.errors import InvalidWorkflow, UiFormatWorkflow
-from comfy_worker.workflow import (
+from comfy_worker.graph.workflow import (
     check_workflow,
     class_type,
     copy_graph,

@@ -17,10 +17,10 @@ import filetype
 from comfy_worker.catalog.manifest import Manifest, parse_manifest
 from comfy_worker.catalog.parameter import Parameter, is_fetched
 from comfy_worker.errors import InvalidInput
+from comfy_worker.graph.file_references import name_of_url
+from comfy_worker.graph.workflow import Graph, check_workflow
 from comfy_worker.input_files import decode_base64
 from comfy_worker.jobs import Workflow
-from comfy_worker.references import name_of_url
-from comfy_worker.workflow import Graph, check_workflow
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 _EXTENSION = re.compile(r"\.[A-Za-z0-9]{1,8}\Z")

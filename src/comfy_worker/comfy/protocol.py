@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+from comfy_worker.graph.workflow import WEBSOCKET_OUTPUT_NODE, class_type, nodes_of_class, title
 from comfy_worker.jobs import (
     JobEvent,
     NodeFinished,
@@ -27,7 +28,6 @@ from comfy_worker.jobs import (
     StageStarted,
     Workflow,
 )
-from comfy_worker.workflow import WEBSOCKET_OUTPUT_NODE, class_type, nodes_of_class, title
 
 log = logging.getLogger(__name__)
 

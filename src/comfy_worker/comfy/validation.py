@@ -24,8 +24,8 @@ from comfy_worker.comfy.missing import (
     package_of,
 )
 from comfy_worker.errors import InvalidWorkflow, MissingModels, MissingNodes
+from comfy_worker.graph.workflow import class_type, find_loop, title
 from comfy_worker.jobs import Workflow
-from comfy_worker.workflow import class_type, find_loop, title
 
 _SHOWN_CHOICES = 10
 _SHOWN_OUTPUTS = 10

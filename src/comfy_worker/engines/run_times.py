@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from comfy_worker.gateway.records import JobRecord
+from comfy_worker.graph.workflow import nodes_without_consumers
 from comfy_worker.jobs import JobEvent, JobState, NodesCached, NodeStarted, Workflow
-from comfy_worker.workflow import nodes_without_consumers
 
 _RUNS_REMEMBERED = 5
 _SIGNATURES_REMEMBERED = 256

@@ -8,8 +8,8 @@ from typing import Any
 
 from comfy_worker.catalog.entry import shown
 from comfy_worker.errors import InvalidInput
+from comfy_worker.graph.workflow import Graph, copy_graph, is_link
 from comfy_worker.jobs import Workflow
-from comfy_worker.workflow import Graph, copy_graph, is_link
 
 _ENCODER = "TextEncode"
 """In the name of every class that turns a text into conditioning."""

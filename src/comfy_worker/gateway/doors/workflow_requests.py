@@ -21,8 +21,8 @@ from comfy_worker.gateway.doors.workflow_graph import with_prompt
 from comfy_worker.gateway.records import JobRecord
 from comfy_worker.gateway.service import JobService
 from comfy_worker.gateway.settings import GatewaySettings
+from comfy_worker.graph.workflow import check_workflow
 from comfy_worker.payload import parse_job
-from comfy_worker.workflow import check_workflow
 
 DOOR = "workflow"
 _PROMPT = "prompt"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 from urllib.parse import unquote
 
-from comfy_worker.workflow import Graph, is_link, split_annotation
+from comfy_worker.graph.workflow import Graph, is_link, split_annotation
 
 Path: TypeAlias = tuple[str | int, ...]
 

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from comfy_worker.references import Reference, name_of_url
+from comfy_worker.graph.file_references import Reference, name_of_url
 
 _UPLOAD_FLAGS = ("image_upload", "audio_upload", "video_upload", "file_upload", "animated_image_upload", "upload")
 """Options by which a node class says that an input names a file of the input folder."""
