@@ -19,7 +19,7 @@ import pytest
 import requests
 
 from comfy_worker.jobs import Delivered
-from comfy_worker.media import mime_type_of_name
+from comfy_worker.media.probe import mime_type_of_name
 from comfy_worker.storage import InMemory, Parcel, Storages
 from tests.support.patience import TIMEOUT_S
 from tests.support.s3 import ACCESS_KEY, SECRET_KEY

@@ -21,7 +21,7 @@ from typing import Any
 
 from comfy_worker.comfy.client import ComfyClient
 from comfy_worker.jobs import Delivery, Job, OutputFile
-from comfy_worker.media import kind_of
+from comfy_worker.media.probe import kind_of
 from comfy_worker.outputs import Found, deliver_outputs
 from comfy_worker.settings import load_settings
 from comfy_worker.stop import Stop

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageChops, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
-from comfy_worker.metadata import without_metadata
+from comfy_worker.media.metadata import without_metadata
 
 SECRET = "a very secret prompt"
 PROMPT = json.dumps({"3": {"class_type": "KSampler", "inputs": {"text": SECRET}}})

@@ -23,8 +23,8 @@ from comfy_worker.fetch.cache import About, Entry, UrlCache
 from comfy_worker.fetch.connection import Line, get, problem_of
 from comfy_worker.fetch.problem import Problem
 from comfy_worker.jobs import JobBucket
+from comfy_worker.media.file_type import HEAD_BYTES
 from comfy_worker.settings import Settings
-from comfy_worker.sniff import HEAD_BYTES
 from comfy_worker.stop import Stop
 
 _MB = 1024 * 1024

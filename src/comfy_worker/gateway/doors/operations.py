@@ -22,7 +22,7 @@ from comfy_worker.gateway.ping import PATH as PING_PATH
 from comfy_worker.gateway.ping import Readiness
 from comfy_worker.gateway.service import JobService
 from comfy_worker.gateway.signing import IMAGES_PATH, PATH, AssetLinks
-from comfy_worker.media import mime_type_of_name
+from comfy_worker.media.probe import mime_type_of_name
 
 Responses = dict[int | str, dict[str, Any]]
 

@@ -6,7 +6,7 @@ import re
 
 import filetype
 
-from comfy_worker.media import mime_type_of_name
+from comfy_worker.media.probe import mime_type_of_name
 
 HEAD_BYTES = 8192
 """How much of a file is looked at; a tar archive is known by what stands 257 bytes into it."""
