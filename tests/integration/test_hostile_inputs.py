@@ -21,9 +21,9 @@ import pytest
 from comfy_emulator import EmulatorServer
 from comfy_worker.comfy.client import ComfyClient
 from comfy_worker.errors import InputFetchFailed, InvalidInput, InvalidWorkflow, WorkerError
-from comfy_worker.fetch import Fetcher
 from comfy_worker.graph.workflow import copy_graph
 from comfy_worker.inputs import stage_inputs
+from comfy_worker.net.fetcher import Fetcher
 from comfy_worker.payload import parse_job
 from comfy_worker.settings import Settings, load_settings
 from comfy_worker.stop import Stop

@@ -24,11 +24,11 @@ from comfy_emulator.node import Context, NodeResult, Registry
 from comfy_emulator.nodes import REGISTRY
 from comfy_worker.comfy.client import ComfyClient
 from comfy_worker.errors import Cancelled, DiskFull, InputFetchFailed, InvalidInput, TimedOut, UploadFailed
-from comfy_worker.fetch import Fetcher
 from comfy_worker.graph.workflow import copy_graph
 from comfy_worker.input_files import FAILED
 from comfy_worker.inputs import stage_inputs
 from comfy_worker.jobs import Delivery, Job, JobResult
+from comfy_worker.net.fetcher import Fetcher
 from comfy_worker.payload import parse_job
 from comfy_worker.pipeline import run_job
 from comfy_worker.settings import Settings, load_settings

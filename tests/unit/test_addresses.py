@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from runpod.serverless.utils.rp_ssrf import is_safe_address
 from urllib3.exceptions import NewConnectionError
 
-from comfy_worker.addresses import is_public
 from comfy_worker.errors import InputFetchFailed, InvalidInput
-from comfy_worker.fetch import Fetcher
 from comfy_worker.jobs import Delivery, JobBucket, Webhook
+from comfy_worker.net.fetcher import Fetcher
+from comfy_worker.net.public_addresses import is_public
 from comfy_worker.settings import load_settings
 from comfy_worker.stop import Stop
 from comfy_worker.storage import Storages

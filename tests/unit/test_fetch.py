@@ -24,11 +24,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comfy_worker.addresses import is_public
 from comfy_worker.errors import Cancelled, DiskFull, InputFetchFailed
-from comfy_worker.fetch import Fetcher
-from comfy_worker.fetch.address import read_url, shown
-from comfy_worker.fetch.problem import Problem
+from comfy_worker.net.errors import Problem
+from comfy_worker.net.fetcher import Fetcher
+from comfy_worker.net.public_addresses import is_public
+from comfy_worker.net.urls import read_url, shown
 from comfy_worker.settings import Settings, load_settings
 from comfy_worker.stop import Stop
 from tests.support.file_server import FileServer, RawAnswer, ServedFile, file_server
@@ -343,7 +343,7 @@ def test_a_full_disk_is_told_as_such(server: FileServer, cache_dir: Path) -> Non
     script = (
         "import resource, sys\n"
         "from comfy_worker.errors import DiskFull\n"
-        "from comfy_worker.fetch import Fetcher\n"
+        "from comfy_worker.net.fetcher import Fetcher\n"
         "from comfy_worker.settings import load_settings\n"
         "from comfy_worker.stop import Stop\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
@@ -534,7 +534,7 @@ def test_many_at_once_are_all_kept(server: FileServer, settings: Settings, cache
 
 FETCH = (
     "import hashlib, sys\n"
-    "from comfy_worker.fetch import Fetcher\n"
+    "from comfy_worker.net.fetcher import Fetcher\n"
     "from comfy_worker.settings import load_settings\n"
     "from comfy_worker.stop import Stop\n"
     "print('ready', flush=True)\n"

@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from comfy_worker.errors import InvalidInput, WorkerError
-from comfy_worker.fetch.address import shown_host
 from comfy_worker.gateway.assets import AssetStore
 from comfy_worker.gateway.errors import DatabaseUnavailable
 from comfy_worker.gateway.progress_webhooks import ProgressWebhooks
@@ -25,6 +24,7 @@ from comfy_worker.gateway.store import Store
 from comfy_worker.gateway.webhook_words import WebhookParts, words_of
 from comfy_worker.jobs import Webhook
 from comfy_worker.logs import where_it_broke
+from comfy_worker.net.urls import shown_host
 from comfy_worker.redact import redact
 from comfy_worker.settings import Settings
 from comfy_worker.webhooks.message import Message, check_webhook

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from urllib.parse import urlsplit
 
-from comfy_worker.addresses import addresses_of, is_public
 from comfy_worker.errors import InvalidInput
 from comfy_worker.jobs import JobBucket
+from comfy_worker.net.public_addresses import addresses_of, is_public
 from comfy_worker.settings import Settings
 from comfy_worker.storage.endpoint import Bucket, Words, check_header_value, known_service, parse_endpoint
 from comfy_worker.storage.keys import bucket_of_the_month

@@ -17,7 +17,7 @@ from botocore.awsrequest import (
 )
 from urllib3.exceptions import NewConnectionError
 
-from comfy_worker.addresses import is_public
+from comfy_worker.net.public_addresses import is_public
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client

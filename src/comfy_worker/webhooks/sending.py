@@ -6,9 +6,9 @@ import asyncio
 import socket
 from typing import Any
 
-from comfy_worker.addresses import is_public
-from comfy_worker.fetch.address import read_url, resolve
-from comfy_worker.fetch.problem import Problem
+from comfy_worker.net.errors import Problem
+from comfy_worker.net.public_addresses import is_public
+from comfy_worker.net.urls import read_url, resolve
 from comfy_worker.settings import Settings
 from comfy_worker.webhooks.message import Message
 

@@ -10,8 +10,8 @@ from urllib.parse import SplitResult, urlsplit
 
 import idna
 
-from comfy_worker.addresses import addresses_of, is_public
-from comfy_worker.fetch.problem import Problem
+from comfy_worker.net.errors import Problem
+from comfy_worker.net.public_addresses import addresses_of, is_public
 
 _LONGEST_URL = 8192
 _LONGEST_SHOWN = 200

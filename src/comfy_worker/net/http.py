@@ -21,8 +21,8 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import HTTPError
 from urllib3.util.ssl_match_hostname import CertificateError
 
-from comfy_worker.fetch.address import Target, read_url, resolve, shown
-from comfy_worker.fetch.problem import Problem
+from comfy_worker.net.errors import Problem
+from comfy_worker.net.urls import Target, read_url, resolve, shown
 from comfy_worker.sdk import import_runpod
 from comfy_worker.stop import Stop
 

@@ -21,7 +21,7 @@ from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 
-from comfy_worker.fetch.problem import Problem
+from comfy_worker.net.errors import Problem
 from comfy_worker.settings import Settings
 
 _MB = 1024 * 1024

@@ -17,15 +17,15 @@ import requests
 from urllib3.exceptions import HTTPError
 
 from comfy_worker.errors import DiskFull, InputFetchFailed
-from comfy_worker.fetch.address import shown
-from comfy_worker.fetch.bucket import Signer, error_code
-from comfy_worker.fetch.cache import About, Entry, UrlCache
-from comfy_worker.fetch.connection import Line, get, problem_of
-from comfy_worker.fetch.problem import Problem
 from comfy_worker.jobs import JobBucket
 from comfy_worker.media.file_type import HEAD_BYTES
+from comfy_worker.net.errors import Problem
+from comfy_worker.net.http import Line, get, problem_of
+from comfy_worker.net.url_cache import About, Entry, UrlCache
+from comfy_worker.net.urls import shown
 from comfy_worker.settings import Settings
 from comfy_worker.stop import Stop
+from comfy_worker.storage.signed_urls import Signer, error_code
 
 _MB = 1024 * 1024
 _CHUNK = 64 * 1024
