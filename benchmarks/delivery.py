@@ -27,8 +27,8 @@ import boto3
 from tqdm import tqdm
 
 from benchmarks.servers import emulator, wait_until_it_answers
-from comfy_worker.jobs import JobEvent, Stage, StageStarted
 from comfy_worker.settings import load_settings
+from comfy_worker.types import JobEvent, Stage, StageStarted
 from comfy_worker.worker import Worker
 from tests.support import videos
 from tests.support.delivery import deliver_in_child

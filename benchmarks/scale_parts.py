@@ -24,7 +24,7 @@ from comfy_worker.gateway.events import PROGRESS
 from comfy_worker.gateway.records import JobRecord
 from comfy_worker.gateway.redis_bus import RedisEventBus
 from comfy_worker.gateway.store import Store
-from comfy_worker.jobs import JobState
+from comfy_worker.types import JobState
 from tests.support.postgres import Postgres
 
 MANY = 10_000

@@ -16,13 +16,13 @@ from typing import Any
 from tqdm import tqdm
 
 from comfy_worker.errors import InvalidInput, WorkerError
-from comfy_worker.jobs import JobEvent, Kind, NodeStarted, Notice, Stage, StageStarted
 from comfy_worker.payload import workflow_of
 from comfy_worker.progress import Progress
 from comfy_worker.settings import Settings
 from comfy_worker.signals import END_SIGNALS, in_thread
 from comfy_worker.stop import Stop
 from comfy_worker.strict_json import NotStrictJson, parse_json
+from comfy_worker.types import JobEvent, Kind, NodeStarted, Notice, Stage, StageStarted
 from comfy_worker.worker import Worker
 
 FILE = "test_input.json"

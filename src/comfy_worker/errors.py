@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from comfy_worker.redact import redact
 
 if TYPE_CHECKING:
-    from comfy_worker.jobs import JobResult
+    from comfy_worker.types import JobResult
 
 _LONGEST_SENTENCE = 8000
 """Characters of a message; it may quote what a caller sent, as long as that likes."""

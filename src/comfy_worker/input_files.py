@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 
 from comfy_worker.errors import InvalidInput
-from comfy_worker.jobs import InputFile
+from comfy_worker.types import InputFile
 
 FAILED = "Failed to upload one or more input images"
 """How the sentence of every fault of an input file begins, as worker-comfyui's."""

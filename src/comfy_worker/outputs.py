@@ -9,17 +9,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from comfy_worker.comfy.client import ComfyClient
+from comfy_worker.comfy.output_reader import content_of
 from comfy_worker.comfy.protocol import NodeOutputs, WebsocketImage
-from comfy_worker.comfy.view import content_of
 from comfy_worker.errors import Cancelled, OutputMissing, OutputTooLarge, WorkerError
 from comfy_worker.graph.workflow import WEBSOCKET_OUTPUT_NODE, class_type, nodes_of_class, title
-from comfy_worker.jobs import Artifact, Job, Kind, OutputFile, OutputText, Workflow
 from comfy_worker.media.convert import ConversionFailed, convert
 from comfy_worker.media.metadata import WRITTEN_INTO, without_metadata
 from comfy_worker.media.probe import Media, inspect, kind_of
 from comfy_worker.stop import Stop
 from comfy_worker.storage import Content, InMemory, Parcel, Storage, Watched, read_all
-from comfy_worker.storage.keys import safe_name, safe_path
+from comfy_worker.storage.object_keys import safe_name, safe_path
+from comfy_worker.types import Artifact, Job, Kind, OutputFile, OutputText, Workflow
 
 _WEBSOCKET = "websocket"
 

@@ -23,7 +23,8 @@ from comfy_worker.envelope import (
 from comfy_worker.errors import InvalidInput, InvalidWorkflow, WorkerError
 from comfy_worker.graph.workflow import check_workflow
 from comfy_worker.input_files import FAILED, check_name, decode_files, too_many_files
-from comfy_worker.jobs import (
+from comfy_worker.strict_json import NotStrictJson, parse_json
+from comfy_worker.types import (
     Artifact,
     Conversion,
     Delivery,
@@ -35,7 +36,6 @@ from comfy_worker.jobs import (
     Webhook,
     Workflow,
 )
-from comfy_worker.strict_json import NotStrictJson, parse_json
 
 _REFUSALS = {
     "missing": "is missing",

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from comfy_worker.comfy.client import ComfyClient
-from comfy_worker.comfy.faults import is_broken_device, is_out_of_memory
+from comfy_worker.comfy.error_kinds import is_broken_device, is_out_of_memory
 from comfy_worker.comfy.protocol import (
     Deleted,
     Lost,
@@ -36,22 +36,12 @@ from comfy_worker.errors import (
 )
 from comfy_worker.graph.workflow import WEBSOCKET_OUTPUT_NODE, copy_graph, prefix_outputs
 from comfy_worker.inputs import stage_inputs
-from comfy_worker.jobs import (
-    Job,
-    JobEvent,
-    JobResult,
-    Notice,
-    OnEvent,
-    Stage,
-    StageStarted,
-    Timings,
-    ignore_events,
-)
 from comfy_worker.leftovers import Made, deliver_leftovers
 from comfy_worker.outputs import deliver_outputs, find_outputs
 from comfy_worker.stop import Stop
 from comfy_worker.storage import Storage
 from comfy_worker.turns import Turns
+from comfy_worker.types import Job, JobEvent, JobResult, Notice, OnEvent, Stage, StageStarted, Timings, ignore_events
 
 log = logging.getLogger(__name__)
 

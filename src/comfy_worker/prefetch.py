@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from comfy_worker.jobs import Stage, Workflow
+from comfy_worker.types import Stage, Workflow
 
 _MOST_JOBS_IN_HAND = 4
 """Jobs whose outputs are still on their way out stay in memory; more of them would only queue up."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from comfy_worker.jobs import (
+from comfy_worker.types import (
     JobEvent,
     NodeFinished,
     NodeProgress,

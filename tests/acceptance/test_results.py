@@ -14,8 +14,8 @@ import pytest
 import requests
 from PIL import Image
 
-from comfy_worker.jobs import JobEvent
 from comfy_worker.settings import Settings
+from comfy_worker.types import JobEvent
 from comfy_worker.worker import Worker
 from tests.support import graphs
 from tests.support.comfyui import ComfyUI, comfyui

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from comfy_worker.errors import DeliveryFailed, InvalidInput, OutputMissing, OutputTooLarge
-from comfy_worker.jobs import Delivery
 from comfy_worker.storage import OnDisk, Parcel
+from comfy_worker.types import Delivery
 from tests.support.delivered import (
     CONTENT,
     Make,

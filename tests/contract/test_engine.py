@@ -17,7 +17,7 @@ from comfy_worker.errors import InvalidInput
 from comfy_worker.gateway.errors import QueueFull
 from comfy_worker.gateway.events import Event
 from comfy_worker.gateway.records import JobRecord
-from comfy_worker.jobs import JobState
+from comfy_worker.types import JobState
 from tests.support import graphs
 from tests.support.benches import Bench, Feature, Ground, Grounds
 from tests.support.gate import Gate

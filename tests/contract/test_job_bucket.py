@@ -8,7 +8,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from comfy_worker.errors import DeliveryFailed
-from comfy_worker.jobs import Delivery, JobBucket
+from comfy_worker.types import Delivery, JobBucket
 from tests.support.delivered import (
     CONTENT,
     JOB_ACCESS_KEY,

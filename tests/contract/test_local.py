@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from comfy_worker.errors import Cancelled, DeliveryFailed, InvalidInput
-from comfy_worker.jobs import Delivered, Delivery
 from comfy_worker.stop import Stop
 from comfy_worker.storage import Parcel, Watched
+from comfy_worker.types import Delivered, Delivery
 from tests.support.delivered import (
     LARGE,
     Make,

@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from comfy_worker.errors import Cancelled, DeliveryFailed, InvalidInput
-from comfy_worker.jobs import Delivery, JobBucket
 from comfy_worker.sdk import import_runpod
 from comfy_worker.settings import load_settings
 from comfy_worker.stop import Stop
 from comfy_worker.storage import InMemory, OnDisk, Parcel, Watched, job_bucket, worker_bucket
-from comfy_worker.storage.keys import safe_path
+from comfy_worker.storage.object_keys import safe_path
+from comfy_worker.types import Delivery, JobBucket
 from tests.support.delivered import (
     CONTENT,
     JOB_ACCESS_KEY,

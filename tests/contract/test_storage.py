@@ -11,10 +11,10 @@ from urllib.parse import urlsplit
 import pytest
 
 from comfy_worker.errors import Cancelled
-from comfy_worker.jobs import Delivered, Delivery, JobBucket
 from comfy_worker.media.probe import mime_type_of_name
 from comfy_worker.stop import Stop
 from comfy_worker.storage import OnDisk, Parcel, Storage, Storages, Watched, read_all
+from comfy_worker.types import Delivered, Delivery, JobBucket
 from tests.support.delivered import (
     CONTENT,
     JOB_ACCESS_KEY,

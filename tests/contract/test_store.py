@@ -32,7 +32,7 @@ from comfy_worker.gateway.ownership import owned, turn
 from comfy_worker.gateway.records import JobRecord, ProgressNote
 from comfy_worker.gateway.store import Store, moment
 from comfy_worker.gateway.tables import metadata
-from comfy_worker.jobs import JobState
+from comfy_worker.types import JobState
 from tests.support.postgres import Postgres, postgres
 from tests.support.webhook_notes import delivery_of
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 
 from comfy_worker.gateway.store import Store
-from comfy_worker.jobs import JobState
+from comfy_worker.types import JobState
 from tests.contract.test_store import NOW, Open, add, get, opened, server, store, url
 
 __all__ = ["opened", "server", "store", "url"]

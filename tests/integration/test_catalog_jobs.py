@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from comfy_worker.jobs import JobEvent, NodeStarted
 from comfy_worker.settings import load_settings
+from comfy_worker.types import JobEvent, NodeStarted
 from comfy_worker.worker import Worker
 from tests.support.comfyui import ComfyUI
 from tests.support.comfyui import comfyui as running_comfyui

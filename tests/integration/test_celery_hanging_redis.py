@@ -16,7 +16,7 @@ from comfy_worker.gateway.events import LocalEventBus
 from comfy_worker.gateway.records import JobRecord
 from comfy_worker.gateway.settings import load_gateway_settings
 from comfy_worker.gateway.store import Store
-from comfy_worker.jobs import JobState
+from comfy_worker.types import JobState
 from tests.support.redis import RedisServer, redis_server
 
 _NOT_ASKED = "postgresql://gateway@127.0.0.1:9/jobs"

@@ -13,7 +13,7 @@ import pytest
 from pytest_mock import MockerFixture
 
 from comfy_emulator.node import Context, ImageBatch, NodeResult
-from comfy_worker.jobs import NodeFinished, NodeStarted, QueuePosition, Stage, StageStarted
+from comfy_worker.types import NodeFinished, NodeStarted, QueuePosition, Stage, StageStarted
 from comfy_worker.worker import Worker
 from tests.support import gate as gates
 from tests.support import graphs

@@ -22,11 +22,11 @@ import requests
 
 from comfy_worker.comfy.client import ComfyClient
 from comfy_worker.errors import Cancelled, OutputMissing, OutputTooLarge
-from comfy_worker.jobs import Delivery, Job, OutputFile
 from comfy_worker.outputs import Found, deliver_outputs
 from comfy_worker.settings import load_settings
 from comfy_worker.stop import Stop
 from comfy_worker.storage import Storages
+from comfy_worker.types import Delivery, Job, OutputFile
 from comfy_worker.worker import Worker
 from tests.support import graphs, videos
 from tests.support.breaks_off import BreaksOff, serving

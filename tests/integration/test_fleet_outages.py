@@ -18,7 +18,7 @@ from comfy_worker.gateway.records import JobRecord
 from comfy_worker.gateway.settings import load_gateway_settings
 from comfy_worker.gateway.signing import AssetLinks
 from comfy_worker.gateway.store import Store
-from comfy_worker.jobs import JobState
+from comfy_worker.types import JobState
 from tests.support.lost_answers import LostAnswers
 from tests.support.postgres import Postgres, postgres
 from tests.support.processes import Process

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import requests
 
-from comfy_worker.jobs import JobState
+from comfy_worker.types import JobState
 from tests.support import graphs
 from tests.support.benches import Bench
 from tests.support.gate import Gate

@@ -30,7 +30,7 @@ from comfy_worker.gateway.ownership import owned
 from comfy_worker.gateway.records import JobRecord
 from comfy_worker.gateway.settings import GatewaySettings
 from comfy_worker.gateway.store import Store
-from comfy_worker.jobs import JobState
+from comfy_worker.types import JobState
 from tests.support import graphs
 from tests.support.benches import Bench
 from tests.support.gate import Gate

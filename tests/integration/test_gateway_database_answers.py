@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from comfy_worker.gateway.errors import DatabaseUnavailable
-from comfy_worker.jobs import JobState
+from comfy_worker.types import JobState
 from tests.support import graphs
 from tests.support.benches import Bench
 from tests.support.gate import Gate

@@ -13,7 +13,7 @@ import pytest
 from comfy_worker.gateway.progress_webhooks import ProgressWebhooks
 from comfy_worker.gateway.records import JobRecord
 from comfy_worker.gateway.settings import load_gateway_settings
-from comfy_worker.jobs import Job, JobState, Webhook
+from comfy_worker.types import Job, JobState, Webhook
 from tests.support import graphs
 from tests.support.benches import Bench
 from tests.support.gate import Gate

@@ -20,7 +20,7 @@ from comfy_worker.gateway.settings import load_gateway_settings
 from comfy_worker.gateway.signing import AssetLinks
 from comfy_worker.gateway.store import Store
 from comfy_worker.gateway.upkeep import Upkeep
-from comfy_worker.jobs import JobState
+from comfy_worker.types import JobState
 from tests.support import graphs
 from tests.support.benches import Bench
 from tests.support.gate import Gate

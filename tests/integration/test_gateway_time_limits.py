@@ -12,8 +12,8 @@ from comfy_worker.engines.backends import Backend, RunningJob
 from comfy_worker.engines.turns import Gate as Turnstile
 from comfy_worker.engines.waiting import Waiting
 from comfy_worker.gateway.records import JobRecord
-from comfy_worker.jobs import JobState, Stage
 from comfy_worker.settings import load_settings
+from comfy_worker.types import JobState, Stage
 from comfy_worker.worker import Worker
 from tests.support import graphs
 from tests.support.benches import Bench

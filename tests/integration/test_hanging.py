@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from comfy_emulator import EmulatorServer
-from comfy_worker.jobs import Stage, StageStarted
 from comfy_worker.settings import load_settings
+from comfy_worker.types import Stage, StageStarted
 from comfy_worker.worker import Worker
 from tests.support import graphs
 from tests.support.kept_up import KeptUp, kept_up

@@ -27,13 +27,13 @@ from comfy_worker.errors import Cancelled, DiskFull, InputFetchFailed, InvalidIn
 from comfy_worker.graph.workflow import copy_graph
 from comfy_worker.input_files import FAILED
 from comfy_worker.inputs import stage_inputs
-from comfy_worker.jobs import Delivery, Job, JobResult
 from comfy_worker.net.fetcher import Fetcher
 from comfy_worker.payload import parse_job
 from comfy_worker.pipeline import run_job
 from comfy_worker.settings import Settings, load_settings
 from comfy_worker.stop import Stop
 from comfy_worker.storage import Storages
+from comfy_worker.types import Delivery, Job, JobResult
 from tests.support import media_files
 from tests.support.comfyui import ComfyUI, comfyui
 from tests.support.file_server import FileServer, RawAnswer, ServedFile, file_server

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from comfy_worker.jobs import NodeStarted
 from comfy_worker.settings import Settings
+from comfy_worker.types import NodeStarted
 from comfy_worker.worker import Worker
 from tests.support import graphs
 from tests.support.gate import Gate, job

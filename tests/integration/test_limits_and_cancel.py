@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from comfy_emulator.node import Context, ImageBatch, NodeResult
-from comfy_worker.jobs import JobEvent, NodeProgress, QueuePosition, Stage, StageStarted
+from comfy_worker.types import JobEvent, NodeProgress, QueuePosition, Stage, StageStarted
 from comfy_worker.worker import Worker
 from tests.support import gate as gates
 from tests.support import graphs

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from comfy_worker.jobs import JobEvent, NodeStarted
 from comfy_worker.settings import load_settings
+from comfy_worker.types import JobEvent, NodeStarted
 from comfy_worker.worker import Worker
 from tests.support.gate import Gate, job
 from tests.support.outcomes import (

@@ -19,7 +19,7 @@ from comfy_worker.gateway.core import Gateway
 from comfy_worker.gateway.events import GAP, PREVIEW, PROGRESS, STATUS, Event, Listening
 from comfy_worker.gateway.redis_bus import RedisEventBus
 from comfy_worker.gateway.settings import load_gateway_settings
-from comfy_worker.jobs import JobState
+from comfy_worker.types import JobState
 from tests.support.graphs import picture
 from tests.support.patience import TIMEOUT_S, on_this_machine
 from tests.support.ports import silent_port

@@ -11,7 +11,7 @@ from comfy_worker.gateway.errors import DatabaseUnavailable
 from comfy_worker.gateway.ownership import turn
 from comfy_worker.gateway.records import JobRecord
 from comfy_worker.gateway.store import Store
-from comfy_worker.jobs import JobState
+from comfy_worker.types import JobState
 from tests.support.postgres import postgres
 
 NOW = 1_700_000_000.0

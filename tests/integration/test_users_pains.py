@@ -20,9 +20,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from comfy_worker.jobs import NodeStarted, Preview, QueuePosition, Stage, StageStarted
 from comfy_worker.progress import Progress
 from comfy_worker.settings import load_settings
+from comfy_worker.types import NodeStarted, Preview, QueuePosition, Stage, StageStarted
 from comfy_worker.worker import Worker
 from tests.support import graphs
 from tests.support.gate import Gate, job

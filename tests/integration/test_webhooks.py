@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from comfy_emulator.server import EmulatorServer
-from comfy_worker.jobs import NodeProgress, NodeStarted, Stage, StageStarted
 from comfy_worker.settings import load_settings
+from comfy_worker.types import NodeProgress, NodeStarted, Stage, StageStarted
 from comfy_worker.webhooks import Webhooks
 from comfy_worker.worker import Worker
 from tests.support import graphs

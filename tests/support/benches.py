@@ -12,7 +12,7 @@ from typing import Any, ClassVar, TypeVar
 
 from comfy_worker.gateway.core import Gateway
 from comfy_worker.gateway.records import JobRecord
-from comfy_worker.jobs import JobState
+from comfy_worker.types import JobState
 from tests.support import graphs
 from tests.support.endpoint import launched_worker
 from tests.support.fleet import Fleet, fleet

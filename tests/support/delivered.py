@@ -18,9 +18,9 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 import requests
 
-from comfy_worker.jobs import Delivered
 from comfy_worker.media.probe import mime_type_of_name
 from comfy_worker.storage import InMemory, Parcel, Storages
+from comfy_worker.types import Delivered
 from tests.support.patience import TIMEOUT_S
 from tests.support.s3 import ACCESS_KEY, SECRET_KEY
 

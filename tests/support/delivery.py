@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from comfy_worker.comfy.client import ComfyClient
-from comfy_worker.jobs import Delivery, Job, OutputFile
 from comfy_worker.media.probe import kind_of
 from comfy_worker.outputs import Found, deliver_outputs
 from comfy_worker.settings import load_settings
 from comfy_worker.stop import Stop
 from comfy_worker.storage import Storages
+from comfy_worker.types import Delivery, Job, OutputFile
 from tests.support.processes import ROOT, clean_environment
 
 _MB = 1024 * 1024

@@ -15,8 +15,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from comfy_worker.jobs import QueuePosition, Stage, StageStarted
 from comfy_worker.settings import Settings, load_settings
+from comfy_worker.types import QueuePosition, Stage, StageStarted
 from comfy_worker.worker import Worker
 from tests.support.gate import Gate, job
 from tests.support.running import RunningJob

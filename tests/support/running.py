@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from comfy_worker.jobs import JobEvent, Notice
 from comfy_worker.stop import Stop
+from comfy_worker.types import JobEvent, Notice
 from comfy_worker.worker import Worker
 from tests.support.patience import TIMEOUT_S
 

@@ -13,13 +13,13 @@ from runpod.serverless.utils.rp_ssrf import is_safe_address
 from urllib3.exceptions import NewConnectionError
 
 from comfy_worker.errors import InputFetchFailed, InvalidInput
-from comfy_worker.jobs import Delivery, JobBucket, Webhook
 from comfy_worker.net.fetcher import Fetcher
 from comfy_worker.net.public_addresses import is_public
 from comfy_worker.settings import load_settings
 from comfy_worker.stop import Stop
 from comfy_worker.storage import Storages
-from comfy_worker.storage.public_only import _checked
+from comfy_worker.storage.public_connections import _checked
+from comfy_worker.types import Delivery, JobBucket, Webhook
 from comfy_worker.webhooks.message import Message
 from comfy_worker.webhooks.sending import Refused, post, socket_to_public
 

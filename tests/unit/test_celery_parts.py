@@ -17,7 +17,7 @@ from comfy_worker.errors import InvalidInput
 from comfy_worker.gateway.database import connect
 from comfy_worker.gateway.records import LOW_PRIORITY, NORMAL_PRIORITY, JobRecord
 from comfy_worker.gateway.settings import load_gateway_settings
-from comfy_worker.jobs import JobState
+from comfy_worker.types import JobState
 from tests.support.processes import Process
 
 PRIORITIES = st.integers(min_value=-(2**31), max_value=2**31)

@@ -94,7 +94,7 @@ class TestQueries:
                 assert set(part.modifier.labels) <= inner | OF_A_TARGET
 
     def test_asks_for_states_and_stages_that_there_are(self, query: str) -> None:
-        known = set(re.findall(r'"([A-Z_]+)"', (ROOT / "src/comfy_worker/jobs.py").read_text(encoding="utf-8")))
+        known = set(re.findall(r'"([A-Z_]+)"', (ROOT / "src/comfy_worker/types.py").read_text(encoding="utf-8")))
         stages = {"waiting", "staging", "queued", "running", "delivering"}
         values = {
             matcher.name: matcher.value for selector in selectors(query) for matcher in selector.matchers.matchers

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
-from comfy_worker.jobs import Conversion
 from comfy_worker.media.convert import ConversionFailed, Converted, convert
+from comfy_worker.types import Conversion
 
 PROMPT = {"3": {"class_type": "KSampler", "inputs": {"text": "ein schöner Tag 🌞"}}}
 WORKFLOW = {"nodes": [{"id": 3}], "version": 0.4}

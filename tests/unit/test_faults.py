@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from comfy_worker.comfy.faults import is_broken_device, is_out_of_memory
+from comfy_worker.comfy.error_kinds import is_broken_device, is_out_of_memory
 from comfy_worker.comfy.protocol import NodeFailed
 
 

@@ -17,7 +17,7 @@ from comfy_worker.gateway.cursors import Cursor, Cursors, LocalCursors, RedisCur
 from comfy_worker.gateway.events import PROGRESS
 from comfy_worker.gateway.settings import load_gateway_settings
 from comfy_worker.gateway.upkeep import Upkeep
-from comfy_worker.jobs import JobState
+from comfy_worker.types import JobState
 from tests.support.graphs import picture
 from tests.support.ports import silent_port
 from tests.support.redis import RedisServer, redis_server

@@ -14,7 +14,7 @@ import pytest
 from comfy_worker.gateway.core import Gateway
 from comfy_worker.gateway.events import PROGRESS, STATUS, Event, LocalEventBus, last_progress
 from comfy_worker.gateway.settings import load_gateway_settings
-from comfy_worker.jobs import JobState
+from comfy_worker.types import JobState
 from tests.support.graphs import picture
 from tests.support.ports import silent_port
 

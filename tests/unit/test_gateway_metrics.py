@@ -23,7 +23,7 @@ from comfy_worker.gateway.database import connect
 from comfy_worker.gateway.metrics import Cached, GatewayCollector
 from comfy_worker.gateway.records import JobRecord
 from comfy_worker.gateway.store import Store
-from comfy_worker.jobs import JobState
+from comfy_worker.types import JobState
 from tests.support.patience import TIMEOUT_S
 from tests.support.ports import silent_port
 

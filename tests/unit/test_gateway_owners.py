@@ -21,7 +21,7 @@ from comfy_worker.gateway.core import Gateway
 from comfy_worker.gateway.errors import NotFound
 from comfy_worker.gateway.records import JobRecord
 from comfy_worker.gateway.settings import load_gateway_settings
-from comfy_worker.jobs import JobState
+from comfy_worker.types import JobState
 from tests.support.ports import silent_port
 from tests.unit.test_gateway_guard import paths_of
 

@@ -15,7 +15,7 @@ from comfy_worker.engines.run_times import RunRecorder, RunTimes
 from comfy_worker.engines.waiting import Queue, Waiting
 from comfy_worker.gateway.place import Place
 from comfy_worker.gateway.records import JobRecord
-from comfy_worker.jobs import JobState, NodesCached, NodeStarted, Stage
+from comfy_worker.types import JobState, NodesCached, NodeStarted, Stage
 
 HERE, THERE = "http://here:8188", "http://there:8188"
 

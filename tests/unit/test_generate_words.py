@@ -27,7 +27,7 @@ from comfy_worker.gateway.events import PREVIEW, PROGRESS, STATUS, Event
 from comfy_worker.gateway.limits import RUNSYNC_LIMIT
 from comfy_worker.gateway.place import Place
 from comfy_worker.gateway.records import JobRecord
-from comfy_worker.jobs import JobState
+from comfy_worker.types import JobState
 
 GRAPH = {"1": {"class_type": "Note", "inputs": {}}}
 SIZES = {"preprocess": 4, "generation": 2, "postprocess": 1}

@@ -18,8 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from comfy_worker.jobs import Kind
 from comfy_worker.media.probe import Media, inspect, kind_of, mime_type_of_name
+from comfy_worker.types import Kind
 
 
 @cache

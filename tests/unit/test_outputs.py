@@ -15,15 +15,15 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from comfy_worker.comfy.client import ComfyClient
+from comfy_worker.comfy.output_reader import find_on_disk
 from comfy_worker.comfy.protocol import Succeeded, WebsocketImage, outcome_from_history
-from comfy_worker.comfy.view import find_on_disk
-from comfy_worker.jobs import Artifact, Conversion, Delivered, Job, JobResult, Kind, OutputFile, Timings
 from comfy_worker.outputs import Found, deliver_outputs, find_outputs
 from comfy_worker.payload import result_as_output
 from comfy_worker.settings import load_settings
 from comfy_worker.stop import Stop
 from comfy_worker.storage import OnDisk
 from comfy_worker.storage.local import LocalStorage
+from comfy_worker.types import Artifact, Conversion, Delivered, Job, JobResult, Kind, OutputFile, Timings
 from tests.support import graphs
 from tests.support.recordings import VERSIONS, recording
 

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from comfy_worker.errors import InvalidInput, InvalidWorkflow, UiFormatWorkflow, WorkerError
 from comfy_worker.input_files import FAILED, check_name, decode_base64
-from comfy_worker.jobs import (
+from comfy_worker.payload import parse_job, result_as_output, workflow_of
+from comfy_worker.types import (
     Artifact,
     Delivered,
     Delivery,
@@ -27,7 +28,6 @@ from comfy_worker.jobs import (
     OutputText,
     Timings,
 )
-from comfy_worker.payload import parse_job, result_as_output, workflow_of
 
 WORKFLOW: dict[str, Any] = {
     "6": {"class_type": "CLIPTextEncode", "inputs": {"text": "a beautiful landscape", "clip": ["30", 1]}},

@@ -11,8 +11,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from comfy_worker.jobs import Stage
 from comfy_worker.prefetch import Prefetch, PrefetchMode, signature
+from comfy_worker.types import Stage
 
 MODES = list(PrefetchMode)
 BEFORE_GPU = (Stage.STAGING, Stage.QUEUED, Stage.RUNNING)

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comfy_worker.jobs import (
+from comfy_worker.progress import Progress
+from comfy_worker.types import (
     JobEvent,
     NodeFinished,
     NodeProgress,
@@ -18,7 +19,6 @@ from comfy_worker.jobs import (
     Stage,
     StageStarted,
 )
-from comfy_worker.progress import Progress
 
 WORKFLOW = {node_id: {"class_type": "A"} for node_id in ("1", "2", "3", "4")}
 

@@ -22,7 +22,8 @@ from comfy_worker.comfy.protocol import (
     outcome_from_history,
     place_in_queue,
 )
-from comfy_worker.jobs import (
+from comfy_worker.progress import Progress
+from comfy_worker.types import (
     JobEvent,
     NodeFinished,
     NodeProgress,
@@ -32,7 +33,6 @@ from comfy_worker.jobs import (
     Stage,
     StageStarted,
 )
-from comfy_worker.progress import Progress
 from tests.support.recordings import VERSIONS, Prompt, Recording, all_recordings, recording
 
 HEARD: dict[str, tuple[type | None, ...]] = {

@@ -20,8 +20,8 @@ from comfy_worker.errors import DeliveryFailed
 from comfy_worker.gateway.errors import RequestTooLarge, Unauthorized
 from comfy_worker.gateway.records import LOW_PRIORITY, JobRecord
 from comfy_worker.gateway.signing import CallbackLinks
-from comfy_worker.jobs import JobState
 from comfy_worker.storage.local import LocalStorage
+from comfy_worker.types import JobState
 
 SECRET = "a-secret-of-the-gateway"
 

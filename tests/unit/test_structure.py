@@ -20,7 +20,7 @@ ROOT = SOURCE.parents[1]
 PURE = [
     "comfy_worker.errors",
     "comfy_worker.settings",
-    "comfy_worker.jobs",
+    "comfy_worker.types",
     "comfy_worker.graph.workflow",
     "comfy_worker.graph.file_references",
     "comfy_worker.progress",
@@ -35,8 +35,8 @@ PURE = [
     "comfy_worker.catalog.entry",
     "comfy_worker.comfy.protocol",
     "comfy_worker.comfy.validation",
-    "comfy_worker.comfy.faults",
-    "comfy_worker.comfy.missing",
+    "comfy_worker.comfy.error_kinds",
+    "comfy_worker.comfy.requirements",
     "comfy_worker.storage.endpoint",
 ]
 OUTSIDE_WORLD = {

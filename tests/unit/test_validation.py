@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comfy_worker.comfy.missing import model_folder, package_of
+from comfy_worker.comfy.requirements import model_folder, package_of
 from comfy_worker.comfy.validation import ObjectInfo, nearest, refusal, skipped_outputs
 from comfy_worker.errors import InvalidWorkflow
 from tests.support.recordings import VERSIONS, recording

@@ -27,7 +27,7 @@ from comfy_worker.gateway.errors import RequestTooLarge
 from comfy_worker.gateway.place import Place
 from comfy_worker.gateway.records import JobRecord
 from comfy_worker.gateway.settings import load_gateway_settings
-from comfy_worker.jobs import JobState
+from comfy_worker.types import JobState
 from tests.support.graphs import Graph, node, picture
 from tests.support.ports import silent_port
 from tests.support.processes import ROOT

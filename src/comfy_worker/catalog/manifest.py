@@ -9,7 +9,7 @@ from pydantic import Field, StrictInt, StrictStr, StringConstraints, ValidationE
 from comfy_worker.catalog.parameter import Parameter, Strict
 from comfy_worker.errors import InvalidInput
 from comfy_worker.graph.workflow import is_link
-from comfy_worker.jobs import Workflow
+from comfy_worker.types import Workflow
 
 ParameterName = Annotated[str, StringConstraints(strict=True, pattern=r"^[A-Za-z][A-Za-z0-9_]*$", max_length=64)]
 

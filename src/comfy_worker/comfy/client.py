@@ -20,15 +20,15 @@ from urllib3.exceptions import NewConnectionError
 from urllib3.util import Retry
 
 from comfy_worker.comfy.disk import ComfyDisk
+from comfy_worker.comfy.output_reader import ViewStream
 from comfy_worker.comfy.process import ComfyProcess, Hang
 from comfy_worker.comfy.protocol import QueuePlace, place_in_queue
 from comfy_worker.comfy.socket import SocketPool
 from comfy_worker.comfy.validation import refusal
-from comfy_worker.comfy.view import ViewStream
 from comfy_worker.errors import ComfyUnreachable, InvalidWorkflow, OutputMissing, UploadFailed
-from comfy_worker.jobs import OutputFile, Workflow
 from comfy_worker.settings import Settings
 from comfy_worker.stop import Stop
+from comfy_worker.types import OutputFile, Workflow
 
 _CONNECT_TIMEOUT_S = 5.0
 _QUESTION_TIMEOUT_S = 5.0

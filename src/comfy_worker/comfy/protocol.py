@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from comfy_worker.graph.workflow import WEBSOCKET_OUTPUT_NODE, class_type, nodes_of_class, title
-from comfy_worker.jobs import (
+from comfy_worker.types import (
     JobEvent,
     NodeFinished,
     NodeProgress,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from comfy_worker.comfy.missing import (
+from comfy_worker.comfy.requirements import (
     MODEL_FILE,
     combo_values,
     is_canvas_only,
@@ -25,7 +25,7 @@ from comfy_worker.comfy.missing import (
 )
 from comfy_worker.errors import InvalidWorkflow, MissingModels, MissingNodes
 from comfy_worker.graph.workflow import class_type, find_loop, title
-from comfy_worker.jobs import Workflow
+from comfy_worker.types import Workflow
 
 _SHOWN_CHOICES = 10
 _SHOWN_OUTPUTS = 10

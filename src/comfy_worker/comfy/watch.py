@@ -21,8 +21,8 @@ from comfy_worker.comfy.protocol import (
 )
 from comfy_worker.comfy.socket import EventSocket
 from comfy_worker.errors import ComfyUnreachable, TimedOut
-from comfy_worker.jobs import OnEvent, QueuePosition
 from comfy_worker.stop import Stop
+from comfy_worker.types import OnEvent, QueuePosition
 
 _HISTORY_GRACE_S = 1.0
 """How long a prompt may be in neither queue nor history before it counts as gone."""

@@ -16,10 +16,10 @@ from comfy_worker.errors import TimedOut, WorkerError
 from comfy_worker.gateway.assets import AssetStore
 from comfy_worker.gateway.records import ProgressNote
 from comfy_worker.gateway.settings import GatewaySettings
-from comfy_worker.jobs import Stage
 from comfy_worker.settings import without_credentials
 from comfy_worker.stop import Stop
 from comfy_worker.storage import Storages
+from comfy_worker.types import Stage
 from comfy_worker.worker import Worker
 
 log = logging.getLogger(__name__)

@@ -33,7 +33,7 @@ from comfy_worker.gateway.place import Place, as_time
 from comfy_worker.gateway.records import JobRecord
 from comfy_worker.gateway.settings import GatewaySettings
 from comfy_worker.gateway.store import Store, moment
-from comfy_worker.jobs import JobState, Stage
+from comfy_worker.types import JobState, Stage
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from celery import Celery
 from comfy_worker.gateway.records import JobRecord
 from comfy_worker.gateway.settings import GatewaySettings
 from comfy_worker.gateway.store import moment
-from comfy_worker.jobs import JobState
+from comfy_worker.types import JobState
 
 TASK = "comfy_worker.run"
 QUEUE = "comfy_jobs"

@@ -38,7 +38,7 @@ from comfy_worker.gateway.progress_webhooks import ProgressWebhooks
 from comfy_worker.gateway.records import JobRecord
 from comfy_worker.gateway.settings import GatewaySettings
 from comfy_worker.gateway.store import Store, moment
-from comfy_worker.jobs import JobState
+from comfy_worker.types import JobState
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from comfy_worker.gateway.records import JobRecord
 from comfy_worker.graph.workflow import nodes_without_consumers
-from comfy_worker.jobs import JobEvent, JobState, NodesCached, NodeStarted, Workflow
+from comfy_worker.types import JobEvent, JobState, NodesCached, NodeStarted, Workflow
 
 _RUNS_REMEMBERED = 5
 _SIGNATURES_REMEMBERED = 256

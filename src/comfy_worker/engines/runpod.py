@@ -31,7 +31,7 @@ from comfy_worker.gateway.progress_webhooks import ProgressWebhooks
 from comfy_worker.gateway.records import JobRecord
 from comfy_worker.gateway.settings import GatewaySettings
 from comfy_worker.gateway.store import Store
-from comfy_worker.jobs import JobState
+from comfy_worker.types import JobState
 
 _CLAIM_S = SEND_S + 15.0
 """How long a claim keeps everybody else from submitting a job: longer than a submission can take."""

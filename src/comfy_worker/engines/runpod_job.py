@@ -11,7 +11,7 @@ from typing import Any
 
 from comfy_worker.engines.runpod_claims import is_claim
 from comfy_worker.gateway.records import JobRecord
-from comfy_worker.jobs import JobState, Stage
+from comfy_worker.types import JobState, Stage
 
 _SHORTEST_S = 0.25
 _GROWTH = 1.5

@@ -20,12 +20,12 @@ from comfy_worker.errors import (
 from comfy_worker.gateway.errors import RequestTooLarge
 from comfy_worker.gateway.limits import MB, RUN_LIMIT
 from comfy_worker.gateway.records import NORMAL_PRIORITY, JobRecord
-from comfy_worker.jobs import JobState, Kind
 from comfy_worker.media.probe import mime_type_of_name
 from comfy_worker.payload import split_failure
+from comfy_worker.storage.base import Parcel, Storage
 from comfy_worker.storage.content import InMemory
-from comfy_worker.storage.keys import safe_name, safe_path
-from comfy_worker.storage.parcel import Parcel, Storage
+from comfy_worker.storage.object_keys import safe_name, safe_path
+from comfy_worker.types import JobState, Kind
 from comfy_worker.webhooks.message import status_of
 
 _SHORTEST_RUN_MS = 5_000

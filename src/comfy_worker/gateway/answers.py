@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, 
 from starlette.datastructures import Headers
 from starlette.types import Message, Receive, Scope, Send
 
-from comfy_worker.jobs import JobState
+from comfy_worker.types import JobState
 
 JOB_ID = r"^[A-Za-z0-9._-]{1,128}$"
 EXAMPLE_JOB: dict[str, Any] = {

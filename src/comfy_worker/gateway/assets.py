@@ -14,9 +14,9 @@ from typing import Any
 from urllib.parse import unquote
 
 from comfy_worker.gateway.errors import FileMissing, NotFound
-from comfy_worker.jobs import Kind
-from comfy_worker.storage.keys import safe_name
 from comfy_worker.storage.local import LocalStorage
+from comfy_worker.storage.object_keys import safe_name
+from comfy_worker.types import Kind
 
 _LENT_S = 3600
 _SCHEME = "asset:"

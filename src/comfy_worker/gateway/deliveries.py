@@ -22,11 +22,11 @@ from comfy_worker.gateway.records import WebhookDelivery
 from comfy_worker.gateway.signing import AssetLinks
 from comfy_worker.gateway.store import Store
 from comfy_worker.gateway.webhook_words import WebhookParts, words_of
-from comfy_worker.jobs import Webhook
 from comfy_worker.logs import where_it_broke
 from comfy_worker.net.urls import shown_host
 from comfy_worker.redact import redact
 from comfy_worker.settings import Settings
+from comfy_worker.types import Webhook
 from comfy_worker.webhooks.message import Message, check_webhook
 from comfy_worker.webhooks.sending import Refused, TryAgain, post
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from comfy_worker.gateway.turns import turns_of
-from comfy_worker.jobs import JobState
+from comfy_worker.types import JobState
 
 STATUS = "status"
 """Type of the events that tell of a change of state; no listener misses one."""

@@ -20,7 +20,7 @@ from comfy_worker.gateway.middleware import answer_error
 from comfy_worker.gateway.records import JobRecord
 from comfy_worker.gateway.service import JobService
 from comfy_worker.gateway.websockets import PATIENCE_S, tell
-from comfy_worker.jobs import JobState
+from comfy_worker.types import JobState
 
 _KEEP_ALIVE_S = 15
 _LARGEST_NUMBER = 2**63 - 1

@@ -20,8 +20,8 @@ from pydantic import BaseModel, Field, ValidationError
 
 from comfy_worker.gateway.callers import NOBODY, current_caller
 from comfy_worker.gateway.store import Store
-from comfy_worker.jobs import JobState
 from comfy_worker.settings import without_credentials
+from comfy_worker.types import JobState
 
 log = logging.getLogger(__name__)
 

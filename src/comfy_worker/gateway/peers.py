@@ -25,7 +25,7 @@ from comfy_worker.gateway.errors import DatabaseUnavailable
 from comfy_worker.gateway.records import JobRecord
 from comfy_worker.gateway.redis_link import RedisAway, RedisLink, connect
 from comfy_worker.gateway.store import Store
-from comfy_worker.jobs import JobState
+from comfy_worker.types import JobState
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from comfy_worker.gateway.records import JobRecord
 from comfy_worker.gateway.webhook_words import words_of
-from comfy_worker.jobs import Job
 from comfy_worker.settings import Settings
+from comfy_worker.types import Job
 from comfy_worker.webhooks import Webhooks
 from comfy_worker.webhooks.progress import ProgressReport
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from comfy_worker.gateway.callers import NOBODY
-from comfy_worker.jobs import JobState
+from comfy_worker.types import JobState
 
 NORMAL_PRIORITY = 0
 LOW_PRIORITY = -1

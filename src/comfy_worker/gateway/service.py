@@ -35,10 +35,10 @@ from comfy_worker.gateway.receivers import check_receiver
 from comfy_worker.gateway.records import LOW_PRIORITY, NORMAL_PRIORITY, JobRecord
 from comfy_worker.gateway.store import Store, moment
 from comfy_worker.gateway.turns import turns_of
-from comfy_worker.jobs import JobState
 from comfy_worker.payload import workflow_of
 from comfy_worker.prefetch import signature
-from comfy_worker.storage.keys import safe_name
+from comfy_worker.storage.object_keys import safe_name
+from comfy_worker.types import JobState
 
 if TYPE_CHECKING:
     from comfy_worker.gateway.peers import Peers

@@ -16,7 +16,7 @@ from sqlalchemy import Connection, select
 from sqlalchemy.dialects import postgresql, sqlite
 
 from comfy_worker.gateway.tables import stage_seconds
-from comfy_worker.jobs import Stage
+from comfy_worker.types import Stage
 
 WAITING = "waiting"
 STAGES = (WAITING, *(stage.value for stage in Stage))

@@ -47,7 +47,7 @@ from comfy_worker.gateway.migrate import bring_up_to_date
 from comfy_worker.gateway.records import JobRecord, ProgressNote, WebhookDelivery
 from comfy_worker.gateway.stage_seconds import StageTimes, note_seconds, read_seconds, seconds_by_stage
 from comfy_worker.gateway.tables import events, idempotency_keys, jobs, webhook_deliveries
-from comfy_worker.jobs import JobState
+from comfy_worker.types import JobState
 
 __all__ = ["Store", "connect", "moment"]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
 from comfy_worker.errors import InvalidWorkflow, UiFormatWorkflow
-from comfy_worker.jobs import Workflow
+from comfy_worker.types import Workflow
 
 Graph: TypeAlias = dict[str, dict[str, Any]]
 """A workflow of our own that may be changed."""

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from comfy_worker.jobs import Conversion
 from comfy_worker.media.metadata import without_metadata
 from comfy_worker.media.probe import BROKEN_PICTURE, load_pillow
+from comfy_worker.types import Conversion
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO, TypeAlias
 
-from comfy_worker.jobs import Kind
+from comfy_worker.types import Kind
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,6 @@ import requests
 from urllib3.exceptions import HTTPError
 
 from comfy_worker.errors import DiskFull, InputFetchFailed
-from comfy_worker.jobs import JobBucket
 from comfy_worker.media.file_type import HEAD_BYTES
 from comfy_worker.net.errors import Problem
 from comfy_worker.net.http import Line, get, problem_of
@@ -26,6 +25,7 @@ from comfy_worker.net.urls import shown
 from comfy_worker.settings import Settings
 from comfy_worker.stop import Stop
 from comfy_worker.storage.signed_urls import Signer, error_code
+from comfy_worker.types import JobBucket
 
 _MB = 1024 * 1024
 _CHUNK = 64 * 1024

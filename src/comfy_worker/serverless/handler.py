@@ -14,12 +14,12 @@ from typing import Any
 
 from comfy_worker.envelope import read_input
 from comfy_worker.errors import InvalidInput
-from comfy_worker.jobs import JobEvent, OnEvent, ignore_events
 from comfy_worker.payload import workflow_of
 from comfy_worker.progress import Progress
 from comfy_worker.serverless.progress import ProgressSender, Session
 from comfy_worker.settings import load_settings
 from comfy_worker.stop import Stop
+from comfy_worker.types import JobEvent, OnEvent, ignore_events
 from comfy_worker.worker import Worker
 
 _MB = 1_000_000

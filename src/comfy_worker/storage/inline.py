@@ -7,9 +7,9 @@ import threading
 from functools import partial
 
 from comfy_worker.errors import OutputTooLarge
-from comfy_worker.jobs import Delivered
+from comfy_worker.storage.base import Parcel, Storage
 from comfy_worker.storage.content import Content
-from comfy_worker.storage.parcel import Parcel, Storage
+from comfy_worker.types import Delivered
 
 _PIECE = 3 * 256 * 1024
 """Bytes; a multiple of three, so that the texts of the pieces make one text."""

@@ -8,9 +8,9 @@ from pathlib import Path
 from urllib.parse import quote
 
 from comfy_worker.errors import DeliveryFailed
-from comfy_worker.jobs import Delivered
-from comfy_worker.storage.keys import safe_name
-from comfy_worker.storage.parcel import Parcel
+from comfy_worker.storage.base import Parcel
+from comfy_worker.storage.object_keys import safe_name
+from comfy_worker.types import Delivered
 
 _PIECE = 1024 * 1024
 

@@ -14,11 +14,11 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 from comfy_worker.errors import DeliveryFailed, InvalidInput
-from comfy_worker.jobs import Delivered
+from comfy_worker.storage.base import Parcel
 from comfy_worker.storage.content import read_all
 from comfy_worker.storage.endpoint import Bucket
-from comfy_worker.storage.keys import object_key
-from comfy_worker.storage.parcel import Parcel
+from comfy_worker.storage.object_keys import object_key
+from comfy_worker.types import Delivered
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -131,7 +131,7 @@ def _open_client(access: Access, connections: int) -> S3Client:
     client.meta.events.register_last("before-call.s3", _do_not_expect)
     if access.public_only:
         # Loaded late: it needs a part of the SDK.
-        from comfy_worker.storage.public_only import connect_only_to_public_addresses
+        from comfy_worker.storage.public_connections import connect_only_to_public_addresses
 
         connect_only_to_public_addresses(client)
     return client

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
-from comfy_worker.jobs import JobBucket
 from comfy_worker.net.errors import Problem
 from comfy_worker.settings import Settings
 from comfy_worker.storage.job_bucket import is_listed, permitted_bucket
 from comfy_worker.storage.worker_bucket import worker_bucket
+from comfy_worker.types import JobBucket
 
 if TYPE_CHECKING:
     from comfy_worker.storage.s3 import Access, S3Connection

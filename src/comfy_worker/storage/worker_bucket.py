@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 from comfy_worker.errors import InvalidInput
 from comfy_worker.settings import Settings
 from comfy_worker.storage.endpoint import Bucket, check_header_value, parse_endpoint
-from comfy_worker.storage.keys import bucket_of_the_month
+from comfy_worker.storage.object_keys import bucket_of_the_month
 
 _CANNED_ACLS = (
     "private",

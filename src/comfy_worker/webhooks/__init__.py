@@ -12,10 +12,10 @@ from concurrent.futures import Future
 from typing import Any
 
 from comfy_worker.errors import Cancelled, InvalidInput
-from comfy_worker.jobs import JobEvent, JobState, OnEvent, Webhook
 from comfy_worker.payload import webhook_of, workflow_of
 from comfy_worker.progress import Progress
 from comfy_worker.settings import Settings
+from comfy_worker.types import JobEvent, JobState, OnEvent, Webhook
 from comfy_worker.webhooks.message import Message, check_webhook, end_of, status_of
 from comfy_worker.webhooks.progress import ProgressReport, harmless
 from comfy_worker.webhooks.sending import deliver

@@ -14,9 +14,9 @@ from datetime import datetime, timezone
 from typing import Any
 
 from comfy_worker.errors import Cancelled, InvalidInput, TimedOut
-from comfy_worker.jobs import JobState, Kind, Webhook
 from comfy_worker.net.errors import Problem
 from comfy_worker.net.urls import read_url
+from comfy_worker.types import JobState, Kind, Webhook
 
 _PREFIX = "whsec_"
 """Of a secret, by Standard Webhooks; one without it is plain text."""

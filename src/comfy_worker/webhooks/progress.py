@@ -9,11 +9,11 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from comfy_worker.jobs import JobState, Webhook
 from comfy_worker.logs import where_it_broke
 from comfy_worker.net.urls import shown_host
 from comfy_worker.redact import redact
 from comfy_worker.settings import Settings
+from comfy_worker.types import JobState, Webhook
 from comfy_worker.webhooks.message import Message
 from comfy_worker.webhooks.sending import Refused, post
 

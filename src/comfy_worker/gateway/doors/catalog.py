@@ -41,7 +41,7 @@ from comfy_worker.gateway.middleware import answer_error
 from comfy_worker.gateway.records import JobRecord
 from comfy_worker.gateway.signing import IMAGES_PATH
 from comfy_worker.gateway.websockets import tell
-from comfy_worker.jobs import JobState
+from comfy_worker.types import JobState
 
 DOOR = "catalog"
 _ROOT = "/api/v1/comfyui"

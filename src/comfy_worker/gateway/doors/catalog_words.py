@@ -15,7 +15,7 @@ from comfy_worker.gateway.problems import envelope
 from comfy_worker.gateway.records import JobRecord
 from comfy_worker.gateway.signing import IMAGES_PATH
 from comfy_worker.gateway.webhook_words import WebhookParts, WebhookWords
-from comfy_worker.jobs import JobState, Kind
+from comfy_worker.types import JobState, Kind
 
 JOB_PREFIX = "execution-"
 _STATUSES: Mapping[JobState, str] = {

@@ -43,9 +43,9 @@ from comfy_worker.gateway.errors import DatabaseUnavailable, DuplicateRequest, N
 from comfy_worker.gateway.event_stream import EventStream
 from comfy_worker.gateway.leaving import while_connected
 from comfy_worker.gateway.records import JobRecord
-from comfy_worker.jobs import JobState
 from comfy_worker.modifiers import apply, randomized
 from comfy_worker.payload import input_warnings
+from comfy_worker.types import JobState
 
 DOOR = "generate"
 _WAIT_S = 300.0

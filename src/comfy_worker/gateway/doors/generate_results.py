@@ -17,7 +17,7 @@ from comfy_worker.gateway.place import Place
 from comfy_worker.gateway.records import JobRecord
 from comfy_worker.gateway.signing import PATH
 from comfy_worker.gateway.webhook_words import WebhookParts, WebhookWords
-from comfy_worker.jobs import JobState, Kind, Stage
+from comfy_worker.types import JobState, Kind, Stage
 
 Status = Literal["queued", "processing", "generating", "completed", "failed", "cancelled"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from comfy_worker.jobs import Kind
+from comfy_worker.types import Kind
 
 
 def files_by_kind(output: Mapping[str, Any]) -> dict[Kind, list[Mapping[str, Any]]]:

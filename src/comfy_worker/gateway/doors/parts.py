@@ -14,8 +14,8 @@ from comfy_worker.gateway.place import as_time
 from comfy_worker.gateway.service import JobService
 from comfy_worker.gateway.settings import GatewaySettings
 from comfy_worker.gateway.signing import PATH, AssetLinks
-from comfy_worker.jobs import JobState
 from comfy_worker.modifiers import Modifiers
+from comfy_worker.types import JobState
 
 
 @dataclass(frozen=True)

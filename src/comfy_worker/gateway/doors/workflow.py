@@ -33,7 +33,7 @@ from comfy_worker.gateway.events import PREVIEW, STATUS
 from comfy_worker.gateway.middleware import answer_error
 from comfy_worker.gateway.records import JobRecord
 from comfy_worker.gateway.websockets import tell
-from comfy_worker.jobs import JobState
+from comfy_worker.types import JobState
 
 PromptId = Annotated[str, Path(pattern=JOB_ID)]
 TemplateName = Annotated[str, Path(max_length=255, examples=["solid-color"])]

@@ -9,7 +9,7 @@ from typing import Any
 from comfy_worker.catalog.entry import shown
 from comfy_worker.errors import InvalidInput
 from comfy_worker.graph.workflow import Graph, copy_graph, is_link
-from comfy_worker.jobs import Workflow
+from comfy_worker.types import Workflow
 
 _ENCODER = "TextEncode"
 """In the name of every class that turns a text into conditioning."""

@@ -12,7 +12,7 @@ from comfy_worker.gateway.doors.workflow_words import STATES
 from comfy_worker.gateway.place import Place
 from comfy_worker.gateway.records import JobRecord
 from comfy_worker.gateway.webhook_words import WebhookParts, WebhookWords
-from comfy_worker.jobs import JobState
+from comfy_worker.types import JobState
 
 
 async def status_of(record: JobRecord, parts: Parts, base_url: str) -> dict[str, Any]:

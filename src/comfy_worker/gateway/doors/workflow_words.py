@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt
 
 from comfy_worker.gateway.answers import EXAMPLE_JOB
-from comfy_worker.jobs import JobState
+from comfy_worker.types import JobState
 
 MOST_IN_BATCH = 100
 _EXAMPLE_GRAPH: dict[str, Any] = EXAMPLE_JOB["input"]["workflow"]

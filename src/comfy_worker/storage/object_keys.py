@@ -10,7 +10,7 @@ from datetime import date
 
 from comfy_worker.errors import DeliveryFailed, InvalidInput
 from comfy_worker.input_files import check_name
-from comfy_worker.storage.parcel import Parcel
+from comfy_worker.storage.base import Parcel
 
 _FIELDS = ("job_id", "filename", "node_id", "index", "date", "prefix")
 _SETTING = "BUCKET_KEY_TEMPLATE"

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from comfy_worker.errors import InvalidInput, WorkerError
-from comfy_worker.jobs import Delivery, DeliveryType, JobBucket
 from comfy_worker.settings import Settings
+from comfy_worker.storage.base import Storage
 from comfy_worker.storage.endpoint import Bucket
 from comfy_worker.storage.inline import BothStorage, InlineStorage
 from comfy_worker.storage.job_bucket import is_listed, permitted_bucket
-from comfy_worker.storage.keys import check_template
 from comfy_worker.storage.local import LocalStorage
-from comfy_worker.storage.parcel import Storage
+from comfy_worker.storage.object_keys import check_template
 from comfy_worker.storage.worker_bucket import headers_of, public_url_of, served_url_of, worker_bucket
+from comfy_worker.types import Delivery, DeliveryType, JobBucket
 
 if TYPE_CHECKING:
     from comfy_worker.storage.s3 import S3Connection

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from comfy_worker.jobs import Delivered
 from comfy_worker.storage.content import Content
+from comfy_worker.types import Delivered
 
 
 @dataclass(frozen=True)

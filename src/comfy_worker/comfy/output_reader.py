@@ -13,8 +13,8 @@ import requests
 from urllib3.exceptions import HTTPError
 
 from comfy_worker.errors import ComfyUnreachable
-from comfy_worker.jobs import OutputFile
 from comfy_worker.storage.content import Content, InMemory, OnDisk, Stream
+from comfy_worker.types import OutputFile
 
 if TYPE_CHECKING:
     from comfy_worker.comfy.client import ComfyClient
