@@ -29,8 +29,8 @@ from benchmarks.overhead import comfyui
 from benchmarks.servers import wait_until_it_answers
 from comfy_worker.comfy.client import ComfyClient
 from comfy_worker.graph.workflow import copy_graph
-from comfy_worker.inputs import stage_inputs
-from comfy_worker.payload import parse_job
+from comfy_worker.job.inputs import stage_inputs
+from comfy_worker.job.payload import parse_job
 from comfy_worker.settings import load_settings
 from comfy_worker.stop import Stop
 from tests.support.ports import free_port

@@ -16,8 +16,8 @@ from typing import Any
 from tqdm import tqdm
 
 from comfy_worker.errors import InvalidInput, WorkerError
-from comfy_worker.payload import workflow_of
-from comfy_worker.progress import Progress
+from comfy_worker.job.payload import workflow_of
+from comfy_worker.job.progress import Progress
 from comfy_worker.settings import Settings
 from comfy_worker.signals import END_SIGNALS, in_thread
 from comfy_worker.stop import Stop

@@ -10,14 +10,14 @@ from typing import Any
 from comfy_worker.catalog.library import Library
 from comfy_worker.catalog.template import expand_job
 from comfy_worker.comfy.client import ComfyClient
-from comfy_worker.envelope import HOW_TO_SEND
 from comfy_worker.errors import InternalError, InvalidInput, OutputTooLarge, WorkerError
-from comfy_worker.payload import failure_as_output, parse_job, result_as_output, split_failure
-from comfy_worker.pipeline import run_job
+from comfy_worker.job.envelope import HOW_TO_SEND
+from comfy_worker.job.payload import failure_as_output, parse_job, result_as_output, split_failure
+from comfy_worker.job.pipeline import run_job
+from comfy_worker.job.stage_limits import Turns
 from comfy_worker.settings import Settings
 from comfy_worker.stop import Stop
 from comfy_worker.storage import Storages
-from comfy_worker.turns import Turns
 from comfy_worker.types import Job, OnEvent, ignore_events
 from comfy_worker.webhooks import Webhooks, check_webhook
 

@@ -22,7 +22,7 @@ import requests
 
 from comfy_worker.comfy.client import ComfyClient
 from comfy_worker.errors import Cancelled, OutputMissing, OutputTooLarge
-from comfy_worker.outputs import Found, deliver_outputs
+from comfy_worker.job.outputs import Found, deliver_outputs
 from comfy_worker.settings import load_settings
 from comfy_worker.stop import Stop
 from comfy_worker.storage import Storages

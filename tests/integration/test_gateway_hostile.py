@@ -25,7 +25,7 @@ from comfy_worker.gateway.app import create_app
 from comfy_worker.gateway.auth import Keys
 from comfy_worker.gateway.core import Gateway
 from comfy_worker.gateway.settings import load_gateway_settings
-from comfy_worker.input_files import FAILED
+from comfy_worker.job.input_files import FAILED
 from tests.support.comfyui import emulator
 from tests.support.file_server import FileServer, RawAnswer, ServedFile, file_server
 from tests.support.graphs import data_uri, inverted, picture, png

@@ -25,11 +25,11 @@ from comfy_emulator.nodes import REGISTRY
 from comfy_worker.comfy.client import ComfyClient
 from comfy_worker.errors import Cancelled, DiskFull, InputFetchFailed, InvalidInput, TimedOut, UploadFailed
 from comfy_worker.graph.workflow import copy_graph
-from comfy_worker.input_files import FAILED
-from comfy_worker.inputs import stage_inputs
+from comfy_worker.job.input_files import FAILED
+from comfy_worker.job.inputs import stage_inputs
+from comfy_worker.job.payload import parse_job
+from comfy_worker.job.pipeline import run_job
 from comfy_worker.net.fetcher import Fetcher
-from comfy_worker.payload import parse_job
-from comfy_worker.pipeline import run_job
 from comfy_worker.settings import Settings, load_settings
 from comfy_worker.stop import Stop
 from comfy_worker.storage import Storages

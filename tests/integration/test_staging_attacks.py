@@ -17,8 +17,8 @@ from comfy_emulator import EmulatorServer
 from comfy_worker.comfy.client import ComfyClient
 from comfy_worker.errors import Cancelled, InvalidInput
 from comfy_worker.graph.workflow import copy_graph
-from comfy_worker.inputs import stage_inputs
-from comfy_worker.payload import parse_job
+from comfy_worker.job.inputs import stage_inputs
+from comfy_worker.job.payload import parse_job
 from comfy_worker.settings import load_settings
 from comfy_worker.stop import Stop
 from tests.support.file_server import FileServer, RawAnswer, file_server

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from comfy_worker.progress import Progress
+from comfy_worker.job.progress import Progress
 from comfy_worker.settings import load_settings
 from comfy_worker.types import NodeStarted, Preview, QueuePosition, Stage, StageStarted
 from comfy_worker.worker import Worker

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from comfy_worker.comfy.client import ComfyClient
+from comfy_worker.job.outputs import Found, deliver_outputs
 from comfy_worker.media.probe import kind_of
-from comfy_worker.outputs import Found, deliver_outputs
 from comfy_worker.settings import load_settings
 from comfy_worker.stop import Stop
 from comfy_worker.storage import Storages

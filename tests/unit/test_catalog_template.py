@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from comfy_worker.catalog.library import Library
 from comfy_worker.catalog.template import expand, expand_job
 from comfy_worker.errors import InvalidInput
-from comfy_worker.payload import parse_job
+from comfy_worker.job.payload import parse_job
 from tests.support.graphs import data_uri, picture, png
 from tests.support.processes import ROOT
 

@@ -22,7 +22,7 @@ from comfy_worker.gateway.doors.generate_words import GenerateRequest, runpod_re
 from comfy_worker.gateway.doors.tasks import TaskRequest, backend_at
 from comfy_worker.gateway.doors.workflow_requests import template_of
 from comfy_worker.gateway.problems import body_of, envelope
-from comfy_worker.payload import parse_job
+from comfy_worker.job.payload import parse_job
 from tests.support.graphs import picture
 from tests.support.patience import on_this_machine
 from tests.support.processes import ROOT

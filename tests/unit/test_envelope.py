@@ -11,9 +11,9 @@ import pytest
 
 from comfy_worker.catalog.library import Library
 from comfy_worker.catalog.template import expand_job
-from comfy_worker.envelope import check_extra_params, execution_timeout_s
 from comfy_worker.errors import InvalidInput
-from comfy_worker.payload import parse_job, webhook_of, workflow_of
+from comfy_worker.job.envelope import check_extra_params, execution_timeout_s
+from comfy_worker.job.payload import parse_job, webhook_of, workflow_of
 from comfy_worker.serverless import handler as serverless
 from tests.support.graphs import inverted
 

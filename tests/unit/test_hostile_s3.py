@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from comfy_worker.errors import InvalidInput
-from comfy_worker.payload import parse_job
+from comfy_worker.job.payload import parse_job
 from comfy_worker.settings import load_settings
 from comfy_worker.storage import Storages
 from tests.support.leaks import assert_nothing_leaks

@@ -17,8 +17,8 @@ from PIL.PngImagePlugin import PngInfo
 from comfy_worker.comfy.client import ComfyClient
 from comfy_worker.comfy.output_reader import find_on_disk
 from comfy_worker.comfy.protocol import Succeeded, WebsocketImage, outcome_from_history
-from comfy_worker.outputs import Found, deliver_outputs, find_outputs
-from comfy_worker.payload import result_as_output
+from comfy_worker.job.outputs import Found, deliver_outputs, find_outputs
+from comfy_worker.job.payload import result_as_output
 from comfy_worker.settings import load_settings
 from comfy_worker.stop import Stop
 from comfy_worker.storage import OnDisk

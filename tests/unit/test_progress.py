@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comfy_worker.progress import Progress
+from comfy_worker.job.progress import Progress
 from comfy_worker.types import (
     JobEvent,
     NodeFinished,

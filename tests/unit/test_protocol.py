@@ -22,7 +22,7 @@ from comfy_worker.comfy.protocol import (
     outcome_from_history,
     place_in_queue,
 )
-from comfy_worker.progress import Progress
+from comfy_worker.job.progress import Progress
 from comfy_worker.types import (
     JobEvent,
     NodeFinished,

@@ -23,12 +23,12 @@ PURE = [
     "comfy_worker.types",
     "comfy_worker.graph.workflow",
     "comfy_worker.graph.file_references",
-    "comfy_worker.progress",
+    "comfy_worker.job.progress",
     "comfy_worker.redact",
     "comfy_worker.strict_json",
-    "comfy_worker.envelope",
-    "comfy_worker.input_files",
-    "comfy_worker.payload",
+    "comfy_worker.job.envelope",
+    "comfy_worker.job.input_files",
+    "comfy_worker.job.payload",
     "comfy_worker.prefetch",
     "comfy_worker.catalog.parameter",
     "comfy_worker.catalog.manifest",
@@ -119,7 +119,7 @@ def is_in(name: str, packages: set[str]) -> bool:
 
 def test_the_walls_are_where_the_modules_are() -> None:
     assert set(PURE) <= set(MODULES)
-    assert own_imports("comfy_worker.pipeline"), "imports are found at all"
+    assert own_imports("comfy_worker.job.pipeline"), "imports are found at all"
 
 
 @pytest.mark.parametrize("name", PURE)
@@ -147,7 +147,7 @@ def test_the_pipeline_knows_no_door() -> None:
     doors = {
         f"{PACKAGE}.{name}" for name in ("gateway", "engines", "serverless", "worker", "desk", "entry", "emulator")
     }
-    assert {name for name in reachable("comfy_worker.pipeline") if is_in(name, doors)} == set()
+    assert {name for name in reachable("comfy_worker.job.pipeline") if is_in(name, doors)} == set()
 
 
 def test_the_emulator_knows_nothing_of_the_worker() -> None:
@@ -166,7 +166,7 @@ def test_importing_the_handler_is_quick_because_little_is_loaded() -> None:
     script = "import json, sys; sys.path.insert(0, sys.argv[1]); import handler; print(json.dumps(sorted(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script, str(ROOT)], capture_output=True, text=True, check=True)
     loaded = set(json.loads(done.stdout))
-    assert "comfy_worker.pipeline" in loaded
+    assert "comfy_worker.job.pipeline" in loaded
     late = {
         "fastapi",
         "sqlalchemy",

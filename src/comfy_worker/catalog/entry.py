@@ -19,7 +19,7 @@ from comfy_worker.catalog.parameter import Parameter, is_fetched
 from comfy_worker.errors import InvalidInput
 from comfy_worker.graph.file_references import name_of_url
 from comfy_worker.graph.workflow import Graph, check_workflow
-from comfy_worker.input_files import decode_base64
+from comfy_worker.job.input_files import decode_base64
 from comfy_worker.types import Workflow
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")

@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from comfy_worker.errors import InvalidInput
-from comfy_worker.input_files import decode_base64
+from comfy_worker.job.input_files import decode_base64
 
 ParameterType = Literal["string", "integer", "number", "boolean", "choice", "file"]
 Value: TypeAlias = StrictBool | StrictInt | StrictFloat | StrictStr

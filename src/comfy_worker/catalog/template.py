@@ -8,8 +8,8 @@ from typing import Any
 
 from comfy_worker.catalog.entry import fill
 from comfy_worker.catalog.library import Library
-from comfy_worker.envelope import check_job, read_input
 from comfy_worker.errors import InvalidInput
+from comfy_worker.job.envelope import check_job, read_input
 
 _OWN_KEYS = ("template", "inputs", "workflow")
 

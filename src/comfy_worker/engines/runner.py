@@ -32,7 +32,7 @@ from comfy_worker.gateway.records import JobRecord
 from comfy_worker.gateway.settings import GatewaySettings
 from comfy_worker.gateway.store import Store, moment
 from comfy_worker.graph.workflow import WEBSOCKET_OUTPUT_NODE
-from comfy_worker.payload import parse_job, split_failure
+from comfy_worker.job.payload import parse_job, split_failure
 from comfy_worker.types import Job, JobState
 from comfy_worker.worker import json_safe
 

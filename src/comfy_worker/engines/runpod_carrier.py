@@ -39,7 +39,7 @@ from comfy_worker.gateway.progress_notes import ProgressNotes
 from comfy_worker.gateway.progress_webhooks import ProgressWebhooks, Tell
 from comfy_worker.gateway.records import JobRecord, ProgressNote
 from comfy_worker.gateway.store import Store, moment
-from comfy_worker.payload import parse_job
+from comfy_worker.job.payload import parse_job
 from comfy_worker.types import Job, JobState, Stage
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from comfy_worker.envelope import read_input
 from comfy_worker.errors import (
     DeliveryFailed,
     ExecutionFailed,
@@ -20,8 +19,9 @@ from comfy_worker.errors import (
 from comfy_worker.gateway.errors import RequestTooLarge
 from comfy_worker.gateway.limits import MB, RUN_LIMIT
 from comfy_worker.gateway.records import NORMAL_PRIORITY, JobRecord
+from comfy_worker.job.envelope import read_input
+from comfy_worker.job.payload import split_failure
 from comfy_worker.media.probe import mime_type_of_name
-from comfy_worker.payload import split_failure
 from comfy_worker.storage.base import Parcel, Storage
 from comfy_worker.storage.content import InMemory
 from comfy_worker.storage.object_keys import safe_name, safe_path

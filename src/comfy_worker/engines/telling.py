@@ -16,7 +16,7 @@ from comfy_worker.gateway.progress_notes import ProgressNotes
 from comfy_worker.gateway.progress_webhooks import Tell
 from comfy_worker.gateway.records import ProgressNote
 from comfy_worker.gateway.store import Store, moment
-from comfy_worker.progress import Progress
+from comfy_worker.job.progress import Progress
 from comfy_worker.types import Job, JobEvent, JobState, Preview, Stage, StageStarted
 
 log = logging.getLogger(__name__)

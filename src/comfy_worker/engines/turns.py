@@ -10,8 +10,8 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 
 from comfy_worker.engines.waiting import Order
+from comfy_worker.job.stage_limits import Turns
 from comfy_worker.stop import Stop
-from comfy_worker.turns import Turns
 
 
 class _Ticket(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from comfy_worker.payload import asked_webhook, webhook_of
+from comfy_worker.job.payload import asked_webhook, webhook_of
 from comfy_worker.types import Webhook
 from comfy_worker.webhooks.message import check_webhook
 

@@ -25,7 +25,6 @@ from starlette.concurrency import run_in_threadpool
 from comfy_worker.catalog.library import Library
 from comfy_worker.catalog.template import expand_job
 from comfy_worker.comfy.client import ComfyClient
-from comfy_worker.envelope import read_input
 from comfy_worker.errors import InvalidInput
 from comfy_worker.gateway.callers import current_caller
 from comfy_worker.gateway.errors import DatabaseUnavailable, DuplicateRequest, NotFound, NotPossible
@@ -35,7 +34,8 @@ from comfy_worker.gateway.receivers import check_receiver
 from comfy_worker.gateway.records import LOW_PRIORITY, NORMAL_PRIORITY, JobRecord
 from comfy_worker.gateway.store import Store, moment
 from comfy_worker.gateway.turns import turns_of
-from comfy_worker.payload import workflow_of
+from comfy_worker.job.envelope import read_input
+from comfy_worker.job.payload import workflow_of
 from comfy_worker.prefetch import signature
 from comfy_worker.storage.object_keys import safe_name
 from comfy_worker.types import JobState

@@ -12,10 +12,10 @@ from contextvars import ContextVar
 from functools import cache, partial
 from typing import Any
 
-from comfy_worker.envelope import read_input
 from comfy_worker.errors import InvalidInput
-from comfy_worker.payload import workflow_of
-from comfy_worker.progress import Progress
+from comfy_worker.job.envelope import read_input
+from comfy_worker.job.payload import workflow_of
+from comfy_worker.job.progress import Progress
 from comfy_worker.serverless.progress import ProgressSender, Session
 from comfy_worker.settings import load_settings
 from comfy_worker.stop import Stop

@@ -20,7 +20,7 @@ import aiohttp
 from runpod.http_client import AsyncClientSession, TooManyRequests
 from runpod.serverless.modules import rp_fitness, rp_scale
 
-from comfy_worker.payload import workflow_of
+from comfy_worker.job.payload import workflow_of
 from comfy_worker.prefetch import Prefetch, signature
 from comfy_worker.serverless.handler import is_last, job_events, platform_session, shared_worker
 from comfy_worker.serverless.polls import JobPolls

@@ -12,8 +12,8 @@ from concurrent.futures import Future
 from typing import Any
 
 from comfy_worker.errors import Cancelled, InvalidInput
-from comfy_worker.payload import webhook_of, workflow_of
-from comfy_worker.progress import Progress
+from comfy_worker.job.payload import webhook_of, workflow_of
+from comfy_worker.job.progress import Progress
 from comfy_worker.settings import Settings
 from comfy_worker.types import JobEvent, JobState, OnEvent, Webhook
 from comfy_worker.webhooks.message import Message, check_webhook, end_of, status_of

@@ -36,7 +36,7 @@ from comfy_worker.gateway.doors.workflow_words import (
 )
 from comfy_worker.gateway.errors import NotFound, RequestTooLarge
 from comfy_worker.gateway.records import JobRecord
-from comfy_worker.payload import parse_job
+from comfy_worker.job.payload import parse_job
 from comfy_worker.types import JobState
 
 _MOST_BYTES = 64_000_000

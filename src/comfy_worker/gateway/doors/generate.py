@@ -43,8 +43,8 @@ from comfy_worker.gateway.errors import DatabaseUnavailable, DuplicateRequest, N
 from comfy_worker.gateway.event_stream import EventStream
 from comfy_worker.gateway.leaving import while_connected
 from comfy_worker.gateway.records import JobRecord
+from comfy_worker.job.payload import input_warnings
 from comfy_worker.modifiers import apply, randomized
-from comfy_worker.payload import input_warnings
 from comfy_worker.types import JobState
 
 DOOR = "generate"

@@ -31,7 +31,7 @@ from comfy_worker.gateway.doors.parts import Parts
 from comfy_worker.gateway.records import LOW_PRIORITY, NORMAL_PRIORITY, JobRecord
 from comfy_worker.gateway.service import JobService
 from comfy_worker.gateway.webhook_words import WebhookParts, WebhookWords
-from comfy_worker.payload import unknown_keys
+from comfy_worker.job.payload import unknown_keys
 from comfy_worker.settings import without_credentials
 from comfy_worker.types import JobState, Kind
 

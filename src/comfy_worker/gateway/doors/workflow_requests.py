@@ -22,7 +22,7 @@ from comfy_worker.gateway.records import JobRecord
 from comfy_worker.gateway.service import JobService
 from comfy_worker.gateway.settings import GatewaySettings
 from comfy_worker.graph.workflow import check_workflow
-from comfy_worker.payload import parse_job
+from comfy_worker.job.payload import parse_job
 
 DOOR = "workflow"
 _PROMPT = "prompt"

@@ -36,7 +36,7 @@ from comfy_worker.errors import (
 from comfy_worker.graph.file_references import Reference, find_strings, name_of_url, refer, shortened
 from comfy_worker.graph.node_inputs import InputConfig
 from comfy_worker.graph.workflow import Graph
-from comfy_worker.input_files import FAILED, decode_base64, too_many_files
+from comfy_worker.job.input_files import FAILED, decode_base64, too_many_files
 from comfy_worker.media.file_type import HEAD_BYTES, content_type, disguise, is_medium, with_true_extension
 from comfy_worker.net.fetcher import Fetcher, Unwanted, Wants
 from comfy_worker.stop import Stop

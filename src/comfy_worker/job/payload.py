@@ -12,7 +12,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
 from pydantic.aliases import AliasChoices
 
-from comfy_worker.envelope import (
+from comfy_worker.errors import InvalidInput, InvalidWorkflow, WorkerError
+from comfy_worker.graph.workflow import check_workflow
+from comfy_worker.job.envelope import (
     check_extra_params,
     check_job,
     execution_timeout_s,
@@ -20,9 +22,7 @@ from comfy_worker.envelope import (
     unknown_names,
     warnings_of_job,
 )
-from comfy_worker.errors import InvalidInput, InvalidWorkflow, WorkerError
-from comfy_worker.graph.workflow import check_workflow
-from comfy_worker.input_files import FAILED, check_name, decode_files, too_many_files
+from comfy_worker.job.input_files import FAILED, check_name, decode_files, too_many_files
 from comfy_worker.strict_json import NotStrictJson, parse_json
 from comfy_worker.types import (
     Artifact,

@@ -12,10 +12,10 @@ from typing import Any
 from comfy_worker.comfy.client import ComfyClient
 from comfy_worker.comfy.protocol import PromptProtocol, WebsocketImage
 from comfy_worker.errors import Cancelled, WorkerError
-from comfy_worker.outputs import deliver_each, find_outputs
+from comfy_worker.job.outputs import deliver_each, find_outputs
+from comfy_worker.job.stage_limits import Turns
 from comfy_worker.stop import Stop
 from comfy_worker.storage import Storage
-from comfy_worker.turns import Turns
 from comfy_worker.types import Artifact, Job, OutputText
 
 log = logging.getLogger(__name__)

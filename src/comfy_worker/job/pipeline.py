@@ -35,12 +35,12 @@ from comfy_worker.errors import (
     WorkerError,
 )
 from comfy_worker.graph.workflow import WEBSOCKET_OUTPUT_NODE, copy_graph, prefix_outputs
-from comfy_worker.inputs import stage_inputs
-from comfy_worker.leftovers import Made, deliver_leftovers
-from comfy_worker.outputs import deliver_outputs, find_outputs
+from comfy_worker.job.inputs import stage_inputs
+from comfy_worker.job.outputs import deliver_outputs, find_outputs
+from comfy_worker.job.partial_outputs import Made, deliver_leftovers
+from comfy_worker.job.stage_limits import Turns
 from comfy_worker.stop import Stop
 from comfy_worker.storage import Storage
-from comfy_worker.turns import Turns
 from comfy_worker.types import Job, JobEvent, JobResult, Notice, OnEvent, Stage, StageStarted, Timings, ignore_events
 
 log = logging.getLogger(__name__)
