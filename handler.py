@@ -21,7 +21,7 @@ __all__ = ["handler"]
 
 def main() -> int:
     """Start what the environment and the arguments ask for; return the exit code."""
-    from comfy_worker.entry import run
+    from comfy_worker.cli.handler import run
 
     return run(sys.argv[1:], os.environ)
 

@@ -36,9 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _do(arguments: Sequence[str] | None) -> int:
-    from comfy_worker import cli
+    from comfy_worker.cli import options
 
-    command, rest = cli.choose(arguments)
+    command, rest = options.choose(arguments)
     if command == "run":
         return _run_job(rest)
     if command == "emulator":
@@ -86,31 +86,31 @@ def _emulate(arguments: Sequence[str]) -> int:
 
 def _run_job(arguments: Sequence[str]) -> int:
     """Run a job on a desk."""
-    from comfy_worker import cli, desk
-    from comfy_worker.entry import run_at_desk
+    from comfy_worker.cli import options, run
+    from comfy_worker.cli.handler import run_at_desk
     from comfy_worker.settings import Settings
 
-    parser = cli.parser_of("run", "[FILE]")
-    desk.add_arguments(parser)
+    parser = options.parser_of("run", "[FILE]")
+    run.add_arguments(parser)
     parser.add_argument(
-        "file", metavar="FILE", nargs="?", default=desk.FILE, help=f"file with such a job (default: {desk.FILE})"
+        "file", metavar="FILE", nargs="?", default=run.FILE, help=f"file with such a job (default: {run.FILE})"
     )
-    cli.add_settings(parser, "settings of the worker", Settings)
+    options.add_settings(parser, "settings of the worker", Settings)
     options = parser.parse_args(arguments)
-    cli.put_into_environment(options)
+    options.put_into_environment(options)
     return run_at_desk(options.test_input, options.file)
 
 
 def _serve_or_work(command: str, arguments: Sequence[str]) -> int:
-    from comfy_worker import cli
-    from comfy_worker.env_file import read_env_file
+    from comfy_worker.cli import options
+    from comfy_worker.cli.env_file import read_env_file
     from comfy_worker.gateway.settings import GatewaySettings
     from comfy_worker.settings import Settings
 
-    parser = cli.parser_of(command)
-    cli.add_settings(parser, "settings of the gateway", GatewaySettings)
-    cli.add_settings(parser, "settings of the worker", Settings)
-    cli.put_into_environment(parser.parse_args(arguments))
+    parser = options.parser_of(command)
+    options.add_settings(parser, "settings of the gateway", GatewaySettings)
+    options.add_settings(parser, "settings of the worker", Settings)
+    options.put_into_environment(parser.parse_args(arguments))
     read_env_file()
     return _serve_or_reload() if command == "serve" else _work()
 
@@ -160,7 +160,7 @@ def make_application() -> Application:
     applications: list[Application] = []
 
     def make() -> int:
-        from comfy_worker.env_file import read_env_file
+        from comfy_worker.cli.env_file import read_env_file
         from comfy_worker.gateway.asgi import Application, listener
         from comfy_worker.gateway.settings import load_gateway_settings
 

@@ -14,7 +14,7 @@ from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_vali
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from comfy_worker.errors import InvalidInput
-from comfy_worker.prefetch import PrefetchMode
+from comfy_worker.serverless.prefetch import PrefetchMode
 from comfy_worker.types import DeliveryType
 
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]

@@ -217,7 +217,7 @@ probe = cpuinfo.get_cpu_info
 started = []
 watched = ("os.fork", "os.forkpty", "os.posix_spawn", "subprocess.Popen", "os.system")
 sys.addaudithook(lambda event, arguments: started.append(event) if event in watched else None)
-from comfy_worker.sdk import import_runpod
+from comfy_worker.serverless.sdk import import_runpod
 import_runpod()
 assert "runpod.serverless" in sys.modules
 assert cpuinfo.get_cpu_info is probe

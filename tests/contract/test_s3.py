@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from comfy_worker.errors import Cancelled, DeliveryFailed, InvalidInput
-from comfy_worker.sdk import import_runpod
+from comfy_worker.serverless.sdk import import_runpod
 from comfy_worker.settings import load_settings
 from comfy_worker.stop import Stop
 from comfy_worker.storage import InMemory, OnDisk, Parcel, Watched, job_bucket, worker_bucket

@@ -10,7 +10,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from comfy_worker.serverless.polls import JobPolls
+from comfy_worker.serverless.job_polling import JobPolls
 from comfy_worker.serverless.progress import Session
 from tests.support.platform import Platform
 

@@ -12,7 +12,7 @@ import pytest
 from comfy_worker.serverless import job_loop
 from comfy_worker.serverless.handler import shared_worker
 from comfy_worker.serverless.job_loop import JobLoop
-from comfy_worker.serverless.polls import JobPolls
+from comfy_worker.serverless.job_polling import JobPolls
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from comfy_worker.prefetch import Prefetch, PrefetchMode, signature
+from comfy_worker.serverless.prefetch import Prefetch, PrefetchMode, signature
 from comfy_worker.types import Stage
 
 MODES = list(PrefetchMode)

@@ -14,8 +14,8 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from comfy_worker.sdk import import_runpod
 from comfy_worker.serverless.progress import ProgressSender
+from comfy_worker.serverless.sdk import import_runpod
 
 JOB = {"id": "job-1", "input": {}}
 INTERVAL_S = 0.03

@@ -29,7 +29,7 @@ PURE = [
     "comfy_worker.job.envelope",
     "comfy_worker.job.input_files",
     "comfy_worker.job.payload",
-    "comfy_worker.prefetch",
+    "comfy_worker.serverless.prefetch",
     "comfy_worker.catalog.parameter",
     "comfy_worker.catalog.manifest",
     "comfy_worker.catalog.entry",

@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import SecretStr
 
-from comfy_worker.entry import is_desk
+from comfy_worker.cli.handler import is_desk
 from comfy_worker.settings import Settings
 from comfy_worker.worker import Worker, json_safe
 

@@ -36,7 +36,7 @@ from comfy_worker.gateway.store import Store, moment
 from comfy_worker.gateway.turns import turns_of
 from comfy_worker.job.envelope import read_input
 from comfy_worker.job.payload import workflow_of
-from comfy_worker.prefetch import signature
+from comfy_worker.serverless.prefetch import signature
 from comfy_worker.storage.object_keys import safe_name
 from comfy_worker.types import JobState
 

@@ -23,7 +23,7 @@ from urllib3.util.ssl_match_hostname import CertificateError
 
 from comfy_worker.net.errors import Problem
 from comfy_worker.net.urls import Target, read_url, resolve, shown
-from comfy_worker.sdk import import_runpod
+from comfy_worker.serverless.sdk import import_runpod
 from comfy_worker.stop import Stop
 
 _CONNECT_TIMEOUT_S = 10.0

@@ -14,8 +14,8 @@ from typing import Any, NoReturn
 
 from comfy_worker.errors import WorkerError
 from comfy_worker.logs import configure_logs
-from comfy_worker.sdk import import_runpod
 from comfy_worker.serverless.handler import close_shared_worker, handler, has_shared_worker, shared_worker
+from comfy_worker.serverless.sdk import import_runpod
 from comfy_worker.settings import Settings
 from comfy_worker.signals import END_SIGNALS, end_at_once, in_thread
 from comfy_worker.stop import Stop

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 
-from comfy_worker.env_file import read_env_file
+from comfy_worker.cli.env_file import read_env_file
 from comfy_worker.errors import WorkerError
 from comfy_worker.logs import configure_logs
 from comfy_worker.settings import Settings, load_settings
@@ -21,10 +21,10 @@ def run(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
     if settings is None:
         return _NOT_SOUND
     if is_desk(arguments, environment):
-        from comfy_worker import desk
+        from comfy_worker.cli import run
 
         configure_logs(settings.log_level, settings.secrets())
-        return desk.main(desk.test_input_of(arguments), desk.FILE, settings)
+        return run.main(run.test_input_of(arguments), run.FILE, settings)
     from comfy_worker.serverless.start import start
 
     start(settings)
@@ -33,13 +33,13 @@ def run(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
 
 def run_at_desk(text: str | None, file: str) -> int:
     """Run one job here, that in `text` or else of a file; return the process's exit code."""
-    from comfy_worker import desk
+    from comfy_worker.cli import run
 
     settings = _sound_settings()
     if settings is None:
         return _NOT_SOUND
     configure_logs(settings.log_level, settings.secrets())
-    return desk.main(text, file, settings)
+    return run.main(text, file, settings)
 
 
 def _sound_settings() -> Settings | None:
