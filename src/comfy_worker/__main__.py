@@ -263,7 +263,7 @@ def _check_database(settings: GatewaySettings) -> None:
     Raises:
         DatabaseUnavailable: it does not answer.
     """
-    from comfy_worker.gateway.database import connect, in_our_words, patiently
+    from comfy_worker.gateway.store.database import connect, in_our_words, patiently
 
     assert settings.database_url is not None, "several processes need one"  # noqa: S101
     engine = connect(settings.database_url.get_secret_value())

@@ -16,7 +16,7 @@ import pytest
 from comfy_worker.errors import InvalidInput
 from comfy_worker.gateway.errors import QueueFull
 from comfy_worker.gateway.events import Event
-from comfy_worker.gateway.records import JobRecord
+from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.types import JobState
 from tests.support import graphs
 from tests.support.benches import Bench, Feature, Ground, Grounds

@@ -19,7 +19,6 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import text
 
 from comfy_worker.errors import InvalidInput
-from comfy_worker.gateway.database import WRITES, connect
 from comfy_worker.gateway.errors import (
     DatabaseUnavailable,
     DuplicateKey,
@@ -27,11 +26,12 @@ from comfy_worker.gateway.errors import (
     QueueFull,
     UnreadableRequest,
 )
-from comfy_worker.gateway.migrate import bring_up_to_date, newest_version
-from comfy_worker.gateway.ownership import owned, turn
-from comfy_worker.gateway.records import JobRecord, ProgressNote
-from comfy_worker.gateway.store import Store, moment
-from comfy_worker.gateway.tables import metadata
+from comfy_worker.gateway.store.database import WRITES, connect
+from comfy_worker.gateway.store.gateway_lock import owned, turn
+from comfy_worker.gateway.store.job_store import Store, moment
+from comfy_worker.gateway.store.migrate import bring_up_to_date, newest_version
+from comfy_worker.gateway.store.records import JobRecord, ProgressNote
+from comfy_worker.gateway.store.tables import metadata
 from comfy_worker.types import JobState
 from tests.support.postgres import Postgres, postgres
 from tests.support.webhook_notes import delivery_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
-from comfy_worker.gateway.store import Store
+from comfy_worker.gateway.store.job_store import Store
 from comfy_worker.types import JobState
 from tests.contract.test_store import NOW, Open, add, get, opened, server, store, url
 

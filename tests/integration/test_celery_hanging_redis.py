@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from comfy_worker.engines.celery import CeleryEngine
-from comfy_worker.gateway.database import connect
 from comfy_worker.gateway.events import LocalEventBus
-from comfy_worker.gateway.records import JobRecord
 from comfy_worker.gateway.settings import load_gateway_settings
-from comfy_worker.gateway.store import Store
+from comfy_worker.gateway.store.database import connect
+from comfy_worker.gateway.store.job_store import Store
+from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.types import JobState
 from tests.support.redis import RedisServer, redis_server
 

@@ -12,12 +12,12 @@ import pytest
 
 from comfy_worker.gateway.assets import AssetStore
 from comfy_worker.gateway.core import Gateway
-from comfy_worker.gateway.database import connect
 from comfy_worker.gateway.deliveries import Deliveries
-from comfy_worker.gateway.records import JobRecord
 from comfy_worker.gateway.settings import load_gateway_settings
 from comfy_worker.gateway.signing import AssetLinks
-from comfy_worker.gateway.store import Store
+from comfy_worker.gateway.store.database import connect
+from comfy_worker.gateway.store.job_store import Store
+from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.types import JobState
 from tests.support.lost_answers import LostAnswers
 from tests.support.postgres import Postgres, postgres

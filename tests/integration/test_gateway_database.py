@@ -23,13 +23,13 @@ from pytest_mock import MockerFixture
 
 from comfy_worker.errors import InvalidInput
 from comfy_worker.gateway.core import Gateway
-from comfy_worker.gateway.database import connect, patiently
 from comfy_worker.gateway.errors import DatabaseUnavailable
-from comfy_worker.gateway.migrate import bring_up_to_date
-from comfy_worker.gateway.ownership import owned
-from comfy_worker.gateway.records import JobRecord
 from comfy_worker.gateway.settings import GatewaySettings
-from comfy_worker.gateway.store import Store
+from comfy_worker.gateway.store.database import connect, patiently
+from comfy_worker.gateway.store.gateway_lock import owned
+from comfy_worker.gateway.store.job_store import Store
+from comfy_worker.gateway.store.migrate import bring_up_to_date
+from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.types import JobState
 from tests.support import graphs
 from tests.support.benches import Bench
@@ -221,7 +221,9 @@ def test_a_database_that_goes_away_while_a_gateway_starts_is_waited_for(
             runpod_api_key=SecretStr("key"),
         )
         cuts = Cuts(way)
-        tables = mocker.patch("comfy_worker.gateway.store.bring_up_to_date", side_effect=cuts.before(bring_up_to_date))
+        tables = mocker.patch(
+            "comfy_worker.gateway.store.job_store.bring_up_to_date", side_effect=cuts.before(bring_up_to_date)
+        )
         gateway = Gateway(settings)
         assert (tables.call_count, cuts.made) == (2, 1)
         unfinished = mocker.patch.object(gateway.store, "unfinished", side_effect=cuts.before(gateway.store.unfinished))

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from comfy_worker.gateway.progress_webhooks import ProgressWebhooks
-from comfy_worker.gateway.records import JobRecord
 from comfy_worker.gateway.settings import load_gateway_settings
+from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.types import Job, JobState, Webhook
 from tests.support import graphs
 from tests.support.benches import Bench

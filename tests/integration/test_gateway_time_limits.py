@@ -11,7 +11,7 @@ import pytest
 from comfy_worker.engines.backends import Backend, RunningJob
 from comfy_worker.engines.turns import Gate as Turnstile
 from comfy_worker.engines.waiting import Waiting
-from comfy_worker.gateway.records import JobRecord
+from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.settings import load_settings
 from comfy_worker.types import JobState, Stage
 from comfy_worker.worker import Worker

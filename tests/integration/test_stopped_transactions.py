@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 from sqlalchemy import text
 
-from comfy_worker.gateway import database
-from comfy_worker.gateway.database import connect, in_our_words
 from comfy_worker.gateway.errors import DatabaseUnavailable
-from comfy_worker.gateway.ownership import turn
-from comfy_worker.gateway.records import JobRecord
-from comfy_worker.gateway.store import Store
+from comfy_worker.gateway.store import database
+from comfy_worker.gateway.store.database import connect, in_our_words
+from comfy_worker.gateway.store.gateway_lock import turn
+from comfy_worker.gateway.store.job_store import Store
+from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.types import JobState
 from tests.support.postgres import postgres
 

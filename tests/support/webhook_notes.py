@@ -6,8 +6,8 @@ from typing import Any
 
 from sqlalchemy import select
 
-from comfy_worker.gateway.database import connect
-from comfy_worker.gateway.tables import webhook_deliveries
+from comfy_worker.gateway.store.database import connect
+from comfy_worker.gateway.store.tables import webhook_deliveries
 
 
 def delivery_of(url: str, job_id: str) -> dict[str, Any] | None:

@@ -19,10 +19,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from comfy_emulator.server import EmulatorServer
 from comfy_worker.gateway.callers import Caller, acting
-from comfy_worker.gateway.database import connect
 from comfy_worker.gateway.metrics import Cached, GatewayCollector
-from comfy_worker.gateway.records import JobRecord
-from comfy_worker.gateway.store import Store
+from comfy_worker.gateway.store.database import connect
+from comfy_worker.gateway.store.job_store import Store
+from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.types import JobState
 from tests.support.patience import TIMEOUT_S
 from tests.support.ports import silent_port

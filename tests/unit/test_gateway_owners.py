@@ -19,8 +19,8 @@ from comfy_worker.gateway.auth import Keys
 from comfy_worker.gateway.callers import ANYONE, acting
 from comfy_worker.gateway.core import Gateway
 from comfy_worker.gateway.errors import NotFound
-from comfy_worker.gateway.records import JobRecord
 from comfy_worker.gateway.settings import load_gateway_settings
+from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.types import JobState
 from tests.support.ports import silent_port
 from tests.unit.test_gateway_guard import paths_of

@@ -26,7 +26,7 @@ from comfy_worker.gateway.doors.generate_words import check_source, runpod_reque
 from comfy_worker.gateway.events import PREVIEW, PROGRESS, STATUS, Event
 from comfy_worker.gateway.limits import RUNSYNC_LIMIT
 from comfy_worker.gateway.place import Place
-from comfy_worker.gateway.records import JobRecord
+from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.types import JobState
 
 GRAPH = {"1": {"class_type": "Note", "inputs": {}}}

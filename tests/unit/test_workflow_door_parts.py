@@ -25,8 +25,8 @@ from comfy_worker.gateway.doors.workflow_requests import cache_key_of, input_of,
 from comfy_worker.gateway.doors.workflow_status import status_body
 from comfy_worker.gateway.errors import RequestTooLarge
 from comfy_worker.gateway.place import Place
-from comfy_worker.gateway.records import JobRecord
 from comfy_worker.gateway.settings import load_gateway_settings
+from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.types import JobState
 from tests.support.graphs import Graph, node, picture
 from tests.support.ports import silent_port

@@ -30,9 +30,9 @@ from comfy_worker.errors import ComfyUnreachable, TimedOut
 from comfy_worker.gateway.errors import DatabaseUnavailable, NoComfyUI
 from comfy_worker.gateway.events import PROGRESS, STATUS, EventBus
 from comfy_worker.gateway.place import Place, as_time
-from comfy_worker.gateway.records import JobRecord
 from comfy_worker.gateway.settings import GatewaySettings
-from comfy_worker.gateway.store import Store, moment
+from comfy_worker.gateway.store.job_store import Store, moment
+from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.types import JobState, Stage
 
 log = logging.getLogger(__name__)

@@ -8,9 +8,9 @@ from urllib.parse import parse_qsl, urlsplit
 
 from celery import Celery
 
-from comfy_worker.gateway.records import JobRecord
 from comfy_worker.gateway.settings import GatewaySettings
-from comfy_worker.gateway.store import moment
+from comfy_worker.gateway.store.job_store import moment
+from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.types import JobState
 
 TASK = "comfy_worker.run"

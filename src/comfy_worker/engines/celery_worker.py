@@ -32,16 +32,16 @@ from comfy_worker.engines.waiting import Waiting
 from comfy_worker.errors import ComfyUnreachable
 from comfy_worker.gateway.assets import AssetStore
 from comfy_worker.gateway.auth import is_loopback, kept_secret
-from comfy_worker.gateway.database import connect as connect_database
-from comfy_worker.gateway.database import patiently
 from comfy_worker.gateway.errors import DatabaseUnavailable
 from comfy_worker.gateway.jsonlogs import about_job
-from comfy_worker.gateway.progress_notes import ProgressNotes
 from comfy_worker.gateway.progress_webhooks import ProgressWebhooks
-from comfy_worker.gateway.records import JobRecord
 from comfy_worker.gateway.redis_bus import RedisEventBus
 from comfy_worker.gateway.settings import GatewaySettings
-from comfy_worker.gateway.store import Store
+from comfy_worker.gateway.store.database import connect as connect_database
+from comfy_worker.gateway.store.database import patiently
+from comfy_worker.gateway.store.job_store import Store
+from comfy_worker.gateway.store.progress_writer import ProgressNotes
+from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.signals import END_SIGNALS
 
 log = logging.getLogger(__name__)

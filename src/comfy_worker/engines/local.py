@@ -28,16 +28,16 @@ from comfy_worker.engines.telling import Telling
 from comfy_worker.engines.waiting import Queue, Waiting
 from comfy_worker.errors import ComfyUnreachable, TimedOut, WorkerError
 from comfy_worker.gateway.assets import AssetStore
-from comfy_worker.gateway.database import patiently
 from comfy_worker.gateway.errors import DatabaseUnavailable
 from comfy_worker.gateway.events import PROGRESS, STATUS, EventBus
 from comfy_worker.gateway.jsonlogs import about_job
 from comfy_worker.gateway.place import Place
-from comfy_worker.gateway.progress_notes import ProgressNotes
 from comfy_worker.gateway.progress_webhooks import ProgressWebhooks
-from comfy_worker.gateway.records import JobRecord
 from comfy_worker.gateway.settings import GatewaySettings
-from comfy_worker.gateway.store import Store, moment
+from comfy_worker.gateway.store.database import patiently
+from comfy_worker.gateway.store.job_store import Store, moment
+from comfy_worker.gateway.store.progress_writer import ProgressNotes
+from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.types import JobState
 
 log = logging.getLogger(__name__)

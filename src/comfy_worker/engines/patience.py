@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from comfy_worker.gateway.errors import DatabaseUnavailable
-from comfy_worker.gateway.records import JobRecord
-from comfy_worker.gateway.store import Store
+from comfy_worker.gateway.store.job_store import Store
+from comfy_worker.gateway.store.records import JobRecord
 
 Answer = TypeVar("Answer")
 

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from comfy_worker.gateway.records import JobRecord
+from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.graph.workflow import nodes_without_consumers
 from comfy_worker.types import JobEvent, JobState, NodesCached, NodeStarted, Workflow
 

@@ -28,9 +28,9 @@ from comfy_worker.errors import (
 from comfy_worker.gateway.errors import DatabaseUnavailable
 from comfy_worker.gateway.events import STATUS, EventBus
 from comfy_worker.gateway.progress_webhooks import ProgressWebhooks, Tell
-from comfy_worker.gateway.records import JobRecord
 from comfy_worker.gateway.settings import GatewaySettings
-from comfy_worker.gateway.store import Store, moment
+from comfy_worker.gateway.store.job_store import Store, moment
+from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.graph.workflow import WEBSOCKET_OUTPUT_NODE
 from comfy_worker.job.payload import parse_job, split_failure
 from comfy_worker.types import Job, JobState

@@ -22,15 +22,15 @@ from comfy_worker.engines.runpod_health import Health
 from comfy_worker.engines.runpod_job import RemoteJob
 from comfy_worker.errors import InvalidInput
 from comfy_worker.gateway.assets import AssetStore
-from comfy_worker.gateway.database import patiently
 from comfy_worker.gateway.errors import DatabaseUnavailable, NoComfyUI
 from comfy_worker.gateway.events import EventBus
 from comfy_worker.gateway.place import Place, as_time
-from comfy_worker.gateway.progress_notes import ProgressNotes
 from comfy_worker.gateway.progress_webhooks import ProgressWebhooks
-from comfy_worker.gateway.records import JobRecord
 from comfy_worker.gateway.settings import GatewaySettings
-from comfy_worker.gateway.store import Store
+from comfy_worker.gateway.store.database import patiently
+from comfy_worker.gateway.store.job_store import Store
+from comfy_worker.gateway.store.progress_writer import ProgressNotes
+from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.types import JobState
 
 _CLAIM_S = SEND_S + 15.0

@@ -35,10 +35,10 @@ from comfy_worker.gateway.assets import AssetStore
 from comfy_worker.gateway.errors import DatabaseUnavailable
 from comfy_worker.gateway.events import PROGRESS, STATUS, EventBus
 from comfy_worker.gateway.jsonlogs import about_job
-from comfy_worker.gateway.progress_notes import ProgressNotes
 from comfy_worker.gateway.progress_webhooks import ProgressWebhooks, Tell
-from comfy_worker.gateway.records import JobRecord, ProgressNote
-from comfy_worker.gateway.store import Store, moment
+from comfy_worker.gateway.store.job_store import Store, moment
+from comfy_worker.gateway.store.progress_writer import ProgressNotes
+from comfy_worker.gateway.store.records import JobRecord, ProgressNote
 from comfy_worker.job.payload import parse_job
 from comfy_worker.types import Job, JobState, Stage
 

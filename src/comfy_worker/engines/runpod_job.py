@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from comfy_worker.engines.runpod_claims import is_claim
-from comfy_worker.gateway.records import JobRecord
+from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.types import JobState, Stage
 
 _SHORTEST_S = 0.25

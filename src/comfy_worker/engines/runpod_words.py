@@ -18,7 +18,7 @@ from comfy_worker.errors import (
 )
 from comfy_worker.gateway.errors import RequestTooLarge
 from comfy_worker.gateway.limits import MB, RUN_LIMIT
-from comfy_worker.gateway.records import NORMAL_PRIORITY, JobRecord
+from comfy_worker.gateway.store.records import NORMAL_PRIORITY, JobRecord
 from comfy_worker.job.envelope import read_input
 from comfy_worker.job.payload import split_failure
 from comfy_worker.media.probe import mime_type_of_name

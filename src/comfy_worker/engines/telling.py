@@ -12,10 +12,10 @@ from comfy_worker.engines.backends import RunningJob
 from comfy_worker.engines.run_times import RunRecorder, RunTimes
 from comfy_worker.gateway.errors import DatabaseUnavailable
 from comfy_worker.gateway.events import PREVIEW, PROGRESS, STATUS, EventBus
-from comfy_worker.gateway.progress_notes import ProgressNotes
 from comfy_worker.gateway.progress_webhooks import Tell
-from comfy_worker.gateway.records import ProgressNote
-from comfy_worker.gateway.store import Store, moment
+from comfy_worker.gateway.store.job_store import Store, moment
+from comfy_worker.gateway.store.progress_writer import ProgressNotes
+from comfy_worker.gateway.store.records import ProgressNote
 from comfy_worker.job.progress import Progress
 from comfy_worker.types import Job, JobEvent, JobState, Preview, Stage, StageStarted
 

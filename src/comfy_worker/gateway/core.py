@@ -15,15 +15,15 @@ from comfy_worker.catalog.versions import KeptVersions
 from comfy_worker.engines.local import LocalEngine
 from comfy_worker.gateway.assets import AssetStore
 from comfy_worker.gateway.auth import kept_secret
-from comfy_worker.gateway.database import connect, patiently
 from comfy_worker.gateway.deliveries import Deliveries
 from comfy_worker.gateway.events import EventBus, LocalEventBus
-from comfy_worker.gateway.ownership import owned, turn
-from comfy_worker.gateway.progress_notes import ProgressNotes
 from comfy_worker.gateway.service import JobService
 from comfy_worker.gateway.settings import GatewaySettings
 from comfy_worker.gateway.signing import AssetLinks, CallbackLinks
-from comfy_worker.gateway.store import Store
+from comfy_worker.gateway.store.database import connect, patiently
+from comfy_worker.gateway.store.gateway_lock import owned, turn
+from comfy_worker.gateway.store.job_store import Store
+from comfy_worker.gateway.store.progress_writer import ProgressNotes
 from comfy_worker.gateway.upkeep import Upkeep
 
 if TYPE_CHECKING:

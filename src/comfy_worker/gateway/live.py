@@ -17,8 +17,8 @@ from comfy_worker.gateway.errors import DatabaseUnavailable, NotFound
 from comfy_worker.gateway.event_stream import EventStream
 from comfy_worker.gateway.events import PREVIEW, PROGRESS, STATUS, Event
 from comfy_worker.gateway.middleware import answer_error
-from comfy_worker.gateway.records import JobRecord
 from comfy_worker.gateway.service import JobService
+from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.gateway.websockets import PATIENCE_S, tell
 from comfy_worker.types import JobState
 

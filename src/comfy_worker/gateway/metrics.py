@@ -19,7 +19,7 @@ from prometheus_client.registry import Collector
 from pydantic import BaseModel, Field, ValidationError
 
 from comfy_worker.gateway.callers import NOBODY, current_caller
-from comfy_worker.gateway.store import Store
+from comfy_worker.gateway.store.job_store import Store
 from comfy_worker.settings import without_credentials
 from comfy_worker.types import JobState
 

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
-from comfy_worker.gateway.records import JobRecord
+from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.gateway.webhook_words import words_of
 from comfy_worker.settings import Settings
 from comfy_worker.types import Job

@@ -35,7 +35,7 @@ from comfy_worker.gateway.doors.workflow_words import (
     WorkflowState,
 )
 from comfy_worker.gateway.errors import NotFound, RequestTooLarge
-from comfy_worker.gateway.records import JobRecord
+from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.job.payload import parse_job
 from comfy_worker.types import JobState
 

@@ -12,8 +12,8 @@ from typing import Any
 from comfy_worker.catalog.entry import Entry
 from comfy_worker.gateway.doors.outputs import files_by_kind
 from comfy_worker.gateway.problems import envelope
-from comfy_worker.gateway.records import JobRecord
 from comfy_worker.gateway.signing import IMAGES_PATH
+from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.gateway.webhook_words import WebhookParts, WebhookWords
 from comfy_worker.types import JobState, Kind
 

@@ -42,7 +42,7 @@ from comfy_worker.gateway.doors.parts import Parts, queue_sizes
 from comfy_worker.gateway.errors import DatabaseUnavailable, DuplicateRequest, NotFound
 from comfy_worker.gateway.event_stream import EventStream
 from comfy_worker.gateway.leaving import while_connected
-from comfy_worker.gateway.records import JobRecord
+from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.job.payload import input_warnings
 from comfy_worker.modifiers import apply, randomized
 from comfy_worker.types import JobState

@@ -14,8 +14,8 @@ from comfy_worker.gateway.doors.outputs import kind_of, path_in_job
 from comfy_worker.gateway.events import PROGRESS, STATUS, Event
 from comfy_worker.gateway.limits import RUNSYNC_LIMIT
 from comfy_worker.gateway.place import Place
-from comfy_worker.gateway.records import JobRecord
 from comfy_worker.gateway.signing import PATH
+from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.gateway.webhook_words import WebhookParts, WebhookWords
 from comfy_worker.types import JobState, Kind, Stage
 

@@ -33,7 +33,7 @@ from comfy_worker.gateway.errors import NotFound
 from comfy_worker.gateway.events import PROGRESS, Event
 from comfy_worker.gateway.leaving import while_connected
 from comfy_worker.gateway.limits import MB, RUN_LIMIT, RUNSYNC_LIMIT
-from comfy_worker.gateway.records import JobRecord, has_output, status_body
+from comfy_worker.gateway.store.records import JobRecord, has_output, status_body
 from comfy_worker.types import JobState, Kind
 
 _WAIT_MS = 90_000

@@ -6,8 +6,8 @@ import contextlib
 import threading
 
 from comfy_worker.gateway.errors import DatabaseUnavailable
-from comfy_worker.gateway.records import ProgressNote
-from comfy_worker.gateway.store import Store
+from comfy_worker.gateway.store.job_store import Store
+from comfy_worker.gateway.store.records import ProgressNote
 
 
 class ProgressNotes:

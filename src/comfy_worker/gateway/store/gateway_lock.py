@@ -16,8 +16,8 @@ from filelock import FileLock, Timeout
 from sqlalchemy import Connection, Engine, text
 
 from comfy_worker.errors import InvalidInput
-from comfy_worker.gateway.database import START_PATIENCE_S, in_our_words
 from comfy_worker.gateway.errors import DatabaseUnavailable
+from comfy_worker.gateway.store.database import START_PATIENCE_S, in_our_words
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from alembic import context
 from sqlalchemy import text
 
-from comfy_worker.gateway.tables import metadata
+from comfy_worker.gateway.store.tables import metadata
 
 _LOCK = 0x636F6D66
 """Any number that nobody else locks; the letters of "comf"."""

@@ -15,7 +15,7 @@ from typing import Any
 from sqlalchemy import Connection, select
 from sqlalchemy.dialects import postgresql, sqlite
 
-from comfy_worker.gateway.tables import stage_seconds
+from comfy_worker.gateway.store.tables import stage_seconds
 from comfy_worker.types import Stage
 
 WAITING = "waiting"

@@ -35,7 +35,6 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import IntegrityError
 
-from comfy_worker.gateway.database import WRITES, Writers, connect, in_our_words
 from comfy_worker.gateway.errors import (
     DatabaseUnavailable,
     DuplicateKey,
@@ -43,10 +42,11 @@ from comfy_worker.gateway.errors import (
     QueueFull,
     UnreadableRequest,
 )
-from comfy_worker.gateway.migrate import bring_up_to_date
-from comfy_worker.gateway.records import JobRecord, ProgressNote, WebhookDelivery
-from comfy_worker.gateway.stage_seconds import StageTimes, note_seconds, read_seconds, seconds_by_stage
-from comfy_worker.gateway.tables import events, idempotency_keys, jobs, webhook_deliveries
+from comfy_worker.gateway.store.database import WRITES, Writers, connect, in_our_words
+from comfy_worker.gateway.store.migrate import bring_up_to_date
+from comfy_worker.gateway.store.records import JobRecord, ProgressNote, WebhookDelivery
+from comfy_worker.gateway.store.stage_seconds import StageTimes, note_seconds, read_seconds, seconds_by_stage
+from comfy_worker.gateway.store.tables import events, idempotency_keys, jobs, webhook_deliveries
 from comfy_worker.types import JobState
 
 __all__ = ["Store", "connect", "moment"]
