@@ -15,7 +15,7 @@ import pytest
 
 from comfy_worker.errors import InvalidInput
 from comfy_worker.gateway.errors import QueueFull
-from comfy_worker.gateway.events import Event
+from comfy_worker.gateway.events.bus import Event
 from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.types import JobState
 from tests.support import graphs

@@ -15,7 +15,7 @@ import pytest
 
 from comfy_worker.comfy.client import ComfyClient
 from comfy_worker.gateway.errors import NoComfyUI
-from comfy_worker.gateway.events import Event
+from comfy_worker.gateway.events.bus import Event
 from comfy_worker.types import JobState
 from tests.support import graphs
 from tests.support.benches import WORKER_SETTINGS, Bench, RunPodGround

@@ -9,8 +9,8 @@ from contextlib import closing
 
 import pytest
 
-from comfy_worker.gateway.events import PREVIEW, PROGRESS, STATUS, Event, EventBus, Listening, LocalEventBus
-from comfy_worker.gateway.redis_bus import RedisEventBus
+from comfy_worker.gateway.events.bus import PREVIEW, PROGRESS, STATUS, Event, EventBus, Listening, LocalEventBus
+from comfy_worker.gateway.events.redis_bus import RedisEventBus
 from tests.support.patience import TIMEOUT_S
 from tests.support.redis import RedisServer, redis_server
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from comfy_worker.engines.celery import CeleryEngine
-from comfy_worker.gateway.events import LocalEventBus
+from comfy_worker.gateway.events.bus import LocalEventBus
 from comfy_worker.gateway.settings import load_gateway_settings
 from comfy_worker.gateway.store.database import connect
 from comfy_worker.gateway.store.job_store import Store

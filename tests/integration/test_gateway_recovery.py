@@ -13,7 +13,7 @@ from comfy_worker.gateway.assets import AssetStore
 from comfy_worker.gateway.core import Gateway
 from comfy_worker.gateway.deliveries import Deliveries
 from comfy_worker.gateway.errors import NotFound
-from comfy_worker.gateway.events import LocalEventBus
+from comfy_worker.gateway.events.bus import LocalEventBus
 from comfy_worker.gateway.settings import load_gateway_settings
 from comfy_worker.gateway.signing import AssetLinks
 from comfy_worker.gateway.store.database import connect

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from comfy_worker.gateway import redis_reader
 from comfy_worker.gateway.core import Gateway
-from comfy_worker.gateway.events import GAP, PREVIEW, PROGRESS, STATUS, Event, Listening
-from comfy_worker.gateway.redis_bus import RedisEventBus
+from comfy_worker.gateway.events import redis_subscriber
+from comfy_worker.gateway.events.bus import GAP, PREVIEW, PROGRESS, STATUS, Event, Listening
+from comfy_worker.gateway.events.redis_bus import RedisEventBus
 from comfy_worker.gateway.settings import load_gateway_settings
 from comfy_worker.types import JobState
 from tests.support.graphs import picture
@@ -261,7 +261,7 @@ def test_no_change_of_state_is_missed_though_the_redis_is_killed(gateway: Gatewa
 def test_no_change_of_state_is_missed_though_its_teller_is_killed(
     gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(redis_reader, "_GAP_AFTER_S", 0.5)
+    monkeypatch.setattr(redis_subscriber, "_GAP_AFTER_S", 0.5)
     job_id = submitted(gateway)
 
     def go_on(event: Event) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from contextlib import closing
 
-from comfy_worker.gateway.events import PREVIEW, PROGRESS, STATUS
-from comfy_worker.gateway.redis_bus import RedisEventBus
+from comfy_worker.gateway.events.bus import PREVIEW, PROGRESS, STATUS
+from comfy_worker.gateway.events.redis_bus import RedisEventBus
 
 PICTURE = bytes(range(256))
 

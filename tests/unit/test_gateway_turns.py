@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import MutableSequence
 
-from comfy_worker.gateway.events import PROGRESS, LocalEventBus
+from comfy_worker.gateway.events.bus import PROGRESS, LocalEventBus
+from comfy_worker.gateway.events.fair_scheduling import _AT_A_TIME, _AT_ONCE
 from comfy_worker.gateway.streams import begins_at_once, opening
-from comfy_worker.gateway.turns import _AT_A_TIME, _AT_ONCE
 
 LISTENERS = 500
 

@@ -29,7 +29,7 @@ from comfy_worker.engines.waiting import Queue, Waiting
 from comfy_worker.errors import ComfyUnreachable, TimedOut, WorkerError
 from comfy_worker.gateway.assets import AssetStore
 from comfy_worker.gateway.errors import DatabaseUnavailable
-from comfy_worker.gateway.events import PROGRESS, STATUS, EventBus
+from comfy_worker.gateway.events.bus import PROGRESS, STATUS, EventBus
 from comfy_worker.gateway.jsonlogs import about_job
 from comfy_worker.gateway.place import Place
 from comfy_worker.gateway.progress_webhooks import ProgressWebhooks

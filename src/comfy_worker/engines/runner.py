@@ -26,7 +26,7 @@ from comfy_worker.errors import (
     WorkerError,
 )
 from comfy_worker.gateway.errors import DatabaseUnavailable
-from comfy_worker.gateway.events import STATUS, EventBus
+from comfy_worker.gateway.events.bus import STATUS, EventBus
 from comfy_worker.gateway.progress_webhooks import ProgressWebhooks, Tell
 from comfy_worker.gateway.settings import GatewaySettings
 from comfy_worker.gateway.store.job_store import Store, moment

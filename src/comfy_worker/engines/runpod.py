@@ -23,7 +23,7 @@ from comfy_worker.engines.runpod_job import RemoteJob
 from comfy_worker.errors import InvalidInput
 from comfy_worker.gateway.assets import AssetStore
 from comfy_worker.gateway.errors import DatabaseUnavailable, NoComfyUI
-from comfy_worker.gateway.events import EventBus
+from comfy_worker.gateway.events.bus import EventBus
 from comfy_worker.gateway.place import Place, as_time
 from comfy_worker.gateway.progress_webhooks import ProgressWebhooks
 from comfy_worker.gateway.settings import GatewaySettings

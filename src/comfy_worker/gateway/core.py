@@ -16,7 +16,7 @@ from comfy_worker.engines.local import LocalEngine
 from comfy_worker.gateway.assets import AssetStore
 from comfy_worker.gateway.auth import kept_secret
 from comfy_worker.gateway.deliveries import Deliveries
-from comfy_worker.gateway.events import EventBus, LocalEventBus
+from comfy_worker.gateway.events.bus import EventBus, LocalEventBus
 from comfy_worker.gateway.service import JobService
 from comfy_worker.gateway.settings import GatewaySettings
 from comfy_worker.gateway.signing import AssetLinks, CallbackLinks
@@ -177,7 +177,7 @@ def make_bus(settings: GatewaySettings) -> EventBus:
     if settings.engine != "celery" and settings.api_cache != "redis":
         return LocalEventBus()
     # Loaded late: only several gateways and fleets need Redis's client.
-    from comfy_worker.gateway.redis_bus import RedisEventBus
+    from comfy_worker.gateway.events.redis_bus import RedisEventBus
 
     return RedisEventBus(settings.broker_url.get_secret_value())
 

@@ -82,7 +82,7 @@ class RedisCursors:
     def __init__(self, url: str) -> None:
         """Take the URL of the Redis."""
         # Loaded late: only several gateways need Redis's client.
-        from comfy_worker.gateway.redis_link import RedisAway, RedisLink
+        from comfy_worker.gateway.events.redis_connection import RedisAway, RedisLink
 
         self._away = RedisAway
         self._link = RedisLink(url, lambda _client: None, "clients of /stream may be told things twice")

@@ -22,7 +22,7 @@ from redis import Redis, RedisError
 
 from comfy_worker.errors import InternalError, WorkerError, all_errors
 from comfy_worker.gateway.errors import DatabaseUnavailable
-from comfy_worker.gateway.redis_link import RedisAway, RedisLink, connect
+from comfy_worker.gateway.events.redis_connection import RedisAway, RedisLink, connect
 from comfy_worker.gateway.store.job_store import Store
 from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.types import JobState

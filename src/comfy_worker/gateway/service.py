@@ -28,12 +28,12 @@ from comfy_worker.comfy.client import ComfyClient
 from comfy_worker.errors import InvalidInput
 from comfy_worker.gateway.callers import current_caller
 from comfy_worker.gateway.errors import DatabaseUnavailable, DuplicateRequest, NotFound, NotPossible
-from comfy_worker.gateway.events import GAP, PREVIEW, PROGRESS, STATUS, Event, EventBus, Listening, last_progress
+from comfy_worker.gateway.events.bus import GAP, PREVIEW, PROGRESS, STATUS, Event, EventBus, Listening, last_progress
+from comfy_worker.gateway.events.fair_scheduling import turns_of
 from comfy_worker.gateway.place import Place
 from comfy_worker.gateway.receivers import check_receiver
 from comfy_worker.gateway.store.job_store import Store, moment
 from comfy_worker.gateway.store.records import LOW_PRIORITY, NORMAL_PRIORITY, JobRecord
-from comfy_worker.gateway.turns import turns_of
 from comfy_worker.job.envelope import read_input
 from comfy_worker.job.payload import workflow_of
 from comfy_worker.serverless.prefetch import signature

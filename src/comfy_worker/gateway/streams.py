@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, asynccontextmanager, contextmanag
 from starlette.types import Message, Scope, Send
 
 from comfy_worker.gateway.errors import RateLimited
-from comfy_worker.gateway.turns import turns_of
+from comfy_worker.gateway.events.fair_scheduling import turns_of
 
 _STREAMS = re.compile(r"(/v2/[^/]+)?/(events|stream)/.+|/generate/stream/?")
 

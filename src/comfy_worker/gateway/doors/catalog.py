@@ -36,7 +36,7 @@ from comfy_worker.gateway.errors import (
     NotFound,
     WorkflowNotFound,
 )
-from comfy_worker.gateway.events import PREVIEW
+from comfy_worker.gateway.events.bus import PREVIEW
 from comfy_worker.gateway.middleware import answer_error
 from comfy_worker.gateway.signing import IMAGES_PATH
 from comfy_worker.gateway.store.records import JobRecord

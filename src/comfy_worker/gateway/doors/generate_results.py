@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 from comfy_worker.errors import Cancelled, ExecutionFailed, WorkerError, all_errors
 from comfy_worker.gateway.assets import AssetStore, with_urls
 from comfy_worker.gateway.doors.outputs import kind_of, path_in_job
-from comfy_worker.gateway.events import PROGRESS, STATUS, Event
+from comfy_worker.gateway.events.bus import PROGRESS, STATUS, Event
 from comfy_worker.gateway.limits import RUNSYNC_LIMIT
 from comfy_worker.gateway.place import Place
 from comfy_worker.gateway.signing import PATH

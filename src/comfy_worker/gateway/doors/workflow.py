@@ -29,7 +29,7 @@ from comfy_worker.gateway.doors.workflow_words import (
     WorkflowVersions,
 )
 from comfy_worker.gateway.errors import DatabaseUnavailable, NotFound, NotImplementedYet
-from comfy_worker.gateway.events import PREVIEW, STATUS
+from comfy_worker.gateway.events.bus import PREVIEW, STATUS
 from comfy_worker.gateway.middleware import answer_error
 from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.gateway.websockets import tell

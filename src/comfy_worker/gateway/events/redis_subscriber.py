@@ -12,9 +12,9 @@ from redis import ConnectionError as RedisConnectionError
 from redis import Redis, RedisError
 from redis.client import PubSub
 
-from comfy_worker.gateway.events import Event
-from comfy_worker.gateway.redis_events import RedisEvents
-from comfy_worker.gateway.redis_link import PATIENCE_S, RedisAway, RedisLink, connect
+from comfy_worker.gateway.events.bus import Event
+from comfy_worker.gateway.events.redis_connection import PATIENCE_S, RedisAway, RedisLink, connect
+from comfy_worker.gateway.events.redis_streams import RedisEvents
 
 _LOOK_S = 1.0
 _AGAIN_S = 0.25

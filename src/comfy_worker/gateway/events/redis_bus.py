@@ -15,10 +15,10 @@ from typing import Any
 
 from redis import Redis
 
-from comfy_worker.gateway.events import GAP, STATUS, Event, Listener, Listening, hand_over
-from comfy_worker.gateway.redis_events import RedisEvents
-from comfy_worker.gateway.redis_link import RedisAway, RedisLink, connect
-from comfy_worker.gateway.redis_reader import RedisReader
+from comfy_worker.gateway.events.bus import GAP, STATUS, Event, Listener, Listening, hand_over
+from comfy_worker.gateway.events.redis_connection import RedisAway, RedisLink, connect
+from comfy_worker.gateway.events.redis_streams import RedisEvents
+from comfy_worker.gateway.events.redis_subscriber import RedisReader
 
 _PUT_OFF = 10_000
 """Changes of state that are told when the Redis is back; of more the oldest are left to the store."""

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from redis import Redis
 
-from comfy_worker.gateway.events import PREVIEW, STATUS, Event
+from comfy_worker.gateway.events.bus import PREVIEW, STATUS, Event
 
 _REMEMBERED = 64
 """Of the events of a job that are no changes of state; those are few, and the store has them all."""

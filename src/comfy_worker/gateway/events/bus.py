@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from comfy_worker.gateway.turns import turns_of
+from comfy_worker.gateway.events.fair_scheduling import turns_of
 from comfy_worker.types import JobState
 
 STATUS = "status"
