@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from comfy_worker.gateway.assets import AssetStore
-from comfy_worker.gateway.core import Gateway
-from comfy_worker.gateway.deliveries import Deliveries
+from comfy_worker.gateway.container import Gateway
+from comfy_worker.gateway.jobs.assets import AssetStore
+from comfy_worker.gateway.jobs.signed_links import AssetLinks
+from comfy_worker.gateway.jobs.webhook_deliveries import Deliveries
 from comfy_worker.gateway.settings import load_gateway_settings
-from comfy_worker.gateway.signing import AssetLinks
 from comfy_worker.gateway.store.database import connect
 from comfy_worker.gateway.store.job_store import Store
 from comfy_worker.gateway.store.records import JobRecord

@@ -22,7 +22,7 @@ from pydantic import SecretStr
 from pytest_mock import MockerFixture
 
 from comfy_worker.errors import InvalidInput
-from comfy_worker.gateway.core import Gateway
+from comfy_worker.gateway.container import Gateway
 from comfy_worker.gateway.errors import DatabaseUnavailable
 from comfy_worker.gateway.settings import GatewaySettings
 from comfy_worker.gateway.store.database import connect, patiently

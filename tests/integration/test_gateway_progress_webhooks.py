@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from comfy_worker.gateway.progress_webhooks import ProgressWebhooks
+from comfy_worker.gateway.jobs.progress_webhooks import ProgressWebhooks
 from comfy_worker.gateway.settings import load_gateway_settings
 from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.types import Job, JobState, Webhook

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from comfy_worker.gateway.assets import AssetStore
-from comfy_worker.gateway.core import Gateway
-from comfy_worker.gateway.deliveries import Deliveries
+from comfy_worker.gateway.container import Gateway
 from comfy_worker.gateway.errors import NotFound
 from comfy_worker.gateway.events.bus import LocalEventBus
+from comfy_worker.gateway.jobs.assets import AssetStore
+from comfy_worker.gateway.jobs.retention import Upkeep
+from comfy_worker.gateway.jobs.signed_links import AssetLinks
+from comfy_worker.gateway.jobs.webhook_deliveries import Deliveries
 from comfy_worker.gateway.settings import load_gateway_settings
-from comfy_worker.gateway.signing import AssetLinks
 from comfy_worker.gateway.store.database import connect
 from comfy_worker.gateway.store.job_store import Store
 from comfy_worker.gateway.store.records import JobRecord
-from comfy_worker.gateway.upkeep import Upkeep
 from comfy_worker.types import JobState
 from tests.support import graphs
 from tests.support.benches import Bench

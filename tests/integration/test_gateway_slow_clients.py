@@ -25,7 +25,7 @@ from PIL import Image
 from comfy_worker.gateway import live, websockets
 from comfy_worker.gateway.app import create_app
 from comfy_worker.gateway.auth import Keys
-from comfy_worker.gateway.core import Gateway
+from comfy_worker.gateway.container import Gateway
 from comfy_worker.gateway.events.bus import PROGRESS, STATUS, LocalEventBus
 from comfy_worker.gateway.settings import load_gateway_settings
 from tests.support.comfyui import emulator

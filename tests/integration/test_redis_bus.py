@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from comfy_worker.gateway.core import Gateway
+from comfy_worker.gateway.container import Gateway
 from comfy_worker.gateway.events import redis_subscriber
 from comfy_worker.gateway.events.bus import GAP, PREVIEW, PROGRESS, STATUS, Event, Listening
 from comfy_worker.gateway.events.redis_bus import RedisEventBus

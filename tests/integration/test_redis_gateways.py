@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import pytest
 import requests
 
-from comfy_worker.gateway.signing import AssetLinks
+from comfy_worker.gateway.jobs.signed_links import AssetLinks
 from tests.support.graphs import picture
 from tests.support.patience import TIMEOUT_S
 from tests.support.postgres import Postgres, postgres

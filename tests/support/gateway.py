@@ -10,7 +10,7 @@ from typing import Any
 
 import requests
 
-from comfy_worker.gateway.core import Gateway
+from comfy_worker.gateway.container import Gateway
 from comfy_worker.gateway.settings import load_gateway_settings
 from tests.support.patience import TIMEOUT_S
 from tests.support.ports import free_port

@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from comfy_emulator.server import EmulatorServer
-from comfy_worker.gateway.metrics import GatewayCollector, make_registry
+from comfy_worker.gateway.jobs.metrics import GatewayCollector, make_registry
 from comfy_worker.gateway.store.database import connect
 from comfy_worker.gateway.store.job_store import Store
 from tests.support import compose

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from comfy_worker.gateway.core import Gateway
+from comfy_worker.gateway.container import Gateway
 from comfy_worker.gateway.events.bus import PROGRESS, STATUS, Event, LocalEventBus, last_progress
 from comfy_worker.gateway.settings import load_gateway_settings
 from comfy_worker.types import JobState

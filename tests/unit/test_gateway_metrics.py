@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from comfy_emulator.server import EmulatorServer
 from comfy_worker.gateway.callers import Caller, acting
-from comfy_worker.gateway.metrics import Cached, GatewayCollector
+from comfy_worker.gateway.jobs.metrics import Cached, GatewayCollector
 from comfy_worker.gateway.store.database import connect
 from comfy_worker.gateway.store.job_store import Store
 from comfy_worker.gateway.store.records import JobRecord

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from comfy_worker.engines.places import InHand, SteadyPlaces, places_of
 from comfy_worker.engines.run_times import RunRecorder, RunTimes
 from comfy_worker.engines.waiting import Queue, Waiting
-from comfy_worker.gateway.place import Place
+from comfy_worker.gateway.jobs.queue_position import Place
 from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.types import JobState, NodesCached, NodeStarted, Stage
 

@@ -18,7 +18,7 @@ from comfy_worker.gateway.answers import EXAMPLE_JOB
 from comfy_worker.gateway.app import create_app
 from comfy_worker.gateway.auth import Keys
 from comfy_worker.gateway.hosts import check_host
-from comfy_worker.gateway.service import JobService
+from comfy_worker.gateway.jobs.service import JobService
 from comfy_worker.gateway.settings import load_gateway_settings
 from comfy_worker.gateway.store.database import connect
 from comfy_worker.gateway.streams import Streams, TooManyStreams, is_stream

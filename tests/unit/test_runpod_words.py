@@ -18,7 +18,7 @@ from comfy_worker.engines.runpod_job import RemoteJob
 from comfy_worker.engines.runpod_words import keep_files, outcome_of, progress_in, submission
 from comfy_worker.errors import DeliveryFailed
 from comfy_worker.gateway.errors import RequestTooLarge, Unauthorized
-from comfy_worker.gateway.signing import CallbackLinks
+from comfy_worker.gateway.jobs.signed_links import CallbackLinks
 from comfy_worker.gateway.store.records import LOW_PRIORITY, JobRecord
 from comfy_worker.storage.local import LocalStorage
 from comfy_worker.types import JobState

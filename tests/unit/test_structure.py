@@ -193,7 +193,7 @@ FAMILIES = {
 """Doors of one API: those that do not begin with its name."""
 FORBIDDEN_TO_DOORS = {
     "comfy_worker.gateway.store.job_store",
-    "comfy_worker.gateway.core",
+    "comfy_worker.gateway.container",
     "comfy_worker.engines",
     "sqlalchemy",
 }

@@ -16,7 +16,7 @@ from standardwebhooks import WebhookVerificationError
 
 from comfy_worker.errors import Cancelled, DiskFull, InvalidInput, TimedOut, all_errors
 from comfy_worker.gateway.answers import WEBHOOK
-from comfy_worker.gateway.receivers import check_receiver
+from comfy_worker.gateway.jobs.webhook_receivers import check_receiver
 from comfy_worker.settings import load_settings
 from comfy_worker.types import JobState, Webhook
 from comfy_worker.webhooks import Webhooks

@@ -24,7 +24,7 @@ from comfy_worker.gateway.doors.workflow_graph import with_inputs, with_prompt, 
 from comfy_worker.gateway.doors.workflow_requests import cache_key_of, input_of, job_of
 from comfy_worker.gateway.doors.workflow_status import status_body
 from comfy_worker.gateway.errors import RequestTooLarge
-from comfy_worker.gateway.place import Place
+from comfy_worker.gateway.jobs.queue_position import Place
 from comfy_worker.gateway.settings import load_gateway_settings
 from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.types import JobState

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from comfy_worker.engines.backends import Backend
 from comfy_worker.engines.waiting import Waiting
-from comfy_worker.gateway.place import as_time
+from comfy_worker.gateway.jobs.queue_position import as_time
 
 
 def away_since(job: Waiting, backends: Sequence[Backend]) -> float | None:

@@ -13,7 +13,7 @@ from comfy_worker.engines.run_times import RunRecorder
 from comfy_worker.engines.turns import Gate
 from comfy_worker.engines.waiting import Waiting
 from comfy_worker.errors import TimedOut, WorkerError
-from comfy_worker.gateway.assets import AssetStore
+from comfy_worker.gateway.jobs.assets import AssetStore
 from comfy_worker.gateway.settings import GatewaySettings
 from comfy_worker.gateway.store.records import ProgressNote
 from comfy_worker.settings import without_credentials

@@ -29,7 +29,7 @@ from comfy_worker.engines.waiting import Queue, Waiting
 from comfy_worker.errors import ComfyUnreachable, TimedOut
 from comfy_worker.gateway.errors import DatabaseUnavailable, NoComfyUI
 from comfy_worker.gateway.events.bus import PROGRESS, STATUS, EventBus
-from comfy_worker.gateway.place import Place, as_time
+from comfy_worker.gateway.jobs.queue_position import Place, as_time
 from comfy_worker.gateway.settings import GatewaySettings
 from comfy_worker.gateway.store.job_store import Store, moment
 from comfy_worker.gateway.store.records import JobRecord

@@ -27,12 +27,12 @@ from comfy_worker.engines.runner import Runner, take_out
 from comfy_worker.engines.telling import Telling
 from comfy_worker.engines.waiting import Queue, Waiting
 from comfy_worker.errors import ComfyUnreachable, TimedOut, WorkerError
-from comfy_worker.gateway.assets import AssetStore
 from comfy_worker.gateway.errors import DatabaseUnavailable
 from comfy_worker.gateway.events.bus import PROGRESS, STATUS, EventBus
+from comfy_worker.gateway.jobs.assets import AssetStore
+from comfy_worker.gateway.jobs.progress_webhooks import ProgressWebhooks
+from comfy_worker.gateway.jobs.queue_position import Place
 from comfy_worker.gateway.jsonlogs import about_job
-from comfy_worker.gateway.place import Place
-from comfy_worker.gateway.progress_webhooks import ProgressWebhooks
 from comfy_worker.gateway.settings import GatewaySettings
 from comfy_worker.gateway.store.database import patiently
 from comfy_worker.gateway.store.job_store import Store, moment

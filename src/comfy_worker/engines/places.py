@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from comfy_worker.engines.run_times import RunTimes
 from comfy_worker.engines.waiting import Order, Waiting
-from comfy_worker.gateway.place import Place
+from comfy_worker.gateway.jobs.queue_position import Place
 from comfy_worker.types import Stage
 
 

@@ -27,7 +27,7 @@ from comfy_worker.errors import (
 )
 from comfy_worker.gateway.errors import DatabaseUnavailable
 from comfy_worker.gateway.events.bus import STATUS, EventBus
-from comfy_worker.gateway.progress_webhooks import ProgressWebhooks, Tell
+from comfy_worker.gateway.jobs.progress_webhooks import ProgressWebhooks, Tell
 from comfy_worker.gateway.settings import GatewaySettings
 from comfy_worker.gateway.store.job_store import Store, moment
 from comfy_worker.gateway.store.records import JobRecord

@@ -21,11 +21,11 @@ from comfy_worker.engines.runpod_client import SEND_S, RunPodClient
 from comfy_worker.engines.runpod_health import Health
 from comfy_worker.engines.runpod_job import RemoteJob
 from comfy_worker.errors import InvalidInput
-from comfy_worker.gateway.assets import AssetStore
 from comfy_worker.gateway.errors import DatabaseUnavailable, NoComfyUI
 from comfy_worker.gateway.events.bus import EventBus
-from comfy_worker.gateway.place import Place, as_time
-from comfy_worker.gateway.progress_webhooks import ProgressWebhooks
+from comfy_worker.gateway.jobs.assets import AssetStore
+from comfy_worker.gateway.jobs.progress_webhooks import ProgressWebhooks
+from comfy_worker.gateway.jobs.queue_position import Place, as_time
 from comfy_worker.gateway.settings import GatewaySettings
 from comfy_worker.gateway.store.database import patiently
 from comfy_worker.gateway.store.job_store import Store

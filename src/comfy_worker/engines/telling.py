@@ -12,7 +12,7 @@ from comfy_worker.engines.backends import RunningJob
 from comfy_worker.engines.run_times import RunRecorder, RunTimes
 from comfy_worker.gateway.errors import DatabaseUnavailable
 from comfy_worker.gateway.events.bus import PREVIEW, PROGRESS, STATUS, EventBus
-from comfy_worker.gateway.progress_webhooks import Tell
+from comfy_worker.gateway.jobs.progress_webhooks import Tell
 from comfy_worker.gateway.store.job_store import Store, moment
 from comfy_worker.gateway.store.progress_writer import ProgressNotes
 from comfy_worker.gateway.store.records import ProgressNote

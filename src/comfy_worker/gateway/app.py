@@ -20,7 +20,7 @@ from comfy_worker import __version__
 from comfy_worker.errors import InternalError, InvalidInput, WorkerError
 from comfy_worker.gateway import live
 from comfy_worker.gateway.auth import Guard, Keys
-from comfy_worker.gateway.core import Gateway
+from comfy_worker.gateway.container import Gateway
 from comfy_worker.gateway.docs_page import add_docs
 from comfy_worker.gateway.doors import (
     batch,
@@ -36,8 +36,8 @@ from comfy_worker.gateway.doors import (
 )
 from comfy_worker.gateway.doors.parts import Parts
 from comfy_worker.gateway.errors import NotFound
+from comfy_worker.gateway.jobs.metrics import GatewayCollector, make_registry
 from comfy_worker.gateway.limits import RateLimits
-from comfy_worker.gateway.metrics import GatewayCollector, make_registry
 from comfy_worker.gateway.middleware import Gate, Outside, answer_error
 from comfy_worker.gateway.openapi import describe, methods_at
 from comfy_worker.gateway.problems import problem_body

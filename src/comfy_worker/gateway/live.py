@@ -16,8 +16,8 @@ from comfy_worker.gateway.answers import JOB_ID, problems
 from comfy_worker.gateway.errors import DatabaseUnavailable, NotFound
 from comfy_worker.gateway.event_stream import EventStream
 from comfy_worker.gateway.events.bus import PREVIEW, PROGRESS, STATUS, Event
+from comfy_worker.gateway.jobs.service import JobService
 from comfy_worker.gateway.middleware import answer_error
-from comfy_worker.gateway.service import JobService
 from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.gateway.websockets import PATIENCE_S, tell
 from comfy_worker.types import JobState

@@ -37,8 +37,8 @@ from comfy_worker.gateway.errors import (
     WorkflowNotFound,
 )
 from comfy_worker.gateway.events.bus import PREVIEW
+from comfy_worker.gateway.jobs.signed_links import IMAGES_PATH
 from comfy_worker.gateway.middleware import answer_error
-from comfy_worker.gateway.signing import IMAGES_PATH
 from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.gateway.websockets import tell
 from comfy_worker.types import JobState

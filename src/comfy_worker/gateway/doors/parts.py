@@ -9,11 +9,11 @@ from typing import Any
 from fastapi import Request
 
 from comfy_worker.catalog.library import Library
-from comfy_worker.gateway.assets import AssetStore, with_urls
-from comfy_worker.gateway.place import as_time
-from comfy_worker.gateway.service import JobService
+from comfy_worker.gateway.jobs.assets import AssetStore, with_urls
+from comfy_worker.gateway.jobs.queue_position import as_time
+from comfy_worker.gateway.jobs.service import JobService
+from comfy_worker.gateway.jobs.signed_links import PATH, AssetLinks
 from comfy_worker.gateway.settings import GatewaySettings
-from comfy_worker.gateway.signing import PATH, AssetLinks
 from comfy_worker.modifiers import Modifiers
 from comfy_worker.types import JobState
 

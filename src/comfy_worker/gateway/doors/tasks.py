@@ -28,9 +28,9 @@ from comfy_worker.gateway.auth import is_loopback
 from comfy_worker.gateway.bodies import RUNPODS_FIELDS, read_body, warnings_of
 from comfy_worker.gateway.doors.outputs import files_by_kind
 from comfy_worker.gateway.doors.parts import Parts
-from comfy_worker.gateway.service import JobService
+from comfy_worker.gateway.jobs.service import JobService
+from comfy_worker.gateway.jobs.webhook_formats import WebhookParts, WebhookWords
 from comfy_worker.gateway.store.records import LOW_PRIORITY, NORMAL_PRIORITY, JobRecord
-from comfy_worker.gateway.webhook_words import WebhookParts, WebhookWords
 from comfy_worker.job.payload import unknown_keys
 from comfy_worker.settings import without_credentials
 from comfy_worker.types import JobState, Kind

@@ -18,7 +18,7 @@ from comfy_worker.gateway.callers import ANYONE, current_caller
 from comfy_worker.gateway.doors.parts import Parts
 from comfy_worker.gateway.doors.workflow_requests import check_comfyui
 from comfy_worker.gateway.errors import Forbidden, NotFound, NotImplementedYet, NotPossible
-from comfy_worker.gateway.metrics import Cached
+from comfy_worker.gateway.jobs.metrics import Cached
 
 _MODELS_AGE_S = 1.0
 """To list them takes ComfyUI a request for each folder."""

@@ -18,7 +18,7 @@ from comfy_worker.catalog.template import expand
 from comfy_worker.errors import ComfyUnreachable, InvalidInput
 from comfy_worker.gateway.doors.parts import Parts
 from comfy_worker.gateway.doors.workflow_graph import with_prompt
-from comfy_worker.gateway.service import JobService
+from comfy_worker.gateway.jobs.service import JobService
 from comfy_worker.gateway.settings import GatewaySettings
 from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.graph.workflow import check_workflow

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
-from comfy_worker.gateway.assets import AssetStore, with_urls, without_files
-from comfy_worker.gateway.signing import PATH, AssetLinks
+from comfy_worker.gateway.jobs.assets import AssetStore, with_urls, without_files
+from comfy_worker.gateway.jobs.signed_links import PATH, AssetLinks
 from comfy_worker.gateway.store.records import JobRecord, status_body
 from comfy_worker.types import JobState, Kind, Stage
 

@@ -14,14 +14,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from comfy_worker.errors import InvalidInput, WorkerError
-from comfy_worker.gateway.assets import AssetStore
 from comfy_worker.gateway.errors import DatabaseUnavailable
-from comfy_worker.gateway.progress_webhooks import ProgressWebhooks
-from comfy_worker.gateway.receivers import webhook_of_request
-from comfy_worker.gateway.signing import AssetLinks
+from comfy_worker.gateway.jobs.assets import AssetStore
+from comfy_worker.gateway.jobs.progress_webhooks import ProgressWebhooks
+from comfy_worker.gateway.jobs.signed_links import AssetLinks
+from comfy_worker.gateway.jobs.webhook_formats import WebhookParts, words_of
+from comfy_worker.gateway.jobs.webhook_receivers import webhook_of_request
 from comfy_worker.gateway.store.job_store import Store
 from comfy_worker.gateway.store.records import WebhookDelivery
-from comfy_worker.gateway.webhook_words import WebhookParts, words_of
 from comfy_worker.logs import where_it_broke
 from comfy_worker.net.urls import shown_host
 from comfy_worker.redact import redact

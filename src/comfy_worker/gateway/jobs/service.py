@@ -30,8 +30,8 @@ from comfy_worker.gateway.callers import current_caller
 from comfy_worker.gateway.errors import DatabaseUnavailable, DuplicateRequest, NotFound, NotPossible
 from comfy_worker.gateway.events.bus import GAP, PREVIEW, PROGRESS, STATUS, Event, EventBus, Listening, last_progress
 from comfy_worker.gateway.events.fair_scheduling import turns_of
-from comfy_worker.gateway.place import Place
-from comfy_worker.gateway.receivers import check_receiver
+from comfy_worker.gateway.jobs.queue_position import Place
+from comfy_worker.gateway.jobs.webhook_receivers import check_receiver
 from comfy_worker.gateway.store.job_store import Store, moment
 from comfy_worker.gateway.store.records import LOW_PRIORITY, NORMAL_PRIORITY, JobRecord
 from comfy_worker.job.envelope import read_input
@@ -41,7 +41,7 @@ from comfy_worker.storage.object_keys import safe_name
 from comfy_worker.types import JobState
 
 if TYPE_CHECKING:
-    from comfy_worker.gateway.peers import Peers
+    from comfy_worker.gateway.jobs.peers import Peers
 
 _MOST_PLACES = 1000
 """How many jobs' places are published to other gateways."""

@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
-from comfy_worker.gateway.assets import AssetStore
 from comfy_worker.gateway.errors import DatabaseUnavailable
 from comfy_worker.gateway.events.bus import EventBus
+from comfy_worker.gateway.jobs.assets import AssetStore
 from comfy_worker.gateway.store.job_store import Store
 
 _INTERVAL_S = 10.0

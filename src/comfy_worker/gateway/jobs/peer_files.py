@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import Any
 
-from comfy_worker.gateway.assets import AssetStore, Loan
 from comfy_worker.gateway.errors import NotFound
-from comfy_worker.gateway.peers import Peers
+from comfy_worker.gateway.jobs.assets import AssetStore, Loan
+from comfy_worker.gateway.jobs.peers import Peers
 
 WHAT = "file"
 _PIECE = 4 * 1024 * 1024

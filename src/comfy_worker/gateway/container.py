@@ -13,23 +13,23 @@ from typing import TYPE_CHECKING, Any
 from comfy_worker.catalog.library import Library
 from comfy_worker.catalog.versions import KeptVersions
 from comfy_worker.engines.local import LocalEngine
-from comfy_worker.gateway.assets import AssetStore
 from comfy_worker.gateway.auth import kept_secret
-from comfy_worker.gateway.deliveries import Deliveries
 from comfy_worker.gateway.events.bus import EventBus, LocalEventBus
-from comfy_worker.gateway.service import JobService
+from comfy_worker.gateway.jobs.assets import AssetStore
+from comfy_worker.gateway.jobs.retention import Upkeep
+from comfy_worker.gateway.jobs.service import JobService
+from comfy_worker.gateway.jobs.signed_links import AssetLinks, CallbackLinks
+from comfy_worker.gateway.jobs.webhook_deliveries import Deliveries
 from comfy_worker.gateway.settings import GatewaySettings
-from comfy_worker.gateway.signing import AssetLinks, CallbackLinks
 from comfy_worker.gateway.store.database import connect, patiently
 from comfy_worker.gateway.store.gateway_lock import owned, turn
 from comfy_worker.gateway.store.job_store import Store
 from comfy_worker.gateway.store.progress_writer import ProgressNotes
-from comfy_worker.gateway.upkeep import Upkeep
 
 if TYPE_CHECKING:
     from comfy_worker.engines.celery import CeleryEngine
     from comfy_worker.engines.runpod import RunpodEngine
-    from comfy_worker.gateway.peers import Peers
+    from comfy_worker.gateway.jobs.peers import Peers
 
 log = logging.getLogger(__name__)
 
@@ -117,8 +117,8 @@ class Gateway:
         if settings.engine != "local" or settings.api_cache != "redis":
             return None
         # Loaded late: Redis's client is an extra of its own.
-        from comfy_worker.gateway.peer_files import lend
-        from comfy_worker.gateway.peers import Peers
+        from comfy_worker.gateway.jobs.peer_files import lend
+        from comfy_worker.gateway.jobs.peers import Peers
 
         name = kept_secret(data / "gateway.id", lambda: uuid.uuid4().hex)
         peers = Peers(settings.broker_url.get_secret_value(), name, self.store)
@@ -127,7 +127,7 @@ class Gateway:
         return peers
 
     def _act_for_peer(self, asked: Mapping[str, Any]) -> Any:
-        from comfy_worker.gateway.peer_files import WHAT, piece
+        from comfy_worker.gateway.jobs.peer_files import WHAT, piece
 
         if asked["what"] == WHAT:
             return piece(self.assets, asked)

@@ -9,8 +9,8 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
+from comfy_worker.gateway.jobs.webhook_formats import words_of
 from comfy_worker.gateway.store.records import JobRecord
-from comfy_worker.gateway.webhook_words import words_of
 from comfy_worker.settings import Settings
 from comfy_worker.types import Job
 from comfy_worker.webhooks import Webhooks
