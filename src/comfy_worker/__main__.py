@@ -53,7 +53,7 @@ def serve_again(sockets: list[socket] | None) -> None:
 
 def serve_beside_others(host: str, port: int) -> None:
     """Serve as one process of several at a port, until a signal."""
-    from comfy_worker.gateway.several import open_port
+    from comfy_worker.gateway.http.processes import open_port
 
     sys.exit(_run(lambda: _serve([open_port(host, port)], is_announced=True)))
 
@@ -128,8 +128,8 @@ def _serve_with_workers(settings: GatewaySettings) -> int:
     """Serve by several processes, until a signal."""
     # By a name that another process can find: in `__main__` it looks for nothing.
     from comfy_worker.__main__ import serve_beside_others
-    from comfy_worker.gateway.jsonlogs import configure_gateway_logs
-    from comfy_worker.gateway.several import serve_with_several
+    from comfy_worker.gateway.http.processes import serve_with_several
+    from comfy_worker.gateway.json_logs import configure_gateway_logs
 
     _make_data_dir(settings)
     configure_gateway_logs(settings.log_level, settings.secrets(), settings.log_format)
@@ -147,8 +147,8 @@ def _reload(settings: GatewaySettings) -> int:
     """Serve, and start again with each change of the package's code, until a signal."""
     # By a name that another process can find: in `__main__` it looks for nothing.
     from comfy_worker.__main__ import serve_again
-    from comfy_worker.gateway.jsonlogs import configure_gateway_logs
-    from comfy_worker.gateway.server import serve_reloading
+    from comfy_worker.gateway.http.server import serve_reloading
+    from comfy_worker.gateway.json_logs import configure_gateway_logs
 
     configure_gateway_logs(settings.log_level, settings.secrets(), settings.log_format)
     serve_reloading(serve_again, settings.api_host, settings.api_port, Path(__file__).parent)
@@ -193,7 +193,7 @@ def _make_app(settings: GatewaySettings) -> FastAPI:
         InvalidInput: a setting is not sound.
         ModuleNotFoundError: a package of requirements.txt is not installed.
     """
-    from comfy_worker.gateway.memory import no_collections, spare_what_stays
+    from comfy_worker.gateway.http.memory_tuning import no_collections, spare_what_stays
 
     with no_collections():
         app = _load_app(settings)
@@ -204,8 +204,8 @@ def _make_app(settings: GatewaySettings) -> FastAPI:
 
 def _load_app(settings: GatewaySettings) -> FastAPI:
     from comfy_worker.gateway.app import create_app
-    from comfy_worker.gateway.auth import Keys, read_hashes
-    from comfy_worker.gateway.jsonlogs import configure_gateway_logs
+    from comfy_worker.gateway.http.auth import Keys, read_hashes
+    from comfy_worker.gateway.json_logs import configure_gateway_logs
 
     _make_data_dir(settings)
     hashes = read_hashes(settings.api_keys_file) if settings.api_keys_file else []
@@ -223,7 +223,7 @@ def _serve(sockets: list[socket] | None = None, *, is_announced: bool = False) -
 
     settings = load_gateway_settings()
     app = _make_app(settings)
-    from comfy_worker.gateway.server import Server
+    from comfy_worker.gateway.http.server import Server
 
     def announce(url: str) -> None:
         if not is_announced:
@@ -239,7 +239,7 @@ def _serve(sockets: list[socket] | None = None, *, is_announced: bool = False) -
 
 def _announce(settings: GatewaySettings, url: str) -> None:
     """Tell the person who starts a gateway how to go on; a log of JSON is no place for it."""
-    from comfy_worker.gateway.welcome import welcome
+    from comfy_worker.gateway.http.startup_message import welcome
 
     if settings.log_format == "text":
         _say(welcome(settings, url))
@@ -248,7 +248,7 @@ def _announce(settings: GatewaySettings, url: str) -> None:
 def _work() -> int:
     """Run a fleet's jobs until a signal; return the process's exit code."""
     from comfy_worker.engines.celery_worker import FleetWorker
-    from comfy_worker.gateway.jsonlogs import configure_gateway_logs
+    from comfy_worker.gateway.json_logs import configure_gateway_logs
     from comfy_worker.gateway.settings import load_gateway_settings
 
     settings = load_gateway_settings(engine="celery")
@@ -305,8 +305,8 @@ def _make_data_dir(settings: GatewaySettings) -> None:
 
 def _own_key(settings: GatewaySettings) -> str | None:
     """Return a key for a gateway that others than this machine can reach; when it is made, it is printed."""
-    from comfy_worker.gateway.auth import is_loopback, kept_secret
-    from comfy_worker.gateway.welcome import KEY_FILE
+    from comfy_worker.gateway.http.auth import is_loopback, kept_secret
+    from comfy_worker.gateway.http.startup_message import KEY_FILE
 
     if is_loopback(settings.api_host):
         return None

@@ -21,14 +21,14 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from comfy_worker.errors import InvalidInput
-from comfy_worker.gateway import connections, uploads
 from comfy_worker.gateway.answers import EXAMPLE_JOB
 from comfy_worker.gateway.app import create_app
-from comfy_worker.gateway.auth import Keys
-from comfy_worker.gateway.connections import connection_limits
-from comfy_worker.gateway.fair_loop import FairLoop, Group
-from comfy_worker.gateway.hosts import network_of
-from comfy_worker.gateway.server import Server
+from comfy_worker.gateway.http import connections, request_bodies
+from comfy_worker.gateway.http.auth import Keys
+from comfy_worker.gateway.http.connections import connection_limits
+from comfy_worker.gateway.http.fair_event_loop import FairLoop, Group
+from comfy_worker.gateway.http.hosts import network_of
+from comfy_worker.gateway.http.server import Server
 from comfy_worker.gateway.settings import load_gateway_settings
 from tests.support.comfyui import emulator
 from tests.support.crowd import connect, endless_uploads, few_files, idle_connections, is_closed, upload
@@ -160,12 +160,12 @@ def test_a_head_without_an_end_is_refused_by_its_size(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("parser")
 def test_a_body_that_stands_still_or_drips_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     head = b"POST /run HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer key\r\nContent-Length: 1000\r\n\r\n{"
-    monkeypatch.setattr(uploads, "_CLIENTS_S", 0.1)
+    monkeypatch.setattr(request_bodies, "_CLIENTS_S", 0.1)
     with listening(tmp_path) as url:
-        monkeypatch.setattr(uploads, "PAUSE_S", 0.3)
+        monkeypatch.setattr(request_bodies, "PAUSE_S", 0.3)
         assert b'"request_too_slow"' in answer_to(url, head)
-        monkeypatch.setattr(uploads, "PAUSE_S", TIMEOUT_S)
-        monkeypatch.setattr(uploads, "FIRST_S", 0.3)
+        monkeypatch.setattr(request_bodies, "PAUSE_S", TIMEOUT_S)
+        monkeypatch.setattr(request_bodies, "FIRST_S", 0.3)
         answer = answer_to(url, head)
     assert answer.startswith(b"HTTP/1.1 408 ")
     assert b"connection: close" in answer

@@ -16,7 +16,7 @@ import requests
 import schemathesis
 from schemathesis.engine import Status, events, from_schema
 
-from comfy_worker.gateway.middleware import OPEN_PATHS
+from comfy_worker.gateway.http.middleware import OPEN_PATHS
 from tests.support.comfyui import ComfyUI, emulator
 from tests.support.patience import TIMEOUT_S
 from tests.support.running import wait_until

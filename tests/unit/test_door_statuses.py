@@ -14,8 +14,8 @@ from fastapi.testclient import TestClient
 
 from comfy_worker.gateway.answers import EXAMPLE_JOB
 from comfy_worker.gateway.app import create_app
-from comfy_worker.gateway.auth import Keys
-from comfy_worker.gateway.limits import RUN_LIMIT
+from comfy_worker.gateway.http.auth import Keys
+from comfy_worker.gateway.http.limits import RUN_LIMIT
 from comfy_worker.gateway.settings import load_gateway_settings
 from tests.support.gateway import gateway
 from tests.support.ports import silent_port

@@ -13,15 +13,15 @@ from comfy_worker.catalog.library import Library
 from comfy_worker.catalog.template import expand
 from comfy_worker.errors import InternalError, InvalidInput
 from comfy_worker.gateway.answers import RunRequest
-from comfy_worker.gateway.bodies import parse_body, warnings_of
 from comfy_worker.gateway.doors import catalog_words, generate_results, tasks
 from comfy_worker.gateway.doors.batch import said_of_cancelling
 from comfy_worker.gateway.doors.catalog import ExecuteRequest
 from comfy_worker.gateway.doors.generate_words import GenerateRequest, runpod_request
 from comfy_worker.gateway.doors.tasks import TaskRequest, backend_at
 from comfy_worker.gateway.doors.workflow_requests import template_of
+from comfy_worker.gateway.http.error_responses import body_of, envelope
+from comfy_worker.gateway.http.request_validation import parse_body, warnings_of
 from comfy_worker.gateway.jobs.assets import AssetStore
-from comfy_worker.gateway.problems import body_of, envelope
 from comfy_worker.job.payload import parse_job
 from tests.support.graphs import picture
 from tests.support.patience import on_this_machine

@@ -16,9 +16,9 @@ from fastapi.testclient import TestClient
 
 from comfy_worker.gateway.answers import EXAMPLE_JOB
 from comfy_worker.gateway.app import create_app
-from comfy_worker.gateway.auth import Keys
-from comfy_worker.gateway.jsonlogs import JsonFormatter, about_job
-from comfy_worker.gateway.limits import RUN_LIMIT
+from comfy_worker.gateway.http.auth import Keys
+from comfy_worker.gateway.http.limits import RUN_LIMIT
+from comfy_worker.gateway.json_logs import JsonFormatter, about_job
 from comfy_worker.gateway.settings import load_gateway_settings
 from tests.support.ports import silent_port
 
@@ -86,7 +86,7 @@ def test_the_keys_of_one_name_are_counted_together(make: Make) -> None:
 
 def test_a_requests_line_in_the_log_has_the_name_of_its_key(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     client = make(keys=("alice:s3cret", "b"))
-    with caplog.at_level(logging.INFO, "comfy_worker.gateway.middleware"):
+    with caplog.at_level(logging.INFO, "comfy_worker.gateway.http.middleware"):
         client.get("/status/x", headers={"Authorization": "Bearer s3cret"})
         client.get("/status/x", headers={"Authorization": "Bearer wrong"})
     known, unknown = [record for record in caplog.records if "status/x" in record.getMessage()]
@@ -215,7 +215,7 @@ def test_a_log_line_as_json_has_the_job_and_no_secret() -> None:
 
 
 def test_lines_within_a_job_carry_its_id(caplog: pytest.LogCaptureFixture) -> None:
-    from comfy_worker.gateway.jsonlogs import _add_job_id
+    from comfy_worker.gateway.json_logs import _add_job_id
 
     record = logging.LogRecord("comfy", logging.INFO, __file__, 1, "x", (), None)
     with about_job("job-2"):

@@ -9,7 +9,7 @@ from typing import Any
 
 from sse_starlette import ServerSentEvent
 
-from comfy_worker.gateway.event_stream import EventStream
+from comfy_worker.gateway.http.event_stream import EventStream
 
 STREAMS = 50
 MOST_EACH = 50

@@ -10,7 +10,7 @@ from contextlib import ExitStack, closing
 
 import pytest
 
-from comfy_worker.gateway.fair_loop import _AT_ONCE, FairSelector, Group
+from comfy_worker.gateway.http.fair_event_loop import _AT_ONCE, FairSelector, Group
 
 MANY = 5 * _AT_ONCE
 

@@ -15,8 +15,8 @@ from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.testclient import WebSocketDenialResponse
 
 from comfy_worker.gateway.app import create_app
-from comfy_worker.gateway.auth import Keys
-from comfy_worker.gateway.middleware import OPEN_PATHS
+from comfy_worker.gateway.http.auth import Keys
+from comfy_worker.gateway.http.middleware import OPEN_PATHS
 from comfy_worker.gateway.settings import load_gateway_settings
 from tests.support.ports import silent_port
 

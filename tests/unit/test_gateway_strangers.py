@@ -16,13 +16,13 @@ from starlette.websockets import WebSocketDisconnect
 from comfy_worker.errors import InvalidInput
 from comfy_worker.gateway.answers import EXAMPLE_JOB
 from comfy_worker.gateway.app import create_app
-from comfy_worker.gateway.auth import Keys
-from comfy_worker.gateway.hosts import check_host
+from comfy_worker.gateway.http.auth import Keys
+from comfy_worker.gateway.http.hosts import check_host
+from comfy_worker.gateway.http.stream_limits import Streams, TooManyStreams, is_stream
+from comfy_worker.gateway.http.wrong_keys import TooManyWrongKeys, WrongKeys
 from comfy_worker.gateway.jobs.service import JobService
 from comfy_worker.gateway.settings import load_gateway_settings
 from comfy_worker.gateway.store.database import connect
-from comfy_worker.gateway.streams import Streams, TooManyStreams, is_stream
-from comfy_worker.gateway.wrong_keys import TooManyWrongKeys, WrongKeys
 from tests.support.ports import silent_port
 
 KEY = {"Authorization": "Bearer key"}

@@ -7,7 +7,7 @@ from collections.abc import MutableSequence
 
 from comfy_worker.gateway.events.bus import PROGRESS, LocalEventBus
 from comfy_worker.gateway.events.fair_scheduling import _AT_A_TIME, _AT_ONCE
-from comfy_worker.gateway.streams import begins_at_once, opening
+from comfy_worker.gateway.http.stream_limits import begins_at_once, opening
 
 LISTENERS = 500
 

@@ -23,9 +23,9 @@ from comfy_worker.errors import (
 from comfy_worker.gateway.doors.generate_results import Following, ended, files_of, http_status, result_of
 from comfy_worker.gateway.doors.generate_words import check_source, runpod_request
 from comfy_worker.gateway.events.bus import PREVIEW, PROGRESS, STATUS, Event
+from comfy_worker.gateway.http.limits import RUNSYNC_LIMIT
 from comfy_worker.gateway.jobs.assets import AssetStore, with_urls
 from comfy_worker.gateway.jobs.queue_position import Place
-from comfy_worker.gateway.limits import RUNSYNC_LIMIT
 from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.types import JobState
 

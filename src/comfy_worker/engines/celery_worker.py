@@ -30,12 +30,12 @@ from comfy_worker.engines.runner import Runner, take_out
 from comfy_worker.engines.telling import Telling
 from comfy_worker.engines.waiting import Waiting
 from comfy_worker.errors import ComfyUnreachable
-from comfy_worker.gateway.auth import is_loopback, kept_secret
 from comfy_worker.gateway.errors import DatabaseUnavailable
 from comfy_worker.gateway.events.redis_bus import RedisEventBus
+from comfy_worker.gateway.http.auth import is_loopback, kept_secret
 from comfy_worker.gateway.jobs.assets import AssetStore
 from comfy_worker.gateway.jobs.progress_webhooks import ProgressWebhooks
-from comfy_worker.gateway.jsonlogs import about_job
+from comfy_worker.gateway.json_logs import about_job
 from comfy_worker.gateway.settings import GatewaySettings
 from comfy_worker.gateway.store.database import connect as connect_database
 from comfy_worker.gateway.store.database import patiently

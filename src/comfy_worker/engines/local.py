@@ -32,7 +32,7 @@ from comfy_worker.gateway.events.bus import PROGRESS, STATUS, EventBus
 from comfy_worker.gateway.jobs.assets import AssetStore
 from comfy_worker.gateway.jobs.progress_webhooks import ProgressWebhooks
 from comfy_worker.gateway.jobs.queue_position import Place
-from comfy_worker.gateway.jsonlogs import about_job
+from comfy_worker.gateway.json_logs import about_job
 from comfy_worker.gateway.settings import GatewaySettings
 from comfy_worker.gateway.store.database import patiently
 from comfy_worker.gateway.store.job_store import Store, moment

@@ -35,7 +35,7 @@ from comfy_worker.gateway.errors import DatabaseUnavailable
 from comfy_worker.gateway.events.bus import PROGRESS, STATUS, EventBus
 from comfy_worker.gateway.jobs.assets import AssetStore
 from comfy_worker.gateway.jobs.progress_webhooks import ProgressWebhooks, Tell
-from comfy_worker.gateway.jsonlogs import about_job
+from comfy_worker.gateway.json_logs import about_job
 from comfy_worker.gateway.store.job_store import Store, moment
 from comfy_worker.gateway.store.progress_writer import ProgressNotes
 from comfy_worker.gateway.store.records import JobRecord, ProgressNote

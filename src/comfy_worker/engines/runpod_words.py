@@ -17,7 +17,7 @@ from comfy_worker.errors import (
     redact_all,
 )
 from comfy_worker.gateway.errors import RequestTooLarge
-from comfy_worker.gateway.limits import MB, RUN_LIMIT
+from comfy_worker.gateway.http.limits import MB, RUN_LIMIT
 from comfy_worker.gateway.store.records import NORMAL_PRIORITY, JobRecord
 from comfy_worker.job.envelope import read_input
 from comfy_worker.job.payload import split_failure

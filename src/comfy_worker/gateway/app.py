@@ -19,9 +19,7 @@ from starlette.exceptions import HTTPException
 from comfy_worker import __version__
 from comfy_worker.errors import InternalError, InvalidInput, WorkerError
 from comfy_worker.gateway import live
-from comfy_worker.gateway.auth import Guard, Keys
 from comfy_worker.gateway.container import Gateway
-from comfy_worker.gateway.docs_page import add_docs
 from comfy_worker.gateway.doors import (
     batch,
     catalog,
@@ -36,15 +34,17 @@ from comfy_worker.gateway.doors import (
 )
 from comfy_worker.gateway.doors.parts import Parts
 from comfy_worker.gateway.errors import NotFound
+from comfy_worker.gateway.http.auth import Guard, Keys
+from comfy_worker.gateway.http.docs_page import add_docs
+from comfy_worker.gateway.http.error_responses import problem_body
+from comfy_worker.gateway.http.limits import RateLimits
+from comfy_worker.gateway.http.middleware import Gate, Outside, answer_error
+from comfy_worker.gateway.http.openapi import describe, methods_at
+from comfy_worker.gateway.http.request_bodies import Unread
+from comfy_worker.gateway.http.stream_limits import Streams
+from comfy_worker.gateway.http.wrong_keys import WrongKeys
 from comfy_worker.gateway.jobs.metrics import GatewayCollector, make_registry
-from comfy_worker.gateway.limits import RateLimits
-from comfy_worker.gateway.middleware import Gate, Outside, answer_error
-from comfy_worker.gateway.openapi import describe, methods_at
-from comfy_worker.gateway.problems import problem_body
 from comfy_worker.gateway.settings import GatewaySettings
-from comfy_worker.gateway.streams import Streams
-from comfy_worker.gateway.uploads import Unread
-from comfy_worker.gateway.wrong_keys import WrongKeys
 from comfy_worker.modifiers import Modifiers
 
 log = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from fastapi import FastAPI
 from starlette.types import Receive, Scope, Send
 from uvicorn.main import main as uvicorn_command
 
-from comfy_worker.gateway.server import Ending
+from comfy_worker.gateway.http.server import Ending
 from comfy_worker.signals import END_SIGNALS
 
 _EVERYWHERE = "0.0.0.0"  # noqa: S104 - nothing listens on it: it stands for an address that is not known

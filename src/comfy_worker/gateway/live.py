@@ -14,12 +14,12 @@ from sse_starlette import ServerSentEvent
 
 from comfy_worker.gateway.answers import JOB_ID, problems
 from comfy_worker.gateway.errors import DatabaseUnavailable, NotFound
-from comfy_worker.gateway.event_stream import EventStream
 from comfy_worker.gateway.events.bus import PREVIEW, PROGRESS, STATUS, Event
+from comfy_worker.gateway.http.event_stream import EventStream
+from comfy_worker.gateway.http.middleware import answer_error
+from comfy_worker.gateway.http.websockets import PATIENCE_S, tell
 from comfy_worker.gateway.jobs.service import JobService
-from comfy_worker.gateway.middleware import answer_error
 from comfy_worker.gateway.store.records import JobRecord
-from comfy_worker.gateway.websockets import PATIENCE_S, tell
 from comfy_worker.types import JobState
 
 _KEEP_ALIVE_S = 15

@@ -14,7 +14,6 @@ from starlette.concurrency import run_in_threadpool
 from comfy_worker.catalog.library import Library
 from comfy_worker.errors import InvalidInput
 from comfy_worker.gateway.answers import JOB_ID, Answer, DetailedProblem, problems, request_body
-from comfy_worker.gateway.bodies import read_body, warnings_of
 from comfy_worker.gateway.doors.parts import Parts
 from comfy_worker.gateway.doors.workflow_graph import with_inputs, with_seed
 from comfy_worker.gateway.doors.workflow_requests import (
@@ -35,6 +34,7 @@ from comfy_worker.gateway.doors.workflow_words import (
     WorkflowState,
 )
 from comfy_worker.gateway.errors import NotFound, RequestTooLarge
+from comfy_worker.gateway.http.request_validation import read_body, warnings_of
 from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.job.payload import parse_job
 from comfy_worker.types import JobState

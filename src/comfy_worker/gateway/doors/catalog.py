@@ -15,7 +15,6 @@ from starlette.concurrency import run_in_threadpool
 
 from comfy_worker.catalog.entry import Entry
 from comfy_worker.gateway.answers import JOB_ID, Answer, EnvelopedProblem, problems, request_body
-from comfy_worker.gateway.bodies import read_body, warnings_of
 from comfy_worker.gateway.doors import catalog_answers as answers
 from comfy_worker.gateway.doors.catalog_words import (
     JOB_PREFIX,
@@ -37,10 +36,11 @@ from comfy_worker.gateway.errors import (
     WorkflowNotFound,
 )
 from comfy_worker.gateway.events.bus import PREVIEW
+from comfy_worker.gateway.http.middleware import answer_error
+from comfy_worker.gateway.http.request_validation import read_body, warnings_of
+from comfy_worker.gateway.http.websockets import tell
 from comfy_worker.gateway.jobs.signed_links import IMAGES_PATH
-from comfy_worker.gateway.middleware import answer_error
 from comfy_worker.gateway.store.records import JobRecord
-from comfy_worker.gateway.websockets import tell
 from comfy_worker.types import JobState
 
 DOOR = "catalog"

@@ -11,9 +11,9 @@ from typing import Any
 
 from comfy_worker.catalog.entry import Entry
 from comfy_worker.gateway.doors.outputs import files_by_kind
+from comfy_worker.gateway.http.error_responses import envelope
 from comfy_worker.gateway.jobs.signed_links import IMAGES_PATH
 from comfy_worker.gateway.jobs.webhook_formats import WebhookParts, WebhookWords
-from comfy_worker.gateway.problems import envelope
 from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.types import JobState, Kind
 

@@ -18,7 +18,6 @@ from sse_starlette import ServerSentEvent
 from starlette.concurrency import run_in_threadpool
 
 from comfy_worker.gateway.answers import JOB_ID, Answer, DetailedProblem, problems, request_body
-from comfy_worker.gateway.bodies import read_body, warnings_of
 from comfy_worker.gateway.doors.generate_page import readme_page
 from comfy_worker.gateway.doors.generate_results import (
     Following,
@@ -40,8 +39,9 @@ from comfy_worker.gateway.doors.generate_words import (
 )
 from comfy_worker.gateway.doors.parts import Parts, queue_sizes
 from comfy_worker.gateway.errors import DatabaseUnavailable, DuplicateRequest, NotFound
-from comfy_worker.gateway.event_stream import EventStream
-from comfy_worker.gateway.leaving import while_connected
+from comfy_worker.gateway.http.client_disconnect import while_connected
+from comfy_worker.gateway.http.event_stream import EventStream
+from comfy_worker.gateway.http.request_validation import read_body, warnings_of
 from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.job.payload import input_warnings
 from comfy_worker.modifiers import apply, randomized

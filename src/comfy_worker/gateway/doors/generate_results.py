@@ -11,11 +11,11 @@ from pydantic import BaseModel, Field
 from comfy_worker.errors import Cancelled, ExecutionFailed, WorkerError, all_errors
 from comfy_worker.gateway.doors.outputs import kind_of, path_in_job
 from comfy_worker.gateway.events.bus import PROGRESS, STATUS, Event
+from comfy_worker.gateway.http.limits import RUNSYNC_LIMIT
 from comfy_worker.gateway.jobs.assets import AssetStore, with_urls
 from comfy_worker.gateway.jobs.queue_position import Place
 from comfy_worker.gateway.jobs.signed_links import PATH
 from comfy_worker.gateway.jobs.webhook_formats import WebhookParts, WebhookWords
-from comfy_worker.gateway.limits import RUNSYNC_LIMIT
 from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.types import JobState, Kind, Stage
 

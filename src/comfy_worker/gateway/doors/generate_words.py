@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool
 
 from comfy_worker.errors import InvalidInput
 from comfy_worker.gateway.answers import EXAMPLE_JOB, BucketConfig, Policy
-from comfy_worker.gateway.bodies import RUNPODS_FIELDS
+from comfy_worker.gateway.http.request_validation import RUNPODS_FIELDS
 
 _OWN_FIELDS = ("request_id", "modifier", "modifications", "workflow_json", "return_outputs_as_base64", "s3", "webhook")
 _OTHERS_FIELDS = ("workflow", "template")

@@ -16,12 +16,12 @@ from comfy_worker.gateway.callers import has_caller
 from comfy_worker.gateway.doors.outputs import link_elsewhere
 from comfy_worker.gateway.doors.parts import Parts
 from comfy_worker.gateway.errors import NotFound
+from comfy_worker.gateway.http.ping import PATH as PING_PATH
+from comfy_worker.gateway.http.ping import Readiness
 from comfy_worker.gateway.jobs.assets import AssetStore, no_such_file
 from comfy_worker.gateway.jobs.metrics import Cached
 from comfy_worker.gateway.jobs.service import JobService
 from comfy_worker.gateway.jobs.signed_links import IMAGES_PATH, PATH, AssetLinks
-from comfy_worker.gateway.ping import PATH as PING_PATH
-from comfy_worker.gateway.ping import Readiness
 from comfy_worker.media.probe import mime_type_of_name
 
 Responses = dict[int | str, dict[str, Any]]

@@ -25,14 +25,14 @@ from comfy_worker.gateway.answers import (
     problems,
     request_body,
 )
-from comfy_worker.gateway.bodies import read_body
 from comfy_worker.gateway.callers import current_caller
 from comfy_worker.gateway.cursors import Cursor, make_cursors
 from comfy_worker.gateway.doors.parts import Parts, away, queue_sizes
 from comfy_worker.gateway.errors import NotFound
 from comfy_worker.gateway.events.bus import PROGRESS, Event
-from comfy_worker.gateway.leaving import while_connected
-from comfy_worker.gateway.limits import MB, RUN_LIMIT, RUNSYNC_LIMIT
+from comfy_worker.gateway.http.client_disconnect import while_connected
+from comfy_worker.gateway.http.limits import MB, RUN_LIMIT, RUNSYNC_LIMIT
+from comfy_worker.gateway.http.request_validation import read_body
 from comfy_worker.gateway.store.records import JobRecord, has_output, status_body
 from comfy_worker.types import JobState, Kind
 

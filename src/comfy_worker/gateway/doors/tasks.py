@@ -24,10 +24,10 @@ from comfy_worker.gateway.answers import (
     problems,
     request_body,
 )
-from comfy_worker.gateway.auth import is_loopback
-from comfy_worker.gateway.bodies import RUNPODS_FIELDS, read_body, warnings_of
 from comfy_worker.gateway.doors.outputs import files_by_kind
 from comfy_worker.gateway.doors.parts import Parts
+from comfy_worker.gateway.http.auth import is_loopback
+from comfy_worker.gateway.http.request_validation import RUNPODS_FIELDS, read_body, warnings_of
 from comfy_worker.gateway.jobs.service import JobService
 from comfy_worker.gateway.jobs.webhook_formats import WebhookParts, WebhookWords
 from comfy_worker.gateway.store.records import LOW_PRIORITY, NORMAL_PRIORITY, JobRecord

@@ -13,11 +13,11 @@ from comfy_worker.catalog.entry import Entry
 from comfy_worker.comfy.client import ComfyClient
 from comfy_worker.errors import InvalidInput, MissingModels
 from comfy_worker.gateway.answers import Answer, DetailedProblem, problems, request_body
-from comfy_worker.gateway.bodies import read_body, warnings_of
 from comfy_worker.gateway.doors.parts import Parts
 from comfy_worker.gateway.doors.workflow_requests import check_comfyui, input_of, submit
 from comfy_worker.gateway.doors.workflow_words import STATES, SubmitAnswer, VideoRequest
 from comfy_worker.gateway.errors import NoComfyUI
+from comfy_worker.gateway.http.request_validation import read_body, warnings_of
 
 TEMPLATE = "text-to-video-hunyuan"
 """The named workflow that makes the video."""

@@ -10,7 +10,6 @@ from fastapi import APIRouter, Path, Request, WebSocket
 from starlette.concurrency import run_in_threadpool
 
 from comfy_worker.gateway.answers import JOB_ID, Answer, DetailedProblem, problems, request_body
-from comfy_worker.gateway.bodies import read_body, warnings_of
 from comfy_worker.gateway.doors.parts import Parts
 from comfy_worker.gateway.doors.workflow_requests import (
     cache_key_of,
@@ -30,9 +29,10 @@ from comfy_worker.gateway.doors.workflow_words import (
 )
 from comfy_worker.gateway.errors import DatabaseUnavailable, NotFound, NotImplementedYet
 from comfy_worker.gateway.events.bus import PREVIEW, STATUS
-from comfy_worker.gateway.middleware import answer_error
+from comfy_worker.gateway.http.middleware import answer_error
+from comfy_worker.gateway.http.request_validation import read_body, warnings_of
+from comfy_worker.gateway.http.websockets import tell
 from comfy_worker.gateway.store.records import JobRecord
-from comfy_worker.gateway.websockets import tell
 from comfy_worker.types import JobState
 
 PromptId = Annotated[str, Path(pattern=JOB_ID)]

@@ -22,17 +22,17 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.config import STARTUP_FAILURE
 from uvicorn.supervisors import ChangeReload
 
-from comfy_worker.gateway.connections import (
+from comfy_worker.gateway.http.connections import (
     LARGEST_HEAD,
     Connections,
     WatchedState,
     http_protocol,
     websocket_protocol,
 )
-from comfy_worker.gateway.memory import give_large_blocks_back
-from comfy_worker.gateway.ping import OnlyPing
+from comfy_worker.gateway.http.memory_tuning import give_large_blocks_back
+from comfy_worker.gateway.http.ping import OnlyPing
+from comfy_worker.gateway.http.request_bodies import closing
 from comfy_worker.gateway.settings import GatewaySettings
-from comfy_worker.gateway.uploads import closing
 from comfy_worker.signals import END_SIGNALS
 
 log = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ def _config(app: ASGIApp, settings: GatewaySettings, port: int | None) -> uvicor
         host=settings.api_host,
         port=port or 0,
         # uvloop would accept all that wait at once, however many files that opens and however long it takes.
-        loop="comfy_worker.gateway.fair_loop:FairLoop",
+        loop="comfy_worker.gateway.http.fair_event_loop:FairLoop",
         http=http_protocol(),
         ws=websocket_protocol(),
         h11_max_incomplete_event_size=LARGEST_HEAD,

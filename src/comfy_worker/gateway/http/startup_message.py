@@ -6,8 +6,8 @@ import json
 import shlex
 from pathlib import Path
 
-from comfy_worker.gateway.auth import is_loopback
-from comfy_worker.gateway.docs_page import PATH as DOCS
+from comfy_worker.gateway.http.auth import is_loopback
+from comfy_worker.gateway.http.docs_page import PATH as DOCS
 from comfy_worker.gateway.settings import GatewaySettings
 
 KEY_FILE = "api.key"

@@ -9,7 +9,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from comfy_worker.gateway.errors import RequestTooLarge, RequestTooSlow
-from comfy_worker.gateway.limits import RUNSYNC_LIMIT, body_limit
+from comfy_worker.gateway.http.limits import RUNSYNC_LIMIT, body_limit
 
 HAS_KEY = "has_key"
 """In the state of a request whose key is right."""

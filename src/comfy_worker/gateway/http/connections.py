@@ -19,10 +19,10 @@ from uvicorn.protocols.websockets.auto import AutoWebSocketsProtocol
 from uvicorn.server import ServerState
 
 from comfy_worker.errors import InvalidInput
-from comfy_worker.gateway.fair_loop import Group, assign
-from comfy_worker.gateway.hosts import network_of
+from comfy_worker.gateway.http.fair_event_loop import Group, assign
+from comfy_worker.gateway.http.hosts import network_of
+from comfy_worker.gateway.http.stream_limits import is_stream
 from comfy_worker.gateway.settings import GatewaySettings
-from comfy_worker.gateway.streams import is_stream
 
 log = logging.getLogger(__name__)
 

@@ -13,16 +13,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
 from comfy_worker.errors import WorkerError
-from comfy_worker.gateway.auth import Guard
 from comfy_worker.gateway.callers import Caller, acting
 from comfy_worker.gateway.errors import WrongKey
-from comfy_worker.gateway.hosts import check_host, network_of
+from comfy_worker.gateway.http.auth import Guard
+from comfy_worker.gateway.http.error_responses import body_of
+from comfy_worker.gateway.http.hosts import check_host, network_of
+from comfy_worker.gateway.http.limits import RateLimits, TooOften
+from comfy_worker.gateway.http.request_bodies import HAS_KEY, paced
+from comfy_worker.gateway.http.stream_limits import Streams, begins_at_once, is_stream, opening
+from comfy_worker.gateway.http.wrong_keys import TooManyWrongKeys, WrongKeys
 from comfy_worker.gateway.jobs.signed_links import SIGNED_PATHS
-from comfy_worker.gateway.limits import RateLimits, TooOften
-from comfy_worker.gateway.problems import body_of
-from comfy_worker.gateway.streams import Streams, begins_at_once, is_stream, opening
-from comfy_worker.gateway.uploads import HAS_KEY, paced
-from comfy_worker.gateway.wrong_keys import TooManyWrongKeys, WrongKeys
 
 log = logging.getLogger(__name__)
 
