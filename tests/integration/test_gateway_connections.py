@@ -21,7 +21,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from comfy_worker.errors import InvalidInput
-from comfy_worker.gateway.answers import EXAMPLE_JOB
+from comfy_worker.gateway.api.schemas import EXAMPLE_JOB
 from comfy_worker.gateway.app import create_app
 from comfy_worker.gateway.http import connections, request_bodies
 from comfy_worker.gateway.http.auth import Keys

@@ -22,7 +22,7 @@ import websocket
 from fastapi import FastAPI
 from PIL import Image
 
-from comfy_worker.gateway import live
+from comfy_worker.gateway.api import events
 from comfy_worker.gateway.app import create_app
 from comfy_worker.gateway.container import Gateway
 from comfy_worker.gateway.events.bus import PROGRESS, STATUS, LocalEventBus
@@ -247,7 +247,7 @@ def test_a_client_that_takes_nothing_for_too_long_is_let_go(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    for module in (live, websockets):
+    for module in (events, websockets):
         monkeypatch.setattr(module, "PATIENCE_S", 0.2)
     caplog.set_level(logging.INFO)
     job_id = hall.job()

@@ -12,7 +12,7 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from comfy_worker.gateway.answers import EXAMPLE_JOB
+from comfy_worker.gateway.api.schemas import EXAMPLE_JOB
 from comfy_worker.gateway.app import create_app
 from comfy_worker.gateway.http.auth import Keys
 from comfy_worker.gateway.http.limits import RUN_LIMIT

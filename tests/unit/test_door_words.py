@@ -12,13 +12,15 @@ from pydantic import BaseModel, ConfigDict
 from comfy_worker.catalog.library import Library
 from comfy_worker.catalog.template import expand
 from comfy_worker.errors import InternalError, InvalidInput
-from comfy_worker.gateway.answers import RunRequest
-from comfy_worker.gateway.doors import catalog_words, generate_results, tasks
-from comfy_worker.gateway.doors.batch import said_of_cancelling
-from comfy_worker.gateway.doors.catalog import ExecuteRequest
-from comfy_worker.gateway.doors.generate_words import GenerateRequest, runpod_request
-from comfy_worker.gateway.doors.tasks import TaskRequest, backend_at
-from comfy_worker.gateway.doors.workflow_requests import template_of
+from comfy_worker.gateway.api.catalog import mapping as catalog_words
+from comfy_worker.gateway.api.catalog.routes import ExecuteRequest
+from comfy_worker.gateway.api.generate import mapping as generate_results
+from comfy_worker.gateway.api.generate.requests import GenerateRequest, runpod_request
+from comfy_worker.gateway.api.schemas import RunRequest
+from comfy_worker.gateway.api.task import routes as tasks
+from comfy_worker.gateway.api.task.routes import TaskRequest, backend_at
+from comfy_worker.gateway.api.workflow.batch import said_of_cancelling
+from comfy_worker.gateway.api.workflow.requests import template_of
 from comfy_worker.gateway.http.error_responses import body_of, envelope
 from comfy_worker.gateway.http.request_validation import parse_body, warnings_of
 from comfy_worker.gateway.jobs.assets import AssetStore

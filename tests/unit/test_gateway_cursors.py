@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from fastapi.testclient import TestClient
 
+from comfy_worker.gateway.api.runpod.stream_cursors import Cursor, Cursors, LocalCursors, RedisCursors
 from comfy_worker.gateway.app import create_app
 from comfy_worker.gateway.container import Gateway
-from comfy_worker.gateway.cursors import Cursor, Cursors, LocalCursors, RedisCursors
 from comfy_worker.gateway.events.bus import PROGRESS
 from comfy_worker.gateway.http.auth import Keys
 from comfy_worker.gateway.jobs.retention import Upkeep

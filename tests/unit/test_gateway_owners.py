@@ -13,7 +13,7 @@ import pytest
 from fastapi.testclient import TestClient
 from starlette.testclient import WebSocketDenialResponse
 
-from comfy_worker.gateway.answers import EXAMPLE_JOB
+from comfy_worker.gateway.api.schemas import EXAMPLE_JOB
 from comfy_worker.gateway.app import create_app
 from comfy_worker.gateway.callers import ANYONE, acting
 from comfy_worker.gateway.container import Gateway

@@ -14,7 +14,7 @@ from limits import parse
 from starlette.websockets import WebSocketDisconnect
 
 from comfy_worker.errors import InvalidInput
-from comfy_worker.gateway.answers import EXAMPLE_JOB
+from comfy_worker.gateway.api.schemas import EXAMPLE_JOB
 from comfy_worker.gateway.app import create_app
 from comfy_worker.gateway.http.auth import Keys
 from comfy_worker.gateway.http.hosts import check_host

@@ -20,8 +20,8 @@ from comfy_worker.errors import (
     WorkerError,
     all_errors,
 )
-from comfy_worker.gateway.doors.generate_results import Following, ended, files_of, http_status, result_of
-from comfy_worker.gateway.doors.generate_words import check_source, runpod_request
+from comfy_worker.gateway.api.generate.mapping import Following, ended, files_of, http_status, result_of
+from comfy_worker.gateway.api.generate.requests import check_source, runpod_request
 from comfy_worker.gateway.events.bus import PREVIEW, PROGRESS, STATUS, Event
 from comfy_worker.gateway.http.limits import RUNSYNC_LIMIT
 from comfy_worker.gateway.jobs.assets import AssetStore, with_urls

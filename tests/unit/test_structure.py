@@ -182,7 +182,7 @@ def test_importing_the_handler_is_quick_because_little_is_loaded() -> None:
     assert loaded & late == set()
 
 
-DOORS = "comfy_worker.gateway.doors"
+DOORS = "comfy_worker.gateway.api"
 FAMILIES = {
     "batch": "workflow",
     "video": "workflow",

@@ -16,12 +16,12 @@ from comfy_worker.catalog.entry import make_entry
 from comfy_worker.catalog.library import Library
 from comfy_worker.catalog.versions import MOST_VERSIONS, KeptVersions
 from comfy_worker.errors import InvalidInput, MissingModels, WorkerError
+from comfy_worker.gateway.api.workflow.batch import inputs_of_runs
+from comfy_worker.gateway.api.workflow.graph_edits import with_inputs, with_prompt, with_seed
+from comfy_worker.gateway.api.workflow.requests import cache_key_of, input_of, job_of
+from comfy_worker.gateway.api.workflow.status import status_body
+from comfy_worker.gateway.api.workflow.video import inputs_of, missing_models
 from comfy_worker.gateway.app import create_app
-from comfy_worker.gateway.doors.batch import inputs_of_runs
-from comfy_worker.gateway.doors.video import inputs_of, missing_models
-from comfy_worker.gateway.doors.workflow_graph import with_inputs, with_prompt, with_seed
-from comfy_worker.gateway.doors.workflow_requests import cache_key_of, input_of, job_of
-from comfy_worker.gateway.doors.workflow_status import status_body
 from comfy_worker.gateway.errors import RequestTooLarge
 from comfy_worker.gateway.http.auth import Keys
 from comfy_worker.gateway.jobs.queue_position import Place

@@ -18,21 +18,16 @@ from starlette.exceptions import HTTPException
 
 from comfy_worker import __version__
 from comfy_worker.errors import InternalError, InvalidInput, WorkerError
-from comfy_worker.gateway import live
+from comfy_worker.gateway.api import events, operations
+from comfy_worker.gateway.api.catalog import routes as catalog
+from comfy_worker.gateway.api.dependencies import Parts
+from comfy_worker.gateway.api.generate import routes as generate
+from comfy_worker.gateway.api.runpod import routes as runpod
+from comfy_worker.gateway.api.runpod import webhook
+from comfy_worker.gateway.api.task import routes as tasks
+from comfy_worker.gateway.api.workflow import batch, models, video
+from comfy_worker.gateway.api.workflow import routes as workflow
 from comfy_worker.gateway.container import Gateway
-from comfy_worker.gateway.doors import (
-    batch,
-    catalog,
-    generate,
-    operations,
-    runpod,
-    runpod_webhook,
-    tasks,
-    video,
-    workflow,
-    workflow_models,
-)
-from comfy_worker.gateway.doors.parts import Parts
 from comfy_worker.gateway.errors import NotFound
 from comfy_worker.gateway.http.auth import Guard, Keys
 from comfy_worker.gateway.http.docs_page import add_docs
@@ -81,14 +76,14 @@ def create_app(settings: GatewaySettings, keys: Keys) -> FastAPI:
     app.include_router(tasks.router(parts))
     app.include_router(catalog.router(parts))
     app.include_router(workflow.router(parts))
-    app.include_router(workflow_models.router(parts))
+    app.include_router(models.router(parts))
     app.include_router(video.router(parts))
     app.include_router(batch.router(parts))
-    app.include_router(live.router(gateway.service))
+    app.include_router(events.router(gateway.service))
     app.include_router(generate.router(parts))
     app.include_router(operations.router(parts, registry))
     if settings.engine == "runpod":
-        app.include_router(runpod_webhook.router(gateway.callbacks, gateway.hear_from_runpod))
+        app.include_router(webhook.router(gateway.callbacks, gateway.hear_from_runpod))
     describe(app)
     add_docs(app)
     _answer_errors(app)

@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from starlette.routing import compile_path
 
-from comfy_worker.gateway.answers import PROBLEMS, schemas_of
+from comfy_worker.gateway.api.schemas import PROBLEMS, schemas_of
 from comfy_worker.gateway.http.middleware import OPEN_PATHS
 
 _NEVER_WHERE_OPEN = ("401", "429", "503")

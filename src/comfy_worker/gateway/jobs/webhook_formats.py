@@ -83,7 +83,7 @@ def words_of(door: str) -> WebhookWords:
     """Return the words of a door; RunPod's for one that has none of its own."""
     if door not in _DOORS:
         return RUNPOD
-    words: WebhookWords = import_module(f"comfy_worker.gateway.doors.{_DOORS[door]}").WEBHOOK
+    words: WebhookWords = import_module(f"comfy_worker.gateway.api.{_DOORS[door]}").WEBHOOK
     return words
 
 

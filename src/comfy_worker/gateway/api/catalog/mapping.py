@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from comfy_worker.catalog.entry import Entry
-from comfy_worker.gateway.doors.outputs import files_by_kind
+from comfy_worker.gateway.api.outputs import files_by_kind
 from comfy_worker.gateway.http.error_responses import envelope
 from comfy_worker.gateway.jobs.signed_links import IMAGES_PATH
 from comfy_worker.gateway.jobs.webhook_formats import WebhookParts, WebhookWords

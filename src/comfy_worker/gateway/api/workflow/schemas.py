@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt
 
-from comfy_worker.gateway.answers import EXAMPLE_JOB
+from comfy_worker.gateway.api.schemas import EXAMPLE_JOB
 from comfy_worker.types import JobState
 
 MOST_IN_BATCH = 100

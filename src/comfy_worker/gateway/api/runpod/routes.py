@@ -13,7 +13,9 @@ from starlette.concurrency import run_in_threadpool
 
 from comfy_worker import __version__
 from comfy_worker.errors import OutputTooLarge
-from comfy_worker.gateway.answers import (
+from comfy_worker.gateway.api.dependencies import Parts, away, queue_sizes
+from comfy_worker.gateway.api.runpod.stream_cursors import Cursor, make_cursors
+from comfy_worker.gateway.api.schemas import (
     JOB_ID,
     Answer,
     HealthAnswer,
@@ -26,8 +28,6 @@ from comfy_worker.gateway.answers import (
     request_body,
 )
 from comfy_worker.gateway.callers import current_caller
-from comfy_worker.gateway.cursors import Cursor, make_cursors
-from comfy_worker.gateway.doors.parts import Parts, away, queue_sizes
 from comfy_worker.gateway.errors import NotFound
 from comfy_worker.gateway.events.bus import PROGRESS, Event
 from comfy_worker.gateway.http.client_disconnect import while_connected

@@ -9,16 +9,10 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Path, Request, WebSocket
 from starlette.concurrency import run_in_threadpool
 
-from comfy_worker.gateway.answers import JOB_ID, Answer, DetailedProblem, problems, request_body
-from comfy_worker.gateway.doors.parts import Parts
-from comfy_worker.gateway.doors.workflow_requests import (
-    cache_key_of,
-    check_comfyui,
-    input_of,
-    submit,
-)
-from comfy_worker.gateway.doors.workflow_status import status_of
-from comfy_worker.gateway.doors.workflow_words import (
+from comfy_worker.gateway.api.dependencies import Parts
+from comfy_worker.gateway.api.schemas import JOB_ID, Answer, DetailedProblem, problems, request_body
+from comfy_worker.gateway.api.workflow.requests import cache_key_of, check_comfyui, input_of, submit
+from comfy_worker.gateway.api.workflow.schemas import (
     STATES,
     CancelAnswer,
     SubmitAnswer,
@@ -27,6 +21,7 @@ from comfy_worker.gateway.doors.workflow_words import (
     WorkflowStatus,
     WorkflowVersions,
 )
+from comfy_worker.gateway.api.workflow.status import status_of
 from comfy_worker.gateway.errors import DatabaseUnavailable, NotFound, NotImplementedYet
 from comfy_worker.gateway.events.bus import PREVIEW, STATUS
 from comfy_worker.gateway.http.middleware import answer_error

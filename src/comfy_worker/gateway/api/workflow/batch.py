@@ -13,18 +13,11 @@ from starlette.concurrency import run_in_threadpool
 
 from comfy_worker.catalog.library import Library
 from comfy_worker.errors import InvalidInput
-from comfy_worker.gateway.answers import JOB_ID, Answer, DetailedProblem, problems, request_body
-from comfy_worker.gateway.doors.parts import Parts
-from comfy_worker.gateway.doors.workflow_graph import with_inputs, with_seed
-from comfy_worker.gateway.doors.workflow_requests import (
-    DOOR,
-    check_comfyui,
-    input_of,
-    job_of,
-    template_of,
-)
-from comfy_worker.gateway.doors.workflow_status import status_of
-from comfy_worker.gateway.doors.workflow_words import (
+from comfy_worker.gateway.api.dependencies import Parts
+from comfy_worker.gateway.api.schemas import JOB_ID, Answer, DetailedProblem, problems, request_body
+from comfy_worker.gateway.api.workflow.graph_edits import with_inputs, with_seed
+from comfy_worker.gateway.api.workflow.requests import DOOR, check_comfyui, input_of, job_of, template_of
+from comfy_worker.gateway.api.workflow.schemas import (
     MOST_IN_BATCH,
     STATES,
     BatchAnswer,
@@ -33,6 +26,7 @@ from comfy_worker.gateway.doors.workflow_words import (
     BatchStatus,
     WorkflowState,
 )
+from comfy_worker.gateway.api.workflow.status import status_of
 from comfy_worker.gateway.errors import NotFound, RequestTooLarge
 from comfy_worker.gateway.http.request_validation import read_body, warnings_of
 from comfy_worker.gateway.store.records import JobRecord

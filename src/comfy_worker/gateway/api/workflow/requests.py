@@ -16,8 +16,8 @@ from starlette.concurrency import run_in_threadpool
 from comfy_worker.catalog.library import Library
 from comfy_worker.catalog.template import expand
 from comfy_worker.errors import ComfyUnreachable, InvalidInput
-from comfy_worker.gateway.doors.parts import Parts
-from comfy_worker.gateway.doors.workflow_graph import with_prompt
+from comfy_worker.gateway.api.dependencies import Parts
+from comfy_worker.gateway.api.workflow.graph_edits import with_prompt
 from comfy_worker.gateway.jobs.service import JobService
 from comfy_worker.gateway.settings import GatewaySettings
 from comfy_worker.gateway.store.records import JobRecord

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field, StrictBool
 
 from comfy_worker.errors import InvalidInput
-from comfy_worker.gateway.answers import EXAMPLE_JOB, BucketConfig, Policy
+from comfy_worker.gateway.api.schemas import EXAMPLE_JOB, BucketConfig, Policy
 from comfy_worker.gateway.http.request_validation import RUNPODS_FIELDS
 
 _OWN_FIELDS = ("request_id", "modifier", "modifications", "workflow_json", "return_outputs_as_base64", "s3", "webhook")

@@ -13,10 +13,10 @@ from starlette.concurrency import run_in_threadpool
 
 from comfy_worker.comfy.client import ComfyClient
 from comfy_worker.comfy.disk import remove_file
-from comfy_worker.gateway.answers import Answer, DetailedProblem, problems
+from comfy_worker.gateway.api.dependencies import Parts
+from comfy_worker.gateway.api.schemas import Answer, DetailedProblem, problems
+from comfy_worker.gateway.api.workflow.requests import check_comfyui
 from comfy_worker.gateway.callers import ANYONE, current_caller
-from comfy_worker.gateway.doors.parts import Parts
-from comfy_worker.gateway.doors.workflow_requests import check_comfyui
 from comfy_worker.gateway.errors import Forbidden, NotFound, NotImplementedYet, NotPossible
 from comfy_worker.gateway.jobs.metrics import Cached
 

@@ -14,7 +14,9 @@ from fastapi import APIRouter, Path, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from comfy_worker.errors import InvalidInput
-from comfy_worker.gateway.answers import (
+from comfy_worker.gateway.api.dependencies import Parts
+from comfy_worker.gateway.api.outputs import files_by_kind
+from comfy_worker.gateway.api.schemas import (
     EXAMPLE_JOB,
     JOB_ID,
     Answer,
@@ -24,8 +26,6 @@ from comfy_worker.gateway.answers import (
     problems,
     request_body,
 )
-from comfy_worker.gateway.doors.outputs import files_by_kind
-from comfy_worker.gateway.doors.parts import Parts
 from comfy_worker.gateway.http.auth import is_loopback
 from comfy_worker.gateway.http.request_validation import RUNPODS_FIELDS, read_body, warnings_of
 from comfy_worker.gateway.jobs.service import JobService

@@ -11,10 +11,10 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from starlette.concurrency import run_in_threadpool
 
 from comfy_worker.errors import ComfyUnreachable
-from comfy_worker.gateway.answers import Answer, EnvelopedProblem, FileAnswer, Problem, State, problems
+from comfy_worker.gateway.api.dependencies import Parts
+from comfy_worker.gateway.api.outputs import link_elsewhere
+from comfy_worker.gateway.api.schemas import Answer, EnvelopedProblem, FileAnswer, Problem, State, problems
 from comfy_worker.gateway.callers import has_caller
-from comfy_worker.gateway.doors.outputs import link_elsewhere
-from comfy_worker.gateway.doors.parts import Parts
 from comfy_worker.gateway.errors import NotFound
 from comfy_worker.gateway.http.ping import PATH as PING_PATH
 from comfy_worker.gateway.http.ping import Readiness

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from comfy_worker.errors import Cancelled, ExecutionFailed, WorkerError, all_errors
-from comfy_worker.gateway.doors.outputs import kind_of, path_in_job
+from comfy_worker.gateway.api.outputs import kind_of, path_in_job
 from comfy_worker.gateway.events.bus import PROGRESS, STATUS, Event
 from comfy_worker.gateway.http.limits import RUNSYNC_LIMIT
 from comfy_worker.gateway.jobs.assets import AssetStore, with_urls

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Header, Path, Query, Response, WebSocket
 from sse_starlette import ServerSentEvent
 
-from comfy_worker.gateway.answers import JOB_ID, problems
+from comfy_worker.gateway.api.schemas import JOB_ID, problems
 from comfy_worker.gateway.errors import DatabaseUnavailable, NotFound
 from comfy_worker.gateway.events.bus import PREVIEW, PROGRESS, STATUS, Event
 from comfy_worker.gateway.http.event_stream import EventStream

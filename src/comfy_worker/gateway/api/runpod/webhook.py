@@ -7,7 +7,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path, Query, Request
 
-from comfy_worker.gateway.answers import JOB_ID, Answer
+from comfy_worker.gateway.api.schemas import JOB_ID, Answer
 from comfy_worker.gateway.jobs.signed_links import CALLBACK_PATH, CallbackLinks
 from comfy_worker.strict_json import NotStrictJson, parse_json
 

@@ -12,10 +12,10 @@ from starlette.concurrency import run_in_threadpool
 from comfy_worker.catalog.entry import Entry
 from comfy_worker.comfy.client import ComfyClient
 from comfy_worker.errors import InvalidInput, MissingModels
-from comfy_worker.gateway.answers import Answer, DetailedProblem, problems, request_body
-from comfy_worker.gateway.doors.parts import Parts
-from comfy_worker.gateway.doors.workflow_requests import check_comfyui, input_of, submit
-from comfy_worker.gateway.doors.workflow_words import STATES, SubmitAnswer, VideoRequest
+from comfy_worker.gateway.api.dependencies import Parts
+from comfy_worker.gateway.api.schemas import Answer, DetailedProblem, problems, request_body
+from comfy_worker.gateway.api.workflow.requests import check_comfyui, input_of, submit
+from comfy_worker.gateway.api.workflow.schemas import STATES, SubmitAnswer, VideoRequest
 from comfy_worker.gateway.errors import NoComfyUI
 from comfy_worker.gateway.http.request_validation import read_body, warnings_of
 

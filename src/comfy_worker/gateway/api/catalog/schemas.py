@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from comfy_worker.gateway.answers import EnvelopedProblem
+from comfy_worker.gateway.api.schemas import EnvelopedProblem
 
 
 class Success(BaseModel):

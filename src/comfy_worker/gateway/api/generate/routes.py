@@ -17,9 +17,8 @@ from fastapi.responses import HTMLResponse
 from sse_starlette import ServerSentEvent
 from starlette.concurrency import run_in_threadpool
 
-from comfy_worker.gateway.answers import JOB_ID, Answer, DetailedProblem, problems, request_body
-from comfy_worker.gateway.doors.generate_page import readme_page
-from comfy_worker.gateway.doors.generate_results import (
+from comfy_worker.gateway.api.dependencies import Parts, queue_sizes
+from comfy_worker.gateway.api.generate.mapping import (
     Following,
     GenerateEvent,
     GenerateResult,
@@ -30,14 +29,15 @@ from comfy_worker.gateway.doors.generate_results import (
     http_status,
     result_of,
 )
-from comfy_worker.gateway.doors.generate_words import (
+from comfy_worker.gateway.api.generate.readme_page import readme_page
+from comfy_worker.gateway.api.generate.requests import (
     GenerateRequest,
     check_source,
     fingerprint,
     not_read,
     runpod_request,
 )
-from comfy_worker.gateway.doors.parts import Parts, queue_sizes
+from comfy_worker.gateway.api.schemas import JOB_ID, Answer, DetailedProblem, problems, request_body
 from comfy_worker.gateway.errors import DatabaseUnavailable, DuplicateRequest, NotFound
 from comfy_worker.gateway.http.client_disconnect import while_connected
 from comfy_worker.gateway.http.event_stream import EventStream

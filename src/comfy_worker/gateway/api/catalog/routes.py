@@ -14,9 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
 from comfy_worker.catalog.entry import Entry
-from comfy_worker.gateway.answers import JOB_ID, Answer, EnvelopedProblem, problems, request_body
-from comfy_worker.gateway.doors import catalog_answers as answers
-from comfy_worker.gateway.doors.catalog_words import (
+from comfy_worker.gateway.api.catalog import schemas as answers
+from comfy_worker.gateway.api.catalog.mapping import (
     JOB_PREFIX,
     execution_of,
     iso,
@@ -27,7 +26,8 @@ from comfy_worker.gateway.doors.catalog_words import (
     parameter_of,
     told_of,
 )
-from comfy_worker.gateway.doors.parts import Parts
+from comfy_worker.gateway.api.dependencies import Parts
+from comfy_worker.gateway.api.schemas import JOB_ID, Answer, EnvelopedProblem, problems, request_body
 from comfy_worker.gateway.errors import (
     DatabaseUnavailable,
     DuplicateRequest,

@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from comfy_worker.gateway.doors.outputs import files_by_kind
-from comfy_worker.gateway.doors.parts import Parts
-from comfy_worker.gateway.doors.workflow_words import STATES
+from comfy_worker.gateway.api.dependencies import Parts
+from comfy_worker.gateway.api.outputs import files_by_kind
+from comfy_worker.gateway.api.workflow.schemas import STATES
 from comfy_worker.gateway.jobs.queue_position import Place
 from comfy_worker.gateway.jobs.webhook_formats import WebhookParts, WebhookWords
 from comfy_worker.gateway.store.records import JobRecord
