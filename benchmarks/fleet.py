@@ -17,7 +17,7 @@ import redis
 
 from benchmarks.processes import cpu_s, machine_s, module, parent_of
 from benchmarks.servers import wait_until_it_answers
-from comfy_worker.engines.fleet import Fleet as Known
+from comfy_worker.gateway.engines.celery.fleet import Fleet as Known
 from tests.support.ports import free_port
 from tests.support.postgres import Postgres
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from benchmarks.fleet import Fleet, redis_server
 from benchmarks.overhead import workflow
-from comfy_worker.engines.fleet import Fleet as Known
+from comfy_worker.gateway.engines.celery.fleet import Fleet as Known
 from comfy_worker.gateway.events.bus import PROGRESS
 from comfy_worker.gateway.events.redis_bus import RedisEventBus
 from comfy_worker.gateway.store.database import connect

@@ -247,7 +247,7 @@ def _announce(settings: GatewaySettings, url: str) -> None:
 
 def _work() -> int:
     """Run a fleet's jobs until a signal; return the process's exit code."""
-    from comfy_worker.engines.celery_worker import FleetWorker
+    from comfy_worker.gateway.engines.celery.worker import FleetWorker
     from comfy_worker.gateway.json_logs import configure_gateway_logs
     from comfy_worker.gateway.settings import load_gateway_settings
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from comfy_worker.engines.celery import CeleryEngine
+from comfy_worker.gateway.engines.celery.engine import CeleryEngine
 from comfy_worker.gateway.events.bus import LocalEventBus
 from comfy_worker.gateway.settings import load_gateway_settings
 from comfy_worker.gateway.store.database import connect

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from comfy_worker.engines.backends import Backend, RunningJob
-from comfy_worker.engines.turns import Gate as Turnstile
-from comfy_worker.engines.waiting import Waiting
+from comfy_worker.gateway.engines.backends import Backend, RunningJob
+from comfy_worker.gateway.engines.stage_limits import Gate as Turnstile
+from comfy_worker.gateway.engines.waiting_jobs import Waiting
 from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.settings import load_settings
 from comfy_worker.types import JobState, Stage

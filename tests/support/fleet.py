@@ -11,7 +11,7 @@ from typing import Any
 
 import psycopg
 
-from comfy_worker.engines.fleet import Fleet as Known
+from comfy_worker.gateway.engines.celery.fleet import Fleet as Known
 from tests.support import graphs
 from tests.support.gateway import GatewayProcess
 from tests.support.patience import TIMEOUT_S

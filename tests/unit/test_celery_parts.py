@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comfy_worker.engines.celery_app import make_app, priority_of, queue_of, task_of
-from comfy_worker.engines.celery_worker import known_as
 from comfy_worker.errors import InvalidInput
+from comfy_worker.gateway.engines.celery.app import make_app, priority_of, queue_of, task_of
+from comfy_worker.gateway.engines.celery.worker import known_as
 from comfy_worker.gateway.settings import load_gateway_settings
 from comfy_worker.gateway.store.database import connect
 from comfy_worker.gateway.store.records import LOW_PRIORITY, NORMAL_PRIORITY, JobRecord

@@ -10,9 +10,9 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from comfy_worker.engines.places import InHand, SteadyPlaces, places_of
-from comfy_worker.engines.run_times import RunRecorder, RunTimes
-from comfy_worker.engines.waiting import Queue, Waiting
+from comfy_worker.gateway.engines.queue_estimates import InHand, SteadyPlaces, places_of
+from comfy_worker.gateway.engines.run_times import RunRecorder, RunTimes
+from comfy_worker.gateway.engines.waiting_jobs import Queue, Waiting
 from comfy_worker.gateway.jobs.queue_position import Place
 from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.types import JobState, NodesCached, NodeStarted, Stage

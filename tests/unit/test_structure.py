@@ -194,7 +194,7 @@ FAMILIES = {
 FORBIDDEN_TO_DOORS = {
     "comfy_worker.gateway.store.job_store",
     "comfy_worker.gateway.container",
-    "comfy_worker.engines",
+    "comfy_worker.gateway.engines",
     "sqlalchemy",
 }
 

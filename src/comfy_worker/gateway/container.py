@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from comfy_worker.catalog.library import Library
 from comfy_worker.catalog.versions import KeptVersions
-from comfy_worker.engines.local import LocalEngine
+from comfy_worker.gateway.engines.local import LocalEngine
 from comfy_worker.gateway.events.bus import EventBus, LocalEventBus
 from comfy_worker.gateway.http.auth import kept_secret
 from comfy_worker.gateway.jobs.assets import AssetStore
@@ -27,8 +27,8 @@ from comfy_worker.gateway.store.job_store import Store
 from comfy_worker.gateway.store.progress_writer import ProgressNotes
 
 if TYPE_CHECKING:
-    from comfy_worker.engines.celery import CeleryEngine
-    from comfy_worker.engines.runpod import RunpodEngine
+    from comfy_worker.gateway.engines.celery.engine import CeleryEngine
+    from comfy_worker.gateway.engines.runpod.engine import RunpodEngine
     from comfy_worker.gateway.jobs.peers import Peers
 
 log = logging.getLogger(__name__)
@@ -99,13 +99,13 @@ class Gateway:
     def _make_engine(self, settings: GatewaySettings) -> LocalEngine | RunpodEngine | CeleryEngine:
         if settings.engine == "celery":
             # Loaded late: Celery is an extra of its own.
-            from comfy_worker.engines.celery import CeleryEngine
+            from comfy_worker.gateway.engines.celery.engine import CeleryEngine
 
             return CeleryEngine(self.store, self.bus, settings)
         parts = (self.store, self.bus, self.assets, settings, self._deliveries.progress, self._notes)
         if settings.engine == "runpod":
             # Loaded late: it takes a tenth of the time that a gateway takes to start.
-            from comfy_worker.engines.runpod import RunpodEngine
+            from comfy_worker.gateway.engines.runpod.engine import RunpodEngine
 
             engine = RunpodEngine(*parts, self.callbacks.url)
             self.hear_from_runpod = engine.hear

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from comfy_worker.comfy.client import ComfyClient
-from comfy_worker.engines.runpod_carrier import Carrier, WebhookOf
-from comfy_worker.engines.runpod_claims import Claims, is_claim
-from comfy_worker.engines.runpod_client import SEND_S, RunPodClient
-from comfy_worker.engines.runpod_health import Health
-from comfy_worker.engines.runpod_job import RemoteJob
 from comfy_worker.errors import InvalidInput
+from comfy_worker.gateway.engines.runpod.claims import Claims, is_claim
+from comfy_worker.gateway.engines.runpod.client import SEND_S, RunPodClient
+from comfy_worker.gateway.engines.runpod.health import Health
+from comfy_worker.gateway.engines.runpod.job import RemoteJob
+from comfy_worker.gateway.engines.runpod.remote_job import Carrier, WebhookOf
 from comfy_worker.gateway.errors import DatabaseUnavailable, NoComfyUI
 from comfy_worker.gateway.events.bus import EventBus
 from comfy_worker.gateway.jobs.assets import AssetStore

@@ -14,7 +14,7 @@ from celery.worker import WorkController as Worker
 from celery.worker import state
 from celery.worker.consumer import Consumer
 
-from comfy_worker.engines.celery_app import QUEUE, TASK, make_app, queue_of
+from comfy_worker.gateway.engines.celery.app import QUEUE, TASK, make_app, queue_of
 from comfy_worker.gateway.settings import GatewaySettings
 
 log = logging.getLogger(__name__)

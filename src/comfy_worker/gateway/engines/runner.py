@@ -9,11 +9,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
-from comfy_worker.engines.backends import Backend, RunningJob
-from comfy_worker.engines.patience import Patience
-from comfy_worker.engines.telling import Telling
-from comfy_worker.engines.turns import Gate, JobTurns
-from comfy_worker.engines.waiting import Waiting
 from comfy_worker.errors import (
     Cancelled,
     ComfyCrashed,
@@ -25,6 +20,11 @@ from comfy_worker.errors import (
     UploadFailed,
     WorkerError,
 )
+from comfy_worker.gateway.engines.backends import Backend, RunningJob
+from comfy_worker.gateway.engines.progress_publisher import Telling
+from comfy_worker.gateway.engines.stage_limits import Gate, JobTurns
+from comfy_worker.gateway.engines.store_retry import Patience
+from comfy_worker.gateway.engines.waiting_jobs import Waiting
 from comfy_worker.gateway.errors import DatabaseUnavailable
 from comfy_worker.gateway.events.bus import STATUS, EventBus
 from comfy_worker.gateway.jobs.progress_webhooks import ProgressWebhooks, Tell

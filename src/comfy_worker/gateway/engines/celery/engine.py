@@ -19,14 +19,14 @@ from redis import ConnectionError as RedisConnectionError
 from redis import RedisError
 
 from comfy_worker.comfy.client import ComfyClient
-from comfy_worker.engines.absence import notice_of
-from comfy_worker.engines.backends import EXPIRED
-from comfy_worker.engines.celery_app import QUEUE, make_app, publish, queue_of, task_of
-from comfy_worker.engines.fleet import Fleet
-from comfy_worker.engines.places import InHand, SteadyPlaces, has_moved, places_of
-from comfy_worker.engines.run_times import RunTimes
-from comfy_worker.engines.waiting import Queue, Waiting
 from comfy_worker.errors import ComfyUnreachable, TimedOut
+from comfy_worker.gateway.engines.backends import EXPIRED
+from comfy_worker.gateway.engines.celery.app import QUEUE, make_app, publish, queue_of, task_of
+from comfy_worker.gateway.engines.celery.fleet import Fleet
+from comfy_worker.gateway.engines.queue_estimates import InHand, SteadyPlaces, has_moved, places_of
+from comfy_worker.gateway.engines.run_times import RunTimes
+from comfy_worker.gateway.engines.unreachable import notice_of
+from comfy_worker.gateway.engines.waiting_jobs import Queue, Waiting
 from comfy_worker.gateway.errors import DatabaseUnavailable, NoComfyUI
 from comfy_worker.gateway.events.bus import PROGRESS, STATUS, EventBus
 from comfy_worker.gateway.jobs.queue_position import Place, as_time

@@ -10,8 +10,8 @@ from dataclasses import replace
 from typing import Any
 
 from comfy_worker.comfy.client import ComfyClient
-from comfy_worker.engines.absence import away_since, notice_of
-from comfy_worker.engines.backends import (
+from comfy_worker.errors import ComfyUnreachable, TimedOut, WorkerError
+from comfy_worker.gateway.engines.backends import (
     EXPIRED,
     Backend,
     RunningJob,
@@ -20,13 +20,13 @@ from comfy_worker.engines.backends import (
     stop_late,
     stop_unreachable,
 )
-from comfy_worker.engines.patience import Patience
-from comfy_worker.engines.places import InHand, SteadyPlaces, has_moved, places_of
-from comfy_worker.engines.run_times import RunTimes
-from comfy_worker.engines.runner import Runner, take_out
-from comfy_worker.engines.telling import Telling
-from comfy_worker.engines.waiting import Queue, Waiting
-from comfy_worker.errors import ComfyUnreachable, TimedOut, WorkerError
+from comfy_worker.gateway.engines.progress_publisher import Telling
+from comfy_worker.gateway.engines.queue_estimates import InHand, SteadyPlaces, has_moved, places_of
+from comfy_worker.gateway.engines.run_times import RunTimes
+from comfy_worker.gateway.engines.runner import Runner, take_out
+from comfy_worker.gateway.engines.store_retry import Patience
+from comfy_worker.gateway.engines.unreachable import away_since, notice_of
+from comfy_worker.gateway.engines.waiting_jobs import Queue, Waiting
 from comfy_worker.gateway.errors import DatabaseUnavailable
 from comfy_worker.gateway.events.bus import PROGRESS, STATUS, EventBus
 from comfy_worker.gateway.jobs.assets import AssetStore

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from comfy_worker.engines.runpod_claims import is_claim
+from comfy_worker.gateway.engines.runpod.claims import is_claim
 from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.types import JobState, Stage
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from comfy_worker.engines.backends import Backend
-from comfy_worker.engines.waiting import Waiting
+from comfy_worker.gateway.engines.backends import Backend
+from comfy_worker.gateway.engines.waiting_jobs import Waiting
 from comfy_worker.gateway.jobs.queue_position import as_time
 
 

@@ -20,16 +20,16 @@ from urllib.parse import urlsplit
 from kombu.exceptions import OperationalError
 from redis import RedisError
 
-from comfy_worker.engines.backends import Backend, RunningJob, connect, stop_late, stop_unreachable
-from comfy_worker.engines.celery_app import QUEUE, publish, queue_of
-from comfy_worker.engines.celery_host import CeleryHost, ask_to_end, was_asked_to_end
-from comfy_worker.engines.fleet import Fleet
-from comfy_worker.engines.patience import Patience
-from comfy_worker.engines.run_times import RunTimes
-from comfy_worker.engines.runner import Runner, take_out
-from comfy_worker.engines.telling import Telling
-from comfy_worker.engines.waiting import Waiting
 from comfy_worker.errors import ComfyUnreachable
+from comfy_worker.gateway.engines.backends import Backend, RunningJob, connect, stop_late, stop_unreachable
+from comfy_worker.gateway.engines.celery.app import QUEUE, publish, queue_of
+from comfy_worker.gateway.engines.celery.consumer import CeleryHost, ask_to_end, was_asked_to_end
+from comfy_worker.gateway.engines.celery.fleet import Fleet
+from comfy_worker.gateway.engines.progress_publisher import Telling
+from comfy_worker.gateway.engines.run_times import RunTimes
+from comfy_worker.gateway.engines.runner import Runner, take_out
+from comfy_worker.gateway.engines.store_retry import Patience
+from comfy_worker.gateway.engines.waiting_jobs import Waiting
 from comfy_worker.gateway.errors import DatabaseUnavailable
 from comfy_worker.gateway.events.redis_bus import RedisEventBus
 from comfy_worker.gateway.http.auth import is_loopback, kept_secret

@@ -6,8 +6,8 @@ import heapq
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from comfy_worker.engines.run_times import RunTimes
-from comfy_worker.engines.waiting import Order, Waiting
+from comfy_worker.gateway.engines.run_times import RunTimes
+from comfy_worker.gateway.engines.waiting_jobs import Order, Waiting
 from comfy_worker.gateway.jobs.queue_position import Place
 from comfy_worker.types import Stage
 

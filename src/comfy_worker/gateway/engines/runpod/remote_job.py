@@ -11,16 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from comfy_worker.engines.patience import Patience
-from comfy_worker.engines.runpod_claims import Claims, is_claim
-from comfy_worker.engines.runpod_client import (
-    PlatformAway,
-    PlatformRefused,
-    RunPodClient,
-    UnknownRemoteJob,
-)
-from comfy_worker.engines.runpod_job import RemoteJob
-from comfy_worker.engines.runpod_words import (
+from comfy_worker.errors import InternalError, InvalidInput, TimedOut, WorkerError
+from comfy_worker.gateway.engines.runpod.claims import Claims, is_claim
+from comfy_worker.gateway.engines.runpod.client import PlatformAway, PlatformRefused, RunPodClient, UnknownRemoteJob
+from comfy_worker.gateway.engines.runpod.job import RemoteJob
+from comfy_worker.gateway.engines.runpod.mapping import (
     Outcome,
     keep_files,
     lost,
@@ -30,7 +25,7 @@ from comfy_worker.engines.runpod_words import (
     submission,
     with_warnings,
 )
-from comfy_worker.errors import InternalError, InvalidInput, TimedOut, WorkerError
+from comfy_worker.gateway.engines.store_retry import Patience
 from comfy_worker.gateway.errors import DatabaseUnavailable
 from comfy_worker.gateway.events.bus import PROGRESS, STATUS, EventBus
 from comfy_worker.gateway.jobs.assets import AssetStore

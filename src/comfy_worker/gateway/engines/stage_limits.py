@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 
-from comfy_worker.engines.waiting import Order
+from comfy_worker.gateway.engines.waiting_jobs import Order
 from comfy_worker.job.stage_limits import Turns
 from comfy_worker.stop import Stop
 

@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from comfy_worker.engines.backends import RunningJob
-from comfy_worker.engines.run_times import RunRecorder, RunTimes
+from comfy_worker.gateway.engines.backends import RunningJob
+from comfy_worker.gateway.engines.run_times import RunRecorder, RunTimes
 from comfy_worker.gateway.errors import DatabaseUnavailable
 from comfy_worker.gateway.events.bus import PREVIEW, PROGRESS, STATUS, EventBus
 from comfy_worker.gateway.jobs.progress_webhooks import Tell

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from comfy_worker.engines.run_times import RunRecorder
-from comfy_worker.engines.turns import Gate
-from comfy_worker.engines.waiting import Waiting
 from comfy_worker.errors import TimedOut, WorkerError
+from comfy_worker.gateway.engines.run_times import RunRecorder
+from comfy_worker.gateway.engines.stage_limits import Gate
+from comfy_worker.gateway.engines.waiting_jobs import Waiting
 from comfy_worker.gateway.jobs.assets import AssetStore
 from comfy_worker.gateway.settings import GatewaySettings
 from comfy_worker.gateway.store.records import ProgressNote

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from comfy_worker.engines.runpod_client import PlatformAway, PlatformRefused, RunPodClient
+from comfy_worker.gateway.engines.runpod.client import PlatformAway, PlatformRefused, RunPodClient
 
 log = logging.getLogger(__name__)
 
