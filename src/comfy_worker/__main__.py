@@ -203,8 +203,8 @@ def _make_app(settings: GatewaySettings) -> FastAPI:
 
 
 def _load_app(settings: GatewaySettings) -> FastAPI:
+    from comfy_worker.gateway.api_keys import Keys, read_hashes
     from comfy_worker.gateway.app import create_app
-    from comfy_worker.gateway.http.auth import Keys, read_hashes
     from comfy_worker.gateway.json_logs import configure_gateway_logs
 
     _make_data_dir(settings)
@@ -305,7 +305,7 @@ def _make_data_dir(settings: GatewaySettings) -> None:
 
 def _own_key(settings: GatewaySettings) -> str | None:
     """Return a key for a gateway that others than this machine can reach; when it is made, it is printed."""
-    from comfy_worker.gateway.http.auth import is_loopback, kept_secret
+    from comfy_worker.gateway.api_keys import is_loopback, kept_secret
     from comfy_worker.gateway.http.startup_message import KEY_FILE
 
     if is_loopback(settings.api_host):

@@ -14,7 +14,7 @@ import requests
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from comfy_worker.gateway.http.auth import split_name
+from comfy_worker.gateway.api_keys import split_name
 from tests.support import compose
 from tests.support.container import Container
 from tests.support.graphs import picture

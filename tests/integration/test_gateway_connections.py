@@ -22,9 +22,9 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from comfy_worker.errors import InvalidInput
 from comfy_worker.gateway.api.schemas import EXAMPLE_JOB
+from comfy_worker.gateway.api_keys import Keys
 from comfy_worker.gateway.app import create_app
 from comfy_worker.gateway.http import connections, request_bodies
-from comfy_worker.gateway.http.auth import Keys
 from comfy_worker.gateway.http.connections import connection_limits
 from comfy_worker.gateway.http.fair_event_loop import FairLoop, Group
 from comfy_worker.gateway.http.hosts import network_of

@@ -21,9 +21,9 @@ import pytest
 from fastapi.testclient import TestClient
 
 from comfy_worker.errors import InvalidInput
+from comfy_worker.gateway.api_keys import Keys
 from comfy_worker.gateway.app import create_app
 from comfy_worker.gateway.container import Gateway
-from comfy_worker.gateway.http.auth import Keys
 from comfy_worker.gateway.settings import load_gateway_settings
 from comfy_worker.job.input_files import FAILED
 from tests.support.comfyui import emulator

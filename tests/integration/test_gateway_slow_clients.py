@@ -23,11 +23,11 @@ from fastapi import FastAPI
 from PIL import Image
 
 from comfy_worker.gateway.api import events
+from comfy_worker.gateway.api_keys import Keys
 from comfy_worker.gateway.app import create_app
 from comfy_worker.gateway.container import Gateway
 from comfy_worker.gateway.events.bus import PROGRESS, STATUS, LocalEventBus
 from comfy_worker.gateway.http import websockets
-from comfy_worker.gateway.http.auth import Keys
 from comfy_worker.gateway.settings import load_gateway_settings
 from tests.support.comfyui import emulator
 from tests.support.graphs import node, picture

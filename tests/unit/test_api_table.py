@@ -10,8 +10,8 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from starlette.routing import WebSocketRoute
 
+from comfy_worker.gateway.api_keys import Keys
 from comfy_worker.gateway.app import create_app
-from comfy_worker.gateway.http.auth import Keys
 from comfy_worker.gateway.settings import load_gateway_settings
 from tests.support.api_table import Row, is_there, page, rows
 from tests.support.processes import ROOT

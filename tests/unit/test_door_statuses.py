@@ -13,8 +13,8 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from comfy_worker.gateway.api.schemas import EXAMPLE_JOB
+from comfy_worker.gateway.api_keys import Keys
 from comfy_worker.gateway.app import create_app
-from comfy_worker.gateway.http.auth import Keys
 from comfy_worker.gateway.http.limits import RUN_LIMIT
 from comfy_worker.gateway.settings import load_gateway_settings
 from tests.support.gateway import gateway

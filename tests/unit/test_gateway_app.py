@@ -15,8 +15,8 @@ import pytest
 from fastapi.testclient import TestClient
 
 from comfy_worker.gateway.api.schemas import EXAMPLE_JOB
+from comfy_worker.gateway.api_keys import Keys
 from comfy_worker.gateway.app import create_app
-from comfy_worker.gateway.http.auth import Keys
 from comfy_worker.gateway.http.limits import RUN_LIMIT
 from comfy_worker.gateway.json_logs import JsonFormatter, about_job
 from comfy_worker.gateway.settings import load_gateway_settings

@@ -11,8 +11,8 @@ import pytest
 from starlette.datastructures import Headers
 
 from comfy_worker.errors import InvalidInput
+from comfy_worker.gateway.api_keys import Guard, Keys, is_loopback, kept_secret, read_hashes, split_name
 from comfy_worker.gateway.errors import Unauthorized
-from comfy_worker.gateway.http.auth import Guard, Keys, is_loopback, kept_secret, read_hashes, split_name
 from comfy_worker.gateway.http.limits import RUN_LIMIT, RUNSYNC_LIMIT, body_limit
 from comfy_worker.gateway.jobs.signed_links import AssetLinks
 

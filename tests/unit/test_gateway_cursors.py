@@ -11,10 +11,10 @@ import pytest
 from fastapi.testclient import TestClient
 
 from comfy_worker.gateway.api.runpod.stream_cursors import Cursor, Cursors, LocalCursors, RedisCursors
+from comfy_worker.gateway.api_keys import Keys
 from comfy_worker.gateway.app import create_app
 from comfy_worker.gateway.container import Gateway
 from comfy_worker.gateway.events.bus import PROGRESS
-from comfy_worker.gateway.http.auth import Keys
 from comfy_worker.gateway.jobs.retention import Upkeep
 from comfy_worker.gateway.settings import load_gateway_settings
 from comfy_worker.types import JobState

@@ -14,8 +14,8 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.testclient import WebSocketDenialResponse
 
+from comfy_worker.gateway.api_keys import Keys
 from comfy_worker.gateway.app import create_app
-from comfy_worker.gateway.http.auth import Keys
 from comfy_worker.gateway.http.middleware import OPEN_PATHS
 from comfy_worker.gateway.settings import load_gateway_settings
 from tests.support.ports import silent_port

@@ -14,11 +14,11 @@ from fastapi.testclient import TestClient
 from starlette.testclient import WebSocketDenialResponse
 
 from comfy_worker.gateway.api.schemas import EXAMPLE_JOB
+from comfy_worker.gateway.api_keys import Keys
 from comfy_worker.gateway.app import create_app
 from comfy_worker.gateway.callers import ANYONE, acting
 from comfy_worker.gateway.container import Gateway
 from comfy_worker.gateway.errors import NotFound
-from comfy_worker.gateway.http.auth import Keys
 from comfy_worker.gateway.settings import load_gateway_settings
 from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.types import JobState

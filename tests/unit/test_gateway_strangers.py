@@ -15,8 +15,8 @@ from starlette.websockets import WebSocketDisconnect
 
 from comfy_worker.errors import InvalidInput
 from comfy_worker.gateway.api.schemas import EXAMPLE_JOB
+from comfy_worker.gateway.api_keys import Keys
 from comfy_worker.gateway.app import create_app
-from comfy_worker.gateway.http.auth import Keys
 from comfy_worker.gateway.http.hosts import check_host
 from comfy_worker.gateway.http.stream_limits import Streams, TooManyStreams, is_stream
 from comfy_worker.gateway.http.wrong_keys import TooManyWrongKeys, WrongKeys

@@ -21,9 +21,9 @@ from comfy_worker.gateway.api.workflow.graph_edits import with_inputs, with_prom
 from comfy_worker.gateway.api.workflow.requests import cache_key_of, input_of, job_of
 from comfy_worker.gateway.api.workflow.status import status_body
 from comfy_worker.gateway.api.workflow.video import inputs_of, missing_models
+from comfy_worker.gateway.api_keys import Keys
 from comfy_worker.gateway.app import create_app
 from comfy_worker.gateway.errors import RequestTooLarge
-from comfy_worker.gateway.http.auth import Keys
 from comfy_worker.gateway.jobs.queue_position import Place
 from comfy_worker.gateway.settings import load_gateway_settings
 from comfy_worker.gateway.store.records import JobRecord

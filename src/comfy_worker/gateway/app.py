@@ -27,18 +27,18 @@ from comfy_worker.gateway.api.runpod import webhook
 from comfy_worker.gateway.api.task import routes as tasks
 from comfy_worker.gateway.api.workflow import batch, models, video
 from comfy_worker.gateway.api.workflow import routes as workflow
+from comfy_worker.gateway.api_keys import Guard, Keys
 from comfy_worker.gateway.container import Gateway
 from comfy_worker.gateway.errors import NotFound
-from comfy_worker.gateway.http.auth import Guard, Keys
 from comfy_worker.gateway.http.docs_page import add_docs
 from comfy_worker.gateway.http.error_responses import problem_body
 from comfy_worker.gateway.http.limits import RateLimits
 from comfy_worker.gateway.http.middleware import Gate, Outside, answer_error
-from comfy_worker.gateway.http.openapi import describe, methods_at
 from comfy_worker.gateway.http.request_bodies import Unread
 from comfy_worker.gateway.http.stream_limits import Streams
 from comfy_worker.gateway.http.wrong_keys import WrongKeys
 from comfy_worker.gateway.jobs.metrics import GatewayCollector, make_registry
+from comfy_worker.gateway.openapi import describe, methods_at
 from comfy_worker.gateway.settings import GatewaySettings
 from comfy_worker.modifiers import Modifiers
 

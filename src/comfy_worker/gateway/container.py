@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from comfy_worker.catalog.library import Library
 from comfy_worker.catalog.versions import KeptVersions
+from comfy_worker.gateway.api_keys import kept_secret
 from comfy_worker.gateway.engines.local import LocalEngine
 from comfy_worker.gateway.events.bus import EventBus, LocalEventBus
-from comfy_worker.gateway.http.auth import kept_secret
 from comfy_worker.gateway.jobs.assets import AssetStore
 from comfy_worker.gateway.jobs.retention import Upkeep
 from comfy_worker.gateway.jobs.service import JobService

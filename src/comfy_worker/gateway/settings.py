@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from limits import parse
 from pydantic import AliasChoices, Field, SecretStr, ValidationInfo, ValidatorFunctionWrapHandler, field_validator
 
-from comfy_worker.gateway.http.auth import split_name
+from comfy_worker.gateway.api_keys import split_name
 from comfy_worker.settings import Settings, complete_url, passwords_of, read_settings
 
 _POSTGRESQL = ("postgresql", "postgres")

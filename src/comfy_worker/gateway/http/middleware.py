@@ -13,9 +13,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
 from comfy_worker.errors import WorkerError
+from comfy_worker.gateway.api_keys import Guard
 from comfy_worker.gateway.callers import Caller, acting
 from comfy_worker.gateway.errors import WrongKey
-from comfy_worker.gateway.http.auth import Guard
 from comfy_worker.gateway.http.error_responses import body_of
 from comfy_worker.gateway.http.hosts import check_host, network_of
 from comfy_worker.gateway.http.limits import RateLimits, TooOften

@@ -6,7 +6,7 @@ import json
 import shlex
 from pathlib import Path
 
-from comfy_worker.gateway.http.auth import is_loopback
+from comfy_worker.gateway.api_keys import is_loopback
 from comfy_worker.gateway.http.docs_page import PATH as DOCS
 from comfy_worker.gateway.settings import GatewaySettings
 

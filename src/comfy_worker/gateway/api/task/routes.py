@@ -26,7 +26,7 @@ from comfy_worker.gateway.api.schemas import (
     problems,
     request_body,
 )
-from comfy_worker.gateway.http.auth import is_loopback
+from comfy_worker.gateway.api_keys import is_loopback
 from comfy_worker.gateway.http.request_validation import RUNPODS_FIELDS, read_body, warnings_of
 from comfy_worker.gateway.jobs.service import JobService
 from comfy_worker.gateway.jobs.webhook_formats import WebhookParts, WebhookWords

@@ -21,6 +21,7 @@ from kombu.exceptions import OperationalError
 from redis import RedisError
 
 from comfy_worker.errors import ComfyUnreachable
+from comfy_worker.gateway.api_keys import is_loopback, kept_secret
 from comfy_worker.gateway.engines.backends import Backend, RunningJob, connect, stop_late, stop_unreachable
 from comfy_worker.gateway.engines.celery.app import QUEUE, publish, queue_of
 from comfy_worker.gateway.engines.celery.consumer import CeleryHost, ask_to_end, was_asked_to_end
@@ -32,7 +33,6 @@ from comfy_worker.gateway.engines.store_retry import Patience
 from comfy_worker.gateway.engines.waiting_jobs import Waiting
 from comfy_worker.gateway.errors import DatabaseUnavailable
 from comfy_worker.gateway.events.redis_bus import RedisEventBus
-from comfy_worker.gateway.http.auth import is_loopback, kept_secret
 from comfy_worker.gateway.jobs.assets import AssetStore
 from comfy_worker.gateway.jobs.progress_webhooks import ProgressWebhooks
 from comfy_worker.gateway.json_logs import about_job
