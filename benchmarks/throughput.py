@@ -22,7 +22,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.servers import emulator
-from comfy_worker.serverless.prefetch import PrefetchMode
+from comfy_worker.settings import PrefetchMode
 from tests.support.platform import Platform
 from tests.support.processes import start_handler
 

@@ -14,7 +14,6 @@ from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_vali
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from comfy_worker.errors import InvalidInput
-from comfy_worker.serverless.prefetch import PrefetchMode
 from comfy_worker.types import DeliveryType
 
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
@@ -25,6 +24,14 @@ AnySettings = TypeVar("AnySettings", bound="Settings")
 def _named(*names: str, default: Any, description: str, **limits: Any) -> Any:
     """Return a field that is read from the first of `names` that the environment has."""
     return Field(default=default, validation_alias=AliasChoices(*names), description=description, **limits)
+
+
+class PrefetchMode(str, Enum):
+    """How far ahead a worker takes jobs."""
+
+    JUST_IN_TIME = "just_in_time"
+    EAGER = "eager"
+    OFF = "off"
 
 
 class Settings(BaseSettings):

@@ -11,7 +11,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from comfy_worker.serverless.prefetch import Prefetch, PrefetchMode, signature
+from comfy_worker.graph.signature import signature
+from comfy_worker.serverless.prefetch import Prefetch
+from comfy_worker.settings import PrefetchMode
 from comfy_worker.types import Stage
 
 MODES = list(PrefetchMode)

@@ -20,10 +20,11 @@ import aiohttp
 from runpod.http_client import AsyncClientSession, TooManyRequests
 from runpod.serverless.modules import rp_fitness, rp_scale
 
+from comfy_worker.graph.signature import signature
 from comfy_worker.job.payload import workflow_of
 from comfy_worker.serverless.handler import is_last, job_events, platform_session, shared_worker
 from comfy_worker.serverless.job_polling import JobPolls
-from comfy_worker.serverless.prefetch import Prefetch, signature
+from comfy_worker.serverless.prefetch import Prefetch
 from comfy_worker.serverless.progress import Session
 from comfy_worker.signals import END_SIGNALS
 from comfy_worker.types import JobEvent, OnEvent, StageStarted

@@ -5,16 +5,12 @@ No I/O: what happens is told to `Prefetch`, clocks are passed in, and whoever fe
 
 from __future__ import annotations
 
-import hashlib
-import json
 import statistics
 from collections import deque
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from enum import Enum
-from typing import Any
 
-from comfy_worker.types import Stage, Workflow
+from comfy_worker.settings import PrefetchMode
+from comfy_worker.types import Stage
 
 _MOST_JOBS_IN_HAND = 4
 """Jobs whose outputs are still on their way out stay in memory; more of them would only queue up."""
@@ -25,14 +21,6 @@ _STEADY = 1.25
 """Longest by shortest of the remembered runs, up to which they tell how long the next one takes."""
 _SHORTEST_LEAD_S = 0.02
 _LONGEST_LEAD_S = 2.0
-
-
-class PrefetchMode(str, Enum):
-    """How far ahead a worker takes jobs."""
-
-    JUST_IN_TIME = "just_in_time"
-    EAGER = "eager"
-    OFF = "off"
 
 
 @dataclass
@@ -106,29 +94,3 @@ class Prefetch:
         leaves_at = job.running_since + min(runs)
         lead = max(_SHORTEST_LEAD_S, min(_LONGEST_LEAD_S, statistics.median(self._leads)))
         return max(0.0, leaves_at - lead - now)
-
-
-_TIMED_INPUTS = frozenset(
-    {
-        *("steps", "start_at_step", "end_at_step", "denoise", "seconds", "duration", "amount", "tile_size"),
-        *("width", "height", "megapixels", "scale_by", "upscale_by"),
-        *("batch_size", "length", "num_frames", "frames", "video_frames"),
-    }
-)
-"""Inputs on which it depends how long a workflow takes; seeds, texts and the like do not count."""
-
-
-def signature(workflow: Workflow) -> str:
-    """Return what two workflows share that take about as long: their nodes, and how much these are to do."""
-    parts = [
-        (str(node.get("class_type")), sorted(_work(node.get("inputs", {}))))
-        for _node_id, node in sorted(workflow.items())
-    ]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def _work(inputs: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield how much a node is to do, as far as it is set in the node itself."""
-    for name, value in inputs.items():
-        if name in _TIMED_INPUTS and isinstance(value, (str, int, float)):
-            yield name, str(value)

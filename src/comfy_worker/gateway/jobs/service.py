@@ -34,9 +34,9 @@ from comfy_worker.gateway.jobs.queue_position import Place
 from comfy_worker.gateway.jobs.webhook_receivers import check_receiver
 from comfy_worker.gateway.store.job_store import Store, moment
 from comfy_worker.gateway.store.records import LOW_PRIORITY, NORMAL_PRIORITY, JobRecord
+from comfy_worker.graph.signature import signature
 from comfy_worker.job.envelope import read_input
 from comfy_worker.job.payload import workflow_of
-from comfy_worker.serverless.prefetch import signature
 from comfy_worker.storage.object_keys import safe_name
 from comfy_worker.types import JobState
 
