@@ -14,8 +14,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from comfy_worker.errors import InvalidInput, InvalidWorkflow, UiFormatWorkflow, WorkerError
-from comfy_worker.job.input_files import FAILED, check_name, decode_base64
+from comfy_worker.job.input_files import FAILED, decode_base64
 from comfy_worker.job.payload import parse_job, result_as_output, workflow_of
+from comfy_worker.names import check_name
 from comfy_worker.types import (
     Artifact,
     Delivered,

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from comfy_worker.errors import InvalidInput
 from comfy_worker.graph.file_references import find_strings, name_of_url, refer, shortened
 from comfy_worker.graph.workflow import copy_graph
-from comfy_worker.job.input_files import check_name
 from comfy_worker.media.file_type import content_type, disguise, with_true_extension
+from comfy_worker.names import check_name
 from tests.support.graphs import node, png
 
 PNG = png((1, 2, 3))

@@ -8,18 +8,13 @@ import re
 from collections.abc import Iterable
 
 from comfy_worker.errors import InvalidInput
+from comfy_worker.names import check_name
 from comfy_worker.types import InputFile
 
 FAILED = "Failed to upload one or more input images"
 """How the sentence of every fault of an input file begins, as worker-comfyui's."""
 
 _URL = re.compile(r"(https?|s3)://", re.IGNORECASE)
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-_ANNOTATION = re.compile(r"\[(input|output|temp)\]$")
-"""ComfyUI takes it for an annotation without a space before it too."""
-_LONGEST_NAME = 1024
-_LONGEST_PART = 255
-"""Bytes that a file system takes for one part of a path."""
 _LONGEST_HEAD = 1024
 """Characters before the comma of a data URI."""
 _URLSAFE = str.maketrans("-_", "+/")
@@ -58,35 +53,6 @@ def _parse_file(name: str, image: str | None, url: str | None) -> InputFile:
     if url is not None and not _split_data_uri(url)[0]:
         raise InvalidInput(f"The url of image {name!r} is neither http(s) nor s3 nor a data URI")
     return InputFile(name, decode_base64(given[0], name))
-
-
-def check_name(name: str, what: str) -> str:
-    """Return `name` if it is a relative path that stays in its folder.
-
-    Raises:
-        InvalidInput: it leads elsewhere, or no file system or ComfyUI could take it.
-    """
-    refused = f"{what} {name!r} is refused: "
-    parts = name.split("/")
-    if not name.strip():
-        raise InvalidInput(f"{refused}it is empty")
-    if _CONTROL.search(name):
-        raise InvalidInput(f"{refused}it has control characters")
-    if "\\" in name or name.startswith("/") or ":" in parts[0]:
-        raise InvalidInput(f"{refused}it must be relative, with '/' between folders")
-    if any(part in ("", ".", "..") for part in parts):
-        raise InvalidInput(f"{refused}it must not leave its folder or have empty parts")
-    if _ANNOTATION.search(name):
-        raise InvalidInput(f"{refused}' [input]' and its like belong into the workflow, not into the name")
-    try:
-        too_long = any(len(part.encode()) > _LONGEST_PART for part in parts)
-    except UnicodeEncodeError:
-        raise InvalidInput(f"{refused}it is not valid Unicode") from None
-    if too_long:
-        raise InvalidInput(f"{what} {name[:40]!r}… is refused: a part of it is longer than {_LONGEST_PART} bytes")
-    if len(name.encode()) > _LONGEST_NAME:
-        raise InvalidInput(f"{what} {name[:40]!r}… is refused: it is longer than {_LONGEST_NAME} bytes")
-    return name
 
 
 def decode_base64(text: str, name: str) -> bytes:

@@ -22,7 +22,8 @@ from comfy_worker.job.envelope import (
     unknown_names,
     warnings_of_job,
 )
-from comfy_worker.job.input_files import FAILED, check_name, decode_files, too_many_files
+from comfy_worker.job.input_files import FAILED, decode_files, too_many_files
+from comfy_worker.names import check_name
 from comfy_worker.strict_json import NotStrictJson, parse_json
 from comfy_worker.types import (
     Artifact,

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from datetime import date
 
 from comfy_worker.errors import DeliveryFailed, InvalidInput
-from comfy_worker.job.input_files import check_name
+from comfy_worker.names import check_name
 from comfy_worker.storage.base import Parcel
 
 _FIELDS = ("job_id", "filename", "node_id", "index", "date", "prefix")
