@@ -33,6 +33,7 @@ from comfy_worker.net.fetcher import Fetcher
 from comfy_worker.settings import Settings, load_settings
 from comfy_worker.stop import Stop
 from comfy_worker.storage import Storages
+from comfy_worker.storage.signed_urls import Signer
 from comfy_worker.types import Delivery, Job, JobResult
 from tests.support import media_files
 from tests.support.comfyui import ComfyUI, comfyui
@@ -588,7 +589,10 @@ def test_a_later_job_fetches_nothing_that_did_not_change(
 
 def test_an_object_is_asked_for_on_the_condition_that_it_changed(settings: Settings, s3: S3Server, bucket: str) -> None:
     def fetch() -> bytes:
-        with closing(Fetcher(settings)) as fetcher, fetcher.fetch(f"s3://{bucket}/changing.png", Stop()) as file:
+        with (
+            closing(Signer(None, settings)) as signer,
+            Fetcher(settings, signer.sign).fetch(f"s3://{bucket}/changing.png", Stop()) as file,
+        ):
             return file.read()
 
     s3.client.put_object(Bucket=bucket, Key="changing.png", Body=png(RED))

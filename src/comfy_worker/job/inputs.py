@@ -40,6 +40,7 @@ from comfy_worker.job.input_files import FAILED, decode_base64, too_many_files
 from comfy_worker.media.file_type import HEAD_BYTES, content_type, disguise, is_medium, with_true_extension
 from comfy_worker.net.fetcher import Fetcher, Unwanted, Wants
 from comfy_worker.stop import Stop
+from comfy_worker.storage.signed_urls import Signer
 from comfy_worker.types import InputFile, Job
 
 _LONGEST_NAME = 255
@@ -118,7 +119,8 @@ class _Staging:
         self._hurry = Stop()
         self._is_late = False
         self._most = client.settings.input_max_files
-        self._fetcher = Fetcher(client.settings, job.bucket)
+        self._signer = Signer(job.bucket, client.settings)
+        self._fetcher = Fetcher(client.settings, self._signer.sign)
         self._configs: dict[tuple[str, str], InputConfig] = {}
         self._items = {file.name: _Item(number, file) for number, file in enumerate(job.files)}
         self._folders: list[Reference] = []
@@ -223,7 +225,7 @@ class _Staging:
             return []
         # Threads of the job's own: servers that are slow hold up nobody else.
         count = min(self._client.settings.transfer_threads, len(items))
-        with closing(self._fetcher), ThreadPoolExecutor(count, thread_name_prefix="staging") as threads:
+        with closing(self._signer), ThreadPoolExecutor(count, thread_name_prefix="staging") as threads:
             stagings = [threads.submit(self._stage, item) for item in items]
             # Whatever becomes of one of them: none is under way any more when the job's folder is removed.
             wait(stagings)

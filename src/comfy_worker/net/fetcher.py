@@ -6,6 +6,7 @@ import errno
 import hashlib
 import http
 import math
+import re
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -24,8 +25,6 @@ from comfy_worker.net.url_cache import About, Entry, UrlCache
 from comfy_worker.net.urls import shown
 from comfy_worker.settings import Settings
 from comfy_worker.stop import Stop
-from comfy_worker.storage.signed_urls import Signer, error_code
-from comfy_worker.types import JobBucket
 
 _MB = 1024 * 1024
 _CHUNK = 64 * 1024
@@ -34,6 +33,7 @@ _FIRST_PAUSE_S = 0.5
 _PASSING_STATUSES = (408, 425, 429, 500, 502, 503, 504)
 _GZIP_OR_ZLIB = 47
 """zlib's `wbits` for both, told apart by their heads."""
+_S3_ERROR = re.compile(rb"<Code>([A-Za-z0-9]{1,64})</Code>")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -43,6 +43,25 @@ Wants = Callable[[bytes, str], bool]
 
 class Unwanted(Exception):
     """What is at a URL is not what was looked for; no more of it was fetched than it took to see that."""
+
+
+@dataclass(frozen=True)
+class SignedUrl:
+    """Where an object of a bucket can be fetched for a while.
+
+    Attributes:
+        url: to be requested.
+        identity: of the object, the same whenever it is signed.
+        is_trusted: whoever runs the worker named the place, which may well have a private address.
+    """
+
+    url: str
+    identity: str
+    is_trusted: bool
+
+
+SignUrl = Callable[[str, int], SignedUrl]
+"""Returns where `s3://bucket/key` can be fetched for so many seconds; raises `Problem` if nowhere."""
 
 
 @dataclass(frozen=True)
@@ -70,19 +89,13 @@ class _Source:
 
 
 class Fetcher:
-    """Fetches files, or finds those that did not change in the cache; safe to use from several threads.
+    """Fetches files, or finds those that did not change in the cache; safe to use from several threads."""
 
-    `bucket` has the credentials with which s3 is read; without it they are the worker's own.
-    """
-
-    def __init__(self, settings: Settings, bucket: JobBucket | None = None) -> None:
+    def __init__(self, settings: Settings, sign: SignUrl | None = None) -> None:
+        """Take the settings, and what signs the URLs of s3; without it there is only http(s)."""
         self._settings = settings
         self._limit_bytes = int(settings.input_max_mb * _MB)
-        self._signer = Signer(bucket, settings)
-
-    def close(self) -> None:
-        """Give up what was needed for fetching; the files stay open."""
-        self._signer.close()
+        self._sign = sign
 
     def fetch(self, url: str, stop: Stop, wants: Wants | None = None) -> BinaryIO:
         """Return a file with what is at `url`, to be closed by the caller; it is not whole in memory at any time.
@@ -122,7 +135,9 @@ class Fetcher:
         allow_private = self._settings.allow_private_urls
         if url[:5].lower() != "s3://":
             return _Source(url, url, is_s3=False, allow_private=allow_private)
-        signed = self._signer.sign(url, math.ceil(self._settings.input_fetch_timeout_s) + 60)
+        if self._sign is None:
+            raise Problem("its URL is neither http nor https")
+        signed = self._sign(url, math.ceil(self._settings.input_fetch_timeout_s) + 60)
         return _Source(signed.url, signed.identity, is_s3=True, allow_private=allow_private or signed.is_trusted)
 
     def _fetch(self, source: _Source, line: Line) -> BinaryIO:
@@ -254,8 +269,14 @@ class _Unchanged(Exception):
 def _refusal(response: requests.Response, source: _Source, line: Line) -> str:
     status = response.status_code
     phrase = next((known.phrase for known in http.HTTPStatus if known == status), "")
-    code = error_code(next(_raw(response, line), b"")) if source.is_s3 else None
+    code = _s3_error(next(_raw(response, line), b"")) if source.is_s3 else None
     return f"its server answered {status} {code or phrase}".rstrip()
+
+
+def _s3_error(body: bytes) -> str | None:
+    """Return S3's name for what is wrong, out of the body of an answer that refuses."""
+    match = _S3_ERROR.search(body)
+    return match[1].decode("ascii") if match else None
 
 
 def _content(response: requests.Response, line: Line) -> Iterator[bytes]:

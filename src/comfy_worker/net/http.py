@@ -23,7 +23,6 @@ from urllib3.util.ssl_match_hostname import CertificateError
 
 from comfy_worker.net.errors import Problem
 from comfy_worker.net.urls import Target, read_url, resolve, shown
-from comfy_worker.serverless.sdk import import_runpod
 from comfy_worker.stop import Stop
 
 _CONNECT_TIMEOUT_S = 10.0
@@ -162,11 +161,8 @@ def _send(session: requests.Session, url: str, headers: Mapping[str, str], line:
 @contextmanager
 def _session(address: str, line: Line) -> Iterator[requests.Session]:
     """Yield a session that connects to this address only, whatever the URL's host is."""
-    import_runpod()
-    from runpod.serverless.utils.rp_ssrf import PinnedIPAdapter
-
-    adapter: HTTPAdapter = PinnedIPAdapter(address)
-    adapter.poolmanager.pool_classes_by_scheme = _watched_pools(line)
+    adapter = HTTPAdapter()
+    adapter.poolmanager.pool_classes_by_scheme = _pinned_pools(address, line)
     with requests.Session() as session:
         # Neither a .netrc nor a proxy of the environment has to do with a caller's URL; its CAs do.
         session.trust_env = False
@@ -176,24 +172,29 @@ def _session(address: str, line: Line) -> Iterator[requests.Session]:
         yield session
 
 
-def _watched_pools(line: Line) -> dict[str, Any]:
-    """Return urllib3's pools by scheme, with connections that tell the line of their sockets."""
+def _pinned_pools(address: str, line: Line) -> dict[str, Any]:
+    """Return urllib3's pools by scheme, whose connections lead to the address and tell the line of their sockets.
 
-    class WatchedHTTPConnection(HTTPConnection):
+    The URL stays as it is: the `Host` header and the certificate are those of its host.
+    """
+
+    class PinnedHTTPConnection(HTTPConnection):
         def _new_conn(self) -> socket.socket:
+            self._dns_host = address
             return _watched(super()._new_conn, line)
 
-    class WatchedHTTPSConnection(HTTPSConnection):
+    class PinnedHTTPSConnection(HTTPSConnection):
         def _new_conn(self) -> socket.socket:
+            self._dns_host = address
             return _watched(super()._new_conn, line)
 
-    class WatchedHTTPPool(HTTPConnectionPool):
-        ConnectionCls = WatchedHTTPConnection
+    class PinnedHTTPPool(HTTPConnectionPool):
+        ConnectionCls = PinnedHTTPConnection
 
-    class WatchedHTTPSPool(HTTPSConnectionPool):
-        ConnectionCls = WatchedHTTPSConnection
+    class PinnedHTTPSPool(HTTPSConnectionPool):
+        ConnectionCls = PinnedHTTPSConnection
 
-    return {"http": WatchedHTTPPool, "https": WatchedHTTPSPool}
+    return {"http": PinnedHTTPPool, "https": PinnedHTTPSPool}
 
 
 def _watched(connect: Callable[[], socket.socket], line: Line) -> socket.socket:

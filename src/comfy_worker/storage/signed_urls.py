@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 from comfy_worker.net.errors import Problem
+from comfy_worker.net.fetcher import SignedUrl
 from comfy_worker.settings import Settings
 from comfy_worker.storage.job_bucket import is_listed, permitted_bucket
 from comfy_worker.storage.worker_bucket import worker_bucket
@@ -21,23 +22,7 @@ _URL = re.compile(r"s3://(?P<bucket>[A-Za-z0-9][A-Za-z0-9._-]{1,254})/(?P<key>[^
 _LONGEST_KEY = 1024
 """Bytes, by S3's own rules."""
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
-_ERROR_CODE = re.compile(rb"<Code>([A-Za-z0-9]{1,64})</Code>")
 _PART_MB = 8
-
-
-@dataclass(frozen=True)
-class SignedUrl:
-    """Where an object can be fetched for a while.
-
-    Attributes:
-        url: to be requested.
-        identity: of the object, the same whenever it is signed.
-        is_trusted: whoever runs the worker named the place, which may well have a private address.
-    """
-
-    url: str
-    identity: str
-    is_trusted: bool
 
 
 class Signer:
@@ -126,9 +111,3 @@ def _read(url: str) -> tuple[str, str]:
     if len(key.encode()) > _LONGEST_KEY:
         raise Problem(f"its key is longer than {_LONGEST_KEY} bytes")
     return match["bucket"], key
-
-
-def error_code(body: bytes) -> str | None:
-    """Return S3's name for what is wrong, out of the body of an answer that refuses."""
-    match = _ERROR_CODE.search(body)
-    return match[1].decode("ascii") if match else None
