@@ -163,7 +163,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     && /opt/worker/bin/pip install --require-hashes --requirement locks/worker.txt
 
 # `fleet` runs the jobs of gateways with ENGINE=celery; `emulator` lets the image be tried without a GPU, see
-# docs/deployment.md.
+# docs/how-to/deploy.md.
 ARG WORKER_EXTRAS=
 COPY locks/emulator.txt locks/fleet.txt locks/
 RUN --mount=type=cache,target=/root/.cache/pip \

@@ -16,7 +16,7 @@ help:
 	@echo "make test PYTHON=python3.12   the same on another Python, in .venv-3.12"
 	@echo "make test-newest   run all tests with the newest versions that the bounds allow, not with those of locks/"
 	@echo "make lint    ruff, mypy, shellcheck, hadolint"
-	@echo "make bench   measure everything that docs/benchmarks.md tells of, about ten minutes"
+	@echo "make bench   measure everything that docs/development/benchmarks.md tells of, about ten minutes"
 	@echo "make soak    2,000 jobs while everything goes wrong, then gateways and a fleet, about 20 minutes; output/ gets the figures"
 	@echo "make install only install worker, gateway and emulator (into $(VENV))"
 	@echo "make setup   the same with what the tests need"

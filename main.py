@@ -1,4 +1,4 @@
-"""The gateway for `uvicorn main:app`; `python -m comfy_worker serve` starts the same. See docs/gateway.md.
+"""The gateway for `uvicorn main:app`; `python -m comfy_worker serve` starts the same. See docs/how-to/gateway.md.
 
 `app` is made when a server asks for it, so that importing this file makes and opens nothing.
 """

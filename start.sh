@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Container entry: starts ComfyUI, keeps it up, and runs the worker beside it: one that takes jobs from RunPod, one that
 # takes them from a gateway's queue, or the gateway, which serves an HTTP API. The variables and the exit codes are
-# described in docs/deployment.md.
+# described in docs/how-to/deploy.md.
 # shellcheck disable=SC2329  # it does not count what `trap` calls as called
 set -euo pipefail
 

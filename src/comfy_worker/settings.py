@@ -1,6 +1,6 @@
 """The environment, read once into typed settings.
 
-Each field's description is its documentation: docs/configuration.md lists them all, and a test keeps it so.
+Each field's description is its documentation: docs/reference/configuration.md lists them all, and a test keeps it so.
 """
 
 from __future__ import annotations

@@ -26,12 +26,15 @@ KEYS = "my-key,your-key"
 """Those of the examples."""
 FLOOD = 4000
 """Characters; more than one page of a terminal."""
-PAGES_THAT_RUN = ["api/catalog", "api/generate", "api/task", "api/workflow", "catalog", "gateway"]
+PAGES_THAT_RUN = [
+    *(f"reference/api/{name}" for name in ("catalog", "generate", "task", "workflow")),
+    *("how-to/catalog", "how-to/gateway"),
+]
 NOT_RUN = {
-    "compose": "docker",
-    "deployment": "docker",
-    "fleet": "servers of a fleet",
-    "runpod-engine": "an endpoint of RunPod",
+    "how-to/compose": "docker",
+    "how-to/deploy": "docker",
+    "how-to/fleet": "servers of a fleet",
+    "how-to/runpod-engine": "an endpoint of RunPod",
 }
 """Pages with blocks that need what a test has not."""
 

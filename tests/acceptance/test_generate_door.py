@@ -275,7 +275,7 @@ def test_any_door_shows_any_job(gateway: Served) -> None:
 
 
 def test_the_example_of_the_documentation_runs(gateway: Served) -> None:
-    page = (ROOT / "docs/api/generate.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/reference/api/generate.md").read_text(encoding="utf-8")
     [command] = re.findall(r"```bash\n(curl .*?)```", page, re.DOTALL)
     command = command.replace("http://localhost:8000", gateway.url).strip()
     ran = subprocess.run(["bash", "-c", f"KEY={KEY}; {command}"], capture_output=True, timeout=TIMEOUT_S, check=True)

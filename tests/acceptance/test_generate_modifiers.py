@@ -17,7 +17,7 @@ from tests.support.graphs import colors, inverted, node, png
 from tests.support.processes import ROOT
 from tests.support.served import Served, served
 
-PAGE = (ROOT / "docs/modifiers.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs/how-to/modifiers.md").read_text(encoding="utf-8")
 CODE = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 PAYLOADS = [json.loads(payload) for payload in re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)]
 

@@ -80,7 +80,7 @@ def test_shellcheck_finds_nothing() -> None:
 
 def test_every_variable_is_documented() -> None:
     read = set(re.findall(r"\$\{([A-Z][A-Z_]*):?-", START.read_text())) - {"TMPDIR"}
-    section = (ROOT / "docs/deployment.md").read_text().partition("## What start.sh does")[2]
+    section = (ROOT / "docs/how-to/deploy.md").read_text().partition("## What start.sh does")[2]
     assert read == set(re.findall(r"^\| `([A-Z_]+)` \|", section, re.MULTILINE))
 
 

@@ -38,7 +38,7 @@ from tests.support.running import RunningJob, wait_until
 from tests.support.victims import Emulated, Real, proxy_to
 
 REAL_COMMAND, REAL_URL = os.environ.get("COMFYUI_REAL_COMMAND"), os.environ.get("COMFYUI_URL")
-PAGE = ROOT / "docs" / "outcomes.md"
+PAGE = ROOT / "docs/reference/outcomes.md"
 
 SLACK_S = 15.0
 """What a busy machine may add to the time that an end needs: a safety net, no assertion on speed."""

@@ -1,8 +1,8 @@
 """Every endpoint, field, setting and status code of the five APIs, with the test that proves it: one table.
 
-docs/api.md is this table as a page; it is written by
+docs/reference/api.md is this table as a page; it is written by
 
-    python -m tests.support.api_table > docs/api.md
+    python -m tests.support.api_table > docs/reference/api.md
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tests.support.processes import ROOT
 
 _FOLDER = Path(__file__).parents[1] / "data" / "api_table"
 _APIS = {
-    "runpod": ("RunPod's API", "../gateway.md"),
+    "runpod": ("RunPod's API", "../how-to/gateway.md"),
     "generate": ("The generate API", "api/generate.md"),
     "workflow": ("The workflow API", "api/workflow.md"),
     "task": ("The task API", "api/task.md"),

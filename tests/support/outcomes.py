@@ -1,8 +1,8 @@
 """Everything that can become of a prompt and of the websocket, and what a job then has to end with: one table.
 
-docs/outcomes.md is this table as a page; it is written by
+docs/reference/outcomes.md is this table as a page; it is written by
 
-    python -m tests.support.outcomes > docs/outcomes.md
+    python -m tests.support.outcomes > docs/reference/outcomes.md
 """
 
 from __future__ import annotations
@@ -324,7 +324,7 @@ nowhere, are lost with it, and the answer says so.
 
 
 def page() -> str:
-    """Return docs/outcomes.md."""
+    """Return docs/reference/outcomes.md."""
     settings = Settings.model_construct()
     results = table(
         ["what becomes of the prompt", "the job ends with", "`code`", "the prompt is then"],

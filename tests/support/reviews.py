@@ -1,8 +1,8 @@
 """Every point that reviews of the project made, with what is true now and the test that keeps it: one table.
 
-docs/reviews.md is this table as a page; it is written by
+docs/development/reviews.md is this table as a page; it is written by
 
-    python -m tests.support.reviews > docs/reviews.md
+    python -m tests.support.reviews > docs/development/reviews.md
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""docs/api.md names all that the five APIs have, and each of its proofs is there."""
+"""docs/reference/api.md names all that the five APIs have, and each of its proofs is there."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FastAPI]:
 
 
 def test_the_page_is_the_table() -> None:
-    assert (ROOT / "docs" / "api.md").read_text() == page(), "python -m tests.support.api_table > docs/api.md"
+    assert (ROOT / "docs/reference/api.md").read_text() == page(), "python -m tests.support.api_table > docs/reference/api.md"
 
 
 @pytest.mark.parametrize("row", rows(), ids=lambda row: f"{row.api} {row.kind} {row.what}")

@@ -1,4 +1,4 @@
-"""What docs/catalog.md tells is so: its examples, and the table of what there is."""
+"""What docs/how-to/catalog.md tells is so: its examples, and the table of what there is."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from comfy_worker.catalog.template import expand
 from comfy_worker.errors import InvalidInput
 from tests.support.processes import ROOT
 
-PAGE = (ROOT / "docs" / "catalog.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs/how-to/catalog.md").read_text(encoding="utf-8")
 LIBRARY = Library(ROOT / "workflows")
 
 

@@ -226,7 +226,7 @@ class TestProfiles:
         assert all(mapping.startswith("127.0.0.1:") for mapping in mappings)
 
     def test_is_explained(self, complete: dict[str, Any], profile: str) -> None:
-        page = (ROOT / "docs/compose.md").read_text()
+        page = (ROOT / "docs/how-to/compose.md").read_text()
         assert f"--profile {profile} up" in page
         for name in compose.services(complete, profile):
             assert f"`{name}`" in page

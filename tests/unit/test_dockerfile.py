@@ -86,7 +86,7 @@ def test_the_worker_gets_packages_only_from_locks_with_their_hashes() -> None:
 
 
 def test_each_extra_of_the_image_has_a_lock() -> None:
-    table = (ROOT / "docs/deployment.md").read_text()
+    table = (ROOT / "docs/how-to/deploy.md").read_text()
     [extras] = re.findall(r"`WORKER_EXTRAS` \| none \| [^:]*: (.*)\. \|", table)
     copied = " ".join(instructions("COPY"))
     for extra in re.findall(r"`(\w+)`", extras):
@@ -95,7 +95,7 @@ def test_each_extra_of_the_image_has_a_lock() -> None:
 
 
 def test_every_build_argument_is_documented_with_its_default() -> None:
-    table = (ROOT / "docs/deployment.md").read_text().partition("## A RunPod serverless endpoint")[0]
+    table = (ROOT / "docs/how-to/deploy.md").read_text().partition("## A RunPod serverless endpoint")[0]
     for argument in instructions("ARG"):
         name, _, default = argument.partition("=")
         assert f"`{name}`" in table

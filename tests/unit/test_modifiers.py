@@ -600,7 +600,7 @@ def test_nothing_is_logged_when_all_is_well(
 
 
 def blocks(language: str) -> list[str]:
-    page = (ROOT / "docs/modifiers.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/how-to/modifiers.md").read_text(encoding="utf-8")
     return re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)
 
 

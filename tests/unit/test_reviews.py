@@ -1,4 +1,4 @@
-"""docs/reviews.md has every point of the reviews, and each of the tests that keep them is there."""
+"""docs/development/reviews.md has every point of the reviews, and each of the tests that keep them is there."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.support.reviews import Point, page, points
 
 
 def test_the_page_is_the_table() -> None:
-    assert (ROOT / "docs" / "reviews.md").read_text() == page(), "python -m tests.support.reviews > docs/reviews.md"
+    assert (ROOT / "docs/development/reviews.md").read_text() == page(), "python -m tests.support.reviews > docs/development/reviews.md"
 
 
 @pytest.mark.parametrize("point", points(), ids=lambda one: f"{one.group} {one.point}")

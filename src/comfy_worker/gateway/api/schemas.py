@@ -174,7 +174,7 @@ class RunRequest(BaseModel):
     model_config = ConfigDict(
         extra="allow", json_schema_extra={"examples": [EXAMPLE_JOB, EXAMPLE_WITH_INPUT, EXAMPLE_IN_FULL]}
     )
-    input: dict[str, Any] | str = Field(description="The workflow and its files; see docs/api.md.")
+    input: dict[str, Any] | str = Field(description="The workflow and its files; see docs/reference/api.md.")
     webhook: _WebhookUrl | None = Field(None, description="URL that is told of the job's end.")
     webhookV2: _WebhookUrl | None = Field(None, description="The same; `webhook` counts where both are there.")
     policy: Policy | None = None

@@ -64,7 +64,7 @@ class ExecuteRequest(BaseModel):
     version: str | None = Field(
         None, description="The content of the workflow that is meant; the present one if not given."
     )
-    webhook: dict[str, Any] | None = Field(None, description="Who is told of the end; see docs/webhooks.md.")
+    webhook: dict[str, Any] | None = Field(None, description="Who is told of the end; see docs/reference/webhooks.md.")
 
 
 def router(parts: Parts) -> APIRouter:

@@ -34,7 +34,7 @@ class GenerateBucket(BaseModel):
 
 
 class GenerateWebhook(BaseModel):
-    """Who is told of the job's end; see docs/webhooks.md. Without a URL it is as if it were not there."""
+    """Who is told of the job's end; see docs/reference/webhooks.md. Without a URL it is as if it were not there."""
 
     model_config = ConfigDict(extra="allow")
     url: str | None = ""
