@@ -28,7 +28,7 @@ FLOOD = 4000
 """Characters; more than one page of a terminal."""
 PAGES_THAT_RUN = [
     *(f"reference/api/{name}" for name in ("catalog", "generate", "task", "workflow")),
-    *("how-to/catalog", "how-to/gateway"),
+    *("tutorial", "how-to/catalog", "how-to/gateway"),
 ]
 NOT_RUN = {
     "how-to/compose": "docker",
