@@ -290,7 +290,7 @@ class StageStarted:
 
 
 @dataclass(frozen=True)
-class QueuePosition:
+class PromptsAhead:
     """How many prompts ComfyUI runs before this one; 0: it is next or running."""
 
     ahead: int
@@ -345,7 +345,7 @@ class Notice:
 
 
 JobEvent: TypeAlias = (
-    StageStarted | QueuePosition | NodesCached | NodeStarted | NodeProgress | NodeFinished | Preview | Notice
+    StageStarted | PromptsAhead | NodesCached | NodeStarted | NodeProgress | NodeFinished | Preview | Notice
 )
 OnEvent: TypeAlias = Callable[[JobEvent], None]
 

@@ -7,17 +7,17 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from comfy_worker.catalog.library import Library
+from comfy_worker.catalog.library import Catalog
 from comfy_worker.catalog.template import expand_job
 from comfy_worker.comfy.client import ComfyClient
 from comfy_worker.errors import InternalError, InvalidInput, OutputTooLarge, WorkerError
 from comfy_worker.job.envelope import HOW_TO_SEND
 from comfy_worker.job.payload import failure_as_output, parse_job, result_as_output, split_failure
 from comfy_worker.job.pipeline import run_job
-from comfy_worker.job.stage_limits import Turns
+from comfy_worker.job.stage_limits import StageLimits
 from comfy_worker.settings import Settings
 from comfy_worker.stop import Stop
-from comfy_worker.storage import Storages
+from comfy_worker.storage import StorageFactory
 from comfy_worker.types import Job, OnEvent, ignore_events
 from comfy_worker.webhooks import Webhooks, check_webhook
 
@@ -36,13 +36,13 @@ class Worker:
         client: speaks to ComfyUI.
     """
 
-    def __init__(self, settings: Settings, storages: Storages | None = None) -> None:
+    def __init__(self, settings: Settings, storages: StorageFactory | None = None) -> None:
         self.settings = settings
         self._webhooks = Webhooks(settings)
         self.client = ComfyClient(settings)
-        self._storages = storages or Storages(settings)
+        self._storages = storages or StorageFactory(settings)
         self._storages.prepare()
-        self._library = Library(settings.workflows_dir)
+        self._library = Catalog(settings.workflows_dir)
 
     def close(self) -> None:
         """Send the webhooks that wait, for at most half a minute, and close the connections."""
@@ -122,7 +122,7 @@ class Worker:
         on_event: OnEvent = ignore_events,
         stop: Stop | None = None,
         result_limit: int | None = None,
-        turns: Turns | None = None,
+        turns: StageLimits | None = None,
     ) -> dict[str, Any]:
         """Run a job and return its `output`; what is no failure of a kind of ours is let out."""
         budget = None if result_limit is None else result_limit - _ENVELOPE

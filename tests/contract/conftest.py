@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from comfy_worker.settings import load_settings
-from comfy_worker.storage import Storages
+from comfy_worker.storage import StorageFactory
 from tests.support.delivered import Recorder
 from tests.support.s3 import S3Server, s3_server
 
@@ -31,12 +31,12 @@ def bucket(s3: S3Server) -> str:
 
 
 @pytest.fixture
-def storages() -> Iterator[Callable[..., Storages]]:
+def storages() -> Iterator[Callable[..., StorageFactory]]:
     """Yield what makes storages from settings, and closes them after the test."""
-    made: list[Storages] = []
+    made: list[StorageFactory] = []
 
-    def make(**settings: Any) -> Storages:
-        made.append(Storages(load_settings(**settings)))
+    def make(**settings: Any) -> StorageFactory:
+        made.append(StorageFactory(load_settings(**settings)))
         return made[-1]
 
     yield make

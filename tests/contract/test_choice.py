@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from comfy_worker.errors import DeliveryFailed, InvalidInput, OutputMissing, OutputTooLarge
-from comfy_worker.storage import OnDisk, Parcel
+from comfy_worker.storage import DeliverableFile, OnDisk
 from comfy_worker.types import Delivery
 from tests.support.delivered import (
     CONTENT,
@@ -77,7 +77,7 @@ def test_base64_that_does_not_fit_goes_to_the_bucket(s3: S3Server, bucket: str, 
 def test_a_file_that_could_not_be_read_takes_no_room_in_the_answer(storages: Make, tmp_path: Path) -> None:
     storage = storages().choose(Delivery(), inline_budget=room_for(8))
     with pytest.raises(OutputMissing, match=r"gone\.png could not be read: No such file or directory"):
-        storage.deliver(Parcel("job-1", "gone.png", "image/png", OnDisk(tmp_path / "gone.png", 6)))
+        storage.deliver(DeliverableFile("job-1", "gone.png", "image/png", OnDisk(tmp_path / "gone.png", 6)))
     assert storage.deliver(parcel("a.bin", b"123456")).type == "base64"
 
 

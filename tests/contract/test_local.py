@@ -9,7 +9,7 @@ import pytest
 
 from comfy_worker.errors import Cancelled, DeliveryFailed, InvalidInput
 from comfy_worker.stop import Stop
-from comfy_worker.storage import Parcel, Watched
+from comfy_worker.storage import DeliverableFile, Watched
 from comfy_worker.types import Delivered, Delivery
 from tests.support.delivered import (
     LARGE,
@@ -56,7 +56,7 @@ def test_half_a_local_file_is_never_seen(storages: Make, tmp_path: Path) -> None
     content = Watched(Trickle(len(LARGE), before_last=stop.set), stop.check)
     with pytest.raises(Cancelled):
         storage = storages(**local(tmp_path)).choose(Delivery(type="local"))
-        storage.deliver(Parcel("job-1", "large.bin", "application/octet-stream", content))
+        storage.deliver(DeliverableFile("job-1", "large.bin", "application/octet-stream", content))
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 

@@ -16,7 +16,7 @@ from comfy_worker.errors import Cancelled, DeliveryFailed, InvalidInput
 from comfy_worker.serverless.sdk import import_runpod
 from comfy_worker.settings import load_settings
 from comfy_worker.stop import Stop
-from comfy_worker.storage import InMemory, OnDisk, Parcel, Watched, job_bucket, worker_bucket
+from comfy_worker.storage import DeliverableFile, InMemory, OnDisk, Watched, job_bucket, worker_bucket
 from comfy_worker.storage.object_keys import safe_path
 from comfy_worker.types import Delivery, JobBucket
 from tests.support.delivered import (
@@ -64,7 +64,7 @@ def test_a_browser_shows_what_cannot_run_scripts(
     s3: S3Server, bucket: str, storages: Make, name: str, mime_type: str, how: str
 ) -> None:
     storage = storages(**with_bucket(f"{s3.url}/{bucket}")).choose(Delivery())
-    delivered = storage.deliver(Parcel("job-1", name, mime_type, InMemory(b"")))
+    delivered = storage.deliver(DeliverableFile("job-1", name, mime_type, InMemory(b"")))
     response = requests.get(delivered.data, timeout=TIMEOUT_S)
     assert response.headers["Content-Disposition"].startswith(f"{how}; ")
     assert response.headers["Content-Type"].startswith(mime_type)
@@ -134,7 +134,7 @@ def test_a_large_file_goes_in_parts_and_a_cancelled_one_leaves_none(s3: S3Server
     stop = Stop()
     content = Watched(Trickle(len(LARGE), before_last=stop.set), stop.check)
     with pytest.raises(Cancelled):
-        storage.deliver(Parcel("job-1", "cancelled.bin", "application/octet-stream", content))
+        storage.deliver(DeliverableFile("job-1", "cancelled.bin", "application/octet-stream", content))
     assert "Uploads" not in s3.client.list_multipart_uploads(Bucket=bucket)
     assert "parts/cancelled.bin" not in s3.keys(bucket)
 
@@ -146,7 +146,7 @@ def test_a_picture_is_one_request_that_waits_for_nothing(recorder: Recorder, sto
     path = tmp_path / "a.png"
     path.write_bytes(CONTENT)
     storage = storages(**with_bucket(f"{recorder.url}/bucket")).choose(Delivery())
-    storage.deliver(Parcel("job-1", "a.png", "image/png", OnDisk(path, len(CONTENT))))
+    storage.deliver(DeliverableFile("job-1", "a.png", "image/png", OnDisk(path, len(CONTENT))))
 
     [(method, url, headers)] = recorder.requests
     assert (method, url) == ("PUT", "/bucket/job-1/a.png")
@@ -166,7 +166,7 @@ def test_a_path_of_the_endpoint_itself_is_kept(recorder: Recorder, storages: Mak
 # ---------------------------------------------------------------------------------------------------- keys
 
 
-def key_of(template: str, parcel: Parcel, recorder: Recorder, storages: Make, **delivery: Any) -> str:
+def key_of(template: str, parcel: DeliverableFile, recorder: Recorder, storages: Make, **delivery: Any) -> str:
     settings = with_bucket(f"{recorder.url}/bucket", bucket_key_template=template)
     storages(**settings).choose(Delivery(**delivery)).deliver(parcel)
     return unquote(recorder.requests[-1][1]).removeprefix("/bucket/")

@@ -13,7 +13,7 @@ import pytest
 from comfy_worker.errors import Cancelled
 from comfy_worker.media.probe import mime_type_of_name
 from comfy_worker.stop import Stop
-from comfy_worker.storage import OnDisk, Parcel, Storage, Storages, Watched, read_all
+from comfy_worker.storage import DeliverableFile, OnDisk, Storage, StorageFactory, Watched, read_all
 from comfy_worker.types import Delivered, Delivery, JobBucket
 from tests.support.delivered import (
     CONTENT,
@@ -84,7 +84,7 @@ def storage(
     kind: str,
     s3: S3Server,
     bucket: str,
-    storages: Callable[..., Storages],
+    storages: Callable[..., StorageFactory],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Storage]:
@@ -170,7 +170,7 @@ def test_a_large_file_comes_back_as_it_was(
 ) -> None:
     path = tmp_path_factory.mktemp("outputs") / "large.bin"
     path.write_bytes(LARGE)
-    large = Parcel("job-1", "large.bin", "application/octet-stream", OnDisk(path, len(LARGE)))
+    large = DeliverableFile("job-1", "large.bin", "application/octet-stream", OnDisk(path, len(LARGE)))
 
     assert open_delivered(storage.deliver(large)).content == LARGE
 
@@ -179,4 +179,4 @@ def test_a_job_that_is_cancelled_is_not_delivered_to_its_end(storage: Storage) -
     stop = Stop()
     content = Watched(Trickle(len(LARGE), before_last=stop.set), stop.check)
     with pytest.raises(Cancelled):
-        storage.deliver(Parcel("job-c", "large.bin", "application/octet-stream", content))
+        storage.deliver(DeliverableFile("job-c", "large.bin", "application/octet-stream", content))

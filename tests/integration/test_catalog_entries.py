@@ -19,8 +19,8 @@ import requests
 from PIL import Image
 
 from comfy_emulator.models import DEFAULT_MODELS, FOLDER_OF_INPUT
-from comfy_worker.catalog.entry import Entry, fill
-from comfy_worker.catalog.library import Library
+from comfy_worker.catalog.entry import CatalogEntry, fill
+from comfy_worker.catalog.library import Catalog
 from comfy_worker.catalog.parameter import Parameter
 from comfy_worker.graph.workflow import is_link
 from comfy_worker.settings import load_settings
@@ -30,7 +30,7 @@ from tests.support.graphs import SIDE, data_uri, png
 from tests.support.patience import TIMEOUT_S
 from tests.support.processes import ROOT
 
-LIBRARY = Library(ROOT / "workflows")
+LIBRARY = Catalog(ROOT / "workflows")
 ENTRIES = LIBRARY.entries()
 WANTED = {
     "text-to-image-sd15",
@@ -62,12 +62,12 @@ def needed(parameter: Parameter) -> Any:
     return values[parameter.type]
 
 
-def inputs_of(entry: Entry, **others: Any) -> dict[str, Any]:
+def inputs_of(entry: CatalogEntry, **others: Any) -> dict[str, Any]:
     required = {name: needed(one) for name, one in entry.manifest.parameters.items() if one.is_required}
     return {**required, **{name: value for name, value in others.items() if name in entry.manifest.parameters}}
 
 
-def filled(entry: Entry) -> dict[str, dict[str, Any]]:
+def filled(entry: CatalogEntry) -> dict[str, dict[str, Any]]:
     return fill(entry, inputs_of(entry), Random(1)).workflow
 
 
@@ -82,7 +82,7 @@ def test_the_folder_has_what_it_should() -> None:
 
 @each_version
 @each_entry
-def test_classes_inputs_and_links_are_right(entry: Entry, version: str) -> None:
+def test_classes_inputs_and_links_are_right(entry: CatalogEntry, version: str) -> None:
     problems = list(misfits(filled(entry), OBJECT_INFO[version]))
     assert problems == []
 
@@ -126,7 +126,7 @@ def misfit(
 
 @each_version
 @each_entry
-def test_the_limits_of_parameters_are_within_those_of_the_nodes(entry: Entry, version: str) -> None:
+def test_the_limits_of_parameters_are_within_those_of_the_nodes(entry: CatalogEntry, version: str) -> None:
     for name, parameter in entry.manifest.parameters.items():
         for value in limits(parameter):
             workflow = fill(entry, inputs_of(entry, **{name: value}), Random(1)).workflow
@@ -138,7 +138,7 @@ def limits(parameter: Parameter) -> list[Any]:
 
 
 @each_entry
-def test_defaults_are_what_stands_in_the_graph(entry: Entry) -> None:
+def test_defaults_are_what_stands_in_the_graph(entry: CatalogEntry) -> None:
     for name, parameter in entry.manifest.parameters.items():
         if parameter.default is not None and not parameter.is_random:
             for target in parameter.sets:
@@ -147,7 +147,7 @@ def test_defaults_are_what_stands_in_the_graph(entry: Entry) -> None:
 
 
 @each_entry
-def test_the_models_are_those_that_the_graph_names(entry: Entry) -> None:
+def test_the_models_are_those_that_the_graph_names(entry: CatalogEntry) -> None:
     loads = {
         (folder, value)
         for node in filled(entry).values()
@@ -161,7 +161,7 @@ def test_the_models_are_those_that_the_graph_names(entry: Entry) -> None:
 
 
 @each_entry
-def test_everything_has_a_description(entry: Entry) -> None:
+def test_everything_has_a_description(entry: CatalogEntry) -> None:
     texts = [entry.manifest.description, *(one.description for one in entry.manifest.parameters.values())]
     assert all(text.endswith(".") for text in texts)
     assert all(node["_meta"]["title"] for node in entry.graph.values())
@@ -183,7 +183,7 @@ def worker(comfyui: ComfyUI) -> Iterator[Worker]:
     running.close()
 
 
-def run(worker: Worker, entry: Entry, **inputs: Any) -> list[dict[str, Any]]:
+def run(worker: Worker, entry: CatalogEntry, **inputs: Any) -> list[dict[str, Any]]:
     job_input = {"template": entry.name, "inputs": inputs_of(entry, **inputs)}
     output = worker.run({"id": f"job-of-{entry.name}", "input": job_input})
     assert "error" not in output, output
@@ -193,7 +193,7 @@ def run(worker: Worker, entry: Entry, **inputs: Any) -> list[dict[str, Any]]:
 
 
 @each_entry
-def test_it_runs(worker: Worker, entry: Entry) -> None:
+def test_it_runs(worker: Worker, entry: CatalogEntry) -> None:
     [made] = run(worker, entry, **SMALL)
     assert made["mime_type"] == ("video/mp4" if "video" in entry.name else "image/png")
     assert made["filename"].startswith(entry.name)
@@ -239,7 +239,7 @@ def colors_of(made: Mapping[str, Any]) -> tuple[tuple[int, int], list[Any]]:
 @pytest.mark.real
 @pytest.mark.skipif("COMFYUI_URL" not in os.environ, reason="COMFYUI_URL names no real ComfyUI")
 @each_entry
-def test_a_real_comfyui_misses_nothing_but_models(entry: Entry) -> None:
+def test_a_real_comfyui_misses_nothing_but_models(entry: CatalogEntry) -> None:
     url = os.environ["COMFYUI_URL"].rstrip("/")
     result = fill(entry, inputs_of(entry), Random(1))
     for image in result.images:

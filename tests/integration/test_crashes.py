@@ -13,7 +13,7 @@ import pytest
 from pytest_mock import MockerFixture
 
 from comfy_emulator.node import Context, ImageBatch, NodeResult
-from comfy_worker.types import NodeFinished, NodeStarted, QueuePosition, Stage, StageStarted
+from comfy_worker.types import NodeFinished, NodeStarted, PromptsAhead, Stage, StageStarted
 from comfy_worker.worker import Worker
 from tests.support import gate as gates
 from tests.support import graphs
@@ -251,7 +251,7 @@ def test_a_workflow_that_had_not_begun_is_submitted_again_only_once(
     block(victim, tmp_path)
     with working(victim) as worker:
         running = RunningJob(worker, job(gate.graph()))
-        wait_until(lambda: running.all(QueuePosition) != [])
+        wait_until(lambda: running.all(PromptsAhead) != [])
         victim.kill()
         running.wait_for_notice("submitted again")
         # Somebody else is quicker once more.
@@ -259,7 +259,7 @@ def test_a_workflow_that_had_not_begun_is_submitted_again_only_once(
         victim.start()
         block(victim, tmp_path)
         victim.server.faults.clear()
-        wait_until(lambda: begun(running, Stage.QUEUED) == 2 and running.events[-1] == QueuePosition(1))
+        wait_until(lambda: begun(running, Stage.QUEUED) == 2 and running.events[-1] == PromptsAhead(1))
         victim.kill()
         output = running.output()
     assert output["code"] == "comfyui_crashed"

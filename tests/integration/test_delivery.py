@@ -25,7 +25,7 @@ from comfy_worker.errors import Cancelled, OutputMissing, OutputTooLarge
 from comfy_worker.job.outputs import Found, deliver_outputs
 from comfy_worker.settings import load_settings
 from comfy_worker.stop import Stop
-from comfy_worker.storage import Storages
+from comfy_worker.storage import StorageFactory
 from comfy_worker.types import Delivery, Job, OutputFile
 from comfy_worker.worker import Worker
 from tests.support import graphs, videos
@@ -230,7 +230,7 @@ def deliver(
 ) -> tuple[list[Any], list[str]]:
     job = Job(id="job-1", prompt_id="prompt", workflow={}, delivery=Delivery(**delivery))
     loaded = load_settings(**settings)
-    with closing(ComfyClient(loaded)) as client, closing(Storages(loaded)) as storages:
+    with closing(ComfyClient(loaded)) as client, closing(StorageFactory(loaded)) as storages:
         storage = storages.choose(job.delivery, budget)
         return deliver_outputs(job, Found(files=files, texts=()), client, storage, stop or Stop())
 

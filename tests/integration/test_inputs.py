@@ -32,7 +32,7 @@ from comfy_worker.job.pipeline import run_job
 from comfy_worker.net.fetcher import Fetcher
 from comfy_worker.settings import Settings, load_settings
 from comfy_worker.stop import Stop
-from comfy_worker.storage import Storages
+from comfy_worker.storage import StorageFactory
 from comfy_worker.storage.signed_urls import Signer
 from comfy_worker.types import Delivery, Job, JobResult
 from tests.support import media_files
@@ -95,7 +95,7 @@ class Bench:
     """A worker's inside with a ComfyUI."""
 
     client: ComfyClient
-    storages: Storages
+    storages: StorageFactory
 
     def run(self, workflow: Graph, *images: Mapping[str, str], **more: Any) -> tuple[JobResult, Job]:
         """Run a job; return what came out and what was asked."""
@@ -127,7 +127,7 @@ class Bench:
 @pytest.fixture
 def bench(settings: Settings) -> Iterator[Bench]:
     with closing(ComfyClient(settings)) as client:
-        yield Bench(client, Storages(settings))
+        yield Bench(client, StorageFactory(settings))
 
 
 def outputs(result: JobResult) -> list[bytes]:
@@ -319,7 +319,7 @@ def comfy_3d(comfy: ComfyUI) -> Iterator[str]:
 @pytest.fixture
 def bench_3d(settings: Settings, comfy_3d: str) -> Iterator[Bench]:
     with closing(ComfyClient(settings.model_copy(update={"comfyui_url": comfy_3d}))) as client:
-        yield Bench(client, Storages(settings))
+        yield Bench(client, StorageFactory(settings))
 
 
 def _scene(mesh: str, picture: str) -> Graph:
@@ -360,7 +360,7 @@ def test_a_3d_file_beside_the_jobs_folder_is_cleaned_up_too(settings: Settings) 
         with closing(ComfyClient(reachable)) as client:
             mesh = {"name": "mesh.glb", "image": base64.b64encode(media_files.glb()).decode()}
             picture = {"name": "scene.png", "image": data_uri(png(TEAL))}
-            result, _job = Bench(client, Storages(settings)).run(_scene("mesh.glb", "scene.png"), mesh, picture)
+            result, _job = Bench(client, StorageFactory(settings)).run(_scene("mesh.glb", "scene.png"), mesh, picture)
         assert result.artifacts
         assert [path for path in (server.base_directory / "input").rglob("*") if path.is_file()] == []
 
@@ -507,7 +507,7 @@ def test_a_file_is_found_by_a_text_that_is_its_name(settings: Settings) -> None:
         EmulatorServer(registry=registry, object_info={"LoadPath": PATH_LOADER}) as server,
         closing(ComfyClient(settings.model_copy(update={"comfyui_url": server.url}))) as client,
     ):
-        bench = Bench(client, Storages(settings))
+        bench = Bench(client, StorageFactory(settings))
         graph = bench.stage(
             {
                 "1": node("LoadPath", path="cat.png", prompt="cat.png", note="cat.png"),
@@ -548,7 +548,7 @@ def test_lists_of_folders_and_files_of_unknown_nodes(settings: Settings) -> None
         EmulatorServer(registry=registry, object_info=info) as server,
         closing(ComfyClient(settings.model_copy(update={"comfyui_url": server.url}))) as client,
     ):
-        bench = Bench(client, Storages(settings))
+        bench = Bench(client, StorageFactory(settings))
         texts = [{"name": name, "image": base64.b64encode(name.encode()).decode()} for name in ("a/b.txt", "a_b.txt")]
         graph = bench.stage(
             {
@@ -632,7 +632,7 @@ def test_a_jobs_own_bucket_that_the_worker_does_not_take(settings: Settings, s3:
         closing(ComfyClient(careful)) as client,
         pytest.raises(InvalidInput, match=f"^{FAILED}: .* which this worker does not take"),
     ):
-        Bench(client, Storages(careful)).run(inverted(f"s3://{bucket}/a.png"), s3=_job_bucket(s3, bucket))
+        Bench(client, StorageFactory(careful)).run(inverted(f"s3://{bucket}/a.png"), s3=_job_bucket(s3, bucket))
 
 
 @pytest.mark.parametrize(
@@ -705,7 +705,7 @@ def test_a_file_that_comfyui_finds_too_large(settings: Settings) -> None:
     ):
         large = base64.b64encode(bytes(200_000)).decode()
         with pytest.raises(UploadFailed) as failed:
-            Bench(client, Storages(settings)).stage(inverted("a.png"), {"name": "a.png", "image": large})
+            Bench(client, StorageFactory(settings)).stage(inverted("a.png"), {"name": "a.png", "image": large})
         assert (
             failed.value.message == "Failed to upload one or more input images: a.png: it is larger than ComfyUI takes"
         )
@@ -718,13 +718,13 @@ def test_a_disk_of_comfyui_that_is_full(settings: Settings) -> None:
         full = settings.model_copy(update={"comfyui_url": server.url, **base})
         server.faults.answer_with(500, "/upload/image")
         with closing(ComfyClient(full)) as client, pytest.raises(DiskFull, match="ComfyUI's disk has"):
-            Bench(client, Storages(full)).stage(inverted("a.png"), {"name": "a.png", "image": data_uri(png(RED))})
+            Bench(client, StorageFactory(full)).stage(inverted("a.png"), {"name": "a.png", "image": data_uri(png(RED))})
 
 
 def test_a_comfyui_that_comes_back_gets_the_whole_file(settings: Settings) -> None:
     with EmulatorServer() as server:
         server.faults.lose_answer("/upload/image")
         with closing(ComfyClient(settings.model_copy(update={"comfyui_url": server.url}))) as client:
-            bench = Bench(client, Storages(settings))
+            bench = Bench(client, StorageFactory(settings))
             graph = bench.stage(inverted("a.png"), {"name": "a.png", "image": data_uri(png(RED))})
             assert bench.read(graph["1"]["inputs"]["image"]) == png(RED)

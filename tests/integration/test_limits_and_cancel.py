@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from comfy_emulator.node import Context, ImageBatch, NodeResult
-from comfy_worker.types import JobEvent, NodeProgress, QueuePosition, Stage, StageStarted
+from comfy_worker.types import JobEvent, NodeProgress, PromptsAhead, Stage, StageStarted
 from comfy_worker.worker import Worker
 from tests.support import gate as gates
 from tests.support import graphs
@@ -139,7 +139,7 @@ def test_a_second_attempt_does_not_start_the_clock_again(victim: Emulated, gate:
     blocker.wait_until_run()
     with working(victim, workflow_timeout_s=1.5) as worker:
         running = RunningJob(worker, job(gate.graph()))
-        running.wait_for(lambda event: event == QueuePosition(1))
+        running.wait_for(lambda event: event == PromptsAhead(1))
         victim.kill()
         assert running.output()["code"] == "timed_out"
 
@@ -204,7 +204,7 @@ def test_a_waiting_prompt_is_cancelled_and_the_running_one_is_not(victim: Emulat
     victim.server.faults.interrupt_ignores_prompt_id = True
     with another_running(victim, tmp_path), working(victim) as worker:
         running = RunningJob(worker, job(gate.graph()))
-        running.wait_for(lambda event: event == QueuePosition(1))
+        running.wait_for(lambda event: event == PromptsAhead(1))
         running.stop.set()
         assert running.output()["code"] == "cancelled"
     assert gate.runs == 0

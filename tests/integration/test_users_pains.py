@@ -22,7 +22,7 @@ from PIL import Image
 
 from comfy_worker.job.progress import Progress
 from comfy_worker.settings import load_settings
-from comfy_worker.types import NodeStarted, Preview, QueuePosition, Stage, StageStarted
+from comfy_worker.types import NodeStarted, Preview, PromptsAhead, Stage, StageStarted
 from comfy_worker.worker import Worker
 from tests.support import graphs
 from tests.support.gate import Gate, job
@@ -140,7 +140,7 @@ def test_c7513_s113_r510_cancel_stops_the_gpu_queued_and_running(
     first_job, second_job = RunningJob(worker, job(gate.graph())), None
     gate.wait_until_run()
     second_job = RunningJob(worker, job(second.graph()))
-    second_job.wait_for(lambda event: event == QueuePosition(1))
+    second_job.wait_for(lambda event: event == PromptsAhead(1))
     for running in (second_job, first_job):
         running.stop.set()
         assert running.output()["code"] == "cancelled"
@@ -399,7 +399,7 @@ def test_w36_w221_s106_progress_queue_position_previews(victim: Emulated, worker
     blocker = victim.submit(gate.graph())
     gate.wait_until_run()
     running = RunningJob(worker, job(graph))
-    running.wait_for(lambda event: event == QueuePosition(1))
+    running.wait_for(lambda event: event == PromptsAhead(1))
     gate.open()
     assert "error" not in running.output()
     assert victim.succeeded(blocker)

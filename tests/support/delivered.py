@@ -19,7 +19,7 @@ import pytest
 import requests
 
 from comfy_worker.media.probe import mime_type_of_name
-from comfy_worker.storage import InMemory, Parcel, Storages
+from comfy_worker.storage import DeliverableFile, InMemory, StorageFactory
 from comfy_worker.types import Delivered
 from tests.support.patience import TIMEOUT_S
 from tests.support.s3 import ACCESS_KEY, SECRET_KEY
@@ -30,7 +30,7 @@ LARGE = bytes(range(256)) * 4096 * 21
 JOB_ACCESS_KEY = "AKIAJOBSACCESSKEY0"
 JOB_SECRET_KEY = "jobs-secret-51b0c7e2"
 
-Make: TypeAlias = Callable[..., Storages]
+Make: TypeAlias = Callable[..., StorageFactory]
 """Makes storages from settings, by their names."""
 
 
@@ -51,8 +51,10 @@ def with_bucket(endpoint_url: str, **more: Any) -> dict[str, Any]:
     }
 
 
-def parcel(path: str, content: bytes = CONTENT, job_id: str = "job-1", **more: Any) -> Parcel:
-    return Parcel(job_id=job_id, path=path, mime_type=mime_type_of_name(path), content=InMemory(content), **more)
+def parcel(path: str, content: bytes = CONTENT, job_id: str = "job-1", **more: Any) -> DeliverableFile:
+    return DeliverableFile(
+        job_id=job_id, path=path, mime_type=mime_type_of_name(path), content=InMemory(content), **more
+    )
 
 
 def open_base64(delivered: Delivered) -> Kept:

@@ -24,7 +24,7 @@ from comfy_worker.job.outputs import Found, deliver_outputs
 from comfy_worker.media.probe import kind_of
 from comfy_worker.settings import load_settings
 from comfy_worker.stop import Stop
-from comfy_worker.storage import Storages
+from comfy_worker.storage import StorageFactory
 from comfy_worker.types import Delivery, Job, OutputFile
 from tests.support.processes import ROOT, clean_environment
 
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--first")
     options = parser.parse_args()
     settings = load_settings()
-    with closing(ComfyClient(settings)) as client, closing(Storages(settings)) as storages:
+    with closing(ComfyClient(settings)) as client, closing(StorageFactory(settings)) as storages:
         if options.first:
             _deliver(options.first, options.type, client, storages)
         gc.collect()
@@ -81,7 +81,7 @@ def main() -> None:
     sys.stdout.write(json.dumps(said))
 
 
-def _deliver(filename: str, kind: Any, client: ComfyClient, storages: Storages) -> Any:
+def _deliver(filename: str, kind: Any, client: ComfyClient, storages: StorageFactory) -> Any:
     job = Job(id="memory", prompt_id="memory", workflow={}, delivery=Delivery(type=kind))
     found = Found(files=(output_file(filename),), texts=())
     artifacts, warnings = deliver_outputs(job, found, client, storages.choose(job.delivery), Stop())

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from comfy_worker.settings import Settings, load_settings
-from comfy_worker.types import QueuePosition, Stage, StageStarted
+from comfy_worker.types import PromptsAhead, Stage, StageStarted
 from comfy_worker.worker import Worker
 from tests.support.gate import Gate, job
 from tests.support.running import RunningJob
@@ -253,7 +253,7 @@ def play(victim: Victim, socket: Socket, ending: Ending, folder: Path, slack_s: 
     with closing(Worker(settings)) as worker:
         running = RunningJob(worker, job(gate.graph()))
         if ending.from_queue:
-            running.wait_for(lambda event: event == QueuePosition(1))
+            running.wait_for(lambda event: event == PromptsAhead(1))
         else:
             wait_until_it_runs(running, gate, socket)
         [prompt_id] = victim.pending() if ending.from_queue else victim.running()

@@ -17,7 +17,7 @@ from comfy_worker.net.fetcher import Fetcher
 from comfy_worker.net.public_addresses import is_public
 from comfy_worker.settings import load_settings
 from comfy_worker.stop import Stop
-from comfy_worker.storage import Storages
+from comfy_worker.storage import StorageFactory
 from comfy_worker.storage.public_connections import _checked
 from comfy_worker.types import Delivery, JobBucket, Webhook
 from comfy_worker.webhooks.message import Message
@@ -70,7 +70,7 @@ def test_no_webhook_is_sent_there(environment: pytest.MonkeyPatch, address: str)
 def test_no_bucket_is_there(environment: pytest.MonkeyPatch, address: str) -> None:
     endpoint = url_of(address).removesuffix("/a.png")
     with pytest.raises(InvalidInput, match="not known to have a public address"):
-        Storages(load_settings()).choose(Delivery(), None, JobBucket(endpoint, "shop", "key", "secret"))
+        StorageFactory(load_settings()).choose(Delivery(), None, JobBucket(endpoint, "shop", "key", "secret"))
     closed: list[bool] = []
     connected: Any = SimpleNamespace(getpeername=lambda: (address, 80), close=lambda: closed.append(True))
     with pytest.raises(NewConnectionError):
@@ -85,7 +85,7 @@ def test_what_runpods_sdk_refuses_is_never_public(address: Any) -> None:
 
 def test_a_job_may_bring_a_bucket_unless_the_worker_says_no(environment: pytest.MonkeyPatch) -> None:
     bucket = JobBucket("https://93.184.216.34", "shop", "key", "secret")
-    Storages(load_settings()).choose(Delivery(), None, bucket)
+    StorageFactory(load_settings()).choose(Delivery(), None, bucket)
     environment.setenv("ALLOW_JOB_S3", "false")
     with pytest.raises(InvalidInput, match="which this worker does not take"):
-        Storages(load_settings()).choose(Delivery(), None, bucket)
+        StorageFactory(load_settings()).choose(Delivery(), None, bucket)

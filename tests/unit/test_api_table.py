@@ -23,7 +23,9 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FastAPI]:
 
 
 def test_the_page_is_the_table() -> None:
-    assert (ROOT / "docs/reference/api.md").read_text() == page(), "python -m tests.support.api_table > docs/reference/api.md"
+    assert (ROOT / "docs/reference/api.md").read_text() == page(), (
+        "python -m tests.support.api_table > docs/reference/api.md"
+    )
 
 
 @pytest.mark.parametrize("row", rows(), ids=lambda row: f"{row.api} {row.kind} {row.what}")

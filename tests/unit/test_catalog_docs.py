@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from comfy_worker.catalog.entry import fill
-from comfy_worker.catalog.library import Library
+from comfy_worker.catalog.library import Catalog
 from comfy_worker.catalog.manifest import Manifest
 from comfy_worker.catalog.parameter import Parameter
 from comfy_worker.catalog.template import expand
@@ -18,7 +18,7 @@ from comfy_worker.errors import InvalidInput
 from tests.support.processes import ROOT
 
 PAGE = (ROOT / "docs/how-to/catalog.md").read_text(encoding="utf-8")
-LIBRARY = Library(ROOT / "workflows")
+LIBRARY = Catalog(ROOT / "workflows")
 
 
 def blocks(language: str) -> list[str]:

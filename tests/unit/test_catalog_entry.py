@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comfy_worker.catalog.entry import Entry, Filled, fill, is_entry_name, make_entry
+from comfy_worker.catalog.entry import CatalogEntry, Filled, fill, is_entry_name, make_entry
 from comfy_worker.errors import InvalidInput, InvalidWorkflow, UiFormatWorkflow
 from tests.support.graphs import data_uri, node, png
 
@@ -48,21 +48,21 @@ NEEDED = {"image": PICTURE, "prompt": "a hill"}
 
 
 @pytest.fixture(scope="module")
-def entry() -> Entry:
+def entry() -> CatalogEntry:
     return make_entry("example", GRAPH, MANIFEST)
 
 
-def filled(entry: Entry, **inputs: Any) -> Filled:
+def filled(entry: CatalogEntry, **inputs: Any) -> Filled:
     return fill(entry, {**NEEDED, **inputs}, Random(7))
 
 
-def refusal(entry: Entry, inputs: dict[str, Any]) -> str:
+def refusal(entry: CatalogEntry, inputs: dict[str, Any]) -> str:
     with pytest.raises(InvalidInput) as refused:
         fill(entry, inputs, Random(7))
     return refused.value.message
 
 
-def test_what_is_given_is_set_and_the_rest_has_its_default(entry: Entry) -> None:
+def test_what_is_given_is_set_and_the_rest_has_its_default(entry: CatalogEntry) -> None:
     inputs = filled(entry, steps=5.0, seed=3).workflow["2"]["inputs"]
     assert inputs == {
         "image": ["1", 0],
@@ -75,19 +75,19 @@ def test_what_is_given_is_set_and_the_rest_has_its_default(entry: Entry) -> None
     }
 
 
-def test_null_counts_as_left_out(entry: Entry) -> None:
+def test_null_counts_as_left_out(entry: CatalogEntry) -> None:
     assert filled(entry, steps=None).workflow["2"]["inputs"]["steps"] == 20
     assert "prompt is missing" in refusal(entry, {**NEEDED, "prompt": None})
 
 
-def test_a_seed_is_another_one_for_each_request(entry: Entry) -> None:
+def test_a_seed_is_another_one_for_each_request(entry: CatalogEntry) -> None:
     random = Random(7)
     seeds = [fill(entry, NEEDED, random).workflow["2"]["inputs"]["seed"] for _ in range(20)]
     assert len(set(seeds)) == 20
     assert all(0 <= seed < 2**53 for seed in seeds), "every program reads it exactly"
 
 
-def test_all_problems_are_in_one_sentence(entry: Entry) -> None:
+def test_all_problems_are_in_one_sentence(entry: CatalogEntry) -> None:
     sentence = refusal(entry, {"promt": "x", "steps": 0, "cfg": "7", "zzz": 1, "image": 5})
     assert sentence == (
         "The inputs of the template 'example' are refused: 'promt' is unknown, did you mean 'prompt'?; 'zzz' is "
@@ -96,7 +96,7 @@ def test_all_problems_are_in_one_sentence(entry: Entry) -> None:
     )
 
 
-def test_a_long_unknown_name_does_not_fill_the_sentence(entry: Entry) -> None:
+def test_a_long_unknown_name_does_not_fill_the_sentence(entry: CatalogEntry) -> None:
     assert len(refusal(entry, {**NEEDED, "x" * 100_000: 1})) < 300
 
 
@@ -110,7 +110,7 @@ def test_a_long_unknown_name_does_not_fill_the_sentence(entry: Entry) -> None:
         ("S3://bucket/key", {"name": "image", "url": "S3://bucket/key"}),
     ],
 )
-def test_a_file_becomes_an_image_of_the_job(entry: Entry, file: str, image: dict[str, str]) -> None:
+def test_a_file_becomes_an_image_of_the_job(entry: CatalogEntry, file: str, image: dict[str, str]) -> None:
     result = filled(entry, image=file)
     assert list(result.images) == [image]
     assert result.workflow["1"]["inputs"]["image"] == image["name"]
@@ -130,7 +130,7 @@ def test_what_is_no_graph_is_no_entry() -> None:
         make_entry("empty", {})
 
 
-def test_the_version_is_the_contents(entry: Entry) -> None:
+def test_the_version_is_the_contents(entry: CatalogEntry) -> None:
     def version(graph: Any, manifest: Any = None) -> str:
         return make_entry("other", graph, manifest).version
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from comfy_worker.catalog.library import Library
+from comfy_worker.catalog.library import Catalog
 from comfy_worker.errors import InvalidInput
 from tests.support.graphs import picture
 from tests.support.processes import ROOT
@@ -37,13 +37,13 @@ class Shelf:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.clock = Clock()
-        self.library = Library(folder, self.clock)
+        self.library = Catalog(folder, self.clock)
 
     def write(self, name: str, content: Any) -> None:
         text = content if isinstance(content, str) else json.dumps(content)
         (self.folder / name).write_text(text, encoding="utf-8")
 
-    def later(self) -> Library:
+    def later(self) -> Catalog:
         self.clock.now += 1.0
         return self.library
 
@@ -60,7 +60,7 @@ def manifest(**parameters: Any) -> dict[str, Any]:
     return {"title": "A title", "description": "", "parameters": parameters}
 
 
-def refusal(library: Library, name: str, version: str | None = None) -> str:
+def refusal(library: Catalog, name: str, version: str | None = None) -> str:
     with pytest.raises(InvalidInput) as refused:
         library.get(name, version)
     return refused.value.message
@@ -88,7 +88,7 @@ def test_a_folder_that_is_not_there_is_an_empty_library(tmp_path: Path) -> None:
 
 def test_a_file_in_place_of_the_folder_is_a_problem(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    library = Library(tmp_path / "file")
+    library = Catalog(tmp_path / "file")
     assert library.entries() == []
     assert library.problems() == {"file": "the folder cannot be read: Not a directory"}
 
@@ -232,8 +232,8 @@ def test_threads_share_a_library_while_files_change(shelf: Shelf) -> None:
 
 def test_the_projects_own_folder_is_found_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert Library("workflows").get("solid-color").name == "solid-color"
+    assert Catalog("workflows").get("solid-color").name == "solid-color"
     (tmp_path / "workflows").mkdir()
-    assert Library("workflows").entries() == []
+    assert Catalog("workflows").entries() == []
     monkeypatch.chdir(ROOT)
-    assert Library("workflows").get("solid-color").name == "solid-color"
+    assert Catalog("workflows").get("solid-color").name == "solid-color"

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comfy_worker.catalog.library import Library
+from comfy_worker.catalog.library import Catalog
 from comfy_worker.catalog.template import expand, expand_job
 from comfy_worker.errors import InvalidInput
 from comfy_worker.job.payload import parse_job
@@ -22,17 +22,17 @@ RESIZE = {"template": "resize-picture", "inputs": {"image": PICTURE, "width": 16
 
 
 @pytest.fixture(scope="module")
-def library() -> Library:
-    return Library(ROOT / "workflows")
+def library() -> Catalog:
+    return Catalog(ROOT / "workflows")
 
 
-def refusal(job_input: dict[str, Any], library: Library) -> str:
+def refusal(job_input: dict[str, Any], library: Catalog) -> str:
     with pytest.raises(InvalidInput) as refused:
         expand(job_input, library)
     return refused.value.message
 
 
-def test_a_template_becomes_a_workflow_with_its_images(library: Library) -> None:
+def test_a_template_becomes_a_workflow_with_its_images(library: Catalog) -> None:
     expanded = expand({**RESIZE, "timeout_s": 5}, library)
     assert set(expanded) == {"workflow", "images", "timeout_s"}
     assert expanded["workflow"]["1"]["inputs"]["image"] == "image.png"
@@ -43,7 +43,7 @@ def test_a_template_becomes_a_workflow_with_its_images(library: Library) -> None
     assert job.files[0].content == png((0, 0, 255))
 
 
-def test_images_of_the_job_stay(library: Library) -> None:
+def test_images_of_the_job_stay(library: Catalog) -> None:
     own = {"name": "own.png", "image": PICTURE}
     assert [item["name"] for item in expand({**RESIZE, "images": [own]}, library)["images"]] == ["own.png", "image.png"]
     without = expand({"template": "solid-color"}, library)
@@ -52,7 +52,7 @@ def test_images_of_the_job_stay(library: Library) -> None:
         parse_job({"input": expand({**RESIZE, "images": "x"}, library)})
 
 
-def test_a_version_may_be_named(library: Library) -> None:
+def test_a_version_may_be_named(library: Catalog) -> None:
     version = library.get("solid-color").version
     expanded = expand({"template": f"solid-color@{version}", "inputs": None}, library)
     assert expanded["workflow"]["1"]["class_type"] == "EmptyImage"
@@ -73,24 +73,24 @@ def test_a_version_may_be_named(library: Library) -> None:
         ),
     ],
 )
-def test_what_is_refused(library: Library, job_input: dict[str, Any], sentence: str) -> None:
+def test_what_is_refused(library: Catalog, job_input: dict[str, Any], sentence: str) -> None:
     assert refusal(job_input, library) == sentence
 
 
 @pytest.mark.parametrize("job_input", [{"workflow": picture((0, 0, 0))}, {"template": None, "workflow": {}}, {}])
-def test_an_input_without_a_template_is_returned_as_it_is(library: Library, job_input: dict[str, Any]) -> None:
+def test_an_input_without_a_template_is_returned_as_it_is(library: Catalog, job_input: dict[str, Any]) -> None:
     assert expand(job_input, library) is job_input
 
 
 @pytest.mark.parametrize(
     "job_input", [None, "", "{", "[" * 100_000, "[]", "5", [], {"workflow": {}}, '{"workflow": {}}']
 )
-def test_a_job_without_a_template_is_returned_as_it_is(library: Library, job_input: Any) -> None:
+def test_a_job_without_a_template_is_returned_as_it_is(library: Catalog, job_input: Any) -> None:
     job = {"id": "x", "input": job_input}
     assert expand_job(job, library) is job
 
 
-def test_an_input_that_is_a_string_is_expanded_too(library: Library) -> None:
+def test_an_input_that_is_a_string_is_expanded_too(library: Catalog) -> None:
     job = {"id": "x", "policy": {}, "input": json.dumps(RESIZE)}
     expanded = expand_job(job, library)
     assert expanded == {"id": "x", "policy": {}, "input": expand(RESIZE, library)}
@@ -116,4 +116,4 @@ def test_any_input_is_expanded_or_refused(job_input: dict[str, Any]) -> None:
     assert job_input["template"] is None or set(expanded) <= {"workflow", "images"}
 
 
-LIBRARY = Library(Path(ROOT) / "workflows")
+LIBRARY = Catalog(Path(ROOT) / "workflows")

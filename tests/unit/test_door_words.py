@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ConfigDict
 
-from comfy_worker.catalog.library import Library
+from comfy_worker.catalog.library import Catalog
 from comfy_worker.catalog.template import expand
 from comfy_worker.errors import InternalError, InvalidInput
 from comfy_worker.gateway.api.catalog import mapping as catalog_words
@@ -29,7 +29,7 @@ from tests.support.graphs import picture
 from tests.support.patience import on_this_machine
 from tests.support.processes import ROOT
 
-LIBRARY = Library(ROOT / "workflows")
+LIBRARY = Catalog(ROOT / "workflows")
 
 
 def item(name: str, mime_type: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from comfy_worker.catalog.library import Library
+from comfy_worker.catalog.library import Catalog
 from comfy_worker.catalog.template import expand_job
 from comfy_worker.errors import InvalidInput
 from comfy_worker.job.envelope import check_extra_params, execution_timeout_s
@@ -32,7 +32,7 @@ def test_an_input_that_is_wrapped_twice_is_unwrapped_with_a_warning(wrap: Any) -
     assert webhook.url == "http://a.example"
 
 
-def test_a_template_that_is_wrapped_twice_is_filled_in(library: Library) -> None:
+def test_a_template_that_is_wrapped_twice_is_filled_in(library: Catalog) -> None:
     expanded = expand_job({"input": {"input": {"template": "solid-color", "inputs": {}}}}, library)
     job = parse_job(expanded)
     assert job.workflow
@@ -40,8 +40,8 @@ def test_a_template_that_is_wrapped_twice_is_filled_in(library: Library) -> None
 
 
 @pytest.fixture
-def library() -> Library:
-    return Library("workflows")
+def library() -> Catalog:
+    return Catalog("workflows")
 
 
 def test_an_input_beside_a_workflow_is_only_an_unknown_name() -> None:

@@ -25,7 +25,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from comfy_worker.errors import Cancelled, DiskFull, InputFetchFailed
-from comfy_worker.net.errors import Problem
+from comfy_worker.net.errors import FetchError
 from comfy_worker.net.fetcher import Fetcher
 from comfy_worker.net.public_addresses import is_public
 from comfy_worker.net.urls import read_url, shown
@@ -152,7 +152,7 @@ def test_any_text_is_a_url_or_a_problem(text: str) -> None:
     for url in (text, f"http://{text}", f"http://{text}/a.png"):
         try:
             read_url(url)
-        except Problem as problem:
+        except FetchError as problem:
             assert problem.reason.startswith("its ")
 
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from comfy_worker.gateway.engines.queue_estimates import InHand, SteadyPlaces, places_of
 from comfy_worker.gateway.engines.run_times import RunRecorder, RunTimes
-from comfy_worker.gateway.engines.waiting_jobs import Queue, Waiting
-from comfy_worker.gateway.jobs.queue_position import Place
+from comfy_worker.gateway.engines.waiting_jobs import Queue, WaitingJob
+from comfy_worker.gateway.jobs.queue_position import QueuePosition
 from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.types import JobState, NodesCached, NodeStarted, Stage
 
@@ -24,9 +24,9 @@ SECONDS = st.floats(min_value=0, max_value=1e6)
 RUNS = st.lists(st.tuples(SIGNATURES, SECONDS), max_size=30)
 
 
-def waiting(job_id: str, signature: str = "a", priority: int = 0, created_at: float = 0.0) -> Waiting:
+def waiting(job_id: str, signature: str = "a", priority: int = 0, created_at: float = 0.0) -> WaitingJob:
     record = JobRecord(job_id, "local", JobState.IN_QUEUE, created_at, priority=priority, signature=signature)
-    return Waiting(record)
+    return WaitingJob(record)
 
 
 def queue_of(*signatures: str) -> Queue:
@@ -53,11 +53,11 @@ def times(**seconds: float) -> RunTimes:
     return made
 
 
-def waits(places: Mapping[str, Place]) -> list[float | None]:
+def waits(places: Mapping[str, QueuePosition]) -> list[float | None]:
     return [place.wait_s for place in places.values() if place.position]
 
 
-def positions(places: Mapping[str, Place]) -> dict[str, int | None]:
+def positions(places: Mapping[str, QueuePosition]) -> dict[str, int | None]:
     return {job_id: place.position for job_id, place in places.items()}
 
 
@@ -73,7 +73,7 @@ def test_nothing_is_promised_before_anything_ran() -> None:
 def test_who_is_next_waits_for_what_runs_and_the_others_for_those_before_them() -> None:
     run_times = times(a=10.0, b=4.0)
     assert waits(places_of(queue_of("b", "a", "a"), [running(6.0)], run_times, [HERE])) == [6.0, 10.0, 20.0]
-    assert places_of([], [running(6.0)], run_times, [HERE])["runs"] == Place(0, 0.0, 6.0)
+    assert places_of([], [running(6.0)], run_times, [HERE])["runs"] == QueuePosition(0, 0.0, 6.0)
 
 
 def test_a_job_that_a_comfyui_was_given_waits_like_any_other_before_those_that_none_was_given() -> None:
@@ -111,7 +111,7 @@ def test_a_job_of_higher_priority_goes_before_all_but_the_next() -> None:
 
 def test_what_is_being_delivered_keeps_no_gpu_busy_and_has_no_place() -> None:
     places = places_of(queue_of("a"), [given("delivered", Stage.DELIVERING)], times(a=10.0), [HERE])
-    assert places == {"0": Place(1, 0.0, 10.0)}
+    assert places == {"0": QueuePosition(1, 0.0, 10.0)}
 
 
 def test_several_comfyuis_each_take_the_next_job_as_soon_as_they_are_free() -> None:
@@ -131,18 +131,18 @@ def test_without_any_comfyui_nobody_knows_how_long_it_takes() -> None:
 
 def test_an_estimate_does_not_rise_while_what_runs_takes_longer_than_expected() -> None:
     steady = SteadyPlaces()
-    assert steady.steady({"job": Place(1, 5.0, 2.0)}, 1)["job"].wait_s == 5.0
-    assert steady.steady({"job": Place(1, 7.0, 2.0)}, 1)["job"].wait_s == 5.0
-    assert steady.steady({"job": Place(1, 3.0, 2.0)}, 1)["job"].wait_s == 3.0
-    assert steady.steady({"job": Place(0, 0.0, 2.0)}, 1)["job"].run_s == 2.0
-    assert steady.steady({"job": Place(0, 0.0, 4.0)}, 1)["job"].run_s == 2.0
+    assert steady.steady({"job": QueuePosition(1, 5.0, 2.0)}, 1)["job"].wait_s == 5.0
+    assert steady.steady({"job": QueuePosition(1, 7.0, 2.0)}, 1)["job"].wait_s == 5.0
+    assert steady.steady({"job": QueuePosition(1, 3.0, 2.0)}, 1)["job"].wait_s == 3.0
+    assert steady.steady({"job": QueuePosition(0, 0.0, 2.0)}, 1)["job"].run_s == 2.0
+    assert steady.steady({"job": QueuePosition(0, 0.0, 4.0)}, 1)["job"].run_s == 2.0
 
 
 def test_an_estimate_rises_when_a_job_gets_in_front_and_when_a_comfyui_goes_away() -> None:
     steady = SteadyPlaces()
-    steady.steady({"job": Place(1, 5.0, 2.0)}, 2)
-    assert steady.steady({"job": Place(2, 9.0, 2.0)}, 2)["job"].wait_s == 9.0
-    assert steady.steady({"job": Place(2, 18.0, 2.0)}, 1)["job"].wait_s == 18.0
+    steady.steady({"job": QueuePosition(1, 5.0, 2.0)}, 2)
+    assert steady.steady({"job": QueuePosition(2, 9.0, 2.0)}, 2)["job"].wait_s == 9.0
+    assert steady.steady({"job": QueuePosition(2, 18.0, 2.0)}, 1)["job"].wait_s == 18.0
 
 
 # ------------------------------------------------------------------------------------------ how long a run goes on
@@ -205,12 +205,12 @@ def test_others_tell_nothing_of_a_workflow_that_never_ran() -> None:
 
 
 def test_a_listener_is_told_what_is_known() -> None:
-    assert Place(2, None).as_progress() == {"stage": "waiting", "queue_position": 2}
-    submitted = Place(1, 1.5, stage="queued").as_progress()
+    assert QueuePosition(2, None).as_progress() == {"stage": "waiting", "queue_position": 2}
+    submitted = QueuePosition(1, 1.5, stage="queued").as_progress()
     assert submitted == {"stage": "queued", "queue_position": 1, "estimated_wait_s": 1.5}
-    away = Place(1, None, notice="ComfyUI has not answered since then")
+    away = QueuePosition(1, None, notice="ComfyUI has not answered since then")
     assert away.beside_progress() == {"queue_position": 1, "notice": "ComfyUI has not answered since then"}
-    assert Place(0, 0.0, 4.26).beside_progress() == {"estimated_s": 4.3}
+    assert QueuePosition(0, 0.0, 4.26).beside_progress() == {"estimated_s": 4.3}
 
 
 def test_runs_before_a_restart_are_learned_from() -> None:

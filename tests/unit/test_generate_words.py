@@ -25,7 +25,7 @@ from comfy_worker.gateway.api.generate.requests import check_source, runpod_requ
 from comfy_worker.gateway.events.bus import PREVIEW, PROGRESS, STATUS, Event
 from comfy_worker.gateway.http.limits import RUNSYNC_LIMIT
 from comfy_worker.gateway.jobs.assets import AssetStore, with_urls
-from comfy_worker.gateway.jobs.queue_position import Place
+from comfy_worker.gateway.jobs.queue_position import QueuePosition
 from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.types import JobState
 
@@ -258,7 +258,7 @@ def events(*told: Any) -> list[Event]:
     ]
 
 
-def standing(state: JobState, *told: Any, place: Place | None = None) -> tuple[Any, ...]:
+def standing(state: JobState, *told: Any, place: QueuePosition | None = None) -> tuple[Any, ...]:
     """Return status, message, queue, position, size and wait of a job of which so much was told."""
     found = Following.of(record(state), events(*told)).standing(place)
     queue = found.queue_position(SIZES, 9)
@@ -302,18 +302,18 @@ def test_where_a_running_job_stands(told: tuple[Any, ...], expected: tuple[Any, 
 
 def test_where_a_waiting_job_stands() -> None:
     words = ("queued", "The request waits behind 2 others", "preprocessing")
-    assert standing(JobState.IN_QUEUE, place=Place(3, 12.5)) == (*words, 3, 9, 12.5)
+    assert standing(JobState.IN_QUEUE, place=QueuePosition(3, 12.5)) == (*words, 3, 9, 12.5)
     behind_one = ("queued", "The request waits behind one other", "generation", 2, 9, None)
-    assert standing(JobState.IN_QUEUE, "IN_QUEUE", place=Place(2, None, stage="queued")) == behind_one
+    assert standing(JobState.IN_QUEUE, "IN_QUEUE", place=QueuePosition(2, None, stage="queued")) == behind_one
     is_next = ("queued", "The request is next", "preprocessing", 1, 9, None)
     assert standing(JobState.IN_QUEUE) == is_next, "it is about to be taken"
-    away = Place(10, None, notice="ComfyUI has not answered since then")
+    away = QueuePosition(10, None, notice="ComfyUI has not answered since then")
     assert standing(JobState.IN_QUEUE, place=away) == ("queued", away.notice, "preprocessing", 10, 10, None)
 
 
 def test_a_job_whose_inputs_are_staged_ahead_waits() -> None:
     for told in ({"stage": "staging"}, {"stage": "queued"}, {"stage": "queued", "queue_position": 5}):
-        assert standing(JobState.IN_QUEUE, "IN_QUEUE", told, place=Place(2, None))[0] == "queued"
+        assert standing(JobState.IN_QUEUE, "IN_QUEUE", told, place=QueuePosition(2, None))[0] == "queued"
 
 
 def test_what_was_told_of_an_earlier_turn_is_forgotten() -> None:

@@ -11,7 +11,7 @@ import pytest
 from comfy_worker.errors import InvalidInput
 from comfy_worker.job.payload import parse_job
 from comfy_worker.settings import load_settings
-from comfy_worker.storage import Storages
+from comfy_worker.storage import StorageFactory
 from tests.support.leaks import assert_nothing_leaks
 from tests.support.s3 import ACCESS_KEY, SECRET_KEY
 
@@ -39,7 +39,7 @@ def test_it_is_refused_with_its_sentence(environment: pytest.MonkeyPatch, case: 
 
 
 def take_a_job(bucket: dict[str, Any] | None) -> None:
-    storages = Storages(load_settings())
+    storages = StorageFactory(load_settings())
     job = parse_job({"id": "job", "input": {"workflow": WORKFLOW, **({"s3": bucket} if bucket else {})}})
     storages.choose(job.delivery, None, job.bucket)
 
@@ -53,5 +53,5 @@ def test_a_worker_knows_at_its_start(environment: pytest.MonkeyPatch, case: dict
     for name, value in {**keys, **case["settings"]}.items():
         environment.setenv(name, value)
     with pytest.raises(InvalidInput) as refused:
-        Storages(load_settings()).check()
+        StorageFactory(load_settings()).check()
     assert refused.value.message == case["sentence"]

@@ -15,7 +15,7 @@ from comfy_worker.types import (
     NodeStarted,
     Notice,
     Preview,
-    QueuePosition,
+    PromptsAhead,
     Stage,
     StageStarted,
 )
@@ -72,7 +72,7 @@ def test_the_node_at_work_is_shown_with_its_steps() -> None:
 
 
 def test_the_queue() -> None:
-    state = progress(StageStarted(Stage.QUEUED), QueuePosition(3), QueuePosition(1))
+    state = progress(StageStarted(Stage.QUEUED), PromptsAhead(3), PromptsAhead(1))
     assert (state.stage, state.ahead) == (Stage.QUEUED, 1)
 
 
@@ -98,7 +98,7 @@ def test_a_preview_changes_nothing() -> None:
 NODE_IDS = st.sampled_from(["1", "2", "3", "4", "2.0.7"])
 EVENTS = st.one_of(
     st.sampled_from(Stage).map(StageStarted),
-    st.integers(0, 9).map(QueuePosition),
+    st.integers(0, 9).map(PromptsAhead),
     st.lists(NODE_IDS, max_size=3).map(lambda node_ids: NodesCached(tuple(node_ids))),
     NODE_IDS.map(start),
     st.builds(NodeProgress, NODE_IDS, st.floats(0, 50), st.floats(0, 50)),

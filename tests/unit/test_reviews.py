@@ -10,7 +10,9 @@ from tests.support.reviews import Point, page, points
 
 
 def test_the_page_is_the_table() -> None:
-    assert (ROOT / "docs/development/reviews.md").read_text() == page(), "python -m tests.support.reviews > docs/development/reviews.md"
+    assert (ROOT / "docs/development/reviews.md").read_text() == page(), (
+        "python -m tests.support.reviews > docs/development/reviews.md"
+    )
 
 
 @pytest.mark.parametrize("point", points(), ids=lambda one: f"{one.group} {one.point}")

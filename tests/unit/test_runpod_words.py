@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from comfy_worker.errors import DeliveryFailed
 from comfy_worker.gateway.engines.runpod.claims import Claims, is_claim
 from comfy_worker.gateway.engines.runpod.client import Pause
-from comfy_worker.gateway.engines.runpod.job import RemoteJob
 from comfy_worker.gateway.engines.runpod.mapping import keep_files, outcome_of, progress_in, submission
+from comfy_worker.gateway.engines.runpod.remote_job import RemoteJob
 from comfy_worker.gateway.errors import RequestTooLarge, Unauthorized
 from comfy_worker.gateway.jobs.signed_links import CallbackLinks
 from comfy_worker.gateway.store.records import LOW_PRIORITY, JobRecord

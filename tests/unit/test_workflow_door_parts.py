@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from comfy_worker.catalog.entry import make_entry
-from comfy_worker.catalog.library import Library
+from comfy_worker.catalog.library import Catalog
 from comfy_worker.catalog.versions import MOST_VERSIONS, KeptVersions
 from comfy_worker.errors import InvalidInput, MissingModels, WorkerError
 from comfy_worker.gateway.api.workflow.batch import inputs_of_runs
@@ -24,7 +24,7 @@ from comfy_worker.gateway.api.workflow.video import inputs_of, missing_models
 from comfy_worker.gateway.api_keys import Keys
 from comfy_worker.gateway.app import create_app
 from comfy_worker.gateway.errors import RequestTooLarge
-from comfy_worker.gateway.jobs.queue_position import Place
+from comfy_worker.gateway.jobs.queue_position import QueuePosition
 from comfy_worker.gateway.settings import load_gateway_settings
 from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.types import JobState
@@ -32,7 +32,7 @@ from tests.support.graphs import Graph, node, picture
 from tests.support.ports import silent_port
 from tests.support.processes import ROOT
 
-LIBRARY = Library(ROOT / "workflows")
+LIBRARY = Catalog(ROOT / "workflows")
 NOW = 1_000.0
 
 
@@ -204,7 +204,7 @@ def test_the_cache_key_is_made_of_the_request_and_the_template() -> None:
 
 def test_a_changed_template_has_another_cache_key(tmp_path: Path) -> None:
     clock = iter(range(0, 100, 10))
-    library = Library(tmp_path, lambda: float(next(clock)))
+    library = Catalog(tmp_path, lambda: float(next(clock)))
     keys = set()
     for color in (1, 2):
         (tmp_path / "mine.json").write_text(json.dumps(picture((0, 0, color))), encoding="utf-8")
@@ -319,17 +319,17 @@ EMPTY = {
 def test_one_that_waits_says_how_long() -> None:
     waiting = record(JobState.IN_QUEUE)
     assert status_body(waiting, None, None, None) == EMPTY
-    shown = status_body(waiting, None, Place(2, 10.2, 5.0), None)
+    shown = status_body(waiting, None, QueuePosition(2, 10.2, 5.0), None)
     assert shown == {**EMPTY, "queue_position": 2, "estimated_time_remaining": 16}
-    assert status_body(waiting, None, Place(1, None, 5.0), None)["estimated_time_remaining"] is None
-    away = Place(1, None, notice="ComfyUI has not answered since then")
+    assert status_body(waiting, None, QueuePosition(1, None, 5.0), None)["estimated_time_remaining"] is None
+    away = QueuePosition(1, None, notice="ComfyUI has not answered since then")
     shown = status_body(waiting, away.as_progress(), away, None)
     assert shown == {**EMPTY, "queue_position": 1, "notice": away.notice}
 
 
 def test_one_that_runs_says_where_it_is() -> None:
     last = {"percent": 50.0, "node": {"id": "3", "title": "KSampler"}}
-    shown = status_body(record(JobState.IN_PROGRESS), last, Place(0, 0.0, 6.2), None)
+    shown = status_body(record(JobState.IN_PROGRESS), last, QueuePosition(0, 0.0, 6.2), None)
     assert shown == {
         **EMPTY,
         "status": "running",
@@ -399,14 +399,14 @@ def test_versions_outlive_the_process(tmp_path: Path) -> None:
         (folder / "mine.json").write_text(json.dumps(picture((0, 0, color))), encoding="utf-8")
         manifest = {"title": f"Colour {color}", "description": ""}
         (folder / "mine.manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-        versions.append(Library(folder, kept=KeptVersions(kept)).get("mine").version)
-    found = Library(folder, kept=KeptVersions(kept))
+        versions.append(Catalog(folder, kept=KeptVersions(kept)).get("mine").version)
+    found = Catalog(folder, kept=KeptVersions(kept))
     assert [entry.version for entry in found.versions("mine")] == versions
     assert found.get("mine", versions[0]).graph["1"]["inputs"]["color"] == 1
     assert found.get("mine", versions[0]).manifest.title == "Colour 1"
     (folder / "mine.json").unlink()
     (folder / "mine.manifest.json").unlink()
-    assert Library(folder, kept=KeptVersions(kept)).get("mine", versions[1]).version == versions[1]
+    assert Catalog(folder, kept=KeptVersions(kept)).get("mine", versions[1]).version == versions[1]
 
 
 def test_a_kept_file_that_was_changed_is_left_out(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ _LONGEST_SHOWN = 64
 
 
 @dataclass(frozen=True)
-class Entry:
+class CatalogEntry:
     """A named workflow with its parameters.
 
     Attributes:
@@ -69,7 +69,7 @@ def shown(name: str) -> str:
     return repr(name) if len(name) <= _LONGEST_SHOWN else f"{name[:_LONGEST_SHOWN]!r}…"
 
 
-def make_entry(name: str, graph: Any, manifest: Any = None) -> Entry:
+def make_entry(name: str, graph: Any, manifest: Any = None) -> CatalogEntry:
     """Return the entry in the content of its files; `manifest` is None where there is none.
 
     Raises:
@@ -78,7 +78,7 @@ def make_entry(name: str, graph: Any, manifest: Any = None) -> Entry:
     """
     workflow = copy.deepcopy(check_workflow(graph))
     parsed = Manifest(title=name, description="") if manifest is None else parse_manifest(manifest, workflow)
-    return Entry(name, parsed, workflow, _version({"manifest": manifest, "graph": workflow}))
+    return CatalogEntry(name, parsed, workflow, _version({"manifest": manifest, "graph": workflow}))
 
 
 def _version(content: Mapping[str, Any]) -> str:
@@ -86,7 +86,7 @@ def _version(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:_DIGITS_OF_VERSION]
 
 
-def fill(entry: Entry, inputs: Mapping[str, Any], random: Random) -> Filled:
+def fill(entry: CatalogEntry, inputs: Mapping[str, Any], random: Random) -> Filled:
     """Return the entry's workflow with what a request says, and the defaults for what it does not say.
 
     An input that is null counts as left out.
@@ -133,7 +133,7 @@ def _value(name: str, parameter: Parameter, given: Mapping[str, Any], random: Ra
     return parameter.checked(parameter.default)
 
 
-def _filled(entry: Entry, values: Mapping[str, Any]) -> Filled:
+def _filled(entry: CatalogEntry, values: Mapping[str, Any]) -> Filled:
     workflow: Graph = copy.deepcopy(dict(entry.graph))
     images = []
     for name, value in values.items():

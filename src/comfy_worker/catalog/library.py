@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import comfy_worker
-from comfy_worker.catalog.entry import Entry, is_entry_name, make_entry, shown
+from comfy_worker.catalog.entry import CatalogEntry, is_entry_name, make_entry, shown
 from comfy_worker.catalog.versions import MOST_VERSIONS, KeptVersions
 from comfy_worker.errors import InvalidInput, WorkerError
 from comfy_worker.strict_json import NotStrictJson, parse_json
@@ -26,7 +26,7 @@ _LOOK_S = 1.0
 _Stamp: TypeAlias = tuple[int, int, int]
 
 
-class Library:
+class Catalog:
     """Reads a folder when it has changed, and never fails for a file in it; used by several threads."""
 
     def __init__(
@@ -44,12 +44,12 @@ class Library:
         self._lock = threading.Lock()
         self._looked_at: float | None = None
         self._stamps: Mapping[str, _Stamp] | None = None
-        self._entries: Mapping[str, Entry] = {}
+        self._entries: Mapping[str, CatalogEntry] = {}
         self._problems: Mapping[str, str] = {}
         self._kept = kept
-        self._versions: dict[str, OrderedDict[str, Entry]] = kept.load() if kept else {}
+        self._versions: dict[str, OrderedDict[str, CatalogEntry]] = kept.load() if kept else {}
 
-    def get(self, name: str, version: str | None = None) -> Entry:
+    def get(self, name: str, version: str | None = None) -> CatalogEntry:
         """Return an entry; with `version` the one with this content, if it was seen and is still kept.
 
         Raises:
@@ -67,7 +67,7 @@ class Library:
                 raise self._unknown(name)
             return entry
 
-    def entries(self) -> Sequence[Entry]:
+    def entries(self) -> Sequence[CatalogEntry]:
         """Return all entries, by name."""
         with self._lock:
             self._look()
@@ -79,7 +79,7 @@ class Library:
             self._look()
             return dict(self._problems)
 
-    def versions(self, name: str) -> Sequence[Entry]:
+    def versions(self, name: str) -> Sequence[CatalogEntry]:
         """Return the contents of a name that were seen and are still kept, the latest last."""
         with self._lock:
             self._look()
@@ -94,7 +94,7 @@ class Library:
             ]
         return (min(changed), max(changed)) if changed else (0.0, 0.0)
 
-    def _of_version(self, name: str, version: str) -> Entry:
+    def _of_version(self, name: str, version: str) -> CatalogEntry:
         known = self._versions.get(name)
         if known is None:
             raise self._unknown(name)
@@ -142,7 +142,7 @@ class Library:
         return stamps
 
     def _read(self, names: Mapping[str, _Stamp], problems: dict[str, str]) -> None:
-        entries: dict[str, Entry] = {}
+        entries: dict[str, CatalogEntry] = {}
         for file in sorted(names):
             try:
                 if file.endswith(_MANIFEST_SUFFIX):
@@ -160,7 +160,7 @@ class Library:
         for entry in entries.values():
             self._keep(entry)
 
-    def _read_entry(self, file: str, names: Mapping[str, _Stamp]) -> Entry:
+    def _read_entry(self, file: str, names: Mapping[str, _Stamp]) -> CatalogEntry:
         name = file.removesuffix(_GRAPH_SUFFIX)
         if not is_entry_name(name):
             raise _Unsound(file, "its name may have small letters, digits, '.', '_' and '-' only")
@@ -179,7 +179,7 @@ class Library:
             self._kept.keep(entry, manifest)
         return entry
 
-    def _keep(self, entry: Entry) -> None:
+    def _keep(self, entry: CatalogEntry) -> None:
         kept = self._versions.setdefault(entry.name, OrderedDict())
         kept[entry.version] = entry
         kept.move_to_end(entry.version)
@@ -205,7 +205,7 @@ def find_folder(folder: str | Path) -> Path:
     return project / path
 
 
-def _check_id(entry: Entry, others: Mapping[str, Entry]) -> None:
+def _check_id(entry: CatalogEntry, others: Mapping[str, CatalogEntry]) -> None:
     own = entry.manifest.id
     other = next((other.name for other in others.values() if own is not None and other.manifest.id == own), None)
     if other is not None:

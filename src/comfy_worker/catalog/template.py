@@ -7,14 +7,14 @@ from random import SystemRandom
 from typing import Any
 
 from comfy_worker.catalog.entry import fill
-from comfy_worker.catalog.library import Library
+from comfy_worker.catalog.library import Catalog
 from comfy_worker.errors import InvalidInput
 from comfy_worker.job.envelope import check_job, read_input
 
 _OWN_KEYS = ("template", "inputs", "workflow")
 
 
-def expand_job(job: Mapping[str, Any], library: Library) -> Mapping[str, Any]:
+def expand_job(job: Mapping[str, Any], library: Catalog) -> Mapping[str, Any]:
     """Return a RunPod job of which the input is expanded; one without a template is returned as it is.
 
     Raises:
@@ -33,7 +33,7 @@ def expand_job(job: Mapping[str, Any], library: Library) -> Mapping[str, Any]:
     return {**job, "input": {"input": expanded} if is_wrapped else expanded}
 
 
-def expand(job_input: Mapping[str, Any], library: Library) -> Mapping[str, Any]:
+def expand(job_input: Mapping[str, Any], library: Catalog) -> Mapping[str, Any]:
     """Return RunPod's `input` with `workflow` and `images` in place of `template` and `inputs`.
 
     `template` is a name, or `name@version`; an input without one is returned as it is.

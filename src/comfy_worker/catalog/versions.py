@@ -9,7 +9,7 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
-from comfy_worker.catalog.entry import Entry, is_entry_name, make_entry
+from comfy_worker.catalog.entry import CatalogEntry, is_entry_name, make_entry
 from comfy_worker.errors import WorkerError
 
 log = logging.getLogger(__name__)
@@ -25,16 +25,16 @@ class KeptVersions:
         """Take the folder; it is made when there is something to keep."""
         self._folder = folder
 
-    def load(self) -> dict[str, OrderedDict[str, Entry]]:
+    def load(self) -> dict[str, OrderedDict[str, CatalogEntry]]:
         """Return all kept entries by name and version, of each name the latest last."""
-        found: dict[str, OrderedDict[str, Entry]] = {}
+        found: dict[str, OrderedDict[str, CatalogEntry]] = {}
         for folder in sorted(self._folder.iterdir()) if self._folder.is_dir() else ():
             if is_entry_name(folder.name) and folder.is_dir():
                 entries = [entry for path in _oldest_first(folder) if (entry := _read(folder.name, path))]
                 found[folder.name] = OrderedDict((entry.version, entry) for entry in entries)
         return found
 
-    def keep(self, entry: Entry, manifest: Any) -> None:
+    def keep(self, entry: CatalogEntry, manifest: Any) -> None:
         """Keep an entry, and note that it is the latest of its name.
 
         Args:
@@ -62,7 +62,7 @@ def _oldest_first(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.json"), key=lambda path: (path.stat().st_mtime_ns, path.name))
 
 
-def _read(name: str, path: Path) -> Entry | None:
+def _read(name: str, path: Path) -> CatalogEntry | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         entry = make_entry(name, content["graph"], content["manifest"])

@@ -9,7 +9,7 @@ from comfy_worker.cli.env_file import read_env_file
 from comfy_worker.errors import WorkerError
 from comfy_worker.logs import configure_logs
 from comfy_worker.settings import Settings, load_settings
-from comfy_worker.storage import Storages
+from comfy_worker.storage import StorageFactory
 from comfy_worker.webhooks import Webhooks
 
 _NOT_SOUND = 2
@@ -48,7 +48,7 @@ def _sound_settings() -> Settings | None:
         read_env_file()
         settings = load_settings()
         # What can only fail later is refused now, before a job has been run for nothing.
-        Storages(settings).check()
+        StorageFactory(settings).check()
         Webhooks(settings).close()
     except WorkerError as error:
         print(error.message, file=sys.stderr)

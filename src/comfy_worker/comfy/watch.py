@@ -22,7 +22,7 @@ from comfy_worker.comfy.protocol import (
 from comfy_worker.comfy.socket import EventSocket
 from comfy_worker.errors import ComfyUnreachable, TimedOut
 from comfy_worker.stop import Stop
-from comfy_worker.types import OnEvent, QueuePosition
+from comfy_worker.types import OnEvent, PromptsAhead
 
 _HISTORY_GRACE_S = 1.0
 """How long a prompt may be in neither queue nor history before it counts as gone."""
@@ -202,7 +202,7 @@ class Watch:
         self._last_place = place
         self._missing_since = None
         # Its beginning may have been told while nobody could hear it; the clock of a job runs from there.
-        for event in self.protocol.seen_running() if place.running else [QueuePosition(place.ahead)]:
+        for event in self.protocol.seen_running() if place.running else [PromptsAhead(place.ahead)]:
             self.on_event(event)
         # A prompt that runs and cannot be heard may get on for all one knows: only the deadline counts for it.
         if place.ahead or (place.running and not self._hears_prompt):

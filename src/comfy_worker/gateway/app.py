@@ -20,7 +20,7 @@ from comfy_worker import __version__
 from comfy_worker.errors import InternalError, InvalidInput, WorkerError
 from comfy_worker.gateway.api import events, operations
 from comfy_worker.gateway.api.catalog import routes as catalog
-from comfy_worker.gateway.api.dependencies import Parts
+from comfy_worker.gateway.api.dependencies import Dependencies
 from comfy_worker.gateway.api.generate import routes as generate
 from comfy_worker.gateway.api.runpod import routes as runpod
 from comfy_worker.gateway.api.runpod import webhook
@@ -33,7 +33,7 @@ from comfy_worker.gateway.errors import NotFound
 from comfy_worker.gateway.http.docs_page import add_docs
 from comfy_worker.gateway.http.error_responses import problem_body
 from comfy_worker.gateway.http.limits import RateLimits
-from comfy_worker.gateway.http.middleware import Gate, Outside, answer_error
+from comfy_worker.gateway.http.middleware import AuthMiddleware, Outside, answer_error
 from comfy_worker.gateway.http.request_bodies import Unread
 from comfy_worker.gateway.http.stream_limits import Streams
 from comfy_worker.gateway.http.wrong_keys import WrongKeys
@@ -71,7 +71,7 @@ def create_app(settings: GatewaySettings, keys: Keys) -> FastAPI:
     app.state.let_go = gateway.let_go
     gateway.when_taken_over = _end_process
     modifiers = Modifiers(settings.modifiers_dir, [settings.workflows_dir])
-    parts = Parts(gateway.service, gateway.assets, gateway.links, settings, gateway.library, modifiers)
+    parts = Dependencies(gateway.service, gateway.assets, gateway.links, settings, gateway.library, modifiers)
     app.include_router(runpod.router(parts))
     app.include_router(tasks.router(parts))
     app.include_router(catalog.router(parts))
@@ -100,7 +100,7 @@ def _guard(app: FastAPI, settings: GatewaySettings, keys: Keys, limits: RateLimi
     """Put what every request passes around the application; what is added last is the outermost."""
     origins = settings.allowed_origins
     app.add_middleware(
-        Gate,
+        AuthMiddleware,
         guard=Guard(keys, origins),
         limits=limits,
         streams=Streams(settings.max_streams_per_key),

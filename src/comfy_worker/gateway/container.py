@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from comfy_worker.catalog.library import Library
+from comfy_worker.catalog.library import Catalog
 from comfy_worker.catalog.versions import KeptVersions
 from comfy_worker.gateway.api_keys import kept_secret
 from comfy_worker.gateway.engines.local import LocalEngine
@@ -66,7 +66,7 @@ class Gateway:
             if settings.engine == "local":
                 stack.enter_context(owned(engine, when_lost=self._end_for_another))
             self.store = patiently(lambda: Store(engine, own_key.encode()))
-            self.library = Library(settings.workflows_dir, kept=KeptVersions(data / "workflow_versions"))
+            self.library = Catalog(settings.workflows_dir, kept=KeptVersions(data / "workflow_versions"))
             self.bus, self.assets = bus or make_bus(settings), AssetStore(data / "assets")
             self.links = AssetLinks(_links_key(settings), settings.asset_url_expires_s)
             is_shared = settings.engine != "local"

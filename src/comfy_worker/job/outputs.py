@@ -17,7 +17,7 @@ from comfy_worker.media.convert import ConversionFailed, convert
 from comfy_worker.media.metadata import WRITTEN_INTO, without_metadata
 from comfy_worker.media.probe import Media, inspect, kind_of
 from comfy_worker.stop import Stop
-from comfy_worker.storage import Content, InMemory, Parcel, Storage, Watched, read_all
+from comfy_worker.storage import Content, DeliverableFile, InMemory, Storage, Watched, read_all
 from comfy_worker.storage.object_keys import safe_name, safe_path
 from comfy_worker.types import Artifact, Job, Kind, OutputFile, OutputText, Workflow
 
@@ -207,7 +207,7 @@ class _Delivery:
         received = self._received.get(file)
         content = content_of(file, self._client) if received is None else InMemory(received)
         item = self._converted(_Item(file, path, content, _look_at(file.filename, content)))
-        parcel = Parcel(
+        parcel = DeliverableFile(
             job_id=self._job.id,
             path=item.path,
             mime_type=item.media.mime_type,

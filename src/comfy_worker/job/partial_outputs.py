@@ -13,7 +13,7 @@ from comfy_worker.comfy.client import ComfyClient
 from comfy_worker.comfy.protocol import PromptProtocol, WebsocketImage
 from comfy_worker.errors import Cancelled, WorkerError
 from comfy_worker.job.outputs import deliver_each, find_outputs
-from comfy_worker.job.stage_limits import Turns
+from comfy_worker.job.stage_limits import StageLimits
 from comfy_worker.stop import Stop
 from comfy_worker.storage import Storage
 from comfy_worker.types import Artifact, Job, OutputText
@@ -54,7 +54,7 @@ class Leftovers:
 
 
 def deliver_leftovers(
-    job: Job, made: Made, client: ComfyClient, storage: Storage, stop: Stop, turns: Turns
+    job: Job, made: Made, client: ComfyClient, storage: Storage, stop: Stop, turns: StageLimits
 ) -> Leftovers | None:
     """Deliver what a job had made that failed; None if that was nothing, or if nobody waits for it.
 
@@ -82,7 +82,7 @@ def deliver_leftovers(
 
 
 @contextmanager
-def _turn(stop: Stop, turns: Turns) -> Iterator[None]:
+def _turn(stop: Stop, turns: StageLimits) -> Iterator[None]:
     """Wait for the job's turn; one whose time is up, now or meanwhile, does not wait."""
     with ExitStack() as stack:
         try:

@@ -38,7 +38,7 @@ from comfy_worker.graph.workflow import WEBSOCKET_OUTPUT_NODE, copy_graph, prefi
 from comfy_worker.job.inputs import stage_inputs
 from comfy_worker.job.outputs import deliver_outputs, find_outputs
 from comfy_worker.job.partial_outputs import Made, deliver_leftovers
-from comfy_worker.job.stage_limits import Turns
+from comfy_worker.job.stage_limits import StageLimits
 from comfy_worker.stop import Stop
 from comfy_worker.storage import Storage
 from comfy_worker.types import Job, JobEvent, JobResult, Notice, OnEvent, Stage, StageStarted, Timings, ignore_events
@@ -52,7 +52,7 @@ def run_job(
     storage: Storage,
     on_event: OnEvent = ignore_events,
     stop: Stop | None = None,
-    turns: Turns | None = None,
+    turns: StageLimits | None = None,
 ) -> JobResult:
     """Run a job against ComfyUI and return its outputs, delivered.
 
@@ -63,14 +63,14 @@ def run_job(
         WorkerError: the job failed, was cancelled or took too long; the class says which. What it had made by then is
             its `partial`.
     """
-    return _Run(job, client, storage, on_event, stop or Stop(), turns or Turns()).run()
+    return _Run(job, client, storage, on_event, stop or Stop(), turns or StageLimits()).run()
 
 
 class _Run:
     """One job on its way, and when each part of it began."""
 
     def __init__(
-        self, job: Job, client: ComfyClient, storage: Storage, on_event: OnEvent, stop: Stop, turns: Turns
+        self, job: Job, client: ComfyClient, storage: Storage, on_event: OnEvent, stop: Stop, turns: StageLimits
     ) -> None:
         self._job = job
         self._client = client

@@ -12,7 +12,7 @@ from comfy_worker.types import (
     NodesCached,
     NodeStarted,
     Notice,
-    QueuePosition,
+    PromptsAhead,
     Stage,
     StageStarted,
     Workflow,
@@ -68,7 +68,7 @@ class Progress:
             self.notice = ""
             if event.stage is Stage.QUEUED:
                 self._start_again()
-        elif isinstance(event, QueuePosition):
+        elif isinstance(event, PromptsAhead):
             self.ahead = event.ahead
         elif isinstance(event, NodesCached):
             self._done.update(event.node_ids)

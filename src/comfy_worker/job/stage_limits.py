@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 
 
-class Turns:
+class StageLimits:
     """When a job may do what: here at once; a gateway with many jobs lets them take turns.
 
     Each method returns a context in which the job does its part; entering it waits for the job's turn.

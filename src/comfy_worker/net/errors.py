@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-class Problem(Exception):
+class FetchError(Exception):
     """Ends a fetch, or one try of it.
 
     Attributes:

@@ -19,9 +19,9 @@ from urllib3.exceptions import HTTPError
 
 from comfy_worker.errors import DiskFull, InputFetchFailed
 from comfy_worker.media.file_type import HEAD_BYTES
-from comfy_worker.net.errors import Problem
-from comfy_worker.net.http import Line, get, problem_of
-from comfy_worker.net.url_cache import About, Entry, UrlCache
+from comfy_worker.net.errors import FetchError
+from comfy_worker.net.http import FetchDeadline, get, problem_of
+from comfy_worker.net.url_cache import About, CachedUrl, UrlCache
 from comfy_worker.net.urls import shown
 from comfy_worker.settings import Settings
 from comfy_worker.stop import Stop
@@ -61,7 +61,7 @@ class SignedUrl:
 
 
 SignUrl = Callable[[str, int], SignedUrl]
-"""Returns where `s3://bucket/key` can be fetched for so many seconds; raises `Problem` if nowhere."""
+"""Returns where `s3://bucket/key` can be fetched for so many seconds; raises `FetchError` if nowhere."""
 
 
 @dataclass(frozen=True)
@@ -114,12 +114,12 @@ class Fetcher:
         """
         try:
             cache = UrlCache.of(self._settings)
-            with Line(self._settings.input_fetch_timeout_s, stop).held() as line:
+            with FetchDeadline(self._settings.input_fetch_timeout_s, stop).held() as line:
                 source = replace(self._source(url), wants=wants)
                 if cache is None:
                     return self._fetch(source, line)
                 return self._fetch_once(source, cache, line)
-        except Problem as problem:
+        except FetchError as problem:
             raise InputFetchFailed(f"{shown(url)} could not be fetched: {problem.reason}") from problem
         except OSError as error:
             if error.errno not in _NO_ROOM:
@@ -136,11 +136,11 @@ class Fetcher:
         if url[:5].lower() != "s3://":
             return _Source(url, url, is_s3=False, allow_private=allow_private)
         if self._sign is None:
-            raise Problem("its URL is neither http nor https")
+            raise FetchError("its URL is neither http nor https")
         signed = self._sign(url, math.ceil(self._settings.input_fetch_timeout_s) + 60)
         return _Source(signed.url, signed.identity, is_s3=True, allow_private=allow_private or signed.is_trusted)
 
-    def _fetch(self, source: _Source, line: Line) -> BinaryIO:
+    def _fetch(self, source: _Source, line: FetchDeadline) -> BinaryIO:
         file: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115 - it is handed on
         try:
             self._download(source, {}, file, line)
@@ -151,7 +151,7 @@ class Fetcher:
 
     # ---------------------------------------------------------------------------------------------- cache
 
-    def _fetch_once(self, source: _Source, cache: UrlCache, line: Line) -> BinaryIO:
+    def _fetch_once(self, source: _Source, cache: UrlCache, line: FetchDeadline) -> BinaryIO:
         try:
             with cache.entry(source.identity, line.check) as entry:
                 file = self._fetch_if_changed(source, entry, line)
@@ -162,7 +162,7 @@ class Fetcher:
         cache.evict()
         return file
 
-    def _fetch_if_changed(self, source: _Source, entry: Entry, line: Line) -> BinaryIO:
+    def _fetch_if_changed(self, source: _Source, entry: CachedUrl, line: FetchDeadline) -> BinaryIO:
         known = entry.open_known()
         if known is None:
             return self._fetch_anew(source, entry, {}, line)
@@ -178,7 +178,7 @@ class Fetcher:
         return file
 
     @staticmethod
-    def _kept(source: _Source, entry: Entry, body: BinaryIO, about: About) -> BinaryIO:
+    def _kept(source: _Source, entry: CachedUrl, body: BinaryIO, about: About) -> BinaryIO:
         """Return a body that did not change."""
         try:
             source.check(body.read(HEAD_BYTES), about.content_type)
@@ -189,7 +189,9 @@ class Fetcher:
         entry.touch()
         return body
 
-    def _fetch_anew(self, source: _Source, entry: Entry, conditions: Mapping[str, str], line: Line) -> BinaryIO:
+    def _fetch_anew(
+        self, source: _Source, entry: CachedUrl, conditions: Mapping[str, str], line: FetchDeadline
+    ) -> BinaryIO:
         file = entry.create()
         try:
             about = self._download(source, conditions, file, line)
@@ -206,38 +208,38 @@ class Fetcher:
 
     # ------------------------------------------------------------------------------------------- download
 
-    def _download(self, source: _Source, conditions: Mapping[str, str], file: BinaryIO, line: Line) -> About:
+    def _download(self, source: _Source, conditions: Mapping[str, str], file: BinaryIO, line: FetchDeadline) -> About:
         """Write the body into `file`; what may pass is tried again."""
         for attempt in range(_ATTEMPTS):
             try:
                 return self._try(source, conditions, file, line)
-            except Problem as problem:
+            except FetchError as problem:
                 line.check()
                 if not problem.passing or attempt == _ATTEMPTS - 1 or source.wants is not None:
                     raise
                 line.wait(_FIRST_PAUSE_S * 2**attempt)
         raise AssertionError("every attempt returns or raises")
 
-    def _try(self, source: _Source, conditions: Mapping[str, str], file: BinaryIO, line: Line) -> About:
+    def _try(self, source: _Source, conditions: Mapping[str, str], file: BinaryIO, line: FetchDeadline) -> About:
         with get(source.url, conditions, line, allow_private=source.allow_private) as response:
             status = response.status_code
             if status == http.HTTPStatus.NOT_MODIFIED and conditions:
                 raise _Unchanged
             if status != http.HTTPStatus.OK:
-                raise Problem(_refusal(response, source, line), passing=status in _PASSING_STATUSES)
+                raise FetchError(_refusal(response, source, line), passing=status in _PASSING_STATUSES)
             declared = response.headers.get("Content-Type", "")
             sha256, size = self._save(response, file, line, lambda head: source.check(head, declared))
             if not size:
-                raise Problem("it is empty")
+                raise FetchError("it is empty")
             keepable = "no-store" not in response.headers.get("Cache-Control", "").lower()
             headers = response.headers if keepable else {}
             return About(sha256, size, headers.get("ETag"), headers.get("Last-Modified"), declared)
 
     def _save(
-        self, response: requests.Response, file: BinaryIO, line: Line, check: Callable[[bytes], None]
+        self, response: requests.Response, file: BinaryIO, line: FetchDeadline, check: Callable[[bytes], None]
     ) -> tuple[str, int]:
         """Write the body into `file`, from its start, and have its head checked; return its hash and its size."""
-        too_large = Problem(f"it is larger than an input may be, {self._settings.input_max_mb:g} MB")
+        too_large = FetchError(f"it is larger than an input may be, {self._settings.input_max_mb:g} MB")
         declared = response.headers.get("Content-Length", "")
         if declared.isdecimal() and int(declared) > self._limit_bytes:
             raise too_large
@@ -266,7 +268,7 @@ class _Unchanged(Exception):
     """The server says that the known body is still the right one."""
 
 
-def _refusal(response: requests.Response, source: _Source, line: Line) -> str:
+def _refusal(response: requests.Response, source: _Source, line: FetchDeadline) -> str:
     status = response.status_code
     phrase = next((known.phrase for known in http.HTTPStatus if known == status), "")
     code = _s3_error(next(_raw(response, line), b"")) if source.is_s3 else None
@@ -279,17 +281,17 @@ def _s3_error(body: bytes) -> str | None:
     return match[1].decode("ascii") if match else None
 
 
-def _content(response: requests.Response, line: Line) -> Iterator[bytes]:
+def _content(response: requests.Response, line: FetchDeadline) -> Iterator[bytes]:
     """Yield the body in pieces of limited size, however much a piece of it inflates to."""
     encoding = response.headers.get("Content-Encoding", "").strip().lower()
     if encoding in ("", "identity"):
         return _raw(response, line)
     if encoding in ("gzip", "x-gzip", "deflate"):
         return _inflated(_raw(response, line))
-    raise Problem("it came encoded in a way that was not asked for")
+    raise FetchError("it came encoded in a way that was not asked for")
 
 
-def _raw(response: requests.Response, line: Line) -> Iterator[bytes]:
+def _raw(response: requests.Response, line: FetchDeadline) -> Iterator[bytes]:
     try:
         with closing(response.raw.stream(_CHUNK, decode_content=False)) as chunks:
             yield from chunks
@@ -310,8 +312,8 @@ def _inflated(chunks: Iterator[bytes]) -> Iterator[bytes]:
                     # A file may be made of several such streams.
                     waiting, inflater = inflater.unused_data, zlib.decompressobj(_GZIP_OR_ZLIB)
     except zlib.error:
-        raise Problem("it came compressed, and that is broken") from None
+        raise FetchError("it came compressed, and that is broken") from None
     while remainder := inflater.decompress(b"", _CHUNK):
         yield remainder
     if not inflater.eof:
-        raise Problem("it came compressed, and its end is missing", passing=True)
+        raise FetchError("it came compressed, and its end is missing", passing=True)

@@ -21,7 +21,7 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import HTTPError
 from urllib3.util.ssl_match_hostname import CertificateError
 
-from comfy_worker.net.errors import Problem
+from comfy_worker.net.errors import FetchError
 from comfy_worker.net.urls import Target, read_url, resolve, shown
 from comfy_worker.stop import Stop
 
@@ -32,7 +32,7 @@ _HEADERS = {"User-Agent": "comfy-worker", "Accept": "*/*", "Accept-Encoding": "i
 """Nothing is asked for that would have to be inflated."""
 
 
-class Line:
+class FetchDeadline:
     """A fetch's connections, which are cut when its time is over or its job is cancelled.
 
     A timeout between two bytes does not help against a server that sends one byte after another for ever, in its
@@ -48,7 +48,7 @@ class Line:
         self._is_cut = False
 
     @contextmanager
-    def held(self) -> Iterator[Line]:
+    def held(self) -> Iterator[FetchDeadline]:
         """Watch over everything that is connected inside this block."""
         timer = threading.Timer(self._limit_s, self._cut)
         timer.daemon = True
@@ -68,10 +68,10 @@ class Line:
         return max(0.001, self._deadline - time.monotonic())
 
     def check(self) -> None:
-        """Raise what ended the fetch, if anything did: `Cancelled` or `Problem`."""
+        """Raise what ended the fetch, if anything did: `Cancelled` or `FetchError`."""
         self._stop.check()
         if self._is_cut or time.monotonic() >= self._deadline:
-            raise Problem(f"it took longer than {self._limit_s:g} seconds")
+            raise FetchError(f"it took longer than {self._limit_s:g} seconds")
 
     def wait(self, seconds: float) -> None:
         """Sleep, for no longer than the fetch may take."""
@@ -100,41 +100,43 @@ def _shut(connected: socket.socket) -> None:
 
 
 @contextmanager
-def get(url: str, headers: Mapping[str, str], line: Line, *, allow_private: bool) -> Iterator[requests.Response]:
+def get(
+    url: str, headers: Mapping[str, str], line: FetchDeadline, *, allow_private: bool
+) -> Iterator[requests.Response]:
     """Yield the answer to a GET, after redirects, with its body still to be read.
 
     Raises:
-        Problem: there is none, or the URL or one that it redirects to may not be fetched.
+        FetchError: there is none, or the URL or one that it redirects to may not be fetched.
     """
     with ExitStack() as open_ones:
         for hop in range(_MAX_REDIRECTS + 1):
             try:
                 target = read_url(url)
                 response = open_ones.enter_context(_get_once(target, headers, line, allow_private))
-            except Problem as problem:
+            except FetchError as problem:
                 where = f"it redirects to {shown(url)}, and of that: " if hop else ""
-                raise Problem(where + problem.reason, passing=problem.passing) from problem
+                raise FetchError(where + problem.reason, passing=problem.passing) from problem
             location = response.headers.get("Location")
             if response.status_code not in _REDIRECTS or not location:
                 yield response
                 return
             open_ones.close()
             url = urljoin(url, location)
-        raise Problem(f"it redirects more than {_MAX_REDIRECTS} times")
+        raise FetchError(f"it redirects more than {_MAX_REDIRECTS} times")
 
 
 @contextmanager
 def _get_once(
-    target: Target, headers: Mapping[str, str], line: Line, allow_private: bool
+    target: Target, headers: Mapping[str, str], line: FetchDeadline, allow_private: bool
 ) -> Iterator[requests.Response]:
     if select_proxy(target.url, get_environ_proxies(target.url)):
-        raise Problem("the environment sends it through a proxy, where no address can be checked")
+        raise FetchError("the environment sends it through a proxy, where no address can be checked")
     addresses = resolve(target, allow_private=allow_private)
     for address, is_last in zip(addresses, [False] * (len(addresses) - 1) + [True], strict=True):
         with _session(address, line) as session:
             try:
                 response = _send(session, target.url, headers, line)
-            except Problem:
+            except FetchError:
                 if is_last:
                     raise
                 continue
@@ -143,7 +145,7 @@ def _get_once(
             return
 
 
-def _send(session: requests.Session, url: str, headers: Mapping[str, str], line: Line) -> requests.Response:
+def _send(session: requests.Session, url: str, headers: Mapping[str, str], line: FetchDeadline) -> requests.Response:
     line.check()
     try:
         return session.get(
@@ -159,7 +161,7 @@ def _send(session: requests.Session, url: str, headers: Mapping[str, str], line:
 
 
 @contextmanager
-def _session(address: str, line: Line) -> Iterator[requests.Session]:
+def _session(address: str, line: FetchDeadline) -> Iterator[requests.Session]:
     """Yield a session that connects to this address only, whatever the URL's host is."""
     adapter = HTTPAdapter()
     adapter.poolmanager.pool_classes_by_scheme = _pinned_pools(address, line)
@@ -172,7 +174,7 @@ def _session(address: str, line: Line) -> Iterator[requests.Session]:
         yield session
 
 
-def _pinned_pools(address: str, line: Line) -> dict[str, Any]:
+def _pinned_pools(address: str, line: FetchDeadline) -> dict[str, Any]:
     """Return urllib3's pools by scheme, whose connections lead to the address and tell the line of their sockets.
 
     The URL stays as it is: the `Host` header and the certificate are those of its host.
@@ -197,7 +199,7 @@ def _pinned_pools(address: str, line: Line) -> dict[str, Any]:
     return {"http": PinnedHTTPPool, "https": PinnedHTTPSPool}
 
 
-def _watched(connect: Callable[[], socket.socket], line: Line) -> socket.socket:
+def _watched(connect: Callable[[], socket.socket], line: FetchDeadline) -> socket.socket:
     connected = connect()
     line.watch(connected)
     return connected
@@ -206,23 +208,23 @@ def _watched(connect: Callable[[], socket.socket], line: Line) -> socket.socket:
 # ----------------------------------------------------------------------------------------------- problems
 
 
-def problem_of(error: BaseException) -> Problem:
+def problem_of(error: BaseException) -> FetchError:
     """Return in a sentence what went wrong with a connection."""
     causes = list(_causes(error))
     for cause in causes:
         if isinstance(cause, ssl.SSLCertVerificationError):
-            return Problem(f"its TLS certificate was not accepted: {cause.verify_message}")
+            return FetchError(f"its TLS certificate was not accepted: {cause.verify_message}")
     if any(isinstance(cause, CertificateError) for cause in causes):
-        return Problem("its TLS certificate was not accepted: it is for another host")
+        return FetchError("its TLS certificate was not accepted: it is for another host")
     if any(isinstance(cause, (ssl.SSLError, requests.exceptions.SSLError)) for cause in causes):
-        return Problem("no TLS connection could be made to its server")
+        return FetchError("no TLS connection could be made to its server")
     if any(isinstance(cause, ConnectionRefusedError) for cause in causes):
-        return Problem("its server refused the connection")
+        return FetchError("its server refused the connection")
     if any(isinstance(cause, requests.exceptions.ConnectTimeout) for cause in causes):
-        return Problem("its server did not take the connection in time", passing=True)
+        return FetchError("its server did not take the connection in time", passing=True)
     if any(isinstance(cause, requests.exceptions.InvalidURL) for cause in causes):
-        return Problem("its URL cannot be read")
-    return Problem("its server broke off the connection", passing=True)
+        return FetchError("its URL cannot be read")
+    return FetchError("its server broke off the connection", passing=True)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

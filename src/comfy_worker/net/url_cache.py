@@ -21,7 +21,7 @@ from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 
-from comfy_worker.net.errors import Problem
+from comfy_worker.net.errors import FetchError
 from comfy_worker.settings import Settings
 
 _MB = 1024 * 1024
@@ -66,7 +66,7 @@ class UrlCache:
         """Return the cache that the settings tell of, None for none.
 
         Raises:
-            Problem: its folder cannot be made, or somebody else may write into it.
+            FetchError: its folder cannot be made, or somebody else may write into it.
         """
         if not settings.input_cache_mb:
             return None
@@ -76,16 +76,16 @@ class UrlCache:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             about = folder.lstat() if folder == own else folder.stat()
         except OSError as error:
-            raise Problem(f"the worker's folder for inputs cannot be made: {error.strerror}") from error
+            raise FetchError(f"the worker's folder for inputs cannot be made: {error.strerror}") from error
         if not stat.S_ISDIR(about.st_mode):
-            raise Problem("the worker's folder for inputs is no folder")
+            raise FetchError("the worker's folder for inputs is no folder")
         if folder == own and (about.st_uid != os.getuid() or about.st_mode & 0o022):
             # Anyone may have made it there before us.
-            raise Problem("the worker's folder for inputs belongs to somebody else; set INPUT_CACHE_DIR")
+            raise FetchError("the worker's folder for inputs belongs to somebody else; set INPUT_CACHE_DIR")
         return cls(folder, settings.input_cache_mb * _MB)
 
     @contextmanager
-    def entry(self, identity: str, check: Callable[[], None]) -> Iterator[Entry]:
+    def entry(self, identity: str, check: Callable[[], None]) -> Iterator[CachedUrl]:
         """Yield what is known of `identity`, for this thread alone; `check` raises when the wait is to end."""
         key = hashlib.sha256(identity.encode("utf-8", errors="surrogatepass")).hexdigest()
         lock = FileLock(self._folder / f"{key}.lock")
@@ -95,7 +95,7 @@ class UrlCache:
                 lock.acquire(timeout=0.5, poll_interval=_POLL_INTERVAL_S)
                 break
         try:
-            yield Entry(self._folder, key)
+            yield CachedUrl(self._folder, key)
         finally:
             lock.release()
 
@@ -135,7 +135,7 @@ class UrlCache:
         try:
             if unless_kept and self._body(key).exists():
                 return False
-            Entry(self._folder, key).discard()
+            CachedUrl(self._folder, key).discard()
             # Held until it is gone: who waits for it finds out that it is no longer there, and makes another.
             (self._folder / f"{key}.lock").unlink(missing_ok=True)
         finally:
@@ -143,7 +143,7 @@ class UrlCache:
         return True
 
 
-class Entry:
+class CachedUrl:
     """One URL's files, while they are locked."""
 
     def __init__(self, folder: Path, key: str) -> None:

@@ -10,7 +10,7 @@ from urllib.parse import SplitResult, urlsplit
 
 import idna
 
-from comfy_worker.net.errors import Problem
+from comfy_worker.net.errors import FetchError
 from comfy_worker.net.public_addresses import addresses_of, is_public
 
 _LONGEST_URL = 8192
@@ -39,35 +39,35 @@ def read_url(url: str) -> Target:
     """Return where a URL leads.
 
     Raises:
-        Problem: it is no http(s) URL that can be read in one way only.
+        FetchError: it is no http(s) URL that can be read in one way only.
     """
     if len(url) > _LONGEST_URL:
-        raise Problem(f"its URL is longer than {_LONGEST_URL} characters")
+        raise FetchError(f"its URL is longer than {_LONGEST_URL} characters")
     if _NOT_IN_A_URL.search(url):
-        raise Problem("its URL has a character that does not belong into one")
+        raise FetchError("its URL has a character that does not belong into one")
     try:
         parts = urlsplit(url)
         port = parts.port
     except ValueError:
-        raise Problem("its URL cannot be read") from None
+        raise FetchError("its URL cannot be read") from None
     if parts.scheme not in _DEFAULT_PORTS:
-        raise Problem("its URL is neither http(s) nor s3")
+        raise FetchError("its URL is neither http(s) nor s3")
     if port == 0:
-        raise Problem("its URL names port 0")
+        raise FetchError("its URL names port 0")
     return Target(url, _host(parts), port or _DEFAULT_PORTS[parts.scheme])
 
 
 def _host(parts: SplitResult) -> str:
     host = (parts.hostname or "").removesuffix(".")
     if not host:
-        raise Problem("its URL has no host")
+        raise FetchError("its URL has no host")
     if ":" in host:
         return _ipv6(host)
     if not host.isascii():
         try:
             host = idna.encode(host, uts46=True).decode("ascii").removesuffix(".")
         except idna.IDNAError:
-            raise Problem("its host is no valid name") from None
+            raise FetchError("its host is no valid name") from None
     if _NUMBER.match(host.rpartition(".")[2]):
         return _ipv4(host)
     return host
@@ -78,9 +78,9 @@ def _ipv6(host: str) -> str:
         address = ipaddress.IPv6Address(host)
     except ValueError:
         # From Python 3.11 on, `urlsplit` finds that out itself.
-        raise Problem("its URL cannot be read") from None
+        raise FetchError("its URL cannot be read") from None
     if address.scope_id is not None:
-        raise Problem("its host is an address with a zone")
+        raise FetchError("its host is an address with a zone")
     return str(address)
 
 
@@ -89,23 +89,23 @@ def _ipv4(host: str) -> str:
     try:
         return str(ipaddress.IPv4Address(host))
     except ValueError:
-        raise Problem("its host is an address that is not written as four decimal numbers") from None
+        raise FetchError("its host is an address that is not written as four decimal numbers") from None
 
 
 def resolve(target: Target, *, allow_private: bool) -> list[str]:
     """Return the addresses of a host, each once.
 
     Raises:
-        Problem: there are none, or one of them is not public and that is not allowed.
+        FetchError: there are none, or one of them is not public and that is not allowed.
     """
     try:
         addresses = addresses_of(target.host, target.port)
     except (OSError, UnicodeError) as error:
         passing = isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN
-        raise Problem("its host could not be resolved", passing=passing) from error
+        raise FetchError("its host could not be resolved", passing=passing) from error
     # A host with both kinds of addresses is out for mischief.
     if not allow_private and not all(map(is_public, addresses)):
-        raise Problem("it leads to an address that is not public")
+        raise FetchError("it leads to an address that is not public")
     return addresses
 
 

@@ -1,7 +1,17 @@
 """Where outputs go: one seam, an implementation a module."""
 
-from comfy_worker.storage.base import Parcel, Storage
+from comfy_worker.storage.base import DeliverableFile, Storage
 from comfy_worker.storage.content import Content, InMemory, OnDisk, Stream, Watched, read_all
-from comfy_worker.storage.factory import Storages
+from comfy_worker.storage.factory import StorageFactory
 
-__all__ = ["Content", "InMemory", "OnDisk", "Parcel", "Storage", "Storages", "Stream", "Watched", "read_all"]
+__all__ = [
+    "Content",
+    "DeliverableFile",
+    "InMemory",
+    "OnDisk",
+    "Storage",
+    "StorageFactory",
+    "Stream",
+    "Watched",
+    "read_all",
+]

@@ -10,7 +10,7 @@ from comfy_worker.types import Delivered
 
 
 @dataclass(frozen=True)
-class Parcel:
+class DeliverableFile:
     """A file to be delivered.
 
     Attributes:
@@ -33,7 +33,7 @@ class Parcel:
 class Storage(Protocol):
     """Takes the files of one job and says where the caller finds each; safe to use from several threads."""
 
-    def deliver(self, parcel: Parcel) -> Delivered:
+    def deliver(self, parcel: DeliverableFile) -> Delivered:
         """Put the file there.
 
         Raises:

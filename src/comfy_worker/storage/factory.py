@@ -29,7 +29,7 @@ _KEPT_JOB_BUCKETS = 4
 _NO_BUCKET_HINT = "Set BUCKET_ENDPOINT_URL, BUCKET_ACCESS_KEY_ID and BUCKET_SECRET_ACCESS_KEY"
 
 
-class Storages:
+class StorageFactory:
     """The storages of one worker's settings; clients that cost time to make are made once."""
 
     def __init__(

@@ -7,7 +7,7 @@ import threading
 from functools import partial
 
 from comfy_worker.errors import OutputTooLarge
-from comfy_worker.storage.base import Parcel, Storage
+from comfy_worker.storage.base import DeliverableFile, Storage
 from comfy_worker.storage.content import Content
 from comfy_worker.types import Delivered
 
@@ -29,7 +29,7 @@ class InlineStorage:
         self._used = 0
         self._lock = threading.Lock()
 
-    def deliver(self, parcel: Parcel) -> Delivered:
+    def deliver(self, parcel: DeliverableFile) -> Delivered:
         """Return the file itself, or where it is if it does not fit."""
         if (text := self.encode(parcel.content)) is not None:
             return Delivered("base64", text)
@@ -77,7 +77,7 @@ class BothStorage:
         self._inline = inline
         self._bucket = bucket
 
-    def deliver(self, parcel: Parcel) -> Delivered:
+    def deliver(self, parcel: DeliverableFile) -> Delivered:
         """Return the file itself and its URL; the URL alone if the file does not fit."""
         text = self._inline.encode(parcel.content)
         try:

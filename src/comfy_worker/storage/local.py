@@ -8,7 +8,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from comfy_worker.errors import DeliveryFailed
-from comfy_worker.storage.base import Parcel
+from comfy_worker.storage.base import DeliverableFile
 from comfy_worker.storage.object_keys import safe_name
 from comfy_worker.types import Delivered
 
@@ -23,7 +23,7 @@ class LocalStorage:
         self._url = url.rstrip("/")
         self._prefix = prefix
 
-    def deliver(self, parcel: Parcel) -> Delivered:
+    def deliver(self, parcel: DeliverableFile) -> Delivered:
         """Write the file and return its URL; nobody who fetches it sees half of it."""
         path = f"{self._prefix or safe_name(parcel.job_id)}/{parcel.path}"
         try:
@@ -32,7 +32,7 @@ class LocalStorage:
             raise DeliveryFailed(f"{parcel.path} could not be written: {error.strerror}") from error
         return Delivered("url", f"{self._url}/{quote(path)}")
 
-    def _write(self, target: Path, parcel: Parcel) -> None:
+    def _write(self, target: Path, parcel: DeliverableFile) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         if not target.parent.resolve().is_relative_to(self._folder.resolve()):
             raise DeliveryFailed(f"{parcel.path} could not be written: a link in its folder leads elsewhere")

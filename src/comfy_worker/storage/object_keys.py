@@ -10,7 +10,7 @@ from datetime import date
 
 from comfy_worker.errors import DeliveryFailed, InvalidInput
 from comfy_worker.names import check_name
-from comfy_worker.storage.base import Parcel
+from comfy_worker.storage.base import DeliverableFile
 
 _FIELDS = ("job_id", "filename", "node_id", "index", "date", "prefix")
 _SETTING = "BUCKET_KEY_TEMPLATE"
@@ -70,7 +70,7 @@ def bucket_of_the_month() -> str:
     return time.strftime("%m-%y")
 
 
-def object_key(template: str, parcel: Parcel, prefix: str | None, today: date) -> str:
+def object_key(template: str, parcel: DeliverableFile, prefix: str | None, today: date) -> str:
     """Return the key of a job's file in a bucket.
 
     Args:

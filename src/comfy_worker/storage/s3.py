@@ -14,7 +14,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 from comfy_worker.errors import DeliveryFailed, InvalidInput
-from comfy_worker.storage.base import Parcel
+from comfy_worker.storage.base import DeliverableFile
 from comfy_worker.storage.content import read_all
 from comfy_worker.storage.endpoint import Bucket
 from comfy_worker.storage.object_keys import object_key
@@ -149,7 +149,7 @@ class S3Storage:
         self._shape = shape
         self._today = datetime.now(timezone.utc).date()
 
-    def deliver(self, parcel: Parcel) -> Delivered:
+    def deliver(self, parcel: DeliverableFile) -> Delivered:
         """Upload the file and return its URL."""
         bucket = self._connection.bucket
         key = object_key(self._shape.key_template, parcel, self._shape.prefix, self._today)
@@ -162,7 +162,7 @@ class S3Storage:
         except BotoCoreError as error:
             raise DeliveryFailed(f"S3 could not be reached to store {parcel.path}: {type(error).__name__}") from error
 
-    def _upload(self, key: str, parcel: Parcel) -> None:
+    def _upload(self, key: str, parcel: DeliverableFile) -> None:
         connection, bucket = self._connection, self._connection.bucket.name
         headers = {**self._shape.headers, **_described(parcel)}
         if parcel.content.size <= connection.part_bytes:
@@ -179,7 +179,7 @@ class S3Storage:
         return self._connection.presigned(key, self._shape.expires_s)
 
 
-def _described(parcel: Parcel) -> dict[str, str]:
+def _described(parcel: DeliverableFile) -> dict[str, str]:
     filename = quote(parcel.path.rpartition("/")[2])
     how = _disposition(parcel.mime_type)
     return {"ContentType": parcel.mime_type, "ContentDisposition": f"{how}; filename*=UTF-8''{filename}"}

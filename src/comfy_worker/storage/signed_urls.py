@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
-from comfy_worker.net.errors import Problem
+from comfy_worker.net.errors import FetchError
 from comfy_worker.net.fetcher import SignedUrl
 from comfy_worker.settings import Settings
 from comfy_worker.storage.job_bucket import is_listed, permitted_bucket
@@ -38,7 +38,7 @@ class Signer:
         """Return where `s3://bucket/key` can be fetched; nothing is sent.
 
         Raises:
-            Problem: the URL names no object, or there are no credentials for it.
+            FetchError: the URL names no object, or there are no credentials for it.
             InvalidInput: the worker does not take the job's bucket.
         """
         bucket, key = _read(url)
@@ -86,10 +86,12 @@ class Signer:
         settings = self._settings
         key_id, secret = settings.bucket_access_key_id, settings.bucket_secret_access_key
         if settings.bucket_endpoint_url is None or key_id is None or secret is None:
-            raise Problem("the job brings no bucket credentials (input.s3), and this worker has none")
+            raise FetchError("the job brings no bucket credentials (input.s3), and this worker has none")
         own = worker_bucket(settings)
         if own.name != bucket:
-            raise Problem("it is not in this worker's bucket, and the job brings no credentials for another (input.s3)")
+            raise FetchError(
+                "it is not in this worker's bucket, and the job brings no credentials for another (input.s3)"
+            )
         from comfy_worker.storage.s3 import Access
 
         return Access(
@@ -107,7 +109,7 @@ def _read(url: str) -> tuple[str, str]:
     match = _URL.match(url)
     key = unquote(match["key"], errors="surrogateescape") if match else ""
     if match is None or _CONTROL.search(key) or any(part in (".", "..") for part in key.split("/")):
-        raise Problem("its URL does not name an object, as in s3://bucket/key")
+        raise FetchError("its URL does not name an object, as in s3://bucket/key")
     if len(key.encode()) > _LONGEST_KEY:
-        raise Problem(f"its key is longer than {_LONGEST_KEY} bytes")
+        raise FetchError(f"its key is longer than {_LONGEST_KEY} bytes")
     return match["bucket"], key

@@ -14,7 +14,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from comfy_worker.errors import Cancelled, InvalidInput, TimedOut
-from comfy_worker.net.errors import Problem
+from comfy_worker.net.errors import FetchError
 from comfy_worker.net.urls import read_url
 from comfy_worker.types import JobState, Kind, Webhook
 
@@ -36,7 +36,7 @@ def check_webhook(webhook: Webhook | None, url_name: str = "input.webhook.url") 
         raise InvalidInput(f"{url_name} must be a URL of http or https")
     try:
         read_url(webhook.url)
-    except Problem as problem:
+    except FetchError as problem:
         raise InvalidInput(f"{url_name} is refused: {problem.reason}") from None
     secret_name = url_name.replace("url", "secret").replace("URL", "SECRET")
     if webhook.secret == "":

@@ -6,7 +6,7 @@ import asyncio
 import socket
 from typing import Any
 
-from comfy_worker.net.errors import Problem
+from comfy_worker.net.errors import FetchError
 from comfy_worker.net.public_addresses import is_public
 from comfy_worker.net.urls import read_url, resolve
 from comfy_worker.settings import Settings
@@ -51,7 +51,7 @@ async def post(message: Message, settings: Settings, timeout_s: float) -> None:
 
     try:
         status = await asyncio.wait_for(_send(message, allow_private=settings.allow_private_urls), timeout_s)
-    except Problem as problem:
+    except FetchError as problem:
         raise (TryAgain if problem.passing else Refused)(problem.reason) from None
     except asyncio.TimeoutError:
         raise TryAgain(f"it did not answer within {timeout_s:g} s") from None

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import Request
 
-from comfy_worker.catalog.library import Library
+from comfy_worker.catalog.library import Catalog
 from comfy_worker.gateway.jobs.assets import AssetStore, with_urls
 from comfy_worker.gateway.jobs.queue_position import as_time
 from comfy_worker.gateway.jobs.service import JobService
@@ -19,7 +19,7 @@ from comfy_worker.types import JobState
 
 
 @dataclass(frozen=True)
-class Parts:
+class Dependencies:
     """What every door gets.
 
     Attributes:
@@ -35,7 +35,7 @@ class Parts:
     assets: AssetStore
     links: AssetLinks
     settings: GatewaySettings
-    library: Library
+    library: Catalog
     modifiers: Modifiers
 
     def base_url(self, request: Request) -> str:

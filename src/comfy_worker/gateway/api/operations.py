@@ -11,9 +11,9 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from starlette.concurrency import run_in_threadpool
 
 from comfy_worker.errors import ComfyUnreachable
-from comfy_worker.gateway.api.dependencies import Parts
+from comfy_worker.gateway.api.dependencies import Dependencies
 from comfy_worker.gateway.api.outputs import link_elsewhere
-from comfy_worker.gateway.api.schemas import Answer, EnvelopedProblem, FileAnswer, Problem, State, problems
+from comfy_worker.gateway.api.schemas import Answer, EnvelopedProblem, ErrorResponse, FileAnswer, State, problems
 from comfy_worker.gateway.callers import has_caller
 from comfy_worker.gateway.errors import NotFound
 from comfy_worker.gateway.http.ping import PATH as PING_PATH
@@ -31,7 +31,7 @@ _SHOWN = ("image/png", "image/jpeg", "image/webp", "image/gif", "image/avif", "v
 """What a browser may show in place; everything else, SVG and HTML with their scripts above all, it is to save."""
 
 
-def router(parts: Parts, registry: CollectorRegistry) -> APIRouter:
+def router(parts: Dependencies, registry: CollectorRegistry) -> APIRouter:
     """Return the routes."""
     door = _Door(parts.service, parts.assets, parts.links, registry)
     api = APIRouter()
@@ -65,7 +65,7 @@ def router(parts: Parts, registry: CollectorRegistry) -> APIRouter:
         responses={**problems(), **figures},
         tags=["Operations"],
     )
-    for prefix, name, problem in ((PATH, "asset", Problem), (IMAGES_PATH, "generated_image", EnvelopedProblem)):
+    for prefix, name, problem in ((PATH, "asset", ErrorResponse), (IMAGES_PATH, "generated_image", EnvelopedProblem)):
         for method, operation_id in (("GET", name), ("HEAD", f"{name}_head")):
             api.add_api_route(
                 f"{prefix}/{{job_id}}/{{path:path}}",

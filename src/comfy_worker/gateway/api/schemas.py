@@ -90,7 +90,7 @@ class FileAnswer(FileResponse):
             await refusal(scope, receive, send)
 
 
-class Problem(BaseModel):
+class ErrorResponse(BaseModel):
     """Why a request was refused."""
 
     error: str = Field(description="One sentence for a person.", examples=["There is no such job (any more)"])
@@ -99,7 +99,7 @@ class Problem(BaseModel):
     details: Any = Field(None, description="What exactly is wrong, where there is more to say.")
 
 
-class DetailedProblem(Problem):
+class DetailedProblem(ErrorResponse):
     """Why a request was refused, in FastAPI's own words too."""
 
     detail: str = Field(description="The same sentence.")
@@ -123,7 +123,7 @@ class EnvelopedProblem(BaseModel):
     errors: list[EnvelopedError]
 
 
-PROBLEMS: tuple[type[BaseModel], ...] = (Problem, DetailedProblem, EnvelopedProblem)
+PROBLEMS: tuple[type[BaseModel], ...] = (ErrorResponse, DetailedProblem, EnvelopedProblem)
 """Every shape of a refusal; `openapi.describe` puts their schemas where the description has all of them."""
 
 
@@ -298,7 +298,7 @@ def _reference(model: type[BaseModel]) -> dict[str, str]:
     return {"$ref": _SCHEMAS + model.__name__}
 
 
-def problems(*statuses: int, model: type[BaseModel] = Problem) -> dict[int | str, dict[str, Any]]:
+def problems(*statuses: int, model: type[BaseModel] = ErrorResponse) -> dict[int | str, dict[str, Any]]:
     """Return the declaration of the errors that a route answers with, beside those that all do.
 
     They refer to the model's schema. Given the model itself, FastAPI would prepare its validation for each status of

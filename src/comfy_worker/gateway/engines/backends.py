@@ -11,14 +11,14 @@ from typing import Any
 
 from comfy_worker.errors import TimedOut, WorkerError
 from comfy_worker.gateway.engines.run_times import RunRecorder
-from comfy_worker.gateway.engines.stage_limits import Gate
-from comfy_worker.gateway.engines.waiting_jobs import Waiting
+from comfy_worker.gateway.engines.stage_limits import PrioritySemaphore
+from comfy_worker.gateway.engines.waiting_jobs import WaitingJob
 from comfy_worker.gateway.jobs.assets import AssetStore
 from comfy_worker.gateway.settings import GatewaySettings
 from comfy_worker.gateway.store.records import ProgressNote
 from comfy_worker.settings import without_credentials
 from comfy_worker.stop import Stop
-from comfy_worker.storage import Storages
+from comfy_worker.storage import StorageFactory
 from comfy_worker.types import Stage
 from comfy_worker.worker import Worker
 
@@ -47,7 +47,7 @@ class RunningJob:
         done: set when it is out of hand.
     """
 
-    job: Waiting
+    job: WaitingJob
     backend: Backend
     stop: Stop = field(default_factory=Stop)
     stage: Stage = Stage.STAGING
@@ -89,7 +89,7 @@ class Backend:
     """
 
     worker: Worker
-    gate: Gate
+    gate: PrioritySemaphore
     places: int
     healthy: bool = False
     away_since: float | None = field(default_factory=time.time)
@@ -152,10 +152,10 @@ def connect(url: str, settings: GatewaySettings, assets: AssetStore, places: int
         # Nothing is inline in a gateway: such outputs go to its assets, and these are served.
         own["delivery"] = "base64"
     settings = settings.model_copy(update=own)
-    storages = Storages(settings, inline=lambda _budget, _overflow: assets.storage())
+    storages = StorageFactory(settings, inline=lambda _budget, _overflow: assets.storage())
     # What can only fail later is refused now, before a job has been run for nothing.
     storages.check()
-    return Backend(Worker(settings, storages), Gate(settings.generation_workers), places, name=name)
+    return Backend(Worker(settings, storages), PrioritySemaphore(settings.generation_workers), places, name=name)
 
 
 def stop_late(in_hand: Iterable[RunningJob]) -> None:
@@ -192,7 +192,7 @@ def _too_late(running: RunningJob) -> str | None:
     return f"The job ran for longer than {running.job.record.execution_timeout_s:g} seconds"
 
 
-def choose(job: Waiting, backends: list[Backend]) -> Backend | None:
+def choose(job: WaitingJob, backends: list[Backend]) -> Backend | None:
     """Return the ComfyUI for a job: the one that has it already, or else the least loaded; None if it has to wait."""
     if job.may_be_in_comfyui:
         own = next((backend for backend in backends if backend.url == job.record.backend), None)

@@ -20,18 +20,18 @@ from comfy_worker.gateway.engines.backends import (
     stop_late,
     stop_unreachable,
 )
-from comfy_worker.gateway.engines.progress_publisher import Telling
+from comfy_worker.gateway.engines.progress_publisher import ProgressPublisher
 from comfy_worker.gateway.engines.queue_estimates import InHand, SteadyPlaces, has_moved, places_of
 from comfy_worker.gateway.engines.run_times import RunTimes
 from comfy_worker.gateway.engines.runner import Runner, take_out
-from comfy_worker.gateway.engines.store_retry import Patience
+from comfy_worker.gateway.engines.store_retry import StoreRetry
 from comfy_worker.gateway.engines.unreachable import away_since, notice_of
-from comfy_worker.gateway.engines.waiting_jobs import Queue, Waiting
+from comfy_worker.gateway.engines.waiting_jobs import Queue, WaitingJob
 from comfy_worker.gateway.errors import DatabaseUnavailable
 from comfy_worker.gateway.events.bus import PROGRESS, STATUS, EventBus
 from comfy_worker.gateway.jobs.assets import AssetStore
 from comfy_worker.gateway.jobs.progress_webhooks import ProgressWebhooks
-from comfy_worker.gateway.jobs.queue_position import Place
+from comfy_worker.gateway.jobs.queue_position import QueuePosition
 from comfy_worker.gateway.json_logs import about_job
 from comfy_worker.gateway.settings import GatewaySettings
 from comfy_worker.gateway.store.database import patiently
@@ -75,9 +75,9 @@ class LocalEngine:
         self._running: dict[str, RunningJob] = {}
         self._stopping = threading.Event()
         self._steady = SteadyPlaces()
-        self._known_places: tuple[float, Mapping[str, Place]] = (-_PLACES_AGE_S, {})
-        telling = Telling(store, notes, bus, self._run_times, self._lock, self._standing)
-        patience = Patience(store, self._stopping)
+        self._known_places: tuple[float, Mapping[str, QueuePosition]] = (-_PLACES_AGE_S, {})
+        telling = ProgressPublisher(store, notes, bus, self._run_times, self._lock, self._standing)
+        patience = StoreRetry(store, self._stopping)
         self._runner = Runner(store, bus, settings, progress, telling, patience, self)
         self._unknown: set[str] = set()
         self._threads = [
@@ -123,7 +123,7 @@ class LocalEngine:
 
     def submit(self, record: JobRecord) -> None:
         """Let a job that the store has wait for its turn."""
-        self.wait_again(Waiting(replace(record, request={})))
+        self.wait_again(WaitingJob(replace(record, request={})))
 
     def take_up_forgotten(self) -> None:
         """Take up jobs that the store has and nobody here knows, those that were so at the last call already.
@@ -141,7 +141,7 @@ class LocalEngine:
             self.submit(found[job_id])
         self._unknown = unknown
 
-    def wait_again(self, job: Waiting) -> None:
+    def wait_again(self, job: WaitingJob) -> None:
         """Let a job wait for its turn, or for another one."""
         with self._lock:
             position = self._queue.add(job)
@@ -195,13 +195,13 @@ class LocalEngine:
             raise ComfyUnreachable("No ComfyUI answers")
         return healthy.worker.client
 
-    def places(self) -> Mapping[str, Place]:
+    def places(self) -> Mapping[str, QueuePosition]:
         """Return where every job stands that waits or runs, by its id; as it was a moment ago, if nothing has moved."""
         with self._lock:
             at, places = self._known_places
             return places if time.monotonic() - at < _PLACES_AGE_S else self._look_at_places()
 
-    def _look_at_places(self) -> Mapping[str, Place]:
+    def _look_at_places(self) -> Mapping[str, QueuePosition]:
         with self._lock:
             in_hand = [self._in_hand(running) for running in self._running.values()]
             healthy = [backend.url for backend in self._backends if backend.healthy]
@@ -229,7 +229,7 @@ class LocalEngine:
 
     def _keep_time(self) -> None:
         """End what has waited or run too long, and publish how the queue moves to those who listen."""
-        published: dict[str, Place] = {}
+        published: dict[str, QueuePosition] = {}
         while not self._stopping.wait(_TICK_S):
             self._stop_late()
             self._end_expired()
@@ -263,12 +263,12 @@ class LocalEngine:
                 self._queue.remove(job.id)
         self._end_waiting(unreachable, JobState.FAILED, self._backends[0].worker.client.unreachable())
 
-    def _has_waited(self, job: Waiting) -> float:
+    def _has_waited(self, job: WaitingJob) -> float:
         """Return for how long a job has waited while no ComfyUI that may run it has answered, in seconds."""
         since = away_since(job, self._backends)
         return 0.0 if since is None else time.time() - max(since, job.since)
 
-    def _end_waiting(self, jobs: Sequence[Waiting], state: JobState, error: WorkerError) -> None:
+    def _end_waiting(self, jobs: Sequence[WaitingJob], state: JobState, error: WorkerError) -> None:
         output = error.as_output(self._settings.secrets())
         for job in jobs:
             try:
@@ -309,7 +309,7 @@ class LocalEngine:
                 self._lock.wait()
             return None
 
-    def _choose(self) -> tuple[Waiting, Backend] | None:
+    def _choose(self) -> tuple[WaitingJob, Backend] | None:
         """Return the next job that a ComfyUI can take, and that; the jobs of a key keep their order."""
         refused = set()
         for job in self._queue:
@@ -323,7 +323,7 @@ class LocalEngine:
             refused.add(kind)
         return None
 
-    def _take_in_hand(self, job: Waiting, backend: Backend) -> RunningJob:
+    def _take_in_hand(self, job: WaitingJob, backend: Backend) -> RunningJob:
         self._queue.remove(job.id)
         running = self._running[job.id] = RunningJob(job, backend)
         backend.jobs.add(running)

@@ -28,7 +28,7 @@ Standing = Callable[[str], Mapping[str, Any]]
 """Returns what is to be told of where a job stands, by its id, besides its own progress."""
 
 
-class Telling:
+class ProgressPublisher:
     """Takes in what happens to the jobs in hand."""
 
     def __init__(
@@ -50,7 +50,7 @@ class Telling:
 
     def listener(self, running: RunningJob, job: Job, tell: Tell) -> Callable[[JobEvent], None]:
         """Return what is to get the events of a job; `tell` gets where it stands after each."""
-        following = _Following(running, job)
+        following = _JobProgress(running, job)
 
         def listen(event: JobEvent) -> None:
             if isinstance(event, Preview):
@@ -65,7 +65,7 @@ class Telling:
 
         return listen
 
-    def _publish(self, following: _Following) -> dict[str, Any]:
+    def _publish(self, following: _JobProgress) -> dict[str, Any]:
         """Publish where a job stands, and return it."""
         running = following.running
         output = following.output()
@@ -78,7 +78,7 @@ class Telling:
         self._notes.note(running.progress)
         return output
 
-    def _enter(self, following: _Following, stage: Stage) -> None:
+    def _enter(self, following: _JobProgress, stage: Stage) -> None:
         running = following.running
         with self._changed:
             # A run that ended before anybody could see it has begun at the latest now.
@@ -97,7 +97,7 @@ class Telling:
         if run is not None and not running.job.may_be_in_comfyui and not run.is_from_cache:
             self._run_times.remember(running.job.record.signature, time.time() - run.started_at, run.profile)
 
-    def _note_start(self, following: _Following) -> None:
+    def _note_start(self, following: _JobProgress) -> None:
         """Note that ComfyUI runs a job, once, and publish that it does."""
         running, at = following.running, following.running.started_at
         if at is None or following.is_start_noted or time.monotonic() < following.note_start_at:
@@ -113,7 +113,7 @@ class Telling:
             self._bus.publish(running.job.id, STATUS, {"status": JobState.IN_PROGRESS.value}, moment(at))
 
 
-class _Following:
+class _JobProgress:
     """One job in hand, and what is known of how it gets on.
 
     Attributes:

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from comfy_worker.gateway.engines.run_times import RunTimes
-from comfy_worker.gateway.engines.waiting_jobs import Order, Waiting
-from comfy_worker.gateway.jobs.queue_position import Place
+from comfy_worker.gateway.engines.waiting_jobs import Order, WaitingJob
+from comfy_worker.gateway.jobs.queue_position import QueuePosition
 from comfy_worker.types import Stage
 
 
@@ -23,7 +23,7 @@ class InHand:
         remaining_s: how much longer it will run, in seconds; None if that is not known, or it does not run yet.
     """
 
-    job: Waiting
+    job: WaitingJob
     backend: str
     stage: Stage
     remaining_s: float | None = None
@@ -35,8 +35,8 @@ class InHand:
 
 
 def places_of(
-    waiting: Iterable[Waiting], in_hand: Iterable[InHand], run_times: RunTimes, backends: Sequence[str]
-) -> dict[str, Place]:
+    waiting: Iterable[WaitingJob], in_hand: Iterable[InHand], run_times: RunTimes, backends: Sequence[str]
+) -> dict[str, QueuePosition]:
     """Return where every job stands that has not been run yet, and how long each of the others runs on, by id.
 
     How long files take to come is not known: a job that waits for its own lets those behind it pass.
@@ -48,25 +48,25 @@ def places_of(
         backends: the URLs of the ComfyUIs that answer.
     """
     in_hand = list(in_hand)
-    places = {item.job.id: Place(0, 0.0, item.remaining_s) for item in in_hand if item.stage is Stage.RUNNING}
+    places = {item.job.id: QueuePosition(0, 0.0, item.remaining_s) for item in in_hand if item.stage is Stage.RUNNING}
     free_at = _when_free(in_hand, backends)
     for position, (job, item) in enumerate(_in_turn(waiting, in_hand), 1):
         own = run_times.expected(job.record.signature)
         backend = _free_first(free_at) if item is None else item.backend
         wait_s = None if backend is None else free_at.get(backend)
         stage = "waiting" if item is None else item.stage.value
-        places[job.id] = Place(position, _rounded(wait_s), own, stage)
+        places[job.id] = QueuePosition(position, _rounded(wait_s), own, stage)
         if backend in free_at:
             free_at[backend] = _sum(wait_s, own)
     return places
 
 
-def _in_turn(waiting: Iterable[Waiting], in_hand: Iterable[InHand]) -> Iterator[tuple[Waiting, InHand | None]]:
+def _in_turn(waiting: Iterable[WaitingJob], in_hand: Iterable[InHand]) -> Iterator[tuple[WaitingJob, InHand | None]]:
     """Yield the jobs that do not run yet in the order in which they will, those that a ComfyUI was given with that.
 
     With each that begins to run, the next one is given to a ComfyUI, and goes before those there that came after it.
     """
-    ahead: list[tuple[Order, int, Waiting, InHand | None]] = [
+    ahead: list[tuple[Order, int, WaitingJob, InHand | None]] = [
         (item.order, number, item.job, item)
         for number, item in enumerate(in_hand)
         if item.stage in (Stage.STAGING, Stage.QUEUED)
@@ -113,10 +113,10 @@ class SteadyPlaces:
     """
 
     def __init__(self) -> None:
-        self._shown: dict[str, Place] = {}
+        self._shown: dict[str, QueuePosition] = {}
         self._backends = 0
 
-    def steady(self, places: Mapping[str, Place], backends: int) -> dict[str, Place]:
+    def steady(self, places: Mapping[str, QueuePosition], backends: int) -> dict[str, QueuePosition]:
         """Return the places to be shown now; jobs that are not among them are forgotten."""
         has_lost = backends < self._backends
         self._backends = backends
@@ -127,7 +127,7 @@ class SteadyPlaces:
         return dict(self._shown)
 
 
-def _not_above(place: Place, before: Place | None) -> Place:
+def _not_above(place: QueuePosition, before: QueuePosition | None) -> QueuePosition:
     if before is None or place.position is None or before.position is None or place.position > before.position:
         return place
     wait_s, run_s = _least(place.wait_s, before.wait_s), place.run_s
@@ -142,7 +142,7 @@ def _least(seconds: float | None, before: float | None) -> float | None:
     return min(seconds, before)
 
 
-def has_moved(place: Place, before: Place | None) -> bool:
+def has_moved(place: QueuePosition, before: QueuePosition | None) -> bool:
     """Return whether there is news of a job that waits, beside the passing of time."""
     if place.position == 0:
         return False

@@ -21,10 +21,10 @@ from comfy_worker.errors import (
     WorkerError,
 )
 from comfy_worker.gateway.engines.backends import Backend, RunningJob
-from comfy_worker.gateway.engines.progress_publisher import Telling
-from comfy_worker.gateway.engines.stage_limits import Gate, JobTurns
-from comfy_worker.gateway.engines.store_retry import Patience
-from comfy_worker.gateway.engines.waiting_jobs import Waiting
+from comfy_worker.gateway.engines.progress_publisher import ProgressPublisher
+from comfy_worker.gateway.engines.stage_limits import JobStageLimits, PrioritySemaphore
+from comfy_worker.gateway.engines.store_retry import StoreRetry
+from comfy_worker.gateway.engines.waiting_jobs import WaitingJob
 from comfy_worker.gateway.errors import DatabaseUnavailable
 from comfy_worker.gateway.events.bus import STATUS, EventBus
 from comfy_worker.gateway.jobs.progress_webhooks import ProgressWebhooks, Tell
@@ -46,13 +46,13 @@ _LOST_MEANWHILE = {OutputMissing.code, DeliveryFailed.code, Cancelled.code}
 """Failures of a job that was taken up again whose files or prompt went while nobody watched."""
 
 
-class Around(Protocol):
+class RunnerHost(Protocol):
     """What a runner needs of whoever gives it jobs."""
 
     def mark(self, backend: Backend, healthy: bool) -> None:
         """Note whether a ComfyUI answers."""
 
-    def wait_again(self, job: Waiting) -> None:
+    def wait_again(self, job: WaitingJob) -> None:
         """Let a job that is open still wait for another turn."""
 
     def note_sending(self, running: RunningJob) -> None:
@@ -69,7 +69,7 @@ class Runner:
     """Stages, runs and delivers jobs, and notes their ends in the store.
 
     A job's prompt_id and its ComfyUI are noted before anything of it is sent: after a kill at any moment the store and
-    ComfyUI say where it stands. It waits until ComfyUI runs it; `Telling` notes that.
+    ComfyUI say where it stands. It waits until ComfyUI runs it; `ProgressPublisher` notes that.
     """
 
     def __init__(
@@ -78,9 +78,9 @@ class Runner:
         bus: EventBus,
         settings: GatewaySettings,
         progress: ProgressWebhooks,
-        telling: Telling,
-        patience: Patience,
-        around: Around,
+        telling: ProgressPublisher,
+        patience: StoreRetry,
+        around: RunnerHost,
     ) -> None:
         self._store = store
         self._bus = bus
@@ -90,8 +90,8 @@ class Runner:
         self._patience = patience
         self._around = around
         # Both wait for servers that callers name.
-        self._staging = Gate(settings.preprocess_workers, one_of_each=True)
-        self._delivering = Gate(settings.postprocess_workers, one_of_each=True)
+        self._staging = PrioritySemaphore(settings.preprocess_workers, one_of_each=True)
+        self._delivering = PrioritySemaphore(settings.postprocess_workers, one_of_each=True)
 
     def run(self, running: RunningJob) -> None:
         """Run a job to its end, or until it waits again; of one that ended meanwhile nothing is done."""
@@ -140,7 +140,7 @@ class Runner:
         self._around.note_sending(running)
         # In the order in which they were accepted, whichever is staged first.
         order, owner = running.job.order_if(is_in_comfyui=is_resumed), running.job.record.owner
-        turns = JobTurns(self._staging, running.backend.gate, self._delivering, order, owner, running.stop)
+        turns = JobStageLimits(self._staging, running.backend.gate, self._delivering, order, owner, running.stop)
         # How long it may run is the engine's to watch: waiting for others in ComfyUI's queue does not count.
         limit_s = running.job.record.execution_timeout_s
         job = replace(job, prompt_id=prompt_id, resumed=is_resumed, execution_timeout_s=None, staging_timeout_s=limit_s)
@@ -188,7 +188,7 @@ class Runner:
         is_ours = self._patience.change(job.id, claim, lambda record: record.prompt_id == prompt_id)
         return prompt_id if is_ours else None
 
-    def _requeue(self, job: Waiting, prompt_id: str | None) -> bool:
+    def _requeue(self, job: WaitingJob, prompt_id: str | None) -> bool:
         """Let a job wait that was given to a ComfyUI under a prompt_id; return whether it was still open."""
         now, was_running = time.time(), False
 
@@ -245,12 +245,12 @@ class Runner:
             return False
         log.warning("job %s waits again: %s", job.id, why)
         record = replace(job.record, state=JobState.IN_QUEUE, prompt_id=None, backend=None, started_at=None)
-        self._around.wait_again(Waiting(record, job.attempts + 1))
+        self._around.wait_again(WaitingJob(record, job.attempts + 1))
         return True
 
     def _finish(
         self,
-        job: Waiting,
+        job: WaitingJob,
         state: JobState,
         *,
         output: Mapping[str, Any] | None = None,
@@ -269,7 +269,7 @@ class Runner:
             self._bus.publish(job.id, STATUS, {"status": state.value}, moment(now))
 
 
-def take_out(job: Waiting, backend: Backend | None) -> None:
+def take_out(job: WaitingJob, backend: Backend | None) -> None:
     """Take out the prompt of a job that was not taken up again since a process that followed it ended."""
     if backend is None or job.record.backend != backend.url or job.record.prompt_id is None:
         return

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 
 from comfy_worker.gateway.engines.waiting_jobs import Order
-from comfy_worker.job.stage_limits import Turns
+from comfy_worker.job.stage_limits import StageLimits
 from comfy_worker.stop import Stop
 
 
@@ -22,7 +22,7 @@ class _Ticket(NamedTuple):
     owner: str
 
 
-class Gate:
+class PrioritySemaphore:
     """Lets so many in at a time; of those who wait, the one of the smallest order is next."""
 
     def __init__(self, places: int, *, one_of_each: bool = False) -> None:
@@ -74,10 +74,18 @@ class Gate:
             self._changed.notify_all()
 
 
-class JobTurns(Turns):
+class JobStageLimits(StageLimits):
     """One job's turns at the gates of its engine and its backend."""
 
-    def __init__(self, staging: Gate, generating: Gate, delivering: Gate, order: Order, owner: str, stop: Stop) -> None:
+    def __init__(
+        self,
+        staging: PrioritySemaphore,
+        generating: PrioritySemaphore,
+        delivering: PrioritySemaphore,
+        order: Order,
+        owner: str,
+        stop: Stop,
+    ) -> None:
         self._gates = (staging, generating, delivering)
         self._ticket = (order, owner, stop)
 

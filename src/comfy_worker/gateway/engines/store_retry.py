@@ -15,7 +15,7 @@ Answer = TypeVar("Answer")
 _AGAIN_S = 0.5
 
 
-class Patience:
+class StoreRetry:
     """Outlasts a database that is away; gives up only when the engine stops."""
 
     def __init__(self, store: Store, stopping: threading.Event) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from comfy_worker.gateway.engines.backends import Backend
-from comfy_worker.gateway.engines.waiting_jobs import Waiting
+from comfy_worker.gateway.engines.waiting_jobs import WaitingJob
 from comfy_worker.gateway.jobs.queue_position import as_time
 
 
-def away_since(job: Waiting, backends: Sequence[Backend]) -> float | None:
+def away_since(job: WaitingJob, backends: Sequence[Backend]) -> float | None:
     """Return since when none of the ComfyUIs that may run a job has answered, in seconds since the epoch.
 
     None if one of them does.

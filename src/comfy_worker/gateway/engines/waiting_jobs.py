@@ -17,7 +17,7 @@ Order = tuple[bool, int, float, int]
 
 
 @dataclass(frozen=True)
-class Waiting:
+class WaitingJob:
     """A job that waits; of its request, which may be large, the store is asked when its turn has come.
 
     Attributes:
@@ -61,27 +61,27 @@ class Queue:
     """Waiting jobs in the order of their turns; whoever uses it holds a lock."""
 
     def __init__(self) -> None:
-        self._jobs: list[Waiting] = []
+        self._jobs: list[WaitingJob] = []
 
     def __len__(self) -> int:
         return len(self._jobs)
 
-    def __iter__(self) -> Iterator[Waiting]:
+    def __iter__(self) -> Iterator[WaitingJob]:
         return iter(list(self._jobs))
 
-    def add(self, job: Waiting) -> int:
+    def add(self, job: WaitingJob) -> int:
         """Let a job wait; return how many are in front of it."""
         bisect.insort(self._jobs, job, key=lambda waiting: waiting.order)
         return bisect.bisect_left(self._jobs, job.order, key=lambda waiting: waiting.order)
 
-    def remove(self, job_id: str) -> Waiting | None:
+    def remove(self, job_id: str) -> WaitingJob | None:
         """Take a job out and return it, None if it is not there."""
         found = next((job for job in self._jobs if job.id == job_id), None)
         if found is not None:
             self._jobs.remove(found)
         return found
 
-    def take_expired(self, now: float) -> list[Waiting]:
+    def take_expired(self, now: float) -> list[WaitingJob]:
         """Take out what has waited too long; what ComfyUI has already waits no more."""
         expired = [job for job in self._jobs if job.expires_at <= now and not job.may_be_in_comfyui]
         if expired:

@@ -20,7 +20,7 @@ class TakesTurns(Protocol):
         """Wake up, to do one step."""
 
 
-class Turns:
+class FairTurns:
     """The queue of those who have a step to do; its methods are to be called in its loop.
 
     Attributes:
@@ -55,9 +55,9 @@ class Turns:
             self._call_soon(self._run)
 
 
-_of_loops: WeakKeyDictionary[asyncio.AbstractEventLoop, Turns] = WeakKeyDictionary()
+_of_loops: WeakKeyDictionary[asyncio.AbstractEventLoop, FairTurns] = WeakKeyDictionary()
 
 
-def turns_of(loop: asyncio.AbstractEventLoop) -> Turns:
+def turns_of(loop: asyncio.AbstractEventLoop) -> FairTurns:
     """Return the one queue of a loop; to be called in it."""
-    return _of_loops.setdefault(loop, Turns(loop))
+    return _of_loops.setdefault(loop, FairTurns(loop))

@@ -96,7 +96,7 @@ def _about(scope: Scope) -> dict[str, str]:
     return {name: value for name, value in about.items() if value}
 
 
-class Gate:
+class AuthMiddleware:
     """Lets in who has a key, uses it not too often and sends not too much."""
 
     def __init__(self, app: ASGIApp, guard: Guard, limits: RateLimits, streams: Streams, wrong_keys: WrongKeys) -> None:

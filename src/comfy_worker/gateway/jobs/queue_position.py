@@ -8,7 +8,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Place:
+class QueuePosition:
     """Where a job stands that has not ended its run, and how long it will take.
 
     Attributes:
@@ -32,7 +32,7 @@ class Place:
         """In how many seconds its run will have ended; None if that is not known."""
         return None if self.wait_s is None or self.run_s is None else self.wait_s + self.run_s
 
-    def held_up(self, notice: str) -> Place:
+    def held_up(self, notice: str) -> QueuePosition:
         """Return the place of a job that does not get on, and of which nobody can tell when it will."""
         return replace(self, wait_s=None, run_s=None, notice=notice)
 

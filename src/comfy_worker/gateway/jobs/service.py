@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from starlette.concurrency import run_in_threadpool
 
-from comfy_worker.catalog.library import Library
+from comfy_worker.catalog.library import Catalog
 from comfy_worker.catalog.template import expand_job
 from comfy_worker.comfy.client import ComfyClient
 from comfy_worker.errors import InvalidInput
@@ -30,7 +30,7 @@ from comfy_worker.gateway.callers import current_caller
 from comfy_worker.gateway.errors import DatabaseUnavailable, DuplicateRequest, NotFound, NotPossible
 from comfy_worker.gateway.events.bus import GAP, PREVIEW, PROGRESS, STATUS, Event, EventBus, Listening, last_progress
 from comfy_worker.gateway.events.fair_scheduling import turns_of
-from comfy_worker.gateway.jobs.queue_position import Place
+from comfy_worker.gateway.jobs.queue_position import QueuePosition
 from comfy_worker.gateway.jobs.webhook_receivers import check_receiver
 from comfy_worker.gateway.store.job_store import Store, moment
 from comfy_worker.gateway.store.records import LOW_PRIORITY, NORMAL_PRIORITY, JobRecord
@@ -68,7 +68,7 @@ class Engine(Protocol):
     def cancel(self, job_id: str) -> None:
         """Drop a job whose end the store has already; return when it is off the GPU."""
 
-    def places(self) -> Mapping[str, Place]:
+    def places(self) -> Mapping[str, QueuePosition]:
         """Return where every job stands that waits or runs, by its id."""
 
     def backends(self) -> Sequence[Mapping[str, Any]]:
@@ -94,7 +94,7 @@ class JobService:
         max_queue_size: int,
         max_queue_size_per_key: int | None = None,
         webhook_url: str | None = None,
-        library: Library | None = None,
+        library: Catalog | None = None,
         peers: Peers | None = None,
     ) -> None:
         """Take the parts; `webhook_url` is told of every job that names no webhook of its own.
@@ -472,15 +472,15 @@ class JobService:
 
         return await run_in_threadpool(find)
 
-    def place(self, job_id: str) -> Place | None:
+    def place(self, job_id: str) -> QueuePosition | None:
         """Return where a job stands, and how long it will take; None if it has ended, or nobody can tell."""
         place = self._engine.places().get(job_id)
         if place is None:
             told = (state["places"].get(job_id) for state in self._states_of_peers())
-            place = next((Place(**fields) for fields in told if fields is not None), None)
+            place = next((QueuePosition(**fields) for fields in told if fields is not None), None)
         return place
 
-    def place_of(self, record: JobRecord) -> Place | None:
+    def place_of(self, record: JobRecord) -> QueuePosition | None:
         """Return where a job stands by its record, which may be newer than what the engine knows, or older.
 
         One that waits does not run yet, and one that runs does not wait any more.

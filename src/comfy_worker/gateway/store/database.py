@@ -119,7 +119,7 @@ def _begin_in_sqlite(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
-class Writers:
+class WriteQueue:
     """Lets one thread of this process at a time write to an SQLite database.
 
     A thread that waits for SQLite's own lock asks for it again and again, and has no place in a line: while others

@@ -42,7 +42,7 @@ from comfy_worker.gateway.errors import (
     QueueFull,
     UnreadableRequest,
 )
-from comfy_worker.gateway.store.database import WRITES, Writers, connect, in_our_words
+from comfy_worker.gateway.store.database import WRITES, WriteQueue, connect, in_our_words
 from comfy_worker.gateway.store.migrate import bring_up_to_date
 from comfy_worker.gateway.store.records import JobRecord, ProgressNote, WebhookDelivery
 from comfy_worker.gateway.store.stage_seconds import StageTimes, note_seconds, read_seconds, seconds_by_stage
@@ -89,7 +89,7 @@ class Store:
         """
         self._engine = engine
         self._writer = engine.execution_options(**WRITES)
-        self._writers = Writers(engine)
+        self._writers = WriteQueue(engine)
         self._cipher = Fernet(base64.urlsafe_b64encode(hashlib.sha256(secret).digest()))
         self.when_webhook_is_due: Callable[[], None] = _nothing
         self.when_changed: Callable[[str], None] = _nothing_of

@@ -9,7 +9,7 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Any
 
-from comfy_worker.catalog.entry import Entry
+from comfy_worker.catalog.entry import CatalogEntry
 from comfy_worker.gateway.api.outputs import files_by_kind
 from comfy_worker.gateway.http.error_responses import envelope
 from comfy_worker.gateway.jobs.signed_links import IMAGES_PATH
@@ -30,7 +30,7 @@ _LIMITS = {"default": "default", "minimum": "min", "maximum": "max"}
 """Our names of what ComfyUI says of an input's value."""
 
 
-def number_of(entry: Entry) -> int:
+def number_of(entry: CatalogEntry) -> int:
     """Return a workflow's number: what its manifest says, or else one made of its name."""
     return entry.manifest.id if entry.manifest.id is not None else zlib.crc32(entry.name.encode())
 
@@ -49,7 +49,7 @@ def execution_id_of(job_id: str) -> int | str:
     return int(number) if number.isdecimal() and job_id == f"{JOB_PREFIX}{int(number)}" else job_id
 
 
-def nodes_of(entry: Entry) -> list[dict[str, Any]]:
+def nodes_of(entry: CatalogEntry) -> list[dict[str, Any]]:
     """Return a workflow's nodes, with `{parameter}` in place of what a parameter sets."""
     places = {
         (target.node, target.input): f"{{{name}}}"
@@ -66,7 +66,7 @@ def nodes_of(entry: Entry) -> list[dict[str, Any]]:
     ]
 
 
-def parameter_of(name: str, entry: Entry) -> dict[str, Any]:
+def parameter_of(name: str, entry: CatalogEntry) -> dict[str, Any]:
     """Return what a request may say for one parameter."""
     parameter = entry.manifest.parameters[name]
     shown = parameter.model_dump(include={"type", "description", "default", "minimum", "maximum", "choices"})

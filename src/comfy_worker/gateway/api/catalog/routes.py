@@ -13,7 +13,7 @@ from fastapi import APIRouter, Path, Request, WebSocket
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
-from comfy_worker.catalog.entry import Entry
+from comfy_worker.catalog.entry import CatalogEntry
 from comfy_worker.gateway.api.catalog import schemas as answers
 from comfy_worker.gateway.api.catalog.mapping import (
     JOB_PREFIX,
@@ -26,7 +26,7 @@ from comfy_worker.gateway.api.catalog.mapping import (
     parameter_of,
     told_of,
 )
-from comfy_worker.gateway.api.dependencies import Parts
+from comfy_worker.gateway.api.dependencies import Dependencies
 from comfy_worker.gateway.api.schemas import JOB_ID, Answer, EnvelopedProblem, problems, request_body
 from comfy_worker.gateway.errors import (
     DatabaseUnavailable,
@@ -67,7 +67,7 @@ class ExecuteRequest(BaseModel):
     webhook: dict[str, Any] | None = Field(None, description="Who is told of the end; see docs/reference/webhooks.md.")
 
 
-def router(parts: Parts) -> APIRouter:
+def router(parts: Dependencies) -> APIRouter:
     """Return the door's routes."""
     door = _Door(parts)
     api = APIRouter(prefix=_ROOT, tags=["Catalog"])
@@ -105,7 +105,7 @@ def router(parts: Parts) -> APIRouter:
 
 
 class _Door:
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Dependencies) -> None:
         self._parts = parts
         self._service = parts.service
         self._nodes: tuple[float, Sequence[Mapping[str, Any]]] | None = None
@@ -121,7 +121,7 @@ class _Door:
         """Return one workflow."""
         return _success({"workflow": self._shown(await run_in_threadpool(self._entry, workflow_id, None))})
 
-    def _shown(self, entry: Entry) -> dict[str, Any]:
+    def _shown(self, entry: CatalogEntry) -> dict[str, Any]:
         created, updated = self._parts.library.times(entry.name)
         return {
             "id": number_of(entry),
@@ -135,7 +135,7 @@ class _Door:
             "updated_at": iso(updated),
         }
 
-    def _entry(self, workflow_id: str, version: str | None) -> Entry:
+    def _entry(self, workflow_id: str, version: str | None) -> CatalogEntry:
         """Return the workflow with an id or a key.
 
         Raises:

@@ -13,7 +13,7 @@ from comfy_worker.gateway.api.outputs import kind_of, path_in_job
 from comfy_worker.gateway.events.bus import PROGRESS, STATUS, Event
 from comfy_worker.gateway.http.limits import RUNSYNC_LIMIT
 from comfy_worker.gateway.jobs.assets import AssetStore, with_urls
-from comfy_worker.gateway.jobs.queue_position import Place
+from comfy_worker.gateway.jobs.queue_position import QueuePosition
 from comfy_worker.gateway.jobs.signed_links import PATH
 from comfy_worker.gateway.jobs.webhook_formats import WebhookParts, WebhookWords
 from comfy_worker.gateway.store.records import JobRecord
@@ -186,7 +186,7 @@ def _own_content(item: Mapping[str, Any]) -> tuple[str, str]:
 # ----------------------------------------------------------------------------------------------------- progress
 
 
-class QueuePosition(BaseModel):
+class QueueStatus(BaseModel):
     """Where a job stands in the queue that it is in."""
 
     current_queue: Literal["preprocessing", "generation", "postprocessing"] | None
@@ -210,7 +210,7 @@ class GenerateEvent(BaseModel):
     status: Status | Literal["final_result"]
     message: str
     elapsed_time: float = Field(description="Seconds since the request was accepted.")
-    queue_position: QueuePosition
+    queue_position: QueueStatus
     queue_info: QueueInfo
     result: GenerateResult | None = Field(None, description="With the last event, `final_result`.")
 
@@ -280,7 +280,7 @@ class Following:
         """Whether its end was heard."""
         return self._state.is_terminal
 
-    def standing(self, place: Place | None) -> Standing:
+    def standing(self, place: QueuePosition | None) -> Standing:
         """Return where the job stands, which is at this place of the queue."""
         if self._state is JobState.IN_QUEUE:
             return self._waiting(place)
@@ -296,7 +296,7 @@ class Following:
             return f"Running {node.get('title') or node['id']}{step} ({told.get('percent', 0):g} %)"
         return str(told.get("notice") or otherwise)
 
-    def _waiting(self, place: Place | None) -> Standing:
+    def _waiting(self, place: QueuePosition | None) -> Standing:
         is_in_comfyui = place is not None and place.stage == Stage.QUEUED.value
         notice = str(self._told.get("notice") or "") if place is None else place.notice
         position = 1 if place is None else max(1, place.position or 1)

@@ -17,7 +17,7 @@ from fastapi.responses import HTMLResponse
 from sse_starlette import ServerSentEvent
 from starlette.concurrency import run_in_threadpool
 
-from comfy_worker.gateway.api.dependencies import Parts, queue_sizes
+from comfy_worker.gateway.api.dependencies import Dependencies, queue_sizes
 from comfy_worker.gateway.api.generate.mapping import (
     Following,
     GenerateEvent,
@@ -94,7 +94,7 @@ class _Wish:
     with_history: bool = False
 
 
-def router(parts: Parts) -> APIRouter:
+def router(parts: Dependencies) -> APIRouter:
     """Return the door's routes."""
     door = _Door(parts)
     api = APIRouter(tags=["Generate"])
@@ -177,7 +177,7 @@ def _stream() -> dict[str, Any]:
 
 
 class _Door:
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Dependencies) -> None:
         self._parts = parts
         self._service = parts.service
         self._modifier_threads = CapacityLimiter(_MODIFIERS_AT_ONCE)

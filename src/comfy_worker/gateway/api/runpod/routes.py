@@ -13,7 +13,7 @@ from starlette.concurrency import run_in_threadpool
 
 from comfy_worker import __version__
 from comfy_worker.errors import OutputTooLarge
-from comfy_worker.gateway.api.dependencies import Parts, away, queue_sizes
+from comfy_worker.gateway.api.dependencies import Dependencies, away, queue_sizes
 from comfy_worker.gateway.api.runpod.stream_cursors import Cursor, make_cursors
 from comfy_worker.gateway.api.schemas import (
     JOB_ID,
@@ -67,7 +67,7 @@ class _Route:
     extra: dict[str, Any] | None = None
 
 
-def router(parts: Parts) -> APIRouter:
+def router(parts: Dependencies) -> APIRouter:
     """Return the door's routes; they stand at the root and below `/v2/{endpoint_id}` alike."""
     door = _Door(parts)
     routes = [
@@ -119,7 +119,7 @@ async def _check_endpoint(
 
 
 class _Door:
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Dependencies) -> None:
         self._parts = parts
         self._service = parts.service
         self._cursors = make_cursors(parts.settings)

@@ -14,7 +14,7 @@ from fastapi import APIRouter, Path, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from comfy_worker.errors import InvalidInput
-from comfy_worker.gateway.api.dependencies import Parts
+from comfy_worker.gateway.api.dependencies import Dependencies
 from comfy_worker.gateway.api.outputs import files_by_kind
 from comfy_worker.gateway.api.schemas import (
     EXAMPLE_JOB,
@@ -133,7 +133,7 @@ class TaskAnswer(TaskSummary):
 TaskId = Annotated[str, Path(pattern=JOB_ID)]
 
 
-def router(parts: Parts) -> APIRouter:
+def router(parts: Dependencies) -> APIRouter:
     """Return the door's routes."""
     door = _Door(parts)
     api = APIRouter(tags=["Tasks"])
@@ -167,7 +167,7 @@ def router(parts: Parts) -> APIRouter:
 
 
 class _Door:
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Dependencies) -> None:
         self._parts = parts
         self._service = parts.service
 

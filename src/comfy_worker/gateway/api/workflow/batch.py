@@ -11,9 +11,9 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Path, Request
 from starlette.concurrency import run_in_threadpool
 
-from comfy_worker.catalog.library import Library
+from comfy_worker.catalog.library import Catalog
 from comfy_worker.errors import InvalidInput
-from comfy_worker.gateway.api.dependencies import Parts
+from comfy_worker.gateway.api.dependencies import Dependencies
 from comfy_worker.gateway.api.schemas import JOB_ID, Answer, DetailedProblem, problems, request_body
 from comfy_worker.gateway.api.workflow.graph_edits import with_inputs, with_seed
 from comfy_worker.gateway.api.workflow.requests import DOOR, check_comfyui, input_of, job_of, template_of
@@ -39,7 +39,7 @@ _MOST_BYTES = 64_000_000
 BatchId = Annotated[str, Path(pattern=JOB_ID)]
 
 
-def router(parts: Parts) -> APIRouter:
+def router(parts: Dependencies) -> APIRouter:
     """Return the door's routes."""
     door = _Door(parts)
     api = APIRouter(tags=["Workflows"])
@@ -73,7 +73,7 @@ def router(parts: Parts) -> APIRouter:
 
 
 class _Door:
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Dependencies) -> None:
         self._parts = parts
         self._service = parts.service
 
@@ -130,7 +130,7 @@ class _Door:
         return records
 
 
-def inputs_of_runs(body: Mapping[str, Any], library: Library) -> Iterator[Mapping[str, Any]]:
+def inputs_of_runs(body: Mapping[str, Any], library: Catalog) -> Iterator[Mapping[str, Any]]:
     """Yield RunPod's `input` of each run of a batch.
 
     Raises:
@@ -154,7 +154,7 @@ def inputs_of_runs(body: Mapping[str, Any], library: Library) -> Iterator[Mappin
 
 def _input_of_run(
     body: Mapping[str, Any],
-    library: Library,
+    library: Catalog,
     kind: str,
     run: Any,
     base: Mapping[str, Any] | None,

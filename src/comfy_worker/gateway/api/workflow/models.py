@@ -13,7 +13,7 @@ from starlette.concurrency import run_in_threadpool
 
 from comfy_worker.comfy.client import ComfyClient
 from comfy_worker.comfy.disk import remove_file
-from comfy_worker.gateway.api.dependencies import Parts
+from comfy_worker.gateway.api.dependencies import Dependencies
 from comfy_worker.gateway.api.schemas import Answer, DetailedProblem, problems
 from comfy_worker.gateway.api.workflow.requests import check_comfyui
 from comfy_worker.gateway.callers import ANYONE, current_caller
@@ -55,7 +55,7 @@ ModelList = dict[str, list[str] | list[ModelShown]]
 """Names by folder, or models where details are asked for."""
 
 
-def router(parts: Parts) -> APIRouter:
+def router(parts: Dependencies) -> APIRouter:
     """Return the routes."""
     door = _Door(parts)
     api = APIRouter(tags=["Models"])
@@ -79,7 +79,7 @@ def router(parts: Parts) -> APIRouter:
 
 
 class _Door:
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Dependencies) -> None:
         self._service = parts.service
         self._base = parts.settings.comfyui_base_directory
         self._names = Cached(lambda: dict(parts.service.comfyui().models()), _MODELS_AGE_S)

@@ -13,10 +13,10 @@ from typing import Any
 from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 
-from comfy_worker.catalog.library import Library
+from comfy_worker.catalog.library import Catalog
 from comfy_worker.catalog.template import expand
 from comfy_worker.errors import ComfyUnreachable, InvalidInput
-from comfy_worker.gateway.api.dependencies import Parts
+from comfy_worker.gateway.api.dependencies import Dependencies
 from comfy_worker.gateway.api.workflow.graph_edits import with_prompt
 from comfy_worker.gateway.jobs.service import JobService
 from comfy_worker.gateway.settings import GatewaySettings
@@ -44,7 +44,7 @@ async def check_comfyui(service: JobService) -> None:
 
 
 async def submit(
-    request: Request, parts: Parts, job_input: Mapping[str, Any], cache_key: str | None = None
+    request: Request, parts: Dependencies, job_input: Mapping[str, Any], cache_key: str | None = None
 ) -> tuple[JobRecord, bool]:
     """Queue a job under an id of this API's form; return it, and whether it is an earlier one of the same cache key.
 
@@ -69,7 +69,7 @@ def job_of(job_input: Mapping[str, Any], settings: GatewaySettings) -> dict[str,
     return {"input": job_input, "policy": {"executionTimeout": settings.workflow_timeout_s * 1000}}
 
 
-def input_of(body: Mapping[str, Any], library: Library, inputs: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def input_of(body: Mapping[str, Any], library: Catalog, inputs: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return RunPod's `input` with the graph that a request asks for.
 
     Args:
@@ -117,7 +117,7 @@ def template_of(body: Mapping[str, Any]) -> str | None:
     return f"{template}@{version}"
 
 
-def _takes_prompt(template: str, library: Library) -> bool:
+def _takes_prompt(template: str, library: Catalog) -> bool:
     name, at, version = template.partition("@")
     return _PROMPT in library.get(name, version if at else None).manifest.parameters
 
@@ -128,7 +128,7 @@ def _extra_data_of(workflow: Any) -> Mapping[str, Any]:
     return extra_data if isinstance(extra_data, Mapping) else {}
 
 
-def cache_key_of(body: Mapping[str, Any], library: Library) -> str:
+def cache_key_of(body: Mapping[str, Any], library: Catalog) -> str:
     """Return the key under which an identical request is found again.
 
     A named workflow counts with its content: after a change of its file, the request is another one.

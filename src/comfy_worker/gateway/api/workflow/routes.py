@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Path, Request, WebSocket
 from starlette.concurrency import run_in_threadpool
 
-from comfy_worker.gateway.api.dependencies import Parts
+from comfy_worker.gateway.api.dependencies import Dependencies
 from comfy_worker.gateway.api.schemas import JOB_ID, Answer, DetailedProblem, problems, request_body
 from comfy_worker.gateway.api.workflow.requests import cache_key_of, check_comfyui, input_of, submit
 from comfy_worker.gateway.api.workflow.schemas import (
@@ -34,7 +34,7 @@ PromptId = Annotated[str, Path(pattern=JOB_ID)]
 TemplateName = Annotated[str, Path(max_length=255, examples=["solid-color"])]
 
 
-def router(parts: Parts) -> APIRouter:
+def router(parts: Dependencies) -> APIRouter:
     """Return the door's routes."""
     door = _Door(parts)
     api = APIRouter(tags=["Workflows"])
@@ -81,7 +81,7 @@ def router(parts: Parts) -> APIRouter:
 
 
 class _Door:
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Dependencies) -> None:
         self._parts = parts
         self._service = parts.service
 

@@ -6,16 +6,16 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from comfy_worker.gateway.api.dependencies import Parts
+from comfy_worker.gateway.api.dependencies import Dependencies
 from comfy_worker.gateway.api.outputs import files_by_kind
 from comfy_worker.gateway.api.workflow.schemas import STATES
-from comfy_worker.gateway.jobs.queue_position import Place
+from comfy_worker.gateway.jobs.queue_position import QueuePosition
 from comfy_worker.gateway.jobs.webhook_formats import WebhookParts, WebhookWords
 from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.types import JobState
 
 
-async def status_of(record: JobRecord, parts: Parts, base_url: str) -> dict[str, Any]:
+async def status_of(record: JobRecord, parts: Dependencies, base_url: str) -> dict[str, Any]:
     """Return where a job stands, with links to what it made."""
     output = None if record.output is None else parts.linked(record.output, base_url)
     told = await parts.service.progress_of(record)
@@ -23,7 +23,7 @@ async def status_of(record: JobRecord, parts: Parts, base_url: str) -> dict[str,
 
 
 def status_body(
-    record: JobRecord, progress: Mapping[str, Any] | None, place: Place | None, output: Mapping[str, Any] | None
+    record: JobRecord, progress: Mapping[str, Any] | None, place: QueuePosition | None, output: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """Return where a job stands.
 
@@ -58,7 +58,7 @@ def _progress(state: JobState, progress: Mapping[str, Any]) -> float:
     return 100.0 if state is JobState.COMPLETED else float(progress.get("percent", 0.0))
 
 
-def _remaining(state: JobState, place: Place | None) -> int | None:
+def _remaining(state: JobState, place: QueuePosition | None) -> int | None:
     """Return in how many seconds a job will have ended, None if that is not known."""
     if state.is_terminal:
         return 0

@@ -9,10 +9,10 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.concurrency import run_in_threadpool
 
-from comfy_worker.catalog.entry import Entry
+from comfy_worker.catalog.entry import CatalogEntry
 from comfy_worker.comfy.client import ComfyClient
 from comfy_worker.errors import InvalidInput, MissingModels
-from comfy_worker.gateway.api.dependencies import Parts
+from comfy_worker.gateway.api.dependencies import Dependencies
 from comfy_worker.gateway.api.schemas import Answer, DetailedProblem, problems, request_body
 from comfy_worker.gateway.api.workflow.requests import check_comfyui, input_of, submit
 from comfy_worker.gateway.api.workflow.schemas import STATES, SubmitAnswer, VideoRequest
@@ -23,7 +23,7 @@ TEMPLATE = "text-to-video-hunyuan"
 """The named workflow that makes the video."""
 
 
-def router(parts: Parts) -> APIRouter:
+def router(parts: Dependencies) -> APIRouter:
     """Return the door's route."""
     door = _Door(parts)
     api = APIRouter(tags=["Workflows"])
@@ -41,7 +41,7 @@ def router(parts: Parts) -> APIRouter:
 
 
 class _Door:
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Dependencies) -> None:
         self._parts = parts
 
     async def generate(self, request: Request) -> Answer:
@@ -83,7 +83,7 @@ def inputs_of(body: Mapping[str, Any]) -> dict[str, Any]:
     return {**own, **extra}
 
 
-def check_models(entry: Entry, client: ComfyClient) -> None:
+def check_models(entry: CatalogEntry, client: ComfyClient) -> None:
     """Return if ComfyUI has all models of a named workflow.
 
     Raises:

@@ -26,10 +26,10 @@ from comfy_worker.gateway.engines.celery.fleet import Fleet
 from comfy_worker.gateway.engines.queue_estimates import InHand, SteadyPlaces, has_moved, places_of
 from comfy_worker.gateway.engines.run_times import RunTimes
 from comfy_worker.gateway.engines.unreachable import notice_of
-from comfy_worker.gateway.engines.waiting_jobs import Queue, Waiting
+from comfy_worker.gateway.engines.waiting_jobs import Queue, WaitingJob
 from comfy_worker.gateway.errors import DatabaseUnavailable, NoComfyUI
 from comfy_worker.gateway.events.bus import PROGRESS, STATUS, EventBus
-from comfy_worker.gateway.jobs.queue_position import Place, as_time
+from comfy_worker.gateway.jobs.queue_position import QueuePosition, as_time
 from comfy_worker.gateway.settings import GatewaySettings
 from comfy_worker.gateway.store.job_store import Store, moment
 from comfy_worker.gateway.store.records import JobRecord
@@ -70,7 +70,7 @@ class CeleryEngine:
         self._new: dict[str, JobRecord] = {}
         self._open: set[str] = set()
         self._looks: dict[str, int] = {}
-        self._published: Mapping[str, Place] = {}
+        self._published: Mapping[str, QueuePosition] = {}
         self._to_send: queue.SimpleQueue[JobRecord | None] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._look_now = threading.Event()
@@ -106,7 +106,7 @@ class CeleryEngine:
         record = replace(record, request={})
         with self._lock:
             self._queue.remove(record.id)
-            self._queue.add(Waiting(record))
+            self._queue.add(WaitingJob(record))
             self._new[record.id] = record
         self._to_send.put(record)
 
@@ -177,7 +177,7 @@ class CeleryEngine:
 
     # -------------------------------------------------------------------------------------------- questions
 
-    def places(self) -> Mapping[str, Place]:
+    def places(self) -> Mapping[str, QueuePosition]:
         """Return where every job stands that waits or runs, by its id."""
         with self._lock:
             present = [str(worker["url"]) for worker in self._workers if worker["healthy"]]
@@ -258,7 +258,7 @@ class CeleryEngine:
     def _take_in(self, workers: Sequence[Mapping[str, Any]], records: Sequence[JobRecord], held: set[str]) -> None:
         waiting, in_hand = Queue(), []
         for record in records:
-            job = Waiting(record)
+            job = WaitingJob(record)
             if record.state is JobState.IN_QUEUE and record.id not in held:
                 waiting.add(job)
             else:
@@ -268,7 +268,7 @@ class CeleryEngine:
             known = {record.id for record in records} | held
             for new in self._new.values():
                 if new.id not in known:  # it was submitted while the store was asked
-                    waiting.add(Waiting(new))
+                    waiting.add(WaitingJob(new))
             self._workers, self._queue, self._in_hand = workers, waiting, in_hand
             was_present = self._away_since is None
             self._away_since = None if is_present else (self._away_since or time.time())
@@ -276,7 +276,7 @@ class CeleryEngine:
             level = logging.INFO if is_present else logging.WARNING
             log.log(level, "%s ComfyUI of the fleet answers", "a" if is_present else "no")
 
-    def _in_hand_elsewhere(self, job: Waiting) -> InHand:
+    def _in_hand_elsewhere(self, job: WaitingJob) -> InHand:
         """Return a job that a worker has in hand, as far as the store knows."""
         record, progress = job.record, job.record.progress or {}
         stage = Stage.STAGING
@@ -316,7 +316,7 @@ class CeleryEngine:
     def _end_expired(self, records: Iterable[JobRecord]) -> None:
         now = time.time()
         for record in records:
-            if record.state is JobState.IN_QUEUE and Waiting(record).expires_at <= now:
+            if record.state is JobState.IN_QUEUE and WaitingJob(record).expires_at <= now:
                 error = TimedOut(EXPIRED).as_output()
                 if self._store.finish(record.id, JobState.TIMED_OUT, now, error=error, only_waiting=True):
                     self._bus.publish(record.id, STATUS, {"status": JobState.TIMED_OUT.value}, moment(now))

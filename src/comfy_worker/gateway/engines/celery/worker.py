@@ -26,11 +26,11 @@ from comfy_worker.gateway.engines.backends import Backend, RunningJob, connect, 
 from comfy_worker.gateway.engines.celery.app import QUEUE, publish, queue_of
 from comfy_worker.gateway.engines.celery.consumer import CeleryHost, ask_to_end, was_asked_to_end
 from comfy_worker.gateway.engines.celery.fleet import Fleet
-from comfy_worker.gateway.engines.progress_publisher import Telling
+from comfy_worker.gateway.engines.progress_publisher import ProgressPublisher
 from comfy_worker.gateway.engines.run_times import RunTimes
 from comfy_worker.gateway.engines.runner import Runner, take_out
-from comfy_worker.gateway.engines.store_retry import Patience
-from comfy_worker.gateway.engines.waiting_jobs import Waiting
+from comfy_worker.gateway.engines.store_retry import StoreRetry
+from comfy_worker.gateway.engines.waiting_jobs import WaitingJob
 from comfy_worker.gateway.errors import DatabaseUnavailable
 from comfy_worker.gateway.events.redis_bus import RedisEventBus
 from comfy_worker.gateway.jobs.assets import AssetStore
@@ -101,7 +101,7 @@ class FleetWorker:
         self._holding = threading.Lock()
         self._in_hand: dict[str, RunningJob | None] = {}
         self._lost: set[str] = set()
-        self._again: dict[str, tuple[Waiting, bool]] = {}
+        self._again: dict[str, tuple[WaitingJob, bool]] = {}
         self._others: list[Mapping[str, Any]] = []
         self._host = CeleryHost(settings, self._backend.url, self._run)
         self._is_redis_away = False
@@ -115,8 +115,8 @@ class FleetWorker:
         self._progress = ProgressWebhooks(settings)
         self._notes = ProgressNotes(self._store, settings.progress_note_s)
         self._run_times = run_times
-        telling = Telling(self._store, self._notes, self._bus, run_times, self._lock, self._standing)
-        self._patience = Patience(self._store, self._stopping)
+        telling = ProgressPublisher(self._store, self._notes, self._bus, run_times, self._lock, self._standing)
+        self._patience = StoreRetry(self._store, self._stopping)
         self._runner = Runner(self._store, self._bus, settings, self._progress, telling, self._patience, self)
         self._threads = [
             threading.Thread(target=self._backend.probe, args=(self.mark, self._stopping), name="probe"),
@@ -211,7 +211,7 @@ class FleetWorker:
         return is_ours
 
     def _run_or_pass_on(self, record: JobRecord, attempts: int, was_passed_on: bool) -> None:
-        job = Waiting(record, attempts)
+        job = WaitingJob(record, attempts)
         if not self._backend.healthy or record.only_backend not in (None, self._backend.url):
             self._again[record.id] = job, False
             self._stopping.wait(_HANDED_BACK_PAUSE_S)
@@ -258,10 +258,10 @@ class FleetWorker:
         if not running.stop.detached or was_lost:
             self._quietly(lambda: self._fleet.forget_prompt(self._backend.url, prompt_id))
 
-    def _as_left(self, running: RunningJob, prompt_id: str) -> Waiting:
-        return Waiting(replace(running.job.record, prompt_id=prompt_id, backend=self._backend.url))
+    def _as_left(self, running: RunningJob, prompt_id: str) -> WaitingJob:
+        return WaitingJob(replace(running.job.record, prompt_id=prompt_id, backend=self._backend.url))
 
-    def _send_again(self, job: Waiting, was_passed_on: bool) -> None:
+    def _send_again(self, job: WaitingJob, was_passed_on: bool) -> None:
         """Have a job taken by another worker; should that fail, a gateway finds it without a message."""
         record = job.record
         queue = QUEUE if record.only_backend is None else queue_of(record.only_backend)
@@ -285,7 +285,7 @@ class FleetWorker:
         self._report()
         self._host.take_messages(healthy)
 
-    def wait_again(self, job: Waiting) -> None:
+    def wait_again(self, job: WaitingJob) -> None:
         """Send a job to the queue again, once it is in hand here no more."""
         self._again[job.id] = job, False
 

@@ -19,13 +19,13 @@ from comfy_worker.errors import InvalidInput
 from comfy_worker.gateway.engines.runpod.claims import Claims, is_claim
 from comfy_worker.gateway.engines.runpod.client import SEND_S, RunPodClient
 from comfy_worker.gateway.engines.runpod.health import Health
-from comfy_worker.gateway.engines.runpod.job import RemoteJob
-from comfy_worker.gateway.engines.runpod.remote_job import Carrier, WebhookOf
+from comfy_worker.gateway.engines.runpod.remote_job import RemoteJob
+from comfy_worker.gateway.engines.runpod.runner import RemoteJobRunner, WebhookOf
 from comfy_worker.gateway.errors import DatabaseUnavailable, NoComfyUI
 from comfy_worker.gateway.events.bus import EventBus
 from comfy_worker.gateway.jobs.assets import AssetStore
 from comfy_worker.gateway.jobs.progress_webhooks import ProgressWebhooks
-from comfy_worker.gateway.jobs.queue_position import Place, as_time
+from comfy_worker.gateway.jobs.queue_position import QueuePosition, as_time
 from comfy_worker.gateway.settings import GatewaySettings
 from comfy_worker.gateway.store.database import patiently
 from comfy_worker.gateway.store.job_store import Store
@@ -82,7 +82,7 @@ class RunpodEngine:
         self._client = client
         self._health = Health(client)
         self._claims = Claims(Path(settings.data_dir) / "runpod", _CLAIM_S)
-        self._carrier = Carrier(
+        self._runner = RemoteJobRunner(
             self._name, client, store, bus, assets, settings.secrets(), progress, notes, webhook_of, self._claims,
             self._stopping,
         )  # fmt: skip
@@ -111,7 +111,7 @@ class RunpodEngine:
         self._call(self._end.set)
         if self._thread.ident is not None:
             self._thread.join()
-        self._carrier.close()
+        self._runner.close()
         self._claims.end()
 
     async def _main(self) -> None:
@@ -185,7 +185,7 @@ class RunpodEngine:
     async def _take_up(self, job_id: str, remote_id: str | None) -> None:
         """Follow a job that another gateway submitted: RunPod called this one back."""
         with contextlib.suppress(DatabaseUnavailable):
-            record = await self._carrier.get(job_id)
+            record = await self._runner.get(job_id)
             if record is not None and not record.state.is_terminal and job_id not in self._jobs:
                 self._begin(record, False)
                 self._hear(job_id, remote_id)
@@ -194,11 +194,11 @@ class RunpodEngine:
         if self._end.is_set() or (not is_own and record.id in self._jobs):
             return
         job = self._jobs[record.id] = RemoteJob.of(record, is_own=is_own)
-        self._begin_task(self._carry(job), job)
+        self._begin_task(self._run_job(job), job)
 
-    async def _carry(self, job: RemoteJob) -> None:
+    async def _run_job(self, job: RemoteJob) -> None:
         try:
-            await self._carrier.carry(job)
+            await self._runner.carry(job)
         finally:
             if self._jobs.get(job.id) is job:
                 del self._jobs[job.id]
@@ -233,12 +233,12 @@ class RunpodEngine:
             job.tell()
             remote_id, is_sent = job.remote_id, job.sending
         else:
-            record = await self._carrier.get(job_id)
+            record = await self._runner.get(job_id)
             is_ours = record is not None and record.backend == self._name and record.state is JobState.CANCELLED
             prompt_id = record.prompt_id if record is not None and is_ours else None
             remote_id, is_sent = None if is_claim(prompt_id) else prompt_id, False
         if remote_id is not None:
-            await asyncio.wait({self._begin_task(self._carrier.cancel_remote(remote_id))}, timeout=_CANCEL_S)
+            await asyncio.wait({self._begin_task(self._runner.cancel_remote(remote_id))}, timeout=_CANCEL_S)
         elif job is not None and is_sent:
             # Whoever submits it cancels it when its id is known.
             with contextlib.suppress(asyncio.TimeoutError):
@@ -246,12 +246,12 @@ class RunpodEngine:
 
     # ------------------------------------------------------------------------------------------------ answers
 
-    def places(self) -> Mapping[str, Place]:
+    def places(self) -> Mapping[str, QueuePosition]:
         """Return why jobs wait while RunPod does not answer; where in its queue one stands, RunPod does not say."""
         since = self._health.away_since
         if since is None:
             return {}
-        place = Place(None, None, notice=f"RunPod has not answered since {as_time(since)}")
+        place = QueuePosition(None, None, notice=f"RunPod has not answered since {as_time(since)}")
         return {job.id: place for job in list(self._jobs.values()) if job.state is JobState.IN_QUEUE}
 
     def backends(self) -> Sequence[Mapping[str, Any]]:

@@ -22,7 +22,7 @@ from comfy_worker.gateway.store.records import NORMAL_PRIORITY, JobRecord
 from comfy_worker.job.envelope import read_input
 from comfy_worker.job.payload import split_failure
 from comfy_worker.media.probe import mime_type_of_name
-from comfy_worker.storage.base import Parcel, Storage
+from comfy_worker.storage.base import DeliverableFile, Storage
 from comfy_worker.storage.content import InMemory
 from comfy_worker.storage.object_keys import safe_name, safe_path
 from comfy_worker.types import JobState, Kind
@@ -190,7 +190,7 @@ def _kept(job_id: str, item: Mapping[str, Any], storage: Storage, taken: set[str
     if path in taken:
         path = f"node_{safe_name(str(item.get('node_id', '')))}_{len(taken)}/{path}"
     taken.add(path)
-    delivered = storage.deliver(Parcel(job_id, path, str(described["mime_type"]), InMemory(content)))
+    delivered = storage.deliver(DeliverableFile(job_id, path, str(described["mime_type"]), InMemory(content)))
     return {**described, "type": delivered.type, "data": delivered.data, "size_bytes": len(content)}
 
 

@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 from comfy_worker.errors import InternalError, InvalidInput, TimedOut, WorkerError
 from comfy_worker.gateway.engines.runpod.claims import Claims, is_claim
 from comfy_worker.gateway.engines.runpod.client import PlatformAway, PlatformRefused, RunPodClient, UnknownRemoteJob
-from comfy_worker.gateway.engines.runpod.job import RemoteJob
 from comfy_worker.gateway.engines.runpod.mapping import (
     Outcome,
     keep_files,
@@ -25,7 +24,8 @@ from comfy_worker.gateway.engines.runpod.mapping import (
     submission,
     with_warnings,
 )
-from comfy_worker.gateway.engines.store_retry import Patience
+from comfy_worker.gateway.engines.runpod.remote_job import RemoteJob
+from comfy_worker.gateway.engines.store_retry import StoreRetry
 from comfy_worker.gateway.errors import DatabaseUnavailable
 from comfy_worker.gateway.events.bus import PROGRESS, STATUS, EventBus
 from comfy_worker.gateway.jobs.assets import AssetStore
@@ -50,8 +50,8 @@ _THREADS = 8
 _CANCEL_AGAIN_S = 0.5
 
 
-class Carrier:
-    """Carries jobs, each in a task of its own; all but `close` is for one event loop."""
+class RemoteJobRunner:
+    """Runs jobs, each in a task of its own; all but `close` is for one event loop."""
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class Carrier:
         self._webhook_of = webhook_of
         self._claims = claims
         self._stopping = stopping
-        self._patience = Patience(store, stopping)
+        self._patience = StoreRetry(store, stopping)
         self._sending = asyncio.Semaphore(_SENT_AT_ONCE)
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="runpod")
 
