@@ -17,7 +17,7 @@ from tests.support.processes import ROOT
 
 _FOLDER = Path(__file__).parents[1] / "data" / "api_table"
 _APIS = {
-    "runpod": ("RunPod's API", "../how-to/gateway.md"),
+    "runpod": ("RunPod's API", "gateway.md"),
     "generate": ("The generate API", "api/generate.md"),
     "workflow": ("The workflow API", "api/workflow.md"),
     "task": ("The task API", "api/task.md"),
@@ -32,15 +32,15 @@ _KINDS = {
 }
 _INTRODUCTION = """# The five APIs
 
-One gateway answers five APIs over the same jobs: a job that came through one can be asked for through any other. This
-page lists all that their descriptions name, with the test that proves it; it is generated, and a test keeps it whole.
-The shapes of requests and answers, with examples that run, are at `/docs` of a running gateway. Errors are
-`{"error", "code", "hint", "details"}` on RunPod's paths, with `detail` besides on those of the generate, workflow and
-task APIs, and in an envelope on those of the catalog API.
+The gateway serves five APIs over the same jobs: a job that was submitted through one is available through all. This
+page lists everything that the APIs' descriptions name, with the test that covers it. It is generated, and a test keeps
+it complete. `/docs` of a running gateway shows the format of requests and responses, with examples that run.
 
-A job whose node failed is a 500 in `/result` and `/generate/sync`, for that is what the generate API's description says
-of a processing that failed. In the other APIs a question for a job that is known is a 200, and the answer says that the
-job failed.
+RunPod's paths return errors as `{"error", "code", "hint", "details"}`. The generate, workflow and task APIs add
+`detail`; the catalog API returns errors in its envelope.
+
+If a node fails, `/result` and `/generate/sync` return 500, because the generate API's description says so of failed
+processing. The other APIs return 200 for a known job, and report the failure in the body.
 """
 
 
@@ -72,11 +72,11 @@ def page() -> str:
     """Return the table as Markdown."""
     lines = [_INTRODUCTION]
     for api, (title, link) in _APIS.items():
-        lines += [f"## {title}", "", f"How to use it: [{link.rpartition('/')[2]}]({link.removeprefix('../')})", ""]
+        lines += [f"## {title}", "", f"Reference: [{link.rpartition('/')[2]}]({link})", ""]
         for kind, heading in _KINDS.items():
             found = [row for row in rows() if (row.api, row.kind) == (api, kind)]
             if found:
-                lines += [f"### {heading}", "", "| what | what it does | proved by |", "| --- | --- | --- |"]
+                lines += [f"### {heading}", "", "| name | meaning | test |", "| --- | --- | --- |"]
                 lines += [f"| {cell(f'`{row.what}`')} | {cell(row.says)} | {proof(row.test)} |" for row in found]
                 lines.append("")
     return "\n".join(lines).rstrip() + "\n"
@@ -92,7 +92,7 @@ def proof(test: str) -> str:
     file, _, function = test.partition("::")
     function = function.rpartition("::")[2]
     name = function.removeprefix("test_").replace("_", " ") or Path(file).stem
-    return f"[{name}](../{file})"
+    return f"[{name}](../../{file})"
 
 
 def is_there(test: str) -> bool:

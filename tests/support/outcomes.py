@@ -66,9 +66,9 @@ def lose(victim: Victim) -> None:
 SOCKETS = (
     Socket("fine", "every event arrives", hears=True, hears_start=True, is_open=True),
     Socket(
-        "lost", "cut while the prompt runs or waits; every attempt to reopen it fails", during=lose, hears_start=True
+        "lost", "closed while the prompt runs or waits; every attempt to reconnect fails", during=lose, hears_start=True
     ),
-    Socket("silent", "open, and nothing comes", before=lambda victim: victim.silence_websockets(), is_open=True),
+    Socket("silent", "open, but no event arrives", before=lambda victim: victim.silence_websockets(), is_open=True),
     Socket("never opened", "refused from the start", before=lambda victim: victim.refuse_websockets()),
 )
 
@@ -86,9 +86,9 @@ class Scene:
 class Afterwards(Enum):
     """Where the prompt is when the job has ended."""
 
-    OUT = "out"
-    DIED_TOO = "gone with it"
-    STILL_IN = "still in: nobody takes the order"
+    OUT = "removed"
+    DIED_TOO = "lost with ComfyUI"
+    STILL_IN = "still in ComfyUI, which accepts no request"
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ ENDINGS = (
         "a node fails",
         lambda scene: scene.gate.open("nothing there"),
         when_told,
-        "failure that names the node and has its words",
+        "failure with the node and its message",
         code="execution_failed",
         needs_process=False,
     ),
@@ -183,14 +183,14 @@ ENDINGS = (
         "ComfyUI restarts before it began",
         die_and_return,
         when_dead,
-        "success: it is submitted again",
+        "success: the prompt is submitted again",
         from_queue=True,
     ),
     Ending(
         "ComfyUI restarts after it began",
         restart,
         when_dead,
-        "failure; with `retry_on_crash` it runs once more",
+        "failure; with `retry_on_crash`, the workflow runs once more",
         code="comfyui_crashed",
     ),
     Ending(
@@ -216,7 +216,7 @@ ENDINGS = (
         "ComfyUI hangs",
         lambda scene: scene.victim.hang(),
         when_given_up,
-        "failure; a ComfyUI that start.sh keeps up is killed, and started again",
+        "failure; if start.sh runs ComfyUI, it is killed and restarted",
         code="comfyui_unreachable",
         prompt=Afterwards.STILL_IN,
         settings=(("comfyui_request_timeout_s", 0.7), ("comfyui_lost_after_s", 0.5)),
@@ -297,29 +297,31 @@ def check_queue(victim: Victim, ending: Ending, prompt_id: str, others: set[str]
 _OPENING = """\
 # How a job ends
 
-What a job ends with is decided by ComfyUI's history and queue. The websocket only makes it quick: the result of each
-row is the same whatever becomes of the socket. `tests/integration/test_outcomes.py` has a test for every pair, on the
-emulator and, where one is there, on a real ComfyUI, and keeps this page in step.
+ComfyUI's history and queue decide how a job ends. The websocket only makes it faster: the result in each row is the
+same in every state of the websocket. `tests/integration/test_outcomes.py` tests each pair on the emulator and, if one
+is available, on a real ComfyUI; it also keeps this page up to date.
 """
 _HOW_SOON = """\
-## What had been made
+## Partial outputs
 
-A job that fails in ComfyUI hands back what its nodes had saved, sent or said by then: `images`, `videos`, `texts`, …,
-and `partial: true` beside `error` and `code`, through every API, in webhooks and at a desk. So does one that was
-interrupted or ran too long, and one whose ComfyUI died, if its files can be reached. It has 30 s for that; a file
-that does not make it is a sentence in `errors`, and never changes why the job failed. Of a job that its caller
-cancelled nothing is handed over. Where a workflow ran twice, each node's last files count.
+A job that fails in ComfyUI returns what its nodes had saved, sent or reported until then: `images`, `videos`, `texts`,
+…, and `partial: true` next to `error` and `code`. This holds for every API, for webhooks and for local runs. It also
+holds for a job that was interrupted or timed out, and for one whose ComfyUI died, if the files can be reached.
 
-## How soon
+Delivery of these outputs may take 30 s. A file that is not delivered becomes a sentence in `errors`, and never changes
+the reason of the failure. A job that its caller cancelled returns no outputs. If a workflow ran twice, the last files
+of each node count.
 
-Seconds from the event to the end of the job, at the default settings; the time that a node takes to heed an interrupt
-and that ComfyUI takes to answer comes on top.
+## Time until the end
+
+Seconds from the event to the end of the job, with default settings. The time that a node takes to react to an interrupt
+and that ComfyUI takes to respond is added.
 """
 _CLOSING = """\
 `COMFYUI_POLL_INTERVAL_S`, `COMFYUI_LOST_AFTER_S` and `COMFYUI_READY_TIMEOUT_S` change these times
-([configuration.md](configuration.md)). A websocket is reopened `WEBSOCKET_RECONNECT_ATTEMPTS` times; polling goes on
-after that. Losing it alone never fails a job. Only the pictures of SaveImageWebsocket, which are sent over it and kept
-nowhere, are lost with it, and the answer says so.
+([configuration.md](configuration.md)). The worker reopens a websocket `WEBSOCKET_RECONNECT_ATTEMPTS` times; after that,
+it only polls. The loss of the websocket alone never fails a job. Only images of SaveImageWebsocket, which are sent over
+the websocket and stored nowhere, are lost with it; the output says so.
 """
 
 
@@ -327,11 +329,11 @@ def page() -> str:
     """Return docs/reference/outcomes.md."""
     settings = Settings.model_construct()
     results = table(
-        ["what becomes of the prompt", "the job ends with", "`code`", "the prompt is then"],
+        ["what happens to the prompt", "the job ends with", "`code`", "the prompt afterwards"],
         [[e.name, e.result, f"`{e.code}`" if e.code else "", e.prompt.value] for e in ENDINGS],
     )
     times = table(
-        ["what becomes of the prompt", *(f"socket {socket.name}" for socket in SOCKETS)],
+        ["what happens to the prompt", *(f"websocket {socket.name}" for socket in SOCKETS)],
         [[e.name, *(seconds(e.known_after(socket, settings)) for socket in SOCKETS)] for e in ENDINGS],
     )
     sockets = "".join(f"- **{socket.name}**: {socket.meaning}.\n" for socket in SOCKETS)

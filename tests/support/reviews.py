@@ -15,22 +15,22 @@ from tests.support.api_table import cell, proof
 
 _FOLDER = Path(__file__).parents[1] / "data" / "reviews"
 _GROUPS = {
-    "descriptions": "Against the five descriptions",
-    "clients": "With other people's clients",
-    "migrating": "Coming from worker-comfyui",
-    "newcomer": "As a newcomer",
-    "attacks": "Attacked",
-    "pythons": "On every Python",
+    "descriptions": "Conformance with the five API descriptions",
+    "clients": "Third-party clients",
+    "migrating": "Migration from worker-comfyui",
+    "newcomer": "New users",
+    "attacks": "Attacks",
+    "pythons": "Python versions",
 }
 _BY_HAND = "by hand: "
-_INTRODUCTION = """# What reviews found
+_INTRODUCTION = """# Reported faults
 
-In November 2026 reviewers tried commit `9485bd5` from outside: against the five descriptions, with other people's
-clients, as newcomers and as attackers. This page lists their points, and those that came up while they were mended,
-with what is true now and the test that keeps it. It is generated, and a test keeps it whole.
+In November 2026, commit `9485bd5` was tested from outside: against the five API descriptions, with third-party clients,
+as a new user and as an attacker. This page lists every fault found then, or while fixing those, with the present
+behaviour and the test that keeps it. It is generated, and a test keeps it complete.
 
-Every point was seen failing on that commit: {tested} by its test, a few of them because what they test did not exist,
-and {tried} by the same requests made by hand, because their tests could not be run there as they are.
+Every fault was reproduced on that commit: {tested} by their tests (a few fail there because what they test did not
+exist yet), {tried} by sending the same requests by hand, because their tests cannot run there unchanged.
 """
 
 
@@ -62,7 +62,7 @@ def page() -> str:
     """Return the table as Markdown."""
     lines = [_introduction()]
     for group, heading in _GROUPS.items():
-        lines += [f"## {heading}", "", "| what was wrong | what is true now | kept by |", "| --- | --- | --- |"]
+        lines += [f"## {heading}", "", "| fault | present behaviour | test |", "| --- | --- | --- |"]
         lines += [
             f"| {cell(one.point)} | {cell(one.now)} | {proof(one.test)} |" for one in points() if one.group == group
         ]
