@@ -45,7 +45,7 @@ class Found:
 
 
 def as_markdown(found: Found) -> str:
-    """Return the tables for docs/explanation/reliability.md."""
+    """Return the tables for docs/development/soak.md."""
     figures: list[tuple[str, object]] = [
         ("seed", found.seed),
         ("minutes", round(found.seconds / 60, 1)),

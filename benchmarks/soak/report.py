@@ -18,7 +18,7 @@ def as_json(found: Soak) -> str:
 
 
 def as_markdown(found: Soak) -> str:
-    """Return the tables for docs/explanation/reliability.md."""
+    """Return the tables for docs/development/soak.md."""
     start, end = found.trend.start, found.trend.end
     summary = [
         ("jobs", found.jobs),

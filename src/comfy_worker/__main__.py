@@ -96,9 +96,9 @@ def _run_job(arguments: Sequence[str]) -> int:
         "file", metavar="FILE", nargs="?", default=run.FILE, help=f"file with such a job (default: {run.FILE})"
     )
     options.add_settings(parser, "settings of the worker", Settings)
-    options = parser.parse_args(arguments)
-    options.put_into_environment(options)
-    return run_at_desk(options.test_input, options.file)
+    given = parser.parse_args(arguments)
+    options.put_into_environment(given)
+    return run_at_desk(given.test_input, given.file)
 
 
 def _serve_or_work(command: str, arguments: Sequence[str]) -> int:

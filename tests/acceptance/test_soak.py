@@ -1,6 +1,6 @@
 """A short soak: the real worker, faults of every kind by lot, and nothing lost, doubled, mixed up or left behind.
 
-`make soak` runs thousands of jobs; docs/explanation/reliability.md has its figures.
+`make soak` runs thousands of jobs; docs/development/soak.md has its figures.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ from packaging.utils import canonicalize_name
 from tests.support.processes import ROOT
 
 PACKAGE = ROOT / "src" / "comfy_worker"
-FLEET = {PACKAGE / "engines" / name for name in ("celery.py", "celery_app.py", "celery_host.py", "celery_worker.py")}
-EMULATOR = set((PACKAGE / "emulator").rglob("*.py"))
+FLEET = set((PACKAGE / "gateway/engines/celery").rglob("*.py"))
+EMULATOR = set((PACKAGE.parent / "comfy_emulator").rglob("*.py"))
 GATEWAY_AND_WORKER = {ROOT / "handler.py", *PACKAGE.rglob("*.py")} - FLEET - EMULATOR
 
 

@@ -143,25 +143,6 @@ def test_a_room_without_io_opens_and_prints_nothing(name: str) -> None:
     assert called & {"open", "input", "read_text", "write_text", "read_bytes", "write_bytes", "urlopen"} == set()
 
 
-def test_the_pipeline_knows_no_door() -> None:
-    doors = {
-        f"{PACKAGE}.{name}" for name in ("gateway", "engines", "serverless", "worker", "desk", "entry", "emulator")
-    }
-    assert {name for name in reachable("comfy_worker.job.pipeline") if is_in(name, doors)} == set()
-
-
-def test_the_emulator_knows_nothing_of_the_worker() -> None:
-    emulator = [name for name in MODULES if is_in(name, {"comfy_emulator"})]
-    outside = {
-        (name, imported)
-        for name in emulator
-        for imported in imports(name)
-        if is_in(imported, {PACKAGE}) and imported != PACKAGE and not is_in(imported, {"comfy_emulator"})
-    }
-    assert emulator
-    assert outside == set()
-
-
 def test_importing_the_handler_is_quick_because_little_is_loaded() -> None:
     script = "import json, sys; sys.path.insert(0, sys.argv[1]); import handler; print(json.dumps(sorted(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script, str(ROOT)], capture_output=True, text=True, check=True)
@@ -182,32 +163,19 @@ def test_importing_the_handler_is_quick_because_little_is_loaded() -> None:
     assert loaded & late == set()
 
 
-DOORS = "comfy_worker.gateway.api"
-FAMILIES = {
-    "batch": "workflow",
-    "video": "workflow",
-    "runpod": "runpod",
-    "operations": "operations",
-    "tasks": "tasks",
-} | {"outputs": "parts"}
-"""Doors of one API: those that do not begin with its name."""
-FORBIDDEN_TO_DOORS = {
-    "comfy_worker.gateway.store.job_store",
-    "comfy_worker.gateway.container",
-    "comfy_worker.gateway.engines",
-    "sqlalchemy",
-}
+API = "comfy_worker.gateway.api"
+FORBIDDEN_TO_AN_API = {"comfy_worker.gateway.store.job_store", "comfy_worker.gateway.container", "sqlalchemy"}
 
 
-@pytest.mark.parametrize("name", sorted(name for name in MODULES if name.startswith(f"{DOORS}.")))
-def test_a_door_knows_the_service_and_no_other_door(name: str) -> None:
-    own = family(name)
-    found = {imported for imported in imports(name) if is_in(imported, FORBIDDEN_TO_DOORS)}
-    others = {imported for imported in own_imports(name) if imported.startswith(f"{DOORS}.")}
+def api_of(name: str) -> str:
+    """Return the API that a module belongs to; empty for what all of them share."""
+    path = name.removeprefix(f"{API}.").split(".")
+    return path[0] if f"{API}.{path[0]}.{path[-1]}" == name and len(path) > 1 else ""
+
+
+@pytest.mark.parametrize("name", sorted(name for name in MODULES if name.startswith(f"{API}.")))
+def test_an_api_knows_the_service_and_no_other_api(name: str) -> None:
+    found = {imported for imported in imports(name) if is_in(imported, FORBIDDEN_TO_AN_API)}
+    others = {api_of(imported) for imported in own_imports(name) if imported.startswith(f"{API}.")}
     assert found == set()
-    assert {family(other) for other in others} <= {own, "parts"}
-
-
-def family(name: str) -> str:
-    module = name.removeprefix(f"{DOORS}.")
-    return FAMILIES.get(module, module.partition("_")[0])
+    assert others <= {"", api_of(name)}

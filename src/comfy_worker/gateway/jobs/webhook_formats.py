@@ -13,10 +13,10 @@ from comfy_worker.gateway.store.records import JobRecord, status_body
 from comfy_worker.types import JobState, Kind, Stage
 
 _DOORS = {
-    "generate": "generate_results",
-    "task": "tasks",
-    "workflow": "workflow_status",
-    "catalog": "catalog_words",
+    "generate": "generate.mapping",
+    "task": "task.routes",
+    "workflow": "workflow.status",
+    "catalog": "catalog.mapping",
 }
 """The modules that have a door's `WEBHOOK`; loaded late, because a fleet's worker needs few of them."""
 

@@ -104,7 +104,7 @@ class ExecutionShown(BaseModel):
     workflow_id: int | None = Field(None, description="None for a job that came through another API.")
     status: Literal["pending", "running", "completed", "failed", "cancelled"]
     progress: int = Field(ge=0, le=100, description="How much of the workflow has run.")
-    queue_position: int | None = Field(None, description="Its position while it waits; 1 is next.")
+    queue_position: int | None = Field(None, description="Position in the queue while it waits; 1 is next.")
     outputs: Outputs | None = None
     created_at: str
     updated_at: str
