@@ -22,7 +22,7 @@ from comfy_worker.gateway.engines.celery.fleet import Fleet as Known
 from comfy_worker.gateway.events.bus import PROGRESS
 from comfy_worker.gateway.events.redis_bus import RedisEventBus
 from comfy_worker.gateway.store.database import connect
-from comfy_worker.gateway.store.job_store import Store
+from comfy_worker.gateway.store.job_store import JobStore
 from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.types import JobState
 from tests.support.postgres import Postgres
@@ -134,14 +134,14 @@ def _redis_cpu(known: Known) -> float:
 
 def transactions(fleet: Fleet, postgres: Postgres, seconds: float) -> Iterator[Capacity]:
     """Bring jobs through all their states with nothing but the store; once more with many jobs that wait."""
-    store = Store(connect(postgres.new_database()), b"a secret")
+    store = JobStore(connect(postgres.new_database()), b"a secret")
     yield _transactions(fleet, store, seconds, "store transactions, no job waits")
     _fill(store)
     yield _transactions(fleet, store, seconds, f"store transactions, {MANY} jobs wait")
     store.close()
 
 
-def _transactions(fleet: Fleet, store: Store, seconds: float, name: str) -> Capacity:
+def _transactions(fleet: Fleet, store: JobStore, seconds: float, name: str) -> Capacity:
     before, own, end = fleet.read(), time.process_time(), time.monotonic() + seconds
     with ThreadPoolExecutor(_CLIENTS) as threads:
         parts = [threads.submit(_live_until, store, end) for _ in range(_CLIENTS)]
@@ -154,7 +154,7 @@ def _transactions(fleet: Fleet, store: Store, seconds: float, name: str) -> Capa
     return Capacity(name, count / (after.at - before.at), cpu)
 
 
-def _live_until(store: Store, end: float) -> int:
+def _live_until(store: JobStore, end: float) -> int:
     count = 0
     while time.monotonic() < end:
         record = _job()
@@ -166,7 +166,7 @@ def _live_until(store: Store, end: float) -> int:
     return count
 
 
-def _fill(store: Store) -> None:
+def _fill(store: JobStore) -> None:
     one = _job()
     for _ in tqdm(range(MANY // 1000), desc=f"{MANY} jobs", leave=False, disable=None):
         store.add_all([replace(one, id=str(uuid.uuid4())) for _ in range(1000)])
@@ -188,7 +188,7 @@ def looks(postgres: Postgres) -> Iterator[Look]:
         ids = [str(uuid.uuid4()) for _ in range(MANY)]
         yield Look(f"a look at who has {MANY} jobs in hand", _seconds(lambda: known.held(ids)))
         known.close()
-    store = Store(connect(postgres.new_database()), b"a secret")
+    store = JobStore(connect(postgres.new_database()), b"a secret")
     _fill(store)
     yield Look(f"a look at {MANY} open jobs in the database", _seconds(store.unfinished))
     store.close()

@@ -87,7 +87,7 @@ def _emulate(arguments: Sequence[str]) -> int:
 def _run_job(arguments: Sequence[str]) -> int:
     """Run a job on a desk."""
     from comfy_worker.cli import options, run
-    from comfy_worker.cli.handler import run_at_desk
+    from comfy_worker.cli.handler import run_local_job
     from comfy_worker.settings import Settings
 
     parser = options.parser_of("run", "[FILE]")
@@ -98,7 +98,7 @@ def _run_job(arguments: Sequence[str]) -> int:
     options.add_settings(parser, "settings of the worker", Settings)
     given = parser.parse_args(arguments)
     options.put_into_environment(given)
-    return run_at_desk(given.test_input, given.file)
+    return run_local_job(given.test_input, given.file)
 
 
 def _serve_or_work(command: str, arguments: Sequence[str]) -> int:
@@ -239,10 +239,10 @@ def _serve(sockets: list[socket] | None = None, *, is_announced: bool = False) -
 
 def _announce(settings: GatewaySettings, url: str) -> None:
     """Tell the person who starts a gateway how to go on; a log of JSON is no place for it."""
-    from comfy_worker.gateway.http.startup_message import welcome
+    from comfy_worker.gateway.http.startup_message import startup_message
 
     if settings.log_format == "text":
-        _say(welcome(settings, url))
+        _say(startup_message(settings, url))
 
 
 def _work() -> int:
@@ -263,13 +263,13 @@ def _check_database(settings: GatewaySettings) -> None:
     Raises:
         DatabaseUnavailable: it does not answer.
     """
-    from comfy_worker.gateway.store.database import connect, in_our_words, patiently
+    from comfy_worker.gateway.store.database import connect, patiently, raises_database_unavailable
 
     assert settings.database_url is not None, "several processes need one"  # noqa: S101
     engine = connect(settings.database_url.get_secret_value())
 
     def reach() -> None:
-        with in_our_words(), engine.connect():
+        with raises_database_unavailable(), engine.connect():
             pass
 
     try:

@@ -15,7 +15,7 @@ _LARGEST = (2**53 - 1) << 971
 """The largest float; larger whole numbers are no sizes, times or seeds, and fail in the first division."""
 
 
-class NotStrictJson(ValueError):
+class InvalidJson(ValueError):
     """A text or a value is no JSON that can be taken.
 
     Attributes:
@@ -31,7 +31,7 @@ def parse_json(text: str | bytes) -> Any:
     """Return the value that a text stands for.
 
     Raises:
-        NotStrictJson: it is not JSON, nests too deeply or has a number that is too large.
+        InvalidJson: it is not JSON, nests too deeply or has a number that is too large.
     """
     try:
         value = json.loads(text, parse_constant=_refuse_constant)
@@ -39,7 +39,7 @@ def parse_json(text: str | bytes) -> Any:
         raise _too_deep() from None
     except ValueError as error:
         # A UnicodeDecodeError is one; so is Python's refusal of numbers with thousands of digits.
-        raise NotStrictJson("is not JSON", str(error)) from None
+        raise InvalidJson("is not JSON", str(error)) from None
     check_json(value)
     return value
 
@@ -52,7 +52,7 @@ def check_json(value: Any) -> None:
     """Return if a value that was parsed elsewhere could have come from `parse_json`; without recursion, in linear time.
 
     Raises:
-        NotStrictJson: it could not.
+        InvalidJson: it could not.
     """
     level, depth = [value], 0
     while level:
@@ -64,9 +64,9 @@ def check_json(value: Any) -> None:
                 following += item.values() if isinstance(item, dict) else item
             elif isinstance(item, (int, float)) and not -_LARGEST <= item <= _LARGEST:
                 # NaN is within no limits.
-                raise NotStrictJson("has NaN, Infinity or a number that is too large")
+                raise InvalidJson("has NaN, Infinity or a number that is too large")
         level, depth = following, depth + 1
 
 
-def _too_deep() -> NotStrictJson:
-    return NotStrictJson(f"nests deeper than {DEEPEST} levels")
+def _too_deep() -> InvalidJson:
+    return InvalidJson(f"nests deeper than {DEEPEST} levels")

@@ -27,8 +27,8 @@ from comfy_worker.gateway.errors import (
     UnreadableRequest,
 )
 from comfy_worker.gateway.store.database import WRITES, connect
-from comfy_worker.gateway.store.gateway_lock import owned, turn
-from comfy_worker.gateway.store.job_store import Store, moment
+from comfy_worker.gateway.store.gateway_lock import gateway_lock, leader_lock
+from comfy_worker.gateway.store.job_store import JobStore, moment
 from comfy_worker.gateway.store.migrate import bring_up_to_date, newest_version
 from comfy_worker.gateway.store.records import JobRecord, ProgressNote
 from comfy_worker.gateway.store.tables import metadata
@@ -40,7 +40,7 @@ SECRET = b"a key of this test"
 NOW = 1_700_000_000.0
 ENDS = [state for state in JobState if state.is_terminal]
 
-Open = Callable[..., Store]
+Open = Callable[..., JobStore]
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +62,8 @@ def opened(url: str) -> Iterator[Open]:
     """Yield what opens the database once more, as a gateway that starts again does."""
     with ExitStack() as stack:
 
-        def open_store(secret: bytes = SECRET) -> Store:
-            store = Store(connect(url), secret)
+        def open_store(secret: bytes = SECRET) -> JobStore:
+            store = JobStore(connect(url), secret)
             stack.callback(store.close)
             return store
 
@@ -71,7 +71,7 @@ def opened(url: str) -> Iterator[Open]:
 
 
 @pytest.fixture
-def store(opened: Open) -> Store:
+def store(opened: Open) -> JobStore:
     return opened()
 
 
@@ -81,24 +81,24 @@ def job(**values: Any) -> JobRecord:
     return JobRecord(**{**given, "request": {"input": {"workflow": {"1": "é 日本 \u0000"}}}, **values})
 
 
-def add(store: Store, **values: Any) -> str:
+def add(store: JobStore, **values: Any) -> str:
     return store.add(job(**values)).id
 
 
-def get(store: Store, job_id: str) -> JobRecord:
+def get(store: JobStore, job_id: str) -> JobRecord:
     found = store.get(job_id)
     assert found is not None
     return found
 
 
-def statuses(store: Store, job_id: str) -> list[str]:
+def statuses(store: JobStore, job_id: str) -> list[str]:
     return [data["status"] for _number, _type, data in store.events_of(job_id)]
 
 
 # -------------------------------------------------------------------------------------------------- jobs
 
 
-def test_a_job_is_there_after_a_new_start(store: Store, opened: Open) -> None:
+def test_a_job_is_there_after_a_new_start(store: JobStore, opened: Open) -> None:
     kept = job(priority=-1, execution_timeout_s=5.0, queue_ttl_s=10.0, retention_s=60.0, signature="s", webhook=True)
     store.add(kept)
 
@@ -109,7 +109,7 @@ def test_a_job_is_there_after_a_new_start(store: Store, opened: Open) -> None:
     assert again.request_of(kept.id) == kept.request
 
 
-def test_what_is_not_there_is_not_found(store: Store) -> None:
+def test_what_is_not_there_is_not_found(store: JobStore) -> None:
     assert store.get("nobody") is None
     assert store.get("nul \0") is None
     assert store.request_of("nobody") is None
@@ -117,7 +117,7 @@ def test_what_is_not_there_is_not_found(store: Store) -> None:
     assert not store.finish("nobody", JobState.FAILED, NOW)
 
 
-def test_a_request_is_unreadable_in_the_database(store: Store, url: str) -> None:
+def test_a_request_is_unreadable_in_the_database(store: JobStore, url: str) -> None:
     job_id = add(store, request={"input": {"comfy_org_api_key": "very-secret-key"}})
     engine = connect(url)
     with engine.connect() as connection:
@@ -128,21 +128,21 @@ def test_a_request_is_unreadable_in_the_database(store: Store, url: str) -> None
     assert "very-secret-key" not in repr([dict(row) for row in rows])
 
 
-def test_another_key_reads_no_request_and_says_so(store: Store, opened: Open) -> None:
+def test_another_key_reads_no_request_and_says_so(store: JobStore, opened: Open) -> None:
     job_id = add(store)
 
     with pytest.raises(UnreadableRequest, match="GATEWAY_KEY"):
         opened(b"another key").request_of(job_id)
 
 
-def test_two_jobs_of_one_id_are_refused(store: Store) -> None:
+def test_two_jobs_of_one_id_are_refused(store: JobStore) -> None:
     job_id = add(store)
 
     with pytest.raises(DuplicateRequest):
         store.add(job(id=job_id))
 
 
-def test_unfinished_are_those_that_have_not_ended_in_the_order_of_their_turns(store: Store) -> None:
+def test_unfinished_are_those_that_have_not_ended_in_the_order_of_their_turns(store: JobStore) -> None:
     late, low, high = (
         add(store, created_at=NOW + 1),
         add(store, priority=-1),
@@ -155,7 +155,7 @@ def test_unfinished_are_those_that_have_not_ended_in_the_order_of_their_turns(st
     assert [record.id for record in store.unfinished()] == [high, early, late, low]
 
 
-def test_latest_and_counts(store: Store) -> None:
+def test_latest_and_counts(store: JobStore) -> None:
     first, second = add(store), add(store, created_at=NOW + 1)
     other = add(store, endpoint_id="other", created_at=NOW + 2)
     store.finish(first, JobState.FAILED, NOW)
@@ -168,21 +168,21 @@ def test_latest_and_counts(store: Store) -> None:
 # ------------------------------------------------------------------------------------------- idempotency
 
 
-def test_the_same_key_and_body_is_the_same_job(store: Store) -> None:
+def test_the_same_key_and_body_is_the_same_job(store: JobStore) -> None:
     first = store.add(job(), "key", "hash")
 
     assert store.add(job(), "key", "hash").id == first.id
     assert store.counts() == {JobState.IN_QUEUE: 1}
 
 
-def test_the_same_key_and_another_body_is_refused(store: Store) -> None:
+def test_the_same_key_and_another_body_is_refused(store: JobStore) -> None:
     store.add(job(), "key", "hash")
 
     with pytest.raises(DuplicateKey):
         store.add(job(), "key", "another")
 
 
-def test_a_key_is_free_again_when_its_job_is_gone(store: Store) -> None:
+def test_a_key_is_free_again_when_its_job_is_gone(store: JobStore) -> None:
     first = store.add(job(), "key", "hash")
     store.finish(first.id, JobState.COMPLETED, NOW)
     store.remove_expired([first.id], NOW + 10_000)
@@ -190,7 +190,7 @@ def test_a_key_is_free_again_when_its_job_is_gone(store: Store) -> None:
     assert store.add(job(), "key", "another").id != first.id
 
 
-def test_of_many_with_one_key_at_the_same_time_one_is_accepted(store: Store) -> None:
+def test_of_many_with_one_key_at_the_same_time_one_is_accepted(store: JobStore) -> None:
     with ThreadPoolExecutor(8) as pool:
         found = {record.id for record in pool.map(lambda _: store.add(job(), "key", "hash"), range(16))}
 
@@ -201,7 +201,7 @@ def test_of_many_with_one_key_at_the_same_time_one_is_accepted(store: Store) -> 
 # ------------------------------------------------------------------------------------------------- queue
 
 
-def test_no_more_jobs_wait_than_may(store: Store) -> None:
+def test_no_more_jobs_wait_than_may(store: JobStore) -> None:
     def try_to_add(_number: int) -> bool:
         try:
             store.add(job(), max_waiting=5)
@@ -216,7 +216,7 @@ def test_no_more_jobs_wait_than_may(store: Store) -> None:
     assert store.counts() == {JobState.IN_QUEUE: 5}
 
 
-def test_no_more_jobs_of_one_owner_wait_than_may(store: Store) -> None:
+def test_no_more_jobs_of_one_owner_wait_than_may(store: JobStore) -> None:
     limits: Any = {"max_waiting": 5, "max_waiting_of_owner": 3}
 
     def try_to_add(number: int) -> str | None:
@@ -241,13 +241,13 @@ def test_no_more_jobs_of_one_owner_wait_than_may(store: Store) -> None:
     store.add(job(owner="carol"), max_waiting=50, max_waiting_of_owner=3)
 
 
-def test_a_request_that_was_accepted_before_is_found_in_a_full_queue(store: Store) -> None:
+def test_a_request_that_was_accepted_before_is_found_in_a_full_queue(store: JobStore) -> None:
     first = store.add(job(), "key", "hash", max_waiting=1)
 
     assert store.add(job(), "key", "hash", max_waiting=1).id == first.id
 
 
-def test_waiting_jobs_are_cancelled_and_running_ones_are_not(store: Store) -> None:
+def test_waiting_jobs_are_cancelled_and_running_ones_are_not(store: JobStore) -> None:
     running, waiting, other = add(store), add(store), add(store, endpoint_id="other")
     store.start(running, "p", "http://comfyui", NOW)
 
@@ -260,7 +260,7 @@ def test_waiting_jobs_are_cancelled_and_running_ones_are_not(store: Store) -> No
 # ------------------------------------------------------------------------------------------------ states
 
 
-def test_a_job_runs_and_ends(store: Store) -> None:
+def test_a_job_runs_and_ends(store: JobStore) -> None:
     job_id = add(store, created_at=NOW)
     assert store.start(job_id, "prompt", "http://comfyui", NOW + 1)
     assert store.finish(job_id, JobState.COMPLETED, NOW + 5, output={"images": []}, ran_from=NOW + 2)
@@ -272,7 +272,7 @@ def test_a_job_runs_and_ends(store: Store) -> None:
 
 
 @pytest.mark.parametrize("end", ENDS)
-def test_an_end_never_changes(store: Store, end: JobState) -> None:
+def test_an_end_never_changes(store: JobStore, end: JobState) -> None:
     job_id = add(store)
     store.finish(job_id, end, NOW, error={"error": "so"})
 
@@ -282,7 +282,7 @@ def test_an_end_never_changes(store: Store, end: JobState) -> None:
     assert (get(store, job_id).state, get(store, job_id).ended_at) == (end, NOW)
 
 
-def test_of_many_who_end_a_job_at_the_same_time_one_does(store: Store) -> None:
+def test_of_many_who_end_a_job_at_the_same_time_one_does(store: JobStore) -> None:
     for _ in range(10):
         job_id = add(store, webhook=True)
         with ThreadPoolExecutor(8) as pool:
@@ -293,7 +293,7 @@ def test_of_many_who_end_a_job_at_the_same_time_one_does(store: Store) -> None:
         assert len([delivery for delivery in store.due_deliveries(NOW, 1000) if delivery.job_id == job_id]) == 1
 
 
-def test_a_running_job_goes_back_to_its_place(store: Store) -> None:
+def test_a_running_job_goes_back_to_its_place(store: JobStore) -> None:
     job_id = add(store)
     store.start(job_id, "p", "http://comfyui", NOW + 1)
 
@@ -304,7 +304,7 @@ def test_a_running_job_goes_back_to_its_place(store: Store) -> None:
 
 
 @pytest.mark.parametrize("end", ENDS)
-def test_only_what_failed_or_timed_out_is_retried(store: Store, url: str, end: JobState) -> None:
+def test_only_what_failed_or_timed_out_is_retried(store: JobStore, url: str, end: JobState) -> None:
     job_id = add(store, webhook=True)
     store.start(job_id, "p", "http://comfyui", NOW)
     store.finish(job_id, end, NOW, error={"error": "so"})
@@ -323,7 +323,7 @@ def test_only_what_failed_or_timed_out_is_retried(store: Store, url: str, end: J
         assert delivery_of(url, job_id) is None
 
 
-def test_a_job_counts_how_often_it_was_put_back_into_the_queue(store: Store) -> None:
+def test_a_job_counts_how_often_it_was_put_back_into_the_queue(store: JobStore) -> None:
     add(store)
     job_id = add(store)
     assert store.retried() == 0
@@ -342,7 +342,7 @@ def test_a_job_counts_how_often_it_was_put_back_into_the_queue(store: Store) -> 
 # ------------------------------------------------------------------------------------------------ events
 
 
-def test_events_are_numbered_upwards_even_if_the_clock_is_not(store: Store) -> None:
+def test_events_are_numbered_upwards_even_if_the_clock_is_not(store: JobStore) -> None:
     job_id = add(store, created_at=NOW)
     store.start(job_id, "p", "http://comfyui", NOW)
     store.requeue(job_id, NOW - 5)
@@ -355,7 +355,7 @@ def test_events_are_numbered_upwards_even_if_the_clock_is_not(store: Store) -> N
 # ---------------------------------------------------------------------------------------------- webhooks
 
 
-def test_a_webhook_is_noted_with_the_end_and_only_then(store: Store) -> None:
+def test_a_webhook_is_noted_with_the_end_and_only_then(store: JobStore) -> None:
     heard: list[bool] = []
     store.when_webhook_is_due = lambda: heard.append(True)
     job_id = add(store, webhook=True)
@@ -369,7 +369,7 @@ def test_a_webhook_is_noted_with_the_end_and_only_then(store: Store) -> None:
     assert heard == [True]
 
 
-def test_a_job_that_nobody_wants_to_be_told_of_has_no_webhook(store: Store, url: str) -> None:
+def test_a_job_that_nobody_wants_to_be_told_of_has_no_webhook(store: JobStore, url: str) -> None:
     job_id = add(store)
     store.finish(job_id, JobState.COMPLETED, NOW)
 
@@ -377,7 +377,7 @@ def test_a_job_that_nobody_wants_to_be_told_of_has_no_webhook(store: Store, url:
     assert delivery_of(url, job_id) is None
 
 
-def test_a_webhook_is_due_again_when_it_was_put_off_and_never_when_it_is_done(store: Store, url: str) -> None:
+def test_a_webhook_is_due_again_when_it_was_put_off_and_never_when_it_is_done(store: JobStore, url: str) -> None:
     job_id = add(store, webhook=True)
     store.finish(job_id, JobState.COMPLETED, NOW)
     (delivery,) = store.due_deliveries(NOW)
@@ -393,7 +393,7 @@ def test_a_webhook_is_due_again_when_it_was_put_off_and_never_when_it_is_done(st
     assert (noted["attempts"], noted["done_at"], noted["last_error"]) == (2, NOW + 11, None)
 
 
-def test_when_the_next_webhook_is_due_is_known(store: Store) -> None:
+def test_when_the_next_webhook_is_due_is_known(store: JobStore) -> None:
     assert store.next_delivery_at(NOW) is None
     for seconds in (20, 10):
         job_id = add(store, webhook=True)
@@ -409,7 +409,7 @@ def test_when_the_next_webhook_is_due_is_known(store: Store) -> None:
     assert store.next_delivery_at(NOW) is None
 
 
-def test_of_several_gateways_one_claims_a_webhook(store: Store, opened: Open) -> None:
+def test_of_several_gateways_one_claims_a_webhook(store: JobStore, opened: Open) -> None:
     job_ids = {add(store, webhook=True) for _ in range(20)}
     for job_id in job_ids:
         store.finish(job_id, JobState.COMPLETED, NOW)
@@ -422,7 +422,7 @@ def test_of_several_gateways_one_claims_a_webhook(store: Store, opened: Open) ->
     assert store.claim_deliveries(NOW + 59, NOW + 120, 100) == []
 
 
-def test_a_claim_that_was_left_behind_ends_and_one_that_is_done_does_not_come_again(store: Store) -> None:
+def test_a_claim_that_was_left_behind_ends_and_one_that_is_done_does_not_come_again(store: JobStore) -> None:
     for _ in range(2):
         store.finish(add(store, webhook=True), JobState.COMPLETED, NOW)
     sent, lost = store.claim_deliveries(NOW, NOW + 60, 2)
@@ -434,7 +434,7 @@ def test_a_claim_that_was_left_behind_ends_and_one_that_is_done_does_not_come_ag
     assert [delivery.attempts for delivery in store.claim_deliveries(NOW + 71, NOW + 131, 2)] == [1]
 
 
-def test_what_a_claim_took_can_be_asked_for_until_it_is_done(store: Store) -> None:
+def test_what_a_claim_took_can_be_asked_for_until_it_is_done(store: JobStore) -> None:
     for _ in range(3):
         store.finish(add(store, webhook=True), JobState.COMPLETED, NOW)
     taken = store.claim_deliveries(NOW, NOW + 60, 2)
@@ -446,7 +446,7 @@ def test_what_a_claim_took_can_be_asked_for_until_it_is_done(store: Store) -> No
     assert store.claimed_deliveries({NOW + 62}) == []
 
 
-def test_no_more_webhooks_are_claimed_than_asked_for(store: Store) -> None:
+def test_no_more_webhooks_are_claimed_than_asked_for(store: JobStore) -> None:
     for _ in range(3):
         store.finish(add(store, webhook=True), JobState.COMPLETED, NOW)
 
@@ -458,7 +458,7 @@ def test_no_more_webhooks_are_claimed_than_asked_for(store: Store) -> None:
 # ------------------------------------------------------------------------------------------------ expiry
 
 
-def test_a_job_expires_after_its_end_and_its_webhook(store: Store) -> None:
+def test_a_job_expires_after_its_end_and_its_webhook(store: JobStore) -> None:
     open_job = add(store)
     ended = add(store, retention_s=60.0)
     untold = add(store, retention_s=60.0, webhook=True)
@@ -521,7 +521,7 @@ def test_jobs_of_the_first_version_are_kept(url: str, opened: Open) -> None:
     assert store.retried() == 1
 
 
-def test_jobs_are_listed_counted_and_cancelled_by_owner(store: Store) -> None:
+def test_jobs_are_listed_counted_and_cancelled_by_owner(store: JobStore) -> None:
     for number, owner in enumerate(["alice", "bob", "", "alice"]):
         store.add(replace(job(), id=f"batch-{number}", owner=owner, created_at=NOW + number))
     hers = ["batch-0", "batch-3"]
@@ -534,7 +534,7 @@ def test_jobs_are_listed_counted_and_cancelled_by_owner(store: Store) -> None:
     assert sorted(store.cancel_waiting(None, NOW)) == ["batch-1", "batch-2"]
 
 
-def test_tables_are_as_their_migrations_make_them(store: Store, url: str) -> None:
+def test_tables_are_as_their_migrations_make_them(store: JobStore, url: str) -> None:
     engine = connect(url)
     with engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
@@ -569,7 +569,7 @@ def test_how_long_jobs_were_in_each_stage_is_added_up_whoever_ends_them(opened: 
     }
 
 
-def test_who_has_given_the_database_up_touches_it_no_more(store: Store) -> None:
+def test_who_has_given_the_database_up_touches_it_no_more(store: JobStore) -> None:
     job_id = add(store)
     store.give_up()
 
@@ -583,28 +583,28 @@ def test_who_has_given_the_database_up_touches_it_no_more(store: Store) -> None:
             touch()
 
 
-def test_a_database_has_one_gateway_at_a_time(store: Store, url: str) -> None:
+def test_a_database_has_one_gateway_at_a_time(store: JobStore, url: str) -> None:
     first, second = connect(url), connect(url)
     try:
-        with owned(first), pytest.raises(InvalidInput, match="Another gateway"), owned(second, 0.2):
+        with gateway_lock(first), pytest.raises(InvalidInput, match="Another gateway"), gateway_lock(second, 0.2):
             pass
         began = time.monotonic()
-        with owned(second, 20.0):
+        with gateway_lock(second, 20.0):
             assert time.monotonic() - began < 10
     finally:
         first.dispose()
         second.dispose()
 
 
-def test_of_several_gateways_one_has_its_turn(store: Store, url: str) -> None:
+def test_of_several_gateways_one_has_its_turn(store: JobStore, url: str) -> None:
     first, second = connect(url), connect(url)
     try:
-        with turn(first) as is_mine, turn(second) as is_yours:
+        with leader_lock(first) as is_mine, leader_lock(second) as is_yours:
             assert (is_mine, is_yours) == (True, False)
-        with turn(second) as is_yours:
+        with leader_lock(second) as is_yours:
             assert is_yours
-            add(store)  # whose turn it is not may write, too
-        with turn(first) as is_mine:
+            add(store)  # whose leader_lock it is not may write, too
+        with leader_lock(first) as is_mine:
             assert is_mine
     finally:
         first.dispose()
@@ -614,7 +614,7 @@ def test_of_several_gateways_one_has_its_turn(store: Store, url: str) -> None:
 # ------------------------------------------------------------------------------------- several at once, and again
 
 
-def test_several_jobs_are_kept_all_or_none(store: Store) -> None:
+def test_several_jobs_are_kept_all_or_none(store: JobStore) -> None:
     store.add(job(id="batch-2"))
     with pytest.raises(DuplicateRequest):
         store.add_all([job(id="batch-1"), job(id="batch-2")])
@@ -626,7 +626,7 @@ def test_several_jobs_are_kept_all_or_none(store: Store) -> None:
     assert store.request_of("batch-1") == job().request
 
 
-def test_jobs_are_found_by_how_their_ids_begin(store: Store) -> None:
+def test_jobs_are_found_by_how_their_ids_begin(store: JobStore) -> None:
     for number, name in enumerate(("a_b-2", "a_b-1", "aXb-3", "other-a_b-4")):
         store.add(job(id=name, created_at=NOW + number))
     assert [record.id for record in store.with_prefix("a_b-")] == ["a_b-2", "a_b-1"]
@@ -634,7 +634,7 @@ def test_jobs_are_found_by_how_their_ids_begin(store: Store) -> None:
 
 
 @pytest.mark.parametrize("state", ENDS)
-def test_a_key_is_given_away_by_a_job_that_ended_without_a_result(store: Store, state: JobState) -> None:
+def test_a_key_is_given_away_by_a_job_that_ended_without_a_result(store: JobStore, state: JobState) -> None:
     first, second = job(), job()
     assert store.add(first, "key", renew=True).id == first.id
     assert store.add(second, "key", renew=True).id == first.id
@@ -647,7 +647,7 @@ def test_a_key_is_given_away_by_a_job_that_ended_without_a_result(store: Store, 
 # ------------------------------------------------------------------------------------------------------- progress
 
 
-def test_how_far_a_job_is_belongs_to_its_present_attempt(store: Store) -> None:
+def test_how_far_a_job_is_belongs_to_its_present_attempt(store: JobStore) -> None:
     waits, runs = store.add(job()), store.add(job())
     store.start(runs.id, "first", "http://a", NOW)
 
@@ -677,7 +677,7 @@ def test_how_far_a_job_is_belongs_to_its_present_attempt(store: Store) -> None:
     assert known(runs.id) == (None, None)
 
 
-def test_a_job_ends_with_its_last_progress(store: Store) -> None:
+def test_a_job_ends_with_its_last_progress(store: JobStore) -> None:
     job_id = add(store)
     store.start(job_id, "first", "http://a", NOW)
     store.finish(job_id, JobState.COMPLETED, NOW, output={"images": []}, progress=note(job_id, "first", 100))
@@ -686,7 +686,7 @@ def test_a_job_ends_with_its_last_progress(store: Store) -> None:
     assert (record.progress, record.progress_number) == ({"percent": 100}, 100)
 
 
-def test_only_the_comfyui_that_was_given_a_job_starts_it(store: Store) -> None:
+def test_only_the_comfyui_that_was_given_a_job_starts_it(store: JobStore) -> None:
     job_id = add(store)
     assert store.note_submission(job_id, "first", "http://a", instead_of=None)
     assert not store.note_submission(job_id, "second", "http://b", instead_of=None)

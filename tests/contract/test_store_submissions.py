@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
-from comfy_worker.gateway.store.job_store import Store
+from comfy_worker.gateway.store.job_store import JobStore
 from comfy_worker.types import JobState
 from tests.contract.test_store import NOW, Open, add, get, opened, server, store, url
 
@@ -14,7 +14,7 @@ __all__ = ["opened", "server", "store", "url"]
 HERE = "runpod:endpoint"
 
 
-def test_of_several_who_claim_a_job_one_gets_it(store: Store, opened: Open) -> None:
+def test_of_several_who_claim_a_job_one_gets_it(store: JobStore, opened: Open) -> None:
     job_id = add(store)
     stores = [store, *(opened() for _ in range(3))]
 
@@ -29,7 +29,7 @@ def test_of_several_who_claim_a_job_one_gets_it(store: Store, opened: Open) -> N
     assert get(store, job_id).state is JobState.IN_QUEUE
 
 
-def test_a_claim_is_replaced_by_whoever_knows_it_and_only_while_the_job_waits(store: Store) -> None:
+def test_a_claim_is_replaced_by_whoever_knows_it_and_only_while_the_job_waits(store: JobStore) -> None:
     job_id = add(store)
     assert store.note_submission(job_id, "claim", HERE, instead_of=None)
     assert not store.note_submission(job_id, "mine", HERE, instead_of="another")
@@ -40,7 +40,7 @@ def test_a_claim_is_replaced_by_whoever_knows_it_and_only_while_the_job_waits(st
     assert not store.note_submission(job_id, "late", HERE, instead_of=None)
 
 
-def test_a_job_that_waits_again_elsewhere_keeps_its_name_there(store: Store) -> None:
+def test_a_job_that_waits_again_elsewhere_keeps_its_name_there(store: JobStore) -> None:
     job_id = add(store)
     store.note_submission(job_id, "id-u1", HERE, instead_of=None)
     store.start(job_id, "id-u1", HERE, NOW)
@@ -51,7 +51,7 @@ def test_a_job_that_waits_again_elsewhere_keeps_its_name_there(store: Store) -> 
     assert waiting.started_at is None
 
 
-def test_an_end_from_before_a_retry_does_not_end_the_job(store: Store) -> None:
+def test_an_end_from_before_a_retry_does_not_end_the_job(store: JobStore) -> None:
     job_id = add(store)
     store.finish(job_id, JobState.FAILED, NOW + 1, error={"error": "x"})
     store.retry(job_id, NOW + 2.25)

@@ -14,7 +14,7 @@ from comfy_worker.gateway.engines.celery.engine import CeleryEngine
 from comfy_worker.gateway.events.bus import LocalEventBus
 from comfy_worker.gateway.settings import load_gateway_settings
 from comfy_worker.gateway.store.database import connect
-from comfy_worker.gateway.store.job_store import Store
+from comfy_worker.gateway.store.job_store import JobStore
 from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.types import JobState
 from tests.support.redis import RedisServer, redis_server
@@ -37,13 +37,13 @@ def redis() -> Iterator[RedisServer]:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    opened = Store(connect(f"sqlite:///{tmp_path}/jobs.db"), b"key")
+def store(tmp_path: Path) -> Iterator[JobStore]:
+    opened = JobStore(connect(f"sqlite:///{tmp_path}/jobs.db"), b"key")
     yield opened
     opened.close()
 
 
-def cancelled(store: Store, job_id: str) -> str:
+def cancelled(store: JobStore, job_id: str) -> str:
     """Leave a job that was cancelled a moment ago."""
     now = time.time()
     store.add(JobRecord(job_id, "local", JobState.IN_QUEUE, now, request={}))
@@ -51,7 +51,7 @@ def cancelled(store: Store, job_id: str) -> str:
     return job_id
 
 
-def test_cancels_wait_once_for_a_redis_that_hangs(redis: RedisServer, store: Store) -> None:
+def test_cancels_wait_once_for_a_redis_that_hangs(redis: RedisServer, store: JobStore) -> None:
     settings = load_gateway_settings(engine="celery", database_url=_NOT_ASKED, redis_url=redis.url)
     engine = CeleryEngine(store, LocalEventBus(), settings)
     jobs = [cancelled(store, f"job-{number}") for number in range(20)]

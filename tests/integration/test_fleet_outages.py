@@ -13,10 +13,10 @@ import pytest
 from comfy_worker.gateway.container import Gateway
 from comfy_worker.gateway.jobs.assets import AssetStore
 from comfy_worker.gateway.jobs.signed_links import AssetLinks
-from comfy_worker.gateway.jobs.webhook_deliveries import Deliveries
+from comfy_worker.gateway.jobs.webhook_deliveries import WebhookDeliveries
 from comfy_worker.gateway.settings import load_gateway_settings
 from comfy_worker.gateway.store.database import connect
-from comfy_worker.gateway.store.job_store import Store
+from comfy_worker.gateway.store.job_store import JobStore
 from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.types import JobState
 from tests.support.lost_answers import LostAnswers
@@ -47,7 +47,7 @@ def receiver() -> Iterator[Receiver]:
 
 def end_a_job(url: str, webhook: str) -> None:
     """Leave a job that has ended, of which somebody is to be told."""
-    store = Store(connect(url), b"key")
+    store = JobStore(connect(url), b"key")
     now = time.time()
     request = {"input": {}, "webhook": webhook}
     store.add(JobRecord("job", "local", JobState.IN_QUEUE, now, request=request, webhook=True))
@@ -55,9 +55,9 @@ def end_a_job(url: str, webhook: str) -> None:
     store.close()
 
 
-def sender(store: Store, tmp_path: Path) -> Deliveries:
+def sender(store: JobStore, tmp_path: Path) -> WebhookDeliveries:
     settings = load_gateway_settings(allow_private_urls=True)
-    return Deliveries(store, AssetStore(tmp_path / "assets"), settings, AssetLinks("secret", 60), is_shared=True)
+    return WebhookDeliveries(store, AssetStore(tmp_path / "assets"), settings, AssetLinks("secret", 60), is_shared=True)
 
 
 def is_done(url: str) -> bool:
@@ -82,7 +82,7 @@ def test_a_webhook_whose_claim_was_not_answered_is_sent_long_before_the_claim_en
     url = server.new_database()
     end_a_job(url, receiver.url)
     with LostAnswers(url) as line:
-        store = Store(connect(line.url), b"key")
+        store = JobStore(connect(line.url), b"key")
         line.lose()
         deliveries = sender(store, tmp_path)
         deliveries.start()
@@ -101,7 +101,7 @@ def test_a_webhook_that_arrived_while_the_database_was_away_does_not_come_again(
     url = server.new_database()
     end_a_job(url, receiver.url)
     receiver.answers.append("hang")
-    store = Store(connect(url), b"key")
+    store = JobStore(connect(url), b"key")
     deliveries = sender(store, tmp_path)
     deliveries.start()
     receiver.wait_for(1)

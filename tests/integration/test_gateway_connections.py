@@ -26,7 +26,7 @@ from comfy_worker.gateway.api_keys import Keys
 from comfy_worker.gateway.app import create_app
 from comfy_worker.gateway.http import connections, request_bodies
 from comfy_worker.gateway.http.connections import connection_limits
-from comfy_worker.gateway.http.fair_event_loop import FairLoop, Group
+from comfy_worker.gateway.http.fair_event_loop import FairEventLoop, Group
 from comfy_worker.gateway.http.hosts import network_of
 from comfy_worker.gateway.http.server import Server
 from comfy_worker.gateway.settings import load_gateway_settings
@@ -326,7 +326,7 @@ def test_a_key_has_so_many_streams_and_no_more(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("parser")
 def test_new_connections_and_streams_take_turns_and_others_do_not(tmp_path: Path) -> None:
     with serving(tmp_path) as server, ExitStack() as open_ones:
-        assert isinstance(server.loop, FairLoop)
+        assert isinstance(server.loop, FairEventLoop)
         sockets, url = server.loop.sockets, url_of(server)
 
         def groups() -> list[Group]:

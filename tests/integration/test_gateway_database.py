@@ -26,8 +26,8 @@ from comfy_worker.gateway.container import Gateway
 from comfy_worker.gateway.errors import DatabaseUnavailable
 from comfy_worker.gateway.settings import GatewaySettings
 from comfy_worker.gateway.store.database import connect, patiently
-from comfy_worker.gateway.store.gateway_lock import owned
-from comfy_worker.gateway.store.job_store import Store
+from comfy_worker.gateway.store.gateway_lock import gateway_lock
+from comfy_worker.gateway.store.job_store import JobStore
 from comfy_worker.gateway.store.migrate import bring_up_to_date
 from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.types import JobState
@@ -149,7 +149,7 @@ def check_lock_is_held(url: str) -> None:
 
     def is_refused() -> bool:
         try:
-            with owned(engine, 0.0):
+            with gateway_lock(engine, 0.0):
                 return False
         except InvalidInput:
             return True
@@ -197,12 +197,12 @@ def test_a_gateway_waits_for_a_database_that_starts(tmp_path: Path) -> None:
     with postgres() as server:
         engine = connect(server.new_database())
         server.stop()
-        with pytest.raises(DatabaseUnavailable), owned(engine, 0.2):
+        with pytest.raises(DatabaseUnavailable), gateway_lock(engine, 0.2):
             pass
         starting = threading.Thread(target=server.start)
         starting.start()
-        with owned(engine):
-            Store(engine, b"key").close()
+        with gateway_lock(engine):
+            JobStore(engine, b"key").close()
         starting.join()
         engine.dispose()
 
@@ -303,7 +303,7 @@ def test_a_locked_sqlite_is_unavailable_until_it_is_free(tmp_path: Path, comfyui
 
 def test_threads_of_a_gateway_never_meet_a_locked_sqlite(tmp_path: Path) -> None:
     """With `timeout=0` SQLite refuses at once who meets another writer."""
-    with closing(Store(connect(f"sqlite:///{tmp_path}/jobs.db?timeout=0"), b"key")) as store:
+    with closing(JobStore(connect(f"sqlite:///{tmp_path}/jobs.db?timeout=0"), b"key")) as store:
         ids = [str(number) for number in range(200)]
         with ThreadPoolExecutor(16) as threads:
             added = list(threads.map(partial(noted, store, graphs.picture((1, 2, 3))), ids))
@@ -399,7 +399,7 @@ def test_a_gateway_ends_when_another_has_taken_over_and_loses_nothing(
 # ------------------------------------------------------------------------------------- what was left lying
 
 
-def noted(gateway_store: Store, graph: graphs.Graph, job_id: str) -> str:
+def noted(gateway_store: JobStore, graph: graphs.Graph, job_id: str) -> str:
     """Note a job as accepted, and tell nobody."""
     request: dict[str, Any] = {"input": {"workflow": graph}}
     gateway_store.add(JobRecord(job_id, "local", JobState.IN_QUEUE, NOW, request=request, queue_ttl_s=1e9))
@@ -412,7 +412,7 @@ def test_a_job_whose_gateway_was_killed_after_it_noted_it_runs_after_the_next_st
     folder = tmp_path / "data"
     with Bench(folder, comfyui.url, gateway_key="key"):
         pass
-    store = Store(connect(f"sqlite:///{folder}/jobs.db"), b"key")
+    store = JobStore(connect(f"sqlite:///{folder}/jobs.db"), b"key")
     job_id = noted(store, graphs.picture((1, 2, 3)), "noted")
     store.close()
 

@@ -13,12 +13,12 @@ from comfy_worker.gateway.container import Gateway
 from comfy_worker.gateway.errors import NotFound
 from comfy_worker.gateway.events.bus import LocalEventBus
 from comfy_worker.gateway.jobs.assets import AssetStore
-from comfy_worker.gateway.jobs.retention import Upkeep
+from comfy_worker.gateway.jobs.retention import Retention
 from comfy_worker.gateway.jobs.signed_links import AssetLinks
-from comfy_worker.gateway.jobs.webhook_deliveries import Deliveries
+from comfy_worker.gateway.jobs.webhook_deliveries import WebhookDeliveries
 from comfy_worker.gateway.settings import load_gateway_settings
 from comfy_worker.gateway.store.database import connect
-from comfy_worker.gateway.store.job_store import Store
+from comfy_worker.gateway.store.job_store import JobStore
 from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.types import JobState
 from tests.support import graphs
@@ -187,15 +187,15 @@ def webhook_job(job_id: str, webhook: object, *, plain: bool) -> JobRecord:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    opened = Store(connect(f"sqlite:///{tmp_path}/jobs.db"), b"key")
+def store(tmp_path: Path) -> Iterator[JobStore]:
+    opened = JobStore(connect(f"sqlite:///{tmp_path}/jobs.db"), b"key")
     yield opened
     opened.close()
 
 
-def sender(store: Store, tmp_path: Path, **settings: object) -> Deliveries:
+def sender(store: JobStore, tmp_path: Path, **settings: object) -> WebhookDeliveries:
     values = {"allow_private_urls": True, **settings}
-    return Deliveries(
+    return WebhookDeliveries(
         store, AssetStore(tmp_path / "assets"), load_gateway_settings(**values), AssetLinks("secret", 60),
         first_back_off_s=0.01,
     )  # fmt: skip
@@ -208,7 +208,7 @@ def is_done(folder: Path, job_id: str) -> bool:
 
 @pytest.mark.parametrize("plain", [True, False])
 def test_a_webhook_is_the_status_of_the_job_and_is_repeated_under_one_id(
-    store: Store, tmp_path: Path, *, plain: bool
+    store: JobStore, tmp_path: Path, *, plain: bool
 ) -> None:
     with Receiver(503, 500) as receiver:
         webhook = receiver.url if plain else {"url": receiver.url, "secret": SECRET, "extra_params": {"a": 1}}
@@ -229,7 +229,7 @@ def test_a_webhook_is_the_status_of_the_job_and_is_repeated_under_one_id(
         received[-1].verify(SECRET)
 
 
-def test_a_webhook_that_was_not_sent_before_the_end_is_sent_after_the_start(store: Store, tmp_path: Path) -> None:
+def test_a_webhook_that_was_not_sent_before_the_end_is_sent_after_the_start(store: JobStore, tmp_path: Path) -> None:
     with Receiver() as receiver:
         store.add(webhook_job("job", receiver.url, plain=True))
         store.finish("job", JobState.FAILED, NOW, error={"error": "so", "code": "internal"})
@@ -251,7 +251,7 @@ def test_a_webhook_that_was_not_sent_before_the_end_is_sent_after_the_start(stor
     assert len(receiver.received) == 1
 
 
-def test_a_receiver_that_never_accepts_is_given_up(store: Store, tmp_path: Path) -> None:
+def test_a_receiver_that_never_accepts_is_given_up(store: JobStore, tmp_path: Path) -> None:
     with Receiver(*[503] * 9) as receiver:
         store.add(webhook_job("job", receiver.url, plain=True))
         deliveries = sender(store, tmp_path, webhook_attempts=3)
@@ -267,7 +267,7 @@ def test_a_receiver_that_never_accepts_is_given_up(store: Store, tmp_path: Path)
     assert "query-secret" not in delivery["last_error"]
 
 
-def test_a_private_address_is_not_told(store: Store, tmp_path: Path) -> None:
+def test_a_private_address_is_not_told(store: JobStore, tmp_path: Path) -> None:
     with Receiver() as receiver:
         store.add(webhook_job("job", receiver.url, plain=True))
         store.finish("job", JobState.FAILED, NOW, error={"error": "so"})
@@ -279,7 +279,7 @@ def test_a_private_address_is_not_told(store: Store, tmp_path: Path) -> None:
     assert receiver.received == []
 
 
-def test_a_receiver_that_hangs_keeps_no_other_waiting(store: Store, tmp_path: Path) -> None:
+def test_a_receiver_that_hangs_keeps_no_other_waiting(store: JobStore, tmp_path: Path) -> None:
     with Receiver("hang") as slow, Receiver() as quick:
         for job_id, url in (("slow", slow.url), ("quick", quick.url)):
             store.add(webhook_job(job_id, url, plain=True))
@@ -309,7 +309,7 @@ def test_a_jobs_files_go_with_it(data: Path, comfyui: Emulated) -> None:
         job_id = bench.submit(graphs.picture(RED))
         assert bench.picture(job_id) == RED
         gateway: Gateway = bench.gateway
-        Upkeep(gateway.store, LocalEventBus(), gateway.assets).remove_expired(time.time() + 1801)
+        Retention(gateway.store, LocalEventBus(), gateway.assets).remove_expired(time.time() + 1801)
 
         with pytest.raises(NotFound):
             bench.get(job_id)

@@ -11,9 +11,9 @@ import requests
 
 from comfy_emulator import EmulatorServer
 from comfy_worker.comfy.client import ComfyClient
-from comfy_worker.comfy.protocol import QueuePlace
+from comfy_worker.comfy.protocol import PromptPosition
 from comfy_worker.errors import ComfyUnreachable
-from comfy_worker.serverless.results import patient_retries
+from comfy_worker.serverless.results import result_post_retries
 from comfy_worker.settings import load_settings
 from tests.support import graphs
 from tests.support.running import wait_until
@@ -51,7 +51,7 @@ def test_one_bad_answer_does_not_leave_a_prompt_behind(
     server: EmulatorServer, client: ComfyClient, path: str, fault: str
 ) -> None:
     prompt_id = submit(client)
-    wait_until(lambda: client.place(prompt_id) == QueuePlace(running=True, ahead=0))
+    wait_until(lambda: client.place(prompt_id) == PromptPosition(running=True, ahead=0))
     if fault == "error":
         server.faults.answer_with(500, path)
     else:
@@ -78,7 +78,7 @@ def test_a_prompt_that_is_taken_after_the_timeout_is_there_once(server: Emulator
 
 
 def test_a_result_is_posted_again_for_about_a_minute() -> None:
-    options = patient_retries(attempts=3)
+    options = result_post_retries(attempts=3)
     waits = [options.get_timeout(attempt) for attempt in range(1, options.attempts)]
 
     assert waits[0] < 1

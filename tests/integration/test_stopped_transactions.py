@@ -7,9 +7,9 @@ from sqlalchemy import text
 
 from comfy_worker.gateway.errors import DatabaseUnavailable
 from comfy_worker.gateway.store import database
-from comfy_worker.gateway.store.database import connect, in_our_words
-from comfy_worker.gateway.store.gateway_lock import turn
-from comfy_worker.gateway.store.job_store import Store
+from comfy_worker.gateway.store.database import connect, raises_database_unavailable
+from comfy_worker.gateway.store.gateway_lock import leader_lock
+from comfy_worker.gateway.store.job_store import JobStore
 from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.types import JobState
 from tests.support.postgres import postgres
@@ -23,14 +23,14 @@ def test_a_job_that_a_stopped_process_has_locked_goes_to_another(monkeypatch: py
         url = server.new_database()
         stopped = connect(url)
         # So that the test fails, and does not hang, where nothing frees the row.
-        store = Store(connect(f"{url}?options=-c%20lock_timeout%3D20s"), b"key")
+        store = JobStore(connect(f"{url}?options=-c%20lock_timeout%3D20s"), b"key")
         store.add(JobRecord("job", "local", JobState.IN_QUEUE, NOW, request={"input": {}}, queue_ttl_s=1e9))
         with stopped.connect() as connection:
             connection.execute(text("UPDATE jobs SET prompt_id = 'lost'"))
 
             assert store.note_submission("job", "prompt", "http://127.0.0.1:1", instead_of=None)
             # The stopped one learns of it when it goes on.
-            with pytest.raises(DatabaseUnavailable), in_our_words():
+            with pytest.raises(DatabaseUnavailable), raises_database_unavailable():
                 connection.execute(text("SELECT 1"))
         record = store.get("job")
         assert record is not None
@@ -43,9 +43,9 @@ def test_a_turn_may_take_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(database, "_STANDS_STILL_S", 1)
     with postgres() as server:
         engine = connect(server.new_database())
-        with turn(engine) as is_ours, engine.connect() as other:
+        with leader_lock(engine) as is_ours, engine.connect() as other:
             assert is_ours
             other.execute(text("SELECT pg_sleep(2)"))
-            with turn(engine) as is_theirs:
+            with leader_lock(engine) as is_theirs:
                 assert not is_theirs
         engine.dispose()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from comfy_worker.errors import InvalidInput
 from comfy_worker.gateway.engines.celery.app import make_app, priority_of, queue_of, task_of
-from comfy_worker.gateway.engines.celery.worker import known_as
+from comfy_worker.gateway.engines.celery.worker import worker_name
 from comfy_worker.gateway.settings import load_gateway_settings
 from comfy_worker.gateway.store.database import connect
 from comfy_worker.gateway.store.records import LOW_PRIORITY, NORMAL_PRIORITY, JobRecord
@@ -63,7 +63,7 @@ def test_each_worker_has_a_queue_of_its_own() -> None:
     ],
 )
 def test_a_comfyui_is_known_by_a_name_that_no_other_machine_has(url: str, known: str) -> None:
-    assert known_as(url) == known
+    assert worker_name(url) == known
 
 
 def test_messages_are_sent_again_only_after_the_longest_job() -> None:

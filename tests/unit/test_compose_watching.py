@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from comfy_emulator.server import EmulatorServer
 from comfy_worker.gateway.jobs.metrics import GatewayCollector, make_registry
 from comfy_worker.gateway.store.database import connect
-from comfy_worker.gateway.store.job_store import Store
+from comfy_worker.gateway.store.job_store import JobStore
 from tests.support import compose
 from tests.support.processes import ROOT
 
@@ -40,7 +40,7 @@ OF_A_TARGET = {"job", "instance"}
 @pytest.fixture(scope="module")
 def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
     """Each figure that a gateway tells, with its labels."""
-    store = Store(connect(f"sqlite:///{tmp_path_factory.mktemp('store')}/jobs.db"), b"key")
+    store = JobStore(connect(f"sqlite:///{tmp_path_factory.mktemp('store')}/jobs.db"), b"key")
     registry = make_registry()
     with EmulatorServer() as comfyui:
         registry.register(GatewayCollector(store, lambda: [{"url": comfyui.url, "healthy": True, "jobs": 0}]))

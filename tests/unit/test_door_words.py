@@ -19,9 +19,9 @@ from comfy_worker.gateway.api.generate.requests import GenerateRequest, runpod_r
 from comfy_worker.gateway.api.schemas import RunRequest
 from comfy_worker.gateway.api.task import routes as tasks
 from comfy_worker.gateway.api.task.routes import TaskRequest, backend_at
-from comfy_worker.gateway.api.workflow.batch import said_of_cancelling
+from comfy_worker.gateway.api.workflow.batch import cancel_message
 from comfy_worker.gateway.api.workflow.requests import template_of
-from comfy_worker.gateway.http.error_responses import body_of, envelope
+from comfy_worker.gateway.http.error_responses import envelope, error_response_body
 from comfy_worker.gateway.http.request_validation import parse_body, warnings_of
 from comfy_worker.gateway.jobs.assets import AssetStore
 from comfy_worker.job.payload import parse_job
@@ -98,7 +98,10 @@ def test_a_text_stays_as_it_is() -> None:
 
 
 def test_a_bug_is_told_in_the_envelope_too() -> None:
-    assert body_of(InternalError("It is broken"), "/api/v1/comfyui/nodes")["errors"][0]["message"] == "It is broken"
+    assert (
+        error_response_body(InternalError("It is broken"), "/api/v1/comfyui/nodes")["errors"][0]["message"]
+        == "It is broken"
+    )
     assert InternalError.http_status == 500
 
 
@@ -225,7 +228,7 @@ def test_an_execution_has_a_number_only_if_that_leads_back_to_it(job_id: str, ex
     ],
 )
 def test_what_came_of_cancelling_a_batch(cancelled: int, words: str) -> None:
-    assert said_of_cancelling(cancelled, 3) == words
+    assert cancel_message(cancelled, 3) == words
 
 
 def test_a_modifier_sent_to_run_is_told_where_modifiers_are() -> None:

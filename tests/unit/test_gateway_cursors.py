@@ -15,7 +15,7 @@ from comfy_worker.gateway.api_keys import Keys
 from comfy_worker.gateway.app import create_app
 from comfy_worker.gateway.container import Gateway
 from comfy_worker.gateway.events.bus import PROGRESS
-from comfy_worker.gateway.jobs.retention import Upkeep
+from comfy_worker.gateway.jobs.retention import Retention
 from comfy_worker.gateway.settings import load_gateway_settings
 from comfy_worker.types import JobState
 from tests.support.graphs import picture
@@ -113,7 +113,7 @@ def test_a_stream_tells_each_thing_once_to_each_key_until_the_job_is_gone(
             assert client.post(f"/cancel/{job_id}", headers=me).json()["status"] == JobState.CANCELLED.value
             assert told(me) == []
 
-            Upkeep(gateway.store, gateway.bus, gateway.assets).remove_expired(time.time() + A_YEAR_S)
+            Retention(gateway.store, gateway.bus, gateway.assets).remove_expired(time.time() + A_YEAR_S)
             for _ in range(2):
                 assert client.get(f"/stream/{job_id}", headers=me).status_code == 404
             assert gateway.bus.recent(job_id) == []

@@ -21,7 +21,7 @@ from comfy_emulator.server import EmulatorServer
 from comfy_worker.gateway.callers import Caller, acting
 from comfy_worker.gateway.jobs.metrics import Cached, GatewayCollector
 from comfy_worker.gateway.store.database import connect
-from comfy_worker.gateway.store.job_store import Store
+from comfy_worker.gateway.store.job_store import JobStore
 from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.types import JobState
 from tests.support.patience import TIMEOUT_S
@@ -46,8 +46,8 @@ def backend(url: str, *, healthy: bool = True, jobs: int = 0) -> Mapping[str, An
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    opened = Store(connect(f"sqlite:///{tmp_path}/jobs.db"), b"key")
+def store(tmp_path: Path) -> Iterator[JobStore]:
+    opened = JobStore(connect(f"sqlite:///{tmp_path}/jobs.db"), b"key")
     yield opened
     opened.close()
 
@@ -58,7 +58,7 @@ def comfyui() -> Iterator[EmulatorServer]:
         yield server
 
 
-def collect(store: Store, *backends: Mapping[str, Any], urls: Sequence[str] = ()) -> Figures:
+def collect(store: JobStore, *backends: Mapping[str, Any], urls: Sequence[str] = ()) -> Figures:
     registry = CollectorRegistry()
     registry.register(GatewayCollector(store, lambda: backends, urls))
     return read(registry)
@@ -67,7 +67,7 @@ def collect(store: Store, *backends: Mapping[str, Any], urls: Sequence[str] = ()
 # ------------------------------------------------------------------------------------------------------------- jobs
 
 
-def test_jobs_are_counted_by_state_and_so_is_the_queue(store: Store) -> None:
+def test_jobs_are_counted_by_state_and_so_is_the_queue(store: JobStore) -> None:
     for number, state in enumerate([JobState.IN_QUEUE, JobState.IN_QUEUE, JobState.IN_PROGRESS, JobState.FAILED]):
         store.add(JobRecord(f"{number}", "local", JobState.IN_QUEUE, NOW))
         if state is JobState.IN_PROGRESS:
@@ -81,7 +81,7 @@ def test_jobs_are_counted_by_state_and_so_is_the_queue(store: Store) -> None:
 
 
 @pytest.mark.parametrize(("asking", "shown"), [("alice", {"alice"}), ("root", {"alice", "bob"})])
-def test_a_keys_jobs_are_counted_for_it_and_for_administrators(store: Store, asking: str, shown: set[str]) -> None:
+def test_a_keys_jobs_are_counted_for_it_and_for_administrators(store: JobStore, asking: str, shown: set[str]) -> None:
     for number, owner in enumerate(["alice", "alice", "bob", ""]):
         store.add(JobRecord(f"{number}", "local", JobState.IN_QUEUE, NOW, owner=owner))
     with acting(Caller(asking, asking, None if asking == "root" else frozenset({asking}))):
@@ -93,7 +93,7 @@ def test_a_keys_jobs_are_counted_for_it_and_for_administrators(store: Store, ask
     assert figure(figures, "comfy_jobs", state="IN_QUEUE") == figure(figures, "comfy_queue_depth") == 4
 
 
-def test_webhooks_are_counted_that_are_yet_to_be_accepted(store: Store) -> None:
+def test_webhooks_are_counted_that_are_yet_to_be_accepted(store: JobStore) -> None:
     for job_id in ("a", "b", "c"):
         store.add(JobRecord(job_id, "local", JobState.IN_QUEUE, NOW, webhook=job_id != "c"))
         store.finish(job_id, JobState.FAILED, NOW)
@@ -103,7 +103,7 @@ def test_webhooks_are_counted_that_are_yet_to_be_accepted(store: Store) -> None:
     assert figure(collect(store), "comfy_webhooks_pending") == 1
 
 
-def test_each_comfyui_has_its_own_figures(store: Store) -> None:
+def test_each_comfyui_has_its_own_figures(store: JobStore) -> None:
     with silent_port() as port:
         url = f"http://127.0.0.1:{port}"
         figures = collect(store, backend(url, jobs=3), backend(url, healthy=False))
@@ -115,7 +115,7 @@ def test_each_comfyui_has_its_own_figures(store: Store) -> None:
 # ------------------------------------------------------------------------------------------------------------ memory
 
 
-def test_memory_is_what_comfyui_says(store: Store, comfyui: EmulatorServer) -> None:
+def test_memory_is_what_comfyui_says(store: JobStore, comfyui: EmulatorServer) -> None:
     (device,) = requests.get(f"{comfyui.url}/system_stats", timeout=TIMEOUT_S).json()["devices"]
     with silent_port() as port:
         figures = collect(store, backend(f"http://127.0.0.1:{port}"), backend(comfyui.url))
@@ -130,7 +130,7 @@ def test_memory_is_what_comfyui_says(store: Store, comfyui: EmulatorServer) -> N
     assert figure(figures, "comfy_gpu_memory_total_bytes", backend="0", device="0") is None
 
 
-def test_a_comfyui_that_hangs_keeps_nobody_waiting_for_the_rest(store: Store, comfyui: EmulatorServer) -> None:
+def test_a_comfyui_that_hangs_keeps_nobody_waiting_for_the_rest(store: JobStore, comfyui: EmulatorServer) -> None:
     comfyui.faults.hang = True
     try:
         with ThreadPoolExecutor(4) as threads:
@@ -175,7 +175,7 @@ def answering(body: bytes, authorization: str | None = None) -> ThreadingHTTPSer
         b"\xff",
     ],
 )
-def test_what_is_no_answer_of_comfyui_is_left_out(store: Store, body: bytes) -> None:
+def test_what_is_no_answer_of_comfyui_is_left_out(store: JobStore, body: bytes) -> None:
     with answering(body) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
@@ -186,7 +186,7 @@ def test_what_is_no_answer_of_comfyui_is_left_out(store: Store, body: bytes) -> 
     assert not [name for name, _ in figures if name.startswith("comfy_gpu")]
 
 
-def test_a_comfyui_without_a_gpu_has_what_it_says(store: Store) -> None:
+def test_a_comfyui_without_a_gpu_has_what_it_says(store: JobStore) -> None:
     devices = [{"name": "cpu", "type": "cpu", "vram_total": 64, "vram_free": 32}, {"name": "odd"}]
     with answering(json.dumps({"devices": devices}).encode()) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
@@ -198,7 +198,7 @@ def test_a_comfyui_without_a_gpu_has_what_it_says(store: Store) -> None:
     assert figure(figures, "comfy_gpu_memory_free_bytes", backend="0", device="1") == 0
 
 
-def test_a_comfyui_behind_a_password_is_asked_with_it(store: Store) -> None:
+def test_a_comfyui_behind_a_password_is_asked_with_it(store: JobStore) -> None:
     body = json.dumps({"devices": [{"vram_total": 64, "vram_free": 32}]}).encode()
     with answering(body, "Basic " + base64.b64encode(b"me:hush").decode()) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
@@ -240,29 +240,29 @@ STAGES = {"waiting", "staging", "queued", "running", "delivering"}
 TIMINGS = {"staged_ms": 20, "queued_ms": 0, "executed_ms": 7000, "delivered_ms": 300, "total_ms": 7320}
 
 
-def waits(store: Store, job_id: str) -> None:
+def waits(store: JobStore, job_id: str) -> None:
     store.add(JobRecord(job_id, "local", JobState.IN_QUEUE, NOW))
 
 
-def completes(store: Store, job_id: str, timings: Any = TIMINGS) -> None:
+def completes(store: JobStore, job_id: str, timings: Any = TIMINGS) -> None:
     """Run a job that waits for 40 s, and for another one in ComfyUI's queue."""
     store.start(job_id, "prompt", "http://comfyui", NOW + 40)
     output = {"images": [], "timings": timings}
     store.finish(job_id, JobState.COMPLETED, NOW + 60, output=output, ran_from=NOW + 52)
 
 
-def counted(store: Store) -> dict[str, float]:
+def counted(store: JobStore) -> dict[str, float]:
     """Return how many jobs were in each stage."""
     figures = collect(store)
     return {stage: figure(figures, "comfy_job_stage_seconds_count", stage=stage) or 0.0 for stage in STAGES}
 
 
-def test_before_the_first_job_each_stage_is_told_as_empty(store: Store) -> None:
+def test_before_the_first_job_each_stage_is_told_as_empty(store: JobStore) -> None:
     assert counted(store) == dict.fromkeys(STAGES, 0)
     assert figure(collect(store), "comfy_job_stage_seconds_bucket", stage="running", le="+Inf") == 0
 
 
-def test_a_job_is_measured_in_each_stage_when_it_ends(store: Store) -> None:
+def test_a_job_is_measured_in_each_stage_when_it_ends(store: JobStore) -> None:
     waits(store, "a")
     assert sum(counted(store).values()) == 0
     completes(store, "a")
@@ -277,7 +277,7 @@ def test_a_job_is_measured_in_each_stage_when_it_ends(store: Store) -> None:
     assert running == {"5.0": 0, "10.0": 1, "600.0": 1, "+Inf": 1}
 
 
-def test_jobs_are_added_up(store: Store) -> None:
+def test_jobs_are_added_up(store: JobStore) -> None:
     for number in range(3):
         waits(store, f"{number}")
         completes(store, f"{number}", TIMINGS | {"executed_ms": 1000 * 10 ** (number + 1)})
@@ -288,7 +288,7 @@ def test_jobs_are_added_up(store: Store) -> None:
     assert found == [0, 1, 2, 2, 3]
 
 
-def test_who_ends_a_job_that_has_ended_measures_nothing(store: Store) -> None:
+def test_who_ends_a_job_that_has_ended_measures_nothing(store: JobStore) -> None:
     waits(store, "a")
     completes(store, "a")
     completes(store, "a")
@@ -297,7 +297,9 @@ def test_who_ends_a_job_that_has_ended_measures_nothing(store: Store) -> None:
 
 
 @pytest.mark.parametrize("started_s", [None, 8.0])
-def test_of_a_job_that_did_not_end_well_it_is_known_how_long_it_waited(store: Store, started_s: float | None) -> None:
+def test_of_a_job_that_did_not_end_well_it_is_known_how_long_it_waited(
+    store: JobStore, started_s: float | None
+) -> None:
     waits(store, "a")
     if started_s is not None:
         store.start("a", "prompt", "http://comfyui", NOW + started_s)
@@ -306,14 +308,14 @@ def test_of_a_job_that_did_not_end_well_it_is_known_how_long_it_waited(store: St
     assert figure(collect(store), "comfy_job_stage_seconds_sum", stage="waiting") == (started_s or 20)
 
 
-def test_all_that_are_cancelled_while_they_wait_are_measured(store: Store) -> None:
+def test_all_that_are_cancelled_while_they_wait_are_measured(store: JobStore) -> None:
     for job_id in ("a", "b"):
         waits(store, job_id)
     store.cancel_waiting(None, NOW + 3)
     assert figure(collect(store), "comfy_job_stage_seconds_sum", stage="waiting") == 6
 
 
-def test_a_job_that_its_caller_has_run_again_is_measured_again(store: Store) -> None:
+def test_a_job_that_its_caller_has_run_again_is_measured_again(store: JobStore) -> None:
     waits(store, "a")
     store.finish("a", JobState.FAILED, NOW + 20)
     store.retry("a", NOW + 25)
@@ -322,7 +324,7 @@ def test_a_job_that_its_caller_has_run_again_is_measured_again(store: Store) -> 
     assert figure(collect(store), "comfy_job_stage_seconds_sum", stage="waiting") == pytest.approx(20 + 14.98)
 
 
-def test_what_is_measured_stays_when_jobs_are_forgotten(store: Store) -> None:
+def test_what_is_measured_stays_when_jobs_are_forgotten(store: JobStore) -> None:
     waits(store, "a")
     completes(store, "a")
     later = NOW + 1e9
@@ -330,7 +332,7 @@ def test_what_is_measured_stays_when_jobs_are_forgotten(store: Store) -> None:
     assert counted(store) == dict.fromkeys(STAGES, 1)
 
 
-def test_a_clock_that_was_set_back_measures_nothing_below_zero(store: Store) -> None:
+def test_a_clock_that_was_set_back_measures_nothing_below_zero(store: JobStore) -> None:
     waits(store, "a")
     store.start("a", "prompt", "http://comfyui", NOW - 100)
     store.finish("a", JobState.CANCELLED, NOW - 99)
@@ -338,13 +340,13 @@ def test_a_clock_that_was_set_back_measures_nothing_below_zero(store: Store) -> 
 
 
 @pytest.mark.parametrize("timings", [None, "much", [], {"executed_ms": "1"}, {"executed_ms": -1}, {"staged_ms": True}])
-def test_timings_of_another_worker_that_are_none_are_left_out(store: Store, timings: Any) -> None:
+def test_timings_of_another_worker_that_are_none_are_left_out(store: JobStore, timings: Any) -> None:
     waits(store, "a")
     completes(store, "a", timings)
     assert counted(store) == dict.fromkeys(STAGES, 0) | {"waiting": 1}
 
 
-def test_jobs_that_end_at_the_same_time_all_count(store: Store) -> None:
+def test_jobs_that_end_at_the_same_time_all_count(store: JobStore) -> None:
     names = [f"{number}" for number in range(40)]
     for name in names:
         waits(store, name)

@@ -10,7 +10,7 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from comfy_worker.gateway.engines.queue_estimates import InHand, SteadyPlaces, places_of
+from comfy_worker.gateway.engines.queue_estimates import InHand, SmoothedEstimates, estimate_positions
 from comfy_worker.gateway.engines.run_times import RunRecorder, RunTimes
 from comfy_worker.gateway.engines.waiting_jobs import Queue, WaitingJob
 from comfy_worker.gateway.jobs.queue_position import QueuePosition
@@ -65,20 +65,20 @@ def positions(places: Mapping[str, QueuePosition]) -> dict[str, int | None]:
 
 
 def test_nothing_is_promised_before_anything_ran() -> None:
-    places = places_of(queue_of("a", "a"), [running(None)], RunTimes(), [HERE])
+    places = estimate_positions(queue_of("a", "a"), [running(None)], RunTimes(), [HERE])
     assert positions(places) == {"runs": 0, "0": 1, "1": 2}
     assert waits(places) == [None, None]
 
 
 def test_who_is_next_waits_for_what_runs_and_the_others_for_those_before_them() -> None:
     run_times = times(a=10.0, b=4.0)
-    assert waits(places_of(queue_of("b", "a", "a"), [running(6.0)], run_times, [HERE])) == [6.0, 10.0, 20.0]
-    assert places_of([], [running(6.0)], run_times, [HERE])["runs"] == QueuePosition(0, 0.0, 6.0)
+    assert waits(estimate_positions(queue_of("b", "a", "a"), [running(6.0)], run_times, [HERE])) == [6.0, 10.0, 20.0]
+    assert estimate_positions([], [running(6.0)], run_times, [HERE])["runs"] == QueuePosition(0, 0.0, 6.0)
 
 
 def test_a_job_that_a_comfyui_was_given_waits_like_any_other_before_those_that_none_was_given() -> None:
     in_hand = [given("staged", Stage.STAGING), running(6.0), given("submitted", Stage.QUEUED)]
-    places = places_of(queue_of("a"), in_hand, times(a=10.0), [HERE])
+    places = estimate_positions(queue_of("a"), in_hand, times(a=10.0), [HERE])
     assert positions(places) == {"runs": 0, "submitted": 1, "staged": 2, "0": 3}
     assert [places[name].wait_s for name in ("submitted", "staged", "0")] == [6.0, 16.0, 26.0]
     assert {name: places[name].stage for name in ("submitted", "staged", "0")} == {
@@ -90,13 +90,13 @@ def test_a_job_that_a_comfyui_was_given_waits_like_any_other_before_those_that_n
 
 def test_of_two_that_are_staged_the_one_of_higher_priority_is_next() -> None:
     in_hand = [given("first", Stage.STAGING), given("important", Stage.STAGING, priority=1)]
-    assert positions(places_of([], in_hand, RunTimes(), [HERE])) == {"important": 1, "first": 2}
+    assert positions(estimate_positions([], in_hand, RunTimes(), [HERE])) == {"important": 1, "first": 2}
 
 
 def test_who_was_given_to_a_comfyui_ahead_of_jobs_that_came_earlier_still_waits_for_them() -> None:
     """Of each key, one job may be staged beyond the others, so that none waits for another key's files."""
     in_hand = [given("alices", Stage.STAGING), InHand(waiting("bobs", created_at=9.0), HERE, Stage.STAGING)]
-    places = places_of(queue_of("a", "a"), in_hand, times(a=10.0), [HERE])
+    places = estimate_positions(queue_of("a", "a"), in_hand, times(a=10.0), [HERE])
     assert positions(places) == {"alices": 1, "0": 2, "1": 3, "bobs": 4}
     assert waits(places) == [0.0, 10.0, 20.0, 30.0]
 
@@ -106,31 +106,31 @@ def test_a_job_of_higher_priority_goes_before_all_but_the_next() -> None:
     queue = Queue()
     queue.add(waiting("important", priority=1))
     in_hand = [given(f"{number}", Stage.STAGING) for number in range(3)]
-    assert positions(places_of(queue, in_hand, RunTimes(), [HERE])) == {"0": 1, "important": 2, "1": 3, "2": 4}
+    assert positions(estimate_positions(queue, in_hand, RunTimes(), [HERE])) == {"0": 1, "important": 2, "1": 3, "2": 4}
 
 
 def test_what_is_being_delivered_keeps_no_gpu_busy_and_has_no_place() -> None:
-    places = places_of(queue_of("a"), [given("delivered", Stage.DELIVERING)], times(a=10.0), [HERE])
+    places = estimate_positions(queue_of("a"), [given("delivered", Stage.DELIVERING)], times(a=10.0), [HERE])
     assert places == {"0": QueuePosition(1, 0.0, 10.0)}
 
 
 def test_several_comfyuis_each_take_the_next_job_as_soon_as_they_are_free() -> None:
     in_hand = [running(2.0), running(5.0, THERE)]
-    assert waits(places_of(queue_of("a", "a", "a"), in_hand, times(a=10.0), [HERE, THERE])) == [2.0, 5.0, 12.0]
+    assert waits(estimate_positions(queue_of("a", "a", "a"), in_hand, times(a=10.0), [HERE, THERE])) == [2.0, 5.0, 12.0]
 
 
 def test_a_job_waits_for_the_comfyui_that_it_was_given_to() -> None:
     in_hand = [running(9.0), given("staged", Stage.QUEUED)]
-    places = places_of(queue_of("a"), in_hand, times(a=1.0), [HERE, THERE])
+    places = estimate_positions(queue_of("a"), in_hand, times(a=1.0), [HERE, THERE])
     assert [places["staged"].wait_s, places["0"].wait_s] == [9.0, 0.0]
 
 
 def test_without_any_comfyui_nobody_knows_how_long_it_takes() -> None:
-    assert waits(places_of(queue_of("a", "a"), [], times(a=10.0), [])) == [None, None]
+    assert waits(estimate_positions(queue_of("a", "a"), [], times(a=10.0), [])) == [None, None]
 
 
 def test_an_estimate_does_not_rise_while_what_runs_takes_longer_than_expected() -> None:
-    steady = SteadyPlaces()
+    steady = SmoothedEstimates()
     assert steady.steady({"job": QueuePosition(1, 5.0, 2.0)}, 1)["job"].wait_s == 5.0
     assert steady.steady({"job": QueuePosition(1, 7.0, 2.0)}, 1)["job"].wait_s == 5.0
     assert steady.steady({"job": QueuePosition(1, 3.0, 2.0)}, 1)["job"].wait_s == 3.0
@@ -139,7 +139,7 @@ def test_an_estimate_does_not_rise_while_what_runs_takes_longer_than_expected() 
 
 
 def test_an_estimate_rises_when_a_job_gets_in_front_and_when_a_comfyui_goes_away() -> None:
-    steady = SteadyPlaces()
+    steady = SmoothedEstimates()
     steady.steady({"job": QueuePosition(1, 5.0, 2.0)}, 2)
     assert steady.steady({"job": QueuePosition(2, 9.0, 2.0)}, 2)["job"].wait_s == 9.0
     assert steady.steady({"job": QueuePosition(2, 18.0, 2.0)}, 1)["job"].wait_s == 18.0
@@ -261,7 +261,7 @@ def test_places_are_in_order_and_nobody_waits_longer_than_who_is_behind(
     run_times = RunTimes()
     for own, seconds in runs:
         run_times.remember(own, seconds)
-    places = places_of(queue_of(*queued), [], run_times, [f"http://{number}" for number in range(comfyuis)])
+    places = estimate_positions(queue_of(*queued), [], run_times, [f"http://{number}" for number in range(comfyuis)])
     assert [place.position for place in places.values()] == list(range(1, len(queued) + 1))
     known = [wait_s for wait_s in waits(places) if wait_s is not None]
     assert all(wait_s >= 0 for wait_s in known)
@@ -277,9 +277,9 @@ def test_when_the_queue_moves_everybody_is_nearer(runs: list[tuple[str, float]],
     for own, seconds in runs:
         run_times.remember(own, seconds)
     queue = queue_of(*queued)
-    before = places_of(queue, [], run_times, [HERE])
+    before = estimate_positions(queue, [], run_times, [HERE])
     queue.remove("0")
-    after = places_of(queue, [], run_times, [HERE])
+    after = estimate_positions(queue, [], run_times, [HERE])
     for job_id, place in after.items():
         wait_s, waited_s = place.wait_s, before[job_id].wait_s
         assert (place.position or 0) + 1 == before[job_id].position

@@ -18,7 +18,7 @@ from comfy_worker.gateway.api.schemas import EXAMPLE_JOB
 from comfy_worker.gateway.api_keys import Keys
 from comfy_worker.gateway.app import create_app
 from comfy_worker.gateway.http.hosts import check_host
-from comfy_worker.gateway.http.stream_limits import Streams, TooManyStreams, is_stream
+from comfy_worker.gateway.http.stream_limits import StreamLimits, TooManyStreams, is_stream
 from comfy_worker.gateway.http.wrong_keys import TooManyWrongKeys, WrongKeys
 from comfy_worker.gateway.jobs.service import JobService
 from comfy_worker.gateway.settings import load_gateway_settings
@@ -95,7 +95,7 @@ def test_who_goes_on_trying_waits_longer_and_is_forgotten_at_last() -> None:
 
 
 def test_a_stream_is_counted_until_it_ends() -> None:
-    streams = Streams(1)
+    streams = StreamLimits(1)
     with streams.take("a"):
         with pytest.raises(TooManyStreams):
             streams.take("a")

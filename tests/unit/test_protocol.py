@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from comfy_worker.comfy.protocol import (
     FEATURE_FLAGS,
     NodeFailed,
+    PromptPosition,
     PromptProtocol,
-    QueuePlace,
     Succeeded,
     WasInterrupted,
     outcome_from_history,
-    place_in_queue,
+    prompt_position,
 )
 from comfy_worker.job.progress import Progress
 from comfy_worker.types import (
@@ -404,11 +404,11 @@ def test_the_recorded_queue(version: str) -> None:
     taped = recording(version, "queue_order_and_delete")
     first, second, in_front, deleted = (prompt.prompt_id for prompt in taped.prompts())
     queue = taped.requests("GET", "/queue")[0]["response"]
-    assert place_in_queue(queue, first) == QueuePlace(running=True, ahead=0)
-    assert place_in_queue(queue, in_front) == QueuePlace(running=False, ahead=1)
-    assert place_in_queue(queue, second) == QueuePlace(running=False, ahead=2)
-    assert place_in_queue(queue, deleted) == QueuePlace(running=False, ahead=3)
-    assert place_in_queue(queue, "unknown") is None
+    assert prompt_position(queue, first) == PromptPosition(running=True, ahead=0)
+    assert prompt_position(queue, in_front) == PromptPosition(running=False, ahead=1)
+    assert prompt_position(queue, second) == PromptPosition(running=False, ahead=2)
+    assert prompt_position(queue, deleted) == PromptPosition(running=False, ahead=3)
+    assert prompt_position(queue, "unknown") is None
 
 
 @given(
@@ -421,5 +421,5 @@ def test_whoever_has_a_smaller_number_is_ahead(numbers: list[int], running: bool
         "queue_running": [[-99, "at work", {}, {}, []]] if running else [],
     }
     ahead = sum(number < wanted for number in numbers) + running
-    assert place_in_queue(queue, f"prompt {wanted}") == QueuePlace(running=False, ahead=ahead)
-    assert place_in_queue({}, f"prompt {wanted}") is None
+    assert prompt_position(queue, f"prompt {wanted}") == PromptPosition(running=False, ahead=ahead)
+    assert prompt_position({}, f"prompt {wanted}") is None

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from comfy_worker.errors import InvalidInput
 from comfy_worker.graph.file_references import find_strings, name_of_url, refer, shortened
 from comfy_worker.graph.workflow import copy_graph
-from comfy_worker.media.file_type import content_type, disguise, with_true_extension
+from comfy_worker.media.file_type import content_mismatch, content_type, with_true_extension
 from comfy_worker.names import check_name
 from tests.support.graphs import node, png
 
@@ -191,4 +191,4 @@ def test_what_an_upload_is_called(head: bytes, name: str, mime_type: str) -> Non
     ],
 )
 def test_what_is_not_taken_for_a_disguise(head: bytes, name: str) -> None:
-    assert disguise(head, name) is None
+    assert content_mismatch(head, name) is None

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comfy_worker.strict_json import DEEPEST, NotStrictJson, check_json, parse_json
+from comfy_worker.strict_json import DEEPEST, InvalidJson, check_json, parse_json
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False, allow_infinity=False),
@@ -41,7 +41,7 @@ def test_what_json_has_is_taken_as_it_is(value: Any) -> None:
 def test_what_is_none(text: str | bytes, reason: str) -> None:
     if text == "9" * 10_000 and not hasattr(sys, "get_int_max_str_digits"):
         reason = "has NaN, Infinity or a number that is too large"
-    with pytest.raises(NotStrictJson) as refused:
+    with pytest.raises(InvalidJson) as refused:
         parse_json(text)
     assert refused.value.reason == reason
     assert str(refused.value).startswith(reason)
@@ -50,7 +50,7 @@ def test_what_is_none(text: str | bytes, reason: str) -> None:
 @pytest.mark.parametrize("levels", [201, 400, *range(950, 1010, 5), 5000, 100_000])
 @pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ('{"a":', "}")])
 def test_what_nests_too_deeply(levels: int, opening: str, closing: str) -> None:
-    with pytest.raises(NotStrictJson, match="nests deeper than 200 levels"):
+    with pytest.raises(InvalidJson, match="nests deeper than 200 levels"):
         parse_json(opening * levels + "1" + closing * levels)
 
 
@@ -60,5 +60,5 @@ def test_what_nests_just_so() -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 10**400, -(10**400)])
 def test_what_somebody_else_parsed_is_looked_at_too(value: Any) -> None:
-    with pytest.raises(NotStrictJson, match="has NaN, Infinity or a number that is too large"):
+    with pytest.raises(InvalidJson, match="has NaN, Infinity or a number that is too large"):
         check_json({"policy": {"executionTimeout": value}})

@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import SecretStr
 
-from comfy_worker.cli.handler import is_desk
+from comfy_worker.cli.handler import is_local_run
 from comfy_worker.settings import Settings
 from comfy_worker.worker import Worker, json_safe
 
@@ -142,4 +142,4 @@ def test_s3_without_a_bucket_is_explained(worker: Worker) -> None:
     ],
 )
 def test_what_python_handler_py_is(arguments: list[str], environment: dict[str, str], desk: bool) -> None:
-    assert is_desk(arguments, environment) is desk
+    assert is_local_run(arguments, environment) is desk

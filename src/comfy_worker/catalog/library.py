@@ -15,7 +15,7 @@ import comfy_worker
 from comfy_worker.catalog.entry import CatalogEntry, is_entry_name, make_entry, shown
 from comfy_worker.catalog.versions import MOST_VERSIONS, KeptVersions
 from comfy_worker.errors import InvalidInput, WorkerError
-from comfy_worker.strict_json import NotStrictJson, parse_json
+from comfy_worker.strict_json import InvalidJson, parse_json
 
 log = logging.getLogger(__name__)
 
@@ -232,5 +232,5 @@ def _read_json(path: Path) -> Any:
         return parse_json(path.read_bytes())
     except OSError as error:
         raise _Unsound(path.name, f"it cannot be read: {error.strerror}") from None
-    except NotStrictJson as problem:
+    except InvalidJson as problem:
         raise _Unsound(path.name, f"it {problem}") from None

@@ -20,7 +20,7 @@ def run(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
     settings = _sound_settings()
     if settings is None:
         return _NOT_SOUND
-    if is_desk(arguments, environment):
+    if is_local_run(arguments, environment):
         from comfy_worker.cli import run
 
         configure_logs(settings.log_level, settings.secrets())
@@ -31,7 +31,7 @@ def run(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
     return 0
 
 
-def run_at_desk(text: str | None, file: str) -> int:
+def run_local_job(text: str | None, file: str) -> int:
     """Run one job here, that in `text` or else of a file; return the process's exit code."""
     from comfy_worker.cli import run
 
@@ -56,7 +56,7 @@ def _sound_settings() -> Settings | None:
     return settings
 
 
-def is_desk(arguments: Sequence[str], environment: Mapping[str, str]) -> bool:
+def is_local_run(arguments: Sequence[str], environment: Mapping[str, str]) -> bool:
     """Return whether one job is to be run here: asked for by `--test_input`, or nothing else is asked for.
 
     The conditions are the RunPod SDK's.

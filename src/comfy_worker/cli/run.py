@@ -21,7 +21,7 @@ from comfy_worker.job.progress import Progress
 from comfy_worker.settings import Settings
 from comfy_worker.signals import END_SIGNALS, in_thread
 from comfy_worker.stop import Stop
-from comfy_worker.strict_json import NotStrictJson, parse_json
+from comfy_worker.strict_json import InvalidJson, parse_json
 from comfy_worker.types import JobEvent, Kind, NodeStarted, Notice, Stage, StageStarted
 from comfy_worker.worker import Worker
 
@@ -101,7 +101,7 @@ def read_job(text: str | None, file: str = FILE) -> dict[str, Any]:
             raise InvalidInput(f"{file} cannot be read{place}: {error.strerror}") from None
     try:
         job = parse_json(text)
-    except NotStrictJson as problem:
+    except InvalidJson as problem:
         raise InvalidInput(f"{where} {problem}") from None
     if not isinstance(job, dict):
         raise InvalidInput(f"{where} must be an object with an input")

@@ -22,7 +22,7 @@ from urllib3.util import Retry
 from comfy_worker.comfy.disk import ComfyDisk
 from comfy_worker.comfy.output_reader import ViewStream
 from comfy_worker.comfy.process import ComfyProcess, Hang
-from comfy_worker.comfy.protocol import QueuePlace, place_in_queue
+from comfy_worker.comfy.protocol import PromptPosition, prompt_position
 from comfy_worker.comfy.socket import SocketPool
 from comfy_worker.comfy.validation import refusal
 from comfy_worker.errors import ComfyUnreachable, InvalidWorkflow, OutputMissing, UploadFailed
@@ -207,9 +207,9 @@ class ComfyClient:
         entry = self._get_json(f"/history/{prompt_id}").get(prompt_id)
         return entry if isinstance(entry, Mapping) else None
 
-    def place(self, prompt_id: str) -> QueuePlace | None:
+    def place(self, prompt_id: str) -> PromptPosition | None:
         """Return where the prompt stands in the queue, None if it does not."""
-        return place_in_queue(self._get_json("/queue"), prompt_id)
+        return prompt_position(self._get_json("/queue"), prompt_id)
 
     def remove(self, prompt_id: str) -> bool:
         """Take a prompt out of ComfyUI, whether it waits or runs; return whether it is out.

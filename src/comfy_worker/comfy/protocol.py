@@ -260,20 +260,20 @@ def _was_interrupted(data: Mapping[str, Any]) -> WasInterrupted:
 
 
 @dataclass(frozen=True)
-class QueuePlace:
+class PromptPosition:
     """Where a prompt stands in ComfyUI's `/queue`: running, or behind `ahead` others."""
 
     running: bool
     ahead: int
 
 
-def place_in_queue(queue: Mapping[str, Any], prompt_id: str) -> QueuePlace | None:
+def prompt_position(queue: Mapping[str, Any], prompt_id: str) -> PromptPosition | None:
     """Return where the prompt stands, or None if it does not; pending prompts run by their number, smallest first."""
     running = queue.get("queue_running") or []
     if any(item[1] == prompt_id for item in running):
-        return QueuePlace(running=True, ahead=0)
+        return PromptPosition(running=True, ahead=0)
     pending = sorted(queue.get("queue_pending") or [], key=lambda item: item[0])
     for place, item in enumerate(pending):
         if item[1] == prompt_id:
-            return QueuePlace(running=False, ahead=place + len(running))
+            return PromptPosition(running=False, ahead=place + len(running))
     return None

@@ -14,8 +14,8 @@ from comfy_worker.comfy.protocol import (
     Deleted,
     Lost,
     Outcome,
+    PromptPosition,
     PromptProtocol,
-    QueuePlace,
     Succeeded,
     outcome_from_history,
 )
@@ -66,7 +66,7 @@ class Watch:
     _ask_at: float = field(default=0.0, init=False)
     _last_sign: float = field(default=0.0, init=False)
     """When the prompt was last seen to get on, or to wait behind another, or could not be heard."""
-    _last_place: QueuePlace | None = field(default=None, init=False)
+    _last_place: PromptPosition | None = field(default=None, init=False)
     _pid: int | None = field(default=None, init=False)
     _unanswered_since: float | None = field(default=None, init=False)
     _down_since: float | None = field(default=None, init=False)
@@ -198,7 +198,7 @@ class Watch:
             entry = self.client.history(self.protocol.prompt_id)
         return outcome_from_history(entry) if entry is not None else self._without_history()
 
-    def _stands_at(self, place: QueuePlace) -> None:
+    def _stands_at(self, place: PromptPosition) -> None:
         self._last_place = place
         self._missing_since = None
         # Its beginning may have been told while nobody could hear it; the clock of a job runs from there.

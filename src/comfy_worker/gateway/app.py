@@ -31,11 +31,11 @@ from comfy_worker.gateway.api_keys import Guard, Keys
 from comfy_worker.gateway.container import Gateway
 from comfy_worker.gateway.errors import NotFound
 from comfy_worker.gateway.http.docs_page import add_docs
-from comfy_worker.gateway.http.error_responses import problem_body
+from comfy_worker.gateway.http.error_responses import error_body
 from comfy_worker.gateway.http.limits import RateLimits
-from comfy_worker.gateway.http.middleware import AuthMiddleware, Outside, answer_error
+from comfy_worker.gateway.http.middleware import AuthMiddleware, RequestLogMiddleware, answer_error
 from comfy_worker.gateway.http.request_bodies import Unread
-from comfy_worker.gateway.http.stream_limits import Streams
+from comfy_worker.gateway.http.stream_limits import StreamLimits
 from comfy_worker.gateway.http.wrong_keys import WrongKeys
 from comfy_worker.gateway.jobs.metrics import GatewayCollector, make_registry
 from comfy_worker.gateway.openapi import describe, methods_at
@@ -103,7 +103,7 @@ def _guard(app: FastAPI, settings: GatewaySettings, keys: Keys, limits: RateLimi
         AuthMiddleware,
         guard=Guard(keys, origins),
         limits=limits,
-        streams=Streams(settings.max_streams_per_key),
+        streams=StreamLimits(settings.max_streams_per_key),
         wrong_keys=WrongKeys(parse(settings.rate_limit_wrong_keys) if settings.rate_limit_wrong_keys else None),
     )
     if origins:
@@ -121,7 +121,7 @@ def _guard(app: FastAPI, settings: GatewaySettings, keys: Keys, limits: RateLimi
             ],
             expose_headers=["Retry-After"],
         )
-    app.add_middleware(Outside)
+    app.add_middleware(RequestLogMiddleware)
     app.add_middleware(Unread)
 
 
@@ -148,7 +148,7 @@ async def _answer_http(request: Request, error: Exception) -> JSONResponse:
     if error.status_code == NotFound.http_status:
         return answer_error(NotFound("There is nothing at this path"), request.url.path)
     problem = {"error": str(error.detail), "code": _CODES.get(error.status_code, InvalidInput.code)}
-    body = problem_body(problem, request.url.path)
+    body = error_body(problem, request.url.path)
     response = JSONResponse(body, status_code=error.status_code, headers=error.headers)
     if error.status_code == 405 and (methods := methods_at(request.app, request.url.path)):
         # The framework names those of one route, and a path may have several.

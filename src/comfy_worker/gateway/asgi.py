@@ -18,7 +18,7 @@ from fastapi import FastAPI
 from starlette.types import Receive, Scope, Send
 from uvicorn.main import main as uvicorn_command
 
-from comfy_worker.gateway.http.server import Ending
+from comfy_worker.gateway.http.server import DrainingApp
 from comfy_worker.signals import END_SIGNALS
 
 _EVERYWHERE = "0.0.0.0"  # noqa: S104 - nothing listens on it: it stands for an address that is not known
@@ -51,7 +51,7 @@ def listener() -> Listener:
     return Listener(options["host"] if is_hosts else _EVERYWHERE, workers)
 
 
-class Application(Ending):
+class Application(DrainingApp):
     """The gateway, which lets all go that wait for a job as soon as a signal tells its server to end."""
 
     def __init__(self, app: FastAPI) -> None:

@@ -16,15 +16,15 @@ from comfy_worker.gateway.api_keys import kept_secret
 from comfy_worker.gateway.engines.local import LocalEngine
 from comfy_worker.gateway.events.bus import EventBus, LocalEventBus
 from comfy_worker.gateway.jobs.assets import AssetStore
-from comfy_worker.gateway.jobs.retention import Upkeep
+from comfy_worker.gateway.jobs.retention import Retention
 from comfy_worker.gateway.jobs.service import JobService
 from comfy_worker.gateway.jobs.signed_links import AssetLinks, CallbackLinks
-from comfy_worker.gateway.jobs.webhook_deliveries import Deliveries
+from comfy_worker.gateway.jobs.webhook_deliveries import WebhookDeliveries
 from comfy_worker.gateway.settings import GatewaySettings
 from comfy_worker.gateway.store.database import connect, patiently
-from comfy_worker.gateway.store.gateway_lock import owned, turn
-from comfy_worker.gateway.store.job_store import Store
-from comfy_worker.gateway.store.progress_writer import ProgressNotes
+from comfy_worker.gateway.store.gateway_lock import gateway_lock, leader_lock
+from comfy_worker.gateway.store.job_store import JobStore
+from comfy_worker.gateway.store.progress_writer import ProgressWriter
 
 if TYPE_CHECKING:
     from comfy_worker.gateway.engines.celery.engine import CeleryEngine
@@ -64,25 +64,27 @@ class Gateway:
             engine = connect(database)
             stack.callback(engine.dispose)
             if settings.engine == "local":
-                stack.enter_context(owned(engine, when_lost=self._end_for_another))
-            self.store = patiently(lambda: Store(engine, own_key.encode()))
+                stack.enter_context(gateway_lock(engine, when_lost=self._end_for_another))
+            self.store = patiently(lambda: JobStore(engine, own_key.encode()))
             self.library = Catalog(settings.workflows_dir, kept=KeptVersions(data / "workflow_versions"))
             self.bus, self.assets = bus or make_bus(settings), AssetStore(data / "assets")
             self.links = AssetLinks(_links_key(settings), settings.asset_url_expires_s)
             is_shared = settings.engine != "local"
-            self._deliveries = Deliveries(
+            self._deliveries = WebhookDeliveries(
                 self.store, self.assets, settings, self.links, public_url=settings.public_url, is_shared=is_shared
             )
             self.callbacks = CallbackLinks(own_key, settings.public_url)
-            self._notes = ProgressNotes(self.store, settings.progress_note_s)
+            self._notes = ProgressWriter(self.store, settings.progress_note_s)
             self._engine = self._make_engine(settings)
             self._peers = self._make_peers(settings, data)
-            self._upkeep = Upkeep(
+            self._upkeep = Retention(
                 self.store,
                 self.bus,
                 self.assets,
                 take_up_forgotten=self._engine.take_up_forgotten,
-                turn=(lambda: nullcontext(True)) if settings.engine == "local" else (lambda: turn(engine)),
+                leader_lock=(lambda: nullcontext(True))
+                if settings.engine == "local"
+                else (lambda: leader_lock(engine)),
             )
             self.service = JobService(
                 self.store,

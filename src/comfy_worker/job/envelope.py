@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from comfy_worker.errors import InvalidInput
-from comfy_worker.strict_json import NotStrictJson, check_json, parse_json
+from comfy_worker.strict_json import InvalidJson, check_json, parse_json
 
 HOW_TO_SEND = 'Send {"input": {"workflow": {…}}}'
 _CALLERS_FIELDS = ("input", "webhook", "webhookV2", "policy", "s3Config")
@@ -50,7 +50,7 @@ def _object(value: Any) -> Mapping[str, Any]:
     if isinstance(value, str):
         try:
             value = parse_json(value)
-        except NotStrictJson as problem:
+        except InvalidJson as problem:
             raise InvalidInput("Invalid JSON format in input", hint=f"It {problem}") from None
     if not isinstance(value, Mapping):
         raise InvalidInput("input must be an object with a workflow")
@@ -65,7 +65,7 @@ def check_job(job: Any) -> None:
     """
     try:
         check_json(job)
-    except NotStrictJson as problem:
+    except InvalidJson as problem:
         raise InvalidInput(f"The job {problem.reason}") from None
 
 

@@ -37,8 +37,8 @@ from comfy_worker.graph.file_references import Reference, find_strings, name_of_
 from comfy_worker.graph.node_inputs import InputConfig
 from comfy_worker.graph.workflow import Graph
 from comfy_worker.job.input_files import FAILED, decode_base64, too_many_files
-from comfy_worker.media.file_type import HEAD_BYTES, content_type, disguise, is_medium, with_true_extension
-from comfy_worker.net.fetcher import Fetcher, Unwanted, Wants
+from comfy_worker.media.file_type import HEAD_BYTES, content_mismatch, content_type, is_medium, with_true_extension
+from comfy_worker.net.fetcher import Fetcher, UnwantedContent, Wants
 from comfy_worker.stop import Stop
 from comfy_worker.storage.signed_urls import Signer
 from comfy_worker.types import InputFile, Job
@@ -249,7 +249,7 @@ class _Staging:
         """Bring one file to where it is looked for."""
         try:
             places = self._bring(item)
-        except Unwanted:
+        except UnwantedContent:
             # A URL in a text leads to a page, say: the text stays as it is.
             return _Staged()
         except (InvalidInput, InputFetchFailed, UploadFailed, DiskFull) as error:
@@ -285,7 +285,7 @@ class _Staging:
     def _checked_name(item: _Item, head: bytes) -> str:
         """Return the file's name in the job's folder; one that was made out of a URL gets the right extension."""
         name = item.file.name if item.folder is None else with_true_extension(item.file.name, head)
-        pretended = disguise(head, name)
+        pretended = content_mismatch(head, name)
         if pretended:
             raise InvalidInput(f"Image {name!r} is {pretended}, not what its name says")
         return name if item.folder is None else f"{item.folder}/{name}"

@@ -24,7 +24,7 @@ from comfy_worker.job.envelope import (
 )
 from comfy_worker.job.input_files import FAILED, decode_files, too_many_files
 from comfy_worker.names import check_name
-from comfy_worker.strict_json import NotStrictJson, parse_json
+from comfy_worker.strict_json import InvalidJson, parse_json
 from comfy_worker.types import (
     Artifact,
     Conversion,
@@ -267,7 +267,7 @@ def _parse_workflow(workflow: Any) -> Any:
         raise InvalidWorkflow("Workflow validation failed: the workflow is neither an object nor a string")
     try:
         return parse_json(workflow)
-    except NotStrictJson as problem:
+    except InvalidJson as problem:
         raise InvalidWorkflow(f"Workflow validation failed: the workflow is a string that {problem.reason}") from None
 
 

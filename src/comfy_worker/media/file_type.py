@@ -76,7 +76,7 @@ def _extension(head: bytes) -> str | None:
     return f".{known.extension}" if known is not None and known.mime.partition("/")[0] in _MEDIA else None
 
 
-def disguise(head: bytes, name: str) -> str | None:
+def content_mismatch(head: bytes, name: str) -> str | None:
     """Return what a file is that calls itself a picture, sound, video or model and is none, or None if it may be one.
 
     Only what is recognised for sure is told; a format that is not known may be one that a node knows.

@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 from comfy_worker.errors import InvalidInput
 from comfy_worker.modifiers.errors import MissingValue, ModifierFailed
 from comfy_worker.modifiers.random_ints import HIGHEST, RANDOM_INT, fill_random_ints
-from comfy_worker.modifiers.values import Values
-from comfy_worker.strict_json import NotStrictJson, parse_json
+from comfy_worker.modifiers.values import RecordedValues
+from comfy_worker.strict_json import InvalidJson, parse_json
 
 _URL = re.compile(r"https?://", re.IGNORECASE)
 _ON_COMFYUIS_DISK = ("input_dir", "download_file", "find_input_file", "list_files_in_directory", "get_file_extension")
@@ -44,7 +44,7 @@ class BaseModifier:
     workflow_folders: Sequence[Path] = ()
 
     def __init__(self, modifications: Mapping[str, Any] | None = None) -> None:
-        self.modifications: dict[str, Any] = Values(modifications or {})
+        self.modifications: dict[str, Any] = RecordedValues(modifications or {})
         self.workflow: dict[str, Any] = {}
 
     def __getattr__(self, name: str) -> Any:
@@ -128,7 +128,7 @@ class BaseModifier:
         file = self._find_workflow()
         try:
             workflow = parse_json(file.read_bytes())
-        except (OSError, NotStrictJson):
+        except (OSError, InvalidJson):
             raise ModifierFailed(f"Modifier {self._name} cannot read its workflow {file.name}") from None
         if not isinstance(workflow, dict):
             raise ModifierFailed(f"Modifier {self._name} has a workflow that is no object of nodes: {file.name}")

@@ -6,7 +6,7 @@ from collections.abc import ItemsView, Iterator, Mapping, ValuesView
 from typing import Any
 
 
-class Values(dict[str, Any]):
+class RecordedValues(dict[str, Any]):
     """A dict that knows which of its first keys were never looked at.
 
     Attributes:

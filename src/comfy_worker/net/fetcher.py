@@ -41,7 +41,7 @@ Wants = Callable[[bytes, str], bool]
 """Says by the first bytes of a body and its `Content-Type` whether it is wanted."""
 
 
-class Unwanted(Exception):
+class UnwantedContent(Exception):
     """What is at a URL is not what was looked for; no more of it was fetched than it took to see that."""
 
 
@@ -83,9 +83,9 @@ class _Source:
     wants: Wants | None = None
 
     def check(self, head: bytes, declared: str) -> None:
-        """Raise `Unwanted` if a body that begins so is not wanted."""
+        """Raise `UnwantedContent` if a body that begins so is not wanted."""
         if self.wants is not None and not self.wants(head, declared):
-            raise Unwanted
+            raise UnwantedContent
 
 
 class Fetcher:
@@ -106,7 +106,7 @@ class Fetcher:
             wants: is asked whether what is there is wanted; then it is tried once only.
 
         Raises:
-            Unwanted: it is not.
+            UnwantedContent: it is not.
             InvalidInput: the worker does not take the job's bucket.
             InputFetchFailed: it cannot or may not be fetched; the sentence names the URL and says why.
             DiskFull: the worker's disk has no room for it.
@@ -182,7 +182,7 @@ class Fetcher:
         """Return a body that did not change."""
         try:
             source.check(body.read(HEAD_BYTES), about.content_type)
-        except Unwanted:
+        except UnwantedContent:
             body.close()
             raise
         body.seek(0)

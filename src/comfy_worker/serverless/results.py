@@ -21,7 +21,7 @@ _FIRST_WAIT_S = 0.2
 _LONGEST_WAIT_S = 30.0
 
 
-def patient_retries(attempts: int = _ATTEMPTS) -> ExponentialRetry:
+def result_post_retries(attempts: int = _ATTEMPTS) -> ExponentialRetry:
     """Return when to post again, for about a minute; made like the SDK's own choice, whose `attempts` are too few."""
     return ExponentialRetry(
         attempts=max(attempts, _ATTEMPTS),

@@ -42,10 +42,10 @@ def start(settings: Settings) -> None:
     # The SDK configures the root logger as it is imported; ours comes after.
     configure_logs(settings.log_level, settings.secrets())
     from comfy_worker.serverless.job_loop import JobLoop
-    from comfy_worker.serverless.results import patient_retries, with_error_in_output
+    from comfy_worker.serverless.results import result_post_retries, with_error_in_output
 
     rp_scale.JobScaler = JobLoop
-    rp_http.FibonacciRetry = patient_retries
+    rp_http.FibonacciRetry = result_post_retries
     rp_job.run_job = with_error_in_output(rp_job.run_job)
     rp_ping.Heartbeat.process_loop = staticmethod(ping_while_the_worker_lives)
     runpod.serverless.register_fitness_check(comfyui_is_ready)

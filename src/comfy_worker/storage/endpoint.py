@@ -45,7 +45,7 @@ class Bucket:
 
 
 @dataclass(frozen=True)
-class Words:
+class EndpointTerms:
     """What the one who has to mend it calls the parts of an endpoint."""
 
     url: str = "BUCKET_ENDPOINT_URL"
@@ -91,7 +91,7 @@ def parse_endpoint(
     *,
     addressing: Addressing = "auto",
     unnamed: str | None = None,
-    words: Words = Words(),
+    words: EndpointTerms = EndpointTerms(),
 ) -> Bucket:
     """Return the bucket that `url` and the explicit `name` and `region` stand for; what is explicit wins.
 
@@ -143,7 +143,7 @@ def known_service(host: str) -> str | None:
     return service if region else None
 
 
-def _split(url: str, words: Words) -> tuple[SplitResult, str, str]:
+def _split(url: str, words: EndpointTerms) -> tuple[SplitResult, str, str]:
     """Return the parts of the URL, with its host and its port (":9000" or "")."""
     example = f"{words.url} must be a URL such as https://bucket.s3.eu-central-1.amazonaws.com"
     try:
@@ -163,7 +163,7 @@ def _split(url: str, words: Words) -> tuple[SplitResult, str, str]:
     return parts, host.rstrip("."), port
 
 
-def _segments(path: str, words: Words) -> list[str]:
+def _segments(path: str, words: EndpointTerms) -> list[str]:
     segments = [unquote(segment) for segment in path.strip("/").split("/")] if path.strip("/") else []
     if any(segment in ("", ".", "..") or "/" in segment or _INVISIBLE.search(segment) for segment in segments):
         raise InvalidInput(f"The path of {words.url} has empty parts, leads elsewhere or has letters that cannot be")
@@ -183,7 +183,7 @@ def _read_host(host: str, name: str | None) -> tuple[str | None, str, str | None
     return None, host, None, False
 
 
-def _read_path(segments: Sequence[str], bucket: str | None, words: Words) -> tuple[str | None, Sequence[str]]:
+def _read_path(segments: Sequence[str], bucket: str | None, words: EndpointTerms) -> tuple[str | None, Sequence[str]]:
     """Return the bucket that stands in the path, and what stands there besides."""
     if bucket is None and len(segments) == 1:
         return segments[0], []
@@ -192,7 +192,7 @@ def _read_path(segments: Sequence[str], bucket: str | None, words: Words) -> tup
     return None, segments
 
 
-def _check_name(name: str, words: Words) -> None:
+def _check_name(name: str, words: EndpointTerms) -> None:
     if not _NAME.fullmatch(name) or ".." in name or _IPV4.fullmatch(name):
         raise InvalidInput(
             f"The bucket {name[:80]!r} ({words.name}, or a part of {words.url}) cannot exist: it has 3 to 63 small "
@@ -200,7 +200,7 @@ def _check_name(name: str, words: Words) -> None:
         )
 
 
-def _checked_region(region: str | None, words: Words) -> str | None:
+def _checked_region(region: str | None, words: EndpointTerms) -> str | None:
     if region and not _REGION.fullmatch(region):
         raise InvalidInput(f"{words.region} must have letters, digits and '-' only, such as eu-central-1")
     return region

@@ -8,11 +8,11 @@ from urllib.parse import urlsplit
 from comfy_worker.errors import InvalidInput
 from comfy_worker.net.public_addresses import addresses_of, is_public
 from comfy_worker.settings import Settings
-from comfy_worker.storage.endpoint import Bucket, Words, check_header_value, known_service, parse_endpoint
+from comfy_worker.storage.endpoint import Bucket, EndpointTerms, check_header_value, known_service, parse_endpoint
 from comfy_worker.storage.object_keys import bucket_of_the_month
 from comfy_worker.types import JobBucket
 
-_WORDS = Words("s3.endpoint_url", "s3.bucket_name", "s3.region")
+_WORDS = EndpointTerms("s3.endpoint_url", "s3.bucket_name", "s3.region")
 
 
 def is_listed(settings: Settings) -> bool:

@@ -10,7 +10,7 @@ from fastapi import Request
 
 from comfy_worker.catalog.library import Catalog
 from comfy_worker.gateway.jobs.assets import AssetStore, with_urls
-from comfy_worker.gateway.jobs.queue_position import as_time
+from comfy_worker.gateway.jobs.queue_position import iso_time
 from comfy_worker.gateway.jobs.service import JobService
 from comfy_worker.gateway.jobs.signed_links import PATH, AssetLinks
 from comfy_worker.gateway.settings import GatewaySettings
@@ -72,4 +72,4 @@ def away(backends: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     if not backends or any(backend["healthy"] for backend in backends):
         return {}
     since = [backend["away_since"] for backend in backends if backend.get("away_since")]
-    return {"away_since": as_time(max(since))} if since else {}
+    return {"away_since": iso_time(max(since))} if since else {}

@@ -21,7 +21,7 @@ from comfy_worker.gateway.engines.backends import (
     stop_unreachable,
 )
 from comfy_worker.gateway.engines.progress_publisher import ProgressPublisher
-from comfy_worker.gateway.engines.queue_estimates import InHand, SteadyPlaces, has_moved, places_of
+from comfy_worker.gateway.engines.queue_estimates import InHand, SmoothedEstimates, estimate_positions, has_moved
 from comfy_worker.gateway.engines.run_times import RunTimes
 from comfy_worker.gateway.engines.runner import Runner, take_out
 from comfy_worker.gateway.engines.store_retry import StoreRetry
@@ -35,8 +35,8 @@ from comfy_worker.gateway.jobs.queue_position import QueuePosition
 from comfy_worker.gateway.json_logs import about_job
 from comfy_worker.gateway.settings import GatewaySettings
 from comfy_worker.gateway.store.database import patiently
-from comfy_worker.gateway.store.job_store import Store, moment
-from comfy_worker.gateway.store.progress_writer import ProgressNotes
+from comfy_worker.gateway.store.job_store import JobStore, moment
+from comfy_worker.gateway.store.progress_writer import ProgressWriter
 from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.types import JobState
 
@@ -58,12 +58,12 @@ class LocalEngine:
 
     def __init__(
         self,
-        store: Store,
+        store: JobStore,
         bus: EventBus,
         assets: AssetStore,
         settings: GatewaySettings,
         progress: ProgressWebhooks,
-        notes: ProgressNotes,
+        notes: ProgressWriter,
     ) -> None:
         self._store = store
         self._bus = bus
@@ -74,7 +74,7 @@ class LocalEngine:
         self._run_times = RunTimes()
         self._running: dict[str, RunningJob] = {}
         self._stopping = threading.Event()
-        self._steady = SteadyPlaces()
+        self._steady = SmoothedEstimates()
         self._known_places: tuple[float, Mapping[str, QueuePosition]] = (-_PLACES_AGE_S, {})
         telling = ProgressPublisher(store, notes, bus, self._run_times, self._lock, self._standing)
         patience = StoreRetry(store, self._stopping)
@@ -205,7 +205,7 @@ class LocalEngine:
         with self._lock:
             in_hand = [self._in_hand(running) for running in self._running.values()]
             healthy = [backend.url for backend in self._backends if backend.healthy]
-            places = places_of(self._queue, in_hand, self._run_times, healthy)
+            places = estimate_positions(self._queue, in_hand, self._run_times, healthy)
             away = {job.id: away_since(job, self._backends) for job in self._queue}
             away |= {running.job.id: running.backend.away_since for running in self._running.values()}
             for job_id in away.keys() & places.keys():

@@ -13,8 +13,8 @@ from comfy_worker.gateway.engines.run_times import RunRecorder, RunTimes
 from comfy_worker.gateway.errors import DatabaseUnavailable
 from comfy_worker.gateway.events.bus import PREVIEW, PROGRESS, STATUS, EventBus
 from comfy_worker.gateway.jobs.progress_webhooks import Tell
-from comfy_worker.gateway.store.job_store import Store, moment
-from comfy_worker.gateway.store.progress_writer import ProgressNotes
+from comfy_worker.gateway.store.job_store import JobStore, moment
+from comfy_worker.gateway.store.progress_writer import ProgressWriter
 from comfy_worker.gateway.store.records import ProgressNote
 from comfy_worker.job.progress import Progress
 from comfy_worker.types import Job, JobEvent, JobState, Preview, Stage, StageStarted
@@ -33,8 +33,8 @@ class ProgressPublisher:
 
     def __init__(
         self,
-        store: Store,
-        notes: ProgressNotes,
+        store: JobStore,
+        notes: ProgressWriter,
         bus: EventBus,
         run_times: RunTimes,
         changed: threading.Condition,

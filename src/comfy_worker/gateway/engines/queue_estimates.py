@@ -34,7 +34,7 @@ class InHand:
         return self.job.order_if(is_in_comfyui=self.stage is Stage.QUEUED)
 
 
-def places_of(
+def estimate_positions(
     waiting: Iterable[WaitingJob], in_hand: Iterable[InHand], run_times: RunTimes, backends: Sequence[str]
 ) -> dict[str, QueuePosition]:
     """Return where every job stands that has not been run yet, and how long each of the others runs on, by id.
@@ -105,7 +105,7 @@ def _rounded(seconds: float | None) -> float | None:
     return None if seconds is None else round(seconds, 1)
 
 
-class SteadyPlaces:
+class SmoothedEstimates:
     """Keeps a job's estimates from rising where there is no reason for it; the caller holds a lock.
 
     A reason is a job that got in front, or a ComfyUI that went away. That the jobs in front take longer than those like

@@ -29,7 +29,7 @@ from comfy_worker.gateway.errors import DatabaseUnavailable
 from comfy_worker.gateway.events.bus import STATUS, EventBus
 from comfy_worker.gateway.jobs.progress_webhooks import ProgressWebhooks, Tell
 from comfy_worker.gateway.settings import GatewaySettings
-from comfy_worker.gateway.store.job_store import Store, moment
+from comfy_worker.gateway.store.job_store import JobStore, moment
 from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.graph.workflow import WEBSOCKET_OUTPUT_NODE
 from comfy_worker.job.payload import parse_job, split_failure
@@ -74,7 +74,7 @@ class Runner:
 
     def __init__(
         self,
-        store: Store,
+        store: JobStore,
         bus: EventBus,
         settings: GatewaySettings,
         progress: ProgressWebhooks,

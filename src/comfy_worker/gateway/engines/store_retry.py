@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from comfy_worker.gateway.errors import DatabaseUnavailable
-from comfy_worker.gateway.store.job_store import Store
+from comfy_worker.gateway.store.job_store import JobStore
 from comfy_worker.gateway.store.records import JobRecord
 
 Answer = TypeVar("Answer")
@@ -18,7 +18,7 @@ _AGAIN_S = 0.5
 class StoreRetry:
     """Outlasts a database that is away; gives up only when the engine stops."""
 
-    def __init__(self, store: Store, stopping: threading.Event) -> None:
+    def __init__(self, store: JobStore, stopping: threading.Event) -> None:
         """Take the store, and what says that the engine stops."""
         self._store = store
         self._stopping = stopping

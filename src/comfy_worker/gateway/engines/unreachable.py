@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from comfy_worker.gateway.engines.backends import Backend
 from comfy_worker.gateway.engines.waiting_jobs import WaitingJob
-from comfy_worker.gateway.jobs.queue_position import as_time
+from comfy_worker.gateway.jobs.queue_position import iso_time
 
 
 def away_since(job: WaitingJob, backends: Sequence[Backend]) -> float | None:
@@ -24,4 +24,4 @@ def notice_of(since: float | None) -> str:
     """Return what callers read while no ComfyUI answers; empty while one does."""
     if since is None:
         return ""
-    return f"ComfyUI has not answered since {as_time(since)}"
+    return f"ComfyUI has not answered since {iso_time(since)}"

@@ -16,9 +16,9 @@ from typing import Any
 from redis import Redis
 
 from comfy_worker.gateway.events.bus import GAP, STATUS, Event, Listener, Listening, hand_over
-from comfy_worker.gateway.events.redis_connection import RedisAway, RedisLink, connect
-from comfy_worker.gateway.events.redis_streams import RedisEvents
-from comfy_worker.gateway.events.redis_subscriber import RedisReader
+from comfy_worker.gateway.events.redis_connection import RedisAway, RedisConnection, connect
+from comfy_worker.gateway.events.redis_streams import RedisStreams
+from comfy_worker.gateway.events.redis_subscriber import RedisSubscriber
 
 _PUT_OFF = 10_000
 """Changes of state that are told when the Redis is back; of more the oldest are left to the store."""
@@ -36,12 +36,12 @@ class RedisEventBus:
         Raises:
             ValueError: it is no URL of a Redis.
         """
-        self._events = RedisEvents(connect(url))
+        self._events = RedisStreams(connect(url))
         self._put_off: deque[tuple[str, Mapping[str, Any], int]] = deque(maxlen=_PUT_OFF)
-        self._link = RedisLink(url, self._tell_put_off, "changes of state are told when it is back, nothing else")
+        self._link = RedisConnection(url, self._tell_put_off, "changes of state are told when it is back, nothing else")
         self._lock = threading.Lock()
         self._listeners: dict[str, dict[Listener, float]] = {}
-        self._reader = RedisReader(url, self._events, self._hand_over, self._jobs_listened_to, self._tell_of_gaps)
+        self._reader = RedisSubscriber(url, self._events, self._hand_over, self._jobs_listened_to, self._tell_of_gaps)
         self._closed = False
 
     # ------------------------------------------------------------------------------------------ publishing

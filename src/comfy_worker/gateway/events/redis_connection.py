@@ -39,7 +39,7 @@ def connect(url: str, timeout_s: float = PATIENCE_S) -> Redis:
     )
 
 
-class RedisLink:
+class RedisConnection:
     """Commands to a Redis, from any thread. While it is away they fail at once, and a thread looks when it is back."""
 
     def __init__(self, url: str, when_back: Callable[[Redis], None], what: str) -> None:

@@ -42,7 +42,7 @@ Its numbers are those of doubles: exact for microseconds until the year 2255.
 """
 
 
-class RedisEvents:
+class RedisStreams:
     """The events of all jobs in one database of a Redis."""
 
     def __init__(self, client: Redis) -> None:

@@ -13,8 +13,8 @@ from redis import Redis, RedisError
 from redis.client import PubSub
 
 from comfy_worker.gateway.events.bus import Event
-from comfy_worker.gateway.events.redis_connection import PATIENCE_S, RedisAway, RedisLink, connect
-from comfy_worker.gateway.events.redis_streams import RedisEvents
+from comfy_worker.gateway.events.redis_connection import PATIENCE_S, RedisAway, RedisConnection, connect
+from comfy_worker.gateway.events.redis_streams import RedisStreams
 
 _LOOK_S = 1.0
 _AGAIN_S = 0.25
@@ -25,13 +25,13 @@ _GAP_AFTER_S = 15.0
 """Whoever told of a change may have been killed before it did."""
 
 
-class RedisReader:
+class RedisSubscriber:
     """Hears what is told in the channels of jobs; connects again for as long as it runs."""
 
     def __init__(
         self,
         url: str,
-        events: RedisEvents,
+        events: RedisStreams,
         hand_over: Callable[[Event], None],
         jobs: Callable[[], Iterable[str]],
         tell_of_gaps: Callable[[float], None],
@@ -97,7 +97,7 @@ class RedisReader:
             finally:
                 self._confirmed.pop((what, channel.encode()), None)
 
-    def stop(self, link: RedisLink) -> None:
+    def stop(self, link: RedisConnection) -> None:
         """End, when what was told until now has been heard; wait a moment for that."""
         if self._thread is None:
             self._stopping.set()

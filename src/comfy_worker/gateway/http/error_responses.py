@@ -22,7 +22,7 @@ _TITLES: Mapping[type[WorkerError], str] = {
 _TITLE = "Request failed"
 
 
-def problem_body(problem: Mapping[str, Any], path: str) -> dict[str, Any]:
+def error_body(problem: Mapping[str, Any], path: str) -> dict[str, Any]:
     """Return an error, `{error, code, hint, details}`, as the clients of a path expect it."""
     if path.startswith(CATALOG_PREFIX):
         return envelope(problem)
@@ -56,10 +56,10 @@ def _words(details: Any) -> str:
     return str(details)
 
 
-def body_of(error: WorkerError, path: str) -> dict[str, Any]:
+def error_response_body(error: WorkerError, path: str) -> dict[str, Any]:
     """Return an error of ours as the clients of a path expect it."""
     if path.startswith(CATALOG_PREFIX):
         return envelope(
             error.as_output(), next((_TITLES[kind] for kind in type(error).__mro__ if kind in _TITLES), _TITLE)
         )
-    return problem_body(error.as_output(), path)
+    return error_body(error.as_output(), path)

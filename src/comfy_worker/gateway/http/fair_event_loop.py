@@ -58,7 +58,7 @@ class FairSelector(selectors.DefaultSelector):
         return in_order[:_AT_ONCE]
 
 
-class FairLoop(asyncio.SelectorEventLoop):
+class FairEventLoop(asyncio.SelectorEventLoop):
     """An event loop with such a selector.
 
     Attributes:
@@ -74,5 +74,5 @@ class FairLoop(asyncio.SelectorEventLoop):
 def assign(transport: asyncio.BaseTransport, group: Group | None) -> None:
     """Put a connection's socket into a group, or out of all; in other event loops all sockets are equal."""
     loop = asyncio.get_running_loop()
-    if isinstance(loop, FairLoop):
+    if isinstance(loop, FairEventLoop):
         loop.sockets.assign(transport.get_extra_info("socket").fileno(), group)

@@ -16,11 +16,11 @@ from comfy_worker.errors import WorkerError
 from comfy_worker.gateway.api_keys import Guard
 from comfy_worker.gateway.callers import Caller, acting
 from comfy_worker.gateway.errors import WrongKey
-from comfy_worker.gateway.http.error_responses import body_of
+from comfy_worker.gateway.http.error_responses import error_response_body
 from comfy_worker.gateway.http.hosts import check_host, network_of
 from comfy_worker.gateway.http.limits import RateLimits, TooOften
 from comfy_worker.gateway.http.request_bodies import HAS_KEY, paced
-from comfy_worker.gateway.http.stream_limits import Streams, begins_at_once, is_stream, opening
+from comfy_worker.gateway.http.stream_limits import StreamLimits, begins_at_once, is_stream, opening
 from comfy_worker.gateway.http.wrong_keys import TooManyWrongKeys, WrongKeys
 from comfy_worker.gateway.jobs.signed_links import SIGNED_PATHS
 
@@ -43,7 +43,7 @@ _LONGEST_LOGGED = 300
 
 def answer_error(error: WorkerError, path: str) -> JSONResponse:
     """Return an error as the answer to a request for a path."""
-    response = JSONResponse(body_of(error, path), status_code=error.http_status)
+    response = JSONResponse(error_response_body(error, path), status_code=error.http_status)
     if isinstance(error, (TooOften, TooManyWrongKeys)):
         response.headers["Retry-After"] = str(error.retry_after_s)
     elif error.http_status in (429, 503):
@@ -53,7 +53,7 @@ def answer_error(error: WorkerError, path: str) -> JSONResponse:
     return response
 
 
-class Outside:
+class RequestLogMiddleware:
     """Adds the security headers to every answer and writes one line a request, without its query, to the log."""
 
     def __init__(self, app: ASGIApp) -> None:
@@ -99,7 +99,9 @@ def _about(scope: Scope) -> dict[str, str]:
 class AuthMiddleware:
     """Lets in who has a key, uses it not too often and sends not too much."""
 
-    def __init__(self, app: ASGIApp, guard: Guard, limits: RateLimits, streams: Streams, wrong_keys: WrongKeys) -> None:
+    def __init__(
+        self, app: ASGIApp, guard: Guard, limits: RateLimits, streams: StreamLimits, wrong_keys: WrongKeys
+    ) -> None:
         """Stand around an application."""
         self._app = app
         self._guard = guard

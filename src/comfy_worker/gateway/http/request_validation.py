@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.concurrency import run_in_threadpool
 
 from comfy_worker.errors import InvalidInput
-from comfy_worker.strict_json import NotStrictJson, parse_json
+from comfy_worker.strict_json import InvalidJson, parse_json
 
 RUNPODS_FIELDS = ("webhook", "policy", "s3Config")
 """What RunPod's API takes beside `input`, and other APIs pass on."""
@@ -37,7 +37,7 @@ def parse_body(body: bytes, model: type[BaseModel]) -> Mapping[str, Any]:
     """Return the JSON object in a body, as it is; raise `InvalidInput` if it is none of the model's form."""
     try:
         parsed = parse_json(body)
-    except NotStrictJson as problem:
+    except InvalidJson as problem:
         raise InvalidInput(f"The request {problem.reason}") from None
     if not isinstance(parsed, dict):
         raise InvalidInput("The request must be a JSON object", hint=_hint(model))

@@ -50,7 +50,7 @@ _NORMAL, _SERVICE_RESTART = 1000, 1012
 """Codes with which a WebSocket is closed: that all is told, and that the server ends."""
 
 
-class Ending:
+class DrainingApp:
     """An application whose every answer ends its connection, once that has begun to end.
 
     A client reads so in the answer, and sends its next request on another connection: to another gateway. One that
@@ -138,7 +138,7 @@ class Server(uvicorn.Server):
         Raises:
             InvalidInput: the limit of open files is too low for the connections that are set.
         """
-        self._ending = Ending(app)
+        self._ending = DrainingApp(app)
         self.connections = Connections.of(settings)
         self._health = (
             _config(OnlyPing(self._ending), settings, settings.port_health)

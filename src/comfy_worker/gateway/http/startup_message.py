@@ -18,7 +18,7 @@ _WORKFLOW = {
 }
 
 
-def welcome(settings: GatewaySettings, url: str) -> str:
+def startup_message(settings: GatewaySettings, url: str) -> str:
     """Return a few lines that end with a command to paste; `url` is where the gateway listens.
 
     No secret stands in them: a key that was given is named `$KEY`, and one that was made is read from its file.

@@ -20,7 +20,7 @@ class TooManyStreams(RateLimited):
     """A key has as many streams open as it may."""
 
 
-class Streams:
+class StreamLimits:
     """Counts the streams of each key, in this process."""
 
     def __init__(self, most: int) -> None:

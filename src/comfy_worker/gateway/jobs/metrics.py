@@ -19,7 +19,7 @@ from prometheus_client.registry import Collector
 from pydantic import BaseModel, Field, ValidationError
 
 from comfy_worker.gateway.callers import NOBODY, current_caller
-from comfy_worker.gateway.store.job_store import Store
+from comfy_worker.gateway.store.job_store import JobStore
 from comfy_worker.settings import without_credentials
 from comfy_worker.types import JobState
 
@@ -64,7 +64,7 @@ class GatewayCollector(Collector):
     """What is looked up when it is asked for: jobs in the store, ComfyUIs and their GPUs."""
 
     def __init__(
-        self, store: Store, backends: Callable[[], Sequence[Mapping[str, Any]]], urls: Sequence[str] = ()
+        self, store: JobStore, backends: Callable[[], Sequence[Mapping[str, Any]]], urls: Sequence[str] = ()
     ) -> None:
         """Take where to look; `urls` are those of ComfyUIs with their passwords, which `backends` leaves out."""
         self._store = store

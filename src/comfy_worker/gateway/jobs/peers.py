@@ -22,8 +22,8 @@ from redis import Redis, RedisError
 
 from comfy_worker.errors import InternalError, WorkerError, all_errors
 from comfy_worker.gateway.errors import DatabaseUnavailable
-from comfy_worker.gateway.events.redis_connection import RedisAway, RedisLink, connect
-from comfy_worker.gateway.store.job_store import Store
+from comfy_worker.gateway.events.redis_connection import RedisAway, RedisConnection, connect
+from comfy_worker.gateway.store.job_store import JobStore
 from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.types import JobState
 
@@ -59,12 +59,12 @@ class Copy:
 class Peers:
     """The other gateways; methods may be called from any thread, and wait for Redis no longer than a second."""
 
-    def __init__(self, url: str, name: str, store: Store) -> None:
+    def __init__(self, url: str, name: str, store: JobStore) -> None:
         """Take the URL of the Redis, this gateway's name, the same after a restart, and its jobs."""
         self._url = url
         self._name = name
         self._store = store
-        self._link = RedisLink(url, lambda _client: None, "jobs of other gateways are not known")
+        self._link = RedisConnection(url, lambda _client: None, "jobs of other gateways are not known")
         self._lock = threading.Lock()
         self._dirty: set[str] = set()
         self._others: Mapping[str, Mapping[str, Any]] = {}

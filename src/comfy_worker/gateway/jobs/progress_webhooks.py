@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
-from comfy_worker.gateway.jobs.webhook_formats import words_of
+from comfy_worker.gateway.jobs.webhook_formats import webhook_format_of
 from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.settings import Settings
 from comfy_worker.types import Job
@@ -38,7 +38,7 @@ class ProgressWebhooks:
         if job.webhook is None or not job.webhook.progress:
             yield _tell_nobody
             return
-        extra_params, words = job.webhook.extra_params, words_of(record.door)
+        extra_params, words = job.webhook.extra_params, webhook_format_of(record.door)
         report = ProgressReport(
             job.webhook, job.id, self._webhooks.settings, lambda told: words.progress_body(record, told, extra_params)
         )

@@ -49,6 +49,6 @@ class QueuePosition:
         return {name: value for name, value in {**known, "notice": self.notice or None}.items() if value is not None}
 
 
-def as_time(seconds: float) -> str:
+def iso_time(seconds: float) -> str:
     """Return a moment, in seconds since the epoch, as callers read it: ISO 8601 in UTC."""
     return f"{datetime.fromtimestamp(seconds, timezone.utc):%Y-%m-%dT%H:%M:%SZ}"

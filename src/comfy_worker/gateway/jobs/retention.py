@@ -10,17 +10,17 @@ from contextlib import AbstractContextManager, nullcontext
 from comfy_worker.gateway.errors import DatabaseUnavailable
 from comfy_worker.gateway.events.bus import EventBus
 from comfy_worker.gateway.jobs.assets import AssetStore
-from comfy_worker.gateway.store.job_store import Store
+from comfy_worker.gateway.store.job_store import JobStore
 
 _INTERVAL_S = 10.0
 
 
-class Upkeep:
+class Retention:
     """Removes jobs and their files when their retention is over, in a thread of its own."""
 
     def __init__(
         self,
-        store: Store,
+        store: JobStore,
         bus: EventBus,
         assets: AssetStore,
         *,

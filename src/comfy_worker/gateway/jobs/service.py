@@ -32,7 +32,7 @@ from comfy_worker.gateway.events.bus import GAP, PREVIEW, PROGRESS, STATUS, Even
 from comfy_worker.gateway.events.fair_scheduling import turns_of
 from comfy_worker.gateway.jobs.queue_position import QueuePosition
 from comfy_worker.gateway.jobs.webhook_receivers import check_receiver
-from comfy_worker.gateway.store.job_store import Store, moment
+from comfy_worker.gateway.store.job_store import JobStore, moment
 from comfy_worker.gateway.store.records import LOW_PRIORITY, NORMAL_PRIORITY, JobRecord
 from comfy_worker.graph.signature import signature
 from comfy_worker.job.envelope import read_input
@@ -87,7 +87,7 @@ class JobService:
 
     def __init__(
         self,
-        store: Store,
+        store: JobStore,
         bus: EventBus,
         engine: Engine,
         *,

@@ -18,9 +18,9 @@ from comfy_worker.gateway.errors import DatabaseUnavailable
 from comfy_worker.gateway.jobs.assets import AssetStore
 from comfy_worker.gateway.jobs.progress_webhooks import ProgressWebhooks
 from comfy_worker.gateway.jobs.signed_links import AssetLinks
-from comfy_worker.gateway.jobs.webhook_formats import WebhookParts, words_of
+from comfy_worker.gateway.jobs.webhook_formats import WebhookParts, webhook_format_of
 from comfy_worker.gateway.jobs.webhook_receivers import webhook_of_request
-from comfy_worker.gateway.store.job_store import Store
+from comfy_worker.gateway.store.job_store import JobStore
 from comfy_worker.gateway.store.records import WebhookDelivery
 from comfy_worker.logs import where_it_broke
 from comfy_worker.net.urls import shown_host
@@ -47,7 +47,7 @@ _LONGEST_BACK_OFF_S = 600.0
 _LAST_WAIT_S = 5.0
 
 
-class Deliveries:
+class WebhookDeliveries:
     """Sends webhooks in a thread of its own, a few at a time, each until it is accepted or given up.
 
     Attributes:
@@ -56,7 +56,7 @@ class Deliveries:
 
     def __init__(
         self,
-        store: Store,
+        store: JobStore,
         assets: AssetStore,
         settings: Settings,
         links: AssetLinks,
@@ -233,7 +233,7 @@ class Deliveries:
         limit_mb = settings.runsync_result_limit_mb if record.is_sync else settings.run_result_limit_mb
         limit = int(limit_mb * _MB)
         parts = WebhookParts(self._assets, self._links, self._public_url, limit)
-        body = words_of(record.door).end_body(record, parts, webhook.extra_params)
+        body = webhook_format_of(record.door).end_body(record, parts, webhook.extra_params)
         return Message.of(webhook, delivery.id, body, limit)
 
     def _receiver(self, request: Mapping[str, Any]) -> Webhook | None:

@@ -53,7 +53,7 @@ class WebhookParts:
 
 
 @dataclass(frozen=True)
-class WebhookWords:
+class WebhookFormat:
     """What a door has its webhooks say.
 
     Attributes:
@@ -79,11 +79,11 @@ class WebhookWords:
         return {**self.beside(extra_params), "type": "progress", **self.progress(record, told)}
 
 
-def words_of(door: str) -> WebhookWords:
+def webhook_format_of(door: str) -> WebhookFormat:
     """Return the words of a door; RunPod's for one that has none of its own."""
     if door not in _DOORS:
         return RUNPOD
-    words: WebhookWords = import_module(f"comfy_worker.gateway.api.{_DOORS[door]}").WEBHOOK
+    words: WebhookFormat = import_module(f"comfy_worker.gateway.api.{_DOORS[door]}").WEBHOOK
     return words
 
 
@@ -95,4 +95,4 @@ def _runpods_progress(record: JobRecord, told: Mapping[str, Any]) -> dict[str, A
     return {"id": record.id, "status": record.state.value, "output": told}
 
 
-RUNPOD = WebhookWords(_runpods_end, _runpods_progress)
+RUNPOD = WebhookFormat(_runpods_end, _runpods_progress)

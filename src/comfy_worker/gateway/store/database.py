@@ -149,7 +149,7 @@ class WriteQueue:
 
 
 @contextmanager
-def in_our_words() -> Iterator[None]:
+def raises_database_unavailable() -> Iterator[None]:
     """Within this block a database that cannot be used is an error of ours; nothing of its statement is told.
 
     Raises:

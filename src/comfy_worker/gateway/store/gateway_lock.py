@@ -17,7 +17,7 @@ from sqlalchemy import Connection, Engine, text
 
 from comfy_worker.errors import InvalidInput
 from comfy_worker.gateway.errors import DatabaseUnavailable
-from comfy_worker.gateway.store.database import START_PATIENCE_S, in_our_words
+from comfy_worker.gateway.store.database import START_PATIENCE_S, raises_database_unavailable
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ _END_SESSION = text(
 
 
 @contextmanager
-def owned(
+def gateway_lock(
     engine: Engine, take_over_s: float = _TAKE_OVER_S, when_lost: Callable[[], None] | None = None
 ) -> Iterator[None]:
     """Be the only gateway of a database within this block.
@@ -68,14 +68,14 @@ def owned(
 
 
 @contextmanager
-def turn(engine: Engine) -> Iterator[bool]:
-    """Yield whether nobody else who shares this database has its turn at the moment; it is ours within this block.
+def leader_lock(engine: Engine) -> Iterator[bool]:
+    """Yield whether nobody else who shares this database has its leader_lock at the moment; it is ours within this block.
 
     Raises:
         DatabaseUnavailable: it does not answer.
     """
     if engine.dialect.name == "sqlite":
-        lock = FileLock(f"{engine.url.database}.turn", timeout=0)
+        lock = FileLock(f"{engine.url.database}.leader_lock", timeout=0)
         try:
             lock.acquire()
         except Timeout:
@@ -88,7 +88,7 @@ def turn(engine: Engine) -> Iterator[bool]:
         return
     # PostgreSQL lets it go with the transaction, and so with a connection that is lost.
     with ExitStack() as stack:
-        with in_our_words():
+        with raises_database_unavailable():
             connection = stack.enter_context(engine.connect())
             # What is done meanwhile is done by other connections. This transaction locks no rows.
             connection.execute(_TAKE_YOUR_TIME)
@@ -151,7 +151,7 @@ class _Lock:
         Raises:
             DatabaseUnavailable: the database does not answer.
         """
-        with in_our_words():
+        with raises_database_unavailable():
             connection = self._engine.connect()
             try:
                 self._end_lost_session(connection)
@@ -174,7 +174,7 @@ class _Lock:
         if self._connection is None:
             return False
         try:
-            with in_our_words():
+            with raises_database_unavailable():
                 self._connection.execute(text("SELECT 1"))
         except DatabaseUnavailable:
             # Used once more, it would connect anew and hold nothing.

@@ -42,14 +42,14 @@ from comfy_worker.gateway.errors import (
     QueueFull,
     UnreadableRequest,
 )
-from comfy_worker.gateway.store.database import WRITES, WriteQueue, connect, in_our_words
+from comfy_worker.gateway.store.database import WRITES, WriteQueue, connect, raises_database_unavailable
 from comfy_worker.gateway.store.migrate import bring_up_to_date
 from comfy_worker.gateway.store.records import JobRecord, ProgressNote, WebhookDelivery
 from comfy_worker.gateway.store.stage_seconds import StageTimes, note_seconds, read_seconds, seconds_by_stage
 from comfy_worker.gateway.store.tables import events, idempotency_keys, jobs, webhook_deliveries
 from comfy_worker.types import JobState
 
-__all__ = ["Store", "connect", "moment"]
+__all__ = ["JobStore", "connect", "moment"]
 
 STATUS = "status"
 _OPEN = (JobState.IN_QUEUE.value, JobState.IN_PROGRESS.value)
@@ -66,7 +66,7 @@ def moment(at: float) -> int:
     return int(at * 1_000_000)
 
 
-class Store:
+class JobStore:
     """Keeps jobs; methods may be called from any thread, and return when what they did is safe.
 
     Each raises `DatabaseUnavailable` while the database cannot be used. What it was to change may be changed even so:
@@ -94,7 +94,7 @@ class Store:
         self.when_webhook_is_due: Callable[[], None] = _nothing
         self.when_changed: Callable[[str], None] = _nothing_of
         self._is_given_up = False
-        with in_our_words():
+        with raises_database_unavailable():
             bring_up_to_date(self._writer)
 
     def close(self) -> None:
@@ -108,14 +108,14 @@ class Store:
     @contextmanager
     def _reading(self) -> Iterator[Connection]:
         self._check_is_ours()
-        with in_our_words(), self._engine.connect() as connection:
+        with raises_database_unavailable(), self._engine.connect() as connection:
             yield connection
 
     @contextmanager
     def _writing(self) -> Iterator[Connection]:
         """Make what is done within the block one transaction."""
         self._check_is_ours()
-        with in_our_words(), self._writers.one_at_a_time(), self._writer.begin() as connection:
+        with raises_database_unavailable(), self._writers.one_at_a_time(), self._writer.begin() as connection:
             yield connection
 
     def _check_is_ours(self) -> None:

@@ -6,14 +6,14 @@ import contextlib
 import threading
 
 from comfy_worker.gateway.errors import DatabaseUnavailable
-from comfy_worker.gateway.store.job_store import Store
+from comfy_worker.gateway.store.job_store import JobStore
 from comfy_worker.gateway.store.records import ProgressNote
 
 
-class ProgressNotes:
+class ProgressWriter:
     """Notes the latest progress of all jobs at a time, in a thread of its own: who follows a job never waits for it."""
 
-    def __init__(self, store: Store, interval_s: float) -> None:
+    def __init__(self, store: JobStore, interval_s: float) -> None:
         """Take the store, and the seconds between two notes; with 0 nothing is noted."""
         self._store = store
         self._interval_s = interval_s

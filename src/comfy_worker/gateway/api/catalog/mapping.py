@@ -13,7 +13,7 @@ from comfy_worker.catalog.entry import CatalogEntry
 from comfy_worker.gateway.api.outputs import files_by_kind
 from comfy_worker.gateway.http.error_responses import envelope
 from comfy_worker.gateway.jobs.signed_links import IMAGES_PATH
-from comfy_worker.gateway.jobs.webhook_formats import WebhookParts, WebhookWords
+from comfy_worker.gateway.jobs.webhook_formats import WebhookFormat, WebhookParts
 from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.types import JobState, Kind
 
@@ -122,7 +122,7 @@ def execution_of(
     return execution if output is None else {**execution, "outputs": outputs_of(output)}
 
 
-def told_of(record: JobRecord, execution: Mapping[str, Any]) -> dict[str, Any]:
+def event_of(record: JobRecord, execution: Mapping[str, Any]) -> dict[str, Any]:
     """Return an execution in the envelope, with why it failed."""
     data = {"execution": execution}
     return {"status": "success", "data": data} if record.error is None else {**failure(record.error), "data": data}
@@ -179,12 +179,12 @@ def _end(record: JobRecord, parts: WebhookParts) -> dict[str, Any]:
     percent = (record.progress or {}).get("percent", 0.0)
     # As in this API's answers, links are below the gateway's root.
     output = None if record.output is None else parts.linked(record, IMAGES_PATH, base_url="")
-    return told_of(record, execution_of(record, percent, output))
+    return event_of(record, execution_of(record, percent, output))
 
 
 def _progress(record: JobRecord, told: Mapping[str, Any]) -> dict[str, Any]:
     open_record = replace(record, state=JobState.IN_PROGRESS)
-    return told_of(open_record, execution_of(open_record, told.get("percent", 0.0), None, time.time()))
+    return event_of(open_record, execution_of(open_record, told.get("percent", 0.0), None, time.time()))
 
 
-WEBHOOK = WebhookWords(_end, _progress)
+WEBHOOK = WebhookFormat(_end, _progress)

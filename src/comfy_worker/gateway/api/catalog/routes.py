@@ -17,6 +17,7 @@ from comfy_worker.catalog.entry import CatalogEntry
 from comfy_worker.gateway.api.catalog import schemas as answers
 from comfy_worker.gateway.api.catalog.mapping import (
     JOB_PREFIX,
+    event_of,
     execution_of,
     iso,
     job_id_of,
@@ -24,7 +25,6 @@ from comfy_worker.gateway.api.catalog.mapping import (
     nodes_of,
     number_of,
     parameter_of,
-    told_of,
 )
 from comfy_worker.gateway.api.dependencies import Dependencies
 from comfy_worker.gateway.api.schemas import JOB_ID, Answer, EnvelopedProblem, problems, request_body
@@ -221,7 +221,7 @@ class _Door:
                     yield await self._message(await self._service.get(record.id))
 
     async def _message(self, record: JobRecord) -> Mapping[str, Any]:
-        return told_of(record, await self._execution(record))
+        return event_of(record, await self._execution(record))
 
     # ----------------------------------------------------------------------------------------------- nodes
 

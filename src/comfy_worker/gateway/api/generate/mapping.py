@@ -15,7 +15,7 @@ from comfy_worker.gateway.http.limits import RUNSYNC_LIMIT
 from comfy_worker.gateway.jobs.assets import AssetStore, with_urls
 from comfy_worker.gateway.jobs.queue_position import QueuePosition
 from comfy_worker.gateway.jobs.signed_links import PATH
-from comfy_worker.gateway.jobs.webhook_formats import WebhookParts, WebhookWords
+from comfy_worker.gateway.jobs.webhook_formats import WebhookFormat, WebhookParts
 from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.types import JobState, Kind, Stage
 
@@ -331,4 +331,4 @@ def _extra(extra_params: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**extra_params, "extra": extra_params} if extra_params else {}
 
 
-WEBHOOK = WebhookWords(_end, _progress, _extra)
+WEBHOOK = WebhookFormat(_end, _progress, _extra)

@@ -82,10 +82,10 @@ class RedisCursors:
     def __init__(self, url: str) -> None:
         """Take the URL of the Redis."""
         # Loaded late: only several gateways need Redis's client.
-        from comfy_worker.gateway.events.redis_connection import RedisAway, RedisLink
+        from comfy_worker.gateway.events.redis_connection import RedisAway, RedisConnection
 
         self._away = RedisAway
-        self._link = RedisLink(url, lambda _client: None, "clients of /stream may be told things twice")
+        self._link = RedisConnection(url, lambda _client: None, "clients of /stream may be told things twice")
         self._own = LocalCursors()
 
     async def of(self, client: str, job_id: str) -> Cursor:

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Path, Query, Request
 
 from comfy_worker.gateway.api.schemas import JOB_ID, Answer
 from comfy_worker.gateway.jobs.signed_links import CALLBACK_PATH, CallbackLinks
-from comfy_worker.strict_json import NotStrictJson, parse_json
+from comfy_worker.strict_json import InvalidJson, parse_json
 
 Hear = Callable[[str, str | None], None]
 _LONGEST_ID = 255
@@ -36,7 +36,7 @@ def router(links: CallbackLinks, hear: Hear) -> APIRouter:
 def _remote_id(body: bytes) -> str | None:
     try:
         told = parse_json(body)
-    except NotStrictJson:
+    except InvalidJson:
         return None
     remote_id = told.get("id") if isinstance(told, dict) else None
     return remote_id if isinstance(remote_id, str) and 0 < len(remote_id) <= _LONGEST_ID else None

@@ -29,7 +29,7 @@ from comfy_worker.gateway.api.schemas import (
 from comfy_worker.gateway.api_keys import is_loopback
 from comfy_worker.gateway.http.request_validation import RUNPODS_FIELDS, read_body, warnings_of
 from comfy_worker.gateway.jobs.service import JobService
-from comfy_worker.gateway.jobs.webhook_formats import WebhookParts, WebhookWords
+from comfy_worker.gateway.jobs.webhook_formats import WebhookFormat, WebhookParts
 from comfy_worker.gateway.store.records import LOW_PRIORITY, NORMAL_PRIORITY, JobRecord
 from comfy_worker.job.payload import unknown_keys
 from comfy_worker.settings import without_credentials
@@ -302,4 +302,4 @@ def _webhook_progress(record: JobRecord, told: Mapping[str, Any]) -> dict[str, A
     return _summary_at(record, float(told.get("percent", 0.0)))
 
 
-WEBHOOK = WebhookWords(_webhook_end, _webhook_progress)
+WEBHOOK = WebhookFormat(_webhook_end, _webhook_progress)

@@ -120,7 +120,7 @@ class _Door:
         cancelled = [await self._service.cancel(record.id) for record in reversed(open_ones)]
         count = sum(record.state is JobState.CANCELLED for record in cancelled)
         records = await self._records(batch_id)
-        return Answer({**_summary(batch_id, records), "message": said_of_cancelling(count, len(records))})
+        return Answer({**_summary(batch_id, records), "message": cancel_message(count, len(records))})
 
     async def _records(self, batch_id: str) -> Sequence[JobRecord]:
         found = await self._service.with_prefix(f"{batch_id}-")
@@ -180,7 +180,7 @@ def _runs_of(body: Mapping[str, Any]) -> tuple[str, Sequence[Any]]:
     return kind, runs
 
 
-def said_of_cancelling(cancelled: int, count: int) -> str:
+def cancel_message(cancelled: int, count: int) -> str:
     """Return what came of cancelling a batch: so many of its workflows had not ended before."""
     if not cancelled:
         return "The batch had ended already"

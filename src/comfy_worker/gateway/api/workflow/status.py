@@ -10,7 +10,7 @@ from comfy_worker.gateway.api.dependencies import Dependencies
 from comfy_worker.gateway.api.outputs import files_by_kind
 from comfy_worker.gateway.api.workflow.schemas import STATES
 from comfy_worker.gateway.jobs.queue_position import QueuePosition
-from comfy_worker.gateway.jobs.webhook_formats import WebhookParts, WebhookWords
+from comfy_worker.gateway.jobs.webhook_formats import WebhookFormat, WebhookParts
 from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.types import JobState
 
@@ -87,4 +87,4 @@ def _progress_of(record: JobRecord, told: Mapping[str, Any]) -> dict[str, Any]:
     return status_body(record, told, None, None)
 
 
-WEBHOOK = WebhookWords(_end, _progress_of)
+WEBHOOK = WebhookFormat(_end, _progress_of)

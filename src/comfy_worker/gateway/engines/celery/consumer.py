@@ -34,7 +34,7 @@ def was_asked_to_end() -> bool:
     return any(asked is not None and asked is not False for asked in (state.should_stop, state.should_terminate))
 
 
-class CeleryHost:
+class CeleryConsumer:
     """A Celery worker within this process.
 
     Attributes:

@@ -23,15 +23,15 @@ from comfy_worker.errors import ComfyUnreachable, TimedOut
 from comfy_worker.gateway.engines.backends import EXPIRED
 from comfy_worker.gateway.engines.celery.app import QUEUE, make_app, publish, queue_of, task_of
 from comfy_worker.gateway.engines.celery.fleet import Fleet
-from comfy_worker.gateway.engines.queue_estimates import InHand, SteadyPlaces, has_moved, places_of
+from comfy_worker.gateway.engines.queue_estimates import InHand, SmoothedEstimates, estimate_positions, has_moved
 from comfy_worker.gateway.engines.run_times import RunTimes
 from comfy_worker.gateway.engines.unreachable import notice_of
 from comfy_worker.gateway.engines.waiting_jobs import Queue, WaitingJob
 from comfy_worker.gateway.errors import DatabaseUnavailable, NoComfyUI
 from comfy_worker.gateway.events.bus import PROGRESS, STATUS, EventBus
-from comfy_worker.gateway.jobs.queue_position import QueuePosition, as_time
+from comfy_worker.gateway.jobs.queue_position import QueuePosition, iso_time
 from comfy_worker.gateway.settings import GatewaySettings
-from comfy_worker.gateway.store.job_store import Store, moment
+from comfy_worker.gateway.store.job_store import JobStore, moment
 from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.types import JobState, Stage
 
@@ -50,7 +50,7 @@ _OFF_LOOK_S = 0.02
 class CeleryEngine:
     """Sends jobs to the workers' queue, and sees to it that none is forgotten."""
 
-    def __init__(self, store: Store, bus: EventBus, settings: GatewaySettings) -> None:
+    def __init__(self, store: JobStore, bus: EventBus, settings: GatewaySettings) -> None:
         """Take the parts; nothing is sent before `start`."""
         self._store = store
         self._bus = bus
@@ -61,7 +61,7 @@ class CeleryEngine:
         self._lock = threading.Lock()
         self._queue = Queue()
         self._in_hand: list[InHand] = []
-        self._steady = SteadyPlaces()
+        self._steady = SmoothedEstimates()
         self._away_since: float | None = time.time()
         self._workers: Sequence[Mapping[str, Any]] = []
         self._run_times = RunTimes()
@@ -181,7 +181,7 @@ class CeleryEngine:
         """Return where every job stands that waits or runs, by its id."""
         with self._lock:
             present = [str(worker["url"]) for worker in self._workers if worker["healthy"]]
-            places = places_of(self._queue, self._in_hand, self._run_times, present)
+            places = estimate_positions(self._queue, self._in_hand, self._run_times, present)
             if notice := self._notice(is_any_present=bool(present)):
                 for job in self._queue:
                     places[job.id] = places[job.id].held_up(notice)
@@ -196,7 +196,7 @@ class CeleryEngine:
         """Return why no job gets on, as a sentence; empty if jobs do."""
         if is_any_present or self._away_since is None:
             return ""
-        since = as_time(self._away_since)
+        since = iso_time(self._away_since)
         if self._workers:
             return f"No ComfyUI of the fleet has answered since {since}"
         return f"The fleet has had no worker since {since}"

@@ -24,7 +24,7 @@ from comfy_worker.errors import ComfyUnreachable
 from comfy_worker.gateway.api_keys import is_loopback, kept_secret
 from comfy_worker.gateway.engines.backends import Backend, RunningJob, connect, stop_late, stop_unreachable
 from comfy_worker.gateway.engines.celery.app import QUEUE, publish, queue_of
-from comfy_worker.gateway.engines.celery.consumer import CeleryHost, ask_to_end, was_asked_to_end
+from comfy_worker.gateway.engines.celery.consumer import CeleryConsumer, ask_to_end, was_asked_to_end
 from comfy_worker.gateway.engines.celery.fleet import Fleet
 from comfy_worker.gateway.engines.progress_publisher import ProgressPublisher
 from comfy_worker.gateway.engines.run_times import RunTimes
@@ -39,8 +39,8 @@ from comfy_worker.gateway.json_logs import about_job
 from comfy_worker.gateway.settings import GatewaySettings
 from comfy_worker.gateway.store.database import connect as connect_database
 from comfy_worker.gateway.store.database import patiently
-from comfy_worker.gateway.store.job_store import Store
-from comfy_worker.gateway.store.progress_writer import ProgressNotes
+from comfy_worker.gateway.store.job_store import JobStore
+from comfy_worker.gateway.store.progress_writer import ProgressWriter
 from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.signals import END_SIGNALS
 
@@ -59,7 +59,7 @@ _HANDED_BACK_PAUSE_S = 0.5
 _LEARNED_FROM = 256
 
 
-def known_as(comfyui_url: str) -> str:
+def worker_name(comfyui_url: str) -> str:
     """Return the URL by which a fleet knows a ComfyUI: each machine's own loopback has the machine's name."""
     parts = urlsplit(comfyui_url)
     if not is_loopback(parts.hostname or ""):
@@ -90,11 +90,11 @@ class FleetWorker:
         url = settings.broker_url.get_secret_value()
         self._settings = settings
         self._database = connect_database(settings.database_url.get_secret_value(), _KEPT, _MOST)
-        self._store = patiently(lambda: Store(self._database, key.encode()))
+        self._store = patiently(lambda: JobStore(self._database, key.encode()))
         self._bus = RedisEventBus(url)
         self._fleet = Fleet(url, settings.worker_lost_s)
         places = settings.generation_workers
-        name = known_as(settings.comfyui_url)
+        name = worker_name(settings.comfyui_url)
         self._backend = connect(settings.comfyui_url, settings, AssetStore(data / "assets"), places, name)
         self._holder = f"{self._backend.url} {uuid.uuid4()}"
         self._lock = threading.Condition()
@@ -103,7 +103,7 @@ class FleetWorker:
         self._lost: set[str] = set()
         self._again: dict[str, tuple[WaitingJob, bool]] = {}
         self._others: list[Mapping[str, Any]] = []
-        self._host = CeleryHost(settings, self._backend.url, self._run)
+        self._host = CeleryConsumer(settings, self._backend.url, self._run)
         self._is_redis_away = False
         # Often enough that one or two that get lost do not make it a lost worker.
         self._say_again_s = min(_SAY_AGAIN_S, settings.worker_lost_s / 8)
@@ -113,7 +113,7 @@ class FleetWorker:
         run_times = RunTimes()
         run_times.learn(reversed(patiently(lambda: self._store.latest(limit=_LEARNED_FROM))))
         self._progress = ProgressWebhooks(settings)
-        self._notes = ProgressNotes(self._store, settings.progress_note_s)
+        self._notes = ProgressWriter(self._store, settings.progress_note_s)
         self._run_times = run_times
         telling = ProgressPublisher(self._store, self._notes, self._bus, run_times, self._lock, self._standing)
         self._patience = StoreRetry(self._store, self._stopping)

@@ -25,11 +25,11 @@ from comfy_worker.gateway.errors import DatabaseUnavailable, NoComfyUI
 from comfy_worker.gateway.events.bus import EventBus
 from comfy_worker.gateway.jobs.assets import AssetStore
 from comfy_worker.gateway.jobs.progress_webhooks import ProgressWebhooks
-from comfy_worker.gateway.jobs.queue_position import QueuePosition, as_time
+from comfy_worker.gateway.jobs.queue_position import QueuePosition, iso_time
 from comfy_worker.gateway.settings import GatewaySettings
 from comfy_worker.gateway.store.database import patiently
-from comfy_worker.gateway.store.job_store import Store
-from comfy_worker.gateway.store.progress_writer import ProgressNotes
+from comfy_worker.gateway.store.job_store import JobStore
+from comfy_worker.gateway.store.progress_writer import ProgressWriter
 from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.types import JobState
 
@@ -50,12 +50,12 @@ class RunpodEngine:
 
     def __init__(
         self,
-        store: Store,
+        store: JobStore,
         bus: EventBus,
         assets: AssetStore,
         settings: GatewaySettings,
         progress: ProgressWebhooks,
-        notes: ProgressNotes,
+        notes: ProgressWriter,
         webhook_of: WebhookOf,
     ) -> None:
         """Take the parts.
@@ -251,7 +251,7 @@ class RunpodEngine:
         since = self._health.away_since
         if since is None:
             return {}
-        place = QueuePosition(None, None, notice=f"RunPod has not answered since {as_time(since)}")
+        place = QueuePosition(None, None, notice=f"RunPod has not answered since {iso_time(since)}")
         return {job.id: place for job in list(self._jobs.values()) if job.state is JobState.IN_QUEUE}
 
     def backends(self) -> Sequence[Mapping[str, Any]]:

@@ -31,8 +31,8 @@ from comfy_worker.gateway.events.bus import PROGRESS, STATUS, EventBus
 from comfy_worker.gateway.jobs.assets import AssetStore
 from comfy_worker.gateway.jobs.progress_webhooks import ProgressWebhooks, Tell
 from comfy_worker.gateway.json_logs import about_job
-from comfy_worker.gateway.store.job_store import Store, moment
-from comfy_worker.gateway.store.progress_writer import ProgressNotes
+from comfy_worker.gateway.store.job_store import JobStore, moment
+from comfy_worker.gateway.store.progress_writer import ProgressWriter
 from comfy_worker.gateway.store.records import JobRecord, ProgressNote
 from comfy_worker.job.payload import parse_job
 from comfy_worker.types import Job, JobState, Stage
@@ -57,12 +57,12 @@ class RemoteJobRunner:
         self,
         name: str,
         client: RunPodClient,
-        store: Store,
+        store: JobStore,
         bus: EventBus,
         assets: AssetStore,
         secrets: list[str],
         progress: ProgressWebhooks,
-        notes: ProgressNotes,
+        notes: ProgressWriter,
         webhook_of: WebhookOf,
         claims: Claims,
         stopping: threading.Event,
