@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from comfy_worker.gateway.engines.backends import Backend, RunningJob
-from comfy_worker.gateway.engines.stage_limits import PrioritySemaphore as Turnstile
+from comfy_worker.gateway.engines.stage_limits import PrioritySemaphore
 from comfy_worker.gateway.engines.waiting_jobs import WaitingJob
 from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.settings import load_settings
@@ -17,7 +17,7 @@ from comfy_worker.types import JobState, Stage
 from comfy_worker.worker import Worker
 from tests.support import graphs
 from tests.support.benches import Bench
-from tests.support.gate import PrioritySemaphore
+from tests.support.gate import Gate
 from tests.support.running import wait_until
 from tests.support.victims import Emulated
 
@@ -66,7 +66,7 @@ def test_a_job_whose_beginning_is_not_heard_may_not_run_longer(
     tmp_path: Path, comfyui: Emulated, mishap: Callable[[Emulated], None]
 ) -> None:
     mishap(comfyui)
-    gate = PrioritySemaphore(tmp_path)
+    gate = Gate(tmp_path)
     with Bench(tmp_path / "data", comfyui.url) as bench:
         record = bench.ended(bench.submit(gate.graph(), policy=SHORT))
 
@@ -79,7 +79,7 @@ def test_a_job_whose_beginning_is_not_heard_may_not_run_longer(
 
 def test_what_is_only_seen_is_told_too(tmp_path: Path, comfyui: Emulated) -> None:
     comfyui.refuse_websockets()
-    gate = PrioritySemaphore(tmp_path)
+    gate = Gate(tmp_path)
     with Bench(tmp_path / "data", comfyui.url) as bench:
         job_id = bench.submit(gate.graph())
 
@@ -107,7 +107,7 @@ def began_long_ago(bench: Bench, job_id: str) -> None:
 
 
 def test_the_time_before_a_restart_counts(tmp_path: Path, comfyui: Emulated) -> None:
-    gate = PrioritySemaphore(tmp_path)
+    gate = Gate(tmp_path)
     with Bench(tmp_path / "data", comfyui.url) as before:
         job_id = before.submit(gate.graph())
         gate.wait_until_run()
@@ -123,7 +123,7 @@ def test_the_time_before_a_restart_counts(tmp_path: Path, comfyui: Emulated) -> 
 
 
 def test_what_finished_while_nobody_watched_was_not_too_late(tmp_path: Path, comfyui: Emulated) -> None:
-    gate = PrioritySemaphore(tmp_path)
+    gate = Gate(tmp_path)
     with Bench(tmp_path / "data", comfyui.url) as before:
         job_id = before.submit(gate.graph())
         gate.wait_until_run()
@@ -136,7 +136,7 @@ def test_what_finished_while_nobody_watched_was_not_too_late(tmp_path: Path, com
 
 
 def test_a_job_that_waits_in_comfyui_over_a_restart_is_given_its_whole_time(tmp_path: Path, comfyui: Emulated) -> None:
-    gate = PrioritySemaphore(tmp_path)
+    gate = Gate(tmp_path)
     comfyui.submit(gate.graph())
     gate.wait_until_run()
     with Bench(tmp_path / "data", comfyui.url) as before:
@@ -152,7 +152,7 @@ def test_a_job_that_waits_in_comfyui_over_a_restart_is_given_its_whole_time(tmp_
 
 
 def test_a_job_that_is_run_again_is_given_its_whole_time(tmp_path: Path, comfyui: Emulated) -> None:
-    gate = PrioritySemaphore(tmp_path)
+    gate = Gate(tmp_path)
     with Bench(tmp_path / "data", comfyui.url) as bench:
         job_id = bench.submit(gate.graph())
         gate.wait_until_run()
@@ -172,7 +172,7 @@ def test_a_job_that_is_run_again_is_given_its_whole_time(tmp_path: Path, comfyui
 def running() -> Iterator[RunningJob]:
     worker = Worker(load_settings())
     record = JobRecord("job", "local", JobState.IN_QUEUE, time.time(), execution_timeout_s=100.0)
-    yield RunningJob(WaitingJob(record), Backend(worker, Turnstile(1), places=1))
+    yield RunningJob(WaitingJob(record), Backend(worker, PrioritySemaphore(1), places=1))
     worker.close()
 
 

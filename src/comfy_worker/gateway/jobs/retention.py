@@ -25,7 +25,7 @@ class Retention:
         assets: AssetStore,
         *,
         take_up_forgotten: Callable[[], None] | None = None,
-        turn: Callable[[], AbstractContextManager[bool]] = lambda: nullcontext(True),
+        leader_lock: Callable[[], AbstractContextManager[bool]] = lambda: nullcontext(True),
         interval_s: float = _INTERVAL_S,
     ) -> None:
         """Take the parts.
@@ -35,12 +35,12 @@ class Retention:
             bus: is to remember nothing of them either.
             assets: has their files.
             take_up_forgotten: is done in the same rhythm.
-            turn: says whether it is ours to remove, where several gateways share a store; always if not given.
+            leader_lock: says whether it is ours to remove, where several gateways share a store; always if not given.
             interval_s: seconds between two rounds.
         """
         self._store = store
         self._take_up_forgotten = take_up_forgotten
-        self._turn = turn
+        self._leader_lock = leader_lock
         self._bus = bus
         self._assets = assets
         self._interval_s = interval_s
@@ -60,7 +60,7 @@ class Retention:
     def _run(self) -> None:
         while not self._stopping.is_set():
             try:
-                with self._turn() as is_ours:
+                with self._leader_lock() as is_ours:
                     if is_ours:
                         self.remove_expired(time.time())
                 if self._take_up_forgotten is not None:

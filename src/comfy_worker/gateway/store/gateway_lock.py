@@ -69,7 +69,7 @@ def gateway_lock(
 
 @contextmanager
 def leader_lock(engine: Engine) -> Iterator[bool]:
-    """Yield whether nobody else who shares this database has its leader_lock at the moment; it is ours within this block.
+    """Yield whether this process now has the lock that all gateways of this database share; it holds it within this block.
 
     Raises:
         DatabaseUnavailable: it does not answer.
