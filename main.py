@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Application:
     if name != "app":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from comfy_worker.__main__ import make_application
+    from comfy_worker.gateway.serve import make_application
 
     globals()["app"] = made = make_application()
     return made

@@ -66,7 +66,7 @@ read_env_file() {
   local python assignments
   [[ -n ${ENV_FILE-.env} && (-n ${ENV_FILE:-} || -f .env) ]] || return 0
   python=$(program "${WORKER_PYTHON:-$(find_worker_python)}")
-  assignments=$(env "$(python_path)" "$python" -m comfy_worker.cli.env_file) ||
+  assignments=$(env "$(python_path)" "$python" -m comfy_worker.env_file) ||
     fail "$EXIT_CONFIG" "The settings in ${ENV_FILE-.env} cannot be read by $python."
   eval "$assignments"
   export ENV_FILE= # the worker, which runs in another folder, looks for no other

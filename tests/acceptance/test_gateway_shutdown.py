@@ -187,7 +187,7 @@ class TestWhatIsRefused:
     def test_a_gateway_that_is_not_installed(self) -> None:
         # As if the package were not there.
         program = (
-            "import sys; sys.modules['fastapi'] = None; from comfy_worker.__main__ import main; "
+            "import sys; sys.modules['fastapi'] = None; from comfy_worker.cli.main import main; "
             "sys.exit(main(['serve']))"
         )
         with serve({}, "-c", program) as process:

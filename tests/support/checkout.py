@@ -14,7 +14,7 @@ from tests.support.processes import ROOT, clean_environment
 
 _READY = ("bin/uv", ".run-ready", ".dev-ready", ".clients-ready")
 """What make finds when all is installed."""
-_COMMAND = "#!{python}\nimport sys\nfrom comfy_worker.__main__ import main\nsys.exit(main())\n"
+_COMMAND = "#!{python}\nimport sys\nfrom comfy_worker.cli.main import main\nsys.exit(main())\n"
 
 
 class Checkout:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from comfy_worker.__main__ import main
+from comfy_worker.cli.main import main
 from tests.support.network import SmallInternet
 
 

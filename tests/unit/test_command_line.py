@@ -129,7 +129,7 @@ def test_what_is_not_installed_is_named_with_the_command_that_installs_it(
     tmp_path: Path, package: str, command: str, source: str
 ) -> None:
     program = (
-        f"import sys; sys.modules[{package!r}] = None; from comfy_worker.__main__ import main; "
+        f"import sys; sys.modules[{package!r}] = None; from comfy_worker.cli.main import main; "
         f"sys.exit(main([{command!r}]))"
     )
     with Process(

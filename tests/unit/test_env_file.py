@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from comfy_worker.cli.env_file import read_env_file
+from comfy_worker.env_file import read_env_file
 from comfy_worker.errors import InvalidInput
 from comfy_worker.gateway.settings import load_gateway_settings
 from comfy_worker.settings import load_settings
@@ -80,7 +80,7 @@ def test_what_bash_is_told_is_the_same(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text('A="it\'s $HOME `id`; \\"x\\"\\\\"\nPATH=mine\nnot-a-name=1\n', encoding="utf-8")
     told = {**clean_environment({}), "PYTHONPATH": str(ROOT / "src")}
     del told["ENV_FILE"]
-    command = [sys.executable, "-m", "comfy_worker.cli.env_file"]
+    command = [sys.executable, "-m", "comfy_worker.env_file"]
     lines = subprocess.run(command, cwd=tmp_path, env=told, capture_output=True, text=True, check=True).stdout
     script = f'{lines}\nprintf %s "$A"'
     said = subprocess.run(["bash", "-c", script], env=told, capture_output=True, text=True, check=True).stdout

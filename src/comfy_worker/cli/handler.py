@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 
-from comfy_worker.cli.env_file import read_env_file
+from comfy_worker.env_file import read_env_file
 from comfy_worker.errors import WorkerError
 from comfy_worker.logs import configure_logs
 from comfy_worker.settings import Settings, load_settings

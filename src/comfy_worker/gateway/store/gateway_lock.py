@@ -69,7 +69,7 @@ def gateway_lock(
 
 @contextmanager
 def leader_lock(engine: Engine) -> Iterator[bool]:
-    """Yield whether this process now has the lock that all gateways of this database share; it holds it within this block.
+    """Yield whether this gateway has the lock that all gateways of a database share; it holds it within this block.
 
     Raises:
         DatabaseUnavailable: it does not answer.

@@ -1,6 +1,6 @@
 """The file `.env` of the working directory, taken into the environment before anything is read out of that.
 
-`python -m comfy_worker.cli.env_file` prints what it sets as bash commands, for start.sh.
+`python -m comfy_worker.env_file` prints what it sets as bash commands, for start.sh.
 """
 
 from __future__ import annotations

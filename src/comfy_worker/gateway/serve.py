@@ -1,0 +1,224 @@
+"""Starts the gateway, in one process or several, and a fleet's worker."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+from pathlib import Path
+from socket import socket
+from typing import TYPE_CHECKING
+
+from comfy_worker.errors import InvalidInput
+from comfy_worker.startup import exit_code_of, run_until_signal, say
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from comfy_worker.gateway.asgi import Application
+    from comfy_worker.gateway.settings import GatewaySettings
+
+_OWN_NAME = "default"
+"""Of the key that the gateway makes itself, so that the jobs outlive a change of the key."""
+_START_FAILED = 1
+
+
+def serve() -> int:
+    from comfy_worker.gateway.settings import load_gateway_settings
+
+    settings = load_gateway_settings()
+    if settings.api_reload:
+        return _reload(settings)
+    return _serve_with_workers(settings) if settings.api_workers > 1 else _serve()
+
+
+def _serve_with_workers(settings: GatewaySettings) -> int:
+    """Serve by several processes, until a signal."""
+    from comfy_worker.gateway.http.processes import serve_with_several
+    from comfy_worker.gateway.json_logs import configure_gateway_logs
+
+    _make_data_dir(settings)
+    configure_gateway_logs(settings.log_level, settings.secrets(), settings.log_format)
+    _check_database(settings)
+    return serve_with_several(
+        serve_beside_others,
+        settings.api_host,
+        settings.api_port,
+        settings.api_workers,
+        when_bound=lambda url: _announce(settings, url),
+    )
+
+
+def _reload(settings: GatewaySettings) -> int:
+    """Serve, and start again with each change of the package's code, until a signal."""
+    from comfy_worker.gateway.http.server import serve_reloading
+    from comfy_worker.gateway.json_logs import configure_gateway_logs
+
+    configure_gateway_logs(settings.log_level, settings.secrets(), settings.log_format)
+    serve_reloading(serve_again, settings.api_host, settings.api_port, Path(__file__).parent)
+    return 0
+
+
+def serve_again(sockets: list[socket] | None) -> None:
+    """Serve on a reloader's sockets, as a process of its own, until a signal."""
+    sys.exit(run_until_signal(lambda: _serve(sockets)))
+
+
+def serve_beside_others(host: str, port: int) -> None:
+    """Serve as one process of several at a port, until a signal."""
+    from comfy_worker.gateway.http.processes import open_port
+
+    sys.exit(run_until_signal(lambda: _serve([open_port(host, port)], is_announced=True)))
+
+
+def make_application() -> Application:
+    """Return the gateway for a server that somebody else starts; end the process if a setting is not sound."""
+    applications: list[Application] = []
+
+    def make() -> int:
+        from comfy_worker.env_file import read_env_file
+        from comfy_worker.gateway.asgi import Application, listener
+        from comfy_worker.gateway.settings import load_gateway_settings
+
+        read_env_file()
+        found = listener()
+        try:
+            # uvicorn has been told already what to listen on, and how many processes and whether to reload.
+            settings = load_gateway_settings(api_host=found.host, api_workers=found.workers, api_reload=False)
+        except InvalidInput as error:
+            if found.workers == 1:
+                raise
+            raise InvalidInput(f"uvicorn was started with {found.workers} workers. {error.message}") from None
+        applications.append(Application(_make_app(settings)))
+        return 0
+
+    if code := exit_code_of(make):
+        if multiprocessing.parent_process() is not None and "--reload" not in sys.argv:
+            # It would start this one again and again.
+            os.kill(os.getppid(), signal.SIGTERM)
+        sys.exit(code)
+    return applications[0]
+
+
+def _make_app(settings: GatewaySettings) -> FastAPI:
+    """Return the application that the settings ask for.
+
+    Raises:
+        InvalidInput: a setting is not sound.
+        ModuleNotFoundError: a package of requirements.txt is not installed.
+    """
+    from comfy_worker.gateway.http.memory_tuning import no_collections, spare_what_stays
+
+    with no_collections():
+        app = _load_app(settings)
+        app.openapi()  # else FastAPI would put the routes together while the first request waits
+    spare_what_stays()
+    return app
+
+
+def _load_app(settings: GatewaySettings) -> FastAPI:
+    from comfy_worker.gateway.api_keys import Keys, read_hashes
+    from comfy_worker.gateway.app import create_app
+    from comfy_worker.gateway.json_logs import configure_gateway_logs
+
+    _make_data_dir(settings)
+    hashes = read_hashes(settings.api_keys_file) if settings.api_keys_file else []
+    admins = settings.given_admin_keys
+    own_key = None if settings.given_keys or admins or hashes else _own_key(settings)
+    secrets = [*settings.secrets(), *([own_key] if own_key else [])]
+    configure_gateway_logs(settings.log_level, secrets, settings.log_format)
+    given = [f"{_OWN_NAME}:{own_key}"] if own_key else settings.given_keys
+    return create_app(settings, Keys(given, hashes, admins))
+
+
+def _serve(sockets: list[socket] | None = None, *, is_announced: bool = False) -> int:
+    """Serve until a signal, on sockets that are bound already if there are any; return the process's exit code."""
+    from comfy_worker.gateway.settings import load_gateway_settings
+
+    settings = load_gateway_settings()
+    app = _make_app(settings)
+    from comfy_worker.gateway.http.server import Server
+
+    def announce(url: str) -> None:
+        if not is_announced:
+            _announce(settings, url)
+
+    try:
+        Server(app, settings, announce).run(sockets)
+    except SystemExit as ending:
+        # uvicorn ends the process itself when it cannot start, and has logged why.
+        return _START_FAILED if ending.code else 0
+    return 0
+
+
+def _announce(settings: GatewaySettings, url: str) -> None:
+    """Tell the person who starts a gateway how to go on; a log of JSON is no place for it."""
+    from comfy_worker.gateway.http.startup_message import startup_message
+
+    if settings.log_format == "text":
+        say(startup_message(settings, url))
+
+
+def work() -> int:
+    """Run a fleet's jobs until a signal; return the process's exit code."""
+    from comfy_worker.gateway.engines.celery.worker import FleetWorker
+    from comfy_worker.gateway.json_logs import configure_gateway_logs
+    from comfy_worker.gateway.settings import load_gateway_settings
+
+    settings = load_gateway_settings(engine="celery")
+    _make_data_dir(settings)
+    configure_gateway_logs(settings.log_level, settings.secrets(), settings.log_format)
+    return FleetWorker(settings).serve()
+
+
+def _check_database(settings: GatewaySettings) -> None:
+    """Wait for the database that several processes are to share.
+
+    Raises:
+        DatabaseUnavailable: it does not answer.
+    """
+    from comfy_worker.gateway.store.database import connect, patiently, raises_database_unavailable
+
+    assert settings.database_url is not None, "several processes need one"  # noqa: S101
+    engine = connect(settings.database_url.get_secret_value())
+
+    def reach() -> None:
+        with raises_database_unavailable(), engine.connect():
+            pass
+
+    try:
+        patiently(reach)
+    finally:
+        engine.dispose()
+
+
+def _make_data_dir(settings: GatewaySettings) -> None:
+    """Make the folder for what is kept.
+
+    Raises:
+        InvalidInput: it cannot be made, or nothing can be written into it.
+    """
+    try:
+        Path(settings.data_dir).mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidInput(f"DATA_DIR {settings.data_dir!r} cannot be made: {error.strerror}") from None
+    if not os.access(settings.data_dir, os.W_OK | os.X_OK):
+        raise InvalidInput(f"Nothing can be written into DATA_DIR {settings.data_dir!r}")
+
+
+def _own_key(settings: GatewaySettings) -> str | None:
+    """Return a key for a gateway that others than this machine can reach; when it is made, it is printed."""
+    from comfy_worker.gateway.api_keys import is_loopback, kept_secret
+    from comfy_worker.gateway.http.startup_message import KEY_FILE
+
+    if is_loopback(settings.api_host):
+        return None
+    file = Path(settings.data_dir) / KEY_FILE
+    is_new = not file.exists()
+    key = kept_secret(file)
+    if is_new:
+        say(f"No API_KEYS are set, so this key was made, and is kept in DATA_DIR/api.key: {key}")
+    else:
+        say("No API_KEYS are set; clients need the key in DATA_DIR/api.key")
+    return key
