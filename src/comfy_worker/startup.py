@@ -26,6 +26,7 @@ def exit_code_of(work: Callable[[], int]) -> int:
 
 
 def run_until_signal(serve: Callable[[], int]) -> int:
+    """Return the exit code of `serve`; END_SIGNALS end the process until `serve` handles them."""
     for number in END_SIGNALS:
         # Until those who have something to end in order put their own in its place.
         signal.signal(number, end_at_once)
@@ -44,4 +45,5 @@ def _what_to_install(error: ModuleNotFoundError) -> str:
 
 
 def say(sentence: str) -> None:
+    """Print a sentence for the person who started the command."""
     print(sentence, file=sys.stderr)  # noqa: T201

@@ -1,4 +1,4 @@
-"""`comfy-worker`, which is `python -m comfy_worker` too: run a job, serve the gateway, be a fleet's worker or the emulator."""
+"""The command `comfy-worker`, which is also `python -m comfy_worker`."""
 
 from __future__ import annotations
 

@@ -25,6 +25,7 @@ _START_FAILED = 1
 
 
 def serve() -> int:
+    """Serve as the settings say, until a signal; return the exit code."""
     from comfy_worker.gateway.settings import load_gateway_settings
 
     settings = load_gateway_settings()
