@@ -487,7 +487,7 @@ def test_several_that_start_at_once_bring_the_database_up_to_date_once(opened: O
 
 
 def test_the_newest_version_is_alembics() -> None:
-    assert newest_version() == ScriptDirectory("src/comfy_worker/gateway/migrations").get_current_head()
+    assert newest_version() == ScriptDirectory("src/comfy_worker/gateway/store/migrations").get_current_head()
 
 
 def test_jobs_of_the_first_version_are_kept(url: str, opened: Open) -> None:

@@ -27,6 +27,7 @@ from comfy_worker.job.payload import parse_job
 from comfy_worker.net.fetcher import Fetcher
 from comfy_worker.settings import Settings, load_settings
 from comfy_worker.stop import Stop
+from comfy_worker.storage.signed_urls import Signer
 from tests.support.file_server import FileServer, RawAnswer, ServedFile, file_server
 from tests.support.graphs import data_uri, inverted, png
 from tests.support.network import SmallInternet
@@ -93,7 +94,7 @@ def fetch(url: str, settings: Settings) -> None:
     job = parse_job(job_with(name="a.png", url=url))
     [file] = job.files
     assert file.url is not None
-    Fetcher(settings).fetch(file.url, Stop()).close()
+    Fetcher(settings, Signer(None, settings).sign).fetch(file.url, Stop()).close()
 
 
 def assert_nothing_is_left(cache_dir: Path) -> None:

@@ -24,6 +24,7 @@ PURE = [
     "comfy_worker.graph.workflow",
     "comfy_worker.graph.file_references",
     "comfy_worker.job.progress",
+    "comfy_worker.names",
     "comfy_worker.redact",
     "comfy_worker.strict_json",
     "comfy_worker.job.envelope",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
     from comfy_worker.gateway.asgi import Application
     from comfy_worker.gateway.settings import GatewaySettings
+
+log = logging.getLogger(__name__)
 
 _OWN_NAME = "default"
 """Of the key that the gateway makes itself, so that the jobs outlive a change of the key."""
@@ -57,7 +60,7 @@ def _reload(settings: GatewaySettings) -> int:
     from comfy_worker.gateway.json_logs import configure_gateway_logs
 
     configure_gateway_logs(settings.log_level, settings.secrets(), settings.log_format)
-    serve_reloading(serve_again, settings.api_host, settings.api_port, Path(__file__).parent)
+    serve_reloading(serve_again, settings.api_host, settings.api_port, Path(__file__).parents[1])
     return 0
 
 
@@ -92,6 +95,8 @@ def make_application() -> Application:
                 raise
             raise InvalidInput(f"uvicorn was started with {found.workers} workers. {error.message}") from None
         applications.append(Application(_make_app(settings)))
+        if settings.port_health is not None:
+            log.warning("PORT_HEALTH opens no port under uvicorn main:app; /ping is answered at the server's own port")
         return 0
 
     if code := exit_code_of(make):

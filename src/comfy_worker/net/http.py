@@ -8,7 +8,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from urllib.parse import urljoin
@@ -30,6 +30,8 @@ _REDIRECTS = (301, 302, 303, 307, 308)
 _MAX_REDIRECTS = 5
 _HEADERS = {"User-Agent": "comfy-worker", "Accept": "*/*", "Accept-Encoding": "identity"}
 """Nothing is asked for that would have to be inflated."""
+_HOSTNAME_MISMATCH = 62
+"""X509_V_ERR_HOSTNAME_MISMATCH, in OpenSSL's x509_vfy.h."""
 
 
 class FetchDeadline:
@@ -182,13 +184,17 @@ def _pinned_pools(address: str, line: FetchDeadline) -> dict[str, Any]:
 
     class PinnedHTTPConnection(HTTPConnection):
         def _new_conn(self) -> socket.socket:
-            self._dns_host = address
-            return _watched(super()._new_conn, line)
+            # For the connection alone: TLS checks the certificate against this same attribute.
+            host, self._dns_host = self._dns_host, address
+            try:
+                connected = super()._new_conn()
+            finally:
+                self._dns_host = host
+            line.watch(connected)
+            return connected
 
-    class PinnedHTTPSConnection(HTTPSConnection):
-        def _new_conn(self) -> socket.socket:
-            self._dns_host = address
-            return _watched(super()._new_conn, line)
+    class PinnedHTTPSConnection(PinnedHTTPConnection, HTTPSConnection):
+        pass
 
     class PinnedHTTPPool(HTTPConnectionPool):
         ConnectionCls = PinnedHTTPConnection
@@ -199,23 +205,19 @@ def _pinned_pools(address: str, line: FetchDeadline) -> dict[str, Any]:
     return {"http": PinnedHTTPPool, "https": PinnedHTTPSPool}
 
 
-def _watched(connect: Callable[[], socket.socket], line: FetchDeadline) -> socket.socket:
-    connected = connect()
-    line.watch(connected)
-    return connected
-
-
 # ----------------------------------------------------------------------------------------------- problems
 
 
 def problem_of(error: BaseException) -> FetchError:
     """Return in a sentence what went wrong with a connection."""
     causes = list(_causes(error))
-    for cause in causes:
-        if isinstance(cause, ssl.SSLCertVerificationError):
-            return FetchError(f"its TLS certificate was not accepted: {cause.verify_message}")
     if any(isinstance(cause, CertificateError) for cause in causes):
         return FetchError("its TLS certificate was not accepted: it is for another host")
+    for cause in causes:
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            is_another = cause.verify_code == _HOSTNAME_MISMATCH
+            why = "it is for another host" if is_another else cause.verify_message
+            return FetchError(f"its TLS certificate was not accepted: {why}")
     if any(isinstance(cause, (ssl.SSLError, requests.exceptions.SSLError)) for cause in causes):
         return FetchError("no TLS connection could be made to its server")
     if any(isinstance(cause, ConnectionRefusedError) for cause in causes):
