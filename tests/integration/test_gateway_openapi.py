@@ -203,7 +203,7 @@ def test_every_operation_declares_its_key_and_its_errors(description: dict[str, 
                 assert "content" not in response, "an answer to it has no body"
             elif status >= "400":
                 assert set(response["content"]) == {"application/json"}, (path, method, status)
-                assert "Problem" in str(response["content"]["application/json"]["schema"]), (path, method, status)
+                assert "ErrorResponse" in str(response["content"]["application/json"]["schema"]), (path, method, status)
 
 
 def test_every_reference_leads_somewhere(description: dict[str, Any]) -> None:

@@ -110,7 +110,7 @@ def _config(app: ASGIApp, settings: GatewaySettings, port: int | None) -> uvicor
         host=settings.api_host,
         port=port or 0,
         # uvloop would accept all that wait at once, however many files that opens and however long it takes.
-        loop="comfy_worker.gateway.http.fair_event_loop:FairLoop",
+        loop="comfy_worker.gateway.http.fair_event_loop:FairEventLoop",
         http=http_protocol(),
         ws=websocket_protocol(),
         h11_max_incomplete_event_size=LARGEST_HEAD,
