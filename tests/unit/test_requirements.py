@@ -64,7 +64,11 @@ def imported(files: set[Path]) -> Iterator[tuple[str, str]]:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and not node.level:
                 names = [node.module or ""]
-            for package in {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"comfy_worker", "comfy_emulator"}:
+            for package in (
+                {name.partition(".")[0] for name in names}
+                - sys.stdlib_module_names
+                - {"comfy_worker", "comfy_emulator"}
+            ):
                 yield package, str(file.relative_to(ROOT))
 
 

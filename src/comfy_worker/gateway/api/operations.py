@@ -13,7 +13,7 @@ from starlette.concurrency import run_in_threadpool
 from comfy_worker.errors import ComfyUnreachable
 from comfy_worker.gateway.api.dependencies import Dependencies
 from comfy_worker.gateway.api.outputs import link_elsewhere
-from comfy_worker.gateway.api.schemas import Answer, EnvelopedProblem, ErrorResponse, FileAnswer, State, problems
+from comfy_worker.gateway.api.schemas import Answer, CatalogErrorResponse, ErrorResponse, FileAnswer, State, problems
 from comfy_worker.gateway.callers import has_caller
 from comfy_worker.gateway.errors import NotFound
 from comfy_worker.gateway.http.ping import PATH as PING_PATH
@@ -65,7 +65,10 @@ def router(parts: Dependencies, registry: CollectorRegistry) -> APIRouter:
         responses={**problems(), **figures},
         tags=["Operations"],
     )
-    for prefix, name, problem in ((PATH, "asset", ErrorResponse), (IMAGES_PATH, "generated_image", EnvelopedProblem)):
+    for prefix, name, problem in (
+        (PATH, "asset", ErrorResponse),
+        (IMAGES_PATH, "generated_image", CatalogErrorResponse),
+    ):
         for method, operation_id in (("GET", name), ("HEAD", f"{name}_head")):
             api.add_api_route(
                 f"{prefix}/{{job_id}}/{{path:path}}",

@@ -99,13 +99,13 @@ class ErrorResponse(BaseModel):
     details: Any = Field(None, description="What exactly is wrong, where there is more to say.")
 
 
-class DetailedProblem(ErrorResponse):
+class DetailedErrorResponse(ErrorResponse):
     """Why a request was refused, in FastAPI's own words too."""
 
     detail: str = Field(description="The same sentence.")
 
 
-class EnvelopedError(BaseModel):
+class CatalogError(BaseModel):
     """One thing that went wrong."""
 
     code: str
@@ -115,15 +115,15 @@ class EnvelopedError(BaseModel):
     reason: str | None = Field(None, description="Of an execution: the code of its failure.")
 
 
-class EnvelopedProblem(BaseModel):
+class CatalogErrorResponse(BaseModel):
     """Why a request was refused, in the catalog API's envelope."""
 
     status: Literal["error"] = "error"
     message: str
-    errors: list[EnvelopedError]
+    errors: list[CatalogError]
 
 
-PROBLEMS: tuple[type[BaseModel], ...] = (ErrorResponse, DetailedProblem, EnvelopedProblem)
+PROBLEMS: tuple[type[BaseModel], ...] = (ErrorResponse, DetailedErrorResponse, CatalogErrorResponse)
 """Every shape of a refusal; `openapi.describe` puts their schemas where the description has all of them."""
 
 

@@ -27,7 +27,7 @@ from comfy_worker.gateway.api.catalog.mapping import (
     parameter_of,
 )
 from comfy_worker.gateway.api.dependencies import Dependencies
-from comfy_worker.gateway.api.schemas import JOB_ID, Answer, EnvelopedProblem, problems, request_body
+from comfy_worker.gateway.api.schemas import JOB_ID, Answer, CatalogErrorResponse, problems, request_body
 from comfy_worker.gateway.errors import (
     DatabaseUnavailable,
     DuplicateRequest,
@@ -72,8 +72,8 @@ def router(parts: Dependencies) -> APIRouter:
     door = _Door(parts)
     api = APIRouter(prefix=_ROOT, tags=["Catalog"])
     get, post = ["GET"], ["POST"]
-    refusals = problems(503, model=EnvelopedProblem)
-    not_found = problems(404, 503, model=EnvelopedProblem)
+    refusals = problems(503, model=CatalogErrorResponse)
+    not_found = problems(404, 503, model=CatalogErrorResponse)
     body = request_body(ExecuteRequest)
     for path, methods, handler, model, responses, extra in (
         ("/workflows", get, door.workflows, answers.Workflows, refusals, None),

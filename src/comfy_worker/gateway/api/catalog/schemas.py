@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from comfy_worker.gateway.api.schemas import EnvelopedProblem
+from comfy_worker.gateway.api.schemas import CatalogErrorResponse
 
 
 class Success(BaseModel):
@@ -123,7 +123,7 @@ class Execution(Success):
     warnings: list[str] | None = Field(None, description="What was ignored in the request.")
 
 
-class FailedExecution(EnvelopedProblem):
+class FailedExecution(CatalogErrorResponse):
     """One execution that failed, in the envelope that says why."""
 
     data: ExecutionData

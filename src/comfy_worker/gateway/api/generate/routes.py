@@ -37,7 +37,7 @@ from comfy_worker.gateway.api.generate.requests import (
     not_read,
     runpod_request,
 )
-from comfy_worker.gateway.api.schemas import JOB_ID, Answer, DetailedProblem, problems, request_body
+from comfy_worker.gateway.api.schemas import JOB_ID, Answer, DetailedErrorResponse, problems, request_body
 from comfy_worker.gateway.errors import DatabaseUnavailable, DuplicateRequest, NotFound
 from comfy_worker.gateway.http.client_disconnect import while_connected
 from comfy_worker.gateway.http.event_stream import EventStream
@@ -106,7 +106,7 @@ def router(parts: Dependencies) -> APIRouter:
         operation_id="generate",
         status_code=202,
         response_model=GenerateResult,
-        responses=problems(409, 503, model=DetailedProblem),
+        responses=problems(409, 503, model=DetailedErrorResponse),
         openapi_extra=body,
     )
     api.add_api_route(
@@ -116,7 +116,7 @@ def router(parts: Dependencies) -> APIRouter:
         operation_id="generate_sync",
         response_model=GenerateResult,
         response_model_exclude_none=True,
-        responses={**problems(503, model=DetailedProblem), **_results(), 202: _unfinished()},
+        responses={**problems(503, model=DetailedErrorResponse), **_results(), 202: _unfinished()},
         openapi_extra=body,
     )
     api.add_api_route(
@@ -125,7 +125,7 @@ def router(parts: Dependencies) -> APIRouter:
         methods=["POST"],
         operation_id="generate_stream",
         response_class=Response,
-        responses={200: _stream(), **problems(409, 503, model=DetailedProblem)},
+        responses={200: _stream(), **problems(409, 503, model=DetailedErrorResponse)},
         openapi_extra=body,
     )
     api.add_api_route(
@@ -135,7 +135,7 @@ def router(parts: Dependencies) -> APIRouter:
         operation_id="get_result",
         response_model=GenerateResult,
         response_model_exclude_none=True,
-        responses={**problems(404, 503, model=DetailedProblem), **_results()},
+        responses={**problems(404, 503, model=DetailedErrorResponse), **_results()},
     )
     api.add_api_route(
         "/queue-info",
@@ -143,7 +143,7 @@ def router(parts: Dependencies) -> APIRouter:
         methods=["GET"],
         operation_id="get_queue_info",
         response_model=QueueInfo,
-        responses=problems(503, model=DetailedProblem),
+        responses=problems(503, model=DetailedErrorResponse),
     )
     for method, operation_id in (("GET", "readme"), ("HEAD", "readme_head")):
         api.add_api_route(
@@ -159,7 +159,9 @@ def router(parts: Dependencies) -> APIRouter:
 
 def _results() -> dict[int | str, dict[str, Any]]:
     """Return the declaration of answers with the result of a job that failed, or of a request that was refused."""
-    return {status: {"model": GenerateResult | DetailedProblem, "description": why} for status, why in _FAILED.items()}
+    return {
+        status: {"model": GenerateResult | DetailedErrorResponse, "description": why} for status, why in _FAILED.items()
+    }
 
 
 def _unfinished() -> dict[str, Any]:

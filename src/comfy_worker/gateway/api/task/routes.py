@@ -21,7 +21,7 @@ from comfy_worker.gateway.api.schemas import (
     JOB_ID,
     Answer,
     BucketConfig,
-    DetailedProblem,
+    DetailedErrorResponse,
     Policy,
     problems,
     request_body,
@@ -143,7 +143,7 @@ def router(parts: Dependencies) -> APIRouter:
         methods=["POST"],
         operation_id="create_task",
         response_model=TaskAccepted,
-        responses=problems(503, model=DetailedProblem),
+        responses=problems(503, model=DetailedErrorResponse),
         openapi_extra=request_body(TaskRequest),
     )
     api.add_api_route(
@@ -152,7 +152,7 @@ def router(parts: Dependencies) -> APIRouter:
         methods=["GET"],
         operation_id="list_tasks",
         response_model=list[TaskSummary],
-        responses=problems(503, model=DetailedProblem),
+        responses=problems(503, model=DetailedErrorResponse),
     )
     api.add_api_route(
         "/task/{task_id}",
@@ -161,7 +161,7 @@ def router(parts: Dependencies) -> APIRouter:
         operation_id="get_task",
         response_model=TaskAnswer,
         response_model_exclude_none=True,
-        responses=problems(404, 503, model=DetailedProblem),
+        responses=problems(404, 503, model=DetailedErrorResponse),
     )
     return api
 

@@ -14,7 +14,7 @@ from starlette.concurrency import run_in_threadpool
 from comfy_worker.catalog.library import Catalog
 from comfy_worker.errors import InvalidInput
 from comfy_worker.gateway.api.dependencies import Dependencies
-from comfy_worker.gateway.api.schemas import JOB_ID, Answer, DetailedProblem, problems, request_body
+from comfy_worker.gateway.api.schemas import JOB_ID, Answer, DetailedErrorResponse, problems, request_body
 from comfy_worker.gateway.api.workflow.graph_edits import with_inputs, with_seed
 from comfy_worker.gateway.api.workflow.requests import DOOR, check_comfyui, input_of, job_of, template_of
 from comfy_worker.gateway.api.workflow.schemas import (
@@ -50,7 +50,7 @@ def router(parts: Dependencies) -> APIRouter:
         operation_id="submit_batch",
         response_model=BatchAnswer,
         response_model_exclude_none=True,
-        responses=problems(503, model=DetailedProblem),
+        responses=problems(503, model=DetailedErrorResponse),
         openapi_extra=request_body(BatchRequest),
     )
     api.add_api_route(
@@ -59,7 +59,7 @@ def router(parts: Dependencies) -> APIRouter:
         methods=["GET"],
         operation_id="batch_status",
         response_model=BatchStatus,
-        responses=problems(404, model=DetailedProblem),
+        responses=problems(404, model=DetailedErrorResponse),
     )
     api.add_api_route(
         "/api/workflow/batch/{batch_id}/cancel",
@@ -67,7 +67,7 @@ def router(parts: Dependencies) -> APIRouter:
         methods=["POST"],
         operation_id="cancel_batch",
         response_model=BatchCancelAnswer,
-        responses=problems(404, model=DetailedProblem),
+        responses=problems(404, model=DetailedErrorResponse),
     )
     return api
 

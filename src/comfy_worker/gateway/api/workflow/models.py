@@ -14,7 +14,7 @@ from starlette.concurrency import run_in_threadpool
 from comfy_worker.comfy.client import ComfyClient
 from comfy_worker.comfy.disk import remove_file
 from comfy_worker.gateway.api.dependencies import Dependencies
-from comfy_worker.gateway.api.schemas import Answer, DetailedProblem, problems
+from comfy_worker.gateway.api.schemas import Answer, DetailedErrorResponse, problems
 from comfy_worker.gateway.api.workflow.requests import check_comfyui
 from comfy_worker.gateway.callers import ANYONE, current_caller
 from comfy_worker.gateway.errors import Forbidden, NotFound, NotImplementedYet, NotPossible
@@ -73,7 +73,7 @@ def router(parts: Dependencies) -> APIRouter:
             methods=[method],
             operation_id=operation_id,
             response_model=model,
-            responses=problems(*statuses, model=DetailedProblem),
+            responses=problems(*statuses, model=DetailedErrorResponse),
         )
     return api
 

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Path, Request, WebSocket
 from starlette.concurrency import run_in_threadpool
 
 from comfy_worker.gateway.api.dependencies import Dependencies
-from comfy_worker.gateway.api.schemas import JOB_ID, Answer, DetailedProblem, problems, request_body
+from comfy_worker.gateway.api.schemas import JOB_ID, Answer, DetailedErrorResponse, problems, request_body
 from comfy_worker.gateway.api.workflow.requests import cache_key_of, check_comfyui, input_of, submit
 from comfy_worker.gateway.api.workflow.schemas import (
     STATES,
@@ -45,7 +45,7 @@ def router(parts: Dependencies) -> APIRouter:
         operation_id="submit_workflow",
         response_model=SubmitAnswer,
         response_model_exclude_none=True,
-        responses=problems(503, model=DetailedProblem),
+        responses=problems(503, model=DetailedErrorResponse),
         openapi_extra=request_body(SubmitRequest),
     )
     api.add_api_route(
@@ -53,7 +53,7 @@ def router(parts: Dependencies) -> APIRouter:
         door.generate,
         methods=["POST"],
         operation_id="generate_workflow",
-        responses=problems(501, model=DetailedProblem),
+        responses=problems(501, model=DetailedErrorResponse),
     )
     api.add_api_route(
         "/api/workflow/cancel/{prompt_id}",
@@ -61,7 +61,7 @@ def router(parts: Dependencies) -> APIRouter:
         methods=["POST"],
         operation_id="cancel_workflow",
         response_model=CancelAnswer,
-        responses=problems(404, model=DetailedProblem),
+        responses=problems(404, model=DetailedErrorResponse),
     )
     for path, handler, operation_id, model, statuses in (
         ("/api/workflow/status/{prompt_id}", door.status, "workflow_status", WorkflowStatus, (404,)),
@@ -74,7 +74,7 @@ def router(parts: Dependencies) -> APIRouter:
             methods=["GET"],
             operation_id=operation_id,
             response_model=model,
-            responses=problems(*statuses, model=DetailedProblem),
+            responses=problems(*statuses, model=DetailedErrorResponse),
         )
     api.add_api_websocket_route("/api/workflow/ws/{prompt_id}", door.websocket)
     return api

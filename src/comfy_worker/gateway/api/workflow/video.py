@@ -13,7 +13,7 @@ from comfy_worker.catalog.entry import CatalogEntry
 from comfy_worker.comfy.client import ComfyClient
 from comfy_worker.errors import InvalidInput, MissingModels
 from comfy_worker.gateway.api.dependencies import Dependencies
-from comfy_worker.gateway.api.schemas import Answer, DetailedProblem, problems, request_body
+from comfy_worker.gateway.api.schemas import Answer, DetailedErrorResponse, problems, request_body
 from comfy_worker.gateway.api.workflow.requests import check_comfyui, input_of, submit
 from comfy_worker.gateway.api.workflow.schemas import STATES, SubmitAnswer, VideoRequest
 from comfy_worker.gateway.errors import NoComfyUI
@@ -34,7 +34,7 @@ def router(parts: Dependencies) -> APIRouter:
         operation_id="generate_video",
         response_model=SubmitAnswer,
         response_model_exclude_none=True,
-        responses=problems(503, model=DetailedProblem),
+        responses=problems(503, model=DetailedErrorResponse),
         openapi_extra=request_body(VideoRequest),
     )
     return api
