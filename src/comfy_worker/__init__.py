@@ -1,3 +1,3 @@
 """A serverless worker that turns a ComfyUI workflow into an API."""
 
-__version__ = "0.1.0"
+__version__ = "0.3.0"
