@@ -131,7 +131,7 @@ class Settings(BaseSettings):
 
     # -------------------------------------------------------------------------------------------- inputs
     input_max_files: int = _named(
-        "INPUT_MAX_FILES", default=64, ge=1, description="How many input files a job may have."
+        "INPUT_MAX_FILES", default=64, ge=1, description="Most input files of a job, including those at URLs."
     )
     input_max_mb: float = _named("INPUT_MAX_MB", default=1024.0, gt=0, description="Largest input file, in MB.")
     input_fetch_timeout_s: float = _named(

@@ -105,6 +105,7 @@ class ExecutionShown(BaseModel):
     status: Literal["pending", "running", "completed", "failed", "cancelled"]
     progress: int = Field(ge=0, le=100, description="How much of the workflow has run.")
     queue_position: int | None = Field(None, description="Position in the queue while it waits; 1 is next.")
+    notice: str | None = Field(None, description="Why the job does not advance.")
     outputs: Outputs | None = None
     created_at: str
     updated_at: str
