@@ -17,11 +17,12 @@ from tests.support.processes import ROOT
 
 _FOLDER = Path(__file__).parents[1] / "data" / "api_table"
 _APIS = {
-    "runpod": ("RunPod's API", "gateway.md"),
-    "generate": ("The generate API", "api/generate.md"),
-    "workflow": ("The workflow API", "api/workflow.md"),
-    "task": ("The task API", "api/task.md"),
-    "catalog": ("The catalog API", "api/catalog.md"),
+    "all": "All APIs",
+    "runpod": "RunPod's API",
+    "generate": "The generate API",
+    "workflow": "The workflow API",
+    "task": "The task API",
+    "catalog": "The catalog API",
 }
 _KINDS = {
     "endpoint": "Endpoints",
@@ -32,15 +33,19 @@ _KINDS = {
 }
 _INTRODUCTION = """# The five APIs
 
-The gateway serves five APIs over the same jobs: a job that was submitted through one is available through all. This
-page lists everything that the APIs' descriptions name, with the test that covers it. It is generated, and a test keeps
-it complete. `/docs` of a running gateway shows the format of requests and responses, with examples that run.
+The gateway serves five APIs over the same jobs: a job submitted through one is available through all. This page lists
+every endpoint, field, setting and status code, with the test that covers it. It is generated and complete. `/docs` of a
+running gateway shows requests and responses, with examples that run.
 
-RunPod's paths return errors as `{"error", "code", "hint", "details"}`. The generate, workflow and task APIs add
-`detail`; the catalog API returns errors in its envelope.
+| API | reference | errors |
+| --- | --- | --- |
+| RunPod | [gateway.md](gateway.md) | `{"error", "code", "hint", "details"}` |
+| generate | [generate.md](api/generate.md) | the same and `detail`; a failed node is a 500 |
+| workflow | [workflow.md](api/workflow.md) | the same and `detail` |
+| task | [task.md](api/task.md) | the same and `detail` |
+| catalog | [catalog.md](api/catalog.md) | an envelope |
 
-If a node fails, `/result` and `/generate/sync` return 500, because the generate API's description says so of failed
-processing. The other APIs return 200 for a known job, and report the failure in the body.
+A known job that failed is a 200 whose body has the error, except in the generate API.
 """
 
 
@@ -49,7 +54,7 @@ class Row:
     """One thing that a description names.
 
     Attributes:
-        api: which of the five.
+        api: one of the five, or `all`.
         kind: `endpoint`, `field`, `status`, `setting` or `behaviour`.
         what: its name.
         says: what it does here.
@@ -71,8 +76,8 @@ def rows() -> list[Row]:
 def page() -> str:
     """Return the table as Markdown."""
     lines = [_INTRODUCTION]
-    for api, (title, link) in _APIS.items():
-        lines += [f"## {title}", "", f"Reference: [{link.rpartition('/')[2]}]({link})", ""]
+    for api, title in _APIS.items():
+        lines += [f"## {title}", ""]
         for kind, heading in _KINDS.items():
             found = [row for row in rows() if (row.api, row.kind) == (api, kind)]
             if found:
@@ -88,11 +93,10 @@ def cell(text: str) -> str:
 
 
 def proof(test: str) -> str:
-    """Return a link to a test's file that is named as the test is."""
-    file, _, function = test.partition("::")
-    function = function.rpartition("::")[2]
-    name = function.removeprefix("test_").replace("_", " ") or Path(file).stem
-    return f"[{name}](../../{file})"
+    """Return a link to a test's file, with the test's name as its title."""
+    file, _, name = test.partition("::")
+    title = f' "{name}"' if name else ""
+    return f"[test](../../{file}{title})"
 
 
 def is_there(test: str) -> bool:
