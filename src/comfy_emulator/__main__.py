@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from comfy_emulator.core import Emulator, EmulatorConfig
+from comfy_emulator.emulator import Emulator, EmulatorConfig
+from comfy_emulator.emulator_server import Service
 from comfy_emulator.faults import Faults
-from comfy_emulator.models import DEFAULT_MODELS, MODEL_FOLDERS, Models
-from comfy_emulator.server import Service
+from comfy_emulator.model_files import DEFAULT_MODELS, MODEL_FOLDERS, Models
 
 _MEGABYTE = 1024 * 1024
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import requests
 
-from comfy_emulator.server import EmulatorServer
+from comfy_emulator.emulator_server import EmulatorServer
 from tests.support.graphs import node, picture, work
 from tests.support.patience import TIMEOUT_S
 from tests.support.served import Served, served

@@ -18,7 +18,7 @@ import pytest
 import requests
 from PIL import Image
 
-from comfy_emulator.models import DEFAULT_MODELS, FOLDER_OF_INPUT
+from comfy_emulator.model_files import DEFAULT_MODELS, FOLDER_OF_INPUT
 from comfy_worker.catalog.entry import CatalogEntry, fill
 from comfy_worker.catalog.library import Catalog
 from comfy_worker.catalog.parameter import Parameter

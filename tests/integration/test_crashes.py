@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from pytest_mock import MockerFixture
 
-from comfy_emulator.node import Context, ImageBatch, NodeResult
+from comfy_emulator.node_api import Context, ImageBatch, NodeResult
 from comfy_worker.types import NodeFinished, NodeStarted, PromptsAhead, Stage, StageStarted
 from comfy_worker.worker import Worker
 from tests.support import gate as gates

@@ -188,7 +188,7 @@ def test_an_error_tells_what_the_node_was_given(client: Client) -> None:
     assert (error["node_id"], error["node_type"], error["executed"]) == ("2", "Fail", ["1"])
     assert (error["exception_type"], error["exception_message"]) == ("LookupError", "nothing there\n")
     assert error["current_inputs"] == {"value": [7]}
-    assert error["traceback"][0].startswith('  File "/comfyui/executor.py", line ')
+    assert error["traceback"][0].startswith('  File "/comfyui/execution/executor.py", line ')
     assert str(Path.cwd()) not in "".join(error["traceback"])
     assert entry["status"]["status_str"] == "error"
     assert entry["status"]["messages"][-1] == ["execution_error", error]

@@ -19,8 +19,8 @@ from PIL import Image
 from safetensors.numpy import load
 
 from comfy_emulator import EmulatorServer
-from comfy_emulator.interfaces import load_object_info
-from comfy_emulator.node import Context, NodeResult, Registry
+from comfy_emulator.node_api import Context, NodeResult, Registry
+from comfy_emulator.node_definitions import load_object_info
 from comfy_emulator.nodes import REGISTRY
 from comfy_worker.comfy.client import ComfyClient
 from comfy_worker.errors import Cancelled, DiskFull, InputFetchFailed, InvalidInput, TimedOut, UploadFailed

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from comfy_emulator.node import ImageBatch, Interrupted
+from comfy_emulator.node_api import ImageBatch, Interrupted
 from comfy_emulator.nodes import REGISTRY
 
 Preview = tuple[str, Image.Image, "int | None"]

@@ -9,8 +9,8 @@ import random
 from pathlib import Path
 from typing import Any
 
-from comfy_emulator.interfaces import JsonObject, load_object_info
-from comfy_emulator.node import Context, ImageBatch, NodeResult, Registry
+from comfy_emulator.node_api import Context, ImageBatch, NodeResult, Registry
+from comfy_emulator.node_definitions import JsonObject, load_object_info
 from tests.support import graphs
 from tests.support.running import wait_until
 

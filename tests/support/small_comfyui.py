@@ -15,7 +15,7 @@ import websocket
 from PIL import Image
 
 from comfy_emulator import EmulatorServer
-from comfy_emulator.node import Context, NodeResult, Registry
+from comfy_emulator.node_api import Context, NodeResult, Registry
 from tests.support.patience import TIMEOUT_S
 
 Event = tuple[str, Any]

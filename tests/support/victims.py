@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 import requests
 
-from comfy_emulator.server import EmulatorServer
+from comfy_emulator.emulator_server import EmulatorServer
 from tests.support import gate
 from tests.support.patience import TIMEOUT_S
 from tests.support.ports import free_port

@@ -21,7 +21,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
 from comfy_emulator.nodes import REGISTRY
-from comfy_emulator.nodes.files import OutsideFolder, annotated_path, save_path
+from comfy_emulator.nodes.save_paths import OutsideFolder, annotated_path, save_path
 from tests.support.emulator_bench import Bench, levels, pictures
 
 

@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from comfy_emulator.node import ImageBatch, Interrupted
-from comfy_emulator.nodes.drawing import landscape, with_banner
+from comfy_emulator.node_api import ImageBatch, Interrupted
 from comfy_emulator.nodes.latents import Latent
-from comfy_emulator.nodes.models import Clip, Conditioning, Model, Vae
+from comfy_emulator.nodes.loaders import Clip, Conditioning, Model, Vae
+from comfy_emulator.nodes.placeholder import landscape, with_banner
 from comfy_emulator.nodes.sampling import STEP_SECONDS
 from tests.support.emulator_bench import Bench, floats, pictures
 

@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from comfy_emulator.node import Interrupted
+from comfy_emulator.node_api import Interrupted
 from comfy_emulator.nodes import REGISTRY
 from comfy_emulator.nodes.pixels import scale
-from comfy_emulator.nodes.texts import describe, tensor_text
+from comfy_emulator.tensor_text import describe, tensor_text
 from tests.support.emulator_bench import Bench, floats, levels, pictures
 
 METHODS = ["nearest-exact", "bilinear", "area", "bicubic", "lanczos"]

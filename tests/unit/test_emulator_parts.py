@@ -12,18 +12,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comfy_emulator.cache import CachedResult, OutputCache, cache_keys
-from comfy_emulator.errors import full_type_name, traceback_lines
+from comfy_emulator.error_details import format_value, full_type_name, traceback_lines
+from comfy_emulator.execution.caching import CachedResult, OutputCache, cache_keys
+from comfy_emulator.execution.graph import ExecutionList
+from comfy_emulator.execution.interrupt import Interrupt
+from comfy_emulator.execution.list_mapping import merge_outputs, merge_ui, slices
+from comfy_emulator.execution.prompt_queue import Outcome, PromptQueue, QueueItem
 from comfy_emulator.faults import Faults
-from comfy_emulator.folders import Folders
-from comfy_emulator.formatting import format_value
-from comfy_emulator.graph import ExecutionList
-from comfy_emulator.interfaces import NodeInterfaces, load_object_info
-from comfy_emulator.interrupt import Interrupt
-from comfy_emulator.mapping import merge_outputs, merge_ui, slices
-from comfy_emulator.models import DEFAULT_MODELS, FOLDER_OF_INPUT, MODEL_FOLDERS
-from comfy_emulator.node import Interrupted, NodeResult, Registry
-from comfy_emulator.prompt_queue import Outcome, PromptQueue, QueueItem
+from comfy_emulator.folder_paths import Folders
+from comfy_emulator.model_files import DEFAULT_MODELS, FOLDER_OF_INPUT, MODEL_FOLDERS
+from comfy_emulator.node_api import Interrupted, NodeResult, Registry
+from comfy_emulator.node_definitions import NodeInterfaces, load_object_info
 
 Prompt = dict[str, dict[str, Any]]
 
@@ -209,13 +208,13 @@ def test_a_shut_down_stops_everything_that_follows() -> None:
 
 def test_exceptions_are_named_with_their_module() -> None:
     assert full_type_name(KeyError) == "KeyError"
-    assert full_type_name(Interrupted) == "comfy_emulator.node.Interrupted"
+    assert full_type_name(Interrupted) == "comfy_emulator.node_api.Interrupted"
     try:
         _interfaces().inputs("gone")
     except KeyError as error:
         own, package = traceback_lines(error.__traceback__)
     assert own.startswith('  File "/python/test_emulator_parts.py", line ')
-    assert package.startswith('  File "/comfyui/interfaces.py", line ')
+    assert package.startswith('  File "/comfyui/node_definitions.py", line ')
 
 
 def _item(prompt_id: str, number: float) -> QueueItem:

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comfy_emulator.folders import Folders
-from comfy_emulator.interfaces import InputSpec, NodeInterfaces
-from comfy_emulator.node import Context, NodeResult, Registry
-from comfy_emulator.validation import Verdict, is_link, types_fit, validate_prompt
+from comfy_emulator.folder_paths import Folders
+from comfy_emulator.graph_utils import is_link
+from comfy_emulator.node_api import Context, NodeResult, Registry
+from comfy_emulator.node_definitions import InputSpec, NodeInterfaces
+from comfy_emulator.validation.prompt import Verdict, types_fit, validate_prompt
 
 RECORDINGS = Path(__file__).parents[1] / "data" / "comfyui_traffic"
 PASSED = NodeResult()

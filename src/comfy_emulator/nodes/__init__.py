@@ -1,41 +1,41 @@
-"""The nodes of the emulator.
+"""The emulator's nodes, registered in `REGISTRY` when this package is imported.
 
-Nodes that need no model do their work as in ComfyUI, with numpy, Pillow and PyAV; nodes that need one are imitated:
-they take time, report progress and draw a picture that says that no model ran.
+Nodes that need no model do the same as in ComfyUI, with NumPy, Pillow and PyAV. Nodes that need one imitate it: they
+take time, report progress, and draw a placeholder with a banner that says that no model ran.
 """
 
 from __future__ import annotations
 
 from comfy_emulator.nodes import (
     audio,
-    decoding,
     images,
     latents,
-    loading,
+    load_images,
+    loaders,
     masks,
     meshes,
-    models,
+    primitives,
     sampling,
-    saving,
-    values,
+    save_images,
+    test_work,
+    vae,
     video,
-    work,
 )
 from comfy_emulator.nodes.registry import REGISTRY
 
 __all__ = [
     "REGISTRY",
     "audio",
-    "decoding",
     "images",
     "latents",
-    "loading",
+    "load_images",
+    "loaders",
     "masks",
     "meshes",
-    "models",
+    "primitives",
     "sampling",
-    "saving",
-    "values",
+    "save_images",
+    "test_work",
+    "vae",
     "video",
-    "work",
 ]

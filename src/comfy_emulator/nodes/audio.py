@@ -7,8 +7,10 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from comfy_emulator.node import Context, NodeResult
-from comfy_emulator.nodes.files import (
+from comfy_emulator.node_api import Context, NodeResult
+from comfy_emulator.nodes.pixels import FloatArray
+from comfy_emulator.nodes.registry import REGISTRY
+from comfy_emulator.nodes.save_paths import (
     SavePath,
     annotated_path,
     file_fingerprint,
@@ -17,8 +19,6 @@ from comfy_emulator.nodes.files import (
     output_path,
     temp_path,
 )
-from comfy_emulator.nodes.pixels import FloatArray
-from comfy_emulator.nodes.registry import REGISTRY
 
 
 class Audio(TypedDict):

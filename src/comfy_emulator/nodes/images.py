@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from comfy_emulator.node import Context, ImageBatch, NodeResult
+from comfy_emulator.node_api import Context, ImageBatch, NodeResult
 from comfy_emulator.nodes.pixels import FloatArray, match_alpha, scale
 from comfy_emulator.nodes.registry import REGISTRY
 

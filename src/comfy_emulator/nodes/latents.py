@@ -13,11 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from comfy_emulator.node import Context, ImageBatch, Mask, NodeResult
-from comfy_emulator.nodes.files import annotated_path, file_fingerprint, file_validator, metadata_texts, output_path
+from comfy_emulator.node_api import Context, ImageBatch, Mask, NodeResult
 from comfy_emulator.nodes.pixels import FloatArray, scale
 from comfy_emulator.nodes.registry import REGISTRY
-from comfy_emulator.nodes.texts import describe
+from comfy_emulator.nodes.save_paths import (
+    annotated_path,
+    file_fingerprint,
+    file_validator,
+    metadata_texts,
+    output_path,
+)
+from comfy_emulator.tensor_text import describe
 
 PIXELS_PER_LATENT = 8
 """Pixels along a side that one latent value stands for, in the models that the emulator imitates."""

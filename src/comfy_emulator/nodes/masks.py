@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from comfy_emulator.node import Context, ImageBatch, Mask, NodeResult
+from comfy_emulator.node_api import Context, ImageBatch, Mask, NodeResult
 from comfy_emulator.nodes.pixels import FloatArray, match_alpha, repeat_to, scale
 from comfy_emulator.nodes.registry import REGISTRY
 

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from comfy_emulator.node import Context, NodeResult
-from comfy_emulator.nodes.drawing import seeded
-from comfy_emulator.nodes.files import metadata_texts, output_path
+from comfy_emulator.node_api import Context, NodeResult
 from comfy_emulator.nodes.latents import Latent
-from comfy_emulator.nodes.models import Vae
+from comfy_emulator.nodes.loaders import Vae
 from comfy_emulator.nodes.pixels import FloatArray
+from comfy_emulator.nodes.placeholder import seeded
 from comfy_emulator.nodes.registry import REGISTRY
+from comfy_emulator.nodes.save_paths import metadata_texts, output_path
 
 _LATENT_CHANNELS = 64
 _FINEST_GRID = 32

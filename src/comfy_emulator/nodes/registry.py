@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from comfy_emulator.node import Registry
+from comfy_emulator.node_api import Registry
 
 REGISTRY = Registry()
 """Every node of the emulator by class name; complete once `comfy_emulator.nodes` is imported."""

@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
-from comfy_emulator.node import Context, NodeResult
-from comfy_emulator.nodes.drawing import seeded
+from comfy_emulator.node_api import Context, NodeResult
+from comfy_emulator.nodes.latent_images import render
 from comfy_emulator.nodes.latents import Latent, Sampling
-from comfy_emulator.nodes.models import Conditioning, Model
+from comfy_emulator.nodes.loaders import Conditioning, Model
 from comfy_emulator.nodes.pixels import FloatArray, to_picture
+from comfy_emulator.nodes.placeholder import seeded
 from comfy_emulator.nodes.registry import REGISTRY
-from comfy_emulator.nodes.rendering import render
 
 STEP_SECONDS = float(os.environ.get("COMFY_EMULATOR_STEP_SECONDS", "0.02"))
 """Seconds that a step takes, whatever the size of the picture."""

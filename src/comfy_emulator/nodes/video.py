@@ -11,11 +11,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from comfy_emulator.node import Context, ImageBatch, NodeResult
+from comfy_emulator.node_api import Context, ImageBatch, NodeResult
 from comfy_emulator.nodes.audio import Audio, audio_frame, encode_audio
-from comfy_emulator.nodes.files import annotated_path, file_validator, metadata_texts, output_path
 from comfy_emulator.nodes.pixels import FloatArray
 from comfy_emulator.nodes.registry import REGISTRY
+from comfy_emulator.nodes.save_paths import annotated_path, file_validator, metadata_texts, output_path
 
 _WEBM_ENCODERS = {"vp9": "libvpx-vp9", "av1": "libsvtav1"}
 _WEBM_PIXELS = {"vp9": "yuv420p", "av1": "yuv420p10le"}

@@ -10,15 +10,15 @@ from pathlib import Path
 
 from aiohttp import web
 
-from comfy_emulator.events import EventHub
-from comfy_emulator.executor import PromptExecutor, PromptWorker
+from comfy_emulator.execution.executor import PromptExecutor, PromptWorker
+from comfy_emulator.execution.interrupt import Interrupt
+from comfy_emulator.execution.prompt_queue import PromptQueue
 from comfy_emulator.faults import Faults
-from comfy_emulator.folders import Folders
-from comfy_emulator.interfaces import JsonObject, NodeInterfaces, load_object_info
-from comfy_emulator.interrupt import Interrupt
-from comfy_emulator.models import DEFAULT_MODELS, Models
-from comfy_emulator.node import Registry
-from comfy_emulator.prompt_queue import PromptQueue
+from comfy_emulator.folder_paths import Folders
+from comfy_emulator.model_files import DEFAULT_MODELS, Models
+from comfy_emulator.node_api import Registry
+from comfy_emulator.node_definitions import JsonObject, NodeInterfaces, load_object_info
+from comfy_emulator.websockets import EventHub
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from comfy_emulator.interfaces import JsonObject, NodeInterfaces
-from comfy_emulator.validation import is_link
+from comfy_emulator.graph_utils import is_link
+from comfy_emulator.node_definitions import JsonObject, NodeInterfaces
 
 logger = logging.getLogger(__name__)
 

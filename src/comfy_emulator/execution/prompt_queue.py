@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from comfy_emulator.faults import Faults
-from comfy_emulator.interfaces import JsonObject
+from comfy_emulator.node_definitions import JsonObject
 
 MAXIMUM_HISTORY_SIZE = 10_000
 

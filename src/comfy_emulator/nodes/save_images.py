@@ -9,10 +9,10 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from comfy_emulator.node import Context, ImageBatch, NodeResult
-from comfy_emulator.nodes.files import SavePath, metadata_texts, output_path, temp_path
+from comfy_emulator.node_api import Context, ImageBatch, NodeResult
 from comfy_emulator.nodes.pixels import to_picture
 from comfy_emulator.nodes.registry import REGISTRY
+from comfy_emulator.nodes.save_paths import SavePath, metadata_texts, output_path, temp_path
 
 _SAVE_LEVEL = 4
 _PREVIEW_LEVEL = 1

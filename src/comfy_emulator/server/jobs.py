@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 from aiohttp import web
 
-from comfy_emulator.core import emulator_of
-from comfy_emulator.interfaces import JsonObject
-from comfy_emulator.prompt_queue import QueueItem
+from comfy_emulator.emulator import emulator_of
+from comfy_emulator.execution.prompt_queue import QueueItem
+from comfy_emulator.node_definitions import JsonObject
 
 STATUSES = ("pending", "in_progress", "completed", "failed")
 _SORT_FIELDS = ("created_at", "execution_duration")

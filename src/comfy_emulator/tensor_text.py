@@ -1,4 +1,4 @@
-"""How values look as text: as Python prints them in ComfyUI, where arrays are torch tensors."""
+"""Values as text: as Python prints them in ComfyUI, where arrays are torch tensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _LINE_WIDTH = 80
 
 
 def describe(value: object) -> str:
-    """`str(value)` as ComfyUI would have it: arrays inside dictionaries, lists and tuples are printed as tensors."""
+    """Return `str(value)` as ComfyUI prints it: arrays in dictionaries, lists and tuples look like tensors."""
     return _describe(value) if isinstance(value, (np.ndarray, Mapping, list, tuple)) else str(value)
 
 
@@ -29,7 +29,7 @@ def _describe(value: object) -> str:
 
 
 def tensor_text(array: npt.NDArray[Any]) -> str:
-    """An array printed as torch prints a tensor: four decimals, the middle of a long one left out."""
+    """Return an array as torch prints a tensor: four decimals, long ones abbreviated (`torch/_tensor_str.py`)."""
     whole = bool(np.all(array == np.floor(array))) if np.issubdtype(array.dtype, np.floating) else True
     text = np.array2string(
         array,

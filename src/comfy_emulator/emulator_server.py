@@ -15,12 +15,12 @@ from typing import TypeVar
 
 from aiohttp import web
 
-from comfy_emulator.app import create_app
-from comfy_emulator.core import DEFAULT_MAX_UPLOAD_BYTES, Emulator, EmulatorConfig
+from comfy_emulator.emulator import DEFAULT_MAX_UPLOAD_BYTES, Emulator, EmulatorConfig
 from comfy_emulator.faults import Faults
-from comfy_emulator.interfaces import JsonObject
-from comfy_emulator.models import DEFAULT_MODELS, Models
-from comfy_emulator.node import Registry
+from comfy_emulator.model_files import DEFAULT_MODELS, Models
+from comfy_emulator.node_api import Registry
+from comfy_emulator.node_definitions import JsonObject
+from comfy_emulator.server.app import create_app
 
 _PATIENCE_S = 0.3
 """How long a stop waits for the running node, and for handlers that are still at work."""

@@ -15,7 +15,7 @@ from typing import Any
 from aiohttp import WSMsgType, web
 
 from comfy_emulator.faults import Faults
-from comfy_emulator.interfaces import JsonObject
+from comfy_emulator.node_definitions import JsonObject
 
 logger = logging.getLogger(__name__)
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from comfy_emulator.node import Context, ImageBatch, Mask, NodeResult
-from comfy_emulator.nodes.drawing import with_banner
+from comfy_emulator.node_api import Context, ImageBatch, Mask, NodeResult
+from comfy_emulator.nodes.latent_images import render
 from comfy_emulator.nodes.latents import PIXELS_PER_LATENT, Latent
-from comfy_emulator.nodes.models import Vae
+from comfy_emulator.nodes.loaders import Vae
 from comfy_emulator.nodes.pixels import FloatArray, scale
+from comfy_emulator.nodes.placeholder import with_banner
 from comfy_emulator.nodes.registry import REGISTRY
-from comfy_emulator.nodes.rendering import render
 
 _DEFAULT_UPSCALE = 4
 

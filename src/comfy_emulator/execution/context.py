@@ -12,10 +12,10 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from comfy_emulator.events import PREVIEW_IMAGE, PREVIEW_IMAGE_WITH_METADATA, EventHub
-from comfy_emulator.folders import Folders
-from comfy_emulator.interrupt import Interrupt
-from comfy_emulator.progress import ProgressState, real_node
+from comfy_emulator.execution.interrupt import Interrupt
+from comfy_emulator.execution.progress import ProgressState, real_node
+from comfy_emulator.folder_paths import Folders
+from comfy_emulator.websockets import PREVIEW_IMAGE, PREVIEW_IMAGE_WITH_METADATA, EventHub
 
 Preview = tuple[str, Image.Image, "int | None"]
 """Format (`JPEG` or `PNG`), picture, longest side or None for full size."""

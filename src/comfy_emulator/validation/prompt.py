@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from comfy_emulator.errors import full_type_name, traceback_lines
-from comfy_emulator.interfaces import InputSpec, JsonObject, NodeInterfaces
+from comfy_emulator.error_details import full_type_name, traceback_lines
+from comfy_emulator.graph_utils import is_link
+from comfy_emulator.node_definitions import InputSpec, JsonObject, NodeInterfaces
 
 LONGEST_LIST_IN_MESSAGE = 20
 """Longer lists of values are only counted in the message, not quoted."""
@@ -23,13 +24,6 @@ class Verdict(NamedTuple):
     error: JsonObject | None
     outputs: list[str]
     node_errors: JsonObject
-
-
-def is_link(value: Any) -> bool:
-    """Tell whether an input's value is `[node_id, output slot]`."""
-    return (
-        isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], int | float)
-    )
 
 
 def types_fit(received: Any, wanted: Any) -> bool:

@@ -9,9 +9,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from comfy_emulator.folders import Folders
-from comfy_emulator.models import FOLDER_OF_INPUT, Models, names_in
-from comfy_emulator.node import Node, Registry
+from comfy_emulator.folder_paths import Folders
+from comfy_emulator.model_files import FOLDER_OF_INPUT, Models, names_in
+from comfy_emulator.node_api import Node, Registry
 
 JsonObject = dict[str, Any]
 

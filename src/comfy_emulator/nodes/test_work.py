@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from comfy_emulator.node import Context, ImageBatch, NodeResult
+from comfy_emulator.node_api import Context, ImageBatch, NodeResult
 from comfy_emulator.nodes.registry import REGISTRY
 
 _PREVIEW_SIDE = 512

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from comfy_emulator.interfaces import JsonObject
-from comfy_emulator.validation import is_link
+from comfy_emulator.graph_utils import is_link
+from comfy_emulator.node_definitions import JsonObject
 
 
 class ExecutionList:

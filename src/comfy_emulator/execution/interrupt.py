@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from comfy_emulator.node import Interrupted
+from comfy_emulator.node_api import Interrupted
 
 
 class Interrupt:

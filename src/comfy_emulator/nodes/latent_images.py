@@ -6,9 +6,9 @@ import hashlib
 
 import numpy as np
 
-from comfy_emulator.nodes.drawing import landscape
 from comfy_emulator.nodes.latents import Latent
 from comfy_emulator.nodes.pixels import FloatArray, repeat_to, scale
+from comfy_emulator.nodes.placeholder import landscape
 
 _SOURCE_COVER = 0.6
 """How much of a source picture a sampler with a denoise of 1 covers; a real one would cover all of it."""

@@ -10,10 +10,10 @@ from typing import Any
 
 from aiohttp import web
 
-from comfy_emulator.core import Emulator, emulator_of
-from comfy_emulator.interfaces import JsonObject
-from comfy_emulator.prompt_queue import QueueItem
-from comfy_emulator.validation import validate_prompt
+from comfy_emulator.emulator import Emulator, emulator_of
+from comfy_emulator.execution.prompt_queue import QueueItem
+from comfy_emulator.node_definitions import JsonObject
+from comfy_emulator.validation.prompt import validate_prompt
 
 logger = logging.getLogger(__name__)
 

@@ -11,12 +11,12 @@ from urllib.parse import urlsplit
 from aiohttp import web
 from pydantic import ValidationError
 
-from comfy_emulator.core import EMULATOR, Emulator, cut, emulator_of
+from comfy_emulator.emulator import EMULATOR, Emulator, cut, emulator_of
 from comfy_emulator.faults import Faults, take
-from comfy_emulator.files import add_file_routes
-from comfy_emulator.jobs import add_job_routes
-from comfy_emulator.models import MODEL_FOLDERS, facts_in, names_in
-from comfy_emulator.prompts import add_prompt_routes
+from comfy_emulator.model_files import MODEL_FOLDERS, facts_in, names_in
+from comfy_emulator.server.files import add_file_routes
+from comfy_emulator.server.jobs import add_job_routes
+from comfy_emulator.server.prompts import add_prompt_routes
 
 COMFYUI_VERSION = "0.8.0"
 """The version that the emulator answers as."""

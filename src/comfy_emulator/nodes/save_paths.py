@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from comfy_emulator.node import Context
+from comfy_emulator.node_api import Context
 
 _ANNOTATIONS = ("input", "output", "temp")
 _TEMP_LETTERS = "abcdefghijklmnopqrstupvxyz"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from comfy_emulator.node import Context, ImageBatch, NodeResult
+from comfy_emulator.node_api import Context, ImageBatch, NodeResult
 from comfy_emulator.nodes.registry import REGISTRY
 
 

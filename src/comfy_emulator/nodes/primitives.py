@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from comfy_emulator.node import Context, NodeResult
+from comfy_emulator.node_api import Context, NodeResult
 from comfy_emulator.nodes.registry import REGISTRY
-from comfy_emulator.nodes.texts import describe
+from comfy_emulator.tensor_text import describe
 
 
 @REGISTRY.add("PrimitiveInt")

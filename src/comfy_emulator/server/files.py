@@ -12,8 +12,8 @@ from typing import Any
 from aiohttp import web
 from PIL import Image, PngImagePlugin
 
-from comfy_emulator.core import emulator_of
-from comfy_emulator.folders import Folders
+from comfy_emulator.emulator import emulator_of
+from comfy_emulator.folder_paths import Folders
 
 INTERNAL_ERROR = "500 Internal Server Error\n\nServer got itself in trouble"
 _DOWNLOADED_TYPES = {"text/html", "text/html-sandboxed", "application/xhtml+xml", "text/javascript", "text/css"}

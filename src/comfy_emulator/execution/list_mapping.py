@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from comfy_emulator.node import NodeResult
+from comfy_emulator.node_api import NodeResult
 
 
 def slices(inputs: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:

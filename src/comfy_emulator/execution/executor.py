@@ -8,20 +8,19 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from comfy_emulator.cache import CachedResult, OutputCache, cache_keys, fingerprints
-from comfy_emulator.context import NodeContext
-from comfy_emulator.errors import full_type_name, traceback_lines
-from comfy_emulator.events import EventHub
-from comfy_emulator.folders import Folders
-from comfy_emulator.formatting import format_value
-from comfy_emulator.graph import ExecutionList
-from comfy_emulator.interfaces import JsonObject, NodeInterfaces
-from comfy_emulator.interrupt import Interrupt
-from comfy_emulator.mapping import merge_outputs, merge_ui, slices
-from comfy_emulator.node import Interrupted, NodeResult
-from comfy_emulator.progress import ProgressState
-from comfy_emulator.prompt_queue import Outcome, PromptQueue, QueueItem
-from comfy_emulator.validation import is_link
+from comfy_emulator.error_details import format_value, full_type_name, traceback_lines
+from comfy_emulator.execution.caching import CachedResult, OutputCache, cache_keys, fingerprints
+from comfy_emulator.execution.context import NodeContext
+from comfy_emulator.execution.graph import ExecutionList
+from comfy_emulator.execution.interrupt import Interrupt
+from comfy_emulator.execution.list_mapping import merge_outputs, merge_ui, slices
+from comfy_emulator.execution.progress import ProgressState
+from comfy_emulator.execution.prompt_queue import Outcome, PromptQueue, QueueItem
+from comfy_emulator.folder_paths import Folders
+from comfy_emulator.graph_utils import is_link
+from comfy_emulator.node_api import Interrupted, NodeResult
+from comfy_emulator.node_definitions import JsonObject, NodeInterfaces
+from comfy_emulator.websockets import EventHub
 
 logger = logging.getLogger(__name__)
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, ImageSequence, UnidentifiedImageError
 
-from comfy_emulator.node import Context, Mask, NodeResult
-from comfy_emulator.nodes.files import annotated_path, file_fingerprint, file_validator
+from comfy_emulator.node_api import Context, Mask, NodeResult
 from comfy_emulator.nodes.pixels import FloatArray, from_picture
 from comfy_emulator.nodes.registry import REGISTRY
+from comfy_emulator.nodes.save_paths import annotated_path, file_fingerprint, file_validator
 
 _validate = file_validator("image", "image")
 _fingerprint = file_fingerprint("image")
