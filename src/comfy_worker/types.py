@@ -283,6 +283,13 @@ class Stage(str, Enum):
 
 
 @dataclass(frozen=True)
+class JobStarted:
+    """The job was parsed and begins; `workflow` is the graph that its input or its template stands for."""
+
+    workflow: Workflow = field(repr=False)
+
+
+@dataclass(frozen=True)
 class StageStarted:
     """The job entered the next part of its way."""
 
@@ -345,7 +352,15 @@ class Notice:
 
 
 JobEvent: TypeAlias = (
-    StageStarted | PromptsAhead | NodesCached | NodeStarted | NodeProgress | NodeFinished | Preview | Notice
+    JobStarted
+    | StageStarted
+    | PromptsAhead
+    | NodesCached
+    | NodeStarted
+    | NodeProgress
+    | NodeFinished
+    | Preview
+    | Notice
 )
 OnEvent: TypeAlias = Callable[[JobEvent], None]
 

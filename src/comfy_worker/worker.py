@@ -1,9 +1,10 @@
-"""A worker: RunPod's jobs in, RunPod's outputs out. Every door that speaks RunPod's words goes through here."""
+"""Runs RunPod jobs on one ComfyUI; the RunPod handler, the command line and the gateway share it."""
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,47 +19,37 @@ from comfy_worker.job.stage_limits import StageLimits
 from comfy_worker.settings import Settings
 from comfy_worker.stop import Stop
 from comfy_worker.storage import StorageFactory
-from comfy_worker.types import Job, OnEvent, ignore_events
+from comfy_worker.types import Job, JobStarted, OnEvent, ignore_events
 from comfy_worker.webhooks import Webhooks, check_webhook
 
 log = logging.getLogger(__name__)
 
-_ENVELOPE = 64 * 1024
-"""Bytes of an answer that are not base64: names, sizes, texts, warnings."""
-_LONGEST_SENTENCE = 1000
-"""Characters that are kept of a failure's sentence which does not fit into an answer."""
+_RESERVED_BYTES = 64 * 1024
+"""Part of the result limit that base64 data may not use: it is for names, sizes, texts and warnings."""
+_MAX_ERROR_LENGTH = 1000
+"""Characters of an error sentence that are kept if the whole sentence exceeds the result limit."""
 
 
 class Worker:
-    """Runs jobs against one ComfyUI; connections and clients are kept from job to job.
+    """Runs jobs on one ComfyUI and keeps its connections and clients from job to job.
 
     Attributes:
-        client: speaks to ComfyUI.
+        client: the client of that ComfyUI.
     """
 
     def __init__(self, settings: Settings, storages: StorageFactory | None = None) -> None:
         self.settings = settings
-        self._webhooks = Webhooks(settings)
         self.client = ComfyClient(settings)
+        self._webhooks = Webhooks(settings)
         self._storages = storages or StorageFactory(settings)
         self._storages.prepare()
-        self._library = Catalog(settings.workflows_dir)
+        self._catalog = Catalog(settings.workflows_dir)
 
     def close(self) -> None:
-        """Send the webhooks that wait, for at most half a minute, and close the connections."""
+        """Send the pending webhooks, for at most half a minute, and close the connections."""
         self._webhooks.close()
         self.client.close()
         self._storages.close()
-
-    def expanded(self, job: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return a job with the workflow that its template stands for, for who wants to look at it before `run`.
-
-        One whose template cannot be filled in is returned as it is; `run` says why.
-        """
-        try:
-            return expand_job(job, self._library)
-        except InvalidInput:
-            return job
 
     def run(
         self,
@@ -67,54 +58,47 @@ class Worker:
         stop: Stop | None = None,
         result_limit: int | None = None,
         *,
-        tell: bool = True,
+        send_webhooks: bool = True,
     ) -> dict[str, Any]:
-        """Run a RunPod job and return its `output`: a fresh dict of JSON values, with `error` if it failed.
+        """Run a RunPod job and return its `output`: a new dict of JSON values, with `error` if the job failed.
 
-        Blocks until the end; never raises for anything that the job could bring about.
+        Blocks until the end. It does not raise for anything that a job can cause.
 
         Args:
-            job: what RunPod hands to a handler.
-            on_event: is told how the job gets on, in this thread.
+            job: what RunPod passes to a handler.
+            on_event: called with each event of the job, in this thread; first with `JobStarted`, if the job is valid.
             stop: ends the job early.
-            result_limit: bytes that the output may have as JSON; None for no limit.
-            tell: whether the webhooks are told; in the background, so that nothing waits for them.
+            result_limit: how many bytes the output may have as JSON; None for no limit.
+            send_webhooks: whether to send the job's webhooks. They are sent in the background.
         """
         if not isinstance(job, Mapping):
             return InvalidInput("The job must be an object with an input", hint=HOW_TO_SEND).as_output()
-        if not tell:
-            return self._run_to_end(job, on_event, stop, result_limit)
-        report = self._webhooks.report_on(job, result_limit)
-        output = self._run_to_end(job, report.listening(on_event), stop, result_limit)
-        report.end(output, cancelled=stop is not None and stop.is_set())
-        return output
-
-    def _run_to_end(
-        self, job: Mapping[str, Any], on_event: OnEvent, stop: Stop | None, result_limit: int | None
-    ) -> dict[str, Any]:
+        report = self._webhooks.report_on(job, result_limit) if send_webhooks else None
         try:
-            return _within(json_safe(self._run(job, on_event, stop, result_limit)), result_limit)
-        except OutputTooLarge as error:
-            log.info("job %s failed: %s", job.get("id"), error)
-            return error.as_output()
-        # The last edge: whatever else is let out, SystemExit too, would end the worker or reach the client whole.
+            output = self._run(job, report.listening(on_event) if report else on_event, stop, result_limit)
+        # Whatever gets past here, even SystemExit, would end the worker or leave the job without a result.
         except BaseException:
-            log.exception("job %s met a bug", job.get("id"))
-            return InternalError("The worker failed because of a bug of its own; its log says where").as_output()
+            log.exception("job %s failed because of a bug", job.get("id"))
+            output = InternalError("The worker failed because of a bug of its own; its log says where").as_output()
+        if report:
+            report.end(output, cancelled=stop is not None and stop.is_set())
+        return output
 
     def _run(
         self, job: Mapping[str, Any], on_event: OnEvent, stop: Stop | None, result_limit: int | None
     ) -> dict[str, Any]:
-        secrets: list[str | None] = list(self.settings.secrets())
+        secrets = list(self.settings.secrets())
         try:
-            parsed = parse_job(expand_job(job, self._library), self.settings.input_max_files)
+            parsed = parse_job(expand_job(job, self._catalog), self.settings.input_max_files)
             secrets += parsed.secrets
             check_webhook(parsed.webhook)
         except WorkerError as error:
             output = error.as_output(secrets)
-            log.info("job %s failed: %s", job.get("id"), output["error"])
-            return output
-        return self.run_parsed(parsed, on_event, stop, result_limit)
+            log.info("job %s was refused: %s", job.get("id"), output["error"])
+        else:
+            on_event(JobStarted(parsed.workflow))
+            output = self.run_parsed(parsed, on_event, stop, result_limit)
+        return fit_into(json_safe(output), result_limit)
 
     def run_parsed(
         self,
@@ -122,43 +106,39 @@ class Worker:
         on_event: OnEvent = ignore_events,
         stop: Stop | None = None,
         result_limit: int | None = None,
-        turns: StageLimits | None = None,
+        limits: StageLimits | None = None,
     ) -> dict[str, Any]:
-        """Run a job and return its `output`; what is no failure of a kind of ours is let out."""
-        budget = None if result_limit is None else result_limit - _ENVELOPE
+        """Run a job that was parsed before and return its `output`; bugs are raised."""
+        inline_budget = None if result_limit is None else result_limit - _RESERVED_BYTES
         try:
-            storage = self._storages.choose(job.delivery, budget, job.bucket)
-            return result_as_output(run_job(job, self.client, storage, on_event, stop, turns))
+            storage = self._storages.choose(job.delivery, inline_budget, job.bucket)
+            return result_as_output(run_job(job, self.client, storage, on_event, stop, limits))
         except WorkerError as error:
             output = failure_as_output(error, [*self.settings.secrets(), *job.secrets])
             log.info("job %s failed: %s", job.id, output["error"])
             return output
 
 
-def _within(output: dict[str, Any], limit: int | None) -> dict[str, Any]:
-    """Return the output if it fits; the platform would drop it otherwise and call the job done.
+def fit_into(output: dict[str, Any], limit: int | None) -> dict[str, Any]:
+    """Return an output that RunPod accepts: it drops one that is too large and calls the job completed.
 
-    Of a failure that does not fit, what had been made goes; then the beginning of its sentence is kept.
-
-    Raises:
-        OutputTooLarge: it does not fit.
+    A failed job keeps its error, without partial outputs and, if need be, shortened. A successful job fails.
     """
-    if limit is None or (size := _bytes_of(output)) <= limit:
+    if limit is None or (size := _size_in_bytes(output)) <= limit:
         return output
-    made, error = split_failure(output)
-    if made is not None:
-        lost = "What the job had made does not fit into the answer"
-        return _within({**error, "errors": [lost]}, limit)
+    partial_outputs, error = split_failure(output)
+    if partial_outputs is not None:
+        return fit_into({**error, "errors": ["What the job had made does not fit into the answer"]}, limit)
     if "error" in output:
-        return {"error": f"{output['error'][:_LONGEST_SENTENCE]}…", "code": output["code"]}
-    raise OutputTooLarge(
+        return {"error": f"{output['error'][:_MAX_ERROR_LENGTH]}…", "code": output["code"]}
+    return OutputTooLarge(
         f"The answer has {size} bytes and may have {limit}",
         hint="Set up S3 (BUCKET_ENDPOINT_URL and its keys), or make fewer or smaller outputs and texts",
-    )
+    ).as_output()
 
 
-def _bytes_of(output: Mapping[str, Any]) -> int:
-    """Return how many bytes RunPod's SDK sends: other alphabets are not escaped, an error is there twice."""
+def _size_in_bytes(output: Mapping[str, Any]) -> int:
+    """Return how many bytes RunPod's SDK sends: it does not escape non-ASCII text, and sends an error twice."""
     return sum(len(json.dumps(part, ensure_ascii=False).encode()) for part in (output, output.get("error", "")))
 
 
@@ -174,5 +154,5 @@ def json_safe(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [json_safe(item) for item in value]
     if isinstance(value, float):
-        return value if value == value and abs(value) != float("inf") else None
+        return value if math.isfinite(value) else None
     return value

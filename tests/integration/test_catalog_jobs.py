@@ -100,7 +100,6 @@ def test_a_worker_fills_in_a_template(worker: Worker) -> None:
 
 def test_a_worker_says_what_is_wrong_with_a_template(worker: Worker) -> None:
     job = {"id": "x", "input": {"template": "solid-color", "inputs": {"width": 0}}}
-    assert worker.expanded(job) is job
     assert worker.run(job) == {"error": BAD_WIDTH, "code": "invalid_input"}
 
 

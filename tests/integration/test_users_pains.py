@@ -403,7 +403,7 @@ def test_w36_w221_s106_progress_queue_position_previews(victim: Emulated, worker
     gate.open()
     assert "error" not in running.output()
     assert victim.succeeded(blocker)
-    progress, percents = Progress.of(graph), []
+    progress, percents = Progress(frozenset(graph)), []
     for event in running.events:
         progress.apply(event)
         percents.append(progress.percent)

@@ -146,7 +146,7 @@ def test_the_settings_name_a_receiver_for_jobs_that_name_none(
         worker.run({**job(graphs.picture(ORANGE)), "id": "a"})
         worker.run({**job(graphs.picture(ORANGE), webhook=hook(other)), "id": "b"})
         refused = worker.run({**job(graphs.picture(ORANGE), webhook=hook(other, secret="whsec_???")), "id": "c"})
-        assert worker.run({**job(graphs.picture(ORANGE)), "id": "d"}, tell=False)["images"]
+        assert worker.run({**job(graphs.picture(ORANGE)), "id": "d"}, send_webhooks=False)["images"]
         worker.close()
         ends = {end.body["id"]: end for end in own.received}
         assert [end.body["id"] for end in other.received] == ["b"]

@@ -28,14 +28,16 @@ def just_in_time() -> Prefetch:
 
 def take(prefetch: Prefetch, job_id: str, *stages: Stage, now: float = 0.0, kind: str = "kind") -> None:
     """Take a job and bring it to the last of `stages`, all at once."""
-    prefetch.took(job_id, kind, now)
+    prefetch.took(job_id, now)
+    prefetch.identified(job_id, kind)
     for stage in stages:
         prefetch.entered(job_id, stage, now)
 
 
 def run(prefetch: Prefetch, seconds: float, *, kind: str = "kind", staging_s: float = 0.5) -> None:
     """Run a job from beginning to end; the GPU works on it for `seconds`."""
-    prefetch.took("past", kind, 0.0)
+    prefetch.took("past", 0.0)
+    prefetch.identified("past", kind)
     prefetch.entered("past", Stage.QUEUED, staging_s)
     prefetch.entered("past", Stage.RUNNING, 10.0)
     prefetch.entered("past", Stage.DELIVERING, 10.0 + seconds)
@@ -213,7 +215,8 @@ class Hands(RuleBasedStateMachine):
     @rule(kind=st.sampled_from(["one", "another"]))
     def take(self, kind: str) -> None:
         job_id = next(self.ids)
-        self.prefetch.took(job_id, kind, self.now)
+        self.prefetch.took(job_id, self.now)
+        self.prefetch.identified(job_id, kind)
         self.kinds[job_id], self.stages[job_id] = kind, Stage.STAGING
 
     @precondition(lambda self: not self.stages)

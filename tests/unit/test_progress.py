@@ -24,7 +24,7 @@ WORKFLOW = {node_id: {"class_type": "A"} for node_id in ("1", "2", "3", "4")}
 
 
 def progress(*events: JobEvent) -> Progress:
-    state = Progress.of(WORKFLOW)
+    state = Progress(frozenset(WORKFLOW))
     for event in events:
         state.apply(event)
     return state
@@ -37,7 +37,7 @@ def start(node_id: str) -> NodeStarted:
 def test_a_job_that_has_not_begun() -> None:
     state = progress()
     assert (state.percent, state.stage, state.node_id, state.ahead) == (0.0, Stage.STAGING, "", None)
-    assert Progress.of({}).percent == 0.0
+    assert Progress(frozenset({})).percent == 0.0
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ EVENTS = st.one_of(
 
 @given(st.lists(EVENTS, max_size=30))
 def test_percent_is_always_one(events: list[JobEvent]) -> None:
-    state = Progress.of(WORKFLOW)
+    state = Progress(frozenset(WORKFLOW))
     for event in events:
         state.apply(event)
         assert 0.0 <= state.percent <= 100.0
@@ -127,7 +127,7 @@ def test_percent_never_goes_back_while_one_node_runs_after_another(
     for node_id, count in zip(order[cached:], steps[cached:], strict=True):
         events += [start(node_id), *(NodeProgress(node_id, step, count) for step in range(1, count + 1))]
         events.append(NodeFinished(node_id))
-    state = Progress.of(WORKFLOW)
+    state = Progress(frozenset(WORKFLOW))
     shown = []
     for event in events:
         state.apply(event)

@@ -85,7 +85,7 @@ def hear(prompt: Prompt, frames: list[str | bytes]) -> tuple[PromptProtocol, lis
 
 
 def percents(prompt: Prompt, events: list[JobEvent]) -> list[float]:
-    progress = Progress.of(prompt.workflow)
+    progress = Progress(frozenset(prompt.workflow))
     shown = []
     for event in events:
         progress.apply(event)

@@ -9,14 +9,13 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from comfy_worker.errors import InvalidInput, WorkerError
-from comfy_worker.job.payload import workflow_of
 from comfy_worker.job.progress import Progress
 from comfy_worker.settings import Settings
 from comfy_worker.signals import END_SIGNALS, in_thread
@@ -112,11 +111,8 @@ def run(job: dict[str, Any], settings: Settings, interruption: Interruption) -> 
     """Run a job, show how it gets on, and write what comes back as base64 into files."""
     worker = Worker(settings)
     try:
-        expanded = worker.expanded(job)
-        with ProgressBar(expanded) as bar:
-            output = asyncio.run(
-                in_thread(lambda: worker.run(expanded, bar.show, interruption.stop), interruption.come)
-            )
+        with ProgressBar() as bar:
+            output = asyncio.run(in_thread(lambda: worker.run(job, bar.show, interruption.stop), interruption.come))
     finally:
         worker.close()
     return write_files(output, Path(settings.output_dir))
@@ -125,8 +121,8 @@ def run(job: dict[str, Any], settings: Settings, interruption: Interruption) -> 
 class ProgressBar:
     """Shows a job's progress on standard error: a bar on a terminal, a line a node elsewhere."""
 
-    def __init__(self, job: Mapping[str, Any]) -> None:
-        self._progress = Progress.of(workflow_of(job))
+    def __init__(self) -> None:
+        self._progress = Progress()
         self._bar = tqdm(
             total=100,
             file=sys.stderr,

@@ -7,6 +7,7 @@ from typing import Any
 
 from comfy_worker.types import (
     JobEvent,
+    JobStarted,
     NodeFinished,
     NodeProgress,
     NodesCached,
@@ -15,7 +16,6 @@ from comfy_worker.types import (
     PromptsAhead,
     Stage,
     StageStarted,
-    Workflow,
 )
 
 
@@ -32,7 +32,7 @@ class Progress:
         notice: the last sentence about what the job waits for.
     """
 
-    node_ids: frozenset[str]
+    node_ids: frozenset[str] = frozenset()
     stage: Stage = Stage.STAGING
     ahead: int | None = None
     node_id: str = ""
@@ -42,11 +42,6 @@ class Progress:
     notice: str = ""
     _done: set[str] = field(default_factory=set)
     _percent: float = 0.0
-
-    @classmethod
-    def of(cls, workflow: Workflow) -> Progress:
-        """Return the progress of a job that has not begun."""
-        return cls(node_ids=frozenset(workflow))
 
     @property
     def percent(self) -> float:
@@ -63,7 +58,9 @@ class Progress:
 
     def apply(self, event: JobEvent) -> None:
         """Take in what happened."""
-        if isinstance(event, StageStarted):
+        if isinstance(event, JobStarted):
+            self.node_ids = frozenset(event.workflow)
+        elif isinstance(event, StageStarted):
             self.stage = event.stage
             self.notice = ""
             if event.stage is Stage.QUEUED:

@@ -14,7 +14,6 @@ from typing import Any
 
 from comfy_worker.errors import InvalidInput
 from comfy_worker.job.envelope import read_input
-from comfy_worker.job.payload import workflow_of
 from comfy_worker.job.progress import Progress
 from comfy_worker.serverless.progress import ProgressSender, Session
 from comfy_worker.settings import load_settings
@@ -57,15 +56,13 @@ async def handler(job: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(job, dict):
         # Refused at once; whatever is asked of it below, it does not have.
         return worker.run(job)
-    # Files are read for it.
-    expanded = await asyncio.to_thread(worker.expanded, job)
     async with AsyncExitStack() as stack:
         listeners = [job_events.get()]
         session = platform_session.get()
         if session is not None:
             sender = await stack.enter_async_context(ProgressSender(session, job))
-            listeners.append(_post_progress(expanded, sender))
-        output = await _in_thread(worker, expanded, partial(_tell, listeners), result_limit(job, worker))
+            listeners.append(_post_progress(sender))
+        output = await _in_thread(worker, job, partial(_tell, listeners), result_limit(job, worker))
     if is_last(job):
         output["refresh_worker"] = True
     return output
@@ -114,8 +111,8 @@ def _tell(listeners: list[OnEvent], event: JobEvent) -> None:
         listener(event)
 
 
-def _post_progress(job: Mapping[str, Any], sender: ProgressSender) -> OnEvent:
-    progress = Progress.of(workflow_of(job))
+def _post_progress(sender: ProgressSender) -> OnEvent:
+    progress = Progress()
     loop = asyncio.get_running_loop()
 
     def post(event: JobEvent) -> None:

@@ -21,13 +21,12 @@ from runpod.http_client import AsyncClientSession, TooManyRequests
 from runpod.serverless.modules import rp_fitness, rp_scale
 
 from comfy_worker.graph.signature import signature
-from comfy_worker.job.payload import workflow_of
 from comfy_worker.serverless.handler import is_last, job_events, platform_session, shared_worker
 from comfy_worker.serverless.job_polling import JobPolls
 from comfy_worker.serverless.prefetch import Prefetch
 from comfy_worker.serverless.progress import Session
 from comfy_worker.signals import END_SIGNALS
-from comfy_worker.types import JobEvent, OnEvent, StageStarted
+from comfy_worker.types import JobEvent, JobStarted, OnEvent, StageStarted
 
 log = logging.getLogger(__name__)
 
@@ -183,7 +182,7 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
             before = set(self._tasks)
             self.kill_worker()
         self.job_progress.add(job_id)
-        self._prefetch.took(job_id, signature(workflow_of(shared_worker().expanded(job))), time.monotonic())
+        self._prefetch.took(job_id, time.monotonic())
         task = self.jobs_tasks[job_id] = asyncio.create_task(self._run(session, job, before))
         self._tasks.add(task)
         # A task that is stopped before its first step never gets to a `finally` of its own.
@@ -221,7 +220,9 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
         loop = asyncio.get_running_loop()
 
         def note(event: JobEvent) -> None:
-            if isinstance(event, StageStarted):
+            if isinstance(event, JobStarted):
+                loop.call_soon_threadsafe(self._prefetch.identified, job_id, signature(event.workflow))
+            elif isinstance(event, StageStarted):
                 loop.call_soon_threadsafe(self._note_stage, job_id, event, time.monotonic())
 
         return note

@@ -46,9 +46,14 @@ class Prefetch:
     _run_times: dict[str, deque[float]] = field(default_factory=dict)
     _leads: deque[float] = field(default_factory=lambda: deque(maxlen=_RUNS_REMEMBERED))
 
-    def took(self, job_id: str, signature: str, now: float) -> None:
+    def took(self, job_id: str, now: float) -> None:
         """A job was taken."""
-        self._jobs[job_id] = _JobInHand(fetched_at=now, signature=signature)
+        self._jobs[job_id] = _JobInHand(fetched_at=now)
+
+    def identified(self, job_id: str, signature: str) -> None:
+        """The workflow of a job is known; jobs of one signature take about as long as each other."""
+        if job_id in self._jobs:
+            self._jobs[job_id].signature = signature
 
     def entered(self, job_id: str, stage: Stage, now: float) -> None:
         """A job in hand entered a stage."""

@@ -32,7 +32,7 @@ def warm_up(stop: Stop) -> None:
         return
     try:
         job = {"id": "warmup", "input": {**read_warm_up(worker.settings.warmup_workflow), **_NOWHERE}}
-        output = worker.run(job, stop=stop, tell=False)
+        output = worker.run(job, stop=stop, send_webhooks=False)
     except WorkerError as error:
         output = error.as_output()
     if "error" not in output:

@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from comfy_worker.errors import Cancelled, InvalidInput
-from comfy_worker.job.payload import webhook_of, workflow_of
+from comfy_worker.job.payload import webhook_of
 from comfy_worker.job.progress import Progress
 from comfy_worker.settings import Settings
 from comfy_worker.types import JobEvent, JobState, OnEvent, Webhook
@@ -134,7 +134,6 @@ class Report:
 
     def __init__(self, webhooks: Webhooks, job: Mapping[str, Any], webhook: Webhook | None, limit: int) -> None:
         self._webhooks = webhooks
-        self._job = job
         self._job_id = str(job.get("id") or "local_test")
         self._webhook = webhook
         self._limit = limit
@@ -145,7 +144,7 @@ class Report:
         """Return an `on_event` that tells this receiver too, if it asked for progress."""
         if self._webhook is None or not self._webhook.progress:
             return on_event
-        progress = Progress.of(workflow_of(self._job))
+        progress = Progress()
         report = self._progress = ProgressReport(self._webhook, self._job_id, self._webhooks.settings)
         self._webhooks.begin(report.send_all())
 

@@ -127,7 +127,7 @@ class _JobProgress:
         self.workflow = job.workflow
         self.is_start_noted = running.job.record.state is JobState.IN_PROGRESS and job.resumed
         self.note_start_at = 0.0
-        self._progress = Progress.of(job.workflow)
+        self._progress = Progress(frozenset(job.workflow))
 
     def apply(self, event: JobEvent) -> None:
         """Take in what happened."""

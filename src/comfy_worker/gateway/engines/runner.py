@@ -145,7 +145,7 @@ class Runner:
         limit_s = running.job.record.execution_timeout_s
         job = replace(job, prompt_id=prompt_id, resumed=is_resumed, execution_timeout_s=None, staging_timeout_s=limit_s)
         listen = self._telling.listener(running, job, tell)
-        output = running.backend.worker.run_parsed(job, listen, running.stop, turns=turns)
+        output = running.backend.worker.run_parsed(job, listen, running.stop, limits=turns)
         self._around.note_over(running)
         self._settle(running, json_safe(output), is_resumed=is_resumed)
 
