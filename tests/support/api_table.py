@@ -34,8 +34,8 @@ _KINDS = {
 _INTRODUCTION = """# The five APIs
 
 The gateway serves five APIs over the same jobs: a job submitted through one is available through all. This page lists
-every endpoint, field, setting and status code, with the test that covers it. It is generated and complete. `/docs` of a
-running gateway shows requests and responses, with examples that run.
+every endpoint, field, setting and status code; each name links to the test that covers it. It is generated and
+complete. `/docs` of a running gateway shows requests and responses, with examples that run.
 
 | API | reference | errors |
 | --- | --- | --- |
@@ -81,8 +81,8 @@ def page() -> str:
         for kind, heading in _KINDS.items():
             found = [row for row in rows() if (row.api, row.kind) == (api, kind)]
             if found:
-                lines += [f"### {heading}", "", "| name | meaning | test |", "| --- | --- | --- |"]
-                lines += [f"| {cell(f'`{row.what}`')} | {cell(row.says)} | {proof(row.test)} |" for row in found]
+                lines += [f"### {heading}", "", "| name | meaning |", "| --- | --- |"]
+                lines += [f"| {link_to_test(f'`{cell(row.what)}`', row.test)} | {cell(row.says)} |" for row in found]
                 lines.append("")
     return "\n".join(lines).rstrip() + "\n"
 
@@ -92,11 +92,11 @@ def cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def proof(test: str) -> str:
+def link_to_test(text: str, test: str) -> str:
     """Return a link to a test's file, with the test's name as its title."""
     file, _, name = test.partition("::")
     title = f' "{name}"' if name else ""
-    return f"[test](../../{file}{title})"
+    return f"[{text}](../../{file}{title})"
 
 
 def is_there(test: str) -> bool:

@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.support.api_table import cell, proof
+from tests.support.api_table import cell, link_to_test
 
 _FOLDER = Path(__file__).parents[1] / "data" / "reviews"
 _GROUPS = {
@@ -63,7 +63,9 @@ def page() -> str:
     for group, heading in _GROUPS.items():
         lines += [f"## {heading}", "", "| fault | present behaviour | test |", "| --- | --- | --- |"]
         lines += [
-            f"| {cell(one.point)} | {cell(one.now)} | {proof(one.test)} |" for one in points() if one.group == group
+            f"| {cell(one.point)} | {cell(one.now)} | {link_to_test('test', one.test)} |"
+            for one in points()
+            if one.group == group
         ]
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"
