@@ -56,6 +56,13 @@ def gateway(comfyui: ComfyUI, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 @pytest.fixture(scope="module")
+def gateway_without_keys(comfyui: ComfyUI, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """Return what `make serve` starts."""
+    with served(comfyui.url, tmp_path_factory.mktemp("data"), API_KEYS="", API_HOST="127.0.0.1") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
     return Checkout(tmp_path_factory.mktemp("fresh") / "comfy-worker")
 
@@ -86,7 +93,10 @@ def test_a_command_uses_no_placeholder_and_no_variable_that_was_not_set_before(p
 
 
 @pytest.mark.parametrize("page", PAGES_THAT_RUN)
-def test_the_commands_of_a_page_run(checkout: Checkout, comfyui: ComfyUI, gateway: Served, page: str) -> None:
+def test_the_commands_of_a_page_run(
+    checkout: Checkout, comfyui: ComfyUI, page: str, request: pytest.FixtureRequest
+) -> None:
+    gateway = request.getfixturevalue("gateway_without_keys" if page == "tutorial" else "gateway")
     source = "source .venv/bin/activate\n"
     shell = "\n".join(blocks_of(ROOT / "docs" / f"{page}.md"))
     told = checkout.run(source + at(gateway.url, shell), {"COMFYUI_URL": comfyui.url})
