@@ -8,10 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
-from pydantic import AliasChoices
 
 from comfy_worker.gateway.callers import ANYONE, acting
-from comfy_worker.settings import Settings
+from comfy_worker.settings import Settings, list_settings
 
 # A developer's .env is no part of a test.
 os.environ["ENV_FILE"] = ""
@@ -43,11 +42,7 @@ def caller() -> Iterator[None]:
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Take every variable that a setting is read from out of the environment; the test puts in its own."""
-    names = {name for field in Settings.model_fields.values() for name in _names(field.validation_alias)}
+    names = {name for setting in list_settings(Settings) for name in setting.variables}
     for name in [present for present in os.environ if present.upper() in names]:
         monkeypatch.delenv(name)
     return monkeypatch
-
-
-def _names(alias: object) -> list[str]:
-    return [str(choice) for choice in alias.choices] if isinstance(alias, AliasChoices) else []

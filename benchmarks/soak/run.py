@@ -32,8 +32,6 @@ SETTINGS = {
     "COMFYUI_READY_TIMEOUT_S": "30",
     "WEBSOCKET_RECONNECT_DELAY_S": "0.1",
     "MIN_FREE_DISK_MB": "1",
-    # These threads stay for good, and come as they are needed: of eight, some come after the warm-up of a short run.
-    "TRANSFER_THREADS": "2",
 }
 """Shorter than in earnest, so that thousands of jobs take minutes."""
 

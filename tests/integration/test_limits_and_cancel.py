@@ -392,15 +392,6 @@ def test_nothing_of_a_job_stays_on_the_disk(kept: Emulated, gate: Gate, end: str
     assert files_of_jobs(base) == before
 
 
-def test_files_are_kept_where_that_is_wanted(kept: Emulated, gate: Gate) -> None:
-    base = kept.server.base_directory
-    gate.open()
-    with working(kept, comfyui_base_directory=str(base), keep_files=True) as worker:
-        assert "error" not in RunningJob(worker, full_job(gate)).output()
-    kept_files = {name.partition("/")[0] for name in files_of_jobs(base) if name.endswith(".png")}
-    assert kept_files == {"input", "output", "temp"}
-
-
 def test_a_full_disk_fails_the_job_before_it_is_sent(kept: Emulated) -> None:
     base = kept.server.base_directory
     with working(kept, comfyui_base_directory=str(base), min_free_disk_mb=1e12) as worker:

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from comfy_worker.gateway.settings import GatewaySettings
+from comfy_worker.settings import Settings, list_settings
 from tests.support.patience import TIMEOUT_S
 from tests.support.processes import ROOT
 
@@ -71,8 +72,9 @@ def variables() -> Iterator[tuple[str, str, str]]:
 
 def setting_names() -> set[str]:
     """Return what the worker, the gateway and start.sh read of the environment."""
-    aliases = [field.validation_alias for field in GatewaySettings.model_fields.values()]
-    settings = {str(name) for alias in aliases for name in getattr(alias, "choices", [alias])}
+    settings = {
+        name for kind in (Settings, GatewaySettings) for setting in list_settings(kind) for name in setting.variables
+    }
     return settings | set(re.findall(r"\$\{([A-Z][A-Z_]*):?-", (ROOT / "start.sh").read_text(encoding="utf-8")))
 
 

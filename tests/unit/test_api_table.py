@@ -91,11 +91,10 @@ _PATHS = {
 
 def test_every_setting_that_a_description_names_is_one() -> None:
     from comfy_worker.gateway.settings import GatewaySettings
+    from comfy_worker.settings import Settings, list_settings
 
     known = {
-        str(name)
-        for field in GatewaySettings.model_fields.values()
-        for name in getattr(field.validation_alias, "choices", [])
+        name for kind in (Settings, GatewaySettings) for setting in list_settings(kind) for name in setting.variables
     }
     start_sh = (ROOT / "start.sh").read_text()
     for row in rows():

@@ -5,16 +5,13 @@ from __future__ import annotations
 import importlib
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args
 
 import pytest
-from pydantic import AliasChoices, SecretStr
 
 from comfy_worker.cli import options
 from comfy_worker.gateway.settings import GatewaySettings, load_gateway_settings
-from comfy_worker.settings import Settings
+from comfy_worker.settings import Setting, Settings, list_settings
 from tests.support.processes import ROOT, Process
 
 PROGRAM = [sys.executable, "-m", "comfy_worker"]
@@ -31,15 +28,8 @@ def says(folder: Path, *arguments: str | Path) -> tuple[int, str, str]:
         return code, process.stdout, process.stderr
 
 
-def settings_in(kind: type[Settings]) -> Iterator[tuple[list[str], bool, object]]:
-    for field in kind.model_fields.values():
-        assert isinstance(field.validation_alias, AliasChoices)
-        names = [str(name) for name in field.validation_alias.choices]
-        yield (
-            names,
-            SecretStr in (field.annotation, *get_args(field.annotation)),
-            getattr(field.default, "value", field.default),
-        )
+def settings_of(kind: type[Settings]) -> list[Setting]:
+    return [*list_settings(Settings), *(list_settings(kind) if kind is not Settings else ())]
 
 
 def test_it_is_a_command() -> None:
@@ -63,13 +53,13 @@ def test_a_commands_help_names_every_setting_with_its_variables_and_its_default(
     code, told, _ = says(tmp_path / "empty", *PROGRAM, command, "--help")
     assert code == 0
     told = re.sub(r"\s+", " ", told)
-    for names, is_secret, default in settings_in(kind):
-        option = "--" + names[0].lower().replace("_", "-")
-        assert (f"{option} {names[0]} " in told) != is_secret, names
-        assert f"{names[0]}: " in told or not is_secret, names
-        shown = "not set" if default in (None, "") else default
-        also = f"; also read from {', '.join(names[1:])}" if names[1:] else ""
-        assert f"(default: {shown}{also})" in told, names
+    for setting in settings_of(kind):
+        name, *others = setting.variables
+        option = "--" + name.lower().replace("_", "-")
+        assert (f"{option} {name} " in told) != setting.is_secret, name
+        assert f"{name}: " in told or not setting.is_secret, name
+        also = f"; also read from {', '.join(others)}" if others else ""
+        assert f"(default: {setting.default or 'not set'}{also})" in told, name
 
 
 def test_the_emulators_help_names_its_options(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from comfy_worker.errors import InvalidInput
-from comfy_worker.storage.endpoint import Addressing, Bucket, known_service, parse_endpoint
+from comfy_worker.storage.endpoint import Bucket, known_service, parse_endpoint
 
 ACCOUNT = "0123456789abcdef0123456789abcdef"
 AWS_EU = "https://s3.eu-central-1.amazonaws.com"
@@ -178,17 +178,17 @@ def test_a_region_beside_the_global_host_of_aws_is_where_requests_go() -> None:
 
 
 @pytest.mark.parametrize(
-    ("url", "addressing", "host"),
+    ("url", "host"),
     [
-        ("http://minio:9000/shop", "auto", "minio"),
-        ("http://minio:9000/shop", "virtual", "shop.minio"),
-        ("https://s3.eu-central-1.amazonaws.com/shop", "auto", "shop.s3.eu-central-1.amazonaws.com"),
-        ("https://shop.s3.eu-central-1.amazonaws.com", "path", "s3.eu-central-1.amazonaws.com"),
-        ("https://my.shop.s3.eu-central-1.amazonaws.com", "virtual", "my.shop.s3.eu-central-1.amazonaws.com"),
+        ("http://minio:9000/shop", "minio"),
+        ("https://s3.eu-central-1.amazonaws.com/shop", "shop.s3.eu-central-1.amazonaws.com"),
+        ("https://my.shop.s3.eu-central-1.amazonaws.com", "s3.eu-central-1.amazonaws.com"),
     ],
 )
-def test_addressing_that_is_said_wins(url: str, addressing: Addressing, host: str) -> None:
-    assert parse_endpoint(url, addressing=addressing).host == host
+def test_the_bucket_stands_in_the_host_where_the_service_wants_it_and_its_certificate_allows_it(
+    url: str, host: str
+) -> None:
+    assert parse_endpoint(url).host == host
 
 
 @pytest.mark.parametrize(

@@ -50,12 +50,12 @@ def test_without_a_file_nothing_is_set(folder: Path) -> None:
 
 def test_another_file_or_none(folder: Path) -> None:
     (folder / ".env").write_text("WORKFLOW_TIMEOUT=12\n")
-    (folder / "other").write_text("TRANSFER_THREADS=3\n")
+    (folder / "other").write_text("INPUT_MAX_FILES=3\n")
     for name in ("", "other"):
         os.environ["ENV_FILE"] = name
         read_env_file()
     assert "WORKFLOW_TIMEOUT" not in os.environ
-    assert os.environ["TRANSFER_THREADS"] == "3"
+    assert os.environ["INPUT_MAX_FILES"] == "3"
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from pydantic import AliasChoices
 
 from comfy_worker.gateway.settings import GatewaySettings
-from comfy_worker.settings import Settings, describe
+from comfy_worker.settings import Settings, describe, list_settings
 
 PAGE = Path(__file__).parents[2] / "docs/reference/configuration.md"
 
@@ -19,18 +18,12 @@ def test_the_reference_has_the_table_of_the_settings(kind: type[Settings]) -> No
     assert table in PAGE.read_text(encoding="utf-8"), f"{PAGE} needs this table:\n{table}"
 
 
-def test_the_gateways_table_has_each_of_its_own_settings_once() -> None:
-    own = [field for name, field in GatewaySettings.model_fields.items() if name not in Settings.model_fields]
-    table = describe(GatewaySettings)
-    assert len(table.splitlines()) == len(own) + 2
-    for field in own:
-        assert isinstance(field.validation_alias, AliasChoices)
-        assert field.description
-        assert field.description.endswith(".")
-        assert all(f"`{name}`" in table for name in field.validation_alias.choices)
-
-
-def test_no_two_settings_of_the_gateway_share_a_name() -> None:
-    aliases = [field.validation_alias for field in GatewaySettings.model_fields.values()]
-    names = [str(name) for alias in aliases if isinstance(alias, AliasChoices) for name in alias.choices]
+@pytest.mark.parametrize("kind", [Settings, GatewaySettings])
+def test_every_setting_has_a_default_and_a_sentence_and_shares_no_name(kind: type[Settings]) -> None:
+    settings = [*list_settings(Settings), *list_settings(kind)] if kind is not Settings else [*list_settings(kind)]
+    assert len(settings) == len(kind.model_fields)
+    assert not any(field.is_required() for field in kind.model_fields.values())
+    assert all(setting.description.endswith(".") for setting in settings)
+    names = [name for setting in settings for name in setting.variables]
+    assert names == [name.upper() for name in names]
     assert len(names) == len(set(names))

@@ -9,14 +9,9 @@ import argparse
 import os
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
-from enum import Enum
-from typing import get_args
+from collections.abc import Sequence
 
-from pydantic import AliasChoices, SecretStr
-from pydantic.fields import FieldInfo
-
-from comfy_worker.settings import Settings
+from comfy_worker.settings import Settings, list_settings
 
 PROGRAM = "comfy-worker"
 COMMANDS = {
@@ -63,47 +58,25 @@ def parser_of(command: str, usage: str = "") -> argparse.ArgumentParser:
 
 
 def add_settings(parser: argparse.ArgumentParser, title: str, kind: type[Settings]) -> None:
-    """Add an option for each setting that only this kind has; secrets are named with their variables."""
-    group = parser.add_argument_group(title, "Behind each option stands the environment variable that does the same.")
+    """Add an option for each setting that `kind` adds to the worker's; list the secret ones as variables."""
+    group = parser.add_argument_group(title, "Each option overrides the environment variable of its name.")
     secrets = []
-    for names, field in _own_settings(kind):
-        if _is_secret(field):
-            secrets.append((names[0], _help(names, field)))
-            continue
-        group.add_argument(
-            "--" + names[0].lower().replace("_", "-"),
-            metavar=names[0],
-            dest=names[0],
-            help=_help(names, field).replace("%", "%%"),
-        )
-    lines = [
-        textwrap.fill(text, _WIDTH, initial_indent=f"  {name}: ", subsequent_indent="    ") for name, text in secrets
-    ]
-    told = f"{title}, as environment variables only, because others can read a command line:\n" + "\n".join(lines)
-    parser.epilog = f"{parser.epilog}\n\n{told}" if parser.epilog else told
+    for setting in list_settings(kind):
+        name, *others = setting.variables
+        also = f"; also read from {', '.join(others)}" if others else ""
+        text = f"{setting.description} (default: {setting.default or 'not set'}{also})"
+        if setting.is_secret:
+            secrets.append(textwrap.fill(text, _WIDTH, initial_indent=f"  {name}: ", subsequent_indent="    "))
+        else:
+            option = "--" + name.lower().replace("_", "-")
+            group.add_argument(option, metavar=name, dest=name, help=text.replace("%", "%%"))
+    paragraph = f"{title}, as variables only, because other users can read a command line:\n" + "\n".join(secrets)
+    parser.epilog = f"{parser.epilog}\n\n{paragraph}" if parser.epilog else paragraph
 
 
 def put_into_environment(options: argparse.Namespace) -> None:
-    """Let the settings that were given as options be read from the environment, before those that it had."""
+    """Set the variables of the settings that were given as options."""
     os.environ.update({name: value for name, value in vars(options).items() if name.isupper() and value is not None})
-
-
-def _own_settings(kind: type[Settings]) -> Iterator[tuple[list[str], FieldInfo]]:
-    shared = {} if kind is Settings else Settings.model_fields
-    for name, field in kind.model_fields.items():
-        if name not in shared and isinstance(field.validation_alias, AliasChoices):
-            yield [str(choice) for choice in field.validation_alias.choices], field
-
-
-def _is_secret(field: FieldInfo) -> bool:
-    return SecretStr in (field.annotation, *get_args(field.annotation))
-
-
-def _help(names: Sequence[str], field: FieldInfo) -> str:
-    default = field.default.value if isinstance(field.default, Enum) else field.default
-    told = "not set" if default in (None, "") else str(default)
-    also = f"; also read from {', '.join(names[1:])}" if names[1:] else ""
-    return f"{field.description} (default: {told}{also})"
 
 
 def _help_of_fixed_width(prog: str) -> argparse.HelpFormatter:

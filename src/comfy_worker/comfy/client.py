@@ -30,6 +30,8 @@ from comfy_worker.settings import Settings
 from comfy_worker.stop import Stop
 from comfy_worker.types import OutputFile, Workflow
 
+TRANSFER_THREADS = 8
+"""How many files of one job are staged at the same time, and how many of all jobs are delivered."""
 _CONNECT_TIMEOUT_S = 5.0
 _QUESTION_TIMEOUT_S = 5.0
 """For questions that ComfyUI answers from memory; files take as long as they take."""
@@ -58,7 +60,7 @@ class ComfyClient:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._session = _open_session(settings.transfer_threads)
+        self._session = _open_session(TRANSFER_THREADS)
         self._node_inputs: dict[str, Mapping[str, Any]] = {}
         self.process = ComfyProcess.of(settings)
         self.disk = ComfyDisk.of(settings)
@@ -68,7 +70,7 @@ class ComfyClient:
             reconnect_delay_s=settings.websocket_reconnect_delay_s,
             connect_timeout_s=min(_CONNECT_TIMEOUT_S, settings.comfyui_request_timeout_s),
         )
-        self.transfers = ThreadPoolExecutor(settings.transfer_threads, thread_name_prefix="transfer")
+        self.transfers = ThreadPoolExecutor(TRANSFER_THREADS, thread_name_prefix="transfer")
 
     @property
     def url(self) -> str:

@@ -24,9 +24,8 @@ _MB = 1024 * 1024
 class ComfyDisk:
     """The input, output and temp folders of a ComfyUI on this machine."""
 
-    def __init__(self, base: Path, *, keep_files: bool, min_free_mb: float) -> None:
+    def __init__(self, base: Path, *, min_free_mb: float) -> None:
         self._base = base
-        self._keep_files = keep_files
         self._min_free_bytes = min_free_mb * _MB
 
     @classmethod
@@ -34,11 +33,7 @@ class ComfyDisk:
         """Return the folders that the settings tell of, None where ComfyUI's disk cannot be reached."""
         if settings.comfyui_base_directory is None:
             return None
-        return cls(
-            Path(settings.comfyui_base_directory),
-            keep_files=settings.keep_files,
-            min_free_mb=settings.min_free_disk_mb,
-        )
+        return cls(Path(settings.comfyui_base_directory), min_free_mb=settings.min_free_disk_mb)
 
     def check_free(self, file_bytes: int = 0) -> None:
         """Raise `DiskFull` if there is too little room for a job's outputs, or for a file of this size."""
@@ -55,8 +50,6 @@ class ComfyDisk:
 
     def clean_up(self, folder: str, reported: NodeOutputs) -> None:
         """Remove a job's own folders, its inputs beside them, and the previews that its nodes reported."""
-        if self._keep_files:
-            return
         for place in ("input", "output", "temp"):
             _remove(self._base / place / folder)
         for listed in (self._base / "input" / name for name in LISTED_FOLDERS):

@@ -21,7 +21,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
-from comfy_worker.comfy.client import ComfyClient
+from comfy_worker.comfy.client import TRANSFER_THREADS, ComfyClient
 from comfy_worker.comfy.watch import Deadline
 from comfy_worker.errors import (
     Cancelled,
@@ -224,7 +224,7 @@ class _Staging:
         if not items:
             return []
         # Threads of the job's own: servers that are slow hold up nobody else.
-        count = min(self._client.settings.transfer_threads, len(items))
+        count = min(TRANSFER_THREADS, len(items))
         with closing(self._signer), ThreadPoolExecutor(count, thread_name_prefix="staging") as threads:
             stagings = [threads.submit(self._stage, item) for item in items]
             # Whatever becomes of one of them: none is under way any more when the job's folder is removed.

@@ -70,12 +70,9 @@ async def comfyui_is_ready() -> None:
 
 async def worker_is_warm() -> None:
     """Return when the warm-up workflow has run; the second fitness check."""
-    from comfy_worker.serverless.warmup import WarmUpFailed, warm_up
+    from comfy_worker.serverless.warmup import warm_up
 
-    try:
-        await unless_told_to_end(warm_up)
-    except WarmUpFailed as error:
-        end_unhealthy("worker_is_warm", str(error))
+    await unless_told_to_end(warm_up)
 
 
 async def unless_told_to_end(work: Callable[[Stop], None]) -> None:

@@ -1,4 +1,4 @@
-"""A workflow that runs before the first job is taken, so that its models are loaded by then."""
+"""The warm-up: a workflow that runs before the first job is taken, so that its models are loaded by then."""
 
 from __future__ import annotations
 
@@ -13,34 +13,24 @@ from comfy_worker.strict_json import parse_json
 
 log = logging.getLogger(__name__)
 
-_NOWHERE = {"delivery": {"type": "base64"}}
-"""Nobody wants the outputs: a bucket would get new ones with every start."""
-
-
-class WarmUpFailed(Exception):
-    """The warm-up failed and the settings say that the worker cannot do without."""
+_DELIVERY = {"delivery": {"type": "base64"}}
+"""Nobody wants the outputs; in a bucket they would add up with every start."""
 
 
 def warm_up(stop: Stop) -> None:
-    """Run the workflow of WARMUP_WORKFLOW, if there is one, and log how it went; `stop` ends it early.
-
-    Raises:
-        WarmUpFailed: it failed, and WARMUP_REQUIRED is set; the worker then ends.
-    """
+    """Run the workflow of WARMUP_WORKFLOW, if it is set, and log the result; `stop` ends it early."""
     worker = shared_worker()
     if worker.settings.warmup_workflow is None:
         return
     try:
-        job = {"id": "warmup", "input": {**read_warm_up(worker.settings.warmup_workflow), **_NOWHERE}}
+        job = {"id": "warmup", "input": {**read_warm_up(worker.settings.warmup_workflow), **_DELIVERY}}
         output = worker.run(job, stop=stop, send_webhooks=False)
     except WorkerError as error:
         output = error.as_output()
-    if "error" not in output:
+    if "error" in output:
+        log.error("the warm-up failed: %s", output["error"])
+    else:
         log.info("warm-up done in %d ms", output["timings"]["total_ms"])
-        return
-    if worker.settings.warmup_required:
-        raise WarmUpFailed(f"The warm-up failed: {output['error']}")
-    log.error("the warm-up failed: %s", output["error"])
 
 
 def read_warm_up(text_or_file: str) -> dict[str, Any]:

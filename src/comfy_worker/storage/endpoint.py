@@ -5,14 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 from comfy_worker.errors import InvalidInput
 
 _DEFAULT_REGION = "us-east-1"
-
-Addressing = Literal["auto", "path", "virtual"]
 
 
 @dataclass(frozen=True)
@@ -89,7 +86,6 @@ def parse_endpoint(
     name: str | None = None,
     region: str | None = None,
     *,
-    addressing: Addressing = "auto",
     unnamed: str | None = None,
     words: EndpointTerms = EndpointTerms(),
 ) -> Bucket:
@@ -122,8 +118,7 @@ def parse_endpoint(
         name=bucket,
         region=region,
         # A dot in the name would not match the service's certificate, *.s3.….
-        virtual_hosted=addressing == "virtual"
-        or (addressing == "auto" and virtual_hosted and not (parts.scheme == "https" and "." in bucket)),
+        virtual_hosted=virtual_hosted and not (parts.scheme == "https" and "." in bucket),
     )
 
 

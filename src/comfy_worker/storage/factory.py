@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _KEPT_JOB_BUCKETS = 4
+_CONNECTIONS = 8
+"""For the small files of as many threads as deliver outputs."""
 _NO_BUCKET_HINT = "Set BUCKET_ENDPOINT_URL, BUCKET_ACCESS_KEY_ID and BUCKET_SECRET_ACCESS_KEY"
 
 
@@ -168,8 +170,7 @@ class StorageFactory:
                         settings.bucket_access_key_id.get_secret_value(),
                         settings.bucket_secret_access_key.get_secret_value(),
                         public_only=False,
-                        connections=settings.transfer_threads,
-                        part_mb=settings.bucket_part_mb,
+                        connections=_CONNECTIONS,
                     )
                 )
             return self._own
@@ -188,8 +189,7 @@ class StorageFactory:
                         job_bucket.access_key_id,
                         job_bucket.secret_access_key,
                         public_only=not (settings.allow_private_urls or is_listed(settings)),
-                        connections=settings.transfer_threads,
-                        part_mb=settings.bucket_part_mb,
+                        connections=_CONNECTIONS,
                     )
                 )
             self._of_jobs[job_bucket, permitted] = connection

@@ -23,8 +23,9 @@ from comfy_worker.types import Delivered
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
-_MB = 1024 * 1024
-_PARTS_MB = 32
+_PART_BYTES = 8 * 1024 * 1024
+_PARTS = 4
+"""How many parts all uploads to one bucket hold in memory together."""
 """Of all large files together, read and on their way to the bucket."""
 _SHOWN_INLINE = ("image/", "video/", "audio/", "text/plain")
 _LONGEST_CODE = 80
@@ -39,7 +40,6 @@ class Access:
         access_key_id: and `secret_access_key` sign the requests.
         public_only: refuse every address that is not public, whatever the name has come to mean.
         connections: how many are kept open.
-        part_mb: how large the parts of large files are, in MB.
     """
 
     bucket: Bucket
@@ -47,7 +47,6 @@ class Access:
     secret_access_key: str = field(repr=False)
     public_only: bool
     connections: int
-    part_mb: int
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Shape:
         prefix: folder that the job asks for.
         expires_s: how long a presigned URL is good for.
         public_url: where the bucket is public; there is no need to sign then.
-        headers: ACL and encryption, as boto3 calls them.
+        headers: the ACL, as boto3 calls it.
     """
 
     key_template: str
@@ -74,18 +73,16 @@ class S3Connection:
 
     def __init__(self, access: Access) -> None:
         self.bucket = access.bucket
-        self.part_bytes = access.part_mb * _MB
-        parts = max(2, _PARTS_MB // access.part_mb)
-        self.client = _open_client(access, connections=access.connections + parts)
+        self.client = _open_client(access, connections=access.connections + _PARTS)
         config = TransferConfig(
-            multipart_threshold=self.part_bytes,
-            multipart_chunksize=self.part_bytes,
-            max_concurrency=parts,
+            multipart_threshold=_PART_BYTES,
+            multipart_chunksize=_PART_BYTES,
+            max_concurrency=_PARTS,
             preferred_transfer_client="classic",
         )
         # Each of these threads holds a part while it waits for one of the others to be sent.
         config.max_submission_concurrency = 1
-        config.max_in_memory_upload_chunks = parts - 1
+        config.max_in_memory_upload_chunks = _PARTS - 1
         self.transfers = create_transfer_manager(self.client, config)
         # The first signature loads half of botocore.
         self.presigned("warm-up", 1)
@@ -165,7 +162,7 @@ class S3Storage:
     def _upload(self, key: str, parcel: DeliverableFile) -> None:
         connection, bucket = self._connection, self._connection.bucket.name
         headers = {**self._shape.headers, **_described(parcel)}
-        if parcel.content.size <= connection.part_bytes:
+        if parcel.content.size <= _PART_BYTES:
             body = read_all(parcel.content)
             connection.client.put_object(Bucket=bucket, Key=key, Body=body, **headers)  # type: ignore[arg-type]
             return

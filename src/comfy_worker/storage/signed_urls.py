@@ -22,7 +22,6 @@ _URL = re.compile(r"s3://(?P<bucket>[A-Za-z0-9][A-Za-z0-9._-]{1,254})/(?P<key>[^
 _LONGEST_KEY = 1024
 """Bytes, by S3's own rules."""
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
-_PART_MB = 8
 
 
 class Signer:
@@ -78,7 +77,6 @@ class Signer:
             secret_access_key=job_bucket.secret_access_key,
             public_only=True,
             connections=1,
-            part_mb=_PART_MB,
         )
 
     def _own_access(self, bucket: str) -> Access:
@@ -100,7 +98,6 @@ class Signer:
             secret_access_key=secret.get_secret_value(),
             public_only=False,
             connections=1,
-            part_mb=_PART_MB,
         )
 
 

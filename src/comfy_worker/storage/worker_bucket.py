@@ -36,7 +36,6 @@ def worker_bucket(settings: Settings) -> Bucket:
         settings.bucket_endpoint_url or "",
         settings.bucket_name,
         settings.bucket_region,
-        addressing=settings.bucket_addressing,
         unnamed=bucket_of_the_month(),
     )
 
@@ -52,13 +51,6 @@ def headers_of(settings: Settings) -> dict[str, str]:
         if settings.bucket_acl not in _CANNED_ACLS:
             raise InvalidInput(f"BUCKET_ACL must be one of {', '.join(_CANNED_ACLS)}")
         headers["ACL"] = settings.bucket_acl
-    if settings.bucket_encryption is not None:
-        headers["ServerSideEncryption"] = settings.bucket_encryption
-    if settings.bucket_kms_key_id is not None:
-        if settings.bucket_encryption != "aws:kms":
-            raise InvalidInput("BUCKET_KMS_KEY_ID is only used with BUCKET_ENCRYPTION=aws:kms")
-        check_header_value("BUCKET_KMS_KEY_ID", settings.bucket_kms_key_id)
-        headers["SSEKMSKeyId"] = settings.bucket_kms_key_id
     return headers
 
 
