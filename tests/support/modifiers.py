@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from comfy_worker.modifiers import Modifiers, apply
+from comfy_worker.gateway.modifiers import Modifiers, run_modifier
 
 
 def made_by(
     modifiers: Modifiers, name: str, modifications: Mapping[str, Any] | None = None, **options: Any
 ) -> dict[str, Any]:
     """Return the workflow that a modifier makes."""
-    return apply(modifiers, name, modifications, **options).workflow
+    return run_modifier(modifiers, name, modifications, **options).workflow

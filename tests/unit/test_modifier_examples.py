@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from comfy_worker.gateway.modifiers import Modifiers, run_modifier
 from comfy_worker.graph.workflow import check_workflow
-from comfy_worker.modifiers import MissingValue, Modifiers, apply
+from comfy_worker.modifiers import MissingValue
 from tests.support.modifiers import made_by
 
 ROOT = Path(__file__).parents[2]
@@ -106,7 +107,7 @@ AI_DOCKS = {
 
 
 def test_ai_docks_text2image_takes_all_of_its_examples_values(own: Modifiers) -> None:
-    made = apply(own, "Text2Image", AI_DOCKS)
+    made = run_modifier(own, "Text2Image", AI_DOCKS)
     (sampler,) = inputs_of(made.workflow, "KSampler")
     assert (sampler["cfg"], sampler["steps"], sampler["sampler_name"]) == (8.5, 20, "dpmpp_2m")
     assert type(sampler["seed"]) is int
@@ -115,11 +116,11 @@ def test_ai_docks_text2image_takes_all_of_its_examples_values(own: Modifiers) ->
 
 @pytest.mark.parametrize("name", ["Text2Image", "Image2Image"])
 def test_ai_docks_modifiers_take_denoise_and_need_no_prompt(own: Modifiers, name: str) -> None:
-    made = apply(own, name, {"denoise": 0.5, "scheduler": "karras", "input_image": PHOTO})
+    made = run_modifier(own, name, {"denoise": 0.5, "scheduler": "karras", "input_image": PHOTO})
     (sampler,) = inputs_of(made.workflow, "KSampler")
     assert (sampler["denoise"], sampler["scheduler"]) == (0.5, "karras")
     assert made.workflow[sampler["positive"][0]]["inputs"]["text"] == ""
 
 
 def test_a_value_that_no_modifier_reads_is_named(own: Modifiers) -> None:
-    assert apply(own, "Text2Image", {"prompt": "x", "colour": "red", "cfg": 2}).unread == ("colour",)
+    assert run_modifier(own, "Text2Image", {"prompt": "x", "colour": "red", "cfg": 2}).unread == ("colour",)

@@ -20,7 +20,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from comfy_worker.errors import InvalidInput
-from comfy_worker.modifiers import BaseModifier, MissingValue, ModifierFailed, Modifiers, apply, randomized
+from comfy_worker.gateway.modifiers import Modifiers, run_modifier
+from comfy_worker.modifiers import BaseModifier, MissingValue, ModifierFailed, randomized
 from tests.support.modifiers import made_by
 
 ROOT = Path(__file__).parents[2]
@@ -238,7 +239,7 @@ def test_values_that_a_modifier_never_reads_are_noted(
     folder: Path, modifiers: Modifiers, reads: str, unread: tuple[str, ...]
 ) -> None:
     write(folder, "Reads", reads)
-    assert apply(modifiers, "Reads", {"a": 1, "b": 2}).unread == unread
+    assert run_modifier(modifiers, "Reads", {"a": 1, "b": 2}).unread == unread
 
 
 # ------------------------------------------------------------------------------------------------ random integers
@@ -345,7 +346,7 @@ def test_of_two_with_the_same_name_the_first_counts_and_the_log_says_so(
     write(folder, "Twice", "self.workflow = {'from': 'a'}", file="a.py")
     write(folder, "Twice", "self.workflow = {'from': 'b'}", file="b.py")
     assert made_by(modifiers, "Twice") == made_by(modifiers, "Twice") == {"from": "a"}
-    assert caplog.messages == ["The modifier Twice of b.py is left out: a.py has one too"]
+    assert caplog.messages == ["The modifier Twice in b.py is ignored, because a.py has one too"]
 
 
 def test_a_file_that_changes_is_loaded_again_even_within_the_same_second_and_size(
@@ -469,9 +470,9 @@ def test_a_workflow_may_have_an_absolute_name(folder: Path, modifiers: Modifiers
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (None, "finds no workflow own.json"),
+        (None, "does not find its workflow own.json"),
         ("{", "cannot read its workflow own.json"),
-        ("[1]", "has a workflow that is no object of nodes: own.json"),
+        ("[1]", "has a workflow that is not an object of nodes: own.json"),
     ],
 )
 def test_a_workflow_that_cannot_be_used(folder: Path, modifiers: Modifiers, content: str | None, words: str) -> None:
@@ -532,8 +533,8 @@ def test_it_may_refuse_a_value_in_its_own_words(folder: Path, modifiers: Modifie
 @pytest.mark.parametrize(
     ("made", "words"),
     [
-        ("None", "no workflow but a NoneType"),
-        ("[]", "no workflow but a list"),
+        ("None", "a NoneType instead of a workflow"),
+        ("[]", "a list instead of a workflow"),
         ("{'1': {1, 2}}", "a workflow that is not JSON"),
         ("{'1': float('nan')}", "a workflow that is not JSON"),
         ("{'1': 10**400}", "a workflow that is not JSON"),
@@ -542,7 +543,7 @@ def test_it_may_refuse_a_value_in_its_own_words(folder: Path, modifiers: Modifie
 )
 def test_what_it_makes_must_be_json(folder: Path, modifiers: Modifiers, made: str, words: str) -> None:
     write(folder, "Makes", f"self.workflow = {made}")
-    assert failure(modifiers, "Makes").message == f"Modifier Makes made {words}"
+    assert failure(modifiers, "Makes").message == f"Modifier Makes returned {words}"
 
 
 def test_one_that_waits_too_long_is_cancelled(
@@ -553,7 +554,7 @@ def test_one_that_waits_too_long_is_cancelled(
     modifiers.find("Waits").modifier.ended = ended  # type: ignore[attr-defined]
     assert failure(modifiers, "Waits", timeout_s=0.05).message == "Modifier Waits took longer than 0.05 s"
     assert ended.wait(30)
-    assert caplog.messages == ["The modifier Waits of waits.py took longer than 0.05 s"]
+    assert caplog.messages == ["The modifier Waits in waits.py took longer than 0.05 s"]
 
 
 @pytest.fixture

@@ -38,9 +38,9 @@ from comfy_worker.gateway.http.request_bodies import Unread
 from comfy_worker.gateway.http.stream_limits import StreamLimits
 from comfy_worker.gateway.http.wrong_keys import WrongKeys
 from comfy_worker.gateway.jobs.metrics import GatewayCollector, make_registry
+from comfy_worker.gateway.modifiers import Modifiers
 from comfy_worker.gateway.openapi import describe, methods_at
 from comfy_worker.gateway.settings import GatewaySettings
-from comfy_worker.modifiers import Modifiers
 
 log = logging.getLogger(__name__)
 

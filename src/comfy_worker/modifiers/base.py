@@ -1,4 +1,4 @@
-"""The class that modifiers are made from."""
+"""The base class of modifiers."""
 
 from __future__ import annotations
 
@@ -17,24 +17,30 @@ from comfy_worker.modifiers.values import RecordedValues
 from comfy_worker.strict_json import InvalidJson, parse_json
 
 _URL = re.compile(r"https?://", re.IGNORECASE)
-_ON_COMFYUIS_DISK = ("input_dir", "download_file", "find_input_file", "list_files_in_directory", "get_file_extension")
-"""What AI-Dock's class has for ComfyUI's input folder, which lies on the worker's machine."""
+_NEEDS_INPUT_FOLDER = (
+    "input_dir",
+    "download_file",
+    "find_input_file",
+    "list_files_in_directory",
+    "get_file_extension",
+)
+"""Members of AI-Dock's class that need ComfyUI's input folder, which is on the worker's machine."""
 
 
 class BaseModifier:
-    """Makes a workflow out of a file and the caller's `modifications`.
+    """Builds a workflow from a file and the `modifications` in a request.
 
-    The contract is that of the AI-Dock ComfyUI API wrapper. A modifier written for it runs as it is, also with its own
-    import line, `from modifiers.basemodifier import BaseModifier`.
+    The interface is that of the AI-Dock ComfyUI API wrapper, whose modifiers run unchanged, including their import
+    `from modifiers.basemodifier import BaseModifier`.
 
     Attributes:
-        WORKFLOW_JSON: the workflow's file, in API format; "" for a modifier that changes the workflow it is sent.
-        RANDOM_INT_PLACEHOLDER: stands for a random integer in the workflow.
+        WORKFLOW_JSON: the workflow's file, in API format; "" for a modifier that changes the workflow in the request.
+        RANDOM_INT_PLACEHOLDER: text in the workflow that is replaced with a random integer.
         RANDOM_INT_MIN: the lowest of these integers.
-        RANDOM_INT_MAX: the highest.
-        workflow_folders: where a relative `WORKFLOW_JSON` is looked for, in this order; set by who runs the modifier.
-        modifications: the caller's values.
-        workflow: the graph, a copy that may be changed; loaded before `apply_modifications` runs.
+        RANDOM_INT_MAX: the highest of these integers.
+        workflow_folders: folders in which a relative `WORKFLOW_JSON` is searched for; set by the gateway.
+        modifications: the values in the request.
+        workflow: a copy of the graph that the modifier may change; loaded before `apply_modifications` runs.
     """
 
     WORKFLOW_JSON: str = ""
@@ -48,7 +54,7 @@ class BaseModifier:
         self.workflow: dict[str, Any] = {}
 
     def __getattr__(self, name: str) -> Any:
-        if name in _ON_COMFYUIS_DISK:
+        if name in _NEEDS_INPUT_FOLDER:
             raise ModifierFailed(
                 f"Modifier {self._name} uses {name}, but ComfyUI's folders are on another machine",
                 hint="Leave the URL in the workflow: the worker downloads it",
@@ -56,27 +62,27 @@ class BaseModifier:
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
 
     async def load_workflow(self, workflow: Mapping[str, Any] | None = None) -> None:
-        """Set `self.workflow` from the file, or from a copy of `workflow` for a modifier without a file.
+        """Load `self.workflow` from the file or, for a modifier without a file, copy `workflow`.
 
         Raises:
             InvalidInput: there is neither.
-            ModifierFailed: the file is not there, or is no JSON object.
+            ModifierFailed: the file does not exist, or is no JSON object.
         """
         if self.WORKFLOW_JSON:
             self.workflow = self._read_workflow()
         elif workflow:
             self.workflow = copy.deepcopy(dict(workflow))
         else:
-            raise InvalidInput(f"Modifier {self._name} has no workflow of its own and was sent none")
+            raise InvalidInput(f"Modifier {self._name} has no workflow of its own, and the request has none")
 
     async def modify_workflow_value(self, key: str, default: Any = None) -> Any:
-        """Return the caller's value for `key`, or else `default`.
+        """Return the request's value for `key`, or else `default`.
 
-        A `default` of None is no default: the value is required then. A key that is an http(s) URL needs none, it
-        stands for itself.
+        Without a default, or with None, the value is required, unless the key is an http(s) URL: then the key itself
+        is returned.
 
         Raises:
-            MissingValue: the caller sent no such value and there is no default; it names the modifier and the value.
+            MissingValue: the request has no such value, and there is no default.
         """
         if key in self.modifications:
             return self.modifications[key]
@@ -87,7 +93,7 @@ class BaseModifier:
         raise MissingValue(f"Modifier {self._name} needs the value {key!r}", hint=f"Send it as modifications.{key}")
 
     async def apply_modifications(self) -> None:
-        """Take care of the workflow's URLs and random integers; modifiers call this after their own changes."""
+        """Replace the workflow's URLs and random integers; modifiers call this after their own changes."""
         self.workflow = await self.replace_workflow_urls(self.workflow)
         self.replace_random_ints(self.workflow)
 
@@ -97,15 +103,15 @@ class BaseModifier:
         return self.workflow
 
     def replace_random_ints(self, data: Any) -> Any:
-        """Put random integers in place of `__RANDOM_INT__` anywhere in `data`, in place, and return it."""
+        """Replace each `__RANDOM_INT__` in `data` with a random integer, in place, and return `data`."""
         return fill_random_ints(data, self.RANDOM_INT_MIN, self.RANDOM_INT_MAX, self.RANDOM_INT_PLACEHOLDER)
 
     async def replace_workflow_urls(self, data: Any) -> Any:
-        """Return `data` as it is: its URLs are downloaded, and replaced by files' names, on the worker's machine."""
+        """Return `data` unchanged: the worker downloads its URLs and replaces them with file names."""
         return data
 
     async def get_url_content(self, url: str) -> str:
-        """Return what stands for a URL's content in a workflow: the URL, in whose place the worker puts the file."""
+        """Return the URL unchanged: the worker downloads it and replaces it with the file's name."""
         return url
 
     def is_url(self, value: Any) -> bool:
@@ -117,7 +123,7 @@ class BaseModifier:
         return bool(parts.scheme and parts.netloc)
 
     def get_url_hash(self, url: str) -> str:
-        """Return the MD5 of a URL, in hexadecimal digits."""
+        """Return the MD5 of a URL as hexadecimal digits."""
         return hashlib.md5(url.encode(), usedforsecurity=False).hexdigest()
 
     @property
@@ -131,13 +137,13 @@ class BaseModifier:
         except (OSError, InvalidJson):
             raise ModifierFailed(f"Modifier {self._name} cannot read its workflow {file.name}") from None
         if not isinstance(workflow, dict):
-            raise ModifierFailed(f"Modifier {self._name} has a workflow that is no object of nodes: {file.name}")
+            raise ModifierFailed(f"Modifier {self._name} has a workflow that is not an object of nodes: {file.name}")
         return workflow
 
     def _find_workflow(self) -> Path:
-        # An absolute name stays as it is behind any folder.
-        places = [folder / self.WORKFLOW_JSON for folder in self.workflow_folders] or [Path(self.WORKFLOW_JSON)]
-        found = next((place for place in places if place.is_file()), None)
+        # Joining a folder and an absolute path gives the absolute path.
+        paths = [folder / self.WORKFLOW_JSON for folder in self.workflow_folders] or [Path(self.WORKFLOW_JSON)]
+        found = next((path for path in paths if path.is_file()), None)
         if found is None:
-            raise ModifierFailed(f"Modifier {self._name} finds no workflow {Path(self.WORKFLOW_JSON).name}")
+            raise ModifierFailed(f"Modifier {self._name} does not find its workflow {Path(self.WORKFLOW_JSON).name}")
         return found

@@ -1,4 +1,4 @@
-"""What can go wrong with a modifier: the caller's values, or the modifier itself."""
+"""Errors of modifiers: caused by the values in a request, or by the modifier itself."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from comfy_worker.errors import InvalidInput, WorkerError
 
 
 class MissingValue(InvalidInput, IndexError):
-    """A modifier needs a value that the caller did not send.
+    """A modifier needs a value that the request does not have.
 
-    It is an `IndexError` too, which is what modifiers that were written elsewhere may catch.
+    It is an `IndexError` too, because modifiers written for AI-Dock's wrapper may catch that.
     """
 
 
 class ModifierFailed(WorkerError):
-    """A modifier broke, took too long or made no workflow; its operator can mend it, the caller cannot."""
+    """A modifier raised an error, took too long or returned no workflow; only the operator can fix it."""
 
     code = "modifier_failed"

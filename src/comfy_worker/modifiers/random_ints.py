@@ -1,4 +1,4 @@
-"""The placeholder for a random number, which makes a workflow in a file run with another seed each time."""
+"""The placeholder for a random integer, with which a stored workflow gets a new seed each time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import random
 from typing import Any, TypeVar
 
 RANDOM_INT = "__RANDOM_INT__"
-"""Stands for a random integer; within a longer string, for its digits."""
+"""Replaced with a random integer or, within a longer string, with its digits."""
 
 HIGHEST = 2**32 - 1
 
@@ -21,7 +21,7 @@ def randomized(workflow: Value) -> Value:
 
 
 def fill_random_ints(value: Any, lowest: int = 0, highest: int = HIGHEST, placeholder: str = RANDOM_INT) -> Any:
-    """Put random integers in place of the placeholders below `value`, in place; return what stands for `value` then."""
+    """Replace the placeholders in `value`, in place, and return it, or the integer if it is a placeholder itself."""
 
     def filled(inner: Any) -> Any:
         if isinstance(inner, dict):

@@ -1,4 +1,4 @@
-"""The caller's values for a modifier, which notes the values that nobody reads."""
+"""A dict that records which of its values are never read."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class RecordedValues(dict[str, Any]):
-    """A dict that knows which of its first keys were never looked at.
+    """A dict that records which of its initial keys were never read.
 
     Attributes:
         unread: these keys.
@@ -40,11 +40,11 @@ class RecordedValues(dict[str, Any]):
         return super().__iter__()
 
     def items(self) -> ItemsView[str, Any]:  # type: ignore[override]
-        """Return all items, which are read then."""
+        """Return all items, and count them as read."""
         self.unread.clear()
         return super().items()
 
     def values(self) -> ValuesView[Any]:  # type: ignore[override]
-        """Return all values, which are read then."""
+        """Return all values, and count them as read."""
         self.unread.clear()
         return super().values()

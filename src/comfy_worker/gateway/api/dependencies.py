@@ -13,8 +13,8 @@ from comfy_worker.gateway.jobs.assets import AssetStore, with_urls
 from comfy_worker.gateway.jobs.queue_position import iso_time
 from comfy_worker.gateway.jobs.service import JobService
 from comfy_worker.gateway.jobs.signed_links import PATH, AssetLinks
+from comfy_worker.gateway.modifiers import Modifiers
 from comfy_worker.gateway.settings import GatewaySettings
-from comfy_worker.modifiers import Modifiers
 from comfy_worker.types import JobState
 
 

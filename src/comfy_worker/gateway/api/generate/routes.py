@@ -42,9 +42,10 @@ from comfy_worker.gateway.errors import DatabaseUnavailable, DuplicateRequest, N
 from comfy_worker.gateway.http.client_disconnect import while_connected
 from comfy_worker.gateway.http.event_stream import EventStream
 from comfy_worker.gateway.http.request_validation import read_body, warnings_of
+from comfy_worker.gateway.modifiers import run_modifier
 from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.job.payload import input_warnings
-from comfy_worker.modifiers import apply, randomized
+from comfy_worker.modifiers import randomized
 from comfy_worker.types import JobState
 
 DOOR = "generate"
@@ -275,7 +276,7 @@ class _Door:
             return await run_in_threadpool(randomized, workflow), ()
         modifications = job_input.get("modifications") or {}
         limit_s = self._parts.settings.modifier_timeout_s
-        modify = partial(apply, self._parts.modifiers, job_input["modifier"], modifications, timeout_s=limit_s)
+        modify = partial(run_modifier, self._parts.modifiers, job_input["modifier"], modifications, timeout_s=limit_s)
         # In threads of their own: slow ones keep nobody waiting who wants something else.
         made = await to_thread.run_sync(modify, limiter=self._modifier_threads)
         return made.workflow, made.unread

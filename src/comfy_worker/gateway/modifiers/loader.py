@@ -1,4 +1,4 @@
-"""Finds modifiers by the name of their class in the files of a folder."""
+"""Loads the modifiers in a folder's Python files and finds them by class name."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from comfy_worker.redact import redact
 log = logging.getLogger(__name__)
 
 _BASE_FILE = "basemodifier.py"
-"""Where AI-Dock's wrapper has its class, in the folder of the modifiers."""
+"""The file in which AI-Dock's wrapper defines the class, in the folder of the modifiers."""
 _MOST_NAMED = 3
 _LONGEST_REASON = 300
-_TELLING = (ImportError, NameError, AttributeError, TypeError, KeyError)
-"""Their words are Python's own, about names; those of others may say anything, such as a secret."""
+_HARMLESS = (ImportError, NameError, AttributeError, TypeError, KeyError)
+"""Exceptions with messages of Python's own, about names. Any other message may contain anything, such as a secret."""
 
 
 @dataclass(frozen=True)
-class FoundModifier:
-    """A modifier's class, with its file and the folders that its workflow is looked for in."""
+class LoadedModifier:
+    """A modifier's class, its file, and the folders in which its workflow is searched for."""
 
     modifier: type[BaseModifier]
     file: Path
@@ -46,10 +46,12 @@ class FoundModifier:
 
 @dataclass(frozen=True)
 class _File:
-    """A file as it was when it was loaded: its bytes, or None if they could not be read.
+    """A file that was loaded, or failed to load.
 
     Attributes:
-        problem: why it could not be loaded, with its name and line; "" if it could.
+        source: its bytes at that time; None if they could not be read.
+        classes: its modifiers by name.
+        problem: why it failed, with the file's name and the line; "" if it did not.
     """
 
     source: bytes | None
@@ -57,20 +59,20 @@ class _File:
     problem: str = ""
 
     def is_about(self, name: str, path: Path) -> bool:
-        """Return whether it was to define a modifier, or is named like it as AI-Dock's wrapper wants it."""
+        """Return whether the file defines a modifier, or is named after it, as AI-Dock's wrapper requires."""
         defines = re.search(rf"^class\s+{re.escape(name)}\b".encode(), self.source or b"", re.MULTILINE)
         return bool(defines) or path.stem.lower() == name.lower()
 
 
 class Modifiers:
-    """The modifiers in the `*.py` files of a folder; a file that changes is loaded again. Safe to use from any thread.
+    """The modifiers in the `*.py` files of a folder. Reloads files that change. Thread-safe.
 
-    A file that cannot be loaded is logged once, and costs only its own modifiers: who asks for one of them learns why.
-    Files whose names begin with `_` are left out, and so is `basemodifier.py`: the class that it would define is ours.
+    A file that cannot be loaded is logged once and does not affect the others; `find` raises its error. Files whose
+    names begin with `_` are ignored, and so is `basemodifier.py`: `BaseModifier` takes its part.
     """
 
     def __init__(self, folder: str | Path, workflows_dirs: Iterable[str | Path] = ()) -> None:
-        """Take the folder of the modifiers and further folders with workflows; none of them needs to be there."""
+        """Remember the folder, and further folders with workflows; none of them needs to exist."""
         _provide_base()
         self._folder = Path(folder).absolute()
         self._workflows_dirs = tuple(Path(workflows) for workflows in workflows_dirs)
@@ -83,18 +85,18 @@ class Modifiers:
             self._refresh()
             return sorted({name for file in self._files.values() for name in file.classes})
 
-    def find(self, name: str) -> FoundModifier:
-        """Return a modifier by the name of its class; of two with the same name, that of the first file.
+    def find(self, name: str) -> LoadedModifier:
+        """Return the modifier whose class has this name; if two files have one, the first file's.
 
         Raises:
-            InvalidInput: there is none; the sentence names the one that is most like it.
-            ModifierFailed: its file cannot be loaded; the sentence names the file, the line and the reason.
+            InvalidInput: there is no such modifier; the message names the nearest one.
+            ModifierFailed: its file cannot be loaded; the message has the file, the line and the reason.
         """
         with self._lock:
             self._refresh()
             for path, file in self._files.items():
                 if name in file.classes:
-                    return FoundModifier(file.classes[name], path, self._workflow_folders(path))
+                    return LoadedModifier(file.classes[name], path, self._workflow_folders(path))
             raise self._unknown(name)
 
     def _workflow_folders(self, path: Path) -> tuple[Path, ...]:
@@ -112,7 +114,7 @@ class Modifiers:
         return InvalidInput(f"There is no modifier {name!r}{advice}", hint=hint)
 
     def _refresh(self) -> None:
-        """Load what is new or has other content than before: two edits may leave the same time and size."""
+        """Load new and changed files. Contents are compared, because two edits can leave the same time and size."""
         before, self._files = self._files, {}
         for path, source in _sources(self._folder):
             known = before.get(path)
@@ -123,7 +125,7 @@ class Modifiers:
     def _load(self, path: Path, source: bytes | None) -> _File:
         try:
             module = _execute(path, path.read_bytes() if source is None else source)
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - one file's bug must not cost the modifiers of others
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - a bug in one file must not affect the others
             problem = _problem_of(path, error)
             log.warning("A modifier file could not be loaded: %s", problem)
             return _File(source, {}, problem)
@@ -131,12 +133,12 @@ class Modifiers:
         for name in classes:
             first = next((other for other, file in self._files.items() if name in file.classes), None)
             if first is not None:
-                log.warning("The modifier %s of %s is left out: %s has one too", name, path.name, first.name)
+                log.warning("The modifier %s in %s is ignored, because %s has one too", name, path.name, first.name)
         return _File(source, classes)
 
 
 def where_in(path: Path, error: BaseException) -> str:
-    """Return the class of an exception, and the line of a file where it arose if it came through there."""
+    """Return the class of an exception and the line of the file that raised it, if it passed through the file."""
     line = _line_in(path, error)
     return type(error).__name__ + (f" in line {line}" if line else "")
 
@@ -149,12 +151,12 @@ def _line_in(path: Path, error: BaseException) -> int | None:
 
 
 def _problem_of(path: Path, error: BaseException) -> str:
-    """Return why a file could not be loaded, as its callers may know it: no path, and no words but Python's own."""
+    """Return why a file could not be loaded, without paths and without messages that are not Python's own."""
     line = _line_in(path, error)
-    place = path.name + (f", line {line}" if line else "")
-    reason = error.msg if isinstance(error, SyntaxError) else str(error) if isinstance(error, _TELLING) else ""
-    said = redact(f"{type(error).__name__}: {reason}" if reason else type(error).__name__)
-    return f"{place}: {said[:_LONGEST_REASON]}"
+    where = path.name + (f", line {line}" if line else "")
+    reason = error.msg if isinstance(error, SyntaxError) else str(error) if isinstance(error, _HARMLESS) else ""
+    text = redact(f"{type(error).__name__}: {reason}" if reason else type(error).__name__)
+    return f"{where}: {text[:_LONGEST_REASON]}"
 
 
 def _sources(folder: Path) -> Iterator[tuple[Path, bytes | None]]:
@@ -164,26 +166,26 @@ def _sources(folder: Path) -> Iterator[tuple[Path, bytes | None]]:
         try:
             yield path, path.read_bytes()
         except FileNotFoundError:
-            continue  # taken away since it was listed
+            continue  # removed since it was listed
         except OSError:
-            yield path, None  # loading it says why
+            yield path, None  # loading it reports why
 
 
 def _provide_base() -> None:
-    """Let `from modifiers.basemodifier import BaseModifier` find our class, whatever folder the modifiers lie in."""
+    """Make `from modifiers.basemodifier import BaseModifier` import our class, wherever the modifiers are."""
     package, module = ModuleType("modifiers"), ModuleType("modifiers.basemodifier")
     vars(module).update(BaseModifier=BaseModifier, __doc__=base.__doc__)
     vars(package).update(basemodifier=module)
-    # Under these names, and not as files: a folder of the same name in the current folder must not come first.
+    # As modules, not files: a folder `modifiers` in the current folder would come first on the path.
     sys.modules.setdefault("modifiers", package)
     sys.modules["modifiers.basemodifier"] = module
 
 
 def _execute(path: Path, source: bytes) -> ModuleType:
-    """Return a file as a module under a name that nobody imports; no bytecode is written or trusted."""
+    """Execute a file as a module with a name that nobody imports; bytecode is neither written nor read."""
     module = ModuleType(_module_name(path))
     module.__file__ = str(path)
-    sys.modules[module.__name__] = module  # where dataclasses, pickle and typing look for a class's module
+    sys.modules[module.__name__] = module  # dataclasses, pickle and typing look up a class's module here
     try:
         exec(compile(source, str(path), "exec", dont_inherit=True), vars(module))  # noqa: S102 - the operator's own code
     except BaseException:
@@ -197,7 +199,7 @@ def _module_name(path: Path) -> str:
 
 
 def _modifiers_of(module: ModuleType) -> Iterator[tuple[str, type[BaseModifier]]]:
-    """Yield the modifiers that a module defines; those that it imports belong to their own files."""
+    """Yield the modifiers that a module defines, not those that it imports."""
     for value in list(vars(module).values()):
         if isinstance(value, type) and issubclass(value, BaseModifier) and value.__module__ == module.__name__:
             yield value.__name__, value
