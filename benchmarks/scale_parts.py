@@ -115,7 +115,7 @@ async def _hear(bus: RedisEventBus) -> None:
             room.acquire()
             bus.publish(job_id, PROGRESS, {"progress": number, "node_id": "3", "stage": "running"})
 
-    with bus.listen(job_id) as listening:
+    with bus.subscribe(job_id) as listening:
         telling = asyncio.get_running_loop().run_in_executor(None, tell)
         heard = 0
         async for event in listening:
@@ -159,7 +159,7 @@ def _live_until(store: JobStore, end: float) -> int:
     while time.monotonic() < end:
         record = _job()
         store.add(record, max_waiting=1_000_000)
-        store.note_submission(record.id, "a prompt", "http://a-comfyui:8188", instead_of=None)
+        store.set_prompt_id(record.id, "a prompt", "http://a-comfyui:8188", expected=None)
         store.start(record.id, "a prompt", "http://a-comfyui:8188", time.time())
         store.finish(record.id, JobState.COMPLETED, time.time(), output={"images": []})
         count += 1

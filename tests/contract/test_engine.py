@@ -345,7 +345,7 @@ def test_every_job_that_waits_has_a_position_whatever_is_staged_ahead(bench: Ben
     jobs += [bench.submit(gate.graph()) for _ in range(3)]
 
     def positions() -> list[int | None]:
-        places = [bench.service.place_of(bench.get(job_id)) for job_id in jobs]
+        places = [bench.service.position_of(bench.get(job_id)) for job_id in jobs]
         return [place.position for place in places if place]
 
     wait_until(lambda: positions() == [0, 1, 2, 3])
@@ -359,10 +359,10 @@ def test_a_job_has_a_place_as_soon_as_it_is_accepted(bench: Bench, tmp_path: Pat
     gate = Gate(tmp_path)
     jobs = [bench.submit(gate.graph())]
     bench.wait_until_in_progress(*jobs)
-    assert bench.service.place(jobs[0]) is not None, "where all stand has just been asked for"
+    assert bench.service.queue_position(jobs[0]) is not None, "where all stand has just been asked for"
     jobs.append(bench.submit(gate.graph()))
 
-    assert bench.service.place(jobs[1]) is not None
+    assert bench.service.queue_position(jobs[1]) is not None
     gate.open()
     for job_id in jobs:
         bench.ended(job_id)
@@ -383,7 +383,7 @@ def test_who_waits_is_told_where_and_how_long(ground: Ground, bench: Bench, tmp_
     in_hand = ground.fill(bench, gate)
     waiting = [bench.submit(graphs.work(0.2, steps=2)) for _ in range(3)]
 
-    places = [bench.service.place(job_id) for job_id in waiting]
+    places = [bench.service.queue_position(job_id) for job_id in waiting]
     gate.open()
 
     assert [place.position for place in places if place] == [len(in_hand), len(in_hand) + 1, len(in_hand) + 2]
@@ -392,9 +392,9 @@ def test_who_waits_is_told_where_and_how_long(ground: Ground, bench: Bench, tmp_
     assert waits == sorted(waits)
     assert waits[2] > waits[1] > 0
     for job_id in (*in_hand, *waiting):
-        assert bench.service.place_of(bench.ended(job_id)) is None
+        assert bench.service.position_of(bench.ended(job_id)) is None
     # A fleet's gateway hears of it from the worker.
-    wait_until(lambda: bench.service.place(waiting[0]) is None)
+    wait_until(lambda: bench.service.queue_position(waiting[0]) is None)
 
 
 @needs(Feature.PLACES)
@@ -411,7 +411,7 @@ def test_what_ran_before_a_restart_tells_how_long_to_wait(ground_of: GroundOf, f
         ground.wait_until_ready(after)
         in_hand = ground.fill(after, gate)
         waiting = [after.submit(graphs.work(0.2, steps=2)) for _ in range(2)]
-        place = after.service.place(waiting[1])
+        place = after.service.queue_position(waiting[1])
         gate.open()
         for job_id in (*in_hand, *waiting):
             after.ended(job_id)

@@ -133,7 +133,7 @@ def test_the_endpoint_is_one_backend_and_has_no_comfyui_to_ask(bench: Bench) -> 
 
     assert backend["url"] == "runpod:ep-test"
     assert backend["workers"]["ready"] >= 1
-    assert bench.service.place("any") is None
+    assert bench.service.queue_position("any") is None
     with pytest.raises(NoComfyUI, match="no ComfyUI beside it"):
         answer: ComfyClient = bench.service.comfyui()
         pytest.fail(f"{answer} is none")
@@ -173,7 +173,7 @@ def test_a_submission_that_nobody_noted_is_known_when_runpod_calls_back(
     remote_id = platform.submit({"workflow": graphs.picture(RED)})
     before = len(platform.board.jobs)
     with ground.bench() as after:
-        after.gateway.hear_from_runpod(job_id, remote_id)
+        after.gateway.on_runpod_webhook(job_id, remote_id)
 
         assert after.picture(job_id) == RED
         assert after.get(job_id).prompt_id == remote_id
@@ -189,7 +189,7 @@ def test_whichever_of_two_submissions_is_quicker_ends_the_job(
         job_id = bench.submit(gate.graph())
         second = id_at_runpod(bench, job_id)
         platform.wait_for_end(first)
-        bench.gateway.hear_from_runpod(job_id, first)
+        bench.gateway.on_runpod_webhook(job_id, first)
 
         assert bench.picture(job_id) == RED
         platform.wait_for_state(second, "CANCELLED")
@@ -201,7 +201,7 @@ def test_two_gateways_at_one_database_submit_each_job_once(ground: RunPodGround,
     with ground.bench() as one, ground.bench() as other:
         sent = [bench.submit(graphs.picture((number, 5, 5))) for number in range(4) for bench in (one, other)]
         for job_id in sent:
-            other.gateway.hear_from_runpod(job_id, None)
+            other.gateway.on_runpod_webhook(job_id, None)
         wait_until(lambda: all(one.get(job_id).state is JobState.COMPLETED for job_id in sent))
     assert len(platform.board.jobs) == before + len(sent)
 
@@ -247,7 +247,7 @@ def _left_behind(ground: RunPodGround, age_s: float) -> str:
                 assert record is not None
                 assert record.state is JobState.IN_QUEUE
                 claim = f"sending:{record.created_at - age_s:.3f}:another-gateway:1"
-                assert store.note_submission(job_id, claim, "runpod:ep-test", instead_of=record.prompt_id)
+                assert store.set_prompt_id(job_id, claim, "runpod:ep-test", expected=record.prompt_id)
     finally:
         ground.platform.accept_connections()
     return job_id

@@ -9,7 +9,7 @@ from contextlib import closing
 
 import pytest
 
-from comfy_worker.gateway.events.bus import PREVIEW, PROGRESS, STATUS, Event, EventBus, Listening, LocalEventBus
+from comfy_worker.gateway.events.bus import PREVIEW, PROGRESS, STATUS, Event, EventBus, LocalEventBus, Subscription
 from comfy_worker.gateway.events.redis_bus import RedisEventBus
 from tests.support.patience import TIMEOUT_S
 from tests.support.redis import RedisServer, redis_server
@@ -33,7 +33,7 @@ def bus(request: pytest.FixtureRequest) -> Iterator[EventBus]:
         yield made
 
 
-async def hear(listening: Listening, count: int) -> list[Event]:
+async def hear(listening: Subscription, count: int) -> list[Event]:
     return [await asyncio.wait_for(listening.__anext__(), TIMEOUT_S) for _ in range(count)]
 
 
@@ -41,7 +41,7 @@ def await_arrival(bus: EventBus) -> None:
     """Return when all that was published has arrived at its listeners, though none could take it in yet."""
 
     async def listen() -> None:
-        with bus.listen("last") as listening:
+        with bus.subscribe("last") as listening:
             bus.publish("last", PROGRESS, {})
             await hear(listening, 1)
 
@@ -58,7 +58,7 @@ def numbers(events: list[Event]) -> list[int]:
 def test_a_listener_hears_what_comes_after_it_began_and_only_of_its_job(bus: EventBus) -> None:
     async def listen() -> list[Event]:
         bus.publish("a", PROGRESS, {"n": 0})
-        with bus.listen("a") as listening:
+        with bus.subscribe("a") as listening:
             bus.publish("a", PROGRESS, {"n": 1})
             bus.publish("b", PROGRESS, {"n": 2})
             bus.publish("a", STATUS, {"n": 3})
@@ -69,7 +69,7 @@ def test_a_listener_hears_what_comes_after_it_began_and_only_of_its_job(bus: Eve
 
 def test_nothing_is_lost_between_beginning_to_listen_and_waiting(bus: EventBus) -> None:
     async def listen() -> list[Event]:
-        with bus.listen("a") as listening:
+        with bus.subscribe("a") as listening:
             publisher = threading.Thread(target=bus.publish, args=("a", STATUS, {"n": 1}))
             publisher.start()
             publisher.join()
@@ -83,7 +83,7 @@ def test_who_comes_back_hears_what_it_missed_first(bus: EventBus) -> None:
     bus.publish("a", PROGRESS, {"n": 2})
 
     async def listen() -> list[Event]:
-        with bus.listen("a", heard.number) as listening:
+        with bus.subscribe("a", heard.number) as listening:
             bus.publish("a", PROGRESS, {"n": 3})
             return await hear(listening, 2)
 
@@ -94,7 +94,7 @@ def test_who_comes_back_hears_what_it_missed_first(bus: EventBus) -> None:
 
 def test_previews_are_told_and_not_remembered(bus: EventBus) -> None:
     async def listen() -> list[Event]:
-        with bus.listen("a") as listening:
+        with bus.subscribe("a") as listening:
             for number in range(3):
                 bus.publish("a", PREVIEW, {"n": number})
             bus.publish("a", STATUS, {"n": 9})
@@ -108,7 +108,7 @@ def test_previews_are_told_and_not_remembered(bus: EventBus) -> None:
 
 def test_a_slow_listener_misses_no_change_of_state(bus: EventBus) -> None:
     async def listen() -> list[Event]:
-        with bus.listen("a") as listening:
+        with bus.subscribe("a") as listening:
             bus.publish("a", STATUS, {"n": -1})
             for number in range(1000):
                 bus.publish("a", PROGRESS, {"n": number})
@@ -138,7 +138,7 @@ def test_changes_of_state_are_remembered_longest(bus: EventBus) -> None:
 
 def test_numbers_grow_from_several_threads_and_listeners_hear_them_in_order(bus: EventBus) -> None:
     async def listen() -> list[Event]:
-        with bus.listen("a") as listening:
+        with bus.subscribe("a") as listening:
             threads = [
                 threading.Thread(target=lambda: [bus.publish("a", STATUS, {"n": 0}) for _ in range(50)])
                 for _ in range(4)
@@ -159,10 +159,10 @@ def test_an_event_has_the_stores_number_unless_it_would_not_grow(bus: EventBus) 
 
 def test_who_has_left_is_no_listener(bus: EventBus) -> None:
     async def listen() -> None:
-        with bus.listen("a"):
-            assert bus.has_listeners("a")
-            assert not bus.has_listeners("b")
-        assert not bus.has_listeners("a")
+        with bus.subscribe("a"):
+            assert bus.has_subscribers("a")
+            assert not bus.has_subscribers("b")
+        assert not bus.has_subscribers("a")
 
     asyncio.run(listen())
     bus.publish("a", STATUS, {"n": 1})
@@ -171,14 +171,14 @@ def test_who_has_left_is_no_listener(bus: EventBus) -> None:
 def test_a_listener_whose_loop_has_ended_harms_nobody(bus: EventBus) -> None:
     loop = asyncio.new_event_loop()
 
-    async def begin() -> Listening:
-        return bus.listen("a")
+    async def begin() -> Subscription:
+        return bus.subscribe("a")
 
     listening = loop.run_until_complete(begin())
     loop.close()
     bus.publish("a", STATUS, {"n": 1})
     listening.__exit__(None, None, None)
-    assert not bus.has_listeners("a")
+    assert not bus.has_subscribers("a")
 
 
 def test_a_forgotten_job_is_not_remembered(bus: EventBus) -> None:
@@ -191,7 +191,7 @@ def test_a_forgotten_job_is_not_remembered(bus: EventBus) -> None:
 
 def test_a_bus_that_is_closed_lets_its_listeners_go_when_they_have_heard_what_there_is(bus: EventBus) -> None:
     async def listen() -> list[Event]:
-        with bus.listen("a") as listening, bus.listen("b") as silent:
+        with bus.subscribe("a") as listening, bus.subscribe("b") as silent:
             waiting = asyncio.ensure_future(all_of(silent))
             bus.publish("a", STATUS, {"n": 1})
             await asyncio.sleep(0)
@@ -201,7 +201,7 @@ def test_a_bus_that_is_closed_lets_its_listeners_go_when_they_have_heard_what_th
             assert await asyncio.wait_for(waiting, TIMEOUT_S) == []
             return await asyncio.wait_for(all_of(listening), TIMEOUT_S)
 
-    async def all_of(listening: Listening) -> list[Event]:
+    async def all_of(listening: Subscription) -> list[Event]:
         return [event async for event in listening]
 
     assert numbers(asyncio.run(listen())) == [1]
@@ -212,7 +212,7 @@ def test_a_bus_that_is_closed_keeps_nobody(bus: EventBus) -> None:
         bus.publish("a", STATUS, {"n": 1})
         bus.close()
         bus.publish("a", STATUS, {"n": 2})
-        with bus.listen("a", after=0) as listening:
+        with bus.subscribe("a", after=0) as listening:
             return [event async for event in listening]
 
     assert numbers(asyncio.run(listen())) == [1, 2]

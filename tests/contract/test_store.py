@@ -28,9 +28,9 @@ from comfy_worker.gateway.errors import (
 )
 from comfy_worker.gateway.store.database import WRITES, connect
 from comfy_worker.gateway.store.gateway_lock import gateway_lock, leader_lock
-from comfy_worker.gateway.store.job_store import JobStore, moment
+from comfy_worker.gateway.store.job_store import JobStore, event_number
 from comfy_worker.gateway.store.migrate import bring_up_to_date, newest_version
-from comfy_worker.gateway.store.records import JobRecord, ProgressNote
+from comfy_worker.gateway.store.records import JobRecord, ProgressRecord
 from comfy_worker.gateway.store.tables import metadata
 from comfy_worker.types import JobState
 from tests.support.postgres import Postgres, postgres
@@ -348,7 +348,7 @@ def test_events_are_numbered_upwards_even_if_the_clock_is_not(store: JobStore) -
     store.requeue(job_id, NOW - 5)
 
     numbers = [number for number, _type, _data in store.events_of(job_id)]
-    assert numbers == [moment(NOW), moment(NOW) + 1, moment(NOW) + 2]
+    assert numbers == [event_number(NOW), event_number(NOW) + 1, event_number(NOW) + 2]
     assert [data for _number, _type, data in store.events_of(job_id, numbers[1])] == [{"status": "IN_QUEUE"}]
 
 
@@ -357,7 +357,7 @@ def test_events_are_numbered_upwards_even_if_the_clock_is_not(store: JobStore) -
 
 def test_a_webhook_is_noted_with_the_end_and_only_then(store: JobStore) -> None:
     heard: list[bool] = []
-    store.when_webhook_is_due = lambda: heard.append(True)
+    store.on_webhook_due = lambda: heard.append(True)
     job_id = add(store, webhook=True)
     store.start(job_id, "p", "http://comfyui", NOW)
     assert store.due_deliveries(NOW) == []
@@ -382,11 +382,11 @@ def test_a_webhook_is_due_again_when_it_was_put_off_and_never_when_it_is_done(st
     store.finish(job_id, JobState.COMPLETED, NOW)
     (delivery,) = store.due_deliveries(NOW)
 
-    store.note_delivery(delivery.id, NOW, retry_at=NOW + 10, error="it answered 503")
+    store.record_attempt(delivery.id, NOW, retry_at=NOW + 10, error="it answered 503")
     assert store.due_deliveries(NOW + 9) == []
     assert [(again.id, again.attempts) for again in store.due_deliveries(NOW + 10)] == [(delivery.id, 1)]
 
-    store.note_delivery(delivery.id, NOW + 11)
+    store.record_attempt(delivery.id, NOW + 11)
     assert store.due_deliveries(NOW + 100) == []
     noted = delivery_of(url, job_id)
     assert noted is not None
@@ -399,13 +399,13 @@ def test_when_the_next_webhook_is_due_is_known(store: JobStore) -> None:
         job_id = add(store, webhook=True)
         store.finish(job_id, JobState.COMPLETED, NOW)
         (delivery,) = store.due_deliveries(NOW)
-        store.note_delivery(delivery.id, NOW, retry_at=NOW + seconds)
+        store.record_attempt(delivery.id, NOW, retry_at=NOW + seconds)
 
     assert store.next_delivery_at(NOW) == NOW + 10
     assert store.next_delivery_at(NOW + 10) == NOW + 20
     assert store.next_delivery_at(NOW + 20) is None
     for delivery in store.due_deliveries(NOW + 20):
-        store.note_delivery(delivery.id, NOW + 20)
+        store.record_attempt(delivery.id, NOW + 20)
     assert store.next_delivery_at(NOW) is None
 
 
@@ -426,11 +426,11 @@ def test_a_claim_that_was_left_behind_ends_and_one_that_is_done_does_not_come_ag
     for _ in range(2):
         store.finish(add(store, webhook=True), JobState.COMPLETED, NOW)
     sent, lost = store.claim_deliveries(NOW, NOW + 60, 2)
-    store.note_delivery(sent.id, NOW + 1)
+    store.record_attempt(sent.id, NOW + 1)
 
     [again] = store.claim_deliveries(NOW + 60, NOW + 120, 2)
     assert (again.id, again.attempts) == (lost.id, 0)
-    store.note_delivery(again.id, NOW + 61, retry_at=NOW + 71, error="it answered 503")
+    store.record_attempt(again.id, NOW + 61, retry_at=NOW + 71, error="it answered 503")
     assert [delivery.attempts for delivery in store.claim_deliveries(NOW + 71, NOW + 131, 2)] == [1]
 
 
@@ -441,7 +441,7 @@ def test_what_a_claim_took_can_be_asked_for_until_it_is_done(store: JobStore) ->
     [other] = store.claim_deliveries(NOW, NOW + 61, 2)
 
     assert {one.id for one in store.claimed_deliveries({NOW + 60})} == {one.id for one in taken}
-    store.note_delivery(taken[0].id, NOW + 1)
+    store.record_attempt(taken[0].id, NOW + 1)
     assert {one.id for one in store.claimed_deliveries({NOW + 60, NOW + 61})} == {taken[1].id, other.id}
     assert store.claimed_deliveries({NOW + 62}) == []
 
@@ -471,7 +471,7 @@ def test_a_job_expires_after_its_end_and_its_webhook(store: JobStore) -> None:
     assert store.get(ended) is None
     assert store.events_of(ended) == []
 
-    store.note_delivery(store.due_deliveries(NOW)[0].id, NOW)
+    store.record_attempt(store.due_deliveries(NOW)[0].id, NOW)
     assert store.remove_expired([untold], NOW + 61) == [untold]
 
 
@@ -656,22 +656,22 @@ def test_how_far_a_job_is_belongs_to_its_present_attempt(store: JobStore) -> Non
         assert record is not None
         return record.progress, record.progress_number
 
-    store.note_progress([note(waits.id, "first", 1), note(runs.id, "first", 2), note("nobody", "first", 3)])
+    store.save_progress([note(waits.id, "first", 1), note(runs.id, "first", 2), note("nobody", "first", 3)])
     assert known(waits.id) == (None, None)
     assert known(runs.id) == ({"percent": 2}, 2)
-    store.note_progress([note(runs.id, "another", 4)])
+    store.save_progress([note(runs.id, "another", 4)])
     assert known(runs.id) == ({"percent": 2}, 2)
 
     store.requeue(runs.id, NOW)
     assert known(runs.id) == (None, None)
     store.start(runs.id, "second", "http://a", NOW)
-    store.note_progress([note(runs.id, "first", 5)])
+    store.save_progress([note(runs.id, "first", 5)])
     assert known(runs.id) == (None, None)
-    store.note_progress([note(runs.id, "second", 6)])
+    store.save_progress([note(runs.id, "second", 6)])
     store.finish(runs.id, JobState.FAILED, NOW, error={"error": "It broke"})
     # How far it was when it broke off may be noted after its end, and what is known later stays.
-    store.note_progress([note(runs.id, "second", 7)])
-    store.note_progress([note(runs.id, "second", 5)])
+    store.save_progress([note(runs.id, "second", 7)])
+    store.save_progress([note(runs.id, "second", 5)])
     assert known(runs.id) == ({"percent": 7}, 7)
     store.retry(runs.id, NOW)
     assert known(runs.id) == (None, None)
@@ -688,11 +688,11 @@ def test_a_job_ends_with_its_last_progress(store: JobStore) -> None:
 
 def test_only_the_comfyui_that_was_given_a_job_starts_it(store: JobStore) -> None:
     job_id = add(store)
-    assert store.note_submission(job_id, "first", "http://a", instead_of=None)
-    assert not store.note_submission(job_id, "second", "http://b", instead_of=None)
+    assert store.set_prompt_id(job_id, "first", "http://a", expected=None)
+    assert not store.set_prompt_id(job_id, "second", "http://b", expected=None)
     assert not store.start(job_id, "second", "http://b", NOW)
     assert store.start(job_id, "first", "http://a", NOW)
 
 
-def note(job_id: str, prompt_id: str, number: int) -> ProgressNote:
-    return ProgressNote(job_id, prompt_id, number, {"percent": number})
+def note(job_id: str, prompt_id: str, number: int) -> ProgressRecord:
+    return ProgressRecord(job_id, prompt_id, number, {"percent": number})

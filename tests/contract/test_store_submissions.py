@@ -19,7 +19,7 @@ def test_of_several_who_claim_a_job_one_gets_it(store: JobStore, opened: Open) -
     stores = [store, *(opened() for _ in range(3))]
 
     def claim(number: int) -> bool:
-        return stores[number].note_submission(job_id, f"claim {number}", HERE, instead_of=None)
+        return stores[number].set_prompt_id(job_id, f"claim {number}", HERE, expected=None)
 
     with ThreadPoolExecutor(4) as pool:
         made = list(pool.map(claim, range(4)))
@@ -31,18 +31,18 @@ def test_of_several_who_claim_a_job_one_gets_it(store: JobStore, opened: Open) -
 
 def test_a_claim_is_replaced_by_whoever_knows_it_and_only_while_the_job_waits(store: JobStore) -> None:
     job_id = add(store)
-    assert store.note_submission(job_id, "claim", HERE, instead_of=None)
-    assert not store.note_submission(job_id, "mine", HERE, instead_of="another")
-    assert store.note_submission(job_id, "id-u1", HERE, instead_of="claim")
+    assert store.set_prompt_id(job_id, "claim", HERE, expected=None)
+    assert not store.set_prompt_id(job_id, "mine", HERE, expected="another")
+    assert store.set_prompt_id(job_id, "id-u1", HERE, expected="claim")
     assert (get(store, job_id).prompt_id, get(store, job_id).backend) == ("id-u1", HERE)
-    assert store.note_submission(job_id, None, None, instead_of="id-u1")
+    assert store.set_prompt_id(job_id, None, None, expected="id-u1")
     assert store.finish(job_id, JobState.CANCELLED, NOW)
-    assert not store.note_submission(job_id, "late", HERE, instead_of=None)
+    assert not store.set_prompt_id(job_id, "late", HERE, expected=None)
 
 
 def test_a_job_that_waits_again_elsewhere_keeps_its_name_there(store: JobStore) -> None:
     job_id = add(store)
-    store.note_submission(job_id, "id-u1", HERE, instead_of=None)
+    store.set_prompt_id(job_id, "id-u1", HERE, expected=None)
     store.start(job_id, "id-u1", HERE, NOW)
 
     assert store.requeue(job_id, NOW + 1, elsewhere=True)

@@ -45,7 +45,7 @@ def notice(bench: Bench, job_id: str) -> str:
 
 
 def stage(bench: Bench, job_id: str) -> str:
-    place = bench.service.place(job_id)
+    place = bench.service.queue_position(job_id)
     return "" if place is None else place.stage
 
 
@@ -86,7 +86,7 @@ def test_a_job_waits_for_as_long_as_it_takes_where_the_operator_says_so(tmp_path
     with bench_at(comfyui, tmp_path, comfyui_ready_timeout_s=0.1, wait_for_comfyui=True) as bench:
         job_id = bench.submit(graphs.picture(RED))
         wait_until(lambda: notice(bench, job_id).startswith("ComfyUI has not answered since "))
-        place = bench.service.place(job_id)
+        place = bench.service.queue_position(job_id)
         assert place is not None
         assert (place.position, place.wait_s) == (1, None)
         comfyui.start()

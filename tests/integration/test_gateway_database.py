@@ -25,7 +25,7 @@ from comfy_worker.errors import InvalidInput
 from comfy_worker.gateway.container import Gateway
 from comfy_worker.gateway.errors import DatabaseUnavailable
 from comfy_worker.gateway.settings import GatewaySettings
-from comfy_worker.gateway.store.database import connect, patiently
+from comfy_worker.gateway.store.database import connect, wait_for_database
 from comfy_worker.gateway.store.gateway_lock import gateway_lock
 from comfy_worker.gateway.store.job_store import JobStore
 from comfy_worker.gateway.store.migrate import bring_up_to_date
@@ -267,12 +267,12 @@ def test_a_process_that_starts_waits_for_its_database_so_long_and_no_longer() ->
             raise answer
         return answer
 
-    assert patiently(ask) == 3
+    assert wait_for_database(ask) == 3
     with pytest.raises(StopIteration):
-        patiently(ask)
+        wait_for_database(ask)
     answers = iter([away, 3])
     with pytest.raises(DatabaseUnavailable):
-        patiently(ask, 0.0)
+        wait_for_database(ask, 0.0)
 
 
 # ------------------------------------------------------------------------------------------------- SQLite
@@ -427,8 +427,8 @@ def test_jobs_that_the_database_has_and_nobody_works_on_are_taken_up(tmp_path: P
         begun = noted(store, graphs.picture((4, 5, 6)), "begun")
         assert store.start(begun, "a-prompt-that-was-never-sent", comfyui.url, NOW)
 
-        engine.take_up_forgotten()
-        engine.take_up_forgotten()
+        engine.recover_orphans()
+        engine.recover_orphans()
 
         assert bench.picture(waiting) == (1, 2, 3)
         assert bench.picture(begun) == (4, 5, 6)
@@ -442,12 +442,12 @@ def test_a_job_that_is_worked_on_is_not_taken_up_twice(tmp_path: Path, comfyui: 
         gate.wait_until_run()
         others = [bench.submit(graphs.picture((number, 2, 3))) for number in range(4)]
         bench.wait_until_given(others[0])
-        before = bench.service.place(others[-1])
+        before = bench.service.queue_position(others[-1])
         for _ in range(3):
-            bench.gateway._engine.take_up_forgotten()
+            bench.gateway._engine.recover_orphans()
         assert before is not None
         assert before.position == len(others)
-        assert bench.service.place(others[-1]) == before
+        assert bench.service.queue_position(others[-1]) == before
         gate.open()
         assert bench.ended(running).state is JobState.COMPLETED
         assert [bench.picture(job_id)[0] for job_id in others] == [0, 1, 2, 3]

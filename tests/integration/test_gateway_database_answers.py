@@ -55,7 +55,7 @@ def test_a_job_that_was_accepted_after_all_is_run(tmp_path: Path, comfyui: Emula
         (record,) = bench.gateway.store.latest()
 
         for _ in range(2):
-            bench.gateway._engine.take_up_forgotten()
+            bench.gateway._engine.recover_orphans()
         assert bench.picture(record.id) == (1, 2, 3)
 
 

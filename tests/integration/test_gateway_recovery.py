@@ -148,7 +148,7 @@ def test_a_job_that_was_cancelled_stays_so(data: Path, comfyui: Emulated, tmp_pa
 
     with Bench(data, comfyui.url) as after:
         assert after.get(job_id).state is JobState.CANCELLED
-        assert after.service.place(job_id) is None
+        assert after.service.queue_position(job_id) is None
 
 
 def test_a_job_that_is_cancelled_before_it_is_taken_up_is_off_the_gpu(

@@ -16,7 +16,7 @@ import pytest
 
 from comfy_worker.gateway.container import Gateway
 from comfy_worker.gateway.events import redis_subscriber
-from comfy_worker.gateway.events.bus import GAP, PREVIEW, PROGRESS, STATUS, Event, Listening
+from comfy_worker.gateway.events.bus import GAP, PREVIEW, PROGRESS, STATUS, Event, Subscription
 from comfy_worker.gateway.events.redis_bus import RedisEventBus
 from comfy_worker.gateway.settings import load_gateway_settings
 from comfy_worker.types import JobState
@@ -57,11 +57,11 @@ def gateway(environment: pytest.MonkeyPatch, tmp_path: Path, make_bus: MakeBus) 
         made.stop()
 
 
-async def hear(listening: Listening) -> Event:
+async def hear(listening: Subscription) -> Event:
     return await asyncio.wait_for(anext(listening), TIMEOUT_S)
 
 
-async def hear_other(listening: Listening, *left_out: str) -> Event:
+async def hear_other(listening: Subscription, *left_out: str) -> Event:
     while (event := await hear(listening)).type in left_out:
         pass
     return event
@@ -74,7 +74,7 @@ def test_what_one_process_tells_another_hears(server: RedisServer, make_bus: Mak
     bus = make_bus()
 
     async def listen() -> list[Event]:
-        with bus.listen("job") as listening:
+        with bus.subscribe("job") as listening:
             arguments = [sys.executable, "-m", "tests.support.publisher", server.url, "job", "50"]
             with Process(arguments, environment={"PYTHONPATH": "src"}) as process:
                 heard = [await hear(listening)]
@@ -127,7 +127,7 @@ def test_nobody_waits_for_a_redis_that_is_away_and_it_is_said_once(
     for number in range(100):
         bus.publish("job", PROGRESS, {"step": number})
         bus.recent("job")
-        bus.has_listeners("job")
+        bus.has_subscribers("job")
         bus.forget("job")
     assert bus.publish("job", STATUS, {"status": "IN_PROGRESS"}, 7).number == 7
     assert time.monotonic() - began < on_this_machine(NOT_FOR_LONG_S)
@@ -150,7 +150,7 @@ def test_a_listener_comes_back_and_hears_what_was_put_off(server: RedisServer, m
     near, far = make_bus(), make_bus()
 
     async def listen() -> None:
-        with near.listen("job") as listening:
+        with near.subscribe("job") as listening:
             far.publish("job", STATUS, {"status": "IN_QUEUE"}, 5)
             assert (await hear(listening)).number == 5
             server.stop(signal.SIGKILL)
@@ -169,7 +169,7 @@ def test_a_bus_whose_redis_was_never_there_begins_to_work_when_it_comes(server: 
     server.stop()
 
     async def listen(bus: RedisEventBus) -> None:
-        with bus.listen("job", after=0) as listening:
+        with bus.subscribe("job", after=0) as listening:
             bus.publish("job", STATUS, {"status": "IN_QUEUE"}, 5)
             server.start()
             # What is told before this listens again is not heard: a gap says to look for it.
@@ -185,7 +185,7 @@ def test_closing_does_not_wait_for_a_redis_that_is_away(server: RedisServer) -> 
     bus = RedisEventBus(server.url)
 
     async def listen() -> list[Event]:
-        with bus.listen("job") as listening:
+        with bus.subscribe("job") as listening:
             server.stop(signal.SIGSTOP)
             await asyncio.to_thread(bus.close)
             return [event async for event in listening if event.type != GAP]
@@ -200,13 +200,13 @@ def test_many_who_come_and_go_do_not_wait_for_a_redis_that_hangs(server: RedisSe
     bus = make_bus()
 
     async def listen() -> None:
-        with bus.listen("job") as listening:
+        with bus.subscribe("job") as listening:
             server.stop(signal.SIGSTOP)
             began = time.monotonic()
             for number in range(50):
-                with bus.listen(f"job-{number}"):
+                with bus.subscribe(f"job-{number}"):
                     bus.publish(f"job-{number}", PROGRESS, {})
-            with bus.listen("late") as late:
+            with bus.subscribe("late") as late:
                 assert time.monotonic() - began < on_this_machine(NOT_FOR_LONG_S)
                 server.go_on()
                 assert (await hear(listening)).type == (await hear(late)).type == GAP

@@ -28,7 +28,7 @@ def test_a_job_that_a_stopped_process_has_locked_goes_to_another(monkeypatch: py
         with stopped.connect() as connection:
             connection.execute(text("UPDATE jobs SET prompt_id = 'lost'"))
 
-            assert store.note_submission("job", "prompt", "http://127.0.0.1:1", instead_of=None)
+            assert store.set_prompt_id("job", "prompt", "http://127.0.0.1:1", expected=None)
             # The stopped one learns of it when it goes on.
             with pytest.raises(DatabaseUnavailable), raises_database_unavailable():
                 connection.execute(text("SELECT 1"))

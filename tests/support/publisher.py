@@ -13,7 +13,7 @@ PICTURE = bytes(range(256))
 if __name__ == "__main__":
     url, job_id, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
     with closing(RedisEventBus(url)) as bus:
-        assert bus.has_listeners(job_id), "who listens in another process counts too"
+        assert bus.has_subscribers(job_id), "who listens in another process counts too"
         for step in range(count):
             bus.publish(job_id, PROGRESS, {"step": step})
         bus.publish(job_id, PREVIEW, {"mime_type": "image/png", "node_id": None, "content": PICTURE})

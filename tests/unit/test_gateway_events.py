@@ -90,7 +90,7 @@ def test_a_listener_that_knows_where_the_job_stands_is_not_told_so_again(gateway
     async def follow() -> list[Event]:
         job_id = await submit(gateway)
         listening = asyncio.create_task(heard(gateway, job_id, known=JobState.IN_QUEUE))
-        while not gateway.bus.has_listeners(job_id):
+        while not gateway.bus.has_subscribers(job_id):
             await asyncio.sleep(0)
         await gateway.service.cancel(job_id)
         return await asyncio.wait_for(listening, 20)

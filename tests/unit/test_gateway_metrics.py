@@ -99,7 +99,7 @@ def test_webhooks_are_counted_that_are_yet_to_be_accepted(store: JobStore) -> No
         store.finish(job_id, JobState.FAILED, NOW)
     assert figure(collect(store), "comfy_webhooks_pending") == 2
     first, _ = store.due_deliveries(NOW)
-    store.note_delivery(first.id, NOW)
+    store.record_attempt(first.id, NOW)
     assert figure(collect(store), "comfy_webhooks_pending") == 1
 
 

@@ -209,8 +209,8 @@ def test_a_listener_is_told_what_is_known() -> None:
     submitted = QueuePosition(1, 1.5, stage="queued").as_progress()
     assert submitted == {"stage": "queued", "queue_position": 1, "estimated_wait_s": 1.5}
     away = QueuePosition(1, None, notice="ComfyUI has not answered since then")
-    assert away.beside_progress() == {"queue_position": 1, "notice": "ComfyUI has not answered since then"}
-    assert QueuePosition(0, 0.0, 4.26).beside_progress() == {"estimated_s": 4.3}
+    assert away.progress_fields() == {"queue_position": 1, "notice": "ComfyUI has not answered since then"}
+    assert QueuePosition(0, 0.0, 4.26).progress_fields() == {"estimated_s": 4.3}
 
 
 def test_runs_before_a_restart_are_learned_from() -> None:

@@ -13,7 +13,7 @@ LISTENERS = 500
 
 
 async def listen(bus: LocalEventBus, steps: MutableSequence[str]) -> None:
-    with bus.listen("job") as listening:
+    with bus.subscribe("job") as listening:
         async for _ in listening:
             steps.append("event")
 
@@ -49,7 +49,7 @@ def test_who_has_many_events_to_take_lets_the_others_take_theirs() -> None:
     taken: list[str] = []
 
     async def take(bus: LocalEventBus, job_id: str) -> None:
-        with bus.listen(job_id) as listening:
+        with bus.subscribe(job_id) as listening:
             async for _ in listening:
                 taken.append(job_id)
 

@@ -83,7 +83,7 @@ def create_app(settings: GatewaySettings, keys: Keys) -> FastAPI:
     app.include_router(generate.router(parts))
     app.include_router(operations.router(parts, registry))
     if settings.engine == "runpod":
-        app.include_router(webhook.router(gateway.callbacks, gateway.hear_from_runpod))
+        app.include_router(webhook.router(gateway.callbacks, gateway.on_runpod_webhook))
     describe(app)
     add_docs(app)
     _answer_errors(app)

@@ -21,7 +21,7 @@ from comfy_worker.gateway.jobs.service import JobService
 from comfy_worker.gateway.jobs.signed_links import AssetLinks, CallbackLinks
 from comfy_worker.gateway.jobs.webhook_deliveries import WebhookDeliveries
 from comfy_worker.gateway.settings import GatewaySettings
-from comfy_worker.gateway.store.database import connect, patiently
+from comfy_worker.gateway.store.database import connect, wait_for_database
 from comfy_worker.gateway.store.gateway_lock import gateway_lock, leader_lock
 from comfy_worker.gateway.store.job_store import JobStore
 from comfy_worker.gateway.store.progress_writer import ProgressWriter
@@ -43,7 +43,7 @@ class Gateway:
         links: makes the links to them.
         library: the named workflows.
         callbacks: the URLs at which RunPod tells the ends of jobs.
-        hear_from_runpod: to be called with a job's id, and RunPod's own for it, when it has ended there.
+        on_runpod_webhook: to be called with a job's id, and RunPod's own for it, when it has ended there.
         when_taken_over: called, in a thread of its own, when another gateway has taken over the database while that
             was away. No job is worked on any more then, and nothing can be asked of the store.
     """
@@ -58,14 +58,14 @@ class Gateway:
         data.mkdir(mode=0o700, parents=True, exist_ok=True)
         database = settings.database_url.get_secret_value() if settings.database_url else f"sqlite:///{data}/jobs.db"
         self.when_taken_over: Callable[[], None] = _nothing
-        self.hear_from_runpod: Callable[[str, str | None], None] = _nothing
+        self.on_runpod_webhook: Callable[[str, str | None], None] = _nothing
         own_key = settings.gateway_key.get_secret_value() if settings.gateway_key else kept_secret(data / "gateway.key")
         with ExitStack() as stack:
             engine = connect(database)
             stack.callback(engine.dispose)
             if settings.engine == "local":
                 stack.enter_context(gateway_lock(engine, when_lost=self._end_for_another))
-            self.store = patiently(lambda: JobStore(engine, own_key.encode()))
+            self.store = wait_for_database(lambda: JobStore(engine, own_key.encode()))
             self.library = Catalog(settings.workflows_dir, kept=KeptVersions(data / "workflow_versions"))
             self.bus, self.assets = bus or make_bus(settings), AssetStore(data / "assets")
             self.links = AssetLinks(_links_key(settings), settings.asset_url_expires_s)
@@ -81,7 +81,7 @@ class Gateway:
                 self.store,
                 self.bus,
                 self.assets,
-                take_up_forgotten=self._engine.take_up_forgotten,
+                recover_orphans=self._engine.recover_orphans,
                 leader_lock=(lambda: nullcontext(True))
                 if settings.engine == "local"
                 else (lambda: leader_lock(engine)),
@@ -110,7 +110,7 @@ class Gateway:
             from comfy_worker.gateway.engines.runpod.engine import RunpodEngine
 
             engine = RunpodEngine(*parts, self.callbacks.url)
-            self.hear_from_runpod = engine.hear
+            self.on_runpod_webhook = engine.hear
             return engine
         return LocalEngine(*parts)
 
@@ -124,7 +124,7 @@ class Gateway:
 
         name = kept_secret(data / "gateway.id", lambda: uuid.uuid4().hex)
         peers = Peers(settings.broker_url.get_secret_value(), name, self.store)
-        self.store.when_changed = peers.note
+        self.store.on_change = peers.note
         self.assets.elsewhere = partial(lend, peers)
         return peers
 

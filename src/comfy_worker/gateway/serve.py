@@ -184,7 +184,7 @@ def _check_database(settings: GatewaySettings) -> None:
     Raises:
         DatabaseUnavailable: it does not answer.
     """
-    from comfy_worker.gateway.store.database import connect, patiently, raises_database_unavailable
+    from comfy_worker.gateway.store.database import connect, raises_database_unavailable, wait_for_database
 
     assert settings.database_url is not None, "several processes need one"  # noqa: S101
     engine = connect(settings.database_url.get_secret_value())
@@ -194,7 +194,7 @@ def _check_database(settings: GatewaySettings) -> None:
             pass
 
     try:
-        patiently(reach)
+        wait_for_database(reach)
     finally:
         engine.dispose()
 

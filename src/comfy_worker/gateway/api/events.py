@@ -115,8 +115,8 @@ class _Live:
 
     def _standing(self, record: JobRecord) -> dict[str, Any]:
         standing: dict[str, Any] = {"status": record.state.value}
-        if record.state is JobState.IN_QUEUE and (place := self._service.place_of(record)) is not None:
-            standing |= place.beside_progress()
+        if record.state is JobState.IN_QUEUE and (place := self._service.position_of(record)) is not None:
+            standing |= place.progress_fields()
         return standing
 
 

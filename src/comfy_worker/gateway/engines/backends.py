@@ -15,7 +15,7 @@ from comfy_worker.gateway.engines.stage_limits import PrioritySemaphore
 from comfy_worker.gateway.engines.waiting_jobs import WaitingJob
 from comfy_worker.gateway.jobs.assets import AssetStore
 from comfy_worker.gateway.settings import GatewaySettings
-from comfy_worker.gateway.store.records import ProgressNote
+from comfy_worker.gateway.store.records import ProgressRecord
 from comfy_worker.settings import without_credentials
 from comfy_worker.stop import Stop
 from comfy_worker.storage import StorageFactory
@@ -56,7 +56,7 @@ class RunningJob:
     deadline: float | None = None
     stopped_by: WorkerError | None = None
     prompt_id: str | None = None
-    progress: ProgressNote | None = None
+    progress: ProgressRecord | None = None
     done: threading.Event = field(default_factory=threading.Event)
 
     @property

@@ -34,8 +34,8 @@ from comfy_worker.gateway.jobs.progress_webhooks import ProgressWebhooks
 from comfy_worker.gateway.jobs.queue_position import QueuePosition
 from comfy_worker.gateway.json_logs import about_job
 from comfy_worker.gateway.settings import GatewaySettings
-from comfy_worker.gateway.store.database import patiently
-from comfy_worker.gateway.store.job_store import JobStore, moment
+from comfy_worker.gateway.store.database import wait_for_database
+from comfy_worker.gateway.store.job_store import JobStore, event_number
 from comfy_worker.gateway.store.progress_writer import ProgressWriter
 from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.types import JobState
@@ -97,8 +97,8 @@ class LocalEngine:
 
     def start(self) -> None:
         """Take up every job that has not ended, and begin to work."""
-        self._run_times.learn(reversed(patiently(lambda: self._store.latest(limit=_LEARNED_FROM))))
-        for record in patiently(self._store.unfinished):
+        self._run_times.learn(reversed(wait_for_database(lambda: self._store.latest(limit=_LEARNED_FROM))))
+        for record in wait_for_database(self._store.unfinished):
             self.submit(record)
         for thread in self._threads:
             thread.start()
@@ -125,7 +125,7 @@ class LocalEngine:
         """Let a job that the store has wait for its turn."""
         self.wait_again(WaitingJob(replace(record, request={})))
 
-    def take_up_forgotten(self) -> None:
+    def recover_orphans(self) -> None:
         """Take up jobs that the store has and nobody here knows, those that were so at the last call already.
 
         The database accepted them, or noted them as running, and its answer got lost.
@@ -195,7 +195,7 @@ class LocalEngine:
             raise ComfyUnreachable("No ComfyUI answers")
         return healthy.worker.client
 
-    def places(self) -> Mapping[str, QueuePosition]:
+    def positions(self) -> Mapping[str, QueuePosition]:
         """Return where every job stands that waits or runs, by its id; as it was a moment ago, if nothing has moved."""
         with self._lock:
             at, places = self._known_places
@@ -210,7 +210,7 @@ class LocalEngine:
             away |= {running.job.id: running.backend.away_since for running in self._running.values()}
             for job_id in away.keys() & places.keys():
                 if notice := notice_of(away[job_id]):
-                    places[job_id] = places[job_id].held_up(notice)
+                    places[job_id] = places[job_id].with_notice(notice)
             steady = self._steady.steady(places, len(healthy))
             self._known_places = time.monotonic(), steady
             return steady
@@ -223,7 +223,7 @@ class LocalEngine:
     def _standing(self, job_id: str) -> Mapping[str, Any]:
         """Return what the progress of a job in hand says besides."""
         place = self._look_at_places().get(job_id)
-        return {} if place is None else place.beside_progress()
+        return {} if place is None else place.progress_fields()
 
     # ------------------------------------------------------------------------------------------------- clock
 
@@ -236,7 +236,7 @@ class LocalEngine:
             self._end_unreachable()
             places = self._look_at_places()
             for job_id, place in places.items():
-                if has_moved(place, published.get(job_id)) and self._bus.has_listeners(job_id):
+                if has_moved(place, published.get(job_id)) and self._bus.has_subscribers(job_id):
                     self._bus.publish(job_id, PROGRESS, place.as_progress())
             published = dict(places)
 
@@ -274,7 +274,7 @@ class LocalEngine:
             try:
                 now = time.time()
                 if self._store.finish(job.id, state, now, error=output):
-                    self._bus.publish(job.id, STATUS, {"status": state.value}, moment(now))
+                    self._bus.publish(job.id, STATUS, {"status": state.value}, event_number(now))
             except DatabaseUnavailable:
                 # Not waited for: the clock is there for the jobs that run, too.
                 with self._lock:

@@ -13,9 +13,9 @@ from comfy_worker.gateway.engines.run_times import RunRecorder, RunTimes
 from comfy_worker.gateway.errors import DatabaseUnavailable
 from comfy_worker.gateway.events.bus import PREVIEW, PROGRESS, STATUS, EventBus
 from comfy_worker.gateway.jobs.progress_webhooks import Tell
-from comfy_worker.gateway.store.job_store import JobStore, moment
+from comfy_worker.gateway.store.job_store import JobStore, event_number
 from comfy_worker.gateway.store.progress_writer import ProgressWriter
-from comfy_worker.gateway.store.records import ProgressNote
+from comfy_worker.gateway.store.records import ProgressRecord
 from comfy_worker.job.progress import Progress
 from comfy_worker.types import Job, JobEvent, JobState, Preview, Stage, StageStarted
 
@@ -74,7 +74,7 @@ class ProgressPublisher:
             output.pop("queue_position", None)
         data = {**output, **self._standing(running.job.id)}
         event = self._bus.publish(running.job.id, PROGRESS, data)
-        running.progress = ProgressNote(running.job.id, following.prompt_id, event.number, data)
+        running.progress = ProgressRecord(running.job.id, following.prompt_id, event.number, data)
         self._notes.note(running.progress)
         return output
 
@@ -110,7 +110,7 @@ class ProgressPublisher:
             return
         following.is_start_noted = True
         if is_noted:
-            self._bus.publish(running.job.id, STATUS, {"status": JobState.IN_PROGRESS.value}, moment(at))
+            self._bus.publish(running.job.id, STATUS, {"status": JobState.IN_PROGRESS.value}, event_number(at))
 
 
 class _JobProgress:

@@ -29,7 +29,7 @@ from comfy_worker.gateway.errors import DatabaseUnavailable
 from comfy_worker.gateway.events.bus import STATUS, EventBus
 from comfy_worker.gateway.jobs.progress_webhooks import ProgressWebhooks, Tell
 from comfy_worker.gateway.settings import GatewaySettings
-from comfy_worker.gateway.store.job_store import JobStore, moment
+from comfy_worker.gateway.store.job_store import JobStore, event_number
 from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.graph.workflow import WEBSOCKET_OUTPUT_NODE
 from comfy_worker.job.payload import parse_job, split_failure
@@ -183,7 +183,7 @@ class Runner:
             before = None
 
         def claim() -> bool:
-            return self._store.note_submission(job.id, prompt_id, url, instead_of=before)
+            return self._store.set_prompt_id(job.id, prompt_id, url, expected=before)
 
         is_ours = self._patience.change(job.id, claim, lambda record: record.prompt_id == prompt_id)
         return prompt_id if is_ours else None
@@ -196,7 +196,7 @@ class Runner:
             nonlocal was_running
             was_running = self._store.requeue(job.id, now)
             # One that ComfyUI had not begun to run waits already.
-            return was_running or self._store.note_submission(job.id, None, None, instead_of=prompt_id)
+            return was_running or self._store.set_prompt_id(job.id, None, None, expected=prompt_id)
 
         def was_made(record: JobRecord) -> bool:
             return record.state is JobState.IN_QUEUE and record.prompt_id is None
@@ -204,7 +204,7 @@ class Runner:
         if not self._patience.change(job.id, requeue, was_made):
             return False
         if was_running:
-            self._bus.publish(job.id, STATUS, {"status": JobState.IN_QUEUE.value}, moment(now))
+            self._bus.publish(job.id, STATUS, {"status": JobState.IN_QUEUE.value}, event_number(now))
         return True
 
     # -------------------------------------------------------------------------------------------------- end
@@ -266,7 +266,7 @@ class Runner:
             )
 
         if self._patience.change(job.id, finish, lambda record: (record.state, record.ended_at) == (state, now)):
-            self._bus.publish(job.id, STATUS, {"status": state.value}, moment(now))
+            self._bus.publish(job.id, STATUS, {"status": state.value}, event_number(now))
 
 
 def take_out(job: WaitingJob, backend: Backend | None) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from comfy_worker.gateway.events.fair_scheduling import turns_of
+from comfy_worker.gateway.events.fair_scheduling import scheduler_of
 from comfy_worker.types import JobState
 
 STATUS = "status"
@@ -57,16 +57,16 @@ def last_progress(events: Iterable[Event]) -> Event | None:
     return told
 
 
-class Listening(Protocol):
+class Subscription(Protocol):
     """A job's events on their way to one listener, from the moment this was made until it is closed."""
 
-    def __enter__(self) -> Listening:
+    def __enter__(self) -> Subscription:
         """Listen within a block."""
 
     def __exit__(self, *exception: object) -> None:
         """Stop listening."""
 
-    def __aiter__(self) -> Listening:
+    def __aiter__(self) -> Subscription:
         """Be the iterator."""
 
     async def __anext__(self) -> Event:
@@ -86,13 +86,13 @@ class EventBus(Protocol):
             number: that the store has for this event; it is larger if the job's last event has a larger one.
         """
 
-    def listen(self, job_id: str, after: int | None = None) -> Listening:
+    def subscribe(self, job_id: str, after: int | None = None) -> Subscription:
         """Listen to a job from now on; with `after`, those remembered after that number come first."""
 
     def recent(self, job_id: str, after: int = 0) -> list[Event]:
         """Return the remembered events of a job after that number: all changes of state, and the latest others."""
 
-    def has_listeners(self, job_id: str) -> bool:
+    def has_subscribers(self, job_id: str) -> bool:
         """Return whether anybody listens to a job."""
 
     def forget(self, job_id: str) -> None:
@@ -122,7 +122,7 @@ class LocalEventBus:
             hand_over(self._listeners.get(job_id, ()), event)
         return event
 
-    def listen(self, job_id: str, after: int | None = None) -> Listening:
+    def subscribe(self, job_id: str, after: int | None = None) -> Subscription:
         """Listen to a job from now on; with `after`, those remembered after that number come first."""
         with self._lock:
             missed = [] if after is None else [e for e in self._remembered.get(job_id, ()) if e.number > after]
@@ -137,7 +137,7 @@ class LocalEventBus:
         with self._lock:
             return [event for event in self._remembered.get(job_id, ()) if event.number > after]
 
-    def has_listeners(self, job_id: str) -> bool:
+    def has_subscribers(self, job_id: str) -> bool:
         """Return whether anybody listens to a job."""
         with self._lock:
             return job_id in self._listeners
@@ -189,7 +189,7 @@ class Listener:
         self._waiting = deque(missed)
         self._leave = leave
         self._after = -1
-        self._turns = turns_of(self._loop)
+        self._turns = scheduler_of(self._loop)
         self._turn = asyncio.Event()
         self._closed = False
 
@@ -228,7 +228,7 @@ class Listener:
                 return self._waiting.popleft()
         raise StopAsyncIteration
 
-    def begin_turn(self) -> None:
+    def run_next(self) -> None:
         """Have the next event taken, or the end."""
         self._turn.set()
 

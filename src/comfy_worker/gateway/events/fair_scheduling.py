@@ -13,14 +13,14 @@ _AT_A_TIME = 2
 """How many streams ask the store at a time; all others have the rest of its threads."""
 
 
-class TakesTurns(Protocol):
+class Schedulable(Protocol):
     """Who is to be told when its turn has come."""
 
-    def begin_turn(self) -> None:
+    def run_next(self) -> None:
         """Wake up, to do one step."""
 
 
-class FairTurns:
+class FairScheduler:
     """The queue of those who have a step to do; its methods are to be called in its loop.
 
     Attributes:
@@ -32,13 +32,13 @@ class FairTurns:
         """Take the loop."""
         self._call_soon = loop.call_soon
         # In the order in which they asked.
-        self._asking: dict[TakesTurns, None] = {}
+        self._asking: dict[Schedulable, None] = {}
         self._is_running = False
         # Threads that ask the store take the interpreter from the loop, the more of them the longer.
-        self.openings = asyncio.Semaphore(_AT_A_TIME)
-        self.questions = asyncio.Semaphore(_AT_A_TIME)
+        self.open_limit = asyncio.Semaphore(_AT_A_TIME)
+        self.store_limit = asyncio.Semaphore(_AT_A_TIME)
 
-    def ask(self, stream: TakesTurns) -> None:
+    def ask(self, stream: Schedulable) -> None:
         """Give a stream a turn soon; asked twice before it comes, it is one turn."""
         self._asking[stream] = None
         if not self._is_running:
@@ -48,16 +48,16 @@ class FairTurns:
     def _run(self) -> None:
         for stream in list(islice(self._asking, _AT_ONCE)):
             del self._asking[stream]
-            stream.begin_turn()
+            stream.run_next()
         self._is_running = bool(self._asking)
         if self._is_running:
             # What those who were woken do comes before the next ones.
             self._call_soon(self._run)
 
 
-_of_loops: WeakKeyDictionary[asyncio.AbstractEventLoop, FairTurns] = WeakKeyDictionary()
+_of_loops: WeakKeyDictionary[asyncio.AbstractEventLoop, FairScheduler] = WeakKeyDictionary()
 
 
-def turns_of(loop: asyncio.AbstractEventLoop) -> FairTurns:
+def scheduler_of(loop: asyncio.AbstractEventLoop) -> FairScheduler:
     """Return the one queue of a loop; to be called in it."""
-    return _of_loops.setdefault(loop, FairTurns(loop))
+    return _of_loops.setdefault(loop, FairScheduler(loop))

@@ -15,7 +15,7 @@ from typing import Any
 
 from redis import Redis
 
-from comfy_worker.gateway.events.bus import GAP, STATUS, Event, Listener, Listening, hand_over
+from comfy_worker.gateway.events.bus import GAP, STATUS, Event, Listener, Subscription, hand_over
 from comfy_worker.gateway.events.redis_connection import RedisAway, RedisConnection, connect
 from comfy_worker.gateway.events.redis_streams import RedisStreams
 from comfy_worker.gateway.events.redis_subscriber import RedisSubscriber
@@ -69,7 +69,7 @@ class RedisEventBus:
 
     # ------------------------------------------------------------------------------------------- listening
 
-    def listen(self, job_id: str, after: int | None = None) -> Listening:
+    def subscribe(self, job_id: str, after: int | None = None) -> Subscription:
         """Listen to a job from now on; with `after`, those remembered after that number come first."""
         listener = Listener([], lambda: self._leave(job_id, listener))
         if self._closed:
@@ -104,7 +104,7 @@ class RedisEventBus:
         except RedisAway:
             return []
 
-    def has_listeners(self, job_id: str) -> bool:
+    def has_subscribers(self, job_id: str) -> bool:
         """Return whether anybody listens to a job, in whatever process."""
         with self._lock:
             if job_id in self._listeners:

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, asynccontextmanager, contextmanag
 from starlette.types import Message, Scope, Send
 
 from comfy_worker.gateway.errors import RateLimited
-from comfy_worker.gateway.events.fair_scheduling import turns_of
+from comfy_worker.gateway.events.fair_scheduling import scheduler_of
 
 _STREAMS = re.compile(r"(/v2/[^/]+)?/(events|stream)/.+|/generate/stream/?")
 
@@ -55,7 +55,7 @@ class StreamLimits:
 @asynccontextmanager
 async def opening(send: Send) -> AsyncIterator[Send]:
     """Open a stream within the block, when few others are; return `send`, whose first message lets the next one in."""
-    openings = turns_of(asyncio.get_running_loop()).openings
+    openings = scheduler_of(asyncio.get_running_loop()).open_limit
     await openings.acquire()
     is_held = True
 

@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from typing import Any, cast
 
@@ -40,6 +40,7 @@ _LISTEN_S = 1
 _REPLY_KEPT_S = 120
 _MOST_COPIES = 5000
 _AT_ONCE = 8
+_FIELDS = {field.name for field in fields(JobRecord)}
 
 Act = Callable[[Mapping[str, Any]], Any]
 
@@ -113,8 +114,8 @@ class Peers:
         if record is None:
             self._link.call(lambda client: client.delete(key))
             return
-        fields = {name: value for name, value in asdict(record).items() if name != "request"}
-        packed = json.dumps({"gateway": self._name, "record": {**fields, "state": record.state.value}})
+        shown = {name: value for name, value in asdict(record).items() if name != "request"}
+        packed = json.dumps({"gateway": self._name, "record": {**shown, "state": record.state.value}})
         kept_s = int(record.retention_s) + 60 if record.state.is_terminal else _OPEN_KEPT_S
 
         def write(client: Redis) -> None:
@@ -187,8 +188,9 @@ class Peers:
         told = json.loads(packed)
         if told["gateway"] == self._name:
             return None
-        fields = told["record"]
-        return Copy(told["gateway"], JobRecord(**{**fields, "state": JobState(fields["state"])}))
+        # A gateway of another version may have other fields.
+        known = {name: value for name, value in told["record"].items() if name in _FIELDS}
+        return Copy(told["gateway"], JobRecord(**{**known, "state": JobState(known["state"])}))
 
     def states(self) -> Sequence[Mapping[str, Any]]:
         """Return how the queue of each other gateway is that answers, as it told a moment ago."""

@@ -38,7 +38,7 @@ class ProgressWebhooks:
         if job.webhook is None or not job.webhook.progress:
             yield _tell_nobody
             return
-        extra_params, words = job.webhook.extra_params, webhook_format_of(record.door)
+        extra_params, words = job.webhook.extra_params, webhook_format_of(record.api)
         report = ProgressReport(
             job.webhook, job.id, self._webhooks.settings, lambda told: words.progress_body(record, told, extra_params)
         )

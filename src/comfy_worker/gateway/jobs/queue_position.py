@@ -32,15 +32,15 @@ class QueuePosition:
         """In how many seconds its run will have ended; None if that is not known."""
         return None if self.wait_s is None or self.run_s is None else self.wait_s + self.run_s
 
-    def held_up(self, notice: str) -> QueuePosition:
+    def with_notice(self, notice: str) -> QueuePosition:
         """Return the place of a job that does not get on, and of which nobody can tell when it will."""
         return replace(self, wait_s=None, run_s=None, notice=notice)
 
     def as_progress(self) -> dict[str, Any]:
         """Return the progress of a job that waits, as JSON."""
-        return {"stage": self.stage, **self.beside_progress()}
+        return {"stage": self.stage, **self.progress_fields()}
 
-    def beside_progress(self) -> dict[str, Any]:
+    def progress_fields(self) -> dict[str, Any]:
         """Return what is said of where a job stands beside how far it is."""
         if self.position == 0:
             known = {"estimated_s": self.run_s if self.run_s is None else round(self.run_s, 1)}

@@ -24,7 +24,7 @@ class Retention:
         bus: EventBus,
         assets: AssetStore,
         *,
-        take_up_forgotten: Callable[[], None] | None = None,
+        recover_orphans: Callable[[], None] | None = None,
         leader_lock: Callable[[], AbstractContextManager[bool]] = lambda: nullcontext(True),
         interval_s: float = _INTERVAL_S,
     ) -> None:
@@ -34,12 +34,12 @@ class Retention:
             store: says which jobs have been kept for long enough.
             bus: is to remember nothing of them either.
             assets: has their files.
-            take_up_forgotten: is done in the same rhythm.
+            recover_orphans: is done in the same rhythm.
             leader_lock: says whether it is ours to remove, where several gateways share a store; always if not given.
             interval_s: seconds between two rounds.
         """
         self._store = store
-        self._take_up_forgotten = take_up_forgotten
+        self._recover_orphans = recover_orphans
         self._leader_lock = leader_lock
         self._bus = bus
         self._assets = assets
@@ -63,8 +63,8 @@ class Retention:
                 with self._leader_lock() as is_ours:
                     if is_ours:
                         self.remove_expired(time.time())
-                if self._take_up_forgotten is not None:
-                    self._take_up_forgotten()
+                if self._recover_orphans is not None:
+                    self._recover_orphans()
             except DatabaseUnavailable:
                 pass  # it has been logged, and the next round comes
             self._stopping.wait(self._interval_s)

@@ -28,11 +28,11 @@ from comfy_worker.comfy.client import ComfyClient
 from comfy_worker.errors import InvalidInput
 from comfy_worker.gateway.callers import current_caller
 from comfy_worker.gateway.errors import DatabaseUnavailable, DuplicateRequest, NotFound, NotPossible
-from comfy_worker.gateway.events.bus import GAP, PREVIEW, PROGRESS, STATUS, Event, EventBus, Listening, last_progress
-from comfy_worker.gateway.events.fair_scheduling import turns_of
+from comfy_worker.gateway.events.bus import GAP, PREVIEW, PROGRESS, STATUS, Event, EventBus, Subscription, last_progress
+from comfy_worker.gateway.events.fair_scheduling import scheduler_of
 from comfy_worker.gateway.jobs.queue_position import QueuePosition
 from comfy_worker.gateway.jobs.webhook_receivers import check_receiver
-from comfy_worker.gateway.store.job_store import JobStore, moment
+from comfy_worker.gateway.store.job_store import JobStore, event_number
 from comfy_worker.gateway.store.records import LOW_PRIORITY, NORMAL_PRIORITY, JobRecord
 from comfy_worker.graph.signature import signature
 from comfy_worker.job.envelope import read_input
@@ -68,7 +68,7 @@ class Engine(Protocol):
     def cancel(self, job_id: str) -> None:
         """Drop a job whose end the store has already; return when it is off the GPU."""
 
-    def places(self) -> Mapping[str, QueuePosition]:
+    def positions(self) -> Mapping[str, QueuePosition]:
         """Return where every job stands that waits or runs, by its id."""
 
     def backends(self) -> Sequence[Mapping[str, Any]]:
@@ -122,7 +122,7 @@ class JobService:
         priority: int | None = None,
         idempotency_key: str | None = None,
         cache_key: str | None = None,
-        door: str = "runpod",
+        api: str = "runpod",
         details: Mapping[str, Any] | None = None,
         replace_ended: bool = False,
     ) -> JobRecord:
@@ -137,8 +137,8 @@ class JobService:
             idempotency_key: the same key, of one owner and for one endpoint, with the same request is the same job.
             cache_key: the same key of the same owner is the same job, unless that ended without a result; in place of
                 the other.
-            door: which API it came through.
-            details: what that door has to remember of it; `only_backend` names the one ComfyUI that may run it.
+            api: which API it came through.
+            details: what that API has to remember of it; `only_backend` names the one ComfyUI that may run it.
             replace_ended: whether it takes the place of a job of the same id and owner that has ended and whose webhook
                 is not to be sent any more.
 
@@ -153,7 +153,7 @@ class JobService:
         own_id = job_id or (f"sync-{uuid.uuid4()}" if sync else f"{uuid.uuid4()}-u1")
         accepted = await run_in_threadpool(
             self._add, own_id, request, endpoint_id, _SYNC_RETENTION_S if sync else _RUN_RETENTION_S, priority,
-            idempotency_key, cache_key, door, {**(details or {}), **({"sync": True} if sync else {})}, replace_ended,
+            idempotency_key, cache_key, api, {**(details or {}), **({"sync": True} if sync else {})}, replace_ended,
         )  # fmt: skip
         if accepted.id == own_id:
             self._publish(accepted, accepted.created_at)
@@ -169,13 +169,13 @@ class JobService:
         priority: int | None,
         idempotency_key: str | None,
         cache_key: str | None,
-        door: str,
+        api: str,
         details: Mapping[str, Any],
         replace_ended: bool,
     ) -> JobRecord:
         # The key stands for what was sent: a template may become another workflow each time.
         body_hash = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
-        record = self._record(job_id, request, endpoint_id, retention_s, priority, door, details)
+        record = self._record(job_id, request, endpoint_id, retention_s, priority, api, details)
         if self._peers is not None:
             self._free_id(self._peers, record, replace_ended=replace_ended)
         if cache_key is not None:
@@ -213,14 +213,14 @@ class JobService:
             raise DuplicateRequest(f"There is a job with the id {record.id!r} already")
 
     async def submit_all(
-        self, requests: Mapping[str, Mapping[str, Any]], *, door: str, details: Mapping[str, Any] | None = None
+        self, requests: Mapping[str, Mapping[str, Any]], *, api: str, details: Mapping[str, Any] | None = None
     ) -> Sequence[JobRecord]:
         """Accept several jobs, all of them or none; they are queued in their order.
 
         Args:
             requests: each job's id, and the job in RunPod's words.
-            door: which API they came through.
-            details: what that door has to remember of each.
+            api: which API they came through.
+            details: what that API has to remember of each.
 
         Raises:
             InvalidInput: an id has characters that it cannot have; a template cannot be filled in; the webhook could
@@ -230,17 +230,17 @@ class JobService:
         """
         for job_id in requests:
             _check_names("", job_id, None)
-        records = await run_in_threadpool(self._add_all, requests, door, details or {})
+        records = await run_in_threadpool(self._add_all, requests, api, details or {})
         for record in records:
             self._publish(record, record.created_at)
             self._engine.submit(record)
         return records
 
     def _add_all(
-        self, requests: Mapping[str, Mapping[str, Any]], door: str, details: Mapping[str, Any]
+        self, requests: Mapping[str, Mapping[str, Any]], api: str, details: Mapping[str, Any]
     ) -> Sequence[JobRecord]:
         records = [
-            self._record(job_id, request, "local", _RUN_RETENTION_S, None, door, details)
+            self._record(job_id, request, "local", _RUN_RETENTION_S, None, api, details)
             for job_id, request in requests.items()
         ]
         self._store.add_all(records, max_waiting=self._max_queue_size, max_waiting_of_owner=self._share())
@@ -253,7 +253,7 @@ class JobService:
         endpoint_id: str,
         retention_s: float,
         priority: int | None,
-        door: str,
+        api: str,
         details: Mapping[str, Any],
     ) -> JobRecord:
         if self._library is not None:
@@ -280,7 +280,7 @@ class JobService:
             retention_s=retention_s,
             signature=signature(workflow_of(request)),
             webhook=has_webhook or bool(self._webhook_url),
-            door=door,
+            api=api,
             details=details,
             owner=current_caller().owner,
         )
@@ -331,7 +331,7 @@ class JobService:
         return await self.get(job_id)
 
     async def _until_ended(self, job_id: str) -> None:
-        with self._bus.listen(job_id) as listening:
+        with self._bus.subscribe(job_id) as listening:
             # Asked while this listens already, so that an end is either heard or seen.
             if (await self.get(job_id)).state.is_terminal:
                 return
@@ -391,7 +391,7 @@ class JobService:
         cancelled = await run_in_threadpool(self._store.cancel_waiting, endpoint_id, now, current_caller().owners)
         await asyncio.gather(*map(self._take_off_gpu, cancelled))
         for job_id in cancelled:
-            self._bus.publish(job_id, STATUS, {"status": JobState.CANCELLED.value}, moment(now))
+            self._bus.publish(job_id, STATUS, {"status": JobState.CANCELLED.value}, event_number(now))
         return len(cancelled) + await self._purge_others(endpoint_id)
 
     async def _purge_others(self, endpoint_id: str | None) -> int:
@@ -448,7 +448,7 @@ class JobService:
         if self._peers is not None:
             others = await run_in_threadpool(self._peers.all)
             found += [record for record in others if not record.state.is_terminal]
-        places = {record.id: self.place(record.id) for record in found}
+        places = {record.id: self.queue_position(record.id) for record in found}
 
         def order(record: JobRecord) -> tuple[bool, int]:
             place = places[record.id]
@@ -472,22 +472,22 @@ class JobService:
 
         return await run_in_threadpool(find)
 
-    def place(self, job_id: str) -> QueuePosition | None:
+    def queue_position(self, job_id: str) -> QueuePosition | None:
         """Return where a job stands, and how long it will take; None if it has ended, or nobody can tell."""
-        place = self._engine.places().get(job_id)
+        place = self._engine.positions().get(job_id)
         if place is None:
             told = (state["places"].get(job_id) for state in self._states_of_peers())
             place = next((QueuePosition(**fields) for fields in told if fields is not None), None)
         return place
 
-    def place_of(self, record: JobRecord) -> QueuePosition | None:
+    def position_of(self, record: JobRecord) -> QueuePosition | None:
         """Return where a job stands by its record, which may be newer than what the engine knows, or older.
 
         One that waits does not run yet, and one that runs does not wait any more.
         """
         if record.state.is_terminal:
             return None
-        place = self.place(record.id)
+        place = self.queue_position(record.id)
         if place is None or (place.position != 0) is (record.state is JobState.IN_QUEUE):
             return place
         return replace(place, position=1) if record.state is JobState.IN_QUEUE else None
@@ -512,7 +512,7 @@ class JobService:
 
     def snapshot(self) -> dict[str, Any]:
         """Return how this gateway's queue is, as JSON, for other gateways."""
-        places = dict(islice(self._engine.places().items(), _MOST_PLACES))
+        places = dict(islice(self._engine.positions().items(), _MOST_PLACES))
         return {
             "counts": {state.value: count for state, count in self._store.counts().items()},
             "backends": [dict(backend) for backend in self.backends()],
@@ -528,7 +528,7 @@ class JobService:
         """
         job_id, now = str(asked["id"]), time.time()
         if asked["what"] == "give_up":
-            return self._store.give_up_ended(job_id, str(asked["owner"]))
+            return self._store.delete_ended(job_id, str(asked["owner"]))
         changed = {"cancel": self._cancel_here, "retry": self._retry_here}[asked["what"]](job_id, now)
         record = self._store.get(job_id)
         if record is None:
@@ -565,9 +565,9 @@ class JobService:
         Raises:
             NotFound: there is none with this id (any more).
         """
-        with self._bus.listen(job_id) as listening:
+        with self._bus.subscribe(job_id) as listening:
             told = -1 if after is None else after
-            async with turns_of(asyncio.get_running_loop()).questions:
+            async with scheduler_of(asyncio.get_running_loop()).store_limit:
                 record = await self.get(job_id)
                 missed = await self._missed(record, told)
             latest = missed[-1].number if missed else told
@@ -587,7 +587,7 @@ class JobService:
                     if _is_end(event):
                         return
 
-    async def _heard(self, listening: Listening, job_id: str, told: int, latest: int) -> AsyncGenerator[Event, None]:
+    async def _heard(self, listening: Subscription, job_id: str, told: int, latest: int) -> AsyncGenerator[Event, None]:
         """Yield what is heard of a job, and where the bus may have missed something, what is known besides.
 
         Args:
@@ -647,16 +647,16 @@ class JobService:
         told = last_progress(await self.recent_events(record.id))
         if told is None and record.progress is not None and record.progress_number is not None:
             told = Event(record.progress_number, record.id, PROGRESS, record.progress)
-        place = self.place_of(record)
+        place = self.position_of(record)
         if place is None:
             return told
-        now = place.as_progress() if record.state is JobState.IN_QUEUE else place.beside_progress()
+        now = place.as_progress() if record.state is JobState.IN_QUEUE else place.progress_fields()
         if told is None:
-            return Event(moment(record.created_at), record.id, PROGRESS, now)
+            return Event(event_number(record.created_at), record.id, PROGRESS, now)
         return replace(told, data={**told.data, **now})
 
     def _publish(self, record: JobRecord, now: float) -> None:
-        self._bus.publish(record.id, STATUS, {"status": record.state.value}, moment(now))
+        self._bus.publish(record.id, STATUS, {"status": record.state.value}, event_number(now))
 
 
 def _is_end(event: Event) -> bool:

@@ -106,7 +106,7 @@ class WebhookDeliveries:
 
     def start(self) -> None:
         """Send what is due, and from now on what will be."""
-        self._store.when_webhook_is_due = self.wake
+        self._store.on_webhook_due = self.wake
         self._thread.start()
 
     def stop(self) -> None:
@@ -185,7 +185,7 @@ class WebhookDeliveries:
         while True:
             try:
                 await asyncio.to_thread(
-                    self._store.note_delivery, delivery.id, time.time(), retry_at=retry_at, error=error
+                    self._store.record_attempt, delivery.id, time.time(), retry_at=retry_at, error=error
                 )
             except DatabaseUnavailable:
                 if self._stopping:
@@ -233,7 +233,7 @@ class WebhookDeliveries:
         limit_mb = settings.runsync_result_limit_mb if record.is_sync else settings.run_result_limit_mb
         limit = int(limit_mb * _MB)
         parts = WebhookParts(self._assets, self._links, self._public_url, limit)
-        body = webhook_format_of(record.door).end_body(record, parts, webhook.extra_params)
+        body = webhook_format_of(record.api).end_body(record, parts, webhook.extra_params)
         return Message.of(webhook, delivery.id, body, limit)
 
     def _receiver(self, request: Mapping[str, Any]) -> Webhook | None:

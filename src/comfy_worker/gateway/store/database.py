@@ -166,7 +166,7 @@ def raises_database_unavailable() -> Iterator[None]:
         ) from None
 
 
-def patiently(action: Callable[[], Answer], seconds: float = START_PATIENCE_S) -> Answer:
+def wait_for_database(action: Callable[[], Answer], seconds: float = START_PATIENCE_S) -> Answer:
     """Return what a process that starts asks of the database, once that answers: it may be starting too.
 
     Raises:

@@ -44,12 +44,12 @@ from comfy_worker.gateway.errors import (
 )
 from comfy_worker.gateway.store.database import WRITES, WriteQueue, connect, raises_database_unavailable
 from comfy_worker.gateway.store.migrate import bring_up_to_date
-from comfy_worker.gateway.store.records import JobRecord, ProgressNote, WebhookDelivery
+from comfy_worker.gateway.store.records import JobRecord, ProgressRecord, WebhookDelivery
 from comfy_worker.gateway.store.stage_seconds import StageTimes, note_seconds, read_seconds, seconds_by_stage
 from comfy_worker.gateway.store.tables import events, idempotency_keys, jobs, webhook_deliveries
 from comfy_worker.types import JobState
 
-__all__ = ["JobStore", "connect", "moment"]
+__all__ = ["JobStore", "connect", "event_number"]
 
 STATUS = "status"
 _OPEN = (JobState.IN_QUEUE.value, JobState.IN_PROGRESS.value)
@@ -61,7 +61,7 @@ _QUEUE_LOCK = 0x636F6D68
 """Any number that nobody else locks in PostgreSQL."""
 
 
-def moment(at: float) -> int:
+def event_number(at: float) -> int:
     """Return the number of an event that happened then: microseconds since the epoch."""
     return int(at * 1_000_000)
 
@@ -73,8 +73,8 @@ class JobStore:
     the answer, too, can get lost.
 
     Attributes:
-        when_webhook_is_due: called, in the thread of whoever ended a job, when its webhook was noted.
-        when_changed: called likewise with the id of a job that was added, is in another state, or is gone.
+        on_webhook_due: called, in the thread of whoever ended a job, when its webhook was noted.
+        on_change: called likewise with the id of a job that was added, is in another state, or is gone.
     """
 
     def __init__(self, engine: Engine, secret: bytes) -> None:
@@ -91,8 +91,8 @@ class JobStore:
         self._writer = engine.execution_options(**WRITES)
         self._writers = WriteQueue(engine)
         self._cipher = Fernet(base64.urlsafe_b64encode(hashlib.sha256(secret).digest()))
-        self.when_webhook_is_due: Callable[[], None] = _nothing
-        self.when_changed: Callable[[str], None] = _nothing_of
+        self.on_webhook_due: Callable[[], None] = _nothing
+        self.on_change: Callable[[str], None] = _nothing_of
         self._is_given_up = False
         with raises_database_unavailable():
             bring_up_to_date(self._writer)
@@ -176,7 +176,7 @@ class JobStore:
                     f"There is a job with the id {record.id!r} already", hint="Wait for its end, or use another id"
                 ) from None
             return earlier
-        self.when_changed(record.id)
+        self.on_change(record.id)
         return record
 
     def add_all(
@@ -202,7 +202,7 @@ class JobStore:
         except IntegrityError:
             raise DuplicateRequest("There is a job with one of these ids already") from None
         for record in records:
-            self.when_changed(record.id)
+            self.on_change(record.id)
 
     def _accepted_before(self, connection: Connection, key: str | None, body_hash: str) -> JobRecord | None:
         if key is None:
@@ -300,7 +300,7 @@ class JobStore:
         is_its_own = jobs.c.prompt_id.is_(None) | (jobs.c.prompt_id == prompt_id)
         return self._change(job_id, [JobState.IN_QUEUE.value], JobState.IN_PROGRESS, values, now, is_its_own)
 
-    def note_progress(self, notes: Sequence[ProgressNote]) -> None:
+    def save_progress(self, notes: Sequence[ProgressRecord]) -> None:
         """Note how far jobs are, or were when they ended, under this prompt_id; what is known later stays."""
         if not notes:
             return
@@ -320,22 +320,20 @@ class JobStore:
         with self._writing() as connection:
             connection.execute(update(jobs).where(condition), rows)
 
-    def note_submission(
-        self, job_id: str, prompt_id: str | None, backend: str | None, *, instead_of: str | None
-    ) -> bool:
+    def set_prompt_id(self, job_id: str, prompt_id: str | None, backend: str | None, *, expected: str | None) -> bool:
         """Note what a waiting job is called in the queue that it is sent to, before it is.
 
         Args:
             job_id: the job.
             prompt_id: its name there; None: it is not in that queue (any more).
             backend: whose queue that is.
-            instead_of: the name that it has had so far.
+            expected: the name that it has had so far.
 
         Returns:
-            Whether it waited, and was called `instead_of`.
+            Whether it waited, and was called `expected`.
         """
         condition = (jobs.c.id == job_id) & (jobs.c.state == JobState.IN_QUEUE.value)
-        condition &= jobs.c.prompt_id.is_(None) if instead_of is None else jobs.c.prompt_id == instead_of
+        condition &= jobs.c.prompt_id.is_(None) if expected is None else jobs.c.prompt_id == expected
         values = {"prompt_id": prompt_id, "backend": backend, **_NO_PROGRESS}
         with self._writing() as connection:
             return bool(connection.execute(update(jobs).where(condition).values(**values)).rowcount)
@@ -355,7 +353,7 @@ class JobStore:
         output: Mapping[str, Any] | None = None,
         error: Mapping[str, Any] | None = None,
         ran_from: float | None = None,
-        progress: ProgressNote | None = None,
+        progress: ProgressRecord | None = None,
         only_waiting: bool = False,
         accepted_at: float | None = None,
     ) -> bool:
@@ -426,9 +424,9 @@ class JobStore:
             is_due = state.is_terminal and _note_webhook(connection, job_id, now)
             if state.is_terminal:
                 note_seconds(connection, seconds_by_stage(*times, now, values.get("output")))
-        self.when_changed(job_id)
+        self.on_change(job_id)
         if is_due:
-            self.when_webhook_is_due()
+            self.on_webhook_due()
         return True
 
     # --------------------------------------------------------------------------------------------- expiry
@@ -446,15 +444,15 @@ class JobStore:
                 if connection.execute(delete(jobs).where(jobs.c.id == job_id, _has_expired(now))).rowcount:
                     removed.append(job_id)
         for job_id in removed:
-            self.when_changed(job_id)
+            self.on_change(job_id)
         return removed
 
-    def give_up_ended(self, job_id: str, owner: str) -> bool:
+    def delete_ended(self, job_id: str, owner: str) -> bool:
         """Forget a job of an owner that has ended and whose webhook was sent; return whether there was one."""
         with self._writing() as connection:
             is_gone = bool(connection.execute(delete(jobs).where(_is_replaceable(job_id, owner))).rowcount)
         if is_gone:
-            self.when_changed(job_id)
+            self.on_change(job_id)
         return is_gone
 
     # --------------------------------------------------------------------------------------------- events
@@ -478,7 +476,7 @@ class JobStore:
     def claim_deliveries(self, now: float, until: float, limit: int) -> Sequence[WebhookDelivery]:
         """Take webhooks that are to be sent now, so that nobody else does until a moment; return those taken.
 
-        `note_delivery` ends the claim. A claim that its gateway left behind ends with its time: the webhook is due
+        `record_attempt` ends the claim. A claim that its gateway left behind ends with its time: the webhook is due
         then again.
         """
         table = webhook_deliveries
@@ -514,7 +512,7 @@ class JobStore:
             at: float | None = connection.execute(query).scalar_one()
         return at
 
-    def note_delivery(self, delivery_id: str, now: float, *, retry_at: float | None = None, error: str = "") -> None:
+    def record_attempt(self, delivery_id: str, now: float, *, retry_at: float | None = None, error: str = "") -> None:
         """Note that a webhook was tried: done (accepted, or given up), or to be tried again at `retry_at`."""
         table = webhook_deliveries
         values: dict[str, Any] = {"attempts": table.c.attempts + 1, "last_error": error or None}
@@ -535,7 +533,7 @@ class JobStore:
 
 
 def _record(row: Row[Any]) -> JobRecord:
-    columns = {column.name: row._mapping[column] for column in _SHOWN}
+    columns = {column.key: row._mapping[column] for column in _SHOWN}
     return JobRecord(**{**columns, "state": JobState(columns["state"])})
 
 
@@ -589,7 +587,7 @@ def _check_limit(
 def _note(connection: Connection, job_id: str, state: JobState, now: float) -> None:
     """Note the event of a change; its number is larger than that of the job's last one, whatever the clock says."""
     last = select(func.max(events.c.number)).where(events.c.job_id == job_id)
-    number = max(moment(now), (connection.execute(last).scalar_one() or 0) + 1)
+    number = max(event_number(now), (connection.execute(last).scalar_one() or 0) + 1)
     row = {"job_id": job_id, "number": number, "type": STATUS, "data": {"status": state.value}}
     connection.execute(insert(events).values(**row))
 

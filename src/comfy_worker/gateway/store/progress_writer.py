@@ -7,7 +7,7 @@ import threading
 
 from comfy_worker.gateway.errors import DatabaseUnavailable
 from comfy_worker.gateway.store.job_store import JobStore
-from comfy_worker.gateway.store.records import ProgressNote
+from comfy_worker.gateway.store.records import ProgressRecord
 
 
 class ProgressWriter:
@@ -18,7 +18,7 @@ class ProgressWriter:
         self._store = store
         self._interval_s = interval_s
         self._lock = threading.Lock()
-        self._latest: dict[str, ProgressNote] = {}
+        self._latest: dict[str, ProgressRecord] = {}
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="progress notes")
 
@@ -33,7 +33,7 @@ class ProgressWriter:
         if self._thread.ident is not None:
             self._thread.join()
 
-    def note(self, progress: ProgressNote) -> None:
+    def note(self, progress: ProgressRecord) -> None:
         """Take in how far a job is; the next round has it noted."""
         if not self._interval_s:
             return
@@ -46,4 +46,4 @@ class ProgressWriter:
                 latest, self._latest = self._latest, {}
             # An outage has been logged, and jobs go on to tell how far they are.
             with contextlib.suppress(DatabaseUnavailable):
-                self._store.note_progress(list(latest.values()))
+                self._store.save_progress(list(latest.values()))

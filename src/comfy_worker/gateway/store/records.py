@@ -36,8 +36,8 @@ class JobRecord:
         progress_number: of the event that told it.
         output: what it made; files are references (`type: "url"`, `asset:/…`) to the asset store.
         error: `{error, code, …}` of one that failed.
-        door: which of the APIs it came through.
-        details: what that door has to remember of it; no secret, and nothing that the caller wrote at length.
+        api: which of the APIs it came through.
+        details: what that API has to remember of it; no secret, and nothing that the caller wrote at length.
         retries: how often it was put back into the queue, by its caller or by the gateway.
         owner: the name of the key that it came with; empty for nobody in particular.
     """
@@ -61,7 +61,7 @@ class JobRecord:
     progress_number: int | None = None
     output: Mapping[str, Any] | None = field(default=None, repr=False)
     error: Mapping[str, Any] | None = None
-    door: str = "runpod"
+    api: str = "runpod"
     details: Mapping[str, Any] = field(default_factory=dict)
     retries: int = 0
     owner: str = NOBODY
@@ -132,7 +132,7 @@ class WebhookDelivery:
 
 
 @dataclass(frozen=True)
-class ProgressNote:
+class ProgressRecord:
     """How far one attempt of a job is.
 
     Attributes:

@@ -43,7 +43,7 @@ jobs = Table(
     Column("progress_number", BigInteger),
     Column("output", JSON),
     Column("error", JSON),
-    Column("door", String(32), nullable=False, server_default="runpod"),
+    Column("door", String(32), key="api", nullable=False, server_default="runpod"),
     Column("details", JSON, nullable=False, server_default="{}"),
     Column("retries", Integer, nullable=False, server_default="0"),
     # Empty for nobody in particular.

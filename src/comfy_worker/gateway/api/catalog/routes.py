@@ -168,7 +168,7 @@ class _Door:
             # The microsecond is a number that grows, over restarts too, and that JavaScript reads exactly.
             number = time.time_ns() // 1000
             try:
-                return await self._service.submit(request, job_id=f"{JOB_PREFIX}{number}", door=DOOR, details=details)
+                return await self._service.submit(request, job_id=f"{JOB_PREFIX}{number}", api=DOOR, details=details)
             except DuplicateRequest:
                 await asyncio.sleep(0)
 
@@ -197,7 +197,7 @@ class _Door:
         output = None if record.output is None else self._parts.linked(record.output, "", IMAGES_PATH)
         percent = 0.0 if told is None or record.state is JobState.IN_QUEUE else told.data.get("percent", 0.0)
         execution = execution_of(record, percent, output, told.at if told else None)
-        if record.state is JobState.IN_QUEUE and (place := self._service.place_of(record)) is not None:
+        if record.state is JobState.IN_QUEUE and (place := self._service.position_of(record)) is not None:
             waiting = {"queue_position": place.position, "notice": place.notice or None}
             execution |= {name: value for name, value in waiting.items() if value is not None}
         return execution

@@ -260,7 +260,7 @@ class _Door:
             details["as_base64"] = True
         try:
             return await self._service.submit(
-                job, job_id=own_id or str(uuid.uuid4()), door=DOOR, details=details, replace_ended=True
+                job, job_id=own_id or str(uuid.uuid4()), api=DOOR, details=details, replace_ended=True
             )
         except DuplicateRequest:
             with suppress(NotFound):
@@ -286,7 +286,7 @@ class _Door:
     async def _result(self, request: Request, record: JobRecord, wish: _Wish) -> dict[str, Any]:
         if not record.state.is_terminal:
             following = Following.of(record, await self._service.recent_events(record.id))
-            return result_of(record, following.standing(self._service.place(record.id)), [])
+            return result_of(record, following.standing(self._service.queue_position(record.id)), [])
         with_bytes = wish.with_bytes or bool(record.details.get("as_base64"))
         output = await run_in_threadpool(self._files, record, self._parts.base_url(request), with_bytes)
         return result_of(record, ended(record), output, with_history=wish.with_history)
@@ -311,7 +311,7 @@ class _Door:
     ) -> AsyncGenerator[dict[str, Any], None]:
         """Yield what each event says; the last has the result, or says why there is none yet."""
         following = Following()
-        standing = following.standing(self._service.place(record.id))
+        standing = following.standing(self._service.queue_position(record.id))
         try:
             async with aclosing(self._standings(record, following)) as standings:
                 async for standing in standings:
@@ -337,7 +337,7 @@ class _Door:
                 following.hear(event)
                 if following.has_ended:
                     return
-                standing = following.standing(self._service.place(record.id))
+                standing = following.standing(self._service.queue_position(record.id))
                 if standing != told:
                     told = standing
                     yield standing

@@ -181,9 +181,7 @@ class _Door:
             details["only_backend"] = backend
         priority = _PRIORITIES[body["priority"]] if body.get("priority") else None
         job = {"input": job_input, **{name: body[name] for name in RUNPODS_FIELDS if body.get(name)}}
-        record = await self._service.submit(
-            job, job_id=str(uuid.uuid4()), priority=priority, door=DOOR, details=details
-        )
+        record = await self._service.submit(job, job_id=str(uuid.uuid4()), priority=priority, api=DOOR, details=details)
         request.state.job_id = record.id
         return Answer(
             {
@@ -206,7 +204,7 @@ class _Door:
         record = await self._service.get(task_id)
         output = None if record.output is None else self._parts.linked(record.output, self._parts.base_url(request))
         answer = _with_outcome(await _summary(record, self._service), record, output)
-        place = self._service.place_of(record)
+        place = self._service.position_of(record)
         if record.state is JobState.IN_QUEUE and place is not None:
             waiting = {"queue_position": place.position, "notice": place.notice or None}
             answer |= {name: value for name, value in waiting.items() if value is not None}

@@ -84,7 +84,7 @@ class _Door:
         jobs = await run_in_threadpool(self._jobs, body, batch_id)
         await check_comfyui(self._service)
         records = await self._service.submit_all(
-            jobs, door=DOOR, details=self._parts.details(request, batch_id=batch_id)
+            jobs, api=DOOR, details=self._parts.details(request, batch_id=batch_id)
         )
         return Answer(
             {

@@ -56,7 +56,7 @@ async def submit(
     await run_in_threadpool(parse_job, job)
     job_id = str(uuid.uuid4())
     details = parts.details(request)
-    record = await parts.service.submit(job, job_id=job_id, cache_key=cache_key, door=DOOR, details=details)
+    record = await parts.service.submit(job, job_id=job_id, cache_key=cache_key, api=DOOR, details=details)
     # For the line that the log has of this request.
     request.state.job_id = record.id
     return record, record.id != job_id

@@ -19,7 +19,7 @@ async def status_of(record: JobRecord, parts: Dependencies, base_url: str) -> di
     """Return where a job stands, with links to what it made."""
     output = None if record.output is None else parts.linked(record.output, base_url)
     told = await parts.service.progress_of(record)
-    return status_body(record, told.data if told else None, parts.service.place_of(record), output)
+    return status_body(record, told.data if told else None, parts.service.position_of(record), output)
 
 
 def status_body(

@@ -9,7 +9,7 @@ from urllib.parse import parse_qsl, urlsplit
 from celery import Celery
 
 from comfy_worker.gateway.settings import GatewaySettings
-from comfy_worker.gateway.store.job_store import moment
+from comfy_worker.gateway.store.job_store import event_number
 from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.types import JobState
 
@@ -77,7 +77,7 @@ def task_of(record: JobRecord) -> str:
 
     Celery's workers throw away what was revoked under an id, for hours.
     """
-    return f"{record.id}.{moment(record.created_at)}"
+    return f"{record.id}.{event_number(record.created_at)}"
 
 
 def publish(

@@ -31,7 +31,7 @@ from comfy_worker.gateway.errors import DatabaseUnavailable, NoComfyUI
 from comfy_worker.gateway.events.bus import PROGRESS, STATUS, EventBus
 from comfy_worker.gateway.jobs.queue_position import QueuePosition, iso_time
 from comfy_worker.gateway.settings import GatewaySettings
-from comfy_worker.gateway.store.job_store import JobStore, moment
+from comfy_worker.gateway.store.job_store import JobStore, event_number
 from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.types import JobState, Stage
 
@@ -110,7 +110,7 @@ class CeleryEngine:
             self._new[record.id] = record
         self._to_send.put(record)
 
-    def take_up_forgotten(self) -> None:
+    def recover_orphans(self) -> None:
         """Look at once whether a job lies somewhere that nobody will run; else that is done twice a second."""
         self._look_now.set()
 
@@ -177,19 +177,19 @@ class CeleryEngine:
 
     # -------------------------------------------------------------------------------------------- questions
 
-    def places(self) -> Mapping[str, QueuePosition]:
+    def positions(self) -> Mapping[str, QueuePosition]:
         """Return where every job stands that waits or runs, by its id."""
         with self._lock:
             present = [str(worker["url"]) for worker in self._workers if worker["healthy"]]
             places = estimate_positions(self._queue, self._in_hand, self._run_times, present)
             if notice := self._notice(is_any_present=bool(present)):
                 for job in self._queue:
-                    places[job.id] = places[job.id].held_up(notice)
+                    places[job.id] = places[job.id].with_notice(notice)
             away = {worker["url"]: worker.get("away_since") for worker in self._workers}
             for item in self._in_hand:
                 notice = notice_of(away.get(item.backend))
                 if notice and item.job.id in places:
-                    places[item.job.id] = places[item.job.id].held_up(notice)
+                    places[item.job.id] = places[item.job.id].with_notice(notice)
             return self._steady.steady(places, len(present))
 
     def _notice(self, *, is_any_present: bool) -> str:
@@ -301,7 +301,7 @@ class CeleryEngine:
     def _note_ends(self, open_now: set[str]) -> None:
         """Have webhooks sent of jobs that ended with a worker, and learn how long they ran."""
         if self._open - open_now:
-            self._store.when_webhook_is_due()
+            self._store.on_webhook_due()
         if self._open - open_now or not self._has_learned:
             self._learn()
         self._open = open_now
@@ -319,7 +319,7 @@ class CeleryEngine:
             if record.state is JobState.IN_QUEUE and WaitingJob(record).expires_at <= now:
                 error = TimedOut(EXPIRED).as_output()
                 if self._store.finish(record.id, JobState.TIMED_OUT, now, error=error, only_waiting=True):
-                    self._bus.publish(record.id, STATUS, {"status": JobState.TIMED_OUT.value}, moment(now))
+                    self._bus.publish(record.id, STATUS, {"status": JobState.TIMED_OUT.value}, event_number(now))
 
     def _send_lost(self, records: Iterable[JobRecord], queued: set[str]) -> None:
         """Send jobs again that no worker has and that no message will bring to one."""
@@ -343,8 +343,8 @@ class CeleryEngine:
             )
 
     def _publish_places(self) -> None:
-        places = self.places()
+        places = self.positions()
         for job_id, place in places.items():
-            if has_moved(place, self._published.get(job_id)) and self._bus.has_listeners(job_id):
+            if has_moved(place, self._published.get(job_id)) and self._bus.has_subscribers(job_id):
                 self._bus.publish(job_id, PROGRESS, place.as_progress())
         self._published = places

@@ -38,7 +38,7 @@ from comfy_worker.gateway.jobs.progress_webhooks import ProgressWebhooks
 from comfy_worker.gateway.json_logs import about_job
 from comfy_worker.gateway.settings import GatewaySettings
 from comfy_worker.gateway.store.database import connect as connect_database
-from comfy_worker.gateway.store.database import patiently
+from comfy_worker.gateway.store.database import wait_for_database
 from comfy_worker.gateway.store.job_store import JobStore
 from comfy_worker.gateway.store.progress_writer import ProgressWriter
 from comfy_worker.gateway.store.records import JobRecord
@@ -90,7 +90,7 @@ class FleetWorker:
         url = settings.broker_url.get_secret_value()
         self._settings = settings
         self._database = connect_database(settings.database_url.get_secret_value(), _KEPT, _MOST)
-        self._store = patiently(lambda: JobStore(self._database, key.encode()))
+        self._store = wait_for_database(lambda: JobStore(self._database, key.encode()))
         self._bus = RedisEventBus(url)
         self._fleet = Fleet(url, settings.worker_lost_s)
         places = settings.generation_workers
@@ -111,7 +111,7 @@ class FleetWorker:
         self._reported: Mapping[str, Any] = {}
         self._stopping = threading.Event()
         run_times = RunTimes()
-        run_times.learn(reversed(patiently(lambda: self._store.latest(limit=_LEARNED_FROM))))
+        run_times.learn(reversed(wait_for_database(lambda: self._store.latest(limit=_LEARNED_FROM))))
         self._progress = ProgressWebhooks(settings)
         self._notes = ProgressWriter(self._store, settings.progress_note_s)
         self._run_times = run_times

@@ -27,7 +27,7 @@ from comfy_worker.gateway.jobs.assets import AssetStore
 from comfy_worker.gateway.jobs.progress_webhooks import ProgressWebhooks
 from comfy_worker.gateway.jobs.queue_position import QueuePosition, iso_time
 from comfy_worker.gateway.settings import GatewaySettings
-from comfy_worker.gateway.store.database import patiently
+from comfy_worker.gateway.store.database import wait_for_database
 from comfy_worker.gateway.store.job_store import JobStore
 from comfy_worker.gateway.store.progress_writer import ProgressWriter
 from comfy_worker.gateway.store.records import JobRecord
@@ -98,7 +98,7 @@ class RunpodEngine:
 
     def start(self) -> None:
         """Take up every job that has not ended, and begin to work."""
-        unfinished = patiently(self._store.unfinished)
+        unfinished = wait_for_database(self._store.unfinished)
         self._claims.begin()
         self._thread.start()
         self._ready.result(_START_S)
@@ -155,7 +155,7 @@ class RunpodEngine:
         """Have a job that the store has run."""
         self._call(self._begin, replace(record, request={}), True)
 
-    def take_up_forgotten(self) -> None:
+    def recover_orphans(self) -> None:
         """Take up jobs that the store has and nobody here knows, those that were so at the last call already.
 
         Another gateway accepted them, or the database did while its answer got lost.
@@ -246,7 +246,7 @@ class RunpodEngine:
 
     # ------------------------------------------------------------------------------------------------ answers
 
-    def places(self) -> Mapping[str, QueuePosition]:
+    def positions(self) -> Mapping[str, QueuePosition]:
         """Return why jobs wait while RunPod does not answer; where in its queue one stands, RunPod does not say."""
         since = self._health.away_since
         if since is None:

@@ -31,9 +31,9 @@ from comfy_worker.gateway.events.bus import PROGRESS, STATUS, EventBus
 from comfy_worker.gateway.jobs.assets import AssetStore
 from comfy_worker.gateway.jobs.progress_webhooks import ProgressWebhooks, Tell
 from comfy_worker.gateway.json_logs import about_job
-from comfy_worker.gateway.store.job_store import JobStore, moment
+from comfy_worker.gateway.store.job_store import JobStore, event_number
 from comfy_worker.gateway.store.progress_writer import ProgressWriter
-from comfy_worker.gateway.store.records import JobRecord, ProgressNote
+from comfy_worker.gateway.store.records import JobRecord, ProgressRecord
 from comfy_worker.job.payload import parse_job
 from comfy_worker.types import Job, JobState, Stage
 
@@ -150,7 +150,7 @@ class RemoteJobRunner:
             now = time.time()
             await self._change(job, JobState.IN_QUEUE, now, lambda: self._store.requeue(job.id, now))
         else:
-            await self._surely(lambda: self._store.note_submission(job.id, None, None, instead_of=job.prompt_id))
+            await self._surely(lambda: self._store.set_prompt_id(job.id, None, None, expected=job.prompt_id))
         job.prompt_id, job.state, job.started_at = None, JobState.IN_QUEUE, None
 
     # ------------------------------------------------------------------------------------------- submission
@@ -220,7 +220,7 @@ class RemoteJobRunner:
         before, backend = job.prompt_id, None if prompt_id is None else self._name
 
         def change() -> bool:
-            return self._store.note_submission(job.id, prompt_id, backend, instead_of=before)
+            return self._store.set_prompt_id(job.id, prompt_id, backend, expected=before)
 
         def was_made(record: JobRecord) -> bool:
             return record.prompt_id == prompt_id
@@ -258,7 +258,7 @@ class RemoteJobRunner:
             await job.wait(self._client.pause.seconds or job.next_pause_s(is_called_back=is_called_back))
 
     async def _has_listeners(self, job: RemoteJob) -> bool:
-        return await self._do(lambda: self._bus.has_listeners(job.id))
+        return await self._do(lambda: self._bus.has_subscribers(job.id))
 
     async def _knows_endpoint(self) -> bool:
         """Return whether it is the job that RunPod does not know, and not the whole endpoint."""
@@ -294,9 +294,9 @@ class RemoteJobRunner:
             tell(dict(progress))
         return False
 
-    async def _publish_progress(self, job: RemoteJob, progress: Mapping[str, Any]) -> ProgressNote:
+    async def _publish_progress(self, job: RemoteJob, progress: Mapping[str, Any]) -> ProgressRecord:
         event = await self._do(lambda: self._bus.publish(job.id, PROGRESS, progress))
-        return ProgressNote(job.id, str(job.prompt_id), event.number, progress)
+        return ProgressRecord(job.id, str(job.prompt_id), event.number, progress)
 
     async def _move(self, job: RemoteJob, state: JobState) -> None:
         """Note that a job began to run, or waits again because its worker was lost."""
@@ -319,7 +319,7 @@ class RemoteJobRunner:
 
         def change_and_tell() -> None:
             if self._patience.change(job.id, change, was_made):
-                self._bus.publish(job.id, STATUS, {"status": state.value}, moment(now))
+                self._bus.publish(job.id, STATUS, {"status": state.value}, event_number(now))
 
         await self._do(change_and_tell)
 
