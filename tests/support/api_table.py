@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -81,10 +82,20 @@ def page() -> str:
         for kind, heading in _KINDS.items():
             found = [row for row in rows() if (row.api, row.kind) == (api, kind)]
             if found:
-                lines += [f"### {heading}", "", "| name | meaning |", "| --- | --- |"]
-                lines += [f"| {link_to_test(f'`{cell(row.what)}`', row.test)} | {cell(row.says)} |" for row in found]
-                lines.append("")
+                lines += [f"### {heading}", "", *(_list(found) if kind == "setting" else _table(found)), ""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _table(found: Sequence[Row]) -> list[str]:
+    names = [link_to_test(f"`{cell(row.what)}`", row.test) for row in found]
+    meanings = [cell(row.says) for row in found]
+    return ["| name | meaning |", "| --- | --- |", *map("| {} | {} |".format, names, meanings)]
+
+
+def _list(found: Sequence[Row]) -> list[str]:
+    """Return settings without their meaning, which other pages have."""
+    names = [link_to_test(f"`{row.what}`", row.test) for row in found]
+    return ["Explained in [configuration.md](configuration.md) and, those of start.sh, in [deploy.md](../how-to/deploy.md).", "", *map("- {}".format, names)]
 
 
 def cell(text: str) -> str:
