@@ -21,9 +21,9 @@ from contextlib import contextmanager
 import requests
 
 from benchmarks.throughput import job
-from tests.support.platform import Platform
-from tests.support.ports import free_port
-from tests.support.processes import start_handler
+from tests.support.network.ports import free_port
+from tests.support.processes.process import start_handler
+from tests.support.runpod.platform import Platform
 
 LIMIT_S = 0.3
 BOOT_S = (0.0, 4.0, 8.0)

@@ -30,9 +30,9 @@ from benchmarks.servers import emulator, wait_until_it_answers
 from comfy_worker.settings import load_settings
 from comfy_worker.types import JobEvent, Stage, StageStarted
 from comfy_worker.worker import Worker
-from tests.support import videos
-from tests.support.delivery import deliver_in_child
-from tests.support.ports import free_port
+from tests.support.media import videos
+from tests.support.network.ports import free_port
+from tests.support.processes.delivery_memory import deliver_in_child
 
 ONE_WAY_MS = 40
 LIMITS_S = {1: 0.25, 8: 0.4}

@@ -22,8 +22,8 @@ from itertools import pairwise
 from pathlib import Path
 
 from benchmarks.servers import emulator
-from tests.support.graphs import work
-from tests.support.served import Served, served
+from tests.support.comfyui.graphs import work
+from tests.support.gateway.process import GatewayProcess, gateway_process
 
 LIMIT = 0.25
 """Part of what happened by which an estimate may be off."""
@@ -47,7 +47,7 @@ class Followed:
     ended_at: float = 0.0
 
 
-def follow(gateway: Served, job_id: str) -> Followed:
+def follow(gateway: GatewayProcess, job_id: str) -> Followed:
     """Ask for a job's estimates until it has ended."""
     followed = Followed()
     while True:
@@ -94,7 +94,7 @@ def main() -> int:
     arguments = parser.parse_args()
     with ExitStack() as stack:
         url = stack.enter_context(_comfyui(arguments.comfyui))
-        gateway = stack.enter_context(served(url, Path(stack.enter_context(tempfile.TemporaryDirectory()))))
+        gateway = stack.enter_context(gateway_process(url, Path(stack.enter_context(tempfile.TemporaryDirectory()))))
         threads = stack.enter_context(ThreadPoolExecutor(arguments.jobs))
         gateway.ended(gateway.run(work(arguments.seconds)))
         job_ids = [gateway.run(work(arguments.seconds)) for _ in range(arguments.jobs)]

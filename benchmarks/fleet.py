@@ -18,8 +18,8 @@ import redis
 from benchmarks.processes import cpu_s, machine_s, module, parent_of
 from benchmarks.servers import wait_until_it_answers
 from comfy_worker.gateway.engines.celery.fleet import Fleet as Known
-from tests.support.ports import free_port
-from tests.support.postgres import Postgres
+from tests.support.databases.postgres import Postgres
+from tests.support.network.ports import free_port
 
 LOST_S = 10.0
 _START_S = 60.0

@@ -29,7 +29,7 @@ from benchmarks.overhead import run_worker, seconds, workflow
 from benchmarks.servers import emulator, wait_until_it_answers
 from comfy_worker.settings import load_settings
 from comfy_worker.worker import Worker
-from tests.support.ports import free_port
+from tests.support.network.ports import free_port
 
 ADDED_MS_LIMIT = 10.0
 EVENT_MS_LIMIT = 20.0

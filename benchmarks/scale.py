@@ -28,7 +28,7 @@ from tqdm import tqdm
 from benchmarks.fleet import Fleet, Reading, fleet
 from benchmarks.overhead import workflow
 from benchmarks.scale_parts import events, looks, submissions, transactions
-from tests.support.postgres import Postgres, postgres
+from tests.support.databases.postgres import Postgres, postgres
 
 LIMIT = 0.95
 _SPARE = 0.1

@@ -25,7 +25,7 @@ from comfy_worker.gateway.store.database import connect
 from comfy_worker.gateway.store.job_store import JobStore
 from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.types import JobState
-from tests.support.postgres import Postgres
+from tests.support.databases.postgres import Postgres
 
 MANY = 10_000
 """Workers and jobs of the looks."""

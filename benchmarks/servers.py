@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import requests
 
-from tests.support.ports import free_port
+from tests.support.network.ports import free_port
 
 _START_TIMEOUT_S = 30.0
 

@@ -33,7 +33,7 @@ from comfy_worker.job.inputs import stage_inputs
 from comfy_worker.job.payload import parse_job
 from comfy_worker.settings import load_settings
 from comfy_worker.stop import Stop
-from tests.support.ports import free_port
+from tests.support.network.ports import free_port
 
 LIMIT = 1.3
 _MB = 1024 * 1024

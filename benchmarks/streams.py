@@ -28,8 +28,8 @@ from typing import Any
 import requests
 
 from benchmarks.servers import emulator, wait_until_it_answers
-from tests.support.graphs import work
-from tests.support.ports import free_port
+from tests.support.comfyui.graphs import work
+from tests.support.network.ports import free_port
 
 LIMIT_MS = 100.0
 _PAUSE_S = 0.01

@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from benchmarks.servers import emulator
 from comfy_worker.settings import PrefetchMode
-from tests.support.platform import Platform
-from tests.support.processes import start_handler
+from tests.support.processes.process import start_handler
+from tests.support.runpod.platform import Platform
 
 CASES = ((10, 0.2, 1.15), (6, 2.3, 1.03))
 _colours = itertools.count(1)

@@ -10,7 +10,7 @@ from typing import Any
 
 import requests
 
-from tests.support import graphs
+from tests.support.comfyui import graphs
 
 _PATIENCE_S = 10.0
 _AGAIN_S = 0.2

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from benchmarks.fleet_chaos.site import Member, Site
-from tests.support.links import Link, Weather
+from tests.support.network.links import Link, LinkState
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def _postgres_ended(name: str, number: signal.Signals) -> _Draw:
     return draw
 
 
-def _weather(what: str, server: str, weather: Weather) -> _Draw:
+def _weather(what: str, server: str, weather: LinkState) -> _Draw:
     """Return what draws whose links to a server change: those of one process, or of all."""
 
     def links_of(members: list[Member]) -> list[Link]:
@@ -73,12 +73,12 @@ def _weather(what: str, server: str, weather: Weather) -> _Draw:
         links = links_of(members)
         whose = "of all" if len(members) > 1 else "of one"
 
-        def turn(weather: Weather) -> None:
+        def turn(weather: LinkState) -> None:
             for link in links:
                 link.turn(weather)
 
         name = f"links {whose} to {server} {what}"
-        return Fault(name, f"links to {server}", lambda: turn(weather), lambda: turn(Weather.FAIR))
+        return Fault(name, f"links to {server}", lambda: turn(weather), lambda: turn(LinkState.FAIR))
 
     return draw
 
@@ -94,9 +94,9 @@ _KINDS: tuple[_Draw, ...] = (
         _weather(what, server, weather)
         for server in ("Redis", "PostgreSQL")
         for what, weather in (
-            ("cut", Weather.CUT),
-            ("silent", Weather.SILENT),
-            ("without answers", Weather.ANSWERLESS),
+            ("cut", LinkState.CUT),
+            ("silent", LinkState.SILENT),
+            ("without answers", LinkState.ANSWERLESS),
         )
     ),
 )

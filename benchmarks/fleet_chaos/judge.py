@@ -15,8 +15,8 @@ import requests
 from benchmarks.fleet_chaos.clients import Clients, Order
 from benchmarks.fleet_chaos.found import Found
 from benchmarks.fleet_chaos.site import Site
-from tests.support import graphs
-from tests.support.receiver import Received, Receiver
+from tests.support.comfyui import graphs
+from tests.support.network.webhook_receiver import Received, Receiver
 
 _TERMINAL = ("COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT")
 _LOOK_S = 0.2

@@ -17,7 +17,7 @@ from benchmarks.fleet_chaos.faults import Misfortune, misfortunes
 from benchmarks.fleet_chaos.found import Found
 from benchmarks.fleet_chaos.judge import Judge
 from benchmarks.fleet_chaos.site import site
-from tests.support.receiver import Receiver
+from tests.support.network.webhook_receiver import Receiver
 
 _LONGEST_S = 5.0
 _LONGEST_JOB = 0.9

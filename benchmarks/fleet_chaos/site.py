@@ -7,14 +7,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.support.fleet import WorkerProcess
-from tests.support.gateway import GatewayProcess
-from tests.support.links import Link, Network
-from tests.support.postgres import Postgres, postgres
-from tests.support.processes import Process
-from tests.support.redis import RedisServer, redis_server
-from tests.support.running import wait_until
-from tests.support.victims import Emulated
+from tests.support.comfyui.controllable import EmulatedComfyUI
+from tests.support.databases.postgres import Postgres, postgres
+from tests.support.databases.redis import RedisServer, redis_server
+from tests.support.gateway.fleet import WorkerProcess
+from tests.support.gateway.restartable import RestartableGateway
+from tests.support.network.links import Link, Network
+from tests.support.processes.process import Process
+from tests.support.waiting import wait_until
 
 GATEWAYS = 2
 WORKERS = 3
@@ -46,7 +46,7 @@ class Member:
     """
 
     name: str
-    program: GatewayProcess | WorkerProcess
+    program: RestartableGateway | WorkerProcess
     to_redis: Link
     to_postgres: Link
     logs: list[str] = field(default_factory=list, repr=False)
@@ -87,7 +87,7 @@ class Site:
     database_url: str
     gateways: list[Member]
     workers: list[Member]
-    comfyuis: list[Emulated]
+    comfyuis: list[EmulatedComfyUI]
 
     @property
     def members(self) -> list[Member]:
@@ -96,7 +96,7 @@ class Site:
 
     def urls(self) -> list[str]:
         """Return where the gateways listen."""
-        return [gateway.program.url for gateway in self.gateways if isinstance(gateway.program, GatewayProcess)]
+        return [gateway.program.url for gateway in self.gateways if isinstance(gateway.program, RestartableGateway)]
 
     def revive(self) -> list[str]:
         """Start those again that have ended by themselves; return a sentence about each."""
@@ -116,7 +116,9 @@ def site(folder: Path) -> Iterator[Site]:
     with ExitStack() as stack:
         database, redis = stack.enter_context(postgres()), stack.enter_context(redis_server())
         network = stack.enter_context(Network())
-        comfyuis = [stack.enter_context(Emulated(base_directory=folder / f"comfyui-{n}")) for n in range(WORKERS)]
+        comfyuis = [
+            stack.enter_context(EmulatedComfyUI(base_directory=folder / f"comfyui-{n}")) for n in range(WORKERS)
+        ]
         url = database.new_database()
         running = Site(redis, database, url, [], [], comfyuis)
         folder.joinpath("data").mkdir()
@@ -133,7 +135,7 @@ def site(folder: Path) -> Iterator[Site]:
 
         for number in range(GATEWAYS):
             environment, to_redis, to_postgres = ways()
-            gateway = GatewayProcess(folder / "data", _NOWHERE, **environment)
+            gateway = RestartableGateway(folder / "data", _NOWHERE, **environment)
             running.gateways.append(Member(f"gateway {number}", gateway, to_redis, to_postgres))
         for number, comfyui in enumerate(comfyuis):
             environment, to_redis, to_postgres = ways()
@@ -144,7 +146,7 @@ def site(folder: Path) -> Iterator[Site]:
             member.launch()
             stack.callback(member.kill)
         for member in running.gateways:
-            assert isinstance(member.program, GatewayProcess)
+            assert isinstance(member.program, RestartableGateway)
             wait_until(member.program.is_up)
         for member in running.workers:
             assert isinstance(member.program, WorkerProcess)

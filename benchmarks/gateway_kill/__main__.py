@@ -11,7 +11,7 @@ import argparse
 import sys
 
 from benchmarks.gateway_kill.run import Found, run
-from tests.support.postgres import postgres
+from tests.support.databases.postgres import postgres
 
 
 def main() -> int:

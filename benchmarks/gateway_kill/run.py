@@ -15,10 +15,10 @@ from typing import Any
 import requests
 
 from comfy_emulator import EmulatorServer
-from tests.support import graphs
-from tests.support.gateway import GatewayProcess
-from tests.support.receiver import Receiver
-from tests.support.running import wait_until
+from tests.support.comfyui import graphs
+from tests.support.gateway.restartable import RestartableGateway
+from tests.support.network.webhook_receiver import Receiver
+from tests.support.waiting import wait_until
 
 _LONGEST_LIFE = 3.0
 """In times of what the first start took: one kill in three comes before the gateway listens, on any machine."""
@@ -60,7 +60,7 @@ class Found:
 class _Client(threading.Thread):
     """Sends jobs, each under an idempotency key, and sends those again that were not answered."""
 
-    def __init__(self, gateway: GatewayProcess, receiver_url: str, lot: random.Random) -> None:
+    def __init__(self, gateway: RestartableGateway, receiver_url: str, lot: random.Random) -> None:
         super().__init__(name="client")
         self._gateway = gateway
         self._receiver_url = receiver_url
@@ -131,13 +131,13 @@ def run(kills: int, seed: int, database_url: str | None = None) -> Found:
         with EmulatorServer(base_directory=base) as comfyui, Receiver() as receiver:
             environment = {"DATABASE_URL": database_url} if database_url else {}
             environment["COMFYUI_BASE_DIRECTORY"] = str(base)
-            gateway = GatewayProcess(Path(folder, "data"), comfyui.url, **environment)
+            gateway = RestartableGateway(Path(folder, "data"), comfyui.url, **environment)
             found = _torment(gateway, receiver, kills, random.Random(seed))
             found.seconds = round(time.monotonic() - began, 1)
             return found
 
 
-def _torment(gateway: GatewayProcess, receiver: Receiver, kills: int, lot: random.Random) -> Found:
+def _torment(gateway: RestartableGateway, receiver: Receiver, kills: int, lot: random.Random) -> Found:
     found = Found()
     client = _Client(gateway, receiver.url, lot)
     began = time.monotonic()
@@ -161,14 +161,14 @@ def _torment(gateway: GatewayProcess, receiver: Receiver, kills: int, lot: rando
     return found
 
 
-def _is_up(gateway: GatewayProcess) -> bool:
+def _is_up(gateway: RestartableGateway) -> bool:
     try:
         return requests.get(f"{gateway.url}/health", timeout=10).ok
     except requests.RequestException:
         return False
 
 
-def _judge(gateway: GatewayProcess, receiver: Receiver, client: _Client, found: Found) -> None:
+def _judge(gateway: RestartableGateway, receiver: Receiver, client: _Client, found: Found) -> None:
     found.accepted = len(client.accepted)
     found.violations += client.violations
     keys = Counter(job.key for job in client.accepted.values())

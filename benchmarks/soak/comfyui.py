@@ -16,8 +16,8 @@ from typing import Any
 
 import requests
 
-from tests.support.ports import free_port
-from tests.support.processes import Process
+from tests.support.network.ports import free_port
+from tests.support.processes.process import Process
 
 _TIMEOUT_S = 10.0
 _START_TIMEOUT_S = 30.0

@@ -11,7 +11,7 @@ from benchmarks.soak.faults import Action, Fault, Scene
 from benchmarks.soak.judge import Running
 from benchmarks.soak.schedule import Round
 from benchmarks.soak.shapes import Cancel, SoakJob
-from tests.support.processes import Process
+from tests.support.processes.process import Process
 
 _ROUND_TIMEOUT_S = 90.0
 _ANSWER_UNDER_WAY_S = 0.2
@@ -73,7 +73,7 @@ class CurrentRound:
     def _wait_for_change(self, deadline: float) -> None:
         """Return when the next action is due, when a job that is to be cancelled began, or when all have ended."""
         due = min(self._actions[0][0] if self._actions else deadline, deadline)
-        changed = self._scene.platform.board.changed
+        changed = self._scene.platform.state.changed
         with changed:
             changed.wait_for(
                 lambda: self._all_ended() or self._to_cancel() or self._worker.is_silent,

@@ -11,8 +11,8 @@ from typing import Any
 from benchmarks.soak.comfyui import KeptComfyUI
 from benchmarks.soak.shapes import WEBSOCKET, Shape, SoakJob
 from comfy_emulator.faults import Faults
-from tests.support.platform import Platform
-from tests.support.platform_http import Mischief
+from tests.support.runpod.platform import Platform
+from tests.support.runpod.platform_http import PlatformFault
 
 _NORMAL = Faults().model_dump()
 _COUNTED = frozenset(
@@ -230,20 +230,20 @@ class PlatformMischief(Fault):
     """The platform answers one kind of request badly."""
 
     kind: str
-    mischief: Mischief
+    mischief: PlatformFault
     times: int = 1
     _calls_before: int = 0
 
     def begin(self, scene: Scene) -> None:
         """Have the next requests answered badly."""
-        self._calls_before = len(scene.platform.board.calls)
-        scene.platform.misbehave(self.kind, self.mischief, self.times)
+        self._calls_before = len(scene.platform.state.calls)
+        scene.platform.inject_fault(self.kind, self.mischief, self.times)
 
     def end(self, scene: Scene) -> bool:
         """Behave again; it was met if a request since then was answered so."""
-        scene.platform.behave()
+        scene.platform.clear_faults()
         answered = None if self.mischief == "cut" else self.mischief
-        since = scene.platform.board.calls[self._calls_before :]
+        since = scene.platform.state.calls[self._calls_before :]
         return any(call.kind == self.kind and call.status == answered for call in since)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from benchmarks.soak.faults import Fault
 from benchmarks.soak.shapes import EXECUTION_TIMEOUT, SoakJob, problems_of
-from tests.support.board import FINAL_STATES, PlatformJob
+from tests.support.runpod.platform_state import FINAL_STATES, PlatformJob
 
 
 @dataclass

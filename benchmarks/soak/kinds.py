@@ -18,7 +18,7 @@ from benchmarks.soak.faults import (
     Wire,
 )
 from benchmarks.soak.shapes import INPUT_IMAGE, WEBSOCKET_PICTURE, Shape, cancel_running
-from tests.support.platform_http import Mischief
+from tests.support.runpod.platform_http import PlatformFault
 
 REQUEST_TIMEOUT_S = 1.5
 """How long the worker of a soak waits for an answer of ComfyUI."""
@@ -220,7 +220,7 @@ def _frozen(rng: Random) -> Fault:
 # ------------------------------------------------------------------------------------------------- platform
 
 
-def _platform(kind: str, mischief: Mischief, times: tuple[int, int] = (1, 1), needs: Shape | None = None) -> Draw:
+def _platform(kind: str, mischief: PlatformFault, times: tuple[int, int] = (1, 1), needs: Shape | None = None) -> Draw:
     def draw(rng: Random) -> Fault:
         how = "cut" if mischief == "cut" else f"answered {mischief}"
         return PlatformMischief(

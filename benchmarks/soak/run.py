@@ -22,8 +22,8 @@ from benchmarks.soak.judge import Running, violations_of
 from benchmarks.soak.kinds import OWN_KINDS, REMOTE_KINDS, REQUEST_TIMEOUT_S
 from benchmarks.soak.measure import MORE_HANDLES, Sample, Trend, sample, trend
 from benchmarks.soak.schedule import Round, rounds
-from tests.support.platform import Platform
-from tests.support.processes import Process, start_handler
+from tests.support.processes.process import Process, start_handler
+from tests.support.runpod.platform import Platform
 
 SETTINGS = {
     "COMFYUI_POLL_INTERVAL_S": "0.5",
@@ -97,7 +97,7 @@ def soak(jobs: int, seed: int, *, remote: bool = False, show_progress: bool = Tr
         _Runner(found, Scene(comfyui, platform), worker, bar, began).run()
         found.seconds = round(time.monotonic() - began, 1)
         found.comfyui_starts = comfyui.starts
-        found.peak_in_flight = platform.board.peak_in_flight[WORKER]
+        found.peak_in_flight = platform.state.peak_in_flight[WORKER]
     found.violations += found.trend.violations()
     return found
 
@@ -112,7 +112,7 @@ def _worker(platform: Platform, comfyui: KeptComfyUI, found: Soak) -> Iterator[P
         **SETTINGS,
     }
     with start_handler(environment) as process:
-        process.when_silent(platform.look_again)
+        process.when_silent(platform.recheck)
         platform.wait_for_worker(WORKER)
         yield process
         if not process.is_running:

@@ -10,8 +10,8 @@ from enum import Enum
 from random import Random
 from typing import Any
 
-from tests.support import graphs
-from tests.support.graphs import Color, Graph, node
+from tests.support.comfyui import graphs
+from tests.support.comfyui.graphs import Color, Graph, node
 
 _COLORS_PER_JOB = 4
 _SPREAD = 0x9E3779B1

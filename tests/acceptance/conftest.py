@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.fleet import Sites
-from tests.support.postgres import Postgres, postgres
-from tests.support.redis import RedisServer, redis_server
+from tests.support.databases.postgres import Postgres, postgres
+from tests.support.databases.redis import RedisServer, redis_server
+from tests.support.gateway.fleet import FleetStarter
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def servers() -> Iterator[tuple[Postgres, RedisServer]]:
 
 
 @pytest.fixture
-def sites(servers: tuple[Postgres, RedisServer], tmp_path: Path) -> Iterator[Sites]:
+def sites(servers: tuple[Postgres, RedisServer], tmp_path: Path) -> Iterator[FleetStarter]:
     """Return what starts gateways and workers."""
     with ExitStack() as stack:
-        yield Sites(stack, tmp_path / "data", *servers)
+        yield FleetStarter(stack, tmp_path / "data", *servers)

@@ -14,20 +14,19 @@ import psycopg
 import pytest
 import requests
 
-from tests.support import graphs
-from tests.support.fleet import Site, Sites
-from tests.support.gate import Gate
-from tests.support.gateway import GatewayProcess
-from tests.support.patience import TIMEOUT_S
-from tests.support.ports import free_port
-from tests.support.processes import Process
-from tests.support.receiver import Receiver
-from tests.support.running import wait_until
+from tests.support.comfyui import graphs
+from tests.support.comfyui.gate_node import Gate
+from tests.support.gateway.fleet import FleetStarter, RunningFleet
+from tests.support.gateway.restartable import RestartableGateway
+from tests.support.network.ports import free_port
+from tests.support.network.webhook_receiver import Receiver
+from tests.support.processes.process import Process
+from tests.support.waiting import TIMEOUT_S, wait_until
 
 RED = (255, 0, 0)
 
 
-def test_a_cancel_at_another_gateway_stops_the_gpu(sites: Sites, tmp_path: Path) -> None:
+def test_a_cancel_at_another_gateway_stops_the_gpu(sites: FleetStarter, tmp_path: Path) -> None:
     site, gate, never = sites.start(gateways=2), Gate(tmp_path), Gate(tmp_path)
     jobs = [site.submit(gate.graph())]
     gate.wait_until_run()
@@ -40,7 +39,7 @@ def test_a_cancel_at_another_gateway_stops_the_gpu(sites: Sites, tmp_path: Path)
     assert never.runs == 0
 
 
-def test_two_gateways_answer_for_each_others_jobs(sites: Sites, tmp_path: Path) -> None:
+def test_two_gateways_answer_for_each_others_jobs(sites: FleetStarter, tmp_path: Path) -> None:
     site, gate = sites.start(gateways=2, GENERATION_WORKERS="1"), Gate(tmp_path)
     first = site.submit(gate.graph())
     gate.wait_until_run()
@@ -61,7 +60,7 @@ def test_two_gateways_answer_for_each_others_jobs(sites: Sites, tmp_path: Path) 
     assert len(output["output"]["images"][0]["data"]) > 50
 
 
-def test_flower_shows_the_workers_and_their_jobs(sites: Sites) -> None:
+def test_flower_shows_the_workers_and_their_jobs(sites: FleetStarter) -> None:
     site, port = sites.start(), free_port()
     told = ["--broker", site.fleet.redis_url, "flower", f"--port={port}", "--address=127.0.0.1", "--persistent=False"]
     open_to_all = {"FLOWER_UNAUTHENTICATED_API": "true"}
@@ -84,12 +83,12 @@ def test_flower_shows_the_workers_and_their_jobs(sites: Sites) -> None:
     assert seen["worker"] == worker_name(site)
 
 
-def worker_name(site: Site) -> str:
+def worker_name(site: RunningFleet) -> str:
     parts = urlsplit(site.backends()[0]["url"])
     return f"comfyui-{parts.port}@{parts.hostname}"
 
 
-def test_how_far_a_job_is_is_known_without_redis(sites: Sites, tmp_path: Path) -> None:
+def test_how_far_a_job_is_is_known_without_redis(sites: FleetStarter, tmp_path: Path) -> None:
     site, gate = sites.start(PROGRESS_NOTE_S="0.1"), Gate(tmp_path)
     job_id = site.submit(gate.graph())
     gate.wait_until_run()
@@ -105,21 +104,21 @@ def test_how_far_a_job_is_is_known_without_redis(sites: Sites, tmp_path: Path) -
     site.wait_until_ended(job_id)
 
 
-def task(gateway: GatewayProcess, job_id: str) -> dict[str, Any]:
+def task(gateway: RestartableGateway, job_id: str) -> dict[str, Any]:
     response = requests.get(f"{gateway.url}/task/{job_id}", timeout=TIMEOUT_S)
     response.raise_for_status()
     answer: dict[str, Any] = response.json()
     return answer
 
 
-def percent_in_database(site: Site, job_id: str) -> float:
+def percent_in_database(site: RunningFleet, job_id: str) -> float:
     with psycopg.connect(site.fleet.database_url) as connection:
         row = connection.execute("SELECT progress ->> 'percent' FROM jobs WHERE id = %s", [job_id]).fetchone()
     assert row is not None
     return float(row[0] or 0)
 
 
-def place(gateway: GatewayProcess, job_id: str) -> int | None:
+def place(gateway: RestartableGateway, job_id: str) -> int | None:
     """Return a job's place in the queue as the first of its events tells it."""
     with requests.get(f"{gateway.url}/events/{job_id}", stream=True, timeout=TIMEOUT_S) as stream:
         lines = stream.iter_lines(decode_unicode=True)
@@ -128,7 +127,7 @@ def place(gateway: GatewayProcess, job_id: str) -> int | None:
     return position
 
 
-def began(site: Site, job_id: str) -> float:
+def began(site: RunningFleet, job_id: str) -> float:
     with psycopg.connect(site.fleet.database_url) as connection:
         row = connection.execute("SELECT started_at FROM jobs WHERE id = %s", [job_id]).fetchone()
     assert row is not None
@@ -137,7 +136,7 @@ def began(site: Site, job_id: str) -> float:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_worker_that_is_told_to_end_finishes_what_it_has(
-    sites: Sites, tmp_path: Path, number: signal.Signals
+    sites: FleetStarter, tmp_path: Path, number: signal.Signals
 ) -> None:
     site, gate = sites.start(GENERATION_WORKERS="1"), Gate(tmp_path)
     in_hand = site.submit(gate.graph())
@@ -155,7 +154,7 @@ def test_a_worker_that_is_told_to_end_finishes_what_it_has(
     assert gate.runs == 1
 
 
-def test_a_worker_whose_comfyui_is_back_takes_jobs_again(sites: Sites) -> None:
+def test_a_worker_whose_comfyui_is_back_takes_jobs_again(sites: FleetStarter) -> None:
     site = sites.start()
     (comfyui,), (worker,) = site.comfyuis, site.fleet.workers
     comfyui.kill()
@@ -168,7 +167,7 @@ def test_a_worker_whose_comfyui_is_back_takes_jobs_again(sites: Sites) -> None:
     assert site.told(job_id) == ["IN_QUEUE", "IN_PROGRESS", "COMPLETED"]
 
 
-def test_jobs_in_hand_of_a_comfyui_that_stays_away_go_back_to_the_queue(sites: Sites, tmp_path: Path) -> None:
+def test_jobs_in_hand_of_a_comfyui_that_stays_away_go_back_to_the_queue(sites: FleetStarter, tmp_path: Path) -> None:
     site = sites.start(COMFYUI_READY_TIMEOUT_S="10", GENERATION_WORKERS="2")
     (comfyui,), gate = site.comfyuis, Gate(tmp_path)
     running = site.submit(gate.graph())
@@ -186,13 +185,13 @@ def test_jobs_in_hand_of_a_comfyui_that_stays_away_go_back_to_the_queue(sites: S
     assert site.told(running) == ["IN_QUEUE", "IN_PROGRESS", "FAILED"]
 
 
-def notice(site: Site, job_id: str) -> str:
+def notice(site: RunningFleet, job_id: str) -> str:
     """Return why a job that waits does not get on; empty if it does."""
     output = site.gateway.status(job_id).get("output") or {}
     return str(output.get("notice", ""))
 
 
-def test_a_worker_that_waits_for_its_comfyui_ends_at_once(sites: Sites) -> None:
+def test_a_worker_that_waits_for_its_comfyui_ends_at_once(sites: FleetStarter) -> None:
     site = sites.start()
     (comfyui,), (worker,) = site.comfyuis, site.fleet.workers
     worker.kill()
@@ -203,7 +202,7 @@ def test_a_worker_that_waits_for_its_comfyui_ends_at_once(sites: Sites) -> None:
     assert worker.stop() == 0
 
 
-def test_a_webhook_tells_the_end_once_and_after_all_progress(sites: Sites) -> None:
+def test_a_webhook_tells_the_end_once_and_after_all_progress(sites: FleetStarter) -> None:
     site = sites.start(gateways=2)
     with Receiver() as receiver:
         webhook = {"url": receiver.url, "progress": True}
@@ -218,7 +217,7 @@ def test_a_webhook_tells_the_end_once_and_after_all_progress(sites: Sites) -> No
     assert len(told) > 1
 
 
-def test_a_worker_that_starts_before_its_redis_waits_for_it(sites: Sites) -> None:
+def test_a_worker_that_starts_before_its_redis_waits_for_it(sites: FleetStarter) -> None:
     site = sites.start()
     (worker,) = site.fleet.workers
     worker.kill()
@@ -232,7 +231,7 @@ def test_a_worker_that_starts_before_its_redis_waits_for_it(sites: Sites) -> Non
     site.wait_until_ended(site.submit(graphs.picture(RED)))
 
 
-def test_a_cancel_of_what_has_failed_does_not_spoil_its_retry(sites: Sites) -> None:
+def test_a_cancel_of_what_has_failed_does_not_spoil_its_retry(sites: FleetStarter) -> None:
     site = sites.start()
     job_id = site.submit(graphs.work(0.1, steps=2, fail_at=1))
     wait_until(lambda: site.told(job_id)[-1] == "FAILED", TIMEOUT_S)
@@ -243,7 +242,7 @@ def test_a_cancel_of_what_has_failed_does_not_spoil_its_retry(sites: Sites) -> N
     wait_until(lambda: site.told(job_id) == attempt * 2, TIMEOUT_S)
 
 
-def test_a_worker_whose_comfyui_is_back_while_redis_is_away_takes_jobs_again(sites: Sites) -> None:
+def test_a_worker_whose_comfyui_is_back_while_redis_is_away_takes_jobs_again(sites: FleetStarter) -> None:
     site = sites.start()
     (comfyui,), (worker,) = site.comfyuis, site.fleet.workers
     comfyui.kill()

@@ -6,14 +6,14 @@ import signal
 from collections import Counter
 from pathlib import Path
 
-from tests.support import graphs
-from tests.support.fleet import Sites
-from tests.support.gate import Gate
+from tests.support.comfyui import graphs
+from tests.support.comfyui.gate_node import Gate
+from tests.support.gateway.fleet import FleetStarter
 
 RED = (255, 0, 0)
 
 
-def test_a_killed_workers_job_ends_once_on_another(sites: Sites, tmp_path: Path) -> None:
+def test_a_killed_workers_job_ends_once_on_another(sites: FleetStarter, tmp_path: Path) -> None:
     site, gate = sites.start(workers=2), Gate(tmp_path)
     job_id = site.submit(gate.graph())
     gate.wait_until_run()
@@ -34,7 +34,7 @@ def test_a_killed_workers_job_ends_once_on_another(sites: Sites, tmp_path: Path)
     assert gate.runs == 2
 
 
-def test_a_worker_that_comes_back_takes_its_prompt_up_again(sites: Sites, tmp_path: Path) -> None:
+def test_a_worker_that_comes_back_takes_its_prompt_up_again(sites: FleetStarter, tmp_path: Path) -> None:
     site, gate = sites.start(), Gate(tmp_path)
     job_id = site.submit(gate.graph())
     gate.wait_until_run()
@@ -50,7 +50,7 @@ def test_a_worker_that_comes_back_takes_its_prompt_up_again(sites: Sites, tmp_pa
     assert gate.runs == 1
 
 
-def test_a_redis_that_forgets_everything_loses_no_job(sites: Sites, tmp_path: Path) -> None:
+def test_a_redis_that_forgets_everything_loses_no_job(sites: FleetStarter, tmp_path: Path) -> None:
     site, gate = sites.start(), Gate(tmp_path)
     jobs = [site.submit(gate.graph())]
     gate.wait_until_run()
@@ -65,7 +65,7 @@ def test_a_redis_that_forgets_everything_loses_no_job(sites: Sites, tmp_path: Pa
     assert gate.runs == 1
 
 
-def test_a_redis_that_is_away_for_a_while_loses_no_job(sites: Sites, tmp_path: Path) -> None:
+def test_a_redis_that_is_away_for_a_while_loses_no_job(sites: FleetStarter, tmp_path: Path) -> None:
     site, gate = sites.start(), Gate(tmp_path)
     jobs = [site.submit(gate.graph())]
     gate.wait_until_run()
@@ -81,7 +81,7 @@ def test_a_redis_that_is_away_for_a_while_loses_no_job(sites: Sites, tmp_path: P
         assert Counter(site.told(job_id))["COMPLETED"] == 1
 
 
-def test_a_job_of_a_worker_that_was_silent_for_too_long_ends_once(sites: Sites, tmp_path: Path) -> None:
+def test_a_job_of_a_worker_that_was_silent_for_too_long_ends_once(sites: FleetStarter, tmp_path: Path) -> None:
     site, gate = sites.start(workers=2), Gate(tmp_path)
     job_id = site.submit(gate.graph())
     gate.wait_until_run()
@@ -97,7 +97,7 @@ def test_a_job_of_a_worker_that_was_silent_for_too_long_ends_once(sites: Sites, 
     assert site.told(job_id) == ["IN_QUEUE", "IN_PROGRESS", "IN_QUEUE", "IN_PROGRESS", "COMPLETED"]
 
 
-def test_a_job_that_is_cancelled_while_the_redis_is_away_gets_off_the_gpu(sites: Sites, tmp_path: Path) -> None:
+def test_a_job_that_is_cancelled_while_the_redis_is_away_gets_off_the_gpu(sites: FleetStarter, tmp_path: Path) -> None:
     site, gate = sites.start(), Gate(tmp_path)
     job_id = site.submit(gate.graph())
     gate.wait_until_run()
@@ -110,7 +110,7 @@ def test_a_job_that_is_cancelled_while_the_redis_is_away_gets_off_the_gpu(sites:
     assert site.told(job_id)[-1] == "CANCELLED"
 
 
-def test_a_job_whose_message_cannot_be_noted_as_taken_runs(sites: Sites) -> None:
+def test_a_job_whose_message_cannot_be_noted_as_taken_runs(sites: FleetStarter) -> None:
     site = sites.start()
     with sites.redis.client() as client:
         # A Redis that fails between two commands, for as long as the test wants it to.

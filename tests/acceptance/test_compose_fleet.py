@@ -15,15 +15,14 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from comfy_worker.gateway.api_keys import split_name
-from tests.support import compose
-from tests.support.container import Container
-from tests.support.graphs import picture
-from tests.support.patience import TIMEOUT_S
-from tests.support.ports import silent_port
-from tests.support.postgres import Postgres, postgres
-from tests.support.processes import Process
-from tests.support.running import wait_until
-from tests.support.s3 import S3Server, s3_server
+from tests.support.comfyui.graphs import picture
+from tests.support.databases.postgres import Postgres, postgres
+from tests.support.docs import compose_file
+from tests.support.network.ports import closed_port
+from tests.support.processes.process import Process
+from tests.support.processes.start_sh import Container
+from tests.support.storage.s3_server import S3Server, s3_server
+from tests.support.waiting import TIMEOUT_S, wait_until
 
 
 class Deployed:
@@ -36,17 +35,17 @@ class Deployed:
 
     def __init__(self, stack: ExitStack, folder: Path, database: Postgres, s3: S3Server) -> None:
         self._stack, self._folder, self._s3 = stack, folder, s3
-        with silent_port() as redis_port, silent_port() as api, silent_port() as comfyui:
+        with closed_port() as redis_port, closed_port() as api, closed_port() as comfyui:
             self._redis_port, self._api_port, self._comfyui_port = redis_port, api, comfyui
         self.url = f"http://127.0.0.1:{api}"
-        variables = {name: f"{name.lower().replace('_', '')}0" for name in compose.needed()}
+        variables = {name: f"{name.lower().replace('_', '')}0" for name in compose_file.needed()}
         password = variables["REDIS_PASSWORD"]
         variables |= {
             "REDIS_URL": f"redis://:{password}@127.0.0.1:{redis_port}/0",
             "DATABASE_URL": database.new_database(),
             "BUCKET_NAME": s3.create_bucket(),
         }
-        self.file = compose.read(variables)
+        self.file = compose_file.read(variables)
 
     def environment(self, service: str, **more: str) -> dict[str, str]:
         """Return what a service is told; of a container's own ports, folders and names, those of this machine."""

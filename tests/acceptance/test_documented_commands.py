@@ -13,14 +13,15 @@ from pathlib import Path
 import pytest
 import requests
 
-from tests.support.checkout import Checkout
-from tests.support.comfyui import ComfyUI
-from tests.support.comfyui import comfyui as running_comfyui
-from tests.support.graphs import colors
-from tests.support.patience import TIMEOUT_S
-from tests.support.ports import free_port
-from tests.support.processes import ROOT, Process
-from tests.support.served import Served, served
+from tests.support.comfyui.graphs import colors
+from tests.support.comfyui.instance import ComfyUI
+from tests.support.comfyui.instance import comfyui as running_comfyui
+from tests.support.gateway.process import GatewayProcess, gateway_process
+from tests.support.network.ports import free_port
+from tests.support.paths import ROOT
+from tests.support.processes.checkout import Checkout
+from tests.support.processes.process import Process
+from tests.support.waiting import TIMEOUT_S
 
 KEYS = "my-key,your-key"
 """Those of the examples."""
@@ -50,15 +51,15 @@ def comfyui() -> Iterator[ComfyUI]:
 
 
 @pytest.fixture(scope="module")
-def gateway(comfyui: ComfyUI, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with served(comfyui.url, tmp_path_factory.mktemp("data"), API_KEYS=KEYS) as running:
+def gateway(comfyui: ComfyUI, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
+    with gateway_process(comfyui.url, tmp_path_factory.mktemp("data"), API_KEYS=KEYS) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def gateway_without_keys(comfyui: ComfyUI, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def gateway_without_keys(comfyui: ComfyUI, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
     """Return what `make serve` starts."""
-    with served(comfyui.url, tmp_path_factory.mktemp("data"), API_KEYS="", API_HOST="127.0.0.1") as running:
+    with gateway_process(comfyui.url, tmp_path_factory.mktemp("data"), API_KEYS="", API_HOST="127.0.0.1") as running:
         yield running
 
 
@@ -141,11 +142,11 @@ class TestReadme:
         assert "usage: comfy-worker COMMAND" in told
         assert colors((checkout.folder / "output/mine/ComfyUI_00001_.png").read_bytes())
 
-    def test_a_client_of_runpod(self, checkout: Checkout, gateway: Served) -> None:
+    def test_a_client_of_runpod(self, checkout: Checkout, gateway: GatewayProcess) -> None:
         assert checkout.run(at(gateway.url, block("ENDPOINT_ID=")), {}) == ""
         assert json.loads((checkout.folder / "answer.json").read_text())["output"]["images"]
 
-    def test_a_client_of_a_container(self, checkout: Checkout, gateway: Served) -> None:
+    def test_a_client_of_a_container(self, checkout: Checkout, gateway: GatewayProcess) -> None:
         told = checkout.run(at(gateway.url, block("curl -H")), {})
         assert len(told) < FLOOD
         assert json.loads(told)["output"]["images"]

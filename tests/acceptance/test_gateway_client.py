@@ -16,12 +16,11 @@ import requests
 import runpod
 from runpod import AsyncioEndpoint, AsyncioJob, Endpoint
 
-from tests.support.comfyui import ComfyUI
-from tests.support.comfyui import comfyui as running_comfyui
-from tests.support.graphs import colors, data_uri, inverted, picture, png, work
-from tests.support.patience import TIMEOUT_S
-from tests.support.running import wait_until
-from tests.support.served import DATABASES, KEY, Served, database_url, served
+from tests.support.comfyui.graphs import colors, data_uri, inverted, picture, png, work
+from tests.support.comfyui.instance import ComfyUI
+from tests.support.comfyui.instance import comfyui as running_comfyui
+from tests.support.gateway.process import DATABASES, KEY, GatewayProcess, database_url, gateway_process
+from tests.support.waiting import TIMEOUT_S, wait_until
 
 RED = (255, 0, 0)
 
@@ -35,15 +34,15 @@ def comfyui() -> Iterator[ComfyUI]:
 @pytest.fixture(scope="module", params=DATABASES)
 def gateway(
     request: pytest.FixtureRequest, comfyui: ComfyUI, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Served]:
+) -> Iterator[GatewayProcess]:
     data = tmp_path_factory.mktemp("data")
     settings = {"GENERATION_WORKERS": "1", "PREPROCESS_WORKERS": "1", "DATABASE_URL": database_url(request.param, data)}
-    with served(comfyui.url, data, **settings) as running:
+    with gateway_process(comfyui.url, data, **settings) as running:
         yield running
 
 
 @pytest.fixture
-def endpoint(gateway: Served, monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
+def endpoint(gateway: GatewayProcess, monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
     monkeypatch.setattr(runpod, "endpoint_url_base", f"{gateway.url}/v2")
     monkeypatch.setattr(runpod, "api_key", KEY)
     made = Endpoint("mine")
@@ -59,7 +58,7 @@ def curl(url: str, body: Any = None) -> dict[str, Any]:
     return answer
 
 
-def test_the_described_requests_with_curl(gateway: Served) -> None:
+def test_the_described_requests_with_curl(gateway: GatewayProcess) -> None:
     """With an input picture, and without waiting."""
     images = [{"name": "input.png", "image": data_uri(png(RED))}]
     done = curl(f"{gateway.url}/v2/mine/runsync", {"input": {"workflow": inverted("input.png"), "images": images}})
@@ -74,7 +73,7 @@ def test_the_described_requests_with_curl(gateway: Served) -> None:
     assert colors(base64.b64decode(status["output"]["images"][0]["data"])) == [RED]
 
 
-def test_the_described_graph_ends_in_the_described_error(gateway: Served) -> None:
+def test_the_described_graph_ends_in_the_described_error(gateway: GatewayProcess) -> None:
     """The graph of the first example is cut short: no node of it makes a file."""
     graph = {
         "6": {
@@ -100,7 +99,7 @@ def test_run_sync_returns_the_picture(endpoint: Endpoint) -> None:
     assert colors(base64.b64decode(image["data"])) == [RED]
 
 
-def test_run_is_followed_to_its_output(endpoint: Endpoint, gateway: Served) -> None:
+def test_run_is_followed_to_its_output(endpoint: Endpoint, gateway: GatewayProcess) -> None:
     job = endpoint.run({"input": {"workflow": work(0.3)}})
     assert job.job_id.endswith("-u1")
     assert job.status() in ("IN_QUEUE", "IN_PROGRESS", "COMPLETED")
@@ -127,7 +126,7 @@ def test_a_job_that_is_cancelled_is_off_the_gpu(endpoint: Endpoint, comfyui: Com
     assert job.output() is None
 
 
-def test_a_failing_job_says_why(endpoint: Endpoint, gateway: Served) -> None:
+def test_a_failing_job_says_why(endpoint: Endpoint, gateway: GatewayProcess) -> None:
     job = endpoint.run({"workflow": work(0.1, fail_at=1)})
     assert job.output(timeout=TIMEOUT_S)["code"] == "out_of_memory"
     assert job.status() == "FAILED"
@@ -146,14 +145,14 @@ def test_run_sync_of_a_failed_job_shows_the_sentence(endpoint: Endpoint) -> None
     assert streamed[-1]["error"] == output["error"]
 
 
-def test_a_job_longer_than_the_wait_is_polled(gateway: Served, endpoint: Endpoint) -> None:
+def test_a_job_longer_than_the_wait_is_polled(gateway: GatewayProcess, endpoint: Endpoint) -> None:
     answer = gateway.post("/v2/mine/runsync?wait=1000", {"input": {"workflow": work(1.5)}}).json()
     assert answer["id"].startswith("sync-")
     assert answer["status"] == "IN_PROGRESS"
     assert "images" in runpod.endpoint.runner.Job("mine", answer["id"], endpoint.rp_client).output(timeout=TIMEOUT_S)
 
 
-def test_a_client_gone_in_the_middle_of_runsync_leaves_its_job_running(gateway: Served) -> None:
+def test_a_client_gone_in_the_middle_of_runsync_leaves_its_job_running(gateway: GatewayProcess) -> None:
     body = {"input": {"workflow": work(1)}}
     headers = {**gateway.headers, "Idempotency-Key": "gone"}
     with pytest.raises(requests.ReadTimeout):
@@ -163,7 +162,7 @@ def test_a_client_gone_in_the_middle_of_runsync_leaves_its_job_running(gateway: 
 
 
 def test_a_job_whose_file_is_gone_is_not_taken_for_one_that_is_not_there(comfyui: ComfyUI, tmp_path: Path) -> None:
-    with served(comfyui.url, tmp_path) as gateway:
+    with gateway_process(comfyui.url, tmp_path) as gateway:
         job_id = gateway.run(picture((1, 2, 3)))
         (item,) = gateway.ended(job_id)["output"]["images"]
         for file in (tmp_path / "assets").rglob(item["filename"]):
@@ -192,7 +191,7 @@ def test_health_and_purge_count_what_there_is(endpoint: Endpoint, comfyui: Comfy
     assert endpoint.health()["workers"]["ready"] == 1
 
 
-def test_a_wrong_key_is_what_the_client_says(gateway: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_key_is_what_the_client_says(gateway: GatewayProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runpod, "endpoint_url_base", f"{gateway.url}/v2")
     endpoint = Endpoint("mine", api_key="wrong")
     with pytest.raises(RuntimeError, match="401"):
@@ -224,7 +223,7 @@ def test_the_asyncio_client_does_it_all_too(endpoint: Endpoint, comfyui: ComfyUI
     asyncio.run(drive())
 
 
-def test_neither_key_nor_prompt_is_in_the_log(gateway: Served, endpoint: Endpoint) -> None:
+def test_neither_key_nor_prompt_is_in_the_log(gateway: GatewayProcess, endpoint: Endpoint) -> None:
     graph = picture(RED, prefix="a-very-secret-prompt")
     endpoint.run_sync({"workflow": graph, "comfy_org_api_key": "comfy-secret"}, timeout=TIMEOUT_S)
     for secret in (KEY, "a-very-secret-prompt", "comfy-secret"):
@@ -233,11 +232,11 @@ def test_neither_key_nor_prompt_is_in_the_log(gateway: Served, endpoint: Endpoin
 
 def test_beyond_loopback_a_key_is_made_kept_and_printed_once(comfyui: ComfyUI, tmp_path: Path) -> None:
     settings = {"API_KEYS": "", "API_HOST": "0.0.0.0"}
-    with served(comfyui.url, tmp_path, **settings) as first:
+    with gateway_process(comfyui.url, tmp_path, **settings) as first:
         key = first.process.wait_for_line(r"api\.key: (\S+)").group(1)
         assert requests.get(f"{first.url}/health", timeout=TIMEOUT_S).status_code == 401
         headers = {"Authorization": f"Bearer {key}"}
         assert requests.get(f"{first.url}/health", headers=headers, timeout=TIMEOUT_S).status_code == 200
-    with served(comfyui.url, tmp_path, **settings) as second:
+    with gateway_process(comfyui.url, tmp_path, **settings) as second:
         assert requests.get(f"{second.url}/health", headers=headers, timeout=TIMEOUT_S).status_code == 200
         assert key not in second.process.output

@@ -13,13 +13,12 @@ from typing import Any
 import psycopg
 import requests
 
-from tests.support import graphs
-from tests.support.gateway import GatewayProcess
-from tests.support.patience import TIMEOUT_S
-from tests.support.postgres import Postgres, postgres
-from tests.support.receiver import Receiver
-from tests.support.running import wait_until
-from tests.support.victims import Emulated
+from tests.support.comfyui import graphs
+from tests.support.comfyui.controllable import EmulatedComfyUI
+from tests.support.databases.postgres import Postgres, postgres
+from tests.support.gateway.restartable import RestartableGateway
+from tests.support.network.webhook_receiver import Receiver
+from tests.support.waiting import TIMEOUT_S, wait_until
 
 OUTAGES = 8
 SEED = 11
@@ -31,7 +30,7 @@ WAYS = (signal.SIGINT, signal.SIGQUIT, signal.SIGKILL)
 class Client(threading.Thread):
     """Sends one job after the other, each under an idempotency key and as often as it takes."""
 
-    def __init__(self, gateway: GatewayProcess, webhook: str, number: int, ending: threading.Event) -> None:
+    def __init__(self, gateway: RestartableGateway, webhook: str, number: int, ending: threading.Event) -> None:
         super().__init__(name=f"client {number}")
         self._gateway = gateway
         self._webhook = webhook
@@ -63,9 +62,9 @@ class Client(threading.Thread):
 
 
 def test_nothing_is_lost_or_doubled(tmp_path: Path) -> None:
-    with postgres() as server, Emulated(base_directory=tmp_path / "comfyui") as comfyui, Receiver() as receiver:
+    with postgres() as server, EmulatedComfyUI(base_directory=tmp_path / "comfyui") as comfyui, Receiver() as receiver:
         url = server.new_database()
-        gateway = GatewayProcess(
+        gateway = RestartableGateway(
             tmp_path / "data", comfyui.url, DATABASE_URL=url, RATE_LIMIT_RUN="off", RATE_LIMIT_STATUS="off"
         )
         gateway.start()
@@ -86,7 +85,7 @@ def test_nothing_is_lost_or_doubled(tmp_path: Path) -> None:
         assert "Traceback" not in gateway.logs[-1]
 
 
-def torment(server: Postgres, gateway: GatewayProcess, webhook: str) -> list[Client]:
+def torment(server: Postgres, gateway: RestartableGateway, webhook: str) -> list[Client]:
     """Let the database go away so often under load; return the clients when all that they sent is accepted."""
     lot, ending = random.Random(SEED), threading.Event()
     clients = [Client(gateway, webhook, number, ending) for number in range(CLIENTS)]
@@ -103,7 +102,7 @@ def torment(server: Postgres, gateway: GatewayProcess, webhook: str) -> list[Cli
     return clients
 
 
-def waiting(gateway: GatewayProcess) -> int:
+def waiting(gateway: RestartableGateway) -> int:
     answer = requests.get(f"{gateway.url}/health", timeout=TIMEOUT_S)
     counts = answer.json().get("jobs", {"inQueue": 1, "inProgress": 0})
     return int(counts["inQueue"] + counts["inProgress"])

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from benchmarks.gateway_kill.run import Found, run
-from tests.support.postgres import postgres
+from tests.support.databases.postgres import postgres
 
 KILLS = 10
 SEED = 7

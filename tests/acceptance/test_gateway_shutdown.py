@@ -17,12 +17,11 @@ from urllib.parse import urlsplit
 import pytest
 import websocket
 
-from tests.support.comfyui import ComfyUI, emulator
-from tests.support.graphs import work
-from tests.support.patience import TIMEOUT_S
-from tests.support.processes import Process
-from tests.support.running import wait_until
-from tests.support.served import Served, served
+from tests.support.comfyui.graphs import work
+from tests.support.comfyui.instance import ComfyUI, emulator
+from tests.support.gateway.process import GatewayProcess, gateway_process
+from tests.support.processes.process import Process
+from tests.support.waiting import TIMEOUT_S, wait_until
 
 LONG_S = 600.0
 """How long a job takes whose end no test waits for."""
@@ -43,8 +42,8 @@ def data(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def gateway(comfyui: ComfyUI, data: Path) -> Iterator[Served]:
-    with served(comfyui.url, data) as running:
+def gateway(comfyui: ComfyUI, data: Path) -> Iterator[GatewayProcess]:
+    with gateway_process(comfyui.url, data) as running:
         yield running
 
 
@@ -88,14 +87,14 @@ def serve(environment: Mapping[str, str], *program: str) -> Process:
 
 class TestSignals:
     @BOTH
-    def test_one_that_has_nothing_to_do_ends_at_once(self, gateway: Served, number: signal.Signals) -> None:
+    def test_one_that_has_nothing_to_do_ends_at_once(self, gateway: GatewayProcess, number: signal.Signals) -> None:
         assert gateway.get("/health").ok  # and the connection stays open, idle
         gateway.process.send_signal(number)
         assert_ended_well(gateway.process)
 
     @BOTH
     def test_a_waiting_runsync_is_answered_and_its_job_goes_on(
-        self, comfyui: ComfyUI, gateway: Served, data: Path, pool: ThreadPoolExecutor, number: signal.Signals
+        self, comfyui: ComfyUI, gateway: GatewayProcess, data: Path, pool: ThreadPoolExecutor, number: signal.Signals
     ) -> None:
         waiting = pool.submit(gateway.post, "/runsync?wait=300000", {"input": {"workflow": work(LONG_S)}})
         prompt_id = comfyui.wait_until_running()
@@ -104,13 +103,13 @@ class TestSignals:
         answer = waiting.result().json()
         assert answer["status"] == "IN_PROGRESS"
         assert_ended_well(gateway.process)
-        with served(comfyui.url, data) as again:
+        with gateway_process(comfyui.url, data) as again:
             again.process.wait_for_line(f"job {answer['id']} is taken up again")
             assert comfyui.queue() == [prompt_id]
             assert again.post(f"/cancel/{answer['id']}").json()["status"] == "CANCELLED"
             assert comfyui.queue() == []
 
-    def test_live_streams_end(self, comfyui: ComfyUI, gateway: Served, pool: ThreadPoolExecutor) -> None:
+    def test_live_streams_end(self, comfyui: ComfyUI, gateway: GatewayProcess, pool: ThreadPoolExecutor) -> None:
         job_id = gateway.run(work(LONG_S))
         comfyui.wait_until_running()
         assert gateway.wait_until_one_runs() == job_id
@@ -142,7 +141,7 @@ class TestSignals:
             assert told.result().json()["status"] == "IN_PROGRESS"
         assert_ended_well(gateway.process)
 
-    def test_what_is_sent_on_a_kept_connection_is_answered(self, gateway: Served) -> None:
+    def test_what_is_sent_on_a_kept_connection_is_answered(self, gateway: GatewayProcess) -> None:
         """A request that was half sent when the gateway was told to end, and the one after it on another connection."""
         body = json.dumps({"input": {"workflow": work(0.0)}})
         address = urlsplit(gateway.url)
@@ -166,7 +165,9 @@ class TestSignals:
                 answer.read()
         assert_ended_well(gateway.process)
 
-    def test_saying_it_again_changes_nothing(self, comfyui: ComfyUI, gateway: Served, pool: ThreadPoolExecutor) -> None:
+    def test_saying_it_again_changes_nothing(
+        self, comfyui: ComfyUI, gateway: GatewayProcess, pool: ThreadPoolExecutor
+    ) -> None:
         waiting = pool.submit(gateway.post, "/runsync", {"input": {"workflow": work(LONG_S)}})
         comfyui.wait_until_running()
         gateway.wait_until_one_runs()

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from tests.support.comfyui import ComfyUI
-from tests.support.comfyui import comfyui as running_comfyui
-from tests.support.file_server import FileServer, file_server
-from tests.support.graphs import colors, inverted, node, png
-from tests.support.processes import ROOT
-from tests.support.served import Served, served
+from tests.support.comfyui.graphs import colors, inverted, node, png
+from tests.support.comfyui.instance import ComfyUI
+from tests.support.comfyui.instance import comfyui as running_comfyui
+from tests.support.gateway.process import GatewayProcess, gateway_process
+from tests.support.network.file_server import FileServer, file_server
+from tests.support.paths import ROOT
 
 PAGE = (ROOT / "docs/how-to/modifiers.md").read_text(encoding="utf-8")
 CODE = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
@@ -71,7 +71,7 @@ def files() -> Iterator[FileServer]:
 
 
 @pytest.fixture(scope="module")
-def gateway(comfyui: ComfyUI, files: FileServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def gateway(comfyui: ComfyUI, files: FileServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
     root = tmp_path_factory.mktemp("gateway")
     (root / "workflows").mkdir()
     (root / "modifiers").mkdir()
@@ -84,7 +84,7 @@ def gateway(comfyui: ComfyUI, files: FileServer, tmp_path_factory: pytest.TempPa
     (root / "modifiers/broken.py").write_text("\nimport a_package_that_is_nowhere\n\nclass Broken: pass\n")
     (root / "workflows/image2image.json").write_text(json.dumps(image_to_image()))
     settings = {"MODIFIERS_DIR": str(root / "modifiers"), "WORKFLOWS_DIR": str(ROOT / "workflows")}
-    with served(comfyui.url, root / "data", **settings, RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS="true") as running:
+    with gateway_process(comfyui.url, root / "data", **settings, RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS="true") as running:
         yield running
 
 
@@ -97,7 +97,7 @@ def image_to_image() -> dict[str, Any]:
     return {"10": load, "2": invert, "9": save, "3": sampler, "6": text}
 
 
-def test_the_descriptions_modifier_runs_as_printed(gateway: Served) -> None:
+def test_the_descriptions_modifier_runs_as_printed(gateway: GatewayProcess) -> None:
     payload = {"input": {"modifier": "Image2Image", "modifications": {"prompt": "a beautiful sunset"}}}
     result = gateway.post("/generate/sync", payload).json()
     assert result["status"] == "completed", result
@@ -107,7 +107,7 @@ def test_the_descriptions_modifier_runs_as_printed(gateway: Served) -> None:
 
 
 @pytest.mark.parametrize("payload", PAYLOADS, ids=lambda payload: payload["input"]["modifier"])
-def test_the_examples_of_the_documentation_run_as_printed(gateway: Served, payload: dict[str, Any]) -> None:
+def test_the_examples_of_the_documentation_run_as_printed(gateway: GatewayProcess, payload: dict[str, Any]) -> None:
     answer = gateway.post("/generate/sync", payload)
     result = answer.json()
     assert (answer.status_code, result["status"]) == (200, "completed"), result
@@ -118,7 +118,7 @@ def test_the_examples_of_the_documentation_run_as_printed(gateway: Served, paylo
 
 @pytest.mark.parametrize("path", ["/generate", "/generate/sync", "/generate/stream"])
 def test_a_modifier_that_cannot_be_loaded_is_named_with_file_line_and_reason(
-    gateway: Served, tmp_path: Path, path: str
+    gateway: GatewayProcess, tmp_path: Path, path: str
 ) -> None:
     answer = gateway.post(path, {"input": {"modifier": "Broken"}})
     reason = "broken.py, line 2: ModuleNotFoundError: No module named 'a_package_that_is_nowhere'"
@@ -129,7 +129,7 @@ def test_a_modifier_that_cannot_be_loaded_is_named_with_file_line_and_reason(
     assert str(tmp_path.parents[1]) not in answer.text + other.text
 
 
-def test_a_modification_that_is_not_read_is_a_warning(gateway: Served) -> None:
+def test_a_modification_that_is_not_read_is_a_warning(gateway: GatewayProcess) -> None:
     payload = {"input": {"modifier": "Text2Image", "modifications": {"prompt": "a sea", "colour": "red"}}}
     result = gateway.post("/generate/sync", payload).json()
     assert result["warnings"] == ["input.modifications.colour was not read by the modifier"]
@@ -148,7 +148,7 @@ TEXTS = {
 SAMPLER = {"seed": "__RANDOM_INT__", "steps": 2, "cfg": 8, "sampler_name": "dpmpp_2m", "scheduler": "normal"}
 
 
-def test_ai_docks_payload_for_its_modifier_runs(gateway: Served) -> None:
+def test_ai_docks_payload_for_its_modifier_runs(gateway: GatewayProcess) -> None:
     modifications = {
         "prompt": "A beautiful sunset over mountains, photorealistic",
         "negative_prompt": "blurry, low quality",
@@ -165,7 +165,7 @@ def test_ai_docks_payload_for_its_modifier_runs(gateway: Served) -> None:
     assert (result["status"], len(result["output"]), "warnings" in result) == ("completed", 1, False), result
 
 
-def test_ai_docks_raw_payload_downloads_its_picture(gateway: Served, files: FileServer) -> None:
+def test_ai_docks_raw_payload_downloads_its_picture(gateway: GatewayProcess, files: FileServer) -> None:
     graph = {
         **TEXTS,
         "3": node(
@@ -189,7 +189,9 @@ def test_ai_docks_raw_payload_downloads_its_picture(gateway: Served, files: File
 
 
 @pytest.mark.parametrize("is_raw", [True, False])
-def test_a_url_in_any_other_input_is_downloaded_too(gateway: Served, files: FileServer, *, is_raw: bool) -> None:
+def test_a_url_in_any_other_input_is_downloaded_too(
+    gateway: GatewayProcess, files: FileServer, *, is_raw: bool
+) -> None:
     url = files.put("/other.png", png((9, 9, 9)))
     graph = {"1": node("PrimitiveString", value=url), "2": node("PreviewAny", source=["1", 0])}
     job_input = {"modifier": "Echo", "modifications": {"url": url}} if not is_raw else {"workflow_json": graph}

@@ -11,16 +11,15 @@ import pytest
 import requests
 
 import comfy_worker
-from tests.support.comfyui import ComfyUI
-from tests.support.comfyui import comfyui as running_comfyui
-from tests.support.graphs import colors, picture
-from tests.support.patience import TIMEOUT_S
-from tests.support.ports import silent_port
-from tests.support.processes import Process
-from tests.support.receiver import Receiver
-from tests.support.running import wait_until
-from tests.support.s3 import ACCESS_KEY, SECRET_KEY, s3_server
-from tests.support.served import Served, served
+from tests.support.comfyui.graphs import colors, picture
+from tests.support.comfyui.instance import ComfyUI
+from tests.support.comfyui.instance import comfyui as running_comfyui
+from tests.support.gateway.process import GatewayProcess, gateway_process
+from tests.support.network.ports import closed_port
+from tests.support.network.webhook_receiver import Receiver
+from tests.support.processes.process import Process
+from tests.support.storage.s3_server import ACCESS_KEY, SECRET_KEY, s3_server
+from tests.support.waiting import TIMEOUT_S, wait_until
 
 RED = (255, 0, 0)
 
@@ -60,7 +59,7 @@ def test_a_gateway_that_is_set_up_as_described(comfyui: ComfyUI, tmp_path: Path)
             "WEBHOOK_TIMEOUT": "30",
             "RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS": "true",
         }
-        with served(comfyui.url, tmp_path, **settings) as gateway:
+        with gateway_process(comfyui.url, tmp_path, **settings) as gateway:
             result = gateway.post("/generate/sync", {"input": {"workflow_json": picture(RED)}}).json()
             [message] = receiver.wait_for(1)
             assert "0.0.0.0" in gateway.process.output
@@ -84,7 +83,7 @@ def test_what_is_not_supported_ends_the_start_with_a_sentence(tmp_path: Path, na
 def test_a_key_that_is_used_too_often_is_told_when_to_come_back(tmp_path: Path) -> None:
     limits = {"RATE_LIMIT_RUN": "2/hour", "RATE_LIMIT_RUNSYNC": "1/hour"}
     body = {"input": {"workflow_json": picture(RED)}}
-    with silent_port() as port, served(f"http://127.0.0.1:{port}", tmp_path, **limits) as gateway:
+    with closed_port() as port, gateway_process(f"http://127.0.0.1:{port}", tmp_path, **limits) as gateway:
         answers = [gateway.post("/generate", body) for _ in range(2)]
         answers += [gateway.post("/generate/stream", body), gateway.post("/generate/sync?timeout=0.1", body)]
         answers.append(gateway.post("/generate/sync", body))
@@ -99,7 +98,7 @@ def test_a_gateway_that_reloads_serves_its_changed_code(comfyui: ComfyUI, tmp_pa
     package = tmp_path / "src/comfy_worker"
     shutil.copytree(Path(comfy_worker.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
     settings = {"API_RELOAD": "true", "PYTHONPATH": str(tmp_path / "src")}
-    with served(comfyui.url, tmp_path / "data", **settings) as gateway:
+    with gateway_process(comfyui.url, tmp_path / "data", **settings) as gateway:
         wait_until(lambda: version(gateway) == comfy_worker.__version__)
         (package / "__init__.py").write_text('__version__ = "99"\n', encoding="utf-8")
         wait_until(lambda: version(gateway) == "99")
@@ -109,7 +108,7 @@ def test_a_gateway_that_reloads_serves_its_changed_code(comfyui: ComfyUI, tmp_pa
     assert "Traceback" not in gateway.process.output
 
 
-def version(gateway: Served) -> str | None:
+def version(gateway: GatewayProcess) -> str | None:
     """Return the version of the gateway that listens, None while none does."""
     try:
         found: str = gateway.get("/health").json()["version"]

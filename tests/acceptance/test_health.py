@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import requests
 
-from tests.support import graphs
-from tests.support.comfyui import ComfyUI, comfyui, emulator
-from tests.support.endpoint import Endpoint, endpoint, worker
-from tests.support.patience import TIMEOUT_S
-from tests.support.platform import Platform
-from tests.support.ports import silent_port
-from tests.support.processes import Process, start_handler
+from tests.support.comfyui import graphs
+from tests.support.comfyui.instance import ComfyUI, comfyui, emulator
+from tests.support.network.ports import closed_port
+from tests.support.processes.process import Process, start_handler
+from tests.support.runpod.endpoint import Endpoint, endpoint, worker
+from tests.support.runpod.platform import Platform
+from tests.support.waiting import TIMEOUT_S
 
 PICTURE = {"workflow": graphs.picture((1, 2, 3))}
 GIVEN_UP = "ComfyUI died 5 times in a row; its last words were: out of patience"
@@ -53,7 +53,7 @@ def unhealthy(platform: Platform) -> Mapping[str, str]:
 
 def test_a_worker_without_comfyui_says_so_and_ends(platform: Platform) -> None:
     job_id = platform.submit(PICTURE)
-    with silent_port() as port, start(platform, f"http://127.0.0.1:{port}", COMFYUI_READY_TIMEOUT_S="0.3") as process:
+    with closed_port() as port, start(platform, f"http://127.0.0.1:{port}", COMFYUI_READY_TIMEOUT_S="0.3") as process:
         assert process.wait(30) == 1
 
     query = unhealthy(platform)
@@ -93,7 +93,7 @@ def test_an_idle_worker_whose_comfyui_is_given_up_says_so_and_ends(platform: Pla
 
     assert (unhealthy(platform)["check"], unhealthy(platform)["reason"]) == ("comfyui", GIVEN_UP)
     assert "Traceback" not in process.output
-    assert platform.board.polling["worker-1"] == 0
+    assert platform.state.polling["worker-1"] == 0
 
 
 def test_the_job_of_a_worker_whose_comfyui_is_given_up_is_answered(platform: Platform, tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_a_worker_tells_which_jobs_it_has(plain: Endpoint, comfy: ComfyUI) -> No
     comfy.wait_until_running()
 
     def told() -> bool:
-        return any(call.kind == "ping" and call.query.get("job_id") == job_id for call in platform.board.calls)
+        return any(call.kind == "ping" and call.query.get("job_id") == job_id for call in platform.state.calls)
 
     platform.wait_until(told, "a ping with the job")
     platform.cancel(job_id)
@@ -227,7 +227,7 @@ def test_settings_that_cannot_be_meant_end_the_worker_before_it_starts(platform:
 
 
 def test_the_local_api_ends_with_code_0(comfy: ComfyUI) -> None:
-    with silent_port() as port:
+    with closed_port() as port:
         pass
     process = start_handler({"COMFYUI_URL": comfy.url}, "--rp_serve_api", "--rp_api_port", str(port))
     with process:

@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 import requests
 
-from tests.support import graphs
-from tests.support.board import PlatformJob
-from tests.support.comfyui import ComfyUI, comfyui, emulator
-from tests.support.detour import Detour
-from tests.support.endpoint import Endpoint, endpoint, worker
-from tests.support.patience import TIMEOUT_S
-from tests.support.platform import Platform
-from tests.support.platform_http import Mischief
-from tests.support.processes import Process, start_handler
+from tests.support.comfyui import graphs
+from tests.support.comfyui.instance import ComfyUI, comfyui, emulator
+from tests.support.processes.process import Process, start_handler
+from tests.support.runpod.endpoint import Endpoint, endpoint, worker
+from tests.support.runpod.intercepting_proxy import InterceptingProxy
+from tests.support.runpod.platform import Platform
+from tests.support.runpod.platform_http import PlatformFault
+from tests.support.runpod.platform_state import PlatformJob
+from tests.support.waiting import TIMEOUT_S
 
 INTERVAL_S = 0.5
 PICTURE = {"workflow": graphs.picture((1, 2, 3))}
@@ -48,15 +48,15 @@ def is_result(body: dict[str, Any]) -> bool:
 
 
 @pytest.fixture(scope="module")
-def long_way(comfy: ComfyUI) -> Iterator[tuple[Detour, Endpoint]]:
+def long_way(comfy: ComfyUI) -> Iterator[tuple[InterceptingProxy, Endpoint]]:
     with Platform() as platform:
-        running = Detour(platform)
+        running = InterceptingProxy(platform)
         with running.listening() as settings, worker(platform, comfy.url, settings=settings) as process:
             yield running, Endpoint(platform, process)
 
 
 @pytest.fixture
-def detour(long_way: tuple[Detour, Endpoint]) -> Iterator[tuple[Detour, Endpoint]]:
+def detour(long_way: tuple[InterceptingProxy, Endpoint]) -> Iterator[tuple[InterceptingProxy, Endpoint]]:
     yield long_way
     long_way[0].reset()
 
@@ -113,7 +113,7 @@ def test_a_short_job_posts_its_result_only(plain: Endpoint) -> None:
 
 
 def test_an_update_that_the_platform_is_slow_to_take_does_not_come_after_the_result(
-    detour: tuple[Detour, Endpoint],
+    detour: tuple[InterceptingProxy, Endpoint],
 ) -> None:
     running, ends = detour
     asked: list[bool] = []
@@ -134,11 +134,13 @@ def test_an_update_that_the_platform_is_slow_to_take_does_not_come_after_the_res
 
 
 def count(platform: Platform, job_id: str) -> int:
-    return sum(call.kind == "job-done" and call.job_id == job_id for call in platform.board.calls)
+    return sum(call.kind == "job-done" and call.job_id == job_id for call in platform.state.calls)
 
 
 @pytest.mark.parametrize("status", [400, 500])
-def test_updates_that_are_refused_change_nothing_about_the_result(detour: tuple[Detour, Endpoint], status: int) -> None:
+def test_updates_that_are_refused_change_nothing_about_the_result(
+    detour: tuple[InterceptingProxy, Endpoint], status: int
+) -> None:
     running, ends = detour
     refused: list[dict[str, Any]] = []
 
@@ -185,16 +187,16 @@ def moments(platform: Platform) -> list[float]:
 
 def test_a_platform_that_fails_is_asked_more_and_more_rarely(comfy: ComfyUI) -> None:
     """All at the same time, for most of it is waiting."""
-    failures: dict[Mischief, int] = {401: 3, 404: 3, 500: 3, "cut": 6, 429: 1}
+    failures: dict[PlatformFault, int] = {401: 3, 404: 3, 500: 3, "cut": 6, 429: 1}
     with ExitStack() as stack:
         platforms = {}
         for failure, times in failures.items():
             platforms[failure] = platform = stack.enter_context(Platform())
-            platform.misbehave("job-take", failure, times)
+            platform.inject_fault("job-take", failure, times)
             platform.submit(PICTURE)
             stack.enter_context(left_alone(platform, comfy))
         for platform in platforms.values():
-            [job_id] = platform.board.jobs
+            [job_id] = platform.state.jobs
             assert platform.wait_for_end(job_id) == "COMPLETED"
 
     for failure in (401, 404, 500):
@@ -224,14 +226,14 @@ def test_a_platform_that_is_down_is_asked_rarely_and_served_when_it_is_back(comf
 
 def test_a_platform_that_answers_nothing_at_once_is_asked_twice_a_second(comfy: ComfyUI) -> None:
     with Platform(take_hold_s=0.0) as platform, left_alone(platform, comfy):
-        platform.wait_until(lambda: sum(call.kind == "job-take" for call in platform.board.calls) > 3, "questions")
+        platform.wait_until(lambda: sum(call.kind == "job-take" for call in platform.state.calls) > 3, "questions")
         assert all(later - earlier >= 0.5 for earlier, later in pairwise(moments(platform)))
         assert platform.run(PICTURE)["status"] == "COMPLETED"
 
 
 def test_a_result_that_is_refused_twice_is_posted_a_third_time(comfy: ComfyUI) -> None:
     with Platform() as platform, worker(platform, comfy.url):
-        platform.misbehave("job-done", 500, times=2)
+        platform.inject_fault("job-done", 500, times=2)
         job_id = platform.submit(PICTURE)
         assert platform.wait_for_end(job_id) == "COMPLETED"
         assert [call.status for call in platform.calls("job-done", job_id=job_id)] == [500, 500, 200]
@@ -253,7 +255,9 @@ def test_a_job_is_stopped_wherever_it_is_and_the_next_one_runs(plain: Endpoint, 
     assert comfy.queue() == []
 
 
-def test_a_stop_that_arrives_before_its_job_is_heeded(detour: tuple[Detour, Endpoint], comfy: ComfyUI) -> None:
+def test_a_stop_that_arrives_before_its_job_is_heeded(
+    detour: tuple[InterceptingProxy, Endpoint], comfy: ComfyUI
+) -> None:
     """The two come over different connections."""
     running, ends = detour
     stop_arrived, stop_heard = threading.Event(), threading.Event()
@@ -297,7 +301,7 @@ def test_a_second_cancel_does_not_leave_the_prompt_behind(comfy: ComfyUI) -> Non
 
 def stop_twice(platform: Platform, job: PlatformJob) -> None:
     """Cancel a job, and once more when the worker has heard of it and is at it."""
-    board = platform.board
+    board = platform.state
     heard = len(platform.calls("job-stop"))
     platform.cancel(job.id)
     platform.wait_until(lambda: sum(call.kind == "job-stop" for call in board.calls) > heard, "another poll for stops")
@@ -322,7 +326,7 @@ def test_a_job_that_comes_while_one_of_two_workers_is_busy_starts_on_the_other(c
         busy_worker = platform.status(long)["workerId"]
         busy[busy_worker].wait_until_running()
         for _ in range(3):
-            assert platform.board.polling[busy_worker] == 0, "a busy worker does not ask for more"
+            assert platform.state.polling[busy_worker] == 0, "a busy worker does not ask for more"
             status = platform.run(PICTURE)
             assert (status["status"], status["workerId"] == busy_worker) == ("COMPLETED", False)
         assert platform.in_flight(busy_worker) == [long]
@@ -330,7 +334,7 @@ def test_a_job_that_comes_while_one_of_two_workers_is_busy_starts_on_the_other(c
         platform.wait_for_worker(busy_worker)
 
 
-def when_the_result_is_posted(running: Detour, first: str, act: Callable[[], Any]) -> None:
+def when_the_result_is_posted(running: InterceptingProxy, first: str, act: Callable[[], Any]) -> None:
     """Do something when the worker posts the result of a job, before the platform gets it."""
 
     def before(job_id: str, body: dict[str, Any]) -> None:
@@ -340,7 +344,9 @@ def when_the_result_is_posted(running: Detour, first: str, act: Callable[[], Any
     running.before_post = before
 
 
-def test_the_next_job_is_taken_when_the_first_leaves_the_gpu(detour: tuple[Detour, Endpoint], comfy: ComfyUI) -> None:
+def test_the_next_job_is_taken_when_the_first_leaves_the_gpu(
+    detour: tuple[InterceptingProxy, Endpoint], comfy: ComfyUI
+) -> None:
     running, ends = detour
     platform = ends.platform
     first, second = platform.submit(working(1.0)), platform.submit(PICTURE)
@@ -365,11 +371,11 @@ def test_an_eager_worker_has_the_next_job_in_hand(comfy: ComfyUI) -> None:
         running, ahead, behind = (platform.submit(working(60)) for _ in range(3))
         platform.wait_for_state(ahead, "IN_PROGRESS")
         assert [platform.status(job)["status"] for job in (running, behind)] == ["IN_PROGRESS", "IN_QUEUE"]
-        assert platform.board.polling["worker-1"] == 0
+        assert platform.state.polling["worker-1"] == 0
         for job_id in (behind, ahead, running):
             platform.cancel(job_id)
         assert platform.run(PICTURE)["status"] == "COMPLETED"
-        assert platform.board.peak_in_flight["worker-1"] == 2
+        assert platform.state.peak_in_flight["worker-1"] == 2
 
 
 def test_without_prefetching_the_next_job_waits_for_the_first_ones_result(comfy: ComfyUI) -> None:
@@ -382,4 +388,4 @@ def test_without_prefetching_the_next_job_waits_for_the_first_ones_result(comfy:
         assert earlier.ended_at is not None
         assert later.started_at is not None
         assert earlier.ended_at <= later.started_at
-    assert platform.board.peak_in_flight["worker-1"] == 1
+    assert platform.state.peak_in_flight["worker-1"] == 1

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import requests
 
-from tests.support.comfyui import ComfyUI, comfyui
-from tests.support.endpoint import endpoint
-from tests.support.graphs import Graph, colors, node, picture, work
-from tests.support.patience import TIMEOUT_S
-from tests.support.processes import start_handler
-from tests.support.receiver import Receiver
-from tests.support.served import Served, served
+from tests.support.comfyui.graphs import Graph, colors, node, picture, work
+from tests.support.comfyui.instance import ComfyUI, comfyui
+from tests.support.gateway.process import GatewayProcess, gateway_process
+from tests.support.network.webhook_receiver import Receiver
+from tests.support.processes.process import start_handler
+from tests.support.runpod.endpoint import endpoint
+from tests.support.waiting import TIMEOUT_S
 
 RED = (255, 0, 0)
 SENTENCE = "Workflow execution error: Node Type: TestWork, Node ID: 3"
@@ -43,16 +43,16 @@ def comfy() -> Iterator[ComfyUI]:
 
 
 @pytest.fixture(scope="module")
-def gateway(comfy: ComfyUI, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def gateway(comfy: ComfyUI, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
     workflows = tmp_path_factory.mktemp("workflows")
     (workflows / "failing.json").write_text(json.dumps(failing()))
     settings = {"WORKFLOWS_DIR": str(workflows), "RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS": "true"}
-    with served(comfy.url, tmp_path_factory.mktemp("data"), **settings) as running:
+    with gateway_process(comfy.url, tmp_path_factory.mktemp("data"), **settings) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def failed(gateway: Served) -> str:
+def failed(gateway: GatewayProcess) -> str:
     """Return the id of a job that failed."""
     job_id = gateway.run(failing())
     assert gateway.ended(job_id)["status"] == "FAILED"
@@ -97,7 +97,7 @@ def test_a_desk_writes_its_files(comfy: ComfyUI, tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------- gateway
 
 
-def test_runpods_api(gateway: Served, failed: str) -> None:
+def test_runpods_api(gateway: GatewayProcess, failed: str) -> None:
     for path in (f"/status/{failed}", f"/status-sync/{failed}"):
         status = gateway.get(path).json()
         assert status["error"].startswith(SENTENCE) and status["output"]["error"] == status["error"]
@@ -109,7 +109,7 @@ def test_runpods_api(gateway: Served, failed: str) -> None:
     assert_has_the_picture(last["output"])
 
 
-def test_the_generate_api(gateway: Served, failed: str) -> None:
+def test_the_generate_api(gateway: GatewayProcess, failed: str) -> None:
     answer = gateway.get(f"/result/{failed}")
     result = answer.json()
     assert (answer.status_code, result["status"], result["code"]) == (500, "failed", "out_of_memory")
@@ -119,21 +119,21 @@ def test_the_generate_api(gateway: Served, failed: str) -> None:
     assert "a text" in [text["text"] for text in result["texts"]]
 
 
-def test_the_workflow_api(gateway: Served, failed: str) -> None:
+def test_the_workflow_api(gateway: GatewayProcess, failed: str) -> None:
     status = gateway.get(f"/api/workflow/status/{failed}").json()
     assert (status["status"], status["error_code"]) == ("failed", "out_of_memory")
     [url] = status["output_images"]
     assert_is_red(url)
 
 
-def test_the_task_api(gateway: Served, failed: str) -> None:
+def test_the_task_api(gateway: GatewayProcess, failed: str) -> None:
     task = gateway.get(f"/task/{failed}").json()
     assert (task["status"], task["code"]) == ("failed", "out_of_memory")
     [url] = task["result"]["images"]
     assert_is_red(url)
 
 
-def test_the_catalog_api(gateway: Served) -> None:
+def test_the_catalog_api(gateway: GatewayProcess) -> None:
     execution = gateway.post(f"{CATALOG}/workflows/failing/execute", {}).json()["data"]["execution"]
     gateway.get(f"/events/execution-{execution['id']}")  # they end with the job
     told = gateway.get(f"{CATALOG}/executions/{execution['id']}").json()
@@ -142,7 +142,7 @@ def test_the_catalog_api(gateway: Served) -> None:
     assert_is_red(f"{gateway.url}{image['url']}")
 
 
-def test_a_webhook(gateway: Served) -> None:
+def test_a_webhook(gateway: GatewayProcess) -> None:
     with Receiver() as receiver:
         gateway.run(failing(), webhook=receiver.url)
         [told] = receiver.wait_for(1)
@@ -150,14 +150,14 @@ def test_a_webhook(gateway: Served) -> None:
     assert_has_the_picture(told.body["output"])
 
 
-def test_a_job_that_ran_too_long(gateway: Served) -> None:
+def test_a_job_that_ran_too_long(gateway: GatewayProcess) -> None:
     job_id = gateway.run(failing(60, fail_at=0), policy={"executionTimeout": 5000})
     status = gateway.ended(job_id)
     assert (status["status"], status["error"]) == ("TIMED_OUT", "The job ran for longer than 5 seconds")
     assert_has_the_picture(status["output"], "timed_out")
 
 
-def test_a_retry_begins_with_nothing(gateway: Served, comfy: ComfyUI) -> None:
+def test_a_retry_begins_with_nothing(gateway: GatewayProcess, comfy: ComfyUI) -> None:
     in_front = gateway.run(work(60))
     job_id = gateway.run(failing(60, fail_at=0), policy={"executionTimeout": 5000})
     gateway.post(f"/cancel/{in_front}")

@@ -17,12 +17,12 @@ from PIL import Image
 from comfy_worker.settings import Settings
 from comfy_worker.types import JobEvent
 from comfy_worker.worker import Worker
-from tests.support import graphs
-from tests.support.comfyui import ComfyUI, comfyui
-from tests.support.endpoint import Endpoint, endpoint
-from tests.support.patience import TIMEOUT_S
-from tests.support.platform_http import CLIENT_KEY
-from tests.support.s3 import ACCESS_KEY, SECRET_KEY, S3Server, s3_server
+from tests.support.comfyui import graphs
+from tests.support.comfyui.instance import ComfyUI, comfyui
+from tests.support.runpod.endpoint import Endpoint, endpoint
+from tests.support.runpod.platform_http import CLIENT_KEY
+from tests.support.storage.s3_server import ACCESS_KEY, SECRET_KEY, S3Server, s3_server
+from tests.support.waiting import TIMEOUT_S
 
 RUN_LIMIT = 80_000
 LIMITS = {"RUN_RESULT_LIMIT_MB": str(RUN_LIMIT / 1e6), "RUNSYNC_RESULT_LIMIT_MB": "20"}

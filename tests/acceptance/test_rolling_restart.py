@@ -17,14 +17,13 @@ from typing import Any
 import psycopg
 import requests
 
-from tests.support import graphs
-from tests.support.balancer import balancer
-from tests.support.fleet import Site, Sites
-from tests.support.gate import Gate
-from tests.support.patience import TIMEOUT_S
-from tests.support.postgres import postgres
-from tests.support.redis import redis_server
-from tests.support.running import wait_until
+from tests.support.comfyui import graphs
+from tests.support.comfyui.gate_node import Gate
+from tests.support.databases.postgres import postgres
+from tests.support.databases.redis import redis_server
+from tests.support.gateway.fleet import FleetStarter, RunningFleet
+from tests.support.network.load_balancer import load_balancer
+from tests.support.waiting import TIMEOUT_S, wait_until
 
 CLIENTS = 3
 LISTENERS = 2
@@ -114,8 +113,8 @@ def test_a_rolling_restart_is_seen_by_nobody(tmp_path: Path) -> None:
     with postgres() as database, redis_server() as redis, ExitStack() as stack:
         off = {f"RATE_LIMIT_{name}": "off" for name in ("RUN", "STATUS")}
         # One job at a time: none is prepared behind the one that runs all the while.
-        site = Sites(stack, tmp_path / "data", database, redis).start(2, 2, GENERATION_WORKERS="1", **off)
-        front = stack.enter_context(balancer([gateway.url for gateway in site.gateways]))
+        site = FleetStarter(stack, tmp_path / "data", database, redis).start(2, 2, GENERATION_WORKERS="1", **off)
+        front = stack.enter_context(load_balancer([gateway.url for gateway in site.gateways]))
         clients = [Client(front.url) for _ in range(CLIENTS)]
         clients += [Listener(front.url) for _ in range(LISTENERS)]
         with at_work(clients) as wait_for_more:
@@ -188,7 +187,7 @@ def at_work(clients: list[Client]) -> Iterator[Callable[[], None]]:
     raise_what_they_met()
 
 
-def ends(site: Site) -> Counter[tuple[str, str]]:
+def ends(site: RunningFleet) -> Counter[tuple[str, str]]:
     with psycopg.connect(site.fleet.database_url) as connection:
         rows = connection.execute("SELECT job_id, data ->> 'status' FROM events").fetchall()
     return Counter((job_id, status) for job_id, status in rows if status not in ("IN_QUEUE", "IN_PROGRESS"))

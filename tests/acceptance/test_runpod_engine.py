@@ -13,16 +13,15 @@ from typing import Any
 import pytest
 import requests
 
-from tests.support import graphs
-from tests.support.comfyui import ComfyUI, emulator
-from tests.support.endpoint import worker
-from tests.support.gateway import GatewayProcess
-from tests.support.patience import TIMEOUT_S
-from tests.support.platform import Platform
-from tests.support.platform_http import CLIENT_KEY
-from tests.support.processes import Process
-from tests.support.running import wait_until
-from tests.support.served import Served, served
+from tests.support.comfyui import graphs
+from tests.support.comfyui.instance import ComfyUI, emulator
+from tests.support.gateway.process import GatewayProcess, gateway_process
+from tests.support.gateway.restartable import RestartableGateway
+from tests.support.processes.process import Process
+from tests.support.runpod.endpoint import worker
+from tests.support.runpod.platform import Platform
+from tests.support.runpod.platform_http import CLIENT_KEY
+from tests.support.waiting import TIMEOUT_S, wait_until
 
 GREEN = (0, 200, 40)
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT")
@@ -89,15 +88,15 @@ def workflows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def gateway(
     platform: Platform, workers: Workers, workflows: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Served]:
+) -> Iterator[GatewayProcess]:
     own = {"WORKFLOWS_DIR": str(workflows), "LOG_LEVEL": "DEBUG", **settings(platform)}
     # Nothing listens at its COMFYUI_URL, and nothing is to.
-    with served("http://127.0.0.1:9", tmp_path_factory.mktemp("data"), **own) as running:
+    with gateway_process("http://127.0.0.1:9", tmp_path_factory.mktemp("data"), **own) as running:
         yield running
         assert CLIENT_KEY not in running.process.output, "whoever reads the log could use the endpoint"
 
 
-def post(gateway: Served, path: str, body: dict[str, Any]) -> dict[str, Any]:
+def post(gateway: GatewayProcess, path: str, body: dict[str, Any]) -> dict[str, Any]:
     answer = gateway.post(path, body)
     assert answer.status_code in (200, 202), answer.text
     told: dict[str, Any] = answer.json()
@@ -114,7 +113,7 @@ def color_at(link: str) -> list[graphs.Color]:
 # -------------------------------------------------------------------------------------------- RunPod's door
 
 
-def test_runsync_answers_with_the_picture(gateway: Served) -> None:
+def test_runsync_answers_with_the_picture(gateway: GatewayProcess) -> None:
     status = post(gateway, "/runsync", {"input": {"workflow": graphs.picture(GREEN)}})
 
     assert status["status"] == "COMPLETED"
@@ -125,7 +124,7 @@ def test_runsync_answers_with_the_picture(gateway: Served) -> None:
     assert status["executionTime"] >= 0
 
 
-def test_the_events_of_a_job_tell_its_progress(gateway: Served) -> None:
+def test_the_events_of_a_job_tell_its_progress(gateway: GatewayProcess) -> None:
     job_id = gateway.run(graphs.work(3.0, steps=30))
     lines = gateway.get(f"/events/{job_id}").text.splitlines()
     told = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
@@ -139,17 +138,17 @@ def test_the_events_of_a_job_tell_its_progress(gateway: Served) -> None:
     assert len(color_at(link)) == 1
 
 
-def test_a_cancelled_job_leaves_the_gpu(gateway: Served, platform: Platform, comfy: ComfyUI) -> None:
+def test_a_cancelled_job_leaves_the_gpu(gateway: GatewayProcess, platform: Platform, comfy: ComfyUI) -> None:
     job_id = gateway.run(graphs.work(60))
     comfy.wait_until_running()
 
     assert post(gateway, f"/cancel/{job_id}", {})["status"] == "CANCELLED"
-    assert platform.board.count("IN_PROGRESS") == 0
+    assert platform.state.count("IN_PROGRESS") == 0
     wait_until(lambda: comfy.queue() == [])
     assert gateway.get(f"/status/{job_id}").json()["status"] == "CANCELLED"
 
 
-def test_a_failing_job_says_why_and_can_be_retried(gateway: Served) -> None:
+def test_a_failing_job_says_why_and_can_be_retried(gateway: GatewayProcess) -> None:
     job_id = gateway.run(graphs.missing_model("model.safetensors"))
     status = gateway.ended(job_id)
 
@@ -160,7 +159,7 @@ def test_a_failing_job_says_why_and_can_be_retried(gateway: Served) -> None:
     assert gateway.ended(job_id)["status"] == "FAILED"
 
 
-def test_the_health_counts_runpods_workers(gateway: Served) -> None:
+def test_the_health_counts_runpods_workers(gateway: GatewayProcess) -> None:
     health = gateway.get("/health").json()
 
     assert health["status"] == "healthy"
@@ -172,14 +171,14 @@ def test_the_health_counts_runpods_workers(gateway: Served) -> None:
 # ------------------------------------------------------------------------------------------ the other doors
 
 
-def test_the_generate_door(gateway: Served) -> None:
+def test_the_generate_door(gateway: GatewayProcess) -> None:
     result = post(gateway, "/generate/sync?timeout=60", {"input": {"workflow_json": graphs.picture(GREEN)}})
 
     [link] = [item["url"] for item in result["output"] if item["output_type"] == "images"]
     assert color_at(link) == [GREEN]
 
 
-def test_the_workflow_door(gateway: Served) -> None:
+def test_the_workflow_door(gateway: GatewayProcess) -> None:
     prompt_id = post(gateway, "/api/workflow/submit", {"workflow": {"prompt": graphs.picture(GREEN)}})["prompt_id"]
     gateway.ended(prompt_id)
 
@@ -190,7 +189,7 @@ def test_the_workflow_door(gateway: Served) -> None:
     assert "no ComfyUI beside it" in refused.json()["error"]
 
 
-def test_the_task_door(gateway: Served) -> None:
+def test_the_task_door(gateway: GatewayProcess) -> None:
     body = {"task_type": "comfyui", "params": {"workflow": graphs.picture(GREEN)}, "priority": "low"}
     task_id = post(gateway, "/task", body)["task_id"]
     gateway.ended(task_id)
@@ -199,7 +198,7 @@ def test_the_task_door(gateway: Served) -> None:
     assert color_at(link) == [GREEN]
 
 
-def test_the_catalog_door_and_a_template(gateway: Served) -> None:
+def test_the_catalog_door_and_a_template(gateway: GatewayProcess) -> None:
     execution = post(gateway, "/api/v1/comfyui/workflows/green/execute", {"inputs": {}})["data"]["execution"]["id"]
     gateway.ended(f"execution-{execution}")
 
@@ -212,8 +211,8 @@ def test_the_catalog_door_and_a_template(gateway: Served) -> None:
 # -------------------------------------------------------------------------------------------------- mishaps
 
 
-def test_jobs_outlast_a_platform_that_is_away(gateway: Served, platform: Platform, comfy: ComfyUI) -> None:
-    before = len(platform.board.jobs)
+def test_jobs_outlast_a_platform_that_is_away(gateway: GatewayProcess, platform: Platform, comfy: ComfyUI) -> None:
+    before = len(platform.state.jobs)
     running = gateway.run(graphs.work(2.0, steps=4))
     comfy.wait_until_running()
     platform.refuse_connections()
@@ -224,29 +223,29 @@ def test_jobs_outlast_a_platform_that_is_away(gateway: Served, platform: Platfor
         platform.accept_connections()
 
     assert [gateway.ended(job_id)["status"] for job_id in (running, *sent)] == ["COMPLETED"] * 4
-    assert len(platform.board.jobs) == before + 4
+    assert len(platform.state.jobs) == before + 4
 
 
 @pytest.mark.parametrize(("mischief", "runs"), [(429, 1), (503, 1), ("cut", 1), ("lost", 2)])
 def test_a_submission_that_is_not_answered_well_is_repeated(
-    gateway: Served, platform: Platform, mischief: Any, runs: int
+    gateway: GatewayProcess, platform: Platform, mischief: Any, runs: int
 ) -> None:
-    before = len(platform.board.jobs)
-    platform.misbehave("run", mischief, times=1)
+    before = len(platform.state.jobs)
+    platform.inject_fault("run", mischief, times=1)
     job_id = gateway.run(graphs.picture(GREEN))
 
     assert gateway.ended(job_id)["status"] == "COMPLETED"
     # What RunPod took while its answer got lost runs in vain: there is no way to ask for it.
-    assert len(platform.board.jobs) == before + runs
-    platform.wait_until(lambda: platform.board.count("IN_PROGRESS") == 0, "an idle endpoint")
+    assert len(platform.state.jobs) == before + runs
+    platform.wait_until(lambda: platform.state.count("IN_PROGRESS") == 0, "an idle endpoint")
 
 
 def test_a_job_whose_worker_is_killed_is_run_by_another(
-    gateway: Served, platform: Platform, workers: Workers, comfy: ComfyUI
+    gateway: GatewayProcess, platform: Platform, workers: Workers, comfy: ComfyUI
 ) -> None:
     job_id = gateway.run(graphs.work(1.5, steps=3))
     comfy.wait_until_running()
-    [remote_id] = [job.id for job in platform.board.jobs.values() if not job.is_final]
+    [remote_id] = [job.id for job in platform.state.jobs.values() if not job.is_final]
     wait_until(lambda: gateway.get(f"/status/{job_id}").json()["status"] == "IN_PROGRESS")
     workers.process.kill()
     platform.put_back(remote_id)
@@ -260,8 +259,8 @@ def test_a_job_whose_worker_is_killed_is_run_by_another(
 def test_a_gateway_that_is_killed_goes_on_with_its_jobs(
     platform: Platform, workers: Workers, comfy: ComfyUI, tmp_path: Path
 ) -> None:
-    before = len(platform.board.jobs)
-    gateway = GatewayProcess(tmp_path / "data", "http://127.0.0.1:9", **settings(platform))
+    before = len(platform.state.jobs)
+    gateway = RestartableGateway(tmp_path / "data", "http://127.0.0.1:9", **settings(platform))
     gateway.start()
     slow = gateway.post("/run", {"input": {"workflow": graphs.work(2.0, steps=4)}})["id"]
     comfy.wait_until_running()
@@ -274,8 +273,8 @@ def test_a_gateway_that_is_killed_goes_on_with_its_jobs(
     wait_until(lambda: all(gateway.status(job_id)["status"] in ENDED for job_id in (slow, *quick)))
     assert [gateway.status(job_id)["status"] for job_id in (slow, *quick)] == ["COMPLETED"] * 5
     gateway.stop()
-    assert len(platform.board.jobs) == before + 5
-    assert all(len(job.results) == 1 for job in platform.board.jobs.values() if job.state == "COMPLETED")
+    assert len(platform.state.jobs) == before + 5
+    assert all(len(job.results) == 1 for job in platform.state.jobs.values() if job.state == "COMPLETED")
 
 
 def _noted(data: Path) -> int:
@@ -290,7 +289,7 @@ def _noted(data: Path) -> int:
 
 def test_runpod_calls_back_at_the_end(platform: Platform, workers: Workers, tmp_path: Path) -> None:
     public = {**settings(platform), "PUBLIC_URL": "https://gateway.example.com", "API_KEYS": "a-key"}
-    gateway = GatewayProcess(tmp_path / "data", "http://127.0.0.1:9", **public)
+    gateway = RestartableGateway(tmp_path / "data", "http://127.0.0.1:9", **public)
     gateway.launch()
     headers = {"Authorization": "Bearer a-key"}
     wait_until(lambda: _is_up(gateway.url))
@@ -298,7 +297,7 @@ def test_runpod_calls_back_at_the_end(platform: Platform, workers: Workers, tmp_
     job_id = requests.post(f"{gateway.url}/run", json=job, headers=headers, timeout=TIMEOUT_S).json()["id"]
 
     def remote() -> Any:
-        return next((found for found in platform.board.jobs.values() if found.request.get("webhook")), None)
+        return next((found for found in platform.state.jobs.values() if found.request.get("webhook")), None)
 
     sent = platform.wait_until(remote, "the job at RunPod")
     url = sent.request["webhook"]

@@ -10,13 +10,13 @@ from urllib.parse import unquote, urlsplit
 import pytest
 import requests
 
-from tests.support import graphs
-from tests.support.comfyui import ComfyUI, comfyui, emulator
-from tests.support.endpoint import Endpoint, endpoint
+from tests.support.comfyui import graphs
+from tests.support.comfyui.instance import ComfyUI, comfyui, emulator
 from tests.support.leaks import JOB_SECRET
-from tests.support.patience import TIMEOUT_S
-from tests.support.platform_http import CLIENT_KEY
-from tests.support.s3 import ACCESS_KEY, SECRET_KEY, S3Server, s3_server
+from tests.support.runpod.endpoint import Endpoint, endpoint
+from tests.support.runpod.platform_http import CLIENT_KEY
+from tests.support.storage.s3_server import ACCESS_KEY, SECRET_KEY, S3Server, s3_server
+from tests.support.waiting import TIMEOUT_S
 
 ORANGE = (255, 128, 0)
 GREEN = (0, 200, 40)

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from tests.support.comfyui import ComfyUI, comfyui
-from tests.support.graphs import Graph, colors, picture, work
-from tests.support.receiver import Receiver
-from tests.support.runpod_sdk import Raised, RunpodSdk, result_of
-from tests.support.served import KEY, Served, served
+from tests.support.comfyui.graphs import Graph, colors, picture, work
+from tests.support.comfyui.instance import ComfyUI, comfyui
+from tests.support.gateway.process import KEY, GatewayProcess, gateway_process
+from tests.support.network.webhook_receiver import Receiver
+from tests.support.runpod.javascript_sdk import Raised, RunpodSdk, result_of
 
 RED = (255, 0, 0)
 PATIENTLY_MS = 60_000
@@ -26,14 +26,14 @@ def comfy() -> Iterator[ComfyUI]:
 
 
 @pytest.fixture(scope="module")
-def gateway(comfy: ComfyUI, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def gateway(comfy: ComfyUI, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
     settings = {"GENERATION_WORKERS": "1", "PREPROCESS_WORKERS": "1", "RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS": "true"}
-    with served(comfy.url, tmp_path_factory.mktemp("data"), **settings) as running:
+    with gateway_process(comfy.url, tmp_path_factory.mktemp("data"), **settings) as running:
         yield running
 
 
 @pytest.fixture
-def sdk(gateway: Served) -> RunpodSdk:
+def sdk(gateway: GatewayProcess) -> RunpodSdk:
     return RunpodSdk(f"{gateway.url}/v2", KEY)
 
 
@@ -59,7 +59,7 @@ def test_run_sync_returns_the_picture(sdk: RunpodSdk) -> None:
     assert shown(result) == [RED]
 
 
-def test_run_sync_over_a_job_longer_than_its_wait_gets_the_picture(sdk: RunpodSdk, gateway: Served) -> None:
+def test_run_sync_over_a_job_longer_than_its_wait_gets_the_picture(sdk: RunpodSdk, gateway: GatewayProcess) -> None:
     """It waits 5 s in `/runsync`, and asks `/status-sync` then; until it has, another job keeps this one waiting."""
     in_front = gateway.run(work(60))
     with sdk.calling("runSync", job(picture(RED)), 5000) as call:
@@ -70,7 +70,7 @@ def test_run_sync_over_a_job_longer_than_its_wait_gets_the_picture(sdk: RunpodSd
     assert shown(result) == [RED]
 
 
-def test_run_is_followed_by_status_and_status_sync(sdk: RunpodSdk, gateway: Served) -> None:
+def test_run_is_followed_by_status_and_status_sync(sdk: RunpodSdk, gateway: GatewayProcess) -> None:
     in_front = gateway.run(work(60))
     job_id = run(sdk, picture(RED))
     assert sdk("status", job_id, PATIENTLY_MS)["completed"] is False
@@ -110,7 +110,7 @@ def test_a_job_is_cancelled(sdk: RunpodSdk, comfy: ComfyUI) -> None:
     assert (status["status"], status["completed"], status["succeeded"]) == ("CANCELLED", True, False)
 
 
-def test_health_and_purge_count_what_there_is(sdk: RunpodSdk, comfy: ComfyUI, gateway: Served) -> None:
+def test_health_and_purge_count_what_there_is(sdk: RunpodSdk, comfy: ComfyUI, gateway: GatewayProcess) -> None:
     running = run(sdk, work(60))
     comfy.wait_until_running()
     waiting = [run(sdk, work(60)) for _ in range(3)]
@@ -143,7 +143,7 @@ def test_of_two_webhooks_the_elder_is_told(sdk: RunpodSdk) -> None:
     assert told.body["id"] == job_id
 
 
-def test_a_wrong_key_and_a_job_that_is_not_there_raise(gateway: Served, sdk: RunpodSdk) -> None:
+def test_a_wrong_key_and_a_job_that_is_not_there_raise(gateway: GatewayProcess, sdk: RunpodSdk) -> None:
     with pytest.raises(Raised) as wrong_key:
         RunpodSdk(f"{gateway.url}/v2", "wrong")("health", PATIENTLY_MS)
     with pytest.raises(Raised) as no_job:

@@ -19,12 +19,13 @@ from typing import Any
 
 import pytest
 
-from tests.support import graphs
-from tests.support.comfyui import ComfyUI, comfyui
-from tests.support.endpoint import worker
-from tests.support.platform import Platform
-from tests.support.ports import silent_port
-from tests.support.processes import ROOT, Process, start_handler
+from tests.support.comfyui import graphs
+from tests.support.comfyui.instance import ComfyUI, comfyui
+from tests.support.network.ports import closed_port
+from tests.support.paths import ROOT
+from tests.support.processes.process import Process, start_handler
+from tests.support.runpod.endpoint import worker
+from tests.support.runpod.platform import Platform
 
 HELD_S = 300.0
 """Polls are held longer than any test may take: whoever waits for one to end is found out."""
@@ -68,7 +69,7 @@ def test_an_idle_worker_ends_at_once_and_leaves_the_next_job_in_the_queue(
     assert f"received {number.name}: no more jobs are taken" in process.output
     assert "Traceback" not in process.output
     assert states(platform, job_id) == ["IN_QUEUE"]
-    assert platform.board.polling["worker-1"] == 0
+    assert platform.state.polling["worker-1"] == 0
 
 
 def test_a_job_that_comes_while_an_idle_worker_ends_is_run_or_left_in_the_queue(comfy: ComfyUI) -> None:
@@ -79,7 +80,7 @@ def test_a_job_that_comes_while_an_idle_worker_ends_is_run_or_left_in_the_queue(
             ends = [moments.uniform(-0.003, 0.003) for _ in range(4)]
             list(threads.map(lambda at, end: end_while_a_job_comes(platform, comfy, f"w{at}", end), range(4), ends))
 
-        ended = [platform.job(job_id) for job_id in platform.board.jobs]
+        ended = [platform.job(job_id) for job_id in platform.state.jobs]
         with worker(platform, comfy.url, "the-last"):
             for job in ended:
                 platform.wait_for_end(job.id)
@@ -164,7 +165,7 @@ def test_a_job_can_still_be_cancelled_while_its_worker_ends(platform: Platform, 
 
 
 def count(platform: Platform, kind: str) -> int:
-    return sum(call.kind == kind for call in platform.board.calls)
+    return sum(call.kind == kind for call in platform.state.calls)
 
 
 # --------------------------------------------------------------------------------------------------- starting
@@ -173,7 +174,7 @@ def count(platform: Platform, kind: str) -> int:
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_worker_that_waits_for_comfyui_ends_at_once(platform: Platform, number: signal.Signals) -> None:
     job_id = platform.submit(PICTURE)
-    with silent_port() as port:
+    with closed_port() as port:
         settings = {"COMFYUI_URL": f"http://127.0.0.1:{port}", "COMFYUI_READY_TIMEOUT_S": "300"}
         with start_handler({**platform.environment(), **settings}) as process:
             process.wait_for_line("Running 2 fitness check")
@@ -274,7 +275,7 @@ def test_a_worker_that_is_replaced_after_each_job_takes_one_only(platform: Platf
 
     assert states(platform, *jobs) == ["COMPLETED", "IN_QUEUE", "IN_QUEUE"]
     assert [result["stopPod"] for result in platform.job(jobs[0]).results] == [True]
-    assert platform.board.peak_in_flight["worker-1"] == 1
+    assert platform.state.peak_in_flight["worker-1"] == 1
 
 
 def test_a_job_that_wants_the_worker_replaced_comes_last(platform: Platform, comfy: ComfyUI) -> None:
@@ -297,7 +298,7 @@ def test_a_job_that_wants_the_worker_replaced_comes_last(platform: Platform, com
     assert first_job.ended_at is not None
     assert last_job.ended_at is not None
     assert first_job.ended_at < last_job.ended_at
-    assert platform.board.peak_in_flight["worker-1"] == 2
+    assert platform.state.peak_in_flight["worker-1"] == 2
 
 
 def test_a_job_that_fails_is_the_last_one_too(platform: Platform, comfy: ComfyUI) -> None:

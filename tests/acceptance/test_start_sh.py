@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.container import (
+from tests.support.paths import ROOT
+from tests.support.processes.start_sh import (
     DYING_COMFYUI,
     PARENT_COMFYUI,
     PATIENT_HANDLER,
@@ -26,7 +27,6 @@ from tests.support.container import (
     Container,
     write_program,
 )
-from tests.support.processes import ROOT
 
 COMFYUI_IS_UP = r'^comfyui {.*"pid": (\d+)'
 

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import requests
 
-from tests.support import compose
-from tests.support.container import Container, write_program
-from tests.support.graphs import picture
-from tests.support.patience import TIMEOUT_S
-from tests.support.ports import silent_port
-from tests.support.processes import ROOT, Process
-from tests.support.running import wait_until
+from tests.support.comfyui.graphs import picture
+from tests.support.docs import compose_file
+from tests.support.network.ports import closed_port
+from tests.support.paths import ROOT
+from tests.support.processes.process import Process
+from tests.support.processes.start_sh import Container, write_program
+from tests.support.waiting import TIMEOUT_S, wait_until
 
 # Stands for the worker's python. Asked by start.sh whether CUDA starts, it says yes; otherwise it tells what it is to
 # run, and waits for a signal if it is to.
@@ -186,8 +186,8 @@ def test_only_a_gateway_without_a_comfyui_is_well_without_one(
 
 
 def test_the_profile_to_try_it_makes_a_picture(container: Container) -> None:
-    environment = compose.complete()["services"]["demo"]["environment"]
-    with silent_port() as api, silent_port() as comfyui:
+    environment = compose_file.complete()["services"]["demo"]["environment"]
+    with closed_port() as api, closed_port() as comfyui:
         ports = {"API_HOST": "127.0.0.1", "PORT": str(api), "COMFYUI_PORT": str(comfyui)}
     started = container.start(**environment, **ports)
     started.wait_for_line("running on http")

@@ -18,12 +18,12 @@ import pytest
 import requests
 import websocket
 
-from tests.support.container import Container
-from tests.support.graphs import picture, work
-from tests.support.patience import TIMEOUT_S
-from tests.support.ports import silent_port
-from tests.support.processes import ROOT, Process, clean_environment
-from tests.support.running import wait_until
+from tests.support.comfyui.graphs import picture, work
+from tests.support.network.ports import closed_port
+from tests.support.paths import ROOT
+from tests.support.processes.process import Process, clean_environment
+from tests.support.processes.start_sh import Container
+from tests.support.waiting import TIMEOUT_S, wait_until
 
 KEY = "a-key-for-tests"
 LONG_S = 600.0
@@ -114,7 +114,7 @@ class Pod:
     def __init__(self, container: Container) -> None:
         self.data = container.folder / "data"
         self.container = container
-        with silent_port() as api, silent_port() as comfyui:
+        with closed_port() as api, closed_port() as comfyui:
             self.address = f"127.0.0.1:{api}"
             self.env = {
                 "COMFY_EMULATOR": "true",
@@ -247,7 +247,7 @@ class TestSignals:
 
 def test_a_comfyui_that_was_given_up_ends_the_gateway_too(container: Container) -> None:
     container.install_comfyui("raise SystemExit(3)")
-    with silent_port() as port:
+    with closed_port() as port:
         env = {"API_HOST": "127.0.0.1", "API_PORT": str(port)}
     started = container.start(COMFYUI_MAX_DEATHS="1", **env)
     started.wait_for_line("running on http")

@@ -13,14 +13,14 @@ import pytest
 import requests
 
 from comfy_worker.gateway.asgi import Listener, listener
-from tests.support.comfyui import ComfyUI, emulator
-from tests.support.fleet import Sites
-from tests.support.graphs import picture, work
-from tests.support.patience import TIMEOUT_S
-from tests.support.ports import free_port
-from tests.support.processes import ROOT, Process, clean_environment
-from tests.support.running import wait_until
-from tests.support.served import Served, served
+from tests.support.comfyui.graphs import picture, work
+from tests.support.comfyui.instance import ComfyUI, emulator
+from tests.support.gateway.fleet import FleetStarter
+from tests.support.gateway.process import GatewayProcess, gateway_process
+from tests.support.network.ports import free_port
+from tests.support.paths import ROOT
+from tests.support.processes.process import Process, clean_environment
+from tests.support.waiting import TIMEOUT_S, wait_until
 
 UVICORN = ("uvicorn", "main:app", "--port", "0")
 LONG_S = 600.0
@@ -33,12 +33,12 @@ def comfyui() -> Iterator[ComfyUI]:
 
 
 @pytest.fixture
-def gateway(comfyui: ComfyUI, tmp_path: Path) -> Iterator[Served]:
-    with served(comfyui.url, tmp_path / "data", *UVICORN) as running:
+def gateway(comfyui: ComfyUI, tmp_path: Path) -> Iterator[GatewayProcess]:
+    with gateway_process(comfyui.url, tmp_path / "data", *UVICORN) as running:
         yield running
 
 
-def test_a_job_runs(gateway: Served) -> None:
+def test_a_job_runs(gateway: GatewayProcess) -> None:
     assert gateway.ended(gateway.run(picture((1, 2, 3))))["status"] == "COMPLETED"
     assert requests.get(f"{gateway.url}/health", timeout=TIMEOUT_S).status_code == 401
     # What is in a URL stands in no line of the log.
@@ -46,7 +46,9 @@ def test_a_job_runs(gateway: Served) -> None:
     assert "secret" not in gateway.process.output
 
 
-def test_a_signal_answers_all_who_wait_and_its_job_goes_on(comfyui: ComfyUI, gateway: Served, tmp_path: Path) -> None:
+def test_a_signal_answers_all_who_wait_and_its_job_goes_on(
+    comfyui: ComfyUI, gateway: GatewayProcess, tmp_path: Path
+) -> None:
     with ThreadPoolExecutor() as pool:
         waiting = pool.submit(gateway.post, "/runsync?wait=300000", {"input": {"workflow": work(LONG_S)}})
         prompt_id = comfyui.wait_until_running()
@@ -61,26 +63,26 @@ def test_a_signal_answers_all_who_wait_and_its_job_goes_on(comfyui: ComfyUI, gat
         assert (answer["status"], answer["id"]) == ("IN_PROGRESS", job_id)
     gateway.process.wait()
     assert "Traceback" not in gateway.process.output
-    with served(comfyui.url, tmp_path / "data", *UVICORN) as again:
+    with gateway_process(comfyui.url, tmp_path / "data", *UVICORN) as again:
         assert comfyui.queue() == [prompt_id]
         assert again.post(f"/cancel/{answer['id']}").json()["status"] == "CANCELLED"
 
 
 def test_beyond_the_loopback_a_key_is_needed(comfyui: ComfyUI, tmp_path: Path) -> None:
-    with served(comfyui.url, tmp_path, *UVICORN, "--host", "0.0.0.0", API_KEYS="") as gateway:
+    with gateway_process(comfyui.url, tmp_path, *UVICORN, "--host", "0.0.0.0", API_KEYS="") as gateway:
         assert requests.get(f"{gateway.url}/health", timeout=TIMEOUT_S).status_code == 401
         key = {"Authorization": f"Bearer {(tmp_path / 'api.key').read_text().strip()}"}
         assert requests.get(f"{gateway.url}/health", headers=key, timeout=TIMEOUT_S).ok
 
 
 def test_a_port_that_it_cannot_open_is_named(comfyui: ComfyUI, tmp_path: Path) -> None:
-    with served(comfyui.url, tmp_path, *UVICORN, PORT_HEALTH=str(free_port())) as gateway:
+    with gateway_process(comfyui.url, tmp_path, *UVICORN, PORT_HEALTH=str(free_port())) as gateway:
         assert "PORT_HEALTH opens no port under uvicorn main:app" in gateway.process.output
         assert requests.get(f"{gateway.url}/ping", timeout=TIMEOUT_S).status_code in (200, 204)
 
 
 def test_on_the_loopback_none_is_needed_whatever_API_HOST_says(comfyui: ComfyUI, tmp_path: Path) -> None:
-    with served(comfyui.url, tmp_path, *UVICORN, "--reload", API_KEYS="", API_HOST="0.0.0.0") as gateway:
+    with gateway_process(comfyui.url, tmp_path, *UVICORN, "--reload", API_KEYS="", API_HOST="0.0.0.0") as gateway:
         # A supervisor tells of the port before there is a gateway.
         wait_until(lambda: is_up(gateway.url))
 
@@ -101,7 +103,7 @@ def test_workers_without_what_they_have_to_share_are_refused_and_all_end(tmp_pat
         assert "Traceback" not in process.output
 
 
-def test_workers_of_a_fleet_share_a_port(sites: Sites) -> None:
+def test_workers_of_a_fleet_share_a_port(sites: FleetStarter) -> None:
     site = sites.start(gateways=1, workers=1)
     environment = {**site.fleet.environment, "API_CACHE": "redis", "COMFYUI_URL": "http://127.0.0.1:1"}
     command = [sys.executable, "-m", *UVICORN, "--workers", "2"]

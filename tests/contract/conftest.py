@@ -10,8 +10,8 @@ import pytest
 
 from comfy_worker.settings import load_settings
 from comfy_worker.storage import StorageFactory
-from tests.support.delivered import Recorder
-from tests.support.s3 import S3Server, s3_server
+from tests.support.storage.deliveries import RecordingS3
+from tests.support.storage.s3_server import S3Server, s3_server
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +45,6 @@ def storages() -> Iterator[Callable[..., StorageFactory]]:
 
 
 @pytest.fixture
-def recorder() -> Iterator[Recorder]:
-    with closing(Recorder()) as recorder:
+def recorder() -> Iterator[RecordingS3]:
+    with closing(RecordingS3()) as recorder:
         yield recorder

@@ -18,12 +18,11 @@ from comfy_worker.gateway.errors import QueueFull
 from comfy_worker.gateway.events.bus import Event
 from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.types import JobState
-from tests.support import graphs
-from tests.support.benches import Bench, Feature, Ground, Grounds
-from tests.support.gate import Gate
-from tests.support.patience import TIMEOUT_S
-from tests.support.running import wait_until
-from tests.support.victims import Emulated
+from tests.support.comfyui import graphs
+from tests.support.comfyui.controllable import EmulatedComfyUI
+from tests.support.comfyui.gate_node import Gate
+from tests.support.gateway.engine_setups import EngineGateway, EngineSetup, EngineSetups, Feature
+from tests.support.waiting import TIMEOUT_S, wait_until
 
 RED = (255, 0, 0)
 
@@ -34,25 +33,25 @@ def bare_environment(environment: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def comfyui() -> Iterator[Emulated]:
-    with Emulated() as running:
+def comfyui() -> Iterator[EmulatedComfyUI]:
+    with EmulatedComfyUI() as running:
         yield running
 
 
 @pytest.fixture
-def fresh() -> Iterator[Emulated]:
+def fresh() -> Iterator[EmulatedComfyUI]:
     """One that a test may kill."""
-    with Emulated() as running:
+    with EmulatedComfyUI() as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def grounds() -> Iterator[Grounds]:
+def grounds() -> Iterator[EngineSetups]:
     with ExitStack() as stack:
-        yield Grounds(stack)
+        yield EngineSetups(stack)
 
 
-@pytest.fixture(scope="module", params=list(Grounds.of))
+@pytest.fixture(scope="module", params=list(EngineSetups.of))
 def engine(request: pytest.FixtureRequest) -> str:
     """Which engine runs the jobs."""
     name: str = request.param
@@ -63,32 +62,32 @@ def needs(feature: Feature) -> Callable[[Callable[..., None]], Callable[..., Non
     """Run a test over those engines only that have a feature."""
     kinds = [
         pytest.param(name, marks=[pytest.mark.skip(reason=kind.lacks[feature])] if feature in kind.lacks else [])
-        for name, kind in Grounds.of.items()
+        for name, kind in EngineSetups.of.items()
     ]
     return pytest.mark.parametrize("engine", kinds, indirect=True, scope="module")
 
 
 @pytest.fixture(scope="module")
 def ground(
-    engine: str, grounds: Grounds, comfyui: Emulated, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Ground]:
+    engine: str, grounds: EngineSetups, comfyui: EmulatedComfyUI, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[EngineSetup]:
     """One ComfyUI that is there already, and an engine's workers beside it."""
     with ExitStack() as stack:
         yield grounds.make(engine, stack, tmp_path_factory.mktemp(engine), comfyui)
 
 
-GroundOf = Callable[..., Ground]
+GroundOf = Callable[..., EngineSetup]
 
 
 @pytest.fixture
-def ground_of(engine: str, grounds: Grounds, tmp_path: Path) -> Iterator[GroundOf]:
+def ground_of(engine: str, grounds: EngineSetups, tmp_path: Path) -> Iterator[GroundOf]:
     """Return what makes a ground of its own with any ComfyUIs."""
     with ExitStack() as stack:
         yield lambda *comfyuis: grounds.make(engine, stack, tmp_path / "data", *comfyuis)
 
 
 @pytest.fixture
-def bench(ground: Ground) -> Iterator[Bench]:
+def bench(ground: EngineSetup) -> Iterator[EngineGateway]:
     with ground.bench() as running:
         ground.wait_until_ready(running)
         yield running
@@ -97,7 +96,7 @@ def bench(ground: Ground) -> Iterator[Bench]:
 # -------------------------------------------------------------------------------------------------- ends
 
 
-def test_a_job_completes_and_its_files_are_kept(bench: Bench) -> None:
+def test_a_job_completes_and_its_files_are_kept(bench: EngineGateway) -> None:
     job_id = bench.submit(graphs.picture(RED))
 
     record = bench.ended(job_id)
@@ -107,7 +106,7 @@ def test_a_job_completes_and_its_files_are_kept(bench: Bench) -> None:
     assert bench.picture(job_id) == RED
 
 
-def test_a_caller_is_warned_of_what_was_not_understood(bench: Bench) -> None:
+def test_a_caller_is_warned_of_what_was_not_understood(bench: EngineGateway) -> None:
     """Wherever in the request it stands, and whoever takes it off before a worker sees the job."""
     wrapped = {"input": {"workflow": graphs.picture(RED), "strickt": True}}
     job_id = bench.call(bench.service.submit({"input": wrapped, "polizy": {}, "policy": {"tlt": 60_000}})).id
@@ -122,19 +121,19 @@ def test_a_caller_is_warned_of_what_was_not_understood(bench: Bench) -> None:
     ]
 
 
-def test_many_jobs_all_end_with_their_own_outputs(bench: Bench) -> None:
+def test_many_jobs_all_end_with_their_own_outputs(bench: EngineGateway) -> None:
     sent = {bench.submit(graphs.picture((number, 0, 0))): number for number in range(12)}
 
     assert {job_id: bench.picture(job_id)[0] for job_id in sent} == sent
 
 
-def test_two_outputs_of_one_name_are_both_kept(bench: Bench) -> None:
+def test_two_outputs_of_one_name_are_both_kept(bench: EngineGateway) -> None:
     job_id = bench.submit(graphs.two_pictures(RED, (0, 9, 0)))
 
     assert bench.pictures(job_id) == [[RED], [(0, 9, 0)]]
 
 
-def test_a_failing_node_fails_the_job(bench: Bench) -> None:
+def test_a_failing_node_fails_the_job(bench: EngineGateway) -> None:
     record = bench.ended(bench.submit(graphs.work(0.0, steps=2, fail_at=1)))
 
     assert record.state is JobState.FAILED
@@ -143,7 +142,7 @@ def test_a_failing_node_fails_the_job(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("request_", [{"input": {}}, {"input": "no JSON"}, {"input": {"workflow": []}}])
-def test_an_input_that_is_no_job_fails_with_a_sentence(bench: Bench, request_: dict[str, Any]) -> None:
+def test_an_input_that_is_no_job_fails_with_a_sentence(bench: EngineGateway, request_: dict[str, Any]) -> None:
     record = bench.ended(bench.call(bench.service.submit(request_)).id)
 
     assert record.state is JobState.FAILED
@@ -151,7 +150,7 @@ def test_an_input_that_is_no_job_fails_with_a_sentence(bench: Bench, request_: d
     assert record.error["error"]
 
 
-def test_a_webhook_that_could_never_be_sent_is_refused(bench: Bench) -> None:
+def test_a_webhook_that_could_never_be_sent_is_refused(bench: EngineGateway) -> None:
     with pytest.raises(InvalidInput, match="webhook must be a URL of http or https"):
         bench.submit(graphs.picture(RED), webhook="file:///etc/passwd")
 
@@ -160,7 +159,7 @@ def test_a_webhook_that_could_never_be_sent_is_refused(bench: Bench) -> None:
 
 
 def test_a_running_job_is_off_the_gpu_when_it_is_cancelled(
-    ground: Ground, bench: Bench, comfyui: Emulated, tmp_path: Path
+    ground: EngineSetup, bench: EngineGateway, comfyui: EmulatedComfyUI, tmp_path: Path
 ) -> None:
     gate = Gate(tmp_path)
     job_id = bench.submit(gate.graph())
@@ -171,7 +170,7 @@ def test_a_running_job_is_off_the_gpu_when_it_is_cancelled(
     assert bench.call(bench.service.cancel(job_id)).state is JobState.CANCELLED
 
 
-def test_a_waiting_job_that_is_cancelled_never_runs(bench: Bench, tmp_path: Path) -> None:
+def test_a_waiting_job_that_is_cancelled_never_runs(bench: EngineGateway, tmp_path: Path) -> None:
     first, second = Gate(tmp_path), Gate(tmp_path)
     running = bench.submit(first.graph())
     first.wait_until_run()
@@ -184,7 +183,7 @@ def test_a_waiting_job_that_is_cancelled_never_runs(bench: Bench, tmp_path: Path
     assert second.runs == 0
 
 
-def test_a_purge_cancels_what_waits_and_wakes_who_waits_for_it(bench: Bench, tmp_path: Path) -> None:
+def test_a_purge_cancels_what_waits_and_wakes_who_waits_for_it(bench: EngineGateway, tmp_path: Path) -> None:
     gate = Gate(tmp_path)
     running = bench.submit(gate.graph())
     gate.wait_until_run()
@@ -209,7 +208,7 @@ def test_a_purge_cancels_what_waits_and_wakes_who_waits_for_it(bench: Bench, tmp
 
 @needs(Feature.HIGHER_PRIORITIES)
 def test_a_higher_priority_has_its_turn_first_and_among_equals_the_earlier(
-    ground: Ground, bench: Bench, tmp_path: Path
+    ground: EngineSetup, bench: EngineGateway, tmp_path: Path
 ) -> None:
     gate = Gate(tmp_path)
     in_hand = ground.fill(bench, gate)
@@ -225,7 +224,7 @@ def test_a_higher_priority_has_its_turn_first_and_among_equals_the_earlier(
     assert [bench.ended(job_id).state for job_id in turns[-len(in_hand) :]] == [JobState.COMPLETED] * len(in_hand)
 
 
-def test_so_many_jobs_may_wait_and_no_more(ground: Ground, tmp_path: Path) -> None:
+def test_so_many_jobs_may_wait_and_no_more(ground: EngineSetup, tmp_path: Path) -> None:
     gate = Gate(tmp_path)
     with ground.bench(max_queue_size=ground.room + 1) as bench:
         ground.wait_until_ready(bench)
@@ -239,7 +238,9 @@ def test_so_many_jobs_may_wait_and_no_more(ground: Ground, tmp_path: Path) -> No
         assert {bench.ended(job_id).state for job_id in (*in_hand, *waiting)} == {JobState.COMPLETED}
 
 
-def test_a_job_that_waits_longer_than_its_ttl_times_out(ground: Ground, bench: Bench, tmp_path: Path) -> None:
+def test_a_job_that_waits_longer_than_its_ttl_times_out(
+    ground: EngineSetup, bench: EngineGateway, tmp_path: Path
+) -> None:
     gate = Gate(tmp_path)
     in_hand = ground.fill(bench, gate)
 
@@ -250,7 +251,9 @@ def test_a_job_that_waits_longer_than_its_ttl_times_out(ground: Ground, bench: B
     assert {bench.ended(job_id).state for job_id in in_hand} == {JobState.COMPLETED}
 
 
-def test_a_job_that_runs_too_long_is_taken_out(ground: Ground, bench: Bench, comfyui: Emulated, tmp_path: Path) -> None:
+def test_a_job_that_runs_too_long_is_taken_out(
+    ground: EngineSetup, bench: EngineGateway, comfyui: EmulatedComfyUI, tmp_path: Path
+) -> None:
     gate = Gate(tmp_path)
     record = bench.ended(bench.submit(gate.graph(), policy={"executionTimeout": 200}))
 
@@ -260,7 +263,7 @@ def test_a_job_that_runs_too_long_is_taken_out(ground: Ground, bench: Bench, com
     ground.check_off_the_gpu(comfyui)
 
 
-def test_what_failed_is_run_again_under_its_id(bench: Bench, tmp_path: Path) -> None:
+def test_what_failed_is_run_again_under_its_id(bench: EngineGateway, tmp_path: Path) -> None:
     gate = Gate(tmp_path)
     gate.open("not this time")
     job_id = bench.submit(gate.graph())
@@ -275,7 +278,7 @@ def test_what_failed_is_run_again_under_its_id(bench: Bench, tmp_path: Path) -> 
 # ------------------------------------------------------------------------------------------------ events
 
 
-def heard_of(bench: Bench, job_id: str, gate: Gate) -> list[Event]:
+def heard_of(bench: EngineGateway, job_id: str, gate: Gate) -> list[Event]:
     """Return all that is told of a job; a gate is opened as soon as there is something."""
 
     async def listen() -> list[Event]:
@@ -288,7 +291,7 @@ def heard_of(bench: Bench, job_id: str, gate: Gate) -> list[Event]:
     return bench.call(asyncio.wait_for(listen(), TIMEOUT_S))
 
 
-def test_events_tell_a_jobs_whole_way_and_end_with_it(bench: Bench, tmp_path: Path) -> None:
+def test_events_tell_a_jobs_whole_way_and_end_with_it(bench: EngineGateway, tmp_path: Path) -> None:
     gate = Gate(tmp_path)
     bench.submit(gate.graph())
     gate.wait_until_run()
@@ -305,13 +308,13 @@ def test_events_tell_a_jobs_whole_way_and_end_with_it(bench: Bench, tmp_path: Pa
 
 
 @needs(Feature.STAGES)
-def test_events_tell_the_stages_around_a_workflow(bench: Bench, tmp_path: Path) -> None:
+def test_events_tell_the_stages_around_a_workflow(bench: EngineGateway, tmp_path: Path) -> None:
     heard = heard_of(bench, bench.submit(graphs.picture(RED)), Gate(tmp_path))
 
     assert {"staging", "queued", "delivering"} <= {event.data.get("stage") for event in heard}
 
 
-def test_events_tell_how_far_a_workflow_is(bench: Bench, tmp_path: Path) -> None:
+def test_events_tell_how_far_a_workflow_is(bench: EngineGateway, tmp_path: Path) -> None:
     # Slow enough for a worker that tells of no progress in its first half a second.
     heard = heard_of(bench, bench.submit(graphs.work(1.5, steps=15)), Gate(tmp_path))
 
@@ -321,7 +324,7 @@ def test_events_tell_how_far_a_workflow_is(bench: Bench, tmp_path: Path) -> None
     assert any(0 < percent < 100 for percent in percents)
 
 
-def test_a_job_waits_until_a_comfyui_runs_it(ground: Ground, bench: Bench, tmp_path: Path) -> None:
+def test_a_job_waits_until_a_comfyui_runs_it(ground: EngineSetup, bench: EngineGateway, tmp_path: Path) -> None:
     gate = Gate(tmp_path)
     jobs = [bench.submit(gate.graph())]
     bench.wait_until_in_progress(*jobs)
@@ -337,8 +340,8 @@ def test_a_job_waits_until_a_comfyui_runs_it(ground: Ground, bench: Bench, tmp_p
         assert bench.ended(job_id).state is JobState.COMPLETED
 
 
-@needs(Feature.PLACES)
-def test_every_job_that_waits_has_a_position_whatever_is_staged_ahead(bench: Bench, tmp_path: Path) -> None:
+@needs(Feature.QUEUE_POSITIONS)
+def test_every_job_that_waits_has_a_position_whatever_is_staged_ahead(bench: EngineGateway, tmp_path: Path) -> None:
     gate = Gate(tmp_path)
     jobs = [bench.submit(gate.graph())]
     bench.wait_until_in_progress(*jobs)
@@ -354,8 +357,8 @@ def test_every_job_that_waits_has_a_position_whatever_is_staged_ahead(bench: Ben
         bench.ended(job_id)
 
 
-@needs(Feature.PLACES)
-def test_a_job_has_a_place_as_soon_as_it_is_accepted(bench: Bench, tmp_path: Path) -> None:
+@needs(Feature.QUEUE_POSITIONS)
+def test_a_job_has_a_place_as_soon_as_it_is_accepted(bench: EngineGateway, tmp_path: Path) -> None:
     gate = Gate(tmp_path)
     jobs = [bench.submit(gate.graph())]
     bench.wait_until_in_progress(*jobs)
@@ -368,13 +371,13 @@ def test_a_job_has_a_place_as_soon_as_it_is_accepted(bench: Bench, tmp_path: Pat
         bench.ended(job_id)
 
 
-def test_the_last_progress_of_a_job_is_in_the_database(bench: Bench) -> None:
+def test_the_last_progress_of_a_job_is_in_the_database(bench: EngineGateway) -> None:
     done = bench.ended(bench.submit(graphs.picture(RED)))
     wait_until(lambda: (bench.get(done.id).progress or {}).get("percent") == 100)
 
 
-@needs(Feature.PLACES)
-def test_who_waits_is_told_where_and_how_long(ground: Ground, bench: Bench, tmp_path: Path) -> None:
+@needs(Feature.QUEUE_POSITIONS)
+def test_who_waits_is_told_where_and_how_long(ground: EngineSetup, bench: EngineGateway, tmp_path: Path) -> None:
     assert bench.ended(bench.submit(graphs.work(0.2, steps=2))).state is JobState.COMPLETED
     # Those in front count as well.
     (earlier := Gate(tmp_path)).open()
@@ -397,8 +400,10 @@ def test_who_waits_is_told_where_and_how_long(ground: Ground, bench: Bench, tmp_
     wait_until(lambda: bench.service.queue_position(waiting[0]) is None)
 
 
-@needs(Feature.PLACES)
-def test_what_ran_before_a_restart_tells_how_long_to_wait(ground_of: GroundOf, fresh: Emulated, tmp_path: Path) -> None:
+@needs(Feature.QUEUE_POSITIONS)
+def test_what_ran_before_a_restart_tells_how_long_to_wait(
+    ground_of: GroundOf, fresh: EmulatedComfyUI, tmp_path: Path
+) -> None:
     ground = ground_of(fresh)
     with ground.bench() as before:
         ground.wait_until_ready(before)
@@ -421,7 +426,7 @@ def test_what_ran_before_a_restart_tells_how_long_to_wait(ground_of: GroundOf, f
     assert place.wait_s >= 0.2
 
 
-def test_waiting_for_a_job_returns_it_as_it_is_when_the_time_is_over(bench: Bench, tmp_path: Path) -> None:
+def test_waiting_for_a_job_returns_it_as_it_is_when_the_time_is_over(bench: EngineGateway, tmp_path: Path) -> None:
     gate = Gate(tmp_path)
     job_id = bench.submit(gate.graph())
     gate.wait_until_run()
@@ -432,7 +437,7 @@ def test_waiting_for_a_job_returns_it_as_it_is_when_the_time_is_over(bench: Benc
     assert bench.ended(job_id).state is JobState.COMPLETED
 
 
-def test_a_job_goes_on_while_its_gateway_starts_again(ground: Ground, tmp_path: Path) -> None:
+def test_a_job_goes_on_while_its_gateway_starts_again(ground: EngineSetup, tmp_path: Path) -> None:
     gate = Gate(tmp_path)
     with ground.bench() as before:
         job_id = before.submit(gate.graph())
@@ -446,9 +451,9 @@ def test_a_job_goes_on_while_its_gateway_starts_again(ground: Ground, tmp_path: 
 # ---------------------------------------------------------------------------------------------- backends
 
 
-def test_several_backends_share_the_work(tmp_path: Path, ground_of: GroundOf, fresh: Emulated) -> None:
+def test_several_backends_share_the_work(tmp_path: Path, ground_of: GroundOf, fresh: EmulatedComfyUI) -> None:
     gates = [Gate(tmp_path), Gate(tmp_path)]
-    with Emulated() as other:
+    with EmulatedComfyUI() as other:
         ground = ground_of(fresh, other)
         with ground.bench() as bench:
             ground.wait_until_ready(bench, 2)
@@ -462,9 +467,11 @@ def test_several_backends_share_the_work(tmp_path: Path, ground_of: GroundOf, fr
 
 
 @needs(Feature.RUN_ELSEWHERE)
-def test_a_job_of_a_backend_that_dies_goes_to_another(tmp_path: Path, ground_of: GroundOf, fresh: Emulated) -> None:
+def test_a_job_of_a_backend_that_dies_goes_to_another(
+    tmp_path: Path, ground_of: GroundOf, fresh: EmulatedComfyUI
+) -> None:
     gate = Gate(tmp_path)
-    with Emulated() as other:
+    with EmulatedComfyUI() as other:
         ground = ground_of(fresh, other)
         with ground.bench() as bench:
             ground.wait_until_ready(bench, 2)
@@ -481,7 +488,7 @@ def test_a_job_of_a_backend_that_dies_goes_to_another(tmp_path: Path, ground_of:
             wait_until(lambda: bench.healthy() == 2)
 
 
-def test_jobs_wait_for_a_backend_that_is_not_there_yet(ground_of: GroundOf, fresh: Emulated) -> None:
+def test_jobs_wait_for_a_backend_that_is_not_there_yet(ground_of: GroundOf, fresh: EmulatedComfyUI) -> None:
     fresh.kill()
     with ground_of(fresh).bench() as bench:
         job_id = bench.submit(graphs.picture(RED))

@@ -17,16 +17,15 @@ from comfy_worker.comfy.client import ComfyClient
 from comfy_worker.gateway.errors import NoComfyUI
 from comfy_worker.gateway.events.bus import Event
 from comfy_worker.types import JobState
-from tests.support import graphs
-from tests.support.benches import WORKER_SETTINGS, Bench, RunPodGround
-from tests.support.endpoint import worker
-from tests.support.gate import Gate
-from tests.support.patience import TIMEOUT_S
-from tests.support.platform import Platform
-from tests.support.postgres import postgres
-from tests.support.redis import redis_server
-from tests.support.running import wait_until
-from tests.support.victims import Emulated
+from tests.support.comfyui import graphs
+from tests.support.comfyui.controllable import EmulatedComfyUI
+from tests.support.comfyui.gate_node import Gate
+from tests.support.databases.postgres import postgres
+from tests.support.databases.redis import redis_server
+from tests.support.gateway.engine_setups import WORKER_SETTINGS, EngineGateway, RunPodSetup
+from tests.support.runpod.endpoint import worker
+from tests.support.runpod.platform import Platform
+from tests.support.waiting import TIMEOUT_S, wait_until
 
 RED = (255, 0, 0)
 
@@ -37,30 +36,30 @@ def bare_environment(environment: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def comfyui() -> Iterator[Emulated]:
-    with Emulated() as running:
+def comfyui() -> Iterator[EmulatedComfyUI]:
+    with EmulatedComfyUI() as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def platform(comfyui: Emulated) -> Iterator[Platform]:
+def platform(comfyui: EmulatedComfyUI) -> Iterator[Platform]:
     """Return a platform with one worker."""
     with Platform() as running, worker(running, comfyui.url, settings=WORKER_SETTINGS):
         yield running
 
 
 @pytest.fixture
-def ground(tmp_path: Path, platform: Platform) -> RunPodGround:
-    return RunPodGround(tmp_path / "data", platform)
+def ground(tmp_path: Path, platform: Platform) -> RunPodSetup:
+    return RunPodSetup(tmp_path / "data", platform)
 
 
 @pytest.fixture
-def bench(ground: RunPodGround) -> Iterator[Bench]:
+def bench(ground: RunPodSetup) -> Iterator[EngineGateway]:
     with ground.bench() as running:
         yield running
 
 
-def id_at_runpod(bench: Bench, job_id: str) -> str:
+def id_at_runpod(bench: EngineGateway, job_id: str) -> str:
     """Return RunPod's id of a job when it is known."""
     wait_until(lambda: not (bench.get(job_id).prompt_id or "sending:").startswith("sending:"))
     return str(bench.get(job_id).prompt_id)
@@ -70,14 +69,16 @@ def id_at_runpod(bench: Bench, job_id: str) -> str:
 
 
 @pytest.mark.parametrize("request_", [{"input": {}}, {"input": "no JSON"}, {"input": {"workflow": []}}])
-def test_no_gpu_is_paid_for_an_input_that_is_no_job(bench: Bench, platform: Platform, request_: dict[str, Any]) -> None:
-    before = len(platform.board.jobs)
+def test_no_gpu_is_paid_for_an_input_that_is_no_job(
+    bench: EngineGateway, platform: Platform, request_: dict[str, Any]
+) -> None:
+    before = len(platform.state.jobs)
 
     assert bench.ended(bench.call(bench.service.submit(request_)).id).state is JobState.FAILED
-    assert len(platform.board.jobs) == before
+    assert len(platform.state.jobs) == before
 
 
-def test_the_callers_webhook_stays_with_the_gateway(bench: Bench, platform: Platform) -> None:
+def test_the_callers_webhook_stays_with_the_gateway(bench: EngineGateway, platform: Platform) -> None:
     job_input = {"workflow": graphs.picture(RED), "webhook": {"url": "http://127.0.0.1:9/"}}
     job_id = bench.call(bench.service.submit({"input": job_input, "webhook": "http://127.0.0.1:9/"})).id
 
@@ -87,7 +88,7 @@ def test_the_callers_webhook_stays_with_the_gateway(bench: Bench, platform: Plat
     assert "webhook" not in sent["input"]
 
 
-def test_the_policy_goes_to_runpod(bench: Bench, platform: Platform) -> None:
+def test_the_policy_goes_to_runpod(bench: EngineGateway, platform: Platform) -> None:
     policy = {"executionTimeout": 30_000, "ttl": 60_000, "lowPriority": True}
     remote_id = id_at_runpod(bench, bench.submit(graphs.picture(RED), policy=policy))
 
@@ -96,7 +97,9 @@ def test_the_policy_goes_to_runpod(bench: Bench, platform: Platform) -> None:
     assert sent == {"executionTimeout": 30_000, "ttl": 90_000, "lowPriority": True}
 
 
-def test_waiting_jobs_that_are_cancelled_are_so_at_runpod(bench: Bench, platform: Platform, tmp_path: Path) -> None:
+def test_waiting_jobs_that_are_cancelled_are_so_at_runpod(
+    bench: EngineGateway, platform: Platform, tmp_path: Path
+) -> None:
     gate = Gate(tmp_path)
     running = bench.submit(gate.graph())
     gate.wait_until_run()
@@ -108,10 +111,12 @@ def test_waiting_jobs_that_are_cancelled_are_so_at_runpod(bench: Bench, platform
     gate.open()
 
     assert bench.ended(running).state is JobState.COMPLETED
-    assert platform.board.count("IN_QUEUE") == 0
+    assert platform.state.count("IN_QUEUE") == 0
 
 
-def test_a_job_that_waited_too_long_is_cancelled_at_runpod(bench: Bench, platform: Platform, tmp_path: Path) -> None:
+def test_a_job_that_waited_too_long_is_cancelled_at_runpod(
+    bench: EngineGateway, platform: Platform, tmp_path: Path
+) -> None:
     gate = Gate(tmp_path)
     in_hand = bench.submit(gate.graph())
     gate.wait_until_run()
@@ -127,7 +132,7 @@ def test_a_job_that_waited_too_long_is_cancelled_at_runpod(bench: Bench, platfor
 # ------------------------------------------------------------------------------------------ the endpoint
 
 
-def test_the_endpoint_is_one_backend_and_has_no_comfyui_to_ask(bench: Bench) -> None:
+def test_the_endpoint_is_one_backend_and_has_no_comfyui_to_ask(bench: EngineGateway) -> None:
     wait_until(lambda: bool(bench.service.backends()[0]["healthy"]))
     (backend,) = bench.service.backends()
 
@@ -142,7 +147,7 @@ def test_the_endpoint_is_one_backend_and_has_no_comfyui_to_ask(bench: Bench) -> 
 # ------------------------------------------------------------------------------------------------ claims
 
 
-def test_a_job_goes_on_under_runpods_id_after_a_restart(ground: RunPodGround, tmp_path: Path) -> None:
+def test_a_job_goes_on_under_runpods_id_after_a_restart(ground: RunPodSetup, tmp_path: Path) -> None:
     gate = Gate(tmp_path)
     with ground.bench() as before:
         job_id = before.submit(gate.graph())
@@ -157,7 +162,7 @@ def test_a_job_goes_on_under_runpods_id_after_a_restart(ground: RunPodGround, tm
 
 @pytest.mark.parametrize("age_s", [55.0, 3600.0])
 def test_a_job_whose_submission_nobody_noted_is_submitted_again(
-    ground: RunPodGround, platform: Platform, age_s: float
+    ground: RunPodSetup, platform: Platform, age_s: float
 ) -> None:
     """As a kill on another machine leaves it, between the claim and RunPod's answer; a claim holds for a minute."""
     job_id = _left_behind(ground, age_s)
@@ -167,21 +172,21 @@ def test_a_job_whose_submission_nobody_noted_is_submitted_again(
 
 
 def test_a_submission_that_nobody_noted_is_known_when_runpod_calls_back(
-    ground: RunPodGround, platform: Platform
+    ground: RunPodSetup, platform: Platform
 ) -> None:
     job_id = _left_behind(ground, age_s=0.0)
     remote_id = platform.submit({"workflow": graphs.picture(RED)})
-    before = len(platform.board.jobs)
+    before = len(platform.state.jobs)
     with ground.bench() as after:
         after.gateway.on_runpod_webhook(job_id, remote_id)
 
         assert after.picture(job_id) == RED
         assert after.get(job_id).prompt_id == remote_id
-    assert len(platform.board.jobs) == before, "it was not sent again"
+    assert len(platform.state.jobs) == before, "it was not sent again"
 
 
 def test_whichever_of_two_submissions_is_quicker_ends_the_job(
-    ground: RunPodGround, platform: Platform, comfyui: Emulated, tmp_path: Path
+    ground: RunPodSetup, platform: Platform, comfyui: EmulatedComfyUI, tmp_path: Path
 ) -> None:
     gate = Gate(tmp_path)
     first = platform.submit({"workflow": graphs.picture(RED)})
@@ -196,17 +201,17 @@ def test_whichever_of_two_submissions_is_quicker_ends_the_job(
     comfyui.wait_until_idle()
 
 
-def test_two_gateways_at_one_database_submit_each_job_once(ground: RunPodGround, platform: Platform) -> None:
-    before = len(platform.board.jobs)
+def test_two_gateways_at_one_database_submit_each_job_once(ground: RunPodSetup, platform: Platform) -> None:
+    before = len(platform.state.jobs)
     with ground.bench() as one, ground.bench() as other:
         sent = [bench.submit(graphs.picture((number, 5, 5))) for number in range(4) for bench in (one, other)]
         for job_id in sent:
             other.gateway.on_runpod_webhook(job_id, None)
         wait_until(lambda: all(one.get(job_id).state is JobState.COMPLETED for job_id in sent))
-    assert len(platform.board.jobs) == before + len(sent)
+    assert len(platform.state.jobs) == before + len(sent)
 
 
-def test_whoever_asks_one_gateway_hears_what_another_does(ground: RunPodGround, tmp_path: Path) -> None:
+def test_whoever_asks_one_gateway_hears_what_another_does(ground: RunPodSetup, tmp_path: Path) -> None:
     gate = Gate(tmp_path)
     with postgres() as database, redis_server() as cache:
         shared = {
@@ -235,7 +240,7 @@ def test_whoever_asks_one_gateway_hears_what_another_does(ground: RunPodGround, 
     assert gate.runs == 1
 
 
-def _left_behind(ground: RunPodGround, age_s: float) -> str:
+def _left_behind(ground: RunPodSetup, age_s: float) -> str:
     """Return a job as a gateway left it that was killed while it submitted it, so long ago."""
     ground.platform.refuse_connections()
     try:

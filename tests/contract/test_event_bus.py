@@ -11,8 +11,8 @@ import pytest
 
 from comfy_worker.gateway.events.bus import PREVIEW, PROGRESS, STATUS, Event, EventBus, LocalEventBus, Subscription
 from comfy_worker.gateway.events.redis_bus import RedisEventBus
-from tests.support.patience import TIMEOUT_S
-from tests.support.redis import RedisServer, redis_server
+from tests.support.databases.redis import RedisServer, redis_server
+from tests.support.waiting import TIMEOUT_S
 
 
 @pytest.fixture(scope="module")

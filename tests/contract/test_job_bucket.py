@@ -9,19 +9,19 @@ import pytest
 
 from comfy_worker.errors import DeliveryFailed
 from comfy_worker.types import Delivery, JobBucket
-from tests.support.delivered import (
+from tests.support.storage.deliveries import (
     CONTENT,
     JOB_ACCESS_KEY,
     JOB_SECRET_KEY,
     LARGE,
     Make,
+    deliverable,
     open_base64,
-    parcel,
     query_of,
     resolve,
     with_bucket,
 )
-from tests.support.s3 import S3Server
+from tests.support.storage.s3_server import S3Server
 
 
 def job_bucket(url: str, name: str, **more: Any) -> JobBucket:
@@ -34,7 +34,7 @@ ALLOWED: dict[str, Any] = {"job_bucket_endpoints": "127.0.0.1"}
 def test_the_bucket_of_a_job_goes_before_the_workers(s3: S3Server, bucket: str, storages: Make) -> None:
     theirs = s3.create_bucket()
     ours = storages(**with_bucket(f"{s3.url}/{bucket}", bucket_acl="public-read", **ALLOWED))
-    delivered = ours.choose(Delivery(prefix="mine"), None, job_bucket(s3.url, theirs)).deliver(parcel("a.png"))
+    delivered = ours.choose(Delivery(prefix="mine"), None, job_bucket(s3.url, theirs)).deliver(deliverable("a.png"))
 
     assert s3.keys(theirs) == ["mine/a.png"]
     assert "mine/a.png" not in s3.keys(bucket)
@@ -46,7 +46,7 @@ def test_the_bucket_of_a_job_goes_before_the_workers(s3: S3Server, bucket: str, 
 
 def test_a_job_with_a_bucket_for_its_inputs_may_have_base64(s3: S3Server, bucket: str, storages: Make) -> None:
     ours = storages(**ALLOWED)
-    delivered = ours.choose(Delivery(type="base64"), None, job_bucket(s3.url, bucket)).deliver(parcel("a.png"))
+    delivered = ours.choose(Delivery(type="base64"), None, job_bucket(s3.url, bucket)).deliver(deliverable("a.png"))
     assert open_base64(delivered).content == CONTENT
 
 
@@ -55,8 +55,8 @@ def test_more_buckets_than_are_kept(s3: S3Server, storages: Make) -> None:
     names = [s3.create_bucket() for _ in range(7)]
     chosen = [ours.choose(Delivery(prefix="p"), None, job_bucket(s3.url, name)) for name in names]
     for storage in chosen:
-        storage.deliver(parcel("small.png"))
-        storage.deliver(parcel("large.png", LARGE))
+        storage.deliver(deliverable("small.png"))
+        storage.deliver(deliverable("large.png", LARGE))
     assert [s3.keys(name) for name in names] == [["p/large.png", "p/small.png"]] * 7
 
 
@@ -71,7 +71,7 @@ def test_a_name_that_means_another_address_later_gets_nothing(
     storage = storages().choose(Delivery(), None, job_bucket(endpoint, bucket))
     addresses["rebinding.example.com"] = "127.0.0.1"
     with pytest.raises(DeliveryFailed, match=r"S3 could not be reached to store a\.png: EndpointConnectionError"):
-        storage.deliver(parcel("a.png", CONTENT if kind == "small" else LARGE))
+        storage.deliver(deliverable("a.png", CONTENT if kind == "small" else LARGE))
     assert s3.keys(bucket) == []
 
 
@@ -83,7 +83,7 @@ def test_a_proxy_of_the_environment_is_not_asked_for_an_address_that_must_be_pub
     storage = storages().choose(Delivery(), None, job_bucket("http://shop.example.com", bucket))
     resolve(monkeypatch, {"shop.example.com": "127.0.0.1"})
     with pytest.raises(DeliveryFailed):
-        storage.deliver(parcel("proxied.png"))
+        storage.deliver(deliverable("proxied.png"))
     assert not [key for key in s3.keys(bucket) if "proxied" in key]
 
 

@@ -19,28 +19,28 @@ from comfy_worker.stop import Stop
 from comfy_worker.storage import DeliverableFile, InMemory, OnDisk, Watched, job_bucket, worker_bucket
 from comfy_worker.storage.object_keys import safe_path
 from comfy_worker.types import Delivery, JobBucket
-from tests.support.delivered import (
+from tests.support.leaks import assert_nothing_leaks
+from tests.support.network.ports import closed_port
+from tests.support.storage.deliveries import (
     CONTENT,
     JOB_ACCESS_KEY,
     JOB_SECRET_KEY,
     LARGE,
+    GeneratedContent,
     Make,
-    Recorder,
-    Trickle,
-    parcel,
+    RecordingS3,
+    deliverable,
     query_of,
     resolve,
     with_bucket,
 )
-from tests.support.leaks import assert_nothing_leaks
-from tests.support.patience import TIMEOUT_S
-from tests.support.ports import silent_port
-from tests.support.s3 import ACCESS_KEY, SECRET_KEY, S3Server
+from tests.support.storage.s3_server import ACCESS_KEY, SECRET_KEY, S3Server
+from tests.support.waiting import TIMEOUT_S
 
 
 def test_the_object_lies_under_the_job_and_opens_under_its_name(s3: S3Server, bucket: str, storages: Make) -> None:
     storage = storages(**with_bucket(f"{s3.url}/{bucket}")).choose(Delivery())
-    delivered = storage.deliver(parcel("größe/my picture.png", job_id="job-7"))
+    delivered = storage.deliver(deliverable("größe/my picture.png", job_id="job-7"))
 
     assert unquote(urlsplit(delivered.data).path) == f"/{bucket}/job-7/größe/my picture.png"
     assert s3.read(bucket, "job-7/größe/my picture.png").content_type == "image/png"
@@ -72,8 +72,8 @@ def test_a_browser_shows_what_cannot_run_scripts(
 
 def test_a_job_may_choose_folder_and_expiry(s3: S3Server, bucket: str, storages: Make) -> None:
     ours = storages(**with_bucket(f"{s3.url}/{bucket}", bucket_url_expires_s=1234))
-    chosen = ours.choose(Delivery(type="s3", prefix="customers/7", expires_s=60)).deliver(parcel("a.png"))
-    default = ours.choose(Delivery()).deliver(parcel("a.png"))
+    chosen = ours.choose(Delivery(type="s3", prefix="customers/7", expires_s=60)).deliver(deliverable("a.png"))
+    default = ours.choose(Delivery()).deliver(deliverable("a.png"))
 
     assert urlsplit(chosen.data).path == f"/{bucket}/customers/7/a.png"
     assert query_of(chosen)["X-Amz-Expires"] == "60"
@@ -82,7 +82,7 @@ def test_a_job_may_choose_folder_and_expiry(s3: S3Server, bucket: str, storages:
 
 
 def test_a_url_does_not_carry_the_secret_key(s3: S3Server, bucket: str, storages: Make) -> None:
-    delivered = storages(**with_bucket(f"{s3.url}/{bucket}")).choose(Delivery()).deliver(parcel("a.png"))
+    delivered = storages(**with_bucket(f"{s3.url}/{bucket}")).choose(Delivery()).deliver(deliverable("a.png"))
 
     assert SECRET_KEY not in unquote(delivered.data)
 
@@ -92,7 +92,7 @@ def test_the_region_stands_in_the_signature(
     s3: S3Server, bucket: str, storages: Make, region: str | None, signed: str
 ) -> None:
     storage = storages(**with_bucket(f"{s3.url}/{bucket}", bucket_region=region)).choose(Delivery())
-    credential = query_of(storage.deliver(parcel("a.png")))["X-Amz-Credential"]
+    credential = query_of(storage.deliver(deliverable("a.png")))["X-Amz-Credential"]
     assert credential.split("/")[0] == ACCESS_KEY
     assert credential.split("/")[2:] == [signed, "s3", "aws4_request"]
 
@@ -103,7 +103,7 @@ def test_a_bucket_in_the_host_stays_there(
     host = f"{bucket}.s3.us-east-1.amazonaws.com"
     resolve(monkeypatch, {host: "127.0.0.1"})
     url = f"http://s3.us-east-1.amazonaws.com:{urlsplit(s3.url).port}"
-    delivered = storages(**with_bucket(url, bucket_name=bucket)).choose(Delivery()).deliver(parcel("a.png"))
+    delivered = storages(**with_bucket(url, bucket_name=bucket)).choose(Delivery()).deliver(deliverable("a.png"))
 
     assert urlsplit(delivered.data).hostname == host
     assert urlsplit(delivered.data).path == "/job-1/a.png"
@@ -111,7 +111,7 @@ def test_a_bucket_in_the_host_stays_there(
 
 def test_a_public_bucket_gives_plain_urls(s3: S3Server, bucket: str, storages: Make) -> None:
     settings = with_bucket(f"{s3.url}/{bucket}", bucket_public_url="https://cdn.example.com/outputs/")
-    delivered = storages(**settings).choose(Delivery()).deliver(parcel("sub/my picture é.png"))
+    delivered = storages(**settings).choose(Delivery()).deliver(deliverable("sub/my picture é.png"))
 
     assert delivered.data == "https://cdn.example.com/outputs/job-1/sub/my%20picture%20%C3%A9.png"
     assert s3.read(bucket, "job-1/sub/my picture é.png").content == CONTENT
@@ -119,11 +119,11 @@ def test_a_public_bucket_gives_plain_urls(s3: S3Server, bucket: str, storages: M
 
 def test_a_large_file_goes_in_parts_and_a_cancelled_one_leaves_none(s3: S3Server, bucket: str, storages: Make) -> None:
     storage = storages(**with_bucket(f"{s3.url}/{bucket}")).choose(Delivery(prefix="parts"))
-    storage.deliver(parcel("large.bin", LARGE))
+    storage.deliver(deliverable("large.bin", LARGE))
     assert s3.client.head_object(Bucket=bucket, Key="parts/large.bin")["ETag"].strip('"').endswith("-5")
 
     stop = Stop()
-    content = Watched(Trickle(len(LARGE), before_last=stop.set), stop.check)
+    content = Watched(GeneratedContent(len(LARGE), before_last=stop.set), stop.check)
     with pytest.raises(Cancelled):
         storage.deliver(DeliverableFile("job-1", "cancelled.bin", "application/octet-stream", content))
     assert "Uploads" not in s3.client.list_multipart_uploads(Bucket=bucket)
@@ -133,7 +133,7 @@ def test_a_large_file_goes_in_parts_and_a_cancelled_one_leaves_none(s3: S3Server
 # -------------------------------------------------------------------------------------------- what is sent
 
 
-def test_a_picture_is_one_request_that_waits_for_nothing(recorder: Recorder, storages: Make, tmp_path: Path) -> None:
+def test_a_picture_is_one_request_that_waits_for_nothing(recorder: RecordingS3, storages: Make, tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(CONTENT)
     storage = storages(**with_bucket(f"{recorder.url}/bucket")).choose(Delivery())
@@ -146,9 +146,9 @@ def test_a_picture_is_one_request_that_waits_for_nothing(recorder: Recorder, sto
     assert not [name for name in headers if "checksum" in name or "trailer" in name]
 
 
-def test_a_path_of_the_endpoint_itself_is_kept(recorder: Recorder, storages: Make) -> None:
+def test_a_path_of_the_endpoint_itself_is_kept(recorder: RecordingS3, storages: Make) -> None:
     settings = with_bucket(f"{recorder.url}/storage/v1/s3", bucket_name="shop")
-    delivered = storages(**settings).choose(Delivery()).deliver(parcel("a.png"))
+    delivered = storages(**settings).choose(Delivery()).deliver(deliverable("a.png"))
 
     assert [path for _method, path, _headers in recorder.requests] == ["/storage/v1/s3/shop/job-1/a.png"]
     assert urlsplit(delivered.data).path == "/storage/v1/s3/shop/job-1/a.png"
@@ -157,9 +157,9 @@ def test_a_path_of_the_endpoint_itself_is_kept(recorder: Recorder, storages: Mak
 # ---------------------------------------------------------------------------------------------------- keys
 
 
-def key_of(template: str, parcel: DeliverableFile, recorder: Recorder, storages: Make, **delivery: Any) -> str:
+def key_of(template: str, deliverable: DeliverableFile, recorder: RecordingS3, storages: Make, **delivery: Any) -> str:
     settings = with_bucket(f"{recorder.url}/bucket", bucket_key_template=template)
-    storages(**settings).choose(Delivery(**delivery)).deliver(parcel)
+    storages(**settings).choose(Delivery(**delivery)).deliver(deliverable)
     return unquote(recorder.requests[-1][1]).removeprefix("/bucket/")
 
 
@@ -175,14 +175,14 @@ def key_of(template: str, parcel: DeliverableFile, recorder: Recorder, storages:
     ],
 )
 def test_keys_are_as_the_template_says(
-    recorder: Recorder, storages: Make, template: str, delivery: dict[str, Any], key: str
+    recorder: RecordingS3, storages: Make, template: str, delivery: dict[str, Any], key: str
 ) -> None:
-    output = parcel("sub/a.png", node_id="12:3", index=4)
+    output = deliverable("sub/a.png", node_id="12:3", index=4)
     assert key_of(template, output, recorder, storages, **delivery) == key
 
 
-def test_a_key_may_have_the_day(recorder: Recorder, storages: Make) -> None:
-    key = key_of("{date}/{job_id}/{filename}", parcel("a.png"), recorder, storages)
+def test_a_key_may_have_the_day(recorder: RecordingS3, storages: Make) -> None:
+    key = key_of("{date}/{job_id}/{filename}", deliverable("a.png"), recorder, storages)
     assert len(key.split("/")[0].split("-")) == 3
 
 
@@ -196,13 +196,13 @@ def test_a_key_may_have_the_day(recorder: Recorder, storages: Make) -> None:
         ("sync-1234-u1", "sync-1234-u1"),
     ],
 )
-def test_no_id_of_a_job_leads_anywhere(recorder: Recorder, storages: Make, job_id: str, folder: str) -> None:
-    assert key_of("{job_id}/{filename}", parcel("a.png", job_id=job_id), recorder, storages) == f"{folder}/a.png"
+def test_no_id_of_a_job_leads_anywhere(recorder: RecordingS3, storages: Make, job_id: str, folder: str) -> None:
+    assert key_of("{job_id}/{filename}", deliverable("a.png", job_id=job_id), recorder, storages) == f"{folder}/a.png"
 
 
-def test_a_key_that_is_too_long_is_a_sentence(recorder: Recorder, storages: Make) -> None:
+def test_a_key_that_is_too_long_is_a_sentence(recorder: RecordingS3, storages: Make) -> None:
     with pytest.raises(DeliveryFailed, match=r"The key of x{40}… would be longer than 1024 bytes"):
-        key_of("{job_id}/{filename}", parcel("x" * 1100), recorder, storages)
+        key_of("{job_id}/{filename}", deliverable("x" * 1100), recorder, storages)
 
 
 @given(st.text(max_size=40))
@@ -220,17 +220,17 @@ def test_a_bucket_that_is_not_there_is_named_without_a_secret(s3: S3Server, stor
     storage = storages(**with_bucket(f"{s3.url}/no-such-bucket")).choose(Delivery())
     for content in (CONTENT, LARGE):
         with pytest.raises(DeliveryFailed) as failure:
-            storage.deliver(parcel("a.png", content))
+            storage.deliver(deliverable("a.png", content))
 
         assert failure.value.message == "S3 refused a.png for bucket 'no-such-bucket': NoSuchBucket"
         assert_secrets_are_kept(failure.value)
 
 
 def test_a_host_that_does_not_answer_is_an_error_without_a_secret(storages: Make) -> None:
-    with silent_port() as port:
+    with closed_port() as port:
         storage = storages(**with_bucket(f"http://127.0.0.1:{port}/bucket")).choose(Delivery())
         with pytest.raises(DeliveryFailed) as failure:
-            storage.deliver(parcel("a.png"))
+            storage.deliver(deliverable("a.png"))
 
     assert failure.value.message == "S3 could not be reached to store a.png: EndpointConnectionError"
     assert_secrets_are_kept(failure.value)
@@ -266,7 +266,7 @@ def test_without_a_name_the_bucket_is_the_one_that_runpods_uploader_takes(
     (tmp_path / "theirs.png").write_bytes(b"theirs")
     credentials = {"endpointUrl": s3.url, "accessId": ACCESS_KEY, "accessSecret": SECRET_KEY}
     upload_file_to_bucket("theirs.png", str(tmp_path / "theirs.png"), credentials, prefix="job-1")
-    storages(**with_bucket(s3.url)).choose(Delivery()).deliver(parcel("ours.png"))
+    storages(**with_bucket(s3.url)).choose(Delivery()).deliver(deliverable("ours.png"))
     assert set(s3.keys(month)) == {"job-1/theirs.png", "job-1/ours.png"}
 
 
@@ -277,8 +277,8 @@ def test_another_month_is_another_bucket(s3: S3Server, storages: Make, monkeypat
     for month in months:
         for module in (worker_bucket, job_bucket):
             monkeypatch.setattr(module, "bucket_of_the_month", lambda: month)  # noqa: B023 - called in this round
-        made.choose(Delivery()).deliver(parcel("own.png"))
-        made.choose(Delivery(), None, theirs).deliver(parcel("theirs.png"))
+        made.choose(Delivery()).deliver(deliverable("own.png"))
+        made.choose(Delivery(), None, theirs).deliver(deliverable("theirs.png"))
     for month in months:
         assert set(s3.keys(month)) == {"job-1/own.png", "job-1/theirs.png"}
 

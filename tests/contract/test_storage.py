@@ -15,23 +15,23 @@ from comfy_worker.media.probe import mime_type_of_name
 from comfy_worker.stop import Stop
 from comfy_worker.storage import DeliverableFile, OnDisk, Storage, StorageFactory, Watched, read_all
 from comfy_worker.types import Delivered, Delivery, JobBucket
-from tests.support.delivered import (
+from tests.support.leaks import assert_nothing_leaks
+from tests.support.storage.deliveries import (
     CONTENT,
     JOB_ACCESS_KEY,
     JOB_SECRET_KEY,
     LARGE,
-    Kept,
-    Trickle,
+    FetchedFile,
+    GeneratedContent,
+    deliverable,
     open_base64,
     open_both,
     open_url,
-    parcel,
     resolve,
-    served,
+    serve_folder,
     with_bucket,
 )
-from tests.support.leaks import assert_nothing_leaks
-from tests.support.s3 import S3Server
+from tests.support.storage.s3_server import S3Server
 
 NAMES = [
     "ComfyUI_00001_.png",
@@ -47,12 +47,12 @@ NAMES = [
 ]
 
 
-def open_local(delivered: Delivered) -> Kept:
+def open_local(delivered: Delivered) -> FetchedFile:
     # What it is served as is for whoever serves it to know.
-    return Kept(open_url(delivered).content, mime_type=None)
+    return FetchedFile(open_url(delivered).content, mime_type=None)
 
 
-OPENERS: dict[str, Callable[[Delivered], Kept]] = {
+OPENERS: dict[str, Callable[[Delivered], FetchedFile]] = {
     "inline": open_base64,
     "auto": open_base64,
     "both": open_both,
@@ -106,7 +106,7 @@ def storage(
     if kind == "s3, bucket in the host":
         resolve(monkeypatch, {host: "127.0.0.1"})
     if kind == "local":
-        with served(tmp_path) as url:
+        with serve_folder(tmp_path) as url:
             local = {"local_delivery_dir": str(tmp_path), "local_delivery_url": url, "delivery": "local"}
             yield storages(**local).choose(Delivery())
         return
@@ -119,16 +119,16 @@ def storage(
 
 
 @pytest.fixture
-def open_delivered(kind: str) -> Callable[[Delivered], Kept]:
+def open_delivered(kind: str) -> Callable[[Delivered], FetchedFile]:
     return OPENERS.get(kind, open_url)
 
 
-Open = Callable[[Delivered], Kept]
+Open = Callable[[Delivered], FetchedFile]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_file_of_any_name_comes_back_as_it_was(storage: Storage, open_delivered: Open, name: str) -> None:
-    kept = open_delivered(storage.deliver(parcel(name)))
+    kept = open_delivered(storage.deliver(deliverable(name)))
 
     assert kept.content == CONTENT
     assert kept.mime_type in (None, mime_type_of_name(name))
@@ -136,11 +136,11 @@ def test_a_file_of_any_name_comes_back_as_it_was(storage: Storage, open_delivere
 
 @pytest.mark.parametrize("content", [b"", b"\x00", b"\xff" * 3_000_000], ids=["empty", "one byte", "3 MB"])
 def test_a_file_of_any_size_comes_back_as_it_was(storage: Storage, open_delivered: Open, content: bytes) -> None:
-    assert open_delivered(storage.deliver(parcel("a.bin", content))).content == content
+    assert open_delivered(storage.deliver(deliverable("a.bin", content))).content == content
 
 
 def test_many_files_at_once_are_not_mixed_up(storage: Storage, open_delivered: Open) -> None:
-    parcels = [parcel(f"picture {number}.png", bytes([number]) * (1000 + number)) for number in range(32)]
+    parcels = [deliverable(f"picture {number}.png", bytes([number]) * (1000 + number)) for number in range(32)]
     with ThreadPoolExecutor(8) as threads:
         delivered = list(threads.map(storage.deliver, parcels))
         kept = list(threads.map(open_delivered, delivered))
@@ -149,15 +149,15 @@ def test_many_files_at_once_are_not_mixed_up(storage: Storage, open_delivered: O
 
 
 def test_the_same_name_in_two_jobs_is_two_files(storage: Storage, open_delivered: Open) -> None:
-    first = storage.deliver(parcel("same.png", b"first", job_id="job-a"))
-    second = storage.deliver(parcel("same.png", b"second", job_id="job-b"))
+    first = storage.deliver(deliverable("same.png", b"first", job_id="job-a"))
+    second = storage.deliver(deliverable("same.png", b"second", job_id="job-b"))
 
     assert open_delivered(first).content == b"first"
     assert open_delivered(second).content == b"second"
 
 
 def test_what_is_delivered_is_never_a_local_path(storage: Storage, kind: str) -> None:
-    delivered = storage.deliver(parcel("a.png"))
+    delivered = storage.deliver(deliverable("a.png"))
 
     assert_nothing_leaks(delivered.data)
     assert "/tmp" not in delivered.data
@@ -177,6 +177,6 @@ def test_a_large_file_comes_back_as_it_was(
 
 def test_a_job_that_is_cancelled_is_not_delivered_to_its_end(storage: Storage) -> None:
     stop = Stop()
-    content = Watched(Trickle(len(LARGE), before_last=stop.set), stop.check)
+    content = Watched(GeneratedContent(len(LARGE), before_last=stop.set), stop.check)
     with pytest.raises(Cancelled):
         storage.deliver(DeliverableFile("job-c", "large.bin", "application/octet-stream", content))

@@ -33,8 +33,8 @@ from comfy_worker.gateway.store.migrate import bring_up_to_date, newest_version
 from comfy_worker.gateway.store.records import JobRecord, ProgressRecord
 from comfy_worker.gateway.store.tables import metadata
 from comfy_worker.types import JobState
-from tests.support.postgres import Postgres, postgres
-from tests.support.webhook_notes import delivery_of
+from tests.support.databases.postgres import Postgres, postgres
+from tests.support.gateway.webhook_rows import delivery_of
 
 SECRET = b"a key of this test"
 NOW = 1_700_000_000.0

@@ -25,10 +25,10 @@ from comfy_worker.catalog.parameter import Parameter
 from comfy_worker.graph.workflow import is_link
 from comfy_worker.settings import load_settings
 from comfy_worker.worker import Worker
-from tests.support.comfyui import ComfyUI, emulator
-from tests.support.graphs import SIDE, data_uri, png
-from tests.support.patience import TIMEOUT_S
-from tests.support.processes import ROOT
+from tests.support.comfyui.graphs import SIDE, data_uri, png
+from tests.support.comfyui.instance import ComfyUI, emulator
+from tests.support.paths import ROOT
+from tests.support.waiting import TIMEOUT_S
 
 LIBRARY = Catalog(ROOT / "workflows")
 ENTRIES = LIBRARY.entries()

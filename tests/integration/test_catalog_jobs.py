@@ -12,11 +12,12 @@ import pytest
 from comfy_worker.settings import load_settings
 from comfy_worker.types import JobEvent, NodeStarted
 from comfy_worker.worker import Worker
-from tests.support.comfyui import ComfyUI
-from tests.support.comfyui import comfyui as running_comfyui
-from tests.support.graphs import data_uri, node, picture, png
-from tests.support.processes import ROOT, start_handler
-from tests.support.served import Served, served
+from tests.support.comfyui.graphs import data_uri, node, picture, png
+from tests.support.comfyui.instance import ComfyUI
+from tests.support.comfyui.instance import comfyui as running_comfyui
+from tests.support.gateway.process import GatewayProcess, gateway_process
+from tests.support.paths import ROOT
+from tests.support.processes.process import start_handler
 
 PICTURE = data_uri(png((200, 30, 60)))
 BAD_WIDTH = "The inputs of the template 'solid-color' are refused: width must be at least 1"
@@ -42,8 +43,8 @@ def comfyui() -> Iterator[ComfyUI]:
 
 
 @pytest.fixture(scope="module")
-def gateway(comfyui: ComfyUI, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with served(comfyui.url, tmp_path_factory.mktemp("data")) as running:
+def gateway(comfyui: ComfyUI, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
+    with gateway_process(comfyui.url, tmp_path_factory.mktemp("data")) as running:
         yield running
 
 
@@ -106,7 +107,7 @@ def test_a_worker_says_what_is_wrong_with_a_template(worker: Worker) -> None:
 # ------------------------------------------------------------------------------------------------- gateway
 
 
-def test_the_gateway_runs_a_template(gateway: Served) -> None:
+def test_the_gateway_runs_a_template(gateway: GatewayProcess) -> None:
     answer = gateway.post(
         "/runsync", {"input": {"template": "solid-color", "inputs": {"width": 8, "height": 9}}}
     ).json()
@@ -115,7 +116,7 @@ def test_the_gateway_runs_a_template(gateway: Served) -> None:
     assert (made["width"], made["height"]) == (8, 9)
 
 
-def test_the_gateway_refuses_what_cannot_be_filled_in_at_once(gateway: Served) -> None:
+def test_the_gateway_refuses_what_cannot_be_filled_in_at_once(gateway: GatewayProcess) -> None:
     for path in ("/run", "/runsync"):
         answer = gateway.post(path, {"input": {"template": "solid-color", "inputs": {"width": 0}}})
         assert answer.status_code == 400
@@ -132,7 +133,7 @@ def test_the_same_request_sent_twice_is_one_job_with_one_seed(comfyui: ComfyUI, 
         )
     )
     (tmp_path / "any.manifest.json").write_text(json.dumps(MANIFEST))
-    with served(comfyui.url, tmp_path / "data", WORKFLOWS_DIR=str(tmp_path)) as gateway:
+    with gateway_process(comfyui.url, tmp_path / "data", WORKFLOWS_DIR=str(tmp_path)) as gateway:
         headers = {"Idempotency-Key": "a-key"}
         answers = [gateway.post("/run", {"input": {"template": "any"}}, **headers) for _ in range(2)]
         assert [answer.status_code for answer in answers] == [200, 200], answers[1].text

@@ -17,7 +17,7 @@ from comfy_worker.gateway.store.database import connect
 from comfy_worker.gateway.store.job_store import JobStore
 from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.types import JobState
-from tests.support.redis import RedisServer, redis_server
+from tests.support.databases.redis import RedisServer, redis_server
 
 _NOT_ASKED = "postgresql://gateway@127.0.0.1:9/jobs"
 """The engine asks the store that it is given."""

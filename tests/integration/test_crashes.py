@@ -15,13 +15,14 @@ from pytest_mock import MockerFixture
 from comfy_emulator.node_api import Context, ImageBatch, NodeResult
 from comfy_worker.types import NodeFinished, NodeStarted, PromptsAhead, Stage, StageStarted
 from comfy_worker.worker import Worker
-from tests.support import gate as gates
-from tests.support import graphs
-from tests.support.gate import Gate, job
-from tests.support.kept_up import KeptUp, kept_up
-from tests.support.outcomes import lose, shrunk
-from tests.support.running import RunningJob, wait_until
-from tests.support.victims import Emulated, proxy_to
+from tests.support.comfyui import gate_node as gates
+from tests.support.comfyui import graphs
+from tests.support.comfyui.controllable import EmulatedComfyUI, proxy_to
+from tests.support.comfyui.gate_node import Gate, job
+from tests.support.comfyui.supervised import SupervisedComfyUI, supervised
+from tests.support.docs.outcomes import lose, shrunk
+from tests.support.running_job import RunningJob
+from tests.support.waiting import wait_until
 
 ORANGE = (255, 128, 0)
 
@@ -40,13 +41,13 @@ class Trouble:
     runs: int = 0
     fresh_runs: int = 0
 
-    def victim(self) -> Emulated:
+    def victim(self) -> EmulatedComfyUI:
         """Return a ComfyUI that has both nodes."""
         nodes = gates.registry()
         nodes.add("TestBefore")(self._count)
         nodes.add("TestTrouble")(self._run)
         info = dict.fromkeys(("TestBefore", "TestTrouble"), gates.OBJECT_INFO["ImageInvert"])
-        return Emulated(registry=nodes, object_info={**gates.OBJECT_INFO, **info})
+        return EmulatedComfyUI(registry=nodes, object_info={**gates.OBJECT_INFO, **info})
 
     def graph(self) -> graphs.Graph:
         """Return a workflow that comes by both, as nodes 3 and 4."""
@@ -73,8 +74,8 @@ def only_own_settings(environment: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def victim() -> Iterator[Emulated]:
-    with Emulated() as victim:
+def victim() -> Iterator[EmulatedComfyUI]:
+    with EmulatedComfyUI() as victim:
         yield victim
 
 
@@ -84,16 +85,16 @@ def gate(tmp_path: Path) -> Gate:
 
 
 @contextmanager
-def working(victim: Emulated, **settings: Any) -> Iterator[Worker]:
+def working(victim: EmulatedComfyUI, **settings: Any) -> Iterator[Worker]:
     with closing(Worker(shrunk(victim.url, **settings))) as worker:
         yield worker
 
 
 @contextmanager
-def own(victim: Emulated, folder: Path, **settings: Any) -> Iterator[tuple[Worker, KeptUp]]:
+def own(victim: EmulatedComfyUI, folder: Path, **settings: Any) -> Iterator[tuple[Worker, SupervisedComfyUI]]:
     """Return a worker whose ComfyUI is its own."""
     with ExitStack() as stack:
-        process = stack.enter_context(kept_up(victim.server, folder))
+        process = stack.enter_context(supervised(victim.server, folder))
         yield stack.enter_context(working(victim, **process.settings, **settings)), process
 
 
@@ -208,7 +209,7 @@ def test_a_second_attempt_that_breaks_it_gets_a_new_comfyui_too(first: Exception
     [(False, {}, 1), (True, {}, 2), (False, {"retry_on_crash": True}, 2), (True, {"retry_on_crash": False}, 1)],
 )
 def test_a_workflow_that_had_begun_runs_again_only_where_that_is_wanted(
-    victim: Emulated, gate: Gate, setting: bool, wish: dict[str, Any], runs: int
+    victim: EmulatedComfyUI, gate: Gate, setting: bool, wish: dict[str, Any], runs: int
 ) -> None:
     with working(victim, retry_on_crash=setting) as worker:
         running = RunningJob(worker, job(gate.graph(), **wish))
@@ -232,7 +233,7 @@ def begun(running: RunningJob, stage: Stage) -> int:
     return running.all(StageStarted).count(StageStarted(stage))
 
 
-def test_it_runs_again_only_once(victim: Emulated, gate: Gate) -> None:
+def test_it_runs_again_only_once(victim: EmulatedComfyUI, gate: Gate) -> None:
     with working(victim, retry_on_crash=True) as worker:
         running = RunningJob(worker, job(gate.graph()))
         for attempt in (1, 2):
@@ -246,7 +247,7 @@ def test_it_runs_again_only_once(victim: Emulated, gate: Gate) -> None:
 
 
 def test_a_workflow_that_had_not_begun_is_submitted_again_only_once(
-    victim: Emulated, gate: Gate, tmp_path: Path
+    victim: EmulatedComfyUI, gate: Gate, tmp_path: Path
 ) -> None:
     block(victim, tmp_path)
     with working(victim) as worker:
@@ -267,14 +268,14 @@ def test_a_workflow_that_had_not_begun_is_submitted_again_only_once(
     assert gate.runs == 0
 
 
-def block(victim: Emulated, folder: Path) -> None:
+def block(victim: EmulatedComfyUI, folder: Path) -> None:
     """Have ComfyUI run somebody else's prompt for good."""
     blocker = Gate(folder)
     victim.submit(blocker.graph())
     blocker.wait_until_run()
 
 
-def test_a_crash_is_reported_with_what_comfyui_said_last(victim: Emulated, gate: Gate, tmp_path: Path) -> None:
+def test_a_crash_is_reported_with_what_comfyui_said_last(victim: EmulatedComfyUI, gate: Gate, tmp_path: Path) -> None:
     with own(victim, tmp_path) as (worker, process):
         running = RunningJob(worker, job(gate.graph()))
         running.wait_for(lambda event: event == StageStarted(Stage.RUNNING))
@@ -285,7 +286,7 @@ def test_a_crash_is_reported_with_what_comfyui_said_last(victim: Emulated, gate:
     assert "retry_on_crash" in output["hint"]
 
 
-def test_a_comfyui_that_start_sh_has_given_up_is_not_waited_for(victim: Emulated, tmp_path: Path) -> None:
+def test_a_comfyui_that_start_sh_has_given_up_is_not_waited_for(victim: EmulatedComfyUI, tmp_path: Path) -> None:
     pid_file = tmp_path / "comfyui.pid"
     pid_file.write_text("ComfyUI died 5 times in 60 s with exit code 1.\n")
     victim.kill()
@@ -299,7 +300,7 @@ def test_a_comfyui_that_start_sh_has_given_up_is_not_waited_for(victim: Emulated
 PICTURE = {"name": "a.png", "image": graphs.data_uri(graphs.png(ORANGE))}
 
 
-def restarted_during(victim: Emulated, path: str, method: str) -> dict[str, Any]:
+def restarted_during(victim: EmulatedComfyUI, path: str, method: str) -> dict[str, Any]:
     """Run a job with an input and an output while ComfyUI restarts under one of its requests."""
     faults = victim.server.faults
     faults.slow_down(60, path, method=method)
@@ -314,7 +315,9 @@ def restarted_during(victim: Emulated, path: str, method: str) -> dict[str, Any]
 @pytest.mark.parametrize(
     ("path", "method"), [("/upload/image", "POST"), ("/object_info/*", "GET"), ("/view", "GET")], ids=str
 )
-def test_a_restart_under_a_request_that_may_be_repeated_is_waited_out(victim: Emulated, path: str, method: str) -> None:
+def test_a_restart_under_a_request_that_may_be_repeated_is_waited_out(
+    victim: EmulatedComfyUI, path: str, method: str
+) -> None:
     output = restarted_during(victim, path, method)
     assert "error" not in output, output
     assert len(output["images"]) == 1
@@ -322,14 +325,16 @@ def test_a_restart_under_a_request_that_may_be_repeated_is_waited_out(victim: Em
 
 @pytest.mark.parametrize(("path", "method"), [("/upload/image", "POST"), ("/view", "GET")], ids=str)
 @pytest.mark.parametrize("times", [1, 2])
-def test_an_answer_that_got_lost_is_asked_for_again(victim: Emulated, path: str, method: str, times: int) -> None:
+def test_an_answer_that_got_lost_is_asked_for_again(
+    victim: EmulatedComfyUI, path: str, method: str, times: int
+) -> None:
     victim.server.faults.lose_answer(path, method=method, times=times)
     with working(victim) as worker:
         output = RunningJob(worker, job(graphs.inverted("a.png"), images=[PICTURE])).output()
     assert "error" not in output, output
 
 
-def test_outputs_that_cannot_be_had_fail_the_job(victim: Emulated) -> None:
+def test_outputs_that_cannot_be_had_fail_the_job(victim: EmulatedComfyUI) -> None:
     victim.server.faults.answer_with(500, "/view", times=None)
     with working(victim) as worker:
         output = RunningJob(worker, job(graphs.picture(ORANGE))).output()
@@ -341,7 +346,7 @@ def test_outputs_that_cannot_be_had_fail_the_job(victim: Emulated) -> None:
 HANGING = {"comfyui_request_timeout_s": 0.5, "comfyui_lost_after_s": 0.3, "comfyui_ready_timeout_s": 0.5}
 
 
-def test_a_comfyui_that_hangs_during_a_job_is_killed(victim: Emulated, gate: Gate, tmp_path: Path) -> None:
+def test_a_comfyui_that_hangs_during_a_job_is_killed(victim: EmulatedComfyUI, gate: Gate, tmp_path: Path) -> None:
     with own(victim, tmp_path, **HANGING) as (worker, process):
         running = RunningJob(worker, job(gate.graph()))
         gate.wait_until_run()
@@ -351,7 +356,7 @@ def test_a_comfyui_that_hangs_during_a_job_is_killed(victim: Emulated, gate: Gat
         assert "error" not in RunningJob(worker, job(graphs.picture(ORANGE))).output()
 
 
-def test_a_comfyui_that_hangs_between_two_jobs_is_killed(victim: Emulated, tmp_path: Path) -> None:
+def test_a_comfyui_that_hangs_between_two_jobs_is_killed(victim: EmulatedComfyUI, tmp_path: Path) -> None:
     with own(victim, tmp_path, **HANGING) as (worker, process):
         victim.hang()
         assert RunningJob(worker, job(graphs.picture(ORANGE))).output()["code"] == "comfyui_unreachable"
@@ -359,7 +364,7 @@ def test_a_comfyui_that_hangs_between_two_jobs_is_killed(victim: Emulated, tmp_p
         assert "error" not in RunningJob(worker, job(graphs.picture(ORANGE))).output()
 
 
-def test_a_comfyui_that_only_takes_long_to_start_is_not_killed(victim: Emulated, tmp_path: Path) -> None:
+def test_a_comfyui_that_only_takes_long_to_start_is_not_killed(victim: EmulatedComfyUI, tmp_path: Path) -> None:
     with own(victim, tmp_path, comfyui_ready_timeout_s=0.3) as (worker, process):
         # Its process is there, and it does not listen yet.
         victim.kill()
@@ -379,7 +384,7 @@ def sent(gate: Gate, *, saved_too: bool) -> graphs.Graph:
     return graph if saved_too else {node_id: node for node_id, node in graph.items() if node_id != "9"}
 
 
-def test_pictures_that_are_only_sent_arrive(victim: Emulated, gate: Gate) -> None:
+def test_pictures_that_are_only_sent_arrive(victim: EmulatedComfyUI, gate: Gate) -> None:
     gate.open()
     with working(victim) as worker:
         output = RunningJob(worker, job(sent(gate, saved_too=True))).output()
@@ -389,7 +394,7 @@ def test_pictures_that_are_only_sent_arrive(victim: Emulated, gate: Gate) -> Non
 
 @pytest.mark.parametrize("saved_too", [True, False])
 def test_pictures_that_were_lost_with_the_websocket_are_missed_aloud(
-    victim: Emulated, gate: Gate, saved_too: bool
+    victim: EmulatedComfyUI, gate: Gate, saved_too: bool
 ) -> None:
     with working(victim) as worker:
         running = RunningJob(worker, job(sent(gate, saved_too=saved_too)))
@@ -405,7 +410,7 @@ def test_pictures_that_were_lost_with_the_websocket_are_missed_aloud(
         assert (output["code"], output["error"]) == ("output_missing", sentence)
 
 
-def test_pictures_on_a_slow_connection_are_waited_for(victim: Emulated, gate: Gate) -> None:
+def test_pictures_on_a_slow_connection_are_waited_for(victim: EmulatedComfyUI, gate: Gate) -> None:
     with proxy_to(victim) as proxy, closing(Worker(shrunk(proxy.url))) as worker:
         running = RunningJob(worker, job(sent(gate, saved_too=True)))
         running.wait_for(lambda event: isinstance(event, NodeStarted) and event.node_id == "3")
@@ -422,7 +427,7 @@ def test_pictures_on_a_slow_connection_are_waited_for(victim: Emulated, gate: Ga
 
 
 def test_pictures_of_which_nothing_was_heard_before_the_end_are_waited_for(
-    victim: Emulated, gate: Gate, mocker: MockerFixture
+    victim: EmulatedComfyUI, gate: Gate, mocker: MockerFixture
 ) -> None:
     mocker.patch("comfy_worker.comfy.watch._FIRST_FRAME_S", 60.0)
     with proxy_to(victim) as proxy, closing(Worker(shrunk(proxy.url))) as worker:
@@ -438,7 +443,7 @@ def test_pictures_of_which_nothing_was_heard_before_the_end_are_waited_for(
     assert "errors" not in output
 
 
-def test_that_some_pictures_may_be_missing_is_said(victim: Emulated, gate: Gate) -> None:
+def test_that_some_pictures_may_be_missing_is_said(victim: EmulatedComfyUI, gate: Gate) -> None:
     """One node has sent its picture before the websocket is lost; whether it had more to send nobody knows."""
     graph = sent(gate, saved_too=False)
     graph["8"]["inputs"]["images"] = ["1", 0]

@@ -28,13 +28,14 @@ from comfy_worker.stop import Stop
 from comfy_worker.storage import StorageFactory
 from comfy_worker.types import Delivery, Job, OutputFile
 from comfy_worker.worker import Worker
-from tests.support import graphs, videos
-from tests.support.breaks_off import BreaksOff, serving
-from tests.support.delivery import deliver_in_child, output_file
+from tests.support.comfyui import graphs
+from tests.support.comfyui.truncated_downloads import TruncatingHandler, serving
 from tests.support.leaks import JOB_SECRET, assert_nothing_leaks
-from tests.support.patience import TIMEOUT_S
-from tests.support.processes import Process
-from tests.support.s3 import ACCESS_KEY, SECRET_KEY, S3Server, s3_server
+from tests.support.media import videos
+from tests.support.processes.delivery_memory import deliver_in_child, output_file
+from tests.support.processes.process import Process
+from tests.support.storage.s3_server import ACCESS_KEY, SECRET_KEY, S3Server, s3_server
+from tests.support.waiting import TIMEOUT_S
 
 MB = 1024 * 1024
 RED = (200, 30, 40)
@@ -303,7 +304,7 @@ def test_a_large_video_is_described_without_being_read(comfy: Place, s3: S3Serve
 
 @pytest.mark.parametrize("kind", ["base64", "s3", "local"])
 def test_a_file_that_broke_off_is_asked_for_again(s3: S3Server, bucket: str, tmp_path: Path, kind: Any) -> None:
-    class Handler(BreaksOff):
+    class Handler(TruncatingHandler):
         # The first look at its size, and at what it is.
         views = 0
 

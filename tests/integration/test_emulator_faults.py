@@ -12,20 +12,19 @@ import websocket
 
 from comfy_emulator import EmulatorServer, Faults
 from comfy_emulator.faults import RequestRule, StatusRule, take
-from tests.support.patience import on_this_machine
-from tests.support.running import wait_until
-from tests.support.small_comfyui import OBJECT_INFO, Bench, Client, chain
+from tests.support.comfyui.scripted_emulator import OBJECT_INFO, Client, NodeScript, chain
+from tests.support.waiting import on_this_machine, wait_until
 
 SHORT_S = 0.15
 
 
 @pytest.fixture
-def bench() -> Bench:
-    return Bench()
+def bench() -> NodeScript:
+    return NodeScript()
 
 
 @pytest.fixture
-def server(bench: Bench) -> Iterator[EmulatorServer]:
+def server(bench: NodeScript) -> Iterator[EmulatorServer]:
     with EmulatorServer(registry=bench.registry(), object_info=OBJECT_INFO, allow_faults=True) as server:
         yield server
 
@@ -102,7 +101,7 @@ def test_a_websocket_is_cut_at_a_preview(server: EmulatorServer, client: Client)
     assert _heard_until_cut(client)[-1] == "progress"
 
 
-def test_websockets_are_cut_now(server: EmulatorServer, client: Client, bench: Bench) -> None:
+def test_websockets_are_cut_now(server: EmulatorServer, client: Client, bench: NodeScript) -> None:
     other = Client(server).connect()
     other.next_event()
     server.drop_websockets()
@@ -188,7 +187,7 @@ def test_an_answer_is_lost_but_the_prompt_is_not(server: EmulatorServer, client:
     assert client.submit(chain("Number"), prompt_id="other") == "other"
 
 
-def test_a_frozen_emulator(server: EmulatorServer, client: Client, bench: Bench) -> None:
+def test_a_frozen_emulator(server: EmulatorServer, client: Client, bench: NodeScript) -> None:
     prompt_id = client.submit(chain("Gate"))
     wait_until(lambda: server.running_node == "1")
     client.events_until("executing", node="1")
@@ -201,7 +200,7 @@ def test_a_frozen_emulator(server: EmulatorServer, client: Client, bench: Bench)
     wait_until(lambda: _finished(client, prompt_id))
 
 
-def test_it_stops_at_once_while_requests_hang(bench: Bench) -> None:
+def test_it_stops_at_once_while_requests_hang(bench: NodeScript) -> None:
     with EmulatorServer(registry=bench.registry(), object_info=OBJECT_INFO) as server:
         server.faults.hang = True
         with pytest.raises(requests.Timeout):
@@ -219,7 +218,7 @@ def test_a_prompt_vanishes_while_pending(server: EmulatorServer, client: Client)
     assert entry["status"]["completed"]
 
 
-def test_an_interrupt_does_nothing(server: EmulatorServer, client: Client, bench: Bench) -> None:
+def test_an_interrupt_does_nothing(server: EmulatorServer, client: Client, bench: NodeScript) -> None:
     server.faults.ignore_interrupts = 1
     prompt_id = client.submit(chain("Gate"))
     client.events_until("executing", node="1")

@@ -11,16 +11,16 @@ import requests
 from PIL import Image
 
 from comfy_emulator import EmulatorServer
-from tests.support.small_comfyui import OBJECT_INFO, Bench, Client, node
+from tests.support.comfyui.scripted_emulator import OBJECT_INFO, Client, NodeScript, node
 
 
 @pytest.fixture
-def bench() -> Bench:
-    return Bench()
+def bench() -> NodeScript:
+    return NodeScript()
 
 
 @pytest.fixture
-def server(bench: Bench) -> Iterator[EmulatorServer]:
+def server(bench: NodeScript) -> Iterator[EmulatorServer]:
     with EmulatorServer(registry=bench.registry(), object_info=OBJECT_INFO, max_upload_bytes=10_000) as server:
         yield server
 
@@ -140,7 +140,7 @@ def test_lists_of_models(client: Client) -> None:
     assert client.get("/models/audio_encoders") == []
 
 
-def test_embeddings_lose_the_end_of_their_name(bench: Bench) -> None:
+def test_embeddings_lose_the_end_of_their_name(bench: NodeScript) -> None:
     models = {"embeddings": ["a.safetensors", "b"]}
     with EmulatorServer(registry=bench.registry(), object_info=OBJECT_INFO, models=models) as server:
         assert Client(server).get("/embeddings") == ["a", "b"]

@@ -16,21 +16,20 @@ import requests
 import websocket
 
 from comfy_emulator import EmulatorServer
-from tests.support.patience import TIMEOUT_S, on_this_machine
-from tests.support.running import wait_until
-from tests.support.small_comfyui import OBJECT_INFO, Bench, Client, chain, node
+from tests.support.comfyui.scripted_emulator import OBJECT_INFO, Client, NodeScript, chain, node
+from tests.support.waiting import TIMEOUT_S, on_this_machine, wait_until
 
 STOP_LIMIT_S = 2
 """Half a second is what it takes at most."""
 
 
 @pytest.fixture
-def bench() -> Bench:
-    return Bench()
+def bench() -> NodeScript:
+    return NodeScript()
 
 
 @pytest.fixture
-def server(bench: Bench) -> Iterator[EmulatorServer]:
+def server(bench: NodeScript) -> Iterator[EmulatorServer]:
     with EmulatorServer(registry=bench.registry(), object_info=OBJECT_INFO, max_upload_bytes=10_000) as server:
         yield server
 
@@ -56,7 +55,7 @@ def _upload(client: Client, name: str, content: bytes, path: str = "/upload/imag
 # Life of the emulator
 
 
-def test_a_restart_loses_all_but_port_and_files(server: EmulatorServer, client: Client, bench: Bench) -> None:
+def test_a_restart_loses_all_but_port_and_files(server: EmulatorServer, client: Client, bench: NodeScript) -> None:
     _upload(client, "kept.png", b"x")
     (server.base_directory / "temp" / "preview.png").write_bytes(b"x")
     client.run(chain("Number"))
@@ -89,7 +88,7 @@ def test_a_killed_emulator_refuses_connections_and_can_come_back(server: Emulato
         server.start()
 
 
-def test_it_stops_at_once_while_all_is_busy(bench: Bench) -> None:
+def test_it_stops_at_once_while_all_is_busy(bench: NodeScript) -> None:
     server = EmulatorServer(registry=bench.registry(), object_info=OBJECT_INFO)
     with pytest.raises(RuntimeError, match="no port"):
         assert server.url
@@ -111,7 +110,7 @@ def test_a_taken_port_is_told_to_whoever_starts(server: EmulatorServer) -> None:
         EmulatorServer(port=server.port).start()
 
 
-def test_a_given_folder_stays(tmp_path: Path, bench: Bench) -> None:
+def test_a_given_folder_stays(tmp_path: Path, bench: NodeScript) -> None:
     with EmulatorServer(registry=bench.registry(), object_info=OBJECT_INFO, base_directory=tmp_path) as server:
         _upload(Client(server), "kept.png", b"x")
     assert (tmp_path / "input" / "kept.png").read_bytes() == b"x"

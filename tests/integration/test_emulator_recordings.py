@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from comfy_emulator import EmulatorServer
-from tests.support.comfyui_replay import Replay, read_recording
+from tests.support.comfyui.traffic_replay import Replay, read_recording
 
 IN_RECORDED_ORDER = (
     "text_to_image_shape",

@@ -10,17 +10,17 @@ import pytest
 import websocket
 
 from comfy_emulator import EmulatorServer
-from tests.support.running import wait_until
-from tests.support.small_comfyui import OBJECT_INFO, Bench, Client, chain, node
+from tests.support.comfyui.scripted_emulator import OBJECT_INFO, Client, NodeScript, chain, node
+from tests.support.waiting import wait_until
 
 
 @pytest.fixture
-def bench() -> Bench:
-    return Bench()
+def bench() -> NodeScript:
+    return NodeScript()
 
 
 @pytest.fixture
-def server(bench: Bench) -> Iterator[EmulatorServer]:
+def server(bench: NodeScript) -> Iterator[EmulatorServer]:
     with EmulatorServer(registry=bench.registry(), object_info=OBJECT_INFO, max_upload_bytes=10_000) as server:
         yield server
 
@@ -80,7 +80,7 @@ def test_a_websocket_without_client_id_is_given_one(server: EmulatorServer) -> N
     assert len(data["sid"]) == 32
 
 
-def test_a_client_that_comes_back_too_early_hears_nothing(client: Client, bench: Bench) -> None:
+def test_a_client_that_comes_back_too_early_hears_nothing(client: Client, bench: NodeScript) -> None:
     """ComfyUI forgets the new websocket when it notices that the old one is closed."""
     returned = Client(client.server, client.client_id).connect()
     returned.next_event()
@@ -116,7 +116,7 @@ def test_status_counts_the_queue_for_everybody(client: Client) -> None:
 # What runs, and what is cached
 
 
-def test_identical_nodes_run_once(client: Client, bench: Bench) -> None:
+def test_identical_nodes_run_once(client: Client, bench: NodeScript) -> None:
     prompt = {
         "1": node("Number", value=4),
         "2": node("Number", value=4),
@@ -128,13 +128,13 @@ def test_identical_nodes_run_once(client: Client, bench: Bench) -> None:
     assert ("executed", {"node": "1", "display_node": "1", "output": None, "prompt_id": entry["prompt"][1]}) in events
 
 
-def test_results_are_kept_for_one_prompt(client: Client, bench: Bench) -> None:
+def test_results_are_kept_for_one_prompt(client: Client, bench: NodeScript) -> None:
     for value in (1, 1, 2, 1):
         client.run(chain("Number", value=value))
     assert [name for name, _ in bench.runs] == ["Number", "Report"] * 3
 
 
-def test_renamed_nodes_stay_cached_unless_they_look_at_their_id(client: Client, bench: Bench) -> None:
+def test_renamed_nodes_stay_cached_unless_they_look_at_their_id(client: Client, bench: NodeScript) -> None:
     client.run({"1": node("Own", value=1), "9": node("Report", value=["1", 0]), "8": node("Report", value=5)})
     bench.runs.clear()
     client.run({"2": node("Own", value=1), "19": node("Report", value=["2", 0]), "18": node("Report", value=5)})
@@ -145,7 +145,7 @@ def test_renamed_nodes_stay_cached_unless_they_look_at_their_id(client: Client, 
     ("first", "second", "runs_again"),
     [(1, 1, False), (1, 2, True), (float("nan"), float("nan"), True), (1, LookupError("gone"), True)],
 )
-def test_the_fingerprint_decides(client: Client, bench: Bench, first: Any, second: Any, runs_again: bool) -> None:
+def test_the_fingerprint_decides(client: Client, bench: NodeScript, first: Any, second: Any, runs_again: bool) -> None:
     bench.fingerprint = first
     client.run(chain("Changing"))
     bench.fingerprint = second
@@ -154,7 +154,7 @@ def test_the_fingerprint_decides(client: Client, bench: Bench, first: Any, secon
     assert bool(bench.runs) is runs_again
 
 
-def test_free_memory_clears_the_cache(client: Client, bench: Bench) -> None:
+def test_free_memory_clears_the_cache(client: Client, bench: NodeScript) -> None:
     client.run(chain("Number"))
     client.post("/free", {"unload_models": True})
     client.run(chain("Number"))
@@ -164,7 +164,7 @@ def test_free_memory_clears_the_cache(client: Client, bench: Bench) -> None:
     assert len(bench.runs) == 4
 
 
-def test_what_ran_before_an_error_is_cached(client: Client, bench: Bench) -> None:
+def test_what_ran_before_an_error_is_cached(client: Client, bench: NodeScript) -> None:
     client.run(chain("Number", "Fail"))
     bench.runs.clear()
     _, events = client.run(chain("Number", "Fail"))
@@ -172,7 +172,7 @@ def test_what_ran_before_an_error_is_cached(client: Client, bench: Bench) -> Non
     assert next(data for name, data in events if name == "execution_cached")["nodes"] == ["1"]
 
 
-def test_a_node_is_called_for_each_item_of_a_list(client: Client, bench: Bench) -> None:
+def test_a_node_is_called_for_each_item_of_a_list(client: Client, bench: NodeScript) -> None:
     prompt = {
         "1": node("Several", count=3),
         "2": node("Sum", one=["1", 0], other=10),
@@ -197,7 +197,7 @@ def test_an_error_tells_what_the_node_was_given(client: Client) -> None:
 # Queue and history
 
 
-def test_the_queue_goes_by_number(client: Client, bench: Bench) -> None:
+def test_the_queue_goes_by_number(client: Client, bench: NodeScript) -> None:
     running = _occupy(client)
     later = client.submit(chain("Number", value=2))
     front = client.submit(chain("Number", value=3), front=True)
@@ -210,7 +210,7 @@ def test_the_queue_goes_by_number(client: Client, bench: Bench) -> None:
     assert list(client.get("/history")) == [running, front, numbered, later]
 
 
-def test_only_waiting_prompts_are_deleted(client: Client, bench: Bench) -> None:
+def test_only_waiting_prompts_are_deleted(client: Client, bench: NodeScript) -> None:
     running = _occupy(client)
     waiting = [client.submit(chain("Number", value=value)) for value in (2, 3, 4)]
     client.post("/queue", {"delete": [running, "unknown", waiting[0]]})
@@ -222,7 +222,7 @@ def test_only_waiting_prompts_are_deleted(client: Client, bench: Bench) -> None:
     assert list(client.get("/history")) == [running]
 
 
-def test_a_chosen_prompt_id_can_be_looked_up_and_runs_as_often_as_it_is_sent(client: Client, bench: Bench) -> None:
+def test_a_chosen_prompt_id_can_be_looked_up_and_runs_as_often_as_it_is_sent(client: Client, bench: NodeScript) -> None:
     running = _occupy(client)
     for _ in range(2):
         assert client.submit(chain("Number", value=5), prompt_id="mine") == "mine"
@@ -248,7 +248,7 @@ def test_the_history_in_parts(client: Client) -> None:
     assert client.get("/history") == {}
 
 
-def test_the_key_for_paid_nodes_is_kept_nowhere(client: Client, bench: Bench) -> None:
+def test_the_key_for_paid_nodes_is_kept_nowhere(client: Client, bench: NodeScript) -> None:
     secret = {"api_key_comfy_org": "key", "auth_token_comfy_org": "token", "note": 1}
     prompt_id = _occupy(client, extra_data=secret)
     (item,) = client.get("/queue")["queue_running"]
@@ -259,7 +259,7 @@ def test_the_key_for_paid_nodes_is_kept_nowhere(client: Client, bench: Bench) ->
 
 
 @pytest.mark.parametrize("named", [True, False])
-def test_interrupts(client: Client, bench: Bench, named: bool) -> None:
+def test_interrupts(client: Client, bench: NodeScript, named: bool) -> None:
     prompt_id = client.submit(chain("Number", "Gate"))
     client.events_until("executing", node="2")
     client.post("/interrupt", {"prompt_id": "another"})
@@ -278,7 +278,7 @@ def test_an_interrupt_while_nothing_runs_stops_nothing(client: Client) -> None:
     assert entry["status"]["status_str"] == "success"
 
 
-def test_jobs(client: Client, bench: Bench) -> None:
+def test_jobs(client: Client, bench: NodeScript) -> None:
     workflow = {"extra_pnginfo": {"workflow": {"id": "mine"}}}
     done = client.run(chain("Number"), extra_data=workflow)[0]["prompt"][1]
     failed = client.run(chain("Fail"))[0]["prompt"][1]

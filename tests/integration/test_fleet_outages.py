@@ -19,13 +19,13 @@ from comfy_worker.gateway.store.database import connect
 from comfy_worker.gateway.store.job_store import JobStore
 from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.types import JobState
-from tests.support.lost_answers import LostAnswers
-from tests.support.postgres import Postgres, postgres
-from tests.support.processes import Process
-from tests.support.receiver import Receiver
-from tests.support.redis import redis_server
-from tests.support.running import wait_until
-from tests.support.webhook_notes import delivery_of
+from tests.support.databases.lost_commits import LostAnswers
+from tests.support.databases.postgres import Postgres, postgres
+from tests.support.databases.redis import redis_server
+from tests.support.gateway.webhook_rows import delivery_of
+from tests.support.network.webhook_receiver import Receiver
+from tests.support.processes.process import Process
+from tests.support.waiting import wait_until
 
 
 @pytest.fixture(autouse=True)

@@ -30,14 +30,20 @@ from comfy_worker.gateway.http.fair_event_loop import FairEventLoop, Group
 from comfy_worker.gateway.http.hosts import network_of
 from comfy_worker.gateway.http.server import Server
 from comfy_worker.gateway.settings import load_gateway_settings
-from tests.support.comfyui import emulator
-from tests.support.crowd import connect, endless_uploads, few_files, idle_connections, is_closed, upload
-from tests.support.graphs import picture
-from tests.support.patience import TIMEOUT_S
-from tests.support.ports import free_port, silent_port
-from tests.support.receiver import Receiver
-from tests.support.running import wait_until
-from tests.support.served import Served, served
+from tests.support.comfyui.graphs import picture
+from tests.support.comfyui.instance import emulator
+from tests.support.gateway.process import GatewayProcess, gateway_process
+from tests.support.network.misbehaving_clients import (
+    connect,
+    endless_uploads,
+    few_files,
+    idle_connections,
+    is_closed,
+    upload,
+)
+from tests.support.network.ports import closed_port, free_port
+from tests.support.network.webhook_receiver import Receiver
+from tests.support.waiting import TIMEOUT_S, wait_until
 
 KEY = {"Authorization": "Bearer key"}
 HEAD = b"GET /live HTTP/1.1\r\nHost: 127.0.0.1\r\n"
@@ -61,7 +67,7 @@ class ThreadServer(Server):
 @contextmanager
 def serving(folder: Path, **settings: Any) -> Iterator[ThreadServer]:
     """Serve a gateway whose ComfyUI is not there until the end of the block."""
-    with silent_port() as port:
+    with closed_port() as port:
         loaded = load_gateway_settings(
             data_dir=str(folder), comfyui_url=f"http://127.0.0.1:{port}", api_port=0, wait_for_comfyui=True, **settings
         )
@@ -362,7 +368,7 @@ def test_a_link_for_others_does_not_follow_the_host_of_a_request(
     tmp_path: Path,
 ) -> None:
     private = {"RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS": "true"}
-    with emulator() as comfyui, Receiver() as receiver, served(comfyui.url, tmp_path, **private) as gateway:
+    with emulator() as comfyui, Receiver() as receiver, gateway_process(comfyui.url, tmp_path, **private) as gateway:
         evil = {**gateway.headers, "Host": "evil.example"}
         job = {"input": {"workflow": picture((4, 5, 6))}, "webhook": receiver.url}
         answer = requests.post(f"{gateway.url}/runsync?files=url", json=job, headers=evil, timeout=TIMEOUT_S).json()
@@ -376,10 +382,10 @@ def test_a_link_for_others_does_not_follow_the_host_of_a_request(
 
 
 @pytest.fixture(scope="module")
-def attacked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def attacked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
     with emulator() as comfyui:
         with few_files(1024):
-            starting = served(comfyui.url, tmp_path_factory.mktemp("data"))
+            starting = gateway_process(comfyui.url, tmp_path_factory.mktemp("data"))
             running = starting.__enter__()
         yield running
         starting.__exit__(None, None, None)
@@ -396,7 +402,7 @@ class _From(HTTPAdapter):
         super().init_poolmanager(*arguments, source_address=(self._address, 0), **named)
 
 
-def job_seconds(gateway: Served, address: str, color: int) -> float:
+def job_seconds(gateway: GatewayProcess, address: str, color: int) -> float:
     """Run a job as a client at an address; return how long it took."""
     with requests.Session() as session:
         session.mount("http://", _From(address))
@@ -409,7 +415,9 @@ def job_seconds(gateway: Served, address: str, color: int) -> float:
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "127.0.0.2"])
 @pytest.mark.parametrize("idle", [600, 1000])
-def test_idle_connections_and_an_endless_upload_do_not_delay_a_job(attacked: Served, address: str, idle: int) -> None:
+def test_idle_connections_and_an_endless_upload_do_not_delay_a_job(
+    attacked: GatewayProcess, address: str, idle: int
+) -> None:
     usual = job_seconds(attacked, address, 1)
     with idle_connections(attacked.url, idle), endless_uploads(attacked.url, ENDLESS):
         during = job_seconds(attacked, address, 2)

@@ -31,15 +31,15 @@ from comfy_worker.gateway.store.job_store import JobStore
 from comfy_worker.gateway.store.migrate import bring_up_to_date
 from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.types import JobState
-from tests.support import graphs
-from tests.support.benches import Bench
-from tests.support.gate import Gate
-from tests.support.links import Link, Network, Weather
-from tests.support.postgres import Postgres, postgres
-from tests.support.receiver import Receiver
-from tests.support.running import wait_until
-from tests.support.served import Served, served
-from tests.support.victims import Emulated
+from tests.support.comfyui import graphs
+from tests.support.comfyui.controllable import EmulatedComfyUI
+from tests.support.comfyui.gate_node import Gate
+from tests.support.databases.postgres import Postgres, postgres
+from tests.support.gateway.engine_setups import EngineGateway
+from tests.support.gateway.process import GatewayProcess, gateway_process
+from tests.support.network.links import Link, LinkState, Network
+from tests.support.network.webhook_receiver import Receiver
+from tests.support.waiting import wait_until
 
 NOW = 1_700_000_000.0
 ENDS = [signal.SIGINT, signal.SIGQUIT, signal.SIGKILL]
@@ -55,8 +55,8 @@ def bare_environment(environment: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def comfyui(tmp_path: Path) -> Iterator[Emulated]:
-    with Emulated(base_directory=tmp_path / "comfyui") as running:
+def comfyui(tmp_path: Path) -> Iterator[EmulatedComfyUI]:
+    with EmulatedComfyUI(base_directory=tmp_path / "comfyui") as running:
         yield running
 
 
@@ -80,8 +80,8 @@ def check_log(log: str, *secrets: str) -> None:
         assert word not in log
 
 
-def test_every_route_declares_that_the_database_may_be_away(tmp_path: Path, comfyui: Emulated) -> None:
-    with served(comfyui.url, tmp_path / "data") as gateway:
+def test_every_route_declares_that_the_database_may_be_away(tmp_path: Path, comfyui: EmulatedComfyUI) -> None:
+    with gateway_process(comfyui.url, tmp_path / "data") as gateway:
         paths = gateway.get("/openapi.json").json()["paths"]
     undeclared = {
         path for path, methods in paths.items() for method in methods.values() if "503" not in method["responses"]
@@ -93,12 +93,12 @@ def test_every_route_declares_that_the_database_may_be_away(tmp_path: Path, comf
 
 
 @pytest.mark.parametrize("how", ENDS, ids=[number.name for number in ENDS])
-def test_every_job_ends_once_over_an_outage(tmp_path: Path, comfyui: Emulated, how: signal.Signals) -> None:
+def test_every_job_ends_once_over_an_outage(tmp_path: Path, comfyui: EmulatedComfyUI, how: signal.Signals) -> None:
     gate = Gate(tmp_path)
     with postgres() as server, Receiver() as receiver:
         url = server.new_database()
         settings = {"DATABASE_URL": url, "RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS": "true", **ONE_AT_A_TIME}
-        with served(comfyui.url, tmp_path / "data", **settings) as gateway:
+        with gateway_process(comfyui.url, tmp_path / "data", **settings) as gateway:
             jobs = [gateway.run(gate.graph(), webhook=receiver.url)]
             gate.wait_until_run()
             jobs += [gateway.run(graphs.picture((number, 0, 0)), webhook=receiver.url) for number in range(4)]
@@ -120,7 +120,7 @@ def test_every_job_ends_once_over_an_outage(tmp_path: Path, comfyui: Emulated, h
     check_log(gateway.process.output, url.rsplit("/", 1)[1])
 
 
-def check_outage(gateway: Served, job_id: str) -> None:
+def check_outage(gateway: GatewayProcess, job_id: str) -> None:
     for path in (*TOUCHING, f"/status/{job_id}"):
         check_unavailable(gateway.get(path))
     for path in ("/run", "/runsync", "/v2/local/run"):
@@ -158,11 +158,11 @@ def check_lock_is_held(url: str) -> None:
     engine.dispose()
 
 
-def test_a_job_whose_cancellation_met_an_outage_is_cancelled_after_it(tmp_path: Path, comfyui: Emulated) -> None:
+def test_a_job_whose_cancellation_met_an_outage_is_cancelled_after_it(tmp_path: Path, comfyui: EmulatedComfyUI) -> None:
     gate = Gate(tmp_path)
     with (
         postgres() as server,
-        served(comfyui.url, tmp_path / "data", DATABASE_URL=server.new_database(), **ONE_AT_A_TIME) as gateway,
+        gateway_process(comfyui.url, tmp_path / "data", DATABASE_URL=server.new_database(), **ONE_AT_A_TIME) as gateway,
     ):
         job_id = gateway.run(gate.graph())
         gate.wait_until_run()
@@ -174,11 +174,11 @@ def test_a_job_whose_cancellation_met_an_outage_is_cancelled_after_it(tmp_path: 
         assert comfyui.running() == []
 
 
-def test_a_gateway_ends_in_order_while_its_database_is_away(tmp_path: Path, comfyui: Emulated) -> None:
+def test_a_gateway_ends_in_order_while_its_database_is_away(tmp_path: Path, comfyui: EmulatedComfyUI) -> None:
     gate = Gate(tmp_path)
     with postgres() as server:
         settings = {"DATABASE_URL": server.new_database(), **ONE_AT_A_TIME}
-        with served(comfyui.url, tmp_path / "data", **settings) as gateway:
+        with gateway_process(comfyui.url, tmp_path / "data", **settings) as gateway:
             jobs = [gateway.run(gate.graph()), gateway.run(graphs.picture((1, 2, 3)))]
             gate.wait_until_run()
             server.stop()
@@ -188,7 +188,7 @@ def test_a_gateway_ends_in_order_while_its_database_is_away(tmp_path: Path, comf
         assert "Traceback" not in gateway.process.output
         gate.open()
         server.start()
-        with served(comfyui.url, tmp_path / "data", **settings) as again:
+        with gateway_process(comfyui.url, tmp_path / "data", **settings) as again:
             assert {again.ended(job_id)["status"] for job_id in jobs} == {"COMPLETED"}
     assert gate.runs == 1
 
@@ -248,11 +248,11 @@ class Cuts:
             if not next(is_first, False):
                 return action(*given)
             self.made += 1
-            self._way.turn(Weather.CUT)
+            self._way.turn(LinkState.CUT)
             try:
                 return action(*given)
             finally:
-                self._way.turn(Weather.FAIR)
+                self._way.turn(LinkState.FAIR)
 
         return act
 
@@ -287,10 +287,10 @@ def locked(file: Path) -> Iterator[None]:
         connection.execute("ROLLBACK")
 
 
-def test_a_locked_sqlite_is_unavailable_until_it_is_free(tmp_path: Path, comfyui: Emulated) -> None:
+def test_a_locked_sqlite_is_unavailable_until_it_is_free(tmp_path: Path, comfyui: EmulatedComfyUI) -> None:
     file = tmp_path / "jobs.db"
     body = {"input": {"workflow": graphs.picture((1, 2, 3))}}
-    with served(comfyui.url, tmp_path / "data", DATABASE_URL=f"sqlite:///{file}?timeout=0.1") as gateway:
+    with gateway_process(comfyui.url, tmp_path / "data", DATABASE_URL=f"sqlite:///{file}?timeout=0.1") as gateway:
         job_id = gateway.run(body["input"]["workflow"])
         assert gateway.ended(job_id)["status"] == "COMPLETED"
         with locked(file):
@@ -311,10 +311,10 @@ def test_threads_of_a_gateway_never_meet_a_locked_sqlite(tmp_path: Path) -> None
         assert all(store.get(job_id) for job_id in ids)
 
 
-def test_an_sqlite_that_has_no_room_is_unavailable_until_it_has(tmp_path: Path, comfyui: Emulated) -> None:
+def test_an_sqlite_that_has_no_room_is_unavailable_until_it_has(tmp_path: Path, comfyui: EmulatedComfyUI) -> None:
     workflow = graphs.picture((1, 2, 3))
     workflow["1"]["_meta"] = {"title": "x" * 1_000_000}
-    with served(comfyui.url, tmp_path / "data") as gateway:
+    with gateway_process(comfyui.url, tmp_path / "data") as gateway:
         wait_until(lambda: gateway.get("/ready").status_code == 200)
         pid = gateway.process.pid
         before = resource.prlimit(pid, resource.RLIMIT_FSIZE)
@@ -365,9 +365,9 @@ def cut_lock(url: str) -> None:
         assert connection.execute(query.encode()).fetchall() == [(True,)]
 
 
-def test_a_lost_lock_is_taken_again(tmp_path: Path, comfyui: Emulated, server: Postgres) -> None:
+def test_a_lost_lock_is_taken_again(tmp_path: Path, comfyui: EmulatedComfyUI, server: Postgres) -> None:
     url = server.new_database()
-    with served(comfyui.url, tmp_path / "data", DATABASE_URL=url) as gateway:
+    with gateway_process(comfyui.url, tmp_path / "data", DATABASE_URL=url) as gateway:
         cut_lock(url)
         gateway.process.wait_for_line("the lock on the database is ours again")
         check_lock_is_held(url)
@@ -375,11 +375,11 @@ def test_a_lost_lock_is_taken_again(tmp_path: Path, comfyui: Emulated, server: P
 
 
 def test_a_gateway_ends_when_another_has_taken_over_and_loses_nothing(
-    tmp_path: Path, comfyui: Emulated, server: Postgres
+    tmp_path: Path, comfyui: EmulatedComfyUI, server: Postgres
 ) -> None:
     gate, url = Gate(tmp_path), server.new_database()
     settings = {"DATABASE_URL": url, "GATEWAY_KEY": "a key of both", **ONE_AT_A_TIME}
-    with served(comfyui.url, tmp_path / "data", **settings) as gateway:
+    with gateway_process(comfyui.url, tmp_path / "data", **settings) as gateway:
         jobs = [gateway.run(gate.graph())]
         gate.wait_until_run()
         jobs.append(gateway.run(graphs.picture((1, 2, 3))))
@@ -390,7 +390,7 @@ def test_a_gateway_ends_when_another_has_taken_over_and_loses_nothing(
         assert "Traceback" not in gateway.process.output
     assert len(comfyui.running()) == 1
 
-    with served(comfyui.url, tmp_path / "data", **settings) as again:
+    with gateway_process(comfyui.url, tmp_path / "data", **settings) as again:
         gate.open()
         assert {again.ended(job_id)["status"] for job_id in jobs} == {"COMPLETED"}
     assert gate.runs == 1
@@ -407,21 +407,21 @@ def noted(gateway_store: JobStore, graph: graphs.Graph, job_id: str) -> str:
 
 
 def test_a_job_whose_gateway_was_killed_after_it_noted_it_runs_after_the_next_start(
-    tmp_path: Path, comfyui: Emulated
+    tmp_path: Path, comfyui: EmulatedComfyUI
 ) -> None:
     folder = tmp_path / "data"
-    with Bench(folder, comfyui.url, gateway_key="key"):
+    with EngineGateway(folder, comfyui.url, gateway_key="key"):
         pass
     store = JobStore(connect(f"sqlite:///{folder}/jobs.db"), b"key")
     job_id = noted(store, graphs.picture((1, 2, 3)), "noted")
     store.close()
 
-    with Bench(folder, comfyui.url, gateway_key="key") as bench:
+    with EngineGateway(folder, comfyui.url, gateway_key="key") as bench:
         assert bench.picture(job_id) == (1, 2, 3)
 
 
-def test_jobs_that_the_database_has_and_nobody_works_on_are_taken_up(tmp_path: Path, comfyui: Emulated) -> None:
-    with Bench(tmp_path / "data", comfyui.url) as bench:
+def test_jobs_that_the_database_has_and_nobody_works_on_are_taken_up(tmp_path: Path, comfyui: EmulatedComfyUI) -> None:
+    with EngineGateway(tmp_path / "data", comfyui.url) as bench:
         store, engine = bench.gateway.store, bench.gateway._engine
         waiting = noted(store, graphs.picture((1, 2, 3)), "waiting")
         begun = noted(store, graphs.picture((4, 5, 6)), "begun")
@@ -435,9 +435,9 @@ def test_jobs_that_the_database_has_and_nobody_works_on_are_taken_up(tmp_path: P
         assert bench.get(begun).retries == 1
 
 
-def test_a_job_that_is_worked_on_is_not_taken_up_twice(tmp_path: Path, comfyui: Emulated) -> None:
+def test_a_job_that_is_worked_on_is_not_taken_up_twice(tmp_path: Path, comfyui: EmulatedComfyUI) -> None:
     gate = Gate(tmp_path)
-    with Bench(tmp_path / "data", comfyui.url) as bench:
+    with EngineGateway(tmp_path / "data", comfyui.url) as bench:
         running = bench.submit(gate.graph())
         gate.wait_until_run()
         others = [bench.submit(graphs.picture((number, 2, 3))) for number in range(4)]
@@ -454,9 +454,9 @@ def test_a_job_that_is_worked_on_is_not_taken_up_twice(tmp_path: Path, comfyui: 
     assert gate.runs == 1
 
 
-def test_health_counts_what_was_retried(tmp_path: Path, comfyui: Emulated) -> None:
+def test_health_counts_what_was_retried(tmp_path: Path, comfyui: EmulatedComfyUI) -> None:
     gate = Gate(tmp_path)
-    with served(comfyui.url, tmp_path / "data") as gateway:
+    with gateway_process(comfyui.url, tmp_path / "data") as gateway:
         job_id = gateway.run(gate.graph())
         gate.wait_until_run()
         gate.open("no luck")

@@ -9,13 +9,13 @@ import pytest
 
 from comfy_worker.gateway.errors import DatabaseUnavailable
 from comfy_worker.types import JobState
-from tests.support import graphs
-from tests.support.benches import Bench
-from tests.support.gate import Gate
-from tests.support.lost_answers import LostAnswers
-from tests.support.postgres import Postgres, postgres
-from tests.support.running import wait_until
-from tests.support.victims import Emulated
+from tests.support.comfyui import graphs
+from tests.support.comfyui.controllable import EmulatedComfyUI
+from tests.support.comfyui.gate_node import Gate
+from tests.support.databases.lost_commits import LostAnswers
+from tests.support.databases.postgres import Postgres, postgres
+from tests.support.gateway.engine_setups import EngineGateway
+from tests.support.waiting import wait_until
 
 
 @pytest.fixture(autouse=True)
@@ -24,8 +24,8 @@ def bare_environment(environment: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def comfyui(tmp_path: Path) -> Iterator[Emulated]:
-    with Emulated(base_directory=tmp_path / "comfyui") as running:
+def comfyui(tmp_path: Path) -> Iterator[EmulatedComfyUI]:
+    with EmulatedComfyUI(base_directory=tmp_path / "comfyui") as running:
         yield running
 
 
@@ -41,12 +41,12 @@ def line(server: Postgres) -> Iterator[LostAnswers]:
         yield running
 
 
-def statuses(bench: Bench, job_id: str) -> list[str]:
+def statuses(bench: EngineGateway, job_id: str) -> list[str]:
     return [data["status"] for _number, _kind, data in bench.gateway.store.events_of(job_id)]
 
 
-def test_a_job_that_was_accepted_after_all_is_run(tmp_path: Path, comfyui: Emulated, line: LostAnswers) -> None:
-    with Bench(tmp_path / "data", comfyui.url, database_url=line.url) as bench:
+def test_a_job_that_was_accepted_after_all_is_run(tmp_path: Path, comfyui: EmulatedComfyUI, line: LostAnswers) -> None:
+    with EngineGateway(tmp_path / "data", comfyui.url, database_url=line.url) as bench:
         line.lose()
         with pytest.raises(DatabaseUnavailable):
             bench.submit(graphs.picture((1, 2, 3)))
@@ -59,9 +59,9 @@ def test_a_job_that_was_accepted_after_all_is_run(tmp_path: Path, comfyui: Emula
         assert bench.picture(record.id) == (1, 2, 3)
 
 
-def test_a_job_that_was_begun_after_all_runs_once(tmp_path: Path, comfyui: Emulated, line: LostAnswers) -> None:
+def test_a_job_that_was_begun_after_all_runs_once(tmp_path: Path, comfyui: EmulatedComfyUI, line: LostAnswers) -> None:
     gate = Gate(tmp_path)
-    with Bench(tmp_path / "data", comfyui.url, database_url=line.url) as bench:
+    with EngineGateway(tmp_path / "data", comfyui.url, database_url=line.url) as bench:
         line.lose(after=1)
         job_id = bench.submit(gate.graph())
         gate.wait_until_run()
@@ -72,9 +72,9 @@ def test_a_job_that_was_begun_after_all_runs_once(tmp_path: Path, comfyui: Emula
     assert gate.runs == 1
 
 
-def test_an_end_that_was_noted_after_all_is_heard(tmp_path: Path, comfyui: Emulated, line: LostAnswers) -> None:
+def test_an_end_that_was_noted_after_all_is_heard(tmp_path: Path, comfyui: EmulatedComfyUI, line: LostAnswers) -> None:
     gate = Gate(tmp_path)
-    with Bench(tmp_path / "data", comfyui.url, database_url=line.url) as bench:
+    with EngineGateway(tmp_path / "data", comfyui.url, database_url=line.url) as bench:
         job_id = bench.submit(gate.graph())
         wait_until(lambda: bench.get(job_id).state is JobState.IN_PROGRESS)
         line.lose()

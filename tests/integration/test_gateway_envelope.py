@@ -9,31 +9,31 @@ import pytest
 import requests
 
 from comfy_emulator import EmulatorServer
-from tests.support.gateway import GatewayProcess
-from tests.support.graphs import node, picture
-from tests.support.patience import TIMEOUT_S
+from tests.support.comfyui.graphs import node, picture
+from tests.support.gateway.restartable import RestartableGateway
+from tests.support.waiting import TIMEOUT_S
 
 DANGLING = {"1": node("SaveImage", images=["7", 0], filename_prefix="x")}
 SENTENCE = "Workflow validation failed: Node 1 (images): it is linked to node 7, which the workflow does not have"
 
 
 @pytest.fixture(scope="module")
-def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
+def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RestartableGateway]:
     with EmulatorServer() as comfy:
-        started = GatewayProcess(tmp_path_factory.mktemp("gateway"), comfy.url)
+        started = RestartableGateway(tmp_path_factory.mktemp("gateway"), comfy.url)
         started.start()
         yield started
         started.stop()
 
 
-def refusal(gateway: GatewayProcess, path: str, body: Any) -> dict[str, Any]:
+def refusal(gateway: RestartableGateway, path: str, body: Any) -> dict[str, Any]:
     response = requests.post(f"{gateway.url}{path}", json=body, timeout=TIMEOUT_S)
     assert response.status_code == 400, response.text
     answer: dict[str, Any] = response.json()
     return answer
 
 
-def test_an_input_wrapped_twice_and_unknown_fields_are_warned_of(gateway: GatewayProcess) -> None:
+def test_an_input_wrapped_twice_and_unknown_fields_are_warned_of(gateway: RestartableGateway) -> None:
     body = {"input": {"input": {"workflow": picture((1, 2, 3))}}, "webhok": "x", "policy": {"tll": 50_000}}
     answer = gateway.post("/runsync", body)
     assert answer["status"] == "COMPLETED"
@@ -44,14 +44,14 @@ def test_an_input_wrapped_twice_and_unknown_fields_are_warned_of(gateway: Gatewa
     ]
 
 
-def test_a_link_to_no_node_is_said_without_comfyui(gateway: GatewayProcess) -> None:
+def test_a_link_to_no_node_is_said_without_comfyui(gateway: RestartableGateway) -> None:
     answer = gateway.post("/runsync", {"input": {"workflow": DANGLING}})
     assert (answer["status"], answer["error"]) == ("FAILED", SENTENCE)
     assert refusal(gateway, "/api/workflow/submit", {"workflow": DANGLING})["error"] == SENTENCE
 
 
 @pytest.mark.parametrize("wrap", [lambda job_input: job_input, lambda job_input: {"input": job_input}])
-def test_extra_params_that_are_too_large_are_refused_at_the_door(gateway: GatewayProcess, wrap: Any) -> None:
+def test_extra_params_that_are_too_large_are_refused_at_the_door(gateway: RestartableGateway, wrap: Any) -> None:
     webhook = {"url": "http://a.example", "extra_params": {"a": "x" * 64_000}}
     answer = refusal(gateway, "/run", {"input": wrap({"workflow": picture((1, 2, 3)), "webhook": webhook})})
     assert answer["code"] == "invalid_input"
@@ -59,7 +59,7 @@ def test_extra_params_that_are_too_large_are_refused_at_the_door(gateway: Gatewa
 
 
 @pytest.mark.parametrize("levels", [201, 970, 990, 20_000])
-def test_depth_is_bad_input_in_bodies_and_in_strings(gateway: GatewayProcess, levels: int) -> None:
+def test_depth_is_bad_input_in_bodies_and_in_strings(gateway: RestartableGateway, levels: int) -> None:
     deep = "[" * levels + "]" * levels
     response = requests.post(f"{gateway.url}/run", data=f'{{"input": {{"x": {deep}}}}}', timeout=TIMEOUT_S)
     assert (response.status_code, response.json()["code"]) == (400, "invalid_input")

@@ -26,12 +26,12 @@ from comfy_worker.gateway.app import create_app
 from comfy_worker.gateway.container import Gateway
 from comfy_worker.gateway.settings import load_gateway_settings
 from comfy_worker.job.input_files import FAILED
-from tests.support.comfyui import emulator
-from tests.support.file_server import FileServer, RawAnswer, ServedFile, file_server
-from tests.support.graphs import data_uri, inverted, picture, png
+from tests.support.comfyui.graphs import data_uri, inverted, picture, png
+from tests.support.comfyui.instance import emulator
+from tests.support.gateway.process import GatewayProcess, gateway_process
 from tests.support.leaks import assert_nothing_leaks
-from tests.support.s3 import ACCESS_KEY, SECRET_KEY
-from tests.support.served import Served, served
+from tests.support.network.file_server import FileServer, RawAnswer, ServedFile, file_server
+from tests.support.storage.s3_server import ACCESS_KEY, SECRET_KEY
 
 FOLDER = Path(__file__).parents[1] / "data/hostile"
 PUBLIC = "93.184.215.14"
@@ -70,7 +70,7 @@ class Hostile:
 class Apart:
     """A gateway that can reach a few addresses only."""
 
-    gateway: Served
+    gateway: GatewayProcess
     record: Path
 
     def reached(self) -> set[str]:
@@ -127,8 +127,8 @@ def apart(folder: Path, comfyui_port: int, file_port: int, **settings: str) -> I
         "LOG_LEVEL": "DEBUG",
         **settings,
     }
-    module = ("tests.support.served_apart", str(record))
-    with served(f"http://{OF_COMFYUI}:8188", folder / "data", *module, **environment) as gateway:
+    module = ("tests.support.gateway.offline", str(record))
+    with gateway_process(f"http://{OF_COMFYUI}:8188", folder / "data", *module, **environment) as gateway:
         yield Apart(gateway, record)
 
 

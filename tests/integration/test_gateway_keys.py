@@ -12,10 +12,10 @@ from urllib.parse import urlsplit
 import pytest
 import requests
 
-from tests.support.comfyui import ComfyUI, emulator
-from tests.support.graphs import picture
-from tests.support.patience import TIMEOUT_S
-from tests.support.served import Served, served
+from tests.support.comfyui.graphs import picture
+from tests.support.comfyui.instance import ComfyUI, emulator
+from tests.support.gateway.process import GatewayProcess, gateway_process
+from tests.support.waiting import TIMEOUT_S
 
 JOB = {"input": {"workflow": picture((1, 2, 3))}}
 
@@ -30,7 +30,7 @@ def bearer(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
 
 
-def finished(gateway: Served, key: str) -> dict[str, str]:
+def finished(gateway: GatewayProcess, key: str) -> dict[str, str]:
     """Return the status of a job that a key had run, with links to its files."""
     headers = bearer(key) if key else {}
     url = f"{gateway.url}/runsync?files=url"
@@ -39,13 +39,15 @@ def finished(gateway: Served, key: str) -> dict[str, str]:
     return answer
 
 
-def code(gateway: Served, path: str, key: str) -> int:
+def code(gateway: GatewayProcess, path: str, key: str) -> int:
     return requests.get(f"{gateway.url}{path}", headers=bearer(key), timeout=TIMEOUT_S).status_code
 
 
 def test_requests_on_one_connection_are_each_their_own_keys(comfyui: ComfyUI, tmp_path: Path) -> None:
     """They are sent at once, before the first is answered: what one request is for must not reach the next."""
-    with served(comfyui.url, tmp_path, API_KEYS="alice:alices-1,bob:bobs-1", API_ADMIN_KEYS="root:roots-1") as gateway:
+    with gateway_process(
+        comfyui.url, tmp_path, API_KEYS="alice:alices-1,bob:bobs-1", API_ADMIN_KEYS="root:roots-1"
+    ) as gateway:
         path = f"/status/{finished(gateway, 'alices-1')['id']}"
         keys = ("alices-1", "bobs-1", "roots-1", "bobs-1", "", "bobs-1", "alices-1")
         asked = [(key, path) for key in keys]
@@ -63,7 +65,9 @@ def test_requests_on_one_connection_are_each_their_own_keys(comfyui: ComfyUI, tm
 
 
 def test_a_link_to_a_file_works_for_whoever_has_it_and_its_path_for_its_key(comfyui: ComfyUI, tmp_path: Path) -> None:
-    with served(comfyui.url, tmp_path, API_KEYS="alice:alices-1,bob:bobs-1", API_ADMIN_KEYS="root:roots-1") as gateway:
+    with gateway_process(
+        comfyui.url, tmp_path, API_KEYS="alice:alices-1,bob:bobs-1", API_ADMIN_KEYS="root:roots-1"
+    ) as gateway:
         status = finished(gateway, "alices-1")
         link = re.search(r'http://[^"]+/assets/[^"]+', json.dumps(status))
         assert link is not None
@@ -74,14 +78,16 @@ def test_a_link_to_a_file_works_for_whoever_has_it_and_its_path_for_its_key(comf
 
 
 def test_a_key_that_is_exchanged_under_its_name_keeps_its_jobs(comfyui: ComfyUI, tmp_path: Path) -> None:
-    with served(comfyui.url, tmp_path, API_KEYS="alices-1,bob:bobs-1") as gateway:
+    with gateway_process(comfyui.url, tmp_path, API_KEYS="alices-1,bob:bobs-1") as gateway:
         unnamed = f"/status/{finished(gateway, 'alices-1')['id']}"
-    with served(comfyui.url, tmp_path, API_KEYS="alice:alices-1,bob:bobs-1") as gateway:
+    with gateway_process(comfyui.url, tmp_path, API_KEYS="alice:alices-1,bob:bobs-1") as gateway:
         named = f"/status/{finished(gateway, 'alices-1')['id']}"
         assert code(gateway, unnamed, "alices-1") == 200
-    with served(comfyui.url, tmp_path, API_KEYS="alice:alices-1,alice:alices-2,bob:bobs-1") as gateway:
+    with gateway_process(comfyui.url, tmp_path, API_KEYS="alice:alices-1,alice:alices-2,bob:bobs-1") as gateway:
         assert [code(gateway, path, "alices-2") for path in (unnamed, named)] == [200, 200]
-    with served(comfyui.url, tmp_path, API_KEYS="alice=alices-2,bob:bobs-1", API_ADMIN_KEYS="roots-1") as gateway:
+    with gateway_process(
+        comfyui.url, tmp_path, API_KEYS="alice=alices-2,bob:bobs-1", API_ADMIN_KEYS="roots-1"
+    ) as gateway:
         assert [code(gateway, named, key) for key in ("alices-2", "bobs-1", "roots-1", "alices-1")] == [
             200,
             404,
@@ -93,9 +99,11 @@ def test_a_key_that_is_exchanged_under_its_name_keeps_its_jobs(comfyui: ComfyUI,
 def test_jobs_from_before_there_were_keys_are_the_only_keys_and_administrators(
     comfyui: ComfyUI, tmp_path: Path
 ) -> None:
-    with served(comfyui.url, tmp_path, API_KEYS="") as gateway:
+    with gateway_process(comfyui.url, tmp_path, API_KEYS="") as gateway:
         path = f"/status/{finished(gateway, '')['id']}"
-    with served(comfyui.url, tmp_path, API_KEYS="alice:alices-1", API_ADMIN_KEYS="roots-1") as gateway:
+    with gateway_process(comfyui.url, tmp_path, API_KEYS="alice:alices-1", API_ADMIN_KEYS="roots-1") as gateway:
         assert [code(gateway, path, key) for key in ("alices-1", "roots-1")] == [200, 200]
-    with served(comfyui.url, tmp_path, API_KEYS="alice:alices-1,bob:bobs-1", API_ADMIN_KEYS="roots-1") as gateway:
+    with gateway_process(
+        comfyui.url, tmp_path, API_KEYS="alice:alices-1,bob:bobs-1", API_ADMIN_KEYS="roots-1"
+    ) as gateway:
         assert [code(gateway, path, key) for key in ("alices-1", "bobs-1", "roots-1")] == [404, 404, 200]

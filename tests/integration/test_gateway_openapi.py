@@ -17,10 +17,9 @@ import schemathesis
 from schemathesis.engine import Status, events, from_schema
 
 from comfy_worker.gateway.http.middleware import OPEN_PATHS
-from tests.support.comfyui import ComfyUI, emulator
-from tests.support.patience import TIMEOUT_S
-from tests.support.running import wait_until
-from tests.support.served import KEY, Served, served
+from tests.support.comfyui.instance import ComfyUI, emulator
+from tests.support.gateway.process import KEY, GatewayProcess, gateway_process
+from tests.support.waiting import TIMEOUT_S, wait_until
 
 _EXAMPLES = 12
 _EXAMPLES_ELSEWHERE = 5
@@ -63,17 +62,17 @@ def comfyui() -> Iterator[ComfyUI]:
 
 
 @pytest.fixture(scope="module")
-def gateway(tmp_path_factory: pytest.TempPathFactory, comfyui: ComfyUI) -> Iterator[Served]:
+def gateway(tmp_path_factory: pytest.TempPathFactory, comfyui: ComfyUI) -> Iterator[GatewayProcess]:
     limits = dict.fromkeys(("RUN", "RUNSYNC", "CANCEL", "STATUS", "WRONG_KEYS"), "off")
     environment = {f"RATE_LIMIT_{name}": value for name, value in limits.items()}
     # None of what is sent here is to be refused for want of room.
     environment["MAX_QUEUE_SIZE"] = "100000"
-    with served(comfyui.url, tmp_path_factory.mktemp("data"), **environment) as running:
+    with gateway_process(comfyui.url, tmp_path_factory.mktemp("data"), **environment) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def description(gateway: Served) -> dict[str, Any]:
+def description(gateway: GatewayProcess) -> dict[str, Any]:
     found: dict[str, Any] = gateway.get("/openapi.json").json()
     return found
 
@@ -121,7 +120,7 @@ class Findings:
                     self.failures.append(f"{check.name}: {found.failure.message}\n{found.code_sample}")
 
 
-def explore(gateway: Served, schema: Any, examples: int) -> Findings:
+def explore(gateway: GatewayProcess, schema: Any, examples: int) -> Findings:
     """Send examples, borders of what is declared, random requests and chains of them; return what was found."""
     # One at a time: what parses the cases is not made for several threads.
     schema.config.update(
@@ -134,7 +133,7 @@ def explore(gateway: Served, schema: Any, examples: int) -> Findings:
     return found
 
 
-def test_every_answer_to_anything_is_as_declared(gateway: Served, description: dict[str, Any]) -> None:
+def test_every_answer_to_anything_is_as_declared(gateway: GatewayProcess, description: dict[str, Any]) -> None:
     """All checks that there are, over RunPod's paths and those of who runs the gateway."""
     schema = schemathesis.openapi.from_dict(description).include(path_regex=_OURS)
     found = explore(gateway, schema, _EXAMPLES)
@@ -147,7 +146,7 @@ def test_every_answer_to_anything_is_as_declared(gateway: Served, description: d
 
 
 @pytest.mark.parametrize("paths", _OTHER_DOORS.values(), ids=_OTHER_DOORS)
-def test_the_other_doors_answer_as_declared(gateway: Served, description: dict[str, Any], paths: str) -> None:
+def test_the_other_doors_answer_as_declared(gateway: GatewayProcess, description: dict[str, Any], paths: str) -> None:
     schema = schemathesis.openapi.from_dict(description).include(path_regex=paths)
     # It answers 501, as it is declared to.
     schema = schema.exclude(method="POST", path="/api/models")
@@ -169,7 +168,7 @@ def test_every_path_is_explored(description: dict[str, Any]) -> None:
     ]
 
 
-def test_what_is_not_there_yet_says_so(gateway: Served, description: dict[str, Any]) -> None:
+def test_what_is_not_there_yet_says_so(gateway: GatewayProcess, description: dict[str, Any]) -> None:
     answer = gateway.post(_NOT_THERE_YET, {"prompt": "a cat"})
     assert answer.status_code == 501
     assert answer.json()["code"] == "not_implemented"
@@ -211,11 +210,13 @@ def test_every_reference_leads_somewhere(description: dict[str, Any]) -> None:
     assert names <= set(description["components"]["schemas"])
 
 
-def test_every_example_runs(tmp_path: Path, comfyui: ComfyUI, gateway: Served, description: dict[str, Any]) -> None:
+def test_every_example_runs(
+    tmp_path: Path, comfyui: ComfyUI, gateway: GatewayProcess, description: dict[str, Any]
+) -> None:
     # The thousands of jobs that the searches left at the other gateway would go first.
     assert gateway.post("/purge-queue", {}).ok
     sent = 0
-    with served(comfyui.url, tmp_path) as fresh:
+    with gateway_process(comfyui.url, tmp_path) as fresh:
         for path, method, operation in operations(description):
             place = filled(path, operation)
             if place is None:
@@ -246,7 +247,7 @@ def body_examples(operation: dict[str, Any]) -> Iterator[Any]:
     yield from (example["value"] for content in contents for example in content.get("examples", {}).values())
 
 
-def counts(gateway: Served) -> dict[str, int]:
+def counts(gateway: GatewayProcess) -> dict[str, int]:
     found: dict[str, int] = gateway.get("/health").json()["jobs"]
     return found
 
@@ -271,7 +272,7 @@ def counts(gateway: Served) -> dict[str, int]:
         ("/assets/x/..%2f..%2fjobs.db", None),
     ],
 )
-def test_strange_requests_are_answered(gateway: Served, path: str, body: Any) -> None:
+def test_strange_requests_are_answered(gateway: GatewayProcess, path: str, body: Any) -> None:
     answer = gateway.get(path) if body is None else gateway.post(path, body)
     assert answer.status_code < 500
     if "id" in answer.json():
@@ -281,12 +282,12 @@ def test_strange_requests_are_answered(gateway: Served, path: str, body: Any) ->
 
 
 @pytest.mark.parametrize("policy", [{"ttl": "60000"}, {"executionTimeout": "60000"}, {"lowPriority": "yes"}])
-def test_text_in_a_policy_is_refused_and_not_overlooked(gateway: Served, policy: dict[str, str]) -> None:
+def test_text_in_a_policy_is_refused_and_not_overlooked(gateway: GatewayProcess, policy: dict[str, str]) -> None:
     answer = gateway.post("/run", {"input": {}, "policy": policy})
     assert (answer.status_code, answer.json()["code"]) == (400, "invalid_input")
 
 
-def test_a_range_that_is_none_is_refused_in_our_form(gateway: Served, description: dict[str, Any]) -> None:
+def test_a_range_that_is_none_is_refused_in_our_form(gateway: GatewayProcess, description: dict[str, Any]) -> None:
     [example, *_] = body_examples(description["paths"]["/runsync"]["post"])
     link = gateway.post("/runsync?files=url", example).json()["output"]["images"][0]["data"]
     whole = requests.get(link, timeout=TIMEOUT_S)
@@ -307,7 +308,7 @@ def test_a_range_that_is_none_is_refused_in_our_form(gateway: Served, descriptio
 # -------------------------------------------------------------------------------------------------- Swagger
 
 
-def test_swagger_is_whole_without_internet(gateway: Served) -> None:
+def test_swagger_is_whole_without_internet(gateway: GatewayProcess) -> None:
     """Each script, style and picture comes from the gateway itself, and the policy lets in nothing else."""
     browser = ("anyone", KEY)
     page = requests.get(f"{gateway.url}/docs", auth=browser, timeout=TIMEOUT_S)
@@ -326,7 +327,7 @@ def test_swagger_is_whole_without_internet(gateway: Served) -> None:
         assert requests.get(f"{gateway.url}{url}", timeout=TIMEOUT_S).status_code == 401
 
 
-def test_the_policy_of_swaggers_page_admits_nothing_from_elsewhere(gateway: Served) -> None:
+def test_the_policy_of_swaggers_page_admits_nothing_from_elsewhere(gateway: GatewayProcess) -> None:
     page = requests.get(f"{gateway.url}/docs", auth=("anyone", KEY), timeout=TIMEOUT_S)
     policy = page.headers["content-security-policy"]
     assert policy.startswith("default-src 'none';")

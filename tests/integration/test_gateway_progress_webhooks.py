@@ -14,12 +14,12 @@ from comfy_worker.gateway.jobs.progress_webhooks import ProgressWebhooks
 from comfy_worker.gateway.settings import load_gateway_settings
 from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.types import Job, JobState, Webhook
-from tests.support import graphs
-from tests.support.benches import Bench
-from tests.support.gate import Gate
-from tests.support.receiver import Received, Receiver
-from tests.support.running import wait_until
-from tests.support.victims import Emulated
+from tests.support.comfyui import graphs
+from tests.support.comfyui.controllable import EmulatedComfyUI
+from tests.support.comfyui.gate_node import Gate
+from tests.support.gateway.engine_setups import EngineGateway
+from tests.support.network.webhook_receiver import Received, Receiver
+from tests.support.waiting import wait_until
 
 RED = (255, 0, 0)
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"  # a test's own
@@ -31,21 +31,21 @@ def bare_environment(environment: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def comfyui() -> Iterator[Emulated]:
-    with Emulated() as running:
+def comfyui() -> Iterator[EmulatedComfyUI]:
+    with EmulatedComfyUI() as running:
         yield running
 
 
 @pytest.fixture
-def bench(tmp_path: Path, comfyui: Emulated) -> Iterator[Bench]:
-    with Bench(tmp_path / "data", comfyui.url) as running:
+def bench(tmp_path: Path, comfyui: EmulatedComfyUI) -> Iterator[EngineGateway]:
+    with EngineGateway(tmp_path / "data", comfyui.url) as running:
         yield running
 
 
 RECORD = JobRecord("job", "local", JobState.IN_PROGRESS, 0.0)
 
 
-def submit(bench: Bench, graph: graphs.Graph, receiver: Receiver, **webhook: Any) -> str:
+def submit(bench: EngineGateway, graph: graphs.Graph, receiver: Receiver, **webhook: Any) -> str:
     """Queue a job whose receiver wants to know how it gets on; return its id."""
     told = {"url": receiver.url, "progress": True, **webhook}
     return bench.call(bench.service.submit({"input": {"workflow": graph, "webhook": told}})).id
@@ -69,7 +69,7 @@ def wait_for_end(receiver: Receiver) -> list[Received]:
 # ------------------------------------------------------------------------------------------------- through the gateway
 
 
-def test_progress_comes_in_order_and_signed_and_the_end_last(bench: Bench, tmp_path: Path) -> None:
+def test_progress_comes_in_order_and_signed_and_the_end_last(bench: EngineGateway, tmp_path: Path) -> None:
     gate = Gate(tmp_path)
     with Receiver() as receiver:
         job_id = submit(bench, gate.graph(), receiver, secret=SECRET, extra_params={"user": 7})
@@ -92,14 +92,14 @@ def test_progress_comes_in_order_and_signed_and_the_end_last(bench: Bench, tmp_p
     assert len({received.id for received in receiver.received}) == len(receiver.received)
 
 
-def test_progress_is_told_only_to_who_asked_for_it(bench: Bench) -> None:
+def test_progress_is_told_only_to_who_asked_for_it(bench: EngineGateway) -> None:
     with Receiver() as receiver:
         submit(bench, graphs.picture(RED), receiver, progress=False)
         assert [received.body["status"] for received in wait_for_end(receiver)] == ["COMPLETED"]
         assert "progress" not in [received.body.get("type") for received in receiver.received]
 
 
-def test_the_end_of_a_job_that_is_cancelled_comes_last(bench: Bench, tmp_path: Path) -> None:
+def test_the_end_of_a_job_that_is_cancelled_comes_last(bench: EngineGateway, tmp_path: Path) -> None:
     gate = Gate(tmp_path)
     with Receiver() as receiver:
         job_id = submit(bench, gate.graph(), receiver)
@@ -114,11 +114,11 @@ def test_the_end_of_a_job_that_is_cancelled_comes_last(bench: Bench, tmp_path: P
 
 @pytest.mark.parametrize("answer", [500, 404, "hang"])
 def test_what_becomes_of_progress_harms_neither_the_job_nor_its_end(
-    tmp_path: Path, comfyui: Emulated, answer: int | str
+    tmp_path: Path, comfyui: EmulatedComfyUI, answer: int | str
 ) -> None:
     with (
         Receiver(answer) as receiver,
-        Bench(tmp_path / "data", comfyui.url, webhook_timeout_s=0.5) as bench,
+        EngineGateway(tmp_path / "data", comfyui.url, webhook_timeout_s=0.5) as bench,
     ):
         job_id = submit(bench, graphs.work(0.1, steps=2), receiver)
         assert bench.ended(job_id).state is JobState.COMPLETED
@@ -128,15 +128,15 @@ def test_what_becomes_of_progress_harms_neither_the_job_nor_its_end(
     assert others[-1].body["status"] == "COMPLETED"
 
 
-def test_a_job_that_is_taken_up_again_tells_on_under_new_ids(tmp_path: Path, comfyui: Emulated) -> None:
+def test_a_job_that_is_taken_up_again_tells_on_under_new_ids(tmp_path: Path, comfyui: EmulatedComfyUI) -> None:
     gate = Gate(tmp_path)
     with Receiver() as receiver:
-        with Bench(tmp_path / "data", comfyui.url) as before:
+        with EngineGateway(tmp_path / "data", comfyui.url) as before:
             submit(before, gate.graph(), receiver)
             gate.wait_until_run()
             receiver.wait_for(1)
         told_before = len(receiver.received)
-        with Bench(tmp_path / "data", comfyui.url):
+        with EngineGateway(tmp_path / "data", comfyui.url):
             receiver.wait_for(told_before + 1)
             gate.open()
             told = wait_for_end(receiver)
@@ -146,7 +146,7 @@ def test_a_job_that_is_taken_up_again_tells_on_under_new_ids(tmp_path: Path, com
     assert len({received.id for received in told}) == len(told)
 
 
-def test_a_failed_job_that_is_run_again_tells_on(bench: Bench, tmp_path: Path) -> None:
+def test_a_failed_job_that_is_run_again_tells_on(bench: EngineGateway, tmp_path: Path) -> None:
     gate = Gate(tmp_path)
     gate.open("not this time")
     with Receiver() as receiver:

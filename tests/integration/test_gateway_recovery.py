@@ -21,14 +21,14 @@ from comfy_worker.gateway.store.database import connect
 from comfy_worker.gateway.store.job_store import JobStore
 from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.types import JobState
-from tests.support import graphs
-from tests.support.benches import Bench
-from tests.support.gate import Gate
-from tests.support.postgres import postgres
-from tests.support.receiver import Receiver
-from tests.support.running import wait_until
-from tests.support.victims import Emulated
-from tests.support.webhook_notes import delivery_of
+from tests.support.comfyui import graphs
+from tests.support.comfyui.controllable import EmulatedComfyUI
+from tests.support.comfyui.gate_node import Gate
+from tests.support.databases.postgres import postgres
+from tests.support.gateway.engine_setups import EngineGateway
+from tests.support.gateway.webhook_rows import delivery_of
+from tests.support.network.webhook_receiver import Receiver
+from tests.support.waiting import wait_until
 
 RED = (255, 0, 0)
 NOW = 1_700_000_000.0
@@ -41,8 +41,8 @@ def bare_environment(environment: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def comfyui(tmp_path: Path) -> Iterator[Emulated]:
-    with Emulated(base_directory=tmp_path / "comfyui") as running:
+def comfyui(tmp_path: Path) -> Iterator[EmulatedComfyUI]:
+    with EmulatedComfyUI(base_directory=tmp_path / "comfyui") as running:
         yield running
 
 
@@ -54,80 +54,80 @@ def data(tmp_path: Path) -> Path:
 # ------------------------------------------------------------------------------------------------ ComfyUI
 
 
-def test_a_prompt_that_still_runs_is_watched_again(data: Path, comfyui: Emulated, tmp_path: Path) -> None:
+def test_a_prompt_that_still_runs_is_watched_again(data: Path, comfyui: EmulatedComfyUI, tmp_path: Path) -> None:
     gate = Gate(tmp_path)
-    with Bench(data, comfyui.url) as before:
+    with EngineGateway(data, comfyui.url) as before:
         job_id = before.submit(gate.graph())
         gate.wait_until_run()
     assert len(comfyui.running()) == 1
 
-    with Bench(data, comfyui.url) as after:
+    with EngineGateway(data, comfyui.url) as after:
         after.wait_until_in_progress(job_id)
         gate.open()
         assert after.ended(job_id).state is JobState.COMPLETED
     assert gate.runs == 1
 
 
-def test_a_prompt_that_finished_meanwhile_is_collected(data: Path, comfyui: Emulated, tmp_path: Path) -> None:
+def test_a_prompt_that_finished_meanwhile_is_collected(data: Path, comfyui: EmulatedComfyUI, tmp_path: Path) -> None:
     gate = Gate(tmp_path)
-    with Bench(data, comfyui.url) as before:
+    with EngineGateway(data, comfyui.url) as before:
         job_id = before.submit(gate.graph())
         gate.wait_until_run()
     gate.open()
     comfyui.wait_until_idle()
 
-    with Bench(data, comfyui.url) as after:
+    with EngineGateway(data, comfyui.url) as after:
         assert after.ended(job_id).state is JobState.COMPLETED
         assert after.picture(job_id)
     assert gate.runs == 1
 
 
-def test_what_waited_waits_in_its_place_and_runs(data: Path, comfyui: Emulated, tmp_path: Path) -> None:
+def test_what_waited_waits_in_its_place_and_runs(data: Path, comfyui: EmulatedComfyUI, tmp_path: Path) -> None:
     gate = Gate(tmp_path)
-    with Bench(data, comfyui.url) as before:
+    with EngineGateway(data, comfyui.url) as before:
         running = before.submit(gate.graph())
         gate.wait_until_run()
         waiting = [before.submit(graphs.picture((number, 0, 0))) for number in range(4)]
 
-    with Bench(data, comfyui.url) as after:
+    with EngineGateway(data, comfyui.url) as after:
         gate.open()
         assert after.ended(running).state is JobState.COMPLETED
         assert [after.picture(job_id)[0] for job_id in waiting] == [0, 1, 2, 3]
 
 
-def test_a_prompt_that_comfyui_forgot_runs_again(data: Path, comfyui: Emulated, tmp_path: Path) -> None:
+def test_a_prompt_that_comfyui_forgot_runs_again(data: Path, comfyui: EmulatedComfyUI, tmp_path: Path) -> None:
     gate = Gate(tmp_path)
-    with Bench(data, comfyui.url) as before:
+    with EngineGateway(data, comfyui.url) as before:
         job_id = before.submit(gate.graph())
         gate.wait_until_run()
     comfyui.kill()
     comfyui.start()
 
-    with Bench(data, comfyui.url) as after:
+    with EngineGateway(data, comfyui.url) as after:
         gate.wait_until_run(2)
         gate.open()
         assert after.ended(job_id).state is JobState.COMPLETED
 
 
-def test_a_job_waits_for_a_comfyui_that_is_not_back_yet(data: Path, comfyui: Emulated, tmp_path: Path) -> None:
+def test_a_job_waits_for_a_comfyui_that_is_not_back_yet(data: Path, comfyui: EmulatedComfyUI, tmp_path: Path) -> None:
     gate = Gate(tmp_path)
-    with Bench(data, comfyui.url) as before:
+    with EngineGateway(data, comfyui.url) as before:
         job_id = before.submit(gate.graph())
         gate.wait_until_run()
     comfyui.kill()
     gate.open()
 
-    with Bench(data, comfyui.url) as after:
+    with EngineGateway(data, comfyui.url) as after:
         assert not after.get(job_id).state.is_terminal
         comfyui.start()
         assert after.ended(job_id).state is JobState.COMPLETED
 
 
 def test_files_that_were_cleaned_up_before_the_end_was_noted_are_made_again(
-    data: Path, comfyui: Emulated, tmp_path: Path
+    data: Path, comfyui: EmulatedComfyUI, tmp_path: Path
 ) -> None:
     gate = Gate(tmp_path)
-    with Bench(data, comfyui.url) as before:
+    with EngineGateway(data, comfyui.url) as before:
         job_id = before.submit(gate.graph())
         gate.wait_until_run()
     gate.open()
@@ -135,39 +135,39 @@ def test_files_that_were_cleaned_up_before_the_end_was_noted_are_made_again(
     shutil.rmtree(tmp_path / "comfyui" / "output")
     (tmp_path / "comfyui" / "output").mkdir()
 
-    with Bench(data, comfyui.url) as after:
+    with EngineGateway(data, comfyui.url) as after:
         assert after.picture(job_id)
 
 
-def test_a_job_that_was_cancelled_stays_so(data: Path, comfyui: Emulated, tmp_path: Path) -> None:
+def test_a_job_that_was_cancelled_stays_so(data: Path, comfyui: EmulatedComfyUI, tmp_path: Path) -> None:
     gate = Gate(tmp_path)
-    with Bench(data, comfyui.url) as before:
+    with EngineGateway(data, comfyui.url) as before:
         job_id = before.submit(gate.graph())
         gate.wait_until_run()
         before.call(before.service.cancel(job_id))
 
-    with Bench(data, comfyui.url) as after:
+    with EngineGateway(data, comfyui.url) as after:
         assert after.get(job_id).state is JobState.CANCELLED
         assert after.service.queue_position(job_id) is None
 
 
 def test_a_job_that_is_cancelled_before_it_is_taken_up_is_off_the_gpu(
-    data: Path, comfyui: Emulated, tmp_path: Path
+    data: Path, comfyui: EmulatedComfyUI, tmp_path: Path
 ) -> None:
     gate = Gate(tmp_path)
-    with Bench(data, comfyui.url) as before:
+    with EngineGateway(data, comfyui.url) as before:
         job_id = before.submit(gate.graph())
         gate.wait_until_run()
 
-    with Bench(data, comfyui.url) as after:
+    with EngineGateway(data, comfyui.url) as after:
         assert after.call(after.service.cancel(job_id)).state is JobState.CANCELLED
         comfyui.wait_until_idle()
         assert after.get(job_id).state is JobState.CANCELLED
 
 
-def test_a_job_ends_whose_database_was_away_meanwhile(data: Path, comfyui: Emulated, tmp_path: Path) -> None:
+def test_a_job_ends_whose_database_was_away_meanwhile(data: Path, comfyui: EmulatedComfyUI, tmp_path: Path) -> None:
     gate = Gate(tmp_path)
-    with postgres() as server, Bench(data, comfyui.url, database_url=server.new_database()) as bench:
+    with postgres() as server, EngineGateway(data, comfyui.url, database_url=server.new_database()) as bench:
         job_id = bench.submit(gate.graph())
         gate.wait_until_run()
         server.stop()
@@ -292,8 +292,8 @@ def test_a_receiver_that_hangs_keeps_no_other_waiting(store: JobStore, tmp_path:
         deliveries.stop()
 
 
-def test_the_gateways_own_receiver_is_told_of_every_end(data: Path, comfyui: Emulated) -> None:
-    with Receiver() as receiver, Bench(data, comfyui.url, webhook_url=receiver.url) as bench:
+def test_the_gateways_own_receiver_is_told_of_every_end(data: Path, comfyui: EmulatedComfyUI) -> None:
+    with Receiver() as receiver, EngineGateway(data, comfyui.url, webhook_url=receiver.url) as bench:
         job_id = bench.submit(graphs.picture(RED))
         (received,) = receiver.wait_for(1)
 
@@ -304,8 +304,8 @@ def test_the_gateways_own_receiver_is_told_of_every_end(data: Path, comfyui: Emu
 # ------------------------------------------------------------------------------------------------- expiry
 
 
-def test_a_jobs_files_go_with_it(data: Path, comfyui: Emulated) -> None:
-    with Bench(data, comfyui.url) as bench:
+def test_a_jobs_files_go_with_it(data: Path, comfyui: EmulatedComfyUI) -> None:
+    with EngineGateway(data, comfyui.url) as bench:
         job_id = bench.submit(graphs.picture(RED))
         assert bench.picture(job_id) == RED
         gateway: Gateway = bench.gateway

@@ -19,11 +19,11 @@ import pytest
 import requests
 import websocket
 
-from tests.support.comfyui import ComfyUI, emulator
-from tests.support.graphs import missing_model, node, picture
+from tests.support.comfyui.graphs import missing_model, node, picture
+from tests.support.comfyui.instance import ComfyUI, emulator
+from tests.support.gateway.process import GatewayProcess, gateway_process
 from tests.support.leaks import assert_nothing_leaks
-from tests.support.patience import TIMEOUT_S
-from tests.support.served import Served, served
+from tests.support.waiting import TIMEOUT_S
 
 PROMPT = "a heron over the marsh at dawn"
 KEY = "kept-as-a-hash-4b1f"
@@ -100,7 +100,7 @@ def jobs() -> Iterator[dict[str, Any]]:
     yield {"input": {**good, "images": "none"}, "s3Config": bucket()}
 
 
-def use_as_strangers_do(gateway: Served, key: str) -> list[str]:
+def use_as_strangers_do(gateway: GatewayProcess, key: str) -> list[str]:
     """Send everything, by every way in which a key may come, and look at it all; return the ids of the jobs."""
     bearer = {"Authorization": f"Bearer {key}"}
     job_ids = []
@@ -153,7 +153,7 @@ def test_no_secret_and_no_prompt_stands_in_the_database_or_in_a_log(
         "LOG_LEVEL": "DEBUG",
         "LOG_FORMAT": form,
     }
-    with served(comfyui.url, data, **environment) as gateway:
+    with gateway_process(comfyui.url, data, **environment) as gateway:
         job_ids = use_as_strangers_do(gateway, KEY)
         while_it_runs = {path.name: path.read_bytes() for path in database_files(data)}
         assert set(while_it_runs) >= {"jobs.db", "jobs.db-wal"}

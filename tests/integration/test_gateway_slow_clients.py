@@ -29,13 +29,12 @@ from comfy_worker.gateway.container import Gateway
 from comfy_worker.gateway.events.bus import PROGRESS, STATUS, LocalEventBus
 from comfy_worker.gateway.http import websockets
 from comfy_worker.gateway.settings import load_gateway_settings
-from tests.support.comfyui import emulator
-from tests.support.graphs import node, picture
-from tests.support.patience import TIMEOUT_S
-from tests.support.ports import silent_port
-from tests.support.processes import Process
-from tests.support.running import wait_until
-from tests.support.served import Served, served
+from tests.support.comfyui.graphs import node, picture
+from tests.support.comfyui.instance import emulator
+from tests.support.gateway.process import GatewayProcess, gateway_process
+from tests.support.network.ports import closed_port
+from tests.support.processes.process import Process
+from tests.support.waiting import TIMEOUT_S, wait_until
 
 SMALL_BUFFER = ((socket.SOL_SOCKET, socket.SO_RCVBUF, 65536),)
 MOST_BEHIND = 256
@@ -97,7 +96,7 @@ class Hall:
 
 @pytest.fixture
 def hall(tmp_path: Path, environment: pytest.MonkeyPatch) -> Iterator[Hall]:
-    with silent_port() as port:
+    with closed_port() as port:
         settings = load_gateway_settings(
             data_dir=str(tmp_path), comfyui_url=f"http://127.0.0.1:{port}", wait_for_comfyui=True
         )
@@ -324,8 +323,8 @@ def test_many_who_wait_for_one_job_all_get_it(hall: Hall) -> None:
 
 
 @pytest.fixture(scope="module")
-def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with emulator() as comfyui, served(comfyui.url, tmp_path_factory.mktemp("data")) as running:
+def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
+    with emulator() as comfyui, gateway_process(comfyui.url, tmp_path_factory.mktemp("data")) as running:
         yield running
 
 
@@ -334,7 +333,7 @@ def memory_mb(process: Process) -> float:
     return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmRSS"))
 
 
-def large_job(gateway: Served) -> str:
+def large_job(gateway: GatewayProcess) -> str:
     """Run a job whose answer has nearly 20 MB; return its id."""
     noise = Image.frombytes("RGB", (2130, 2130), random.Random(1).randbytes(3 * 2130 * 2130))
     file = io.BytesIO()
@@ -345,7 +344,7 @@ def large_job(gateway: Served) -> str:
     return job_id
 
 
-def test_a_large_answer_that_nobody_reads_keeps_nobody_waiting(gateway: Served) -> None:
+def test_a_large_answer_that_nobody_reads_keeps_nobody_waiting(gateway: GatewayProcess) -> None:
     job_id = large_job(gateway)
     whole = gateway.get(f"/status/{job_id}").content
     assert 17_000_000 < len(whole) < 20_000_000
@@ -357,7 +356,7 @@ def test_a_large_answer_that_nobody_reads_keeps_nobody_waiting(gateway: Served) 
     wait_until(lambda: memory_mb(gateway.process) - before < 50)
 
 
-def do_not_read(gateway: Served, job_id: str, whole: bytes) -> None:
+def do_not_read(gateway: GatewayProcess, job_id: str, whole: bytes) -> None:
     """Ask for a large answer from several sides, use the gateway meanwhile, and read one of them at last."""
     key = f"Authorization: {gateway.headers['Authorization']}"
     with ExitStack() as stack:

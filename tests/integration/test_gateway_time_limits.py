@@ -15,11 +15,11 @@ from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.settings import load_settings
 from comfy_worker.types import JobState, Stage
 from comfy_worker.worker import Worker
-from tests.support import graphs
-from tests.support.benches import Bench
-from tests.support.gate import Gate
-from tests.support.running import wait_until
-from tests.support.victims import Emulated
+from tests.support.comfyui import graphs
+from tests.support.comfyui.controllable import EmulatedComfyUI
+from tests.support.comfyui.gate_node import Gate
+from tests.support.gateway.engine_setups import EngineGateway
+from tests.support.waiting import wait_until
 
 SHORT = {"executionTimeout": 200}
 RED = (255, 0, 0)
@@ -31,43 +31,43 @@ def bare_environment(environment: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def comfyui() -> Iterator[Emulated]:
-    with Emulated() as running:
+def comfyui() -> Iterator[EmulatedComfyUI]:
+    with EmulatedComfyUI() as running:
         yield running
 
 
 # ---------------------------------------------------------------------------------------- whatever is heard of it
 
 
-def lose_the_beginning(comfyui: Emulated) -> None:
+def lose_the_beginning(comfyui: EmulatedComfyUI) -> None:
     comfyui.server.faults.drop_websocket_at_event = "execution_start"
 
 
-def lose_the_beginning_and_the_socket(comfyui: Emulated) -> None:
+def lose_the_beginning_and_the_socket(comfyui: EmulatedComfyUI) -> None:
     lose_the_beginning(comfyui)
     comfyui.server.faults.drop_websocket_times = 1
 
 
-def hear_only_that_it_is_queued(comfyui: Emulated) -> None:
+def hear_only_that_it_is_queued(comfyui: EmulatedComfyUI) -> None:
     comfyui.server.faults.silent_from_event = "execution_start"
 
 
 @pytest.mark.parametrize(
     "mishap",
     [
-        Emulated.refuse_websockets,
-        Emulated.silence_websockets,
+        EmulatedComfyUI.refuse_websockets,
+        EmulatedComfyUI.silence_websockets,
         lose_the_beginning,
         lose_the_beginning_and_the_socket,
         hear_only_that_it_is_queued,
     ],
 )
 def test_a_job_whose_beginning_is_not_heard_may_not_run_longer(
-    tmp_path: Path, comfyui: Emulated, mishap: Callable[[Emulated], None]
+    tmp_path: Path, comfyui: EmulatedComfyUI, mishap: Callable[[EmulatedComfyUI], None]
 ) -> None:
     mishap(comfyui)
     gate = Gate(tmp_path)
-    with Bench(tmp_path / "data", comfyui.url) as bench:
+    with EngineGateway(tmp_path / "data", comfyui.url) as bench:
         record = bench.ended(bench.submit(gate.graph(), policy=SHORT))
 
         assert record.state is JobState.TIMED_OUT
@@ -77,10 +77,10 @@ def test_a_job_whose_beginning_is_not_heard_may_not_run_longer(
         comfyui.wait_until_idle()
 
 
-def test_what_is_only_seen_is_told_too(tmp_path: Path, comfyui: Emulated) -> None:
+def test_what_is_only_seen_is_told_too(tmp_path: Path, comfyui: EmulatedComfyUI) -> None:
     comfyui.refuse_websockets()
     gate = Gate(tmp_path)
-    with Bench(tmp_path / "data", comfyui.url) as bench:
+    with EngineGateway(tmp_path / "data", comfyui.url) as bench:
         job_id = bench.submit(gate.graph())
 
         def stages() -> list[str]:
@@ -98,7 +98,7 @@ def test_what_is_only_seen_is_told_too(tmp_path: Path, comfyui: Emulated) -> Non
 # -------------------------------------------------------------------------------------------------- over restarts
 
 
-def began_long_ago(bench: Bench, job_id: str) -> None:
+def began_long_ago(bench: EngineGateway, job_id: str) -> None:
     """Note that a job that runs has run for longer than any job may."""
     wait_until(lambda: bench.get(job_id).state is JobState.IN_PROGRESS)
     record, store = bench.get(job_id), bench.gateway.store
@@ -106,14 +106,14 @@ def began_long_ago(bench: Bench, job_id: str) -> None:
     assert store.start(job_id, str(record.prompt_id), str(record.backend), time.time() - 1000)
 
 
-def test_the_time_before_a_restart_counts(tmp_path: Path, comfyui: Emulated) -> None:
+def test_the_time_before_a_restart_counts(tmp_path: Path, comfyui: EmulatedComfyUI) -> None:
     gate = Gate(tmp_path)
-    with Bench(tmp_path / "data", comfyui.url) as before:
+    with EngineGateway(tmp_path / "data", comfyui.url) as before:
         job_id = before.submit(gate.graph())
         gate.wait_until_run()
         began_long_ago(before, job_id)
 
-    with Bench(tmp_path / "data", comfyui.url) as after:
+    with EngineGateway(tmp_path / "data", comfyui.url) as after:
         record = after.ended(job_id)
         assert record.state is JobState.TIMED_OUT
         assert record.execution_ms is not None
@@ -122,28 +122,30 @@ def test_the_time_before_a_restart_counts(tmp_path: Path, comfyui: Emulated) -> 
     assert gate.runs == 1
 
 
-def test_what_finished_while_nobody_watched_was_not_too_late(tmp_path: Path, comfyui: Emulated) -> None:
+def test_what_finished_while_nobody_watched_was_not_too_late(tmp_path: Path, comfyui: EmulatedComfyUI) -> None:
     gate = Gate(tmp_path)
-    with Bench(tmp_path / "data", comfyui.url) as before:
+    with EngineGateway(tmp_path / "data", comfyui.url) as before:
         job_id = before.submit(gate.graph())
         gate.wait_until_run()
         began_long_ago(before, job_id)
     gate.open()
     comfyui.wait_until_idle()
 
-    with Bench(tmp_path / "data", comfyui.url) as after:
+    with EngineGateway(tmp_path / "data", comfyui.url) as after:
         assert after.ended(job_id).state is JobState.COMPLETED
 
 
-def test_a_job_that_waits_in_comfyui_over_a_restart_is_given_its_whole_time(tmp_path: Path, comfyui: Emulated) -> None:
+def test_a_job_that_waits_in_comfyui_over_a_restart_is_given_its_whole_time(
+    tmp_path: Path, comfyui: EmulatedComfyUI
+) -> None:
     gate = Gate(tmp_path)
     comfyui.submit(gate.graph())
     gate.wait_until_run()
-    with Bench(tmp_path / "data", comfyui.url) as before:
+    with EngineGateway(tmp_path / "data", comfyui.url) as before:
         job_id = before.submit(graphs.picture(RED), policy={"executionTimeout": 2000})
         wait_until(lambda: bool(comfyui.pending()))
 
-    with Bench(tmp_path / "data", comfyui.url) as after:
+    with EngineGateway(tmp_path / "data", comfyui.url) as after:
         back_at = time.monotonic()
         wait_until(lambda: time.monotonic() - back_at > 2.5)
         assert after.get(job_id).state is JobState.IN_QUEUE
@@ -151,9 +153,9 @@ def test_a_job_that_waits_in_comfyui_over_a_restart_is_given_its_whole_time(tmp_
         assert after.ended(job_id).state is JobState.COMPLETED
 
 
-def test_a_job_that_is_run_again_is_given_its_whole_time(tmp_path: Path, comfyui: Emulated) -> None:
+def test_a_job_that_is_run_again_is_given_its_whole_time(tmp_path: Path, comfyui: EmulatedComfyUI) -> None:
     gate = Gate(tmp_path)
-    with Bench(tmp_path / "data", comfyui.url) as bench:
+    with EngineGateway(tmp_path / "data", comfyui.url) as bench:
         job_id = bench.submit(gate.graph())
         gate.wait_until_run()
         began_long_ago(bench, job_id)

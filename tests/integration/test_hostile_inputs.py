@@ -28,10 +28,10 @@ from comfy_worker.net.fetcher import Fetcher
 from comfy_worker.settings import Settings, load_settings
 from comfy_worker.stop import Stop
 from comfy_worker.storage.signed_urls import Signer
-from tests.support.file_server import FileServer, RawAnswer, ServedFile, file_server
-from tests.support.graphs import data_uri, inverted, png
-from tests.support.network import SmallInternet
-from tests.support.patience import on_this_machine
+from tests.support.comfyui.graphs import data_uri, inverted, png
+from tests.support.network.fake_internet import FakeInternet
+from tests.support.network.file_server import FileServer, RawAnswer, ServedFile, file_server
+from tests.support.waiting import on_this_machine
 
 FOLDER = Path(__file__).parents[1] / "data/hostile"
 PUBLIC = "93.184.215.14"
@@ -79,14 +79,14 @@ def files() -> Iterator[FileServer]:
 
 
 @pytest.fixture
-def internet(monkeypatch: pytest.MonkeyPatch) -> SmallInternet:
-    return SmallInternet(ADDRESSES["names"]).install(monkeypatch)
+def internet(monkeypatch: pytest.MonkeyPatch) -> FakeInternet:
+    return FakeInternet(ADDRESSES["names"]).install(monkeypatch)
 
 
 @pytest.fixture
-def public_server(monkeypatch: pytest.MonkeyPatch, files: FileServer) -> SmallInternet:
+def public_server(monkeypatch: pytest.MonkeyPatch, files: FileServer) -> FakeInternet:
     """Have the file server stand at a public address."""
-    return SmallInternet(ADDRESSES["names"], {PUBLIC: files.port}).install(monkeypatch)
+    return FakeInternet(ADDRESSES["names"], {PUBLIC: files.port}).install(monkeypatch)
 
 
 def fetch(url: str, settings: Settings) -> None:
@@ -113,7 +113,7 @@ def test_there_are_enough_of_them_and_none_twice() -> None:
 
 @pytest.mark.parametrize("case", [*ADDRESSES["cases"], *URLS["cases"]], ids=why)
 def test_a_url_is_refused_before_anything_is_reached(
-    case: dict[str, Any], settings: Settings, internet: SmallInternet, cache_dir: Path
+    case: dict[str, Any], settings: Settings, internet: FakeInternet, cache_dir: Path
 ) -> None:
     with pytest.raises((InvalidInput, InputFetchFailed)) as refused:
         fetch(case["url"], settings)
@@ -127,7 +127,7 @@ def test_a_url_is_refused_before_anything_is_reached(
 
 @pytest.mark.parametrize("case", [*ADDRESSES["cases"], *URLS["cases"]], ids=why)
 def test_a_refused_url_is_named_without_its_secrets(
-    case: dict[str, Any], settings: Settings, internet: SmallInternet
+    case: dict[str, Any], settings: Settings, internet: FakeInternet
 ) -> None:
     with pytest.raises((InvalidInput, InputFetchFailed)) as refused:
         fetch(case["url"] + f"?token={SECRET}", settings)
@@ -138,7 +138,7 @@ def test_a_refused_url_is_named_without_its_secrets(
 
 @pytest.mark.parametrize("case", REDIRECTS["cases"], ids=why)
 def test_a_redirect_is_looked_at_like_a_url(
-    case: dict[str, Any], settings: Settings, files: FileServer, public_server: SmallInternet, cache_dir: Path
+    case: dict[str, Any], settings: Settings, files: FileServer, public_server: FakeInternet, cache_dir: Path
 ) -> None:
     headers = {} if case["location"] is None else {"Location": case["location"]}
     files.put("/a.png", ServedFile(status=case["status"], headers=headers, has_etag=False))
@@ -157,7 +157,7 @@ def test_a_name_is_looked_up_once_and_only_that_address_is_connected_to(
 ) -> None:
     """DNS rebinding: what a name means when it is checked is what is connected to."""
     files.put("/rebinding.png", b"x")
-    internet = SmallInternet({"rebinding.example": [PUBLIC]}, {PUBLIC: files.port}).install(monkeypatch)
+    internet = FakeInternet({"rebinding.example": [PUBLIC]}, {PUBLIC: files.port}).install(monkeypatch)
 
     fetch("http://rebinding.example/rebinding.png", settings)
 
@@ -165,7 +165,7 @@ def test_a_name_is_looked_up_once_and_only_that_address_is_connected_to(
 
 
 def test_the_environments_proxy_is_not_used(
-    environment: pytest.MonkeyPatch, settings: Settings, internet: SmallInternet
+    environment: pytest.MonkeyPatch, settings: Settings, internet: FakeInternet
 ) -> None:
     environment.setenv("http_proxy", "http://10.0.0.1:3128")
     with pytest.raises(InputFetchFailed, match="through a proxy"):
@@ -178,7 +178,7 @@ def test_the_environments_proxy_is_not_used(
 
 @pytest.mark.parametrize("case", ANSWERS, ids=why)
 def test_an_answer_is_refused_in_time_and_leaves_nothing(
-    case: dict[str, Any], settings: Settings, files: FileServer, public_server: SmallInternet, cache_dir: Path
+    case: dict[str, Any], settings: Settings, files: FileServer, public_server: FakeInternet, cache_dir: Path
 ) -> None:
     repeated = case.get("repeated", "").encode() * case.get("times", 1)
     files.put(
@@ -205,7 +205,7 @@ def test_an_answer_is_refused_in_time_and_leaves_nothing(
 
 
 @pytest.mark.parametrize("case", NAMES, ids=why)
-def test_a_name_is_refused(case: dict[str, Any], internet: SmallInternet) -> None:
+def test_a_name_is_refused(case: dict[str, Any], internet: FakeInternet) -> None:
     file = {"name": case["name"], "image": data_uri(png((1, 2, 3)))}
     with pytest.raises(InvalidInput, match=re.escape(case["sentence"])):
         parse_job({"id": "job", "input": {"workflow": inverted("a.png"), "images": [file]}})
@@ -213,7 +213,7 @@ def test_a_name_is_refused(case: dict[str, Any], internet: SmallInternet) -> Non
 
 
 @pytest.mark.parametrize("case", JOBS, ids=why)
-def test_an_input_is_refused(case: dict[str, Any], internet: SmallInternet) -> None:
+def test_an_input_is_refused(case: dict[str, Any], internet: FakeInternet) -> None:
     given = case["input"]
     if isinstance(given, dict) and "times" in given:
         given = given["repeated"] * given["times"]
@@ -255,7 +255,7 @@ def test_no_hostile_url_in_a_workflow_gets_a_file_into_comfyui(
 ) -> None:
     job = parse_job({"id": "job", "input": {"workflow": inverted(case["url"])}})
     graph = copy_graph(job.workflow)
-    internet = SmallInternet(ADDRESSES["names"], {"127.0.0.1": comfy.port}).install(monkeypatch)
+    internet = FakeInternet(ADDRESSES["names"], {"127.0.0.1": comfy.port}).install(monkeypatch)
     try:
         stage_inputs(job, graph, client, Stop())
     except WorkerError as error:
@@ -286,7 +286,7 @@ def test_a_file_in_the_job_has_the_same_limit_as_one_by_url(client: ComfyClient)
         stage_inputs(job, copy_graph(job.workflow), client, Stop())
 
 
-def test_a_bomb_does_not_fill_the_memory(settings: Settings, files: FileServer, public_server: SmallInternet) -> None:
+def test_a_bomb_does_not_fill_the_memory(settings: Settings, files: FileServer, public_server: FakeInternet) -> None:
     case = next(case for case in ANSWERS if case["why"] == "gzip that inflates a thousandfold")
     files.put("/bomb.png", RawAnswer(case["head"].encode() + base64.b64decode(case["body_base64"])))
     fetch_once_before = files.put("/small.png", b"x").replace(files.url, "http://public.example")

@@ -35,12 +35,12 @@ from comfy_worker.stop import Stop
 from comfy_worker.storage import StorageFactory
 from comfy_worker.storage.signed_urls import Signer
 from comfy_worker.types import Delivery, Job, JobResult
-from tests.support import media_files
-from tests.support.comfyui import ComfyUI, comfyui
-from tests.support.file_server import FileServer, RawAnswer, ServedFile, file_server
-from tests.support.graphs import Graph, colors, data_uri, inverted, node, png
-from tests.support.patience import TIMEOUT_S
-from tests.support.s3 import ACCESS_KEY, SECRET_KEY, S3Server, s3_server
+from tests.support.comfyui.graphs import Graph, colors, data_uri, inverted, node, png
+from tests.support.comfyui.instance import ComfyUI, comfyui
+from tests.support.media import samples
+from tests.support.network.file_server import FileServer, RawAnswer, ServedFile, file_server
+from tests.support.storage.s3_server import ACCESS_KEY, SECRET_KEY, S3Server, s3_server
+from tests.support.waiting import TIMEOUT_S
 
 RED = (200, 10, 20)
 TEAL = (0, 128, 127)
@@ -172,8 +172,8 @@ def _is_the_red_channel(content: bytes) -> None:
 def _is_the_tone(content: bytes) -> None:
     with av.open(io.BytesIO(content)) as container:
         frames = [frame.to_ndarray() for frame in container.decode(audio=0)]
-    samples = np.concatenate([frame.reshape(-1) for frame in frames]).astype(np.int64)
-    assert np.abs((samples >> (16 if np.abs(samples).max() > 2**16 else 0)) - media_files.tone(800)).max() <= 1
+    decoded = np.concatenate([frame.reshape(-1) for frame in frames]).astype(np.int64)
+    assert np.abs((decoded >> (16 if np.abs(decoded).max() > 2**16 else 0)) - samples.tone(800)).max() <= 1
 
 
 def _is_the_video(content: bytes) -> None:
@@ -182,7 +182,7 @@ def _is_the_video(content: bytes) -> None:
 
 
 def _is_the_latent(content: bytes) -> None:
-    assert np.array_equal(load(content)["latent_tensor"], load(media_files.latent())["latent_tensor"])
+    assert np.array_equal(load(content)["latent_tensor"], load(samples.latent())["latent_tensor"])
 
 
 TRIPS = {
@@ -205,7 +205,7 @@ TRIPS = {
     ),
     "audio": Trip(
         "tone.wav",
-        media_files.wav(),
+        samples.wav(),
         "LoadAudio",
         "audio",
         {"9": node("SaveAudio", audio=["1", 0], filename_prefix="x")},
@@ -213,7 +213,7 @@ TRIPS = {
     ),
     "video": Trip(
         "clip.mp4",
-        media_files.mp4(),
+        samples.mp4(),
         "LoadVideo",
         "file",
         {"9": node("SaveVideo", video=["1", 0], filename_prefix="x", format="auto", codec="auto")},
@@ -221,7 +221,7 @@ TRIPS = {
     ),
     "latent": Trip(
         "noise.latent",
-        media_files.latent(),
+        samples.latent(),
         "LoadLatent",
         "latent",
         {"9": node("SaveLatent", samples=["1", 0], filename_prefix="x")},
@@ -334,17 +334,17 @@ def _scene(mesh: str, picture: str) -> Graph:
 @pytest.mark.parametrize("mesh", ["mesh.glb", "meshes/a/mesh.glb"])
 @pytest.mark.parametrize("way", ["base64", "url", "workflow"])
 def test_a_3d_model_is_where_its_node_lists_it(bench_3d: Bench, files: FileServer, mesh: str, way: str) -> None:
-    url = files.put("/mesh.glb", media_files.glb())
+    url = files.put("/mesh.glb", samples.glb())
     picture = {"name": "views/scene.png", "image": data_uri(png(TEAL))}
     if way == "workflow":
         result, _job = bench_3d.run(_scene(url, "views/scene.png"), picture)
     else:
-        given = {"url": url} if way == "url" else {"image": base64.b64encode(media_files.glb()).decode()}
+        given = {"url": url} if way == "url" else {"image": base64.b64encode(samples.glb()).decode()}
         result, _job = bench_3d.run(_scene(mesh, "views/scene.png"), {"name": mesh, **given}, picture)
 
     [text] = result.texts
     assert text.text.startswith("3d/")
-    assert bench_3d.read(text.text) == media_files.glb()
+    assert bench_3d.read(text.text) == samples.glb()
     [output] = outputs(result)
     assert colors(output) == [TEAL]
     loaded = bench_3d.loaded(result, "1", "image")
@@ -358,7 +358,7 @@ def test_a_3d_file_beside_the_jobs_folder_is_cleaned_up_too(settings: Settings) 
             update={"comfyui_url": server.url, "comfyui_base_directory": str(server.base_directory)}
         )
         with closing(ComfyClient(reachable)) as client:
-            mesh = {"name": "mesh.glb", "image": base64.b64encode(media_files.glb()).decode()}
+            mesh = {"name": "mesh.glb", "image": base64.b64encode(samples.glb()).decode()}
             picture = {"name": "scene.png", "image": data_uri(png(TEAL))}
             result, _job = Bench(client, StorageFactory(settings)).run(_scene("mesh.glb", "scene.png"), mesh, picture)
         assert result.artifacts
@@ -516,14 +516,14 @@ def test_a_file_is_found_by_a_text_that_is_its_name(settings: Settings) -> None:
                 "4": node("LoadPath", path="clips/a.mp4 [input]", prompt="", note=""),
             },
             *({"name": name, "image": data_uri(png(RED))} for name in ("cat.png", "cat", "v1.5")),
-            {"name": "clips/a.mp4", "image": base64.b64encode(media_files.mp4()).decode()},
+            {"name": "clips/a.mp4", "image": base64.b64encode(samples.mp4()).decode()},
         )
         paths = [graph[node_id]["inputs"]["path"] for node_id in "1234"]
         assert bench.read(paths[0]) == png(RED)
         assert (graph["1"]["inputs"]["prompt"], graph["1"]["inputs"]["note"]) == ("cat.png", "cat.png")
         assert paths[1:3] == ["cat", "v1.5"]
         assert paths[3].endswith("/clips/a.mp4 [input]")
-        assert bench.read(paths[3]) == media_files.mp4()
+        assert bench.read(paths[3]) == samples.mp4()
 
 
 FOLDER_LOADER = {

@@ -13,13 +13,14 @@ import pytest
 from comfy_emulator.node_api import Context, ImageBatch, NodeResult
 from comfy_worker.types import JobEvent, NodeProgress, PromptsAhead, Stage, StageStarted
 from comfy_worker.worker import Worker
-from tests.support import gate as gates
-from tests.support import graphs
-from tests.support.gate import Gate, job
-from tests.support.outcomes import shrunk
-from tests.support.ports import silent_port
-from tests.support.running import RunningJob, wait_until
-from tests.support.victims import Emulated
+from tests.support.comfyui import gate_node as gates
+from tests.support.comfyui import graphs
+from tests.support.comfyui.controllable import EmulatedComfyUI
+from tests.support.comfyui.gate_node import Gate, job
+from tests.support.docs.outcomes import shrunk
+from tests.support.network.ports import closed_port
+from tests.support.running_job import RunningJob
+from tests.support.waiting import wait_until
 
 ORANGE = (255, 128, 0)
 LIMIT_S = 0.4
@@ -46,8 +47,8 @@ def only_own_settings(environment: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def victim() -> Iterator[Emulated]:
-    with Emulated() as victim:
+def victim() -> Iterator[EmulatedComfyUI]:
+    with EmulatedComfyUI() as victim:
         yield victim
 
 
@@ -57,13 +58,13 @@ def gate(tmp_path: Path) -> Gate:
 
 
 @contextmanager
-def working(victim: Emulated, **settings: Any) -> Iterator[Worker]:
+def working(victim: EmulatedComfyUI, **settings: Any) -> Iterator[Worker]:
     with closing(Worker(shrunk(victim.url, **settings))) as worker:
         yield worker
 
 
 @contextmanager
-def another_running(victim: Emulated, folder: Path) -> Iterator[str]:
+def another_running(victim: EmulatedComfyUI, folder: Path) -> Iterator[str]:
     """Have ComfyUI run somebody else's prompt, and check that nobody touched it."""
     blocker = Gate(folder)
     prompt_id = victim.submit(blocker.graph())
@@ -76,7 +77,7 @@ def another_running(victim: Emulated, folder: Path) -> Iterator[str]:
     assert victim.succeeded(prompt_id)
 
 
-def submitted(victim: Emulated) -> list[str]:
+def submitted(victim: EmulatedComfyUI) -> list[str]:
     """Return every prompt that ComfyUI was ever given, as far as it knows."""
     return [*victim.finished(), *victim.running(), *victim.pending()]
 
@@ -85,7 +86,7 @@ def submitted(victim: Emulated) -> list[str]:
 
 
 @pytest.mark.parametrize("limit", LIMITS)
-def test_a_running_prompt_that_takes_too_long(victim: Emulated, gate: Gate, limit: str) -> None:
+def test_a_running_prompt_that_takes_too_long(victim: EmulatedComfyUI, gate: Gate, limit: str) -> None:
     settings, wish, sentence = LIMITS[limit]
     with working(victim, **settings) as worker:
         output = RunningJob(worker, job(gate.graph(), **wish)).output()
@@ -95,7 +96,7 @@ def test_a_running_prompt_that_takes_too_long(victim: Emulated, gate: Gate, limi
 
 
 @pytest.mark.parametrize("limit", LIMITS)
-def test_a_waiting_prompt_that_takes_too_long(victim: Emulated, gate: Gate, tmp_path: Path, limit: str) -> None:
+def test_a_waiting_prompt_that_takes_too_long(victim: EmulatedComfyUI, gate: Gate, tmp_path: Path, limit: str) -> None:
     settings, wish, sentence = LIMITS[limit]
     with another_running(victim, tmp_path), working(victim, **settings) as worker:
         output = RunningJob(worker, job(gate.graph(), **wish)).output()
@@ -105,7 +106,7 @@ def test_a_waiting_prompt_that_takes_too_long(victim: Emulated, gate: Gate, tmp_
 
 @pytest.mark.parametrize("limit", LIMITS)
 def test_an_older_comfyui_that_interrupts_whatever_runs_harms_nobody_else(
-    victim: Emulated, gate: Gate, tmp_path: Path, limit: str
+    victim: EmulatedComfyUI, gate: Gate, tmp_path: Path, limit: str
 ) -> None:
     victim.server.faults.interrupt_ignores_prompt_id = True
     settings, wish, _sentence = LIMITS[limit]
@@ -120,20 +121,20 @@ def test_an_older_comfyui_that_interrupts_whatever_runs_harms_nobody_else(
     assert victim.succeeded(behind)
 
 
-def test_the_same_while_the_prompt_waits(victim: Emulated, gate: Gate, tmp_path: Path) -> None:
+def test_the_same_while_the_prompt_waits(victim: EmulatedComfyUI, gate: Gate, tmp_path: Path) -> None:
     victim.server.faults.interrupt_ignores_prompt_id = True
     with another_running(victim, tmp_path), working(victim, workflow_timeout_s=LIMIT_S) as worker:
         assert RunningJob(worker, job(gate.graph())).output()["code"] == "timed_out"
 
 
 def test_a_limit_counts_while_comfyui_is_waited_for() -> None:
-    with silent_port() as port, closing(Worker(shrunk(f"http://127.0.0.1:{port}"))) as worker:
+    with closed_port() as port, closing(Worker(shrunk(f"http://127.0.0.1:{port}"))) as worker:
         wish = {"policy": {"executionTimeout": 1000 * LIMIT_S}}
         output = RunningJob(worker, job(graphs.picture(ORANGE), **wish)).output()
     assert (output["code"], output["error"]) == ("timed_out", "The job took longer than 0.4 seconds")
 
 
-def test_a_second_attempt_does_not_start_the_clock_again(victim: Emulated, gate: Gate, tmp_path: Path) -> None:
+def test_a_second_attempt_does_not_start_the_clock_again(victim: EmulatedComfyUI, gate: Gate, tmp_path: Path) -> None:
     blocker = Gate(tmp_path)
     victim.submit(blocker.graph())
     blocker.wait_until_run()
@@ -144,7 +145,7 @@ def test_a_second_attempt_does_not_start_the_clock_again(victim: Emulated, gate:
         assert running.output()["code"] == "timed_out"
 
 
-def test_a_workflow_without_a_sign_of_progress(victim: Emulated, gate: Gate) -> None:
+def test_a_workflow_without_a_sign_of_progress(victim: EmulatedComfyUI, gate: Gate) -> None:
     with working(victim, comfyui_stall_timeout_s=LIMIT_S) as worker:
         output = RunningJob(worker, job(gate.graph())).output()
     assert output["code"] == "timed_out"
@@ -152,7 +153,7 @@ def test_a_workflow_without_a_sign_of_progress(victim: Emulated, gate: Gate) -> 
     assert victim.running() == []
 
 
-def test_progress_is_a_sign_of_progress(victim: Emulated) -> None:
+def test_progress_is_a_sign_of_progress(victim: EmulatedComfyUI) -> None:
     stall_s = 1.0
     with working(victim, comfyui_stall_timeout_s=stall_s) as worker:
         running = RunningJob(worker, job(graphs.work(2 * stall_s, steps=40)))
@@ -160,7 +161,7 @@ def test_progress_is_a_sign_of_progress(victim: Emulated) -> None:
     assert running.all(NodeProgress)
 
 
-def test_waiting_behind_another_is_no_lack_of_progress(victim: Emulated, gate: Gate, tmp_path: Path) -> None:
+def test_waiting_behind_another_is_no_lack_of_progress(victim: EmulatedComfyUI, gate: Gate, tmp_path: Path) -> None:
     stall_s = 0.6
     blocker = Gate(tmp_path)
     victim.submit(blocker.graph())
@@ -183,7 +184,7 @@ def at(stage: Stage) -> Callable[[JobEvent], bool]:
 
 
 @pytest.mark.parametrize("stage", Stage)
-def test_a_job_is_cancelled_at_every_stage(victim: Emulated, gate: Gate, stage: Stage) -> None:
+def test_a_job_is_cancelled_at_every_stage(victim: EmulatedComfyUI, gate: Gate, stage: Stage) -> None:
     if stage is Stage.DELIVERING:
         gate.open()
     images = [{"name": "a.png", "image": graphs.data_uri(graphs.png(ORANGE))}]
@@ -200,7 +201,9 @@ def test_a_job_is_cancelled_at_every_stage(victim: Emulated, gate: Gate, stage: 
         assert "error" not in RunningJob(worker, job(graphs.picture(ORANGE))).output()
 
 
-def test_a_waiting_prompt_is_cancelled_and_the_running_one_is_not(victim: Emulated, gate: Gate, tmp_path: Path) -> None:
+def test_a_waiting_prompt_is_cancelled_and_the_running_one_is_not(
+    victim: EmulatedComfyUI, gate: Gate, tmp_path: Path
+) -> None:
     victim.server.faults.interrupt_ignores_prompt_id = True
     with another_running(victim, tmp_path), working(victim) as worker:
         running = RunningJob(worker, job(gate.graph()))
@@ -211,7 +214,7 @@ def test_a_waiting_prompt_is_cancelled_and_the_running_one_is_not(victim: Emulat
 
 
 @pytest.mark.parametrize("mishap", ["none", "websocket lost", "first interrupts come too early"])
-def test_a_running_prompt_is_cancelled(victim: Emulated, gate: Gate, mishap: str) -> None:
+def test_a_running_prompt_is_cancelled(victim: EmulatedComfyUI, gate: Gate, mishap: str) -> None:
     if mishap == "first interrupts come too early":
         victim.server.faults.ignore_interrupts = 2
     with working(victim) as worker:
@@ -226,14 +229,14 @@ def test_a_running_prompt_is_cancelled(victim: Emulated, gate: Gate, mishap: str
 
 
 def test_a_job_is_cancelled_while_comfyui_is_waited_for() -> None:
-    with silent_port() as port, closing(Worker(shrunk(f"http://127.0.0.1:{port}"))) as worker:
+    with closed_port() as port, closing(Worker(shrunk(f"http://127.0.0.1:{port}"))) as worker:
         running = RunningJob(worker, job(graphs.picture(ORANGE)))
         running.wait_for_notice("Waiting for ComfyUI")
         running.stop.set()
         assert running.output()["code"] == "cancelled"
 
 
-def test_a_job_is_cancelled_while_a_file_goes_up(victim: Emulated) -> None:
+def test_a_job_is_cancelled_while_a_file_goes_up(victim: EmulatedComfyUI) -> None:
     faults = victim.server.faults
     faults.slow_down(0.3, "/upload/image")
     with working(victim) as worker:
@@ -245,7 +248,7 @@ def test_a_job_is_cancelled_while_a_file_goes_up(victim: Emulated) -> None:
     assert submitted(victim) == []
 
 
-def test_a_job_is_cancelled_while_its_outputs_come_down(victim: Emulated, tmp_path: Path) -> None:
+def test_a_job_is_cancelled_while_its_outputs_come_down(victim: EmulatedComfyUI, tmp_path: Path) -> None:
     victim.server.faults.slow_down(0.5, "/view")
     delivered = tmp_path / "delivered"
     settings = {"local_delivery_dir": str(delivered), "local_delivery_url": "http://127.0.0.1/files"}
@@ -272,7 +275,7 @@ def test_a_node_that_heeds_no_interrupt_holds_nobody_up(caplog: pytest.LogCaptur
     graph = graphs.picture(ORANGE)
     graph["3"] = graphs.node("TestGate", image=["1", 0], file="")
     graph["9"]["inputs"]["images"] = ["3", 0]
-    with Emulated(registry=nodes) as victim, working(victim, comfyui_lost_after_s=0.3) as worker:
+    with EmulatedComfyUI(registry=nodes) as victim, working(victim, comfyui_lost_after_s=0.3) as worker:
         running = RunningJob(worker, job(graph))
         begun.wait()
         running.stop.set()
@@ -292,7 +295,7 @@ def half_invalid() -> graphs.Graph:
     return graph
 
 
-def test_what_comfyui_skips_is_a_warning(victim: Emulated) -> None:
+def test_what_comfyui_skips_is_a_warning(victim: EmulatedComfyUI) -> None:
     with working(victim) as worker:
         output = RunningJob(worker, job(half_invalid())).output()
     assert [image["node_id"] for image in output["images"]] == ["9"]
@@ -301,7 +304,7 @@ def test_what_comfyui_skips_is_a_warning(victim: Emulated) -> None:
     assert "-1" in warning
 
 
-def test_what_comfyui_skips_is_a_failure_where_the_job_is_strict(victim: Emulated) -> None:
+def test_what_comfyui_skips_is_a_failure_where_the_job_is_strict(victim: EmulatedComfyUI) -> None:
     with working(victim) as worker:
         output = RunningJob(worker, job(half_invalid(), strict=True)).output()
     assert output["code"] == "invalid_workflow"
@@ -311,7 +314,7 @@ def test_what_comfyui_skips_is_a_failure_where_the_job_is_strict(victim: Emulate
 
 
 @pytest.mark.parametrize("lost", [1, 2])
-def test_an_answer_to_a_submission_that_is_lost_is_looked_up(victim: Emulated, gate: Gate, lost: int) -> None:
+def test_an_answer_to_a_submission_that_is_lost_is_looked_up(victim: EmulatedComfyUI, gate: Gate, lost: int) -> None:
     victim.server.faults.lose_answer("/prompt", times=lost)
     gate.open()
     with working(victim) as worker:
@@ -321,7 +324,7 @@ def test_an_answer_to_a_submission_that_is_lost_is_looked_up(victim: Emulated, g
     assert gate.runs == 1
 
 
-def test_a_submission_that_is_refused_by_a_broken_comfyui_is_not_repeated(victim: Emulated) -> None:
+def test_a_submission_that_is_refused_by_a_broken_comfyui_is_not_repeated(victim: EmulatedComfyUI) -> None:
     victim.server.faults.answer_with(500, "/prompt", method="POST", times=None)
     with working(victim) as worker:
         output = RunningJob(worker, job(graphs.picture(ORANGE))).output()
@@ -330,7 +333,9 @@ def test_a_submission_that_is_refused_by_a_broken_comfyui_is_not_repeated(victim
     assert submitted(victim) == []
 
 
-def test_a_prompt_that_may_have_begun_when_its_answer_was_lost_is_not_sent_again(victim: Emulated, gate: Gate) -> None:
+def test_a_prompt_that_may_have_begun_when_its_answer_was_lost_is_not_sent_again(
+    victim: EmulatedComfyUI, gate: Gate
+) -> None:
     victim.server.faults.lose_answer("/prompt")
     # ComfyUI dies before it can be looked up.
     victim.server.faults.slow_down(60, "/queue", times=None)
@@ -362,18 +367,18 @@ def full_job(gate: Gate, **wish: Any) -> Mapping[str, Any]:
 
 
 @pytest.fixture
-def kept(tmp_path: Path) -> Iterator[Emulated]:
+def kept(tmp_path: Path) -> Iterator[EmulatedComfyUI]:
     """Return a ComfyUI whose folders the worker can reach."""
     base = tmp_path / "comfyui"
     base.mkdir()
-    with Emulated(base_directory=base) as victim:
+    with EmulatedComfyUI(base_directory=base) as victim:
         (base / "input" / "mine.png").write_bytes(graphs.png(ORANGE))
         yield victim
 
 
 @pytest.mark.parametrize("end", ["success", "failure", "cancel"])
 @pytest.mark.parametrize("heard", [True, False], ids=["heard", "unheard"])
-def test_nothing_of_a_job_stays_on_the_disk(kept: Emulated, gate: Gate, end: str, heard: bool) -> None:
+def test_nothing_of_a_job_stays_on_the_disk(kept: EmulatedComfyUI, gate: Gate, end: str, heard: bool) -> None:
     if not heard:
         kept.refuse_websockets()
     base = kept.server.base_directory
@@ -392,7 +397,7 @@ def test_nothing_of_a_job_stays_on_the_disk(kept: Emulated, gate: Gate, end: str
     assert files_of_jobs(base) == before
 
 
-def test_a_full_disk_fails_the_job_before_it_is_sent(kept: Emulated) -> None:
+def test_a_full_disk_fails_the_job_before_it_is_sent(kept: EmulatedComfyUI) -> None:
     base = kept.server.base_directory
     with working(kept, comfyui_base_directory=str(base), min_free_disk_mb=1e12) as worker:
         output = RunningJob(worker, job(graphs.picture(ORANGE))).output()

@@ -15,8 +15,8 @@ from comfy_worker.comfy.protocol import PromptPosition
 from comfy_worker.errors import ComfyUnreachable
 from comfy_worker.serverless.results import result_post_retries
 from comfy_worker.settings import load_settings
-from tests.support import graphs
-from tests.support.running import wait_until
+from tests.support.comfyui import graphs
+from tests.support.waiting import wait_until
 
 TIMEOUT_S = 0.5
 

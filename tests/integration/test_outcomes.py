@@ -1,7 +1,7 @@
 """A job always ends, whatever becomes of its prompt and of the websocket: one table, on the emulator and on ComfyUI.
 
-The table is in `tests/support/outcomes.py`. Its rows also run against a real ComfyUI that COMFYUI_REAL_COMMAND starts
-(a shell command with {port} and {base}), or, as far as it need not be killed, against one at COMFYUI_URL with
+The table is in `tests/support/docs/outcomes.py`. Its rows also run against a real ComfyUI that COMFYUI_REAL_COMMAND
+starts (a shell command with {port} and {base}), or, as far as it need not be killed, against one at COMFYUI_URL with
 `tests/data/gate_node.py` in its `custom_nodes/`.
 """
 
@@ -18,8 +18,10 @@ import pytest
 from comfy_worker.settings import load_settings
 from comfy_worker.types import JobEvent, NodeStarted
 from comfy_worker.worker import Worker
-from tests.support.gate import Gate, job
-from tests.support.outcomes import (
+from tests.support.comfyui.controllable import EmulatedComfyUI, RealComfyUI, proxy_to
+from tests.support.comfyui.gate_node import Gate, job
+from tests.support.comfyui.websocket_proxy import Websockets
+from tests.support.docs.outcomes import (
     BOOT_S,
     ENDINGS,
     SOCKETS,
@@ -32,10 +34,9 @@ from tests.support.outcomes import (
     shrunk,
     wait_until_it_runs,
 )
-from tests.support.processes import ROOT
-from tests.support.proxy import Websockets
-from tests.support.running import RunningJob, wait_until
-from tests.support.victims import Emulated, Real, proxy_to
+from tests.support.paths import ROOT
+from tests.support.running_job import RunningJob
+from tests.support.waiting import wait_until
 
 REAL_COMMAND, REAL_URL = os.environ.get("COMFYUI_REAL_COMMAND"), os.environ.get("COMFYUI_URL")
 PAGE = ROOT / "docs/reference/outcomes.md"
@@ -52,7 +53,7 @@ def only_own_settings(environment: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("ending", ENDINGS, ids=name_of)
 @pytest.mark.parametrize("socket", SOCKETS, ids=name_of)
 def test_a_job_ends(socket: Socket, ending: Ending, tmp_path: Path) -> None:
-    with Emulated() as victim:
+    with EmulatedComfyUI() as victim:
         play(victim, socket, ending, tmp_path, SLACK_S)
 
 
@@ -60,15 +61,15 @@ def test_a_job_ends(socket: Socket, ending: Ending, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def running_comfyui() -> Iterator[Real]:
-    with Real(REAL_COMMAND, REAL_URL) as victim:
+def running_comfyui() -> Iterator[RealComfyUI]:
+    with RealComfyUI(REAL_COMMAND, REAL_URL) as victim:
         if not victim.has_gate:
             pytest.skip("the ComfyUI at COMFYUI_URL lacks tests/data/gate_node.py in its custom_nodes/")
         yield victim
 
 
 @pytest.fixture
-def real(running_comfyui: Real) -> Iterator[Real]:
+def real(running_comfyui: RealComfyUI) -> Iterator[RealComfyUI]:
     """Return a real ComfyUI that lives, is idle and has no quarrel with anyone's websocket."""
     yield running_comfyui
     running_comfyui.recover()
@@ -78,7 +79,7 @@ def real(running_comfyui: Real) -> Iterator[Real]:
 @pytest.mark.skipif(not (REAL_COMMAND or REAL_URL), reason="neither COMFYUI_REAL_COMMAND nor COMFYUI_URL is set")
 @pytest.mark.parametrize("socket", SOCKETS, ids=name_of)
 @pytest.mark.parametrize("ending", ENDINGS, ids=name_of)
-def test_a_job_ends_on_a_real_comfyui(socket: Socket, ending: Ending, real: Real, tmp_path: Path) -> None:
+def test_a_job_ends_on_a_real_comfyui(socket: Socket, ending: Ending, real: RealComfyUI, tmp_path: Path) -> None:
     if ending.needs_process and not real.can_be_killed:
         pytest.skip("COMFYUI_REAL_COMMAND is not set: the ComfyUI at COMFYUI_URL is not ours to kill")
     play(real, socket, ending, tmp_path, SLACK_S + (BOOT_S if ending.needs_process else 0))
@@ -89,7 +90,7 @@ def test_a_job_ends_on_a_real_comfyui(socket: Socket, ending: Ending, real: Real
 
 @pytest.mark.parametrize("socket", SOCKETS, ids=name_of)
 def test_death_is_noticed_within_two_seconds(socket: Socket, tmp_path: Path) -> None:
-    with Emulated() as victim, closing(Worker(load_settings(comfyui_url=victim.url))) as worker:
+    with EmulatedComfyUI() as victim, closing(Worker(load_settings(comfyui_url=victim.url))) as worker:
         socket.before(victim)
         gate = Gate(tmp_path)
         running = RunningJob(worker, job(gate.graph()))
@@ -112,7 +113,7 @@ def test_a_websocket_that_comes_back_tells_the_rest(tmp_path: Path) -> None:
     graph["5"]["inputs"]["image"] = ["3", 0]
     graph["9"]["inputs"]["images"] = ["5", 0]
     patient = {"comfyui_poll_interval_s": 600, "websocket_reconnect_attempts": 10_000}
-    with Emulated() as victim, closing(Worker(shrunk(victim.url, **patient))) as worker:
+    with EmulatedComfyUI() as victim, closing(Worker(shrunk(victim.url, **patient))) as worker:
         running = RunningJob(worker, job(graph))
         running.wait_for(started("3"))
         clients = victim.server.clients
@@ -134,7 +135,7 @@ def started(node_id: str) -> Callable[[JobEvent], bool]:
 
 @pytest.mark.parametrize("event", ["execution_start", "executing", "executed", "execution_success", "progress_state"])
 def test_a_websocket_cut_at_any_event_fails_no_job(event: str, tmp_path: Path) -> None:
-    with Emulated() as victim, closing(Worker(shrunk(victim.url, comfyui_poll_interval_s=600))) as worker:
+    with EmulatedComfyUI() as victim, closing(Worker(shrunk(victim.url, comfyui_poll_interval_s=600))) as worker:
         victim.server.faults.drop_websocket_at_event = event
         victim.server.faults.drop_websocket_times = 1
         gate = Gate(tmp_path)
@@ -150,7 +151,7 @@ def test_a_websocket_cut_at_any_event_fails_no_job(event: str, tmp_path: Path) -
 def test_without_a_further_attempt_to_reopen_it_polling_goes_on(
     attempts: int, delay_s: float, made: int, tmp_path: Path
 ) -> None:
-    with Emulated() as victim, proxy_to(victim) as proxy:
+    with EmulatedComfyUI() as victim, proxy_to(victim) as proxy:
         settings = shrunk(proxy.url, websocket_reconnect_attempts=attempts, websocket_reconnect_delay_s=delay_s)
         with closing(Worker(settings)) as worker:
             gate = Gate(tmp_path)
@@ -166,7 +167,7 @@ def test_without_a_further_attempt_to_reopen_it_polling_goes_on(
 
 def test_a_lost_websocket_does_not_count_as_a_workflow_that_stalls(tmp_path: Path) -> None:
     stall_s = 0.5
-    with Emulated() as victim, closing(Worker(shrunk(victim.url, comfyui_stall_timeout_s=stall_s))) as worker:
+    with EmulatedComfyUI() as victim, closing(Worker(shrunk(victim.url, comfyui_stall_timeout_s=stall_s))) as worker:
         gate = Gate(tmp_path)
         running = RunningJob(worker, job(gate.graph()))
         gate.wait_until_run()
@@ -179,7 +180,7 @@ def test_a_lost_websocket_does_not_count_as_a_workflow_that_stalls(tmp_path: Pat
 
 
 def test_a_websocket_that_takes_no_handshake_holds_no_job_up_for_long(tmp_path: Path) -> None:
-    with Emulated() as victim:
+    with EmulatedComfyUI() as victim:
         victim.server.faults.websocket = "hang"
         with closing(Worker(shrunk(victim.url, comfyui_request_timeout_s=1))) as worker:
             gate = Gate(tmp_path)
@@ -189,7 +190,7 @@ def test_a_websocket_that_takes_no_handshake_holds_no_job_up_for_long(tmp_path: 
 
 def test_a_websocket_that_talks_nonsense_is_given_up_and_the_job_is_not(tmp_path: Path) -> None:
     with (
-        Emulated() as victim,
+        EmulatedComfyUI() as victim,
         proxy_to(victim) as proxy,
         closing(Worker(shrunk(proxy.url, comfyui_poll_interval_s=600))) as worker,
     ):

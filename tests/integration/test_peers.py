@@ -12,13 +12,12 @@ from typing import Any
 import pytest
 import requests
 
-from tests.support.comfyui import ComfyUI
-from tests.support.comfyui import comfyui as running_comfyui
-from tests.support.graphs import colors, picture, work
-from tests.support.patience import TIMEOUT_S
-from tests.support.redis import RedisServer, redis_server
-from tests.support.running import wait_until
-from tests.support.served import Served, served
+from tests.support.comfyui.graphs import colors, picture, work
+from tests.support.comfyui.instance import ComfyUI
+from tests.support.comfyui.instance import comfyui as running_comfyui
+from tests.support.databases.redis import RedisServer, redis_server
+from tests.support.gateway.process import GatewayProcess, gateway_process
+from tests.support.waiting import TIMEOUT_S, wait_until
 
 RED, GREEN = (255, 0, 0), (0, 255, 0)
 
@@ -27,8 +26,8 @@ RED, GREEN = (255, 0, 0), (0, 255, 0)
 class Pair:
     """Two gateways, the ComfyUI of the first, and their Redis."""
 
-    one: Served
-    two: Served
+    one: GatewayProcess
+    two: GatewayProcess
     comfyui: ComfyUI
     redis: RedisServer
 
@@ -42,14 +41,16 @@ def pair(tmp_path: Path) -> Iterator[Pair]:
         comfyuis = [stack.enter_context(running_comfyui()) for _ in range(2)]
         one, two = (
             stack.enter_context(
-                served(comfyui.url, tmp_path / name, **settings, GENERATION_WORKERS="1", PREPROCESS_WORKERS="1")
+                gateway_process(
+                    comfyui.url, tmp_path / name, **settings, GENERATION_WORKERS="1", PREPROCESS_WORKERS="1"
+                )
             )
             for name, comfyui in zip(("one", "two"), comfyuis, strict=True)
         )
         yield Pair(one, two, comfyuis[0], redis)
 
 
-def generate(gateway: Served, path: str = "/generate", **job_input: Any) -> dict[str, Any]:
+def generate(gateway: GatewayProcess, path: str = "/generate", **job_input: Any) -> dict[str, Any]:
     answer = gateway.post(path, {"input": job_input})
     assert answer.status_code in (200, 202), answer.text
     told: dict[str, Any] = answer.json()

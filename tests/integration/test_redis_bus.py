@@ -20,13 +20,12 @@ from comfy_worker.gateway.events.bus import GAP, PREVIEW, PROGRESS, STATUS, Even
 from comfy_worker.gateway.events.redis_bus import RedisEventBus
 from comfy_worker.gateway.settings import load_gateway_settings
 from comfy_worker.types import JobState
-from tests.support.graphs import picture
-from tests.support.patience import TIMEOUT_S, on_this_machine
-from tests.support.ports import silent_port
-from tests.support.processes import Process
-from tests.support.publisher import PICTURE
-from tests.support.redis import RedisServer, redis_server
-from tests.support.running import wait_until
+from tests.support.comfyui.graphs import picture
+from tests.support.databases.redis import RedisServer, redis_server
+from tests.support.gateway.event_publisher import PICTURE
+from tests.support.network.ports import closed_port
+from tests.support.processes.process import Process
+from tests.support.waiting import TIMEOUT_S, on_this_machine, wait_until
 
 NOT_FOR_LONG_S = 5.0
 """Far more than one command may take, which is a second, and far less than a hundred of them would."""
@@ -50,7 +49,7 @@ def make_bus(server: RedisServer) -> Iterator[MakeBus]:
 @pytest.fixture
 def gateway(environment: pytest.MonkeyPatch, tmp_path: Path, make_bus: MakeBus) -> Iterator[Gateway]:
     """Yield a gateway whose ComfyUI is not there, so that nothing happens but what a test makes happen."""
-    with silent_port() as port:
+    with closed_port() as port:
         settings = load_gateway_settings(data_dir=str(tmp_path), comfyui_url=f"http://127.0.0.1:{port}")
         made = Gateway(settings, make_bus())
         yield made
@@ -75,7 +74,7 @@ def test_what_one_process_tells_another_hears(server: RedisServer, make_bus: Mak
 
     async def listen() -> list[Event]:
         with bus.subscribe("job") as listening:
-            arguments = [sys.executable, "-m", "tests.support.publisher", server.url, "job", "50"]
+            arguments = [sys.executable, "-m", "tests.support.gateway.event_publisher", server.url, "job", "50"]
             with Process(arguments, environment={"PYTHONPATH": "src"}) as process:
                 heard = [await hear(listening)]
                 while heard[-1].type != STATUS:

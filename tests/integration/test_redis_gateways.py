@@ -20,14 +20,13 @@ import pytest
 import requests
 
 from comfy_worker.gateway.jobs.signed_links import AssetLinks
-from tests.support.graphs import picture
-from tests.support.patience import TIMEOUT_S
-from tests.support.postgres import Postgres, postgres
-from tests.support.processes import Process
-from tests.support.receiver import Receiver
-from tests.support.redis import RedisServer, redis_server
-from tests.support.running import wait_until
-from tests.support.served import Served, served
+from tests.support.comfyui.graphs import picture
+from tests.support.databases.postgres import Postgres, postgres
+from tests.support.databases.redis import RedisServer, redis_server
+from tests.support.gateway.process import GatewayProcess, gateway_process
+from tests.support.network.webhook_receiver import Receiver
+from tests.support.processes.process import Process
+from tests.support.waiting import TIMEOUT_S, wait_until
 
 JOB = {"input": {"workflow": picture((1, 2, 3))}}
 NOWHERE = "http://127.0.0.1:1"
@@ -58,9 +57,9 @@ def shared(database_server: Postgres, redis: RedisServer) -> dict[str, str]:
 
 
 @contextmanager
-def two_gateways(data: Path, environment: dict[str, str]) -> Iterator[list[Served]]:
+def two_gateways(data: Path, environment: dict[str, str]) -> Iterator[list[GatewayProcess]]:
     with ExitStack() as stack:
-        yield [stack.enter_context(served(NOWHERE, data, **environment)) for _ in range(2)]
+        yield [stack.enter_context(gateway_process(NOWHERE, data, **environment)) for _ in range(2)]
 
 
 def serving(process: Process) -> list[int]:
@@ -68,7 +67,7 @@ def serving(process: Process) -> list[int]:
     return [int(pid) for pid in re.findall(r"Started server process \[(\d+)\]", process.output)]
 
 
-def submit(gateway: Served, **beside: object) -> str:
+def submit(gateway: GatewayProcess, **beside: object) -> str:
     answer = gateway.post("/run", {**JOB, **beside})
     assert answer.status_code == 200, answer.text
     job_id: str = answer.json()["id"]
@@ -79,7 +78,7 @@ def submit(gateway: Served, **beside: object) -> str:
 
 
 def test_any_process_answers_for_any_job(tmp_path: Path, shared: dict[str, str]) -> None:
-    with served(NOWHERE, tmp_path, **shared, API_WORKERS="2") as gateway:
+    with gateway_process(NOWHERE, tmp_path, **shared, API_WORKERS="2") as gateway:
         wait_until(lambda: len(serving(gateway.process)) == 2)
         for number in range(8):
             # Each call is a connection of its own, taken by whichever process is quicker.
@@ -120,7 +119,7 @@ def test_a_job_is_its_keys_own_at_every_gateway(tmp_path: Path, shared: dict[str
 
 
 def test_a_process_that_is_killed_is_replaced_and_a_signal_ends_all(tmp_path: Path, shared: dict[str, str]) -> None:
-    with served(NOWHERE, tmp_path, **shared, API_WORKERS="2") as gateway:
+    with gateway_process(NOWHERE, tmp_path, **shared, API_WORKERS="2") as gateway:
         wait_until(lambda: len(serving(gateway.process)) == 2)
         assert f"The API is described at {gateway.url}/docs" in gateway.process.output
         job_id = submit(gateway)
@@ -141,7 +140,7 @@ def test_a_process_that_is_killed_is_replaced_and_a_signal_ends_all(tmp_path: Pa
 
 
 def test_a_process_that_is_told_to_end_is_replaced_and_no_request_fails(tmp_path: Path, shared: dict[str, str]) -> None:
-    with served(NOWHERE, tmp_path, **shared, API_WORKERS="2") as gateway, ExitStack() as stack:
+    with gateway_process(NOWHERE, tmp_path, **shared, API_WORKERS="2") as gateway, ExitStack() as stack:
         wait_until(lambda: len(serving(gateway.process)) == 2)
         body = json.dumps(JOB).encode()
         netloc = urlsplit(gateway.url).netloc
@@ -199,7 +198,7 @@ def test_calls_are_counted_together_and_not_at_all_while_redis_is_away(
 ) -> None:
     with two_gateways(tmp_path, {**shared, "RATE_LIMIT_CANCEL": "4/day"}) as (one, other):
 
-        def codes(gateway: Served, count: int) -> list[int]:
+        def codes(gateway: GatewayProcess, count: int) -> list[int]:
             return [gateway.post("/cancel/nobody").status_code for _ in range(count)]
 
         assert codes(one, 2) + codes(other, 2) + codes(one, 1) + codes(other, 1) == [404] * 4 + [429] * 2
@@ -236,7 +235,7 @@ def test_each_webhook_is_sent_by_one_gateway(tmp_path: Path, shared: dict[str, s
 
 
 def test_links_are_signed_with_the_key_that_gateways_share(tmp_path: Path) -> None:
-    with served(NOWHERE, tmp_path, GATEWAY_KEY="a key of this test") as gateway:
+    with gateway_process(NOWHERE, tmp_path, GATEWAY_KEY="a key of this test") as gateway:
 
         def code(key: str) -> int:
             return requests.get(AssetLinks(key, 60).url(gateway.url, "job/nothing.png"), timeout=TIMEOUT_S).status_code

@@ -21,10 +21,10 @@ from comfy_worker.job.inputs import stage_inputs
 from comfy_worker.job.payload import parse_job
 from comfy_worker.settings import load_settings
 from comfy_worker.stop import Stop
-from tests.support.file_server import FileServer, RawAnswer, file_server
-from tests.support.gateway import GatewayProcess
-from tests.support.graphs import Graph, data_uri, inverted, node, picture, png
-from tests.support.patience import TIMEOUT_S, on_this_machine
+from tests.support.comfyui.graphs import Graph, data_uri, inverted, node, picture, png
+from tests.support.gateway.restartable import RestartableGateway
+from tests.support.network.file_server import FileServer, RawAnswer, file_server
+from tests.support.waiting import TIMEOUT_S, on_this_machine
 
 PATIENCE_S = 20.0
 """How long any of them may keep a worker; before, it was many minutes."""
@@ -122,20 +122,20 @@ def test_a_stop_reaches_the_walk_over_a_workflow(client: ComfyClient) -> None:
 
 
 @pytest.fixture
-def gateway(comfy: EmulatorServer, tmp_path: Path) -> Iterator[GatewayProcess]:
-    started = GatewayProcess(tmp_path, comfy.url)
+def gateway(comfy: EmulatorServer, tmp_path: Path) -> Iterator[RestartableGateway]:
+    started = RestartableGateway(tmp_path, comfy.url)
     started.start()
     yield started
     if started.process.is_running:
         started.kill()
 
 
-def send(gateway: GatewayProcess, workflow: Graph, images: list[dict[str, str]] | None = None) -> str:
+def send(gateway: RestartableGateway, workflow: Graph, images: list[dict[str, str]] | None = None) -> str:
     body = {"input": {"workflow": workflow, **({"images": images} if images else {})}}
     return str(gateway.post("/run", body)["id"])
 
 
-def seconds_of_a_job(gateway: GatewayProcess, color: int) -> float:
+def seconds_of_a_job(gateway: RestartableGateway, color: int) -> float:
     workflow = picture((color, 1, 2))
     began = time.monotonic()
     answer = gateway.post("/runsync", {"input": {"workflow": workflow}})
@@ -143,7 +143,7 @@ def seconds_of_a_job(gateway: GatewayProcess, color: int) -> float:
     return time.monotonic() - began
 
 
-def end_of(gateway: GatewayProcess, job_id: str) -> dict[str, Any]:
+def end_of(gateway: RestartableGateway, job_id: str) -> dict[str, Any]:
     deadline = time.monotonic() + TIMEOUT_S
     while (status := gateway.status(job_id))["status"] in ("IN_QUEUE", "IN_PROGRESS"):
         assert time.monotonic() < deadline, status
@@ -151,7 +151,7 @@ def end_of(gateway: GatewayProcess, job_id: str) -> dict[str, Any]:
     return status
 
 
-def test_an_attack_by_count_does_not_slow_another_job(gateway: GatewayProcess) -> None:
+def test_an_attack_by_count_does_not_slow_another_job(gateway: RestartableGateway) -> None:
     usual_s = max(seconds_of_a_job(gateway, color) for color in range(3))
     urls = {"1": node("PreviewAny", source=[f"http://a.example/{n:09}" for n in range(100_000)])}
     assert len(json.dumps(urls)) > 3_000_000 - 100
@@ -169,7 +169,7 @@ def test_an_attack_by_count_does_not_slow_another_job(gateway: GatewayProcess) -
         assert status["error"] == f"{FAILED}{count} input files, and this worker takes 64 at most"
 
 
-def test_very_many_unknown_classes_do_not_slow_another_job(gateway: GatewayProcess) -> None:
+def test_very_many_unknown_classes_do_not_slow_another_job(gateway: RestartableGateway) -> None:
     usual_s = max(seconds_of_a_job(gateway, color) for color in range(3))
     unknown = {str(number): node(f"SaveImageFoo{number}") for number in range(50_000)}
     ids = [send(gateway, unknown) for _ in range(3)]
@@ -183,7 +183,7 @@ def test_very_many_unknown_classes_do_not_slow_another_job(gateway: GatewayProce
 
 
 def test_slow_servers_hold_up_no_cancel_no_sigterm_and_no_others_files(
-    gateway: GatewayProcess, files: FileServer
+    gateway: RestartableGateway, files: FileServer
 ) -> None:
     """As many files as a job may have, each at a server that never ends its answer; with the default of workers."""
     silent = RawAnswer(b"HTTP/1.1 200 OK\r\n", closes=False)

@@ -12,7 +12,7 @@ from comfy_worker.gateway.store.gateway_lock import leader_lock
 from comfy_worker.gateway.store.job_store import JobStore
 from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.types import JobState
-from tests.support.postgres import postgres
+from tests.support.databases.postgres import postgres
 
 NOW = 1_700_000_000.0
 

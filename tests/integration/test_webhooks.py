@@ -18,14 +18,14 @@ from comfy_worker.settings import load_settings
 from comfy_worker.types import NodeProgress, NodeStarted, Stage, StageStarted
 from comfy_worker.webhooks import Webhooks
 from comfy_worker.worker import Worker
-from tests.support import graphs
-from tests.support.endpoint import endpoint
-from tests.support.gate import OBJECT_INFO, Gate, job, registry
-from tests.support.patience import TIMEOUT_S
-from tests.support.ports import silent_port
-from tests.support.processes import start_handler
-from tests.support.receiver import Receiver
-from tests.support.running import RunningJob
+from tests.support.comfyui import graphs
+from tests.support.comfyui.gate_node import OBJECT_INFO, Gate, job, registry
+from tests.support.network.ports import closed_port
+from tests.support.network.webhook_receiver import Receiver
+from tests.support.processes.process import start_handler
+from tests.support.running_job import RunningJob
+from tests.support.runpod.endpoint import endpoint
+from tests.support.waiting import TIMEOUT_S
 
 ORANGE = (255, 128, 0)
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
@@ -222,7 +222,7 @@ def test_a_receiver_that_always_fails_is_given_up(worker: Worker, caplog: pytest
 
 
 def test_a_receiver_that_is_gone(worker: Worker, caplog: pytest.LogCaptureFixture) -> None:
-    with silent_port() as port:
+    with closed_port() as port:
         webhook = {"url": f"http://127.0.0.1:{port}/?token={QUERY}"}
         assert colors(worker.run(job(graphs.picture(ORANGE), webhook=webhook))) == [[ORANGE]]
         worker.close()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from tests.support.platform_http import WORKER_KEY
-from tests.support.processes import ROOT
-from tests.support.s3 import SECRET_KEY
+from tests.support.paths import ROOT
+from tests.support.runpod.platform_http import WORKER_KEY
+from tests.support.storage.s3_server import SECRET_KEY
 
 JOB_SECRET = "comfyui-9d41c07e5b7a"
 """A key that jobs of these tests carry."""

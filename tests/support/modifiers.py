@@ -8,7 +8,7 @@ from typing import Any
 from comfy_worker.gateway.modifiers import Modifiers, run_modifier
 
 
-def made_by(
+def workflow_made_by(
     modifiers: Modifiers, name: str, modifications: Mapping[str, Any] | None = None, **options: Any
 ) -> dict[str, Any]:
     """Return the workflow that a modifier makes."""

@@ -13,8 +13,8 @@ from starlette.routing import WebSocketRoute
 from comfy_worker.gateway.api_keys import Keys
 from comfy_worker.gateway.app import create_app
 from comfy_worker.gateway.settings import load_gateway_settings
-from tests.support.api_table import Row, is_there, page, rows
-from tests.support.processes import ROOT
+from tests.support.docs.api_table import Row, is_existing_test, page, rows
+from tests.support.paths import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -24,13 +24,13 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FastAPI]:
 
 def test_the_page_is_the_table() -> None:
     assert (ROOT / "docs/reference/api.md").read_text() == page(), (
-        "python -m tests.support.api_table > docs/reference/api.md"
+        "python -m tests.support.docs.api_table > docs/reference/api.md"
     )
 
 
 @pytest.mark.parametrize("row", rows(), ids=lambda row: f"{row.api} {row.kind} {row.what}")
 def test_every_row_has_a_proof_that_is_there(row: Row) -> None:
-    assert is_there(row.test)
+    assert is_existing_test(row.test)
 
 
 def test_no_two_rows_say_the_same() -> None:

@@ -15,7 +15,7 @@ from comfy_worker.catalog.manifest import Manifest
 from comfy_worker.catalog.parameter import Parameter
 from comfy_worker.catalog.template import expand
 from comfy_worker.errors import InvalidInput
-from tests.support.processes import ROOT
+from tests.support.paths import ROOT
 
 PAGE = (ROOT / "docs/how-to/catalog.md").read_text(encoding="utf-8")
 LIBRARY = Catalog(ROOT / "workflows")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from comfy_worker.catalog.entry import CatalogEntry, Filled, fill, is_entry_name, make_entry
 from comfy_worker.errors import InvalidInput, InvalidWorkflow, UiFormatWorkflow
-from tests.support.graphs import data_uri, node, png
+from tests.support.comfyui.graphs import data_uri, node, png
 
 GRAPH: dict[str, Any] = {
     "1": node("LoadImage", image="image.png"),

@@ -14,8 +14,8 @@ import pytest
 
 from comfy_worker.catalog.library import Catalog
 from comfy_worker.errors import InvalidInput
-from tests.support.graphs import picture
-from tests.support.processes import ROOT
+from tests.support.comfyui.graphs import picture
+from tests.support.paths import ROOT
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 WIDTH = {"type": "integer", "description": "Width.", "default": 64, "sets": [{"node": "1", "input": "width"}]}

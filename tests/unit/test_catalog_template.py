@@ -14,8 +14,8 @@ from comfy_worker.catalog.library import Catalog
 from comfy_worker.catalog.template import expand, expand_job
 from comfy_worker.errors import InvalidInput
 from comfy_worker.job.payload import parse_job
-from tests.support.graphs import data_uri, picture, png
-from tests.support.processes import ROOT
+from tests.support.comfyui.graphs import data_uri, picture, png
+from tests.support.paths import ROOT
 
 PICTURE = data_uri(png((0, 0, 255)))
 RESIZE = {"template": "resize-picture", "inputs": {"image": PICTURE, "width": 16}}

@@ -18,7 +18,7 @@ from comfy_worker.gateway.settings import load_gateway_settings
 from comfy_worker.gateway.store.database import connect
 from comfy_worker.gateway.store.records import LOW_PRIORITY, NORMAL_PRIORITY, JobRecord
 from comfy_worker.types import JobState
-from tests.support.processes import Process
+from tests.support.processes.process import Process
 
 PRIORITIES = st.integers(min_value=-(2**31), max_value=2**31)
 

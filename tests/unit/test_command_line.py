@@ -12,7 +12,8 @@ import pytest
 from comfy_worker.cli import options
 from comfy_worker.gateway.settings import GatewaySettings, load_gateway_settings
 from comfy_worker.settings import Setting, Settings, list_settings
-from tests.support.processes import ROOT, Process
+from tests.support.paths import ROOT
+from tests.support.processes.process import Process
 
 PROGRAM = [sys.executable, "-m", "comfy_worker"]
 ENVIRONMENT = {"PYTHONPATH": str(ROOT / "src")}

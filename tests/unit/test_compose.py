@@ -15,10 +15,10 @@ import pytest
 import yaml
 
 from comfy_worker.gateway.settings import load_gateway_settings
-from tests.support import compose
-from tests.support.compose import OWN_IMAGE, PROFILES
-from tests.support.patience import TIMEOUT_S
-from tests.support.processes import ROOT
+from tests.support.docs import compose_file
+from tests.support.docs.compose_file import OWN_IMAGE, PROFILES
+from tests.support.paths import ROOT
+from tests.support.waiting import TIMEOUT_S
 
 ONE_SHOT = {"bucket"}
 """Services that do something and end."""
@@ -31,7 +31,7 @@ def tool(name: str) -> Path:
 
 @pytest.fixture(scope="module")
 def complete() -> dict[str, Any]:
-    return compose.complete()
+    return compose_file.complete()
 
 
 def own_services(file: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -46,7 +46,7 @@ class TestForm:
         assert checked.returncode == 0, checked.stdout + checked.stderr
 
     def test_is_what_the_specification_asks_for(self) -> None:
-        self.check(compose.COMPOSE)
+        self.check(compose_file.COMPOSE)
 
     def test_still_is_when_the_variables_are_filled_in(self, complete: dict[str, Any], tmp_path: Path) -> None:
         filled = tmp_path / "docker-compose.yml"
@@ -68,45 +68,45 @@ class TestForm:
 
 class TestVariables:
     def test_the_example_has_each_and_no_other(self) -> None:
-        used = {name for name, _, _ in compose.variables()} | {
-            secret["environment"] for secret in compose.raw()["secrets"].values()
+        used = {name for name, _, _ in compose_file.variables()} | {
+            secret["environment"] for secret in compose_file.raw()["secrets"].values()
         }
-        assert used == compose.needed() | set(compose.optional())
-        assert not compose.needed() & set(compose.optional())
+        assert used == compose_file.needed() | set(compose_file.optional())
+        assert not compose_file.needed() & set(compose_file.optional())
 
     def test_what_has_no_default_has_to_be_set(self) -> None:
-        for name, operator, _ in compose.variables():
-            assert operator == (":?" if name in compose.needed() else ":-"), name
+        for name, operator, _ in compose_file.variables():
+            assert operator == (":?" if name in compose_file.needed() else ":-"), name
 
-    @pytest.mark.parametrize("name", sorted(compose.needed()))
+    @pytest.mark.parametrize("name", sorted(compose_file.needed()))
     def test_one_that_is_missing_is_named(self, name: str) -> None:
-        others = dict.fromkeys(compose.needed() - {name}, "x")
-        with pytest.raises(compose.MissingVariable, match=name):
-            compose.read(others)
+        others = dict.fromkeys(compose_file.needed() - {name}, "x")
+        with pytest.raises(compose_file.MissingVariable, match=name):
+            compose_file.read(others)
 
     def test_a_variable_has_the_same_default_everywhere_which_is_the_examples(self) -> None:
-        told = compose.optional()
-        for name, operator, word in compose.variables():
+        told = compose_file.optional()
+        for name, operator, word in compose_file.variables():
             if operator == ":-" and "${" not in word:
                 assert word == told[name], name
 
     def test_no_secret_stands_in_the_file(self) -> None:
-        for service in compose.raw()["services"].values():
+        for service in compose_file.raw()["services"].values():
             for name, value in service.get("environment", {}).items():
                 if SECRET.search(name) and name != "BUCKET_ACCESS_KEY_ID":
                     assert re.search(r"\$\{[A-Z0-9_]+:\?", value), name
                     assert not re.search(r"\$\{[A-Z0-9_]*(?:PASSWORD|SECRET|KEY)[A-Z0-9_]*:-", value), name
 
     def test_all_that_our_services_are_told_is_a_setting(self, complete: dict[str, Any]) -> None:
-        settings = compose.setting_names()
+        settings = compose_file.setting_names()
         for name, service in own_services(complete).items():
             assert set(service["environment"]) - settings == set(), name
 
-    @pytest.mark.parametrize("name", sorted(own_services(compose.complete())))
+    @pytest.mark.parametrize("name", sorted(own_services(compose_file.complete())))
     def test_our_services_can_read_what_they_are_told(
         self, complete: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        for variable in compose.setting_names():
+        for variable in compose_file.setting_names():
             monkeypatch.delenv(variable, raising=False)
         for variable, value in complete["services"][name]["environment"].items():
             monkeypatch.setenv(variable, value)
@@ -139,14 +139,14 @@ class TestVariables:
             assert services[name]["environment"]["COMFYUI_LISTEN"] == "0.0.0.0"
 
     def test_minio_has_the_name_that_its_links_carry(self) -> None:
-        environment = dict.fromkeys(compose.needed(), "x") | {"S3_HOST": "s3.example.com"}
-        services = compose.read(environment)["services"]
+        environment = dict.fromkeys(compose_file.needed(), "x") | {"S3_HOST": "s3.example.com"}
+        services = compose_file.read(environment)["services"]
         assert services["minio"]["networks"]["default"]["aliases"] == ["s3.example.com"]
         assert services["worker"]["environment"]["BUCKET_ENDPOINT_URL"] == "http://s3.example.com:9000"
 
 
 class TestServices:
-    @pytest.mark.parametrize("name", sorted(compose.raw()["services"]))
+    @pytest.mark.parametrize("name", sorted(compose_file.raw()["services"]))
     def test_each_is_kept_in_check(self, complete: dict[str, Any], name: str) -> None:
         service = complete["services"][name]
         assert set(service["profiles"]) <= set(PROFILES)
@@ -160,7 +160,7 @@ class TestServices:
             assert device["driver"] == "nvidia"
             assert device["capabilities"] == ["gpu"]
 
-    @pytest.mark.parametrize("name", sorted(compose.raw()["services"]))
+    @pytest.mark.parametrize("name", sorted(compose_file.raw()["services"]))
     def test_each_tells_whether_it_is_well(self, complete: dict[str, Any], name: str) -> None:
         service = complete["services"][name]
         is_own = service["image"].startswith(OWN_IMAGE)
@@ -201,7 +201,7 @@ class TestServices:
 @pytest.mark.parametrize("profile", PROFILES)
 class TestProfiles:
     def test_has_what_its_services_wait_for(self, complete: dict[str, Any], profile: str) -> None:
-        services = compose.services(complete, profile)
+        services = compose_file.services(complete, profile)
         assert services
         for name, service in services.items():
             for other, wait in service.get("depends_on", {}).items():
@@ -213,14 +213,14 @@ class TestProfiles:
                 assert other in ONE_SHOT or "healthcheck" in awaited or awaited["image"].startswith(OWN_IMAGE)
 
     def test_waits_for_nothing_in_a_circle(self, complete: dict[str, Any], profile: str) -> None:
-        waits = {name: set(one.get("depends_on", {})) for name, one in compose.services(complete, profile).items()}
+        waits = {name: set(one.get("depends_on", {})) for name, one in compose_file.services(complete, profile).items()}
         while waits:
             free = {name for name, others in waits.items() if not others & waits.keys()}
             assert free, waits
             waits = {name: others for name, others in waits.items() if name not in free}
 
     def test_publishes_no_port_twice(self, complete: dict[str, Any], profile: str) -> None:
-        mappings = [port for one in compose.services(complete, profile).values() for port in one.get("ports", [])]
+        mappings = [port for one in compose_file.services(complete, profile).values() for port in one.get("ports", [])]
         published = [mapping.split(":")[1] for mapping in mappings]
         assert [port for port, times in Counter(published).items() if times > 1] == []
         assert all(mapping.startswith("127.0.0.1:") for mapping in mappings)
@@ -228,7 +228,7 @@ class TestProfiles:
     def test_is_explained(self, complete: dict[str, Any], profile: str) -> None:
         page = (ROOT / "docs/how-to/compose.md").read_text()
         assert f"--profile {profile} up" in page
-        for name in compose.services(complete, profile):
+        for name in compose_file.services(complete, profile):
             assert f"`{name}`" in page
 
 
@@ -238,22 +238,22 @@ class TestMakeEnv:
         folder = tmp_path / "checkout"
         (folder / "deploy").mkdir(parents=True)
         shutil.copy(ROOT / "deploy/make-env", folder / "deploy")
-        shutil.copy(compose.EXAMPLE, folder)
+        shutil.copy(compose_file.EXAMPLE, folder)
         return folder
 
     def test_makes_all_that_is_needed(self, folder: Path) -> None:
-        assert compose.run_make_env(folder).returncode == 0
+        assert compose_file.run_make_env(folder).returncode == 0
         lines = [line for line in (folder / ".env").read_text().splitlines() if line and not line.startswith("#")]
         made = dict(line.split("=", 1) for line in lines)
-        assert set(made) == compose.needed()
+        assert set(made) == compose_file.needed()
         assert len(set(made.values())) == len(made)
         assert all(re.fullmatch(r"[0-9a-f]{48}", value) for value in made.values())
         assert stat.S_IMODE((folder / ".env").stat().st_mode) == 0o600
-        compose.read(made)
+        compose_file.read(made)
 
     def test_leaves_one_that_is_there(self, folder: Path) -> None:
         (folder / ".env").write_text("mine")
-        assert compose.run_make_env(folder).returncode == 1
+        assert compose_file.run_make_env(folder).returncode == 1
         assert (folder / ".env").read_text() == "mine"
 
 

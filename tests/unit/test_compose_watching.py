@@ -18,8 +18,8 @@ from comfy_emulator.emulator_server import EmulatorServer
 from comfy_worker.gateway.jobs.metrics import GatewayCollector, make_registry
 from comfy_worker.gateway.store.database import connect
 from comfy_worker.gateway.store.job_store import JobStore
-from tests.support import compose
-from tests.support.processes import ROOT
+from tests.support.docs import compose_file
+from tests.support.paths import ROOT
 
 DEPLOY = ROOT / "deploy"
 PROMETHEUS = yaml.safe_load((DEPLOY / "prometheus/prometheus.yml").read_text(encoding="utf-8"))
@@ -112,14 +112,14 @@ def test_every_figure_of_the_gateways_own_is_shown(figures: dict[str, set[str]])
 
 class TestPrometheus:
     def test_reads_the_gateway_with_its_key(self) -> None:
-        file = compose.complete()
-        services = compose.services(file, "fleet")
+        file = compose_file.complete()
+        services = compose_file.services(file, "fleet")
         (job,) = [one for one in PROMETHEUS["scrape_configs"] if one["job_name"] == "gateway"]
         folder, _, secret = job["authorization"]["credentials_file"].rpartition("/")
         assert folder == "/run/secrets"
         assert secret in services["prometheus"]["secrets"]
         variable = file["secrets"][secret]["environment"]
-        assert f"${{{variable}:?" in compose.raw()["services"]["gateway"]["environment"]["API_KEYS"]
+        assert f"${{{variable}:?" in compose_file.raw()["services"]["gateway"]["environment"]["API_KEYS"]
         (found,) = job["dns_sd_configs"]
         assert set(found["names"]) <= set(services)
         assert all(port.endswith(f":{found['port']}") for port in services["gateway"]["ports"])
@@ -130,7 +130,7 @@ class TestPrometheus:
         assert seconds["scrape_timeout"] < seconds["scrape_interval"]
 
     def test_has_its_files_where_it_looks_for_them(self) -> None:
-        service = compose.complete()["services"]["prometheus"]
+        service = compose_file.complete()["services"]["prometheus"]
         assert "./deploy/prometheus:/etc/prometheus:ro" in service["volumes"]
         assert "--config.file=/etc/prometheus/prometheus.yml" in service["command"]
         for name in PROMETHEUS["rule_files"]:
@@ -161,12 +161,12 @@ class TestGrafana:
     def test_the_source_is_the_prometheus_of_the_fleet(self) -> None:
         (source,) = self.provisioned("datasources/prometheus.yml")["datasources"]
         host, _, port = source["url"].removeprefix("http://").partition(":")
-        service = compose.services(compose.complete(), "fleet")[host]
+        service = compose_file.services(compose_file.complete(), "fleet")[host]
         assert all(mapping.endswith(f":{port}") for mapping in service["ports"])
 
     def test_the_dashboard_is_where_it_is_looked_for(self) -> None:
         (provider,) = self.provisioned("dashboards/dashboards.yml")["providers"]
-        service = compose.complete()["services"]["grafana"]
+        service = compose_file.complete()["services"]["grafana"]
         assert f"./deploy/grafana/dashboards:{provider['options']['path']}:ro" in service["volumes"]
         home = service["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
         assert home == f"{provider['options']['path']}/comfy-worker.json"

@@ -22,22 +22,22 @@ from PIL.PngImagePlugin import PngImageFile
 
 from comfy_emulator.nodes import REGISTRY
 from comfy_emulator.nodes.save_paths import OutsideFolder, annotated_path, save_path
-from tests.support.emulator_bench import Bench, levels, pictures
+from tests.support.comfyui.node_context import RecordingContext, levels, pictures
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Bench:
-    return Bench(tmp_path)
+def bench(tmp_path: Path) -> RecordingContext:
+    return RecordingContext(tmp_path)
 
 
-def put_picture(bench: Bench, name: str, image: Image.Image, **options: Any) -> str:
+def put_picture(bench: RecordingContext, name: str, image: Image.Image, **options: Any) -> str:
     path = bench.input_dir / name
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path, **options)
     return name
 
 
-def test_load_image_gives_pixels_and_transparency(bench: Bench) -> None:
+def test_load_image_gives_pixels_and_transparency(bench: RecordingContext) -> None:
     wanted = levels(pictures(1, 3, 5, channels=4)[0])
     name = put_picture(bench, "sub/folder/a.png", Image.fromarray(wanted))
     image, mask = bench.run("LoadImage", image=f"{name} [input]")
@@ -46,7 +46,7 @@ def test_load_image_gives_pixels_and_transparency(bench: Bench) -> None:
     assert mask == pytest.approx(1 - wanted[np.newaxis, ..., 3] / 255)
 
 
-def test_load_image_without_transparency_has_an_empty_mask(bench: Bench) -> None:
+def test_load_image_without_transparency_has_an_empty_mask(bench: RecordingContext) -> None:
     name = put_picture(bench, "grey.png", Image.new("L", (8, 8), 51))
     image, mask = bench.run("LoadImage", image=name)
     assert (levels(image) == 51).all()
@@ -54,7 +54,7 @@ def test_load_image_without_transparency_has_an_empty_mask(bench: Bench) -> None
     assert not mask.any()
 
 
-def test_load_image_takes_transparency_of_a_palette(bench: Bench) -> None:
+def test_load_image_takes_transparency_of_a_palette(bench: RecordingContext) -> None:
     picture = Image.new("P", (2, 1), 0)
     picture.putpalette([255, 0, 0, 0, 0, 255])
     picture.putpixel((1, 0), 1)
@@ -64,14 +64,14 @@ def test_load_image_takes_transparency_of_a_palette(bench: Bench) -> None:
     assert (mask == [[[0, 1]]]).all()
 
 
-def test_load_image_turns_a_photo_upright(bench: Bench) -> None:
+def test_load_image_turns_a_photo_upright(bench: RecordingContext) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     name = put_picture(bench, "photo.jpg", Image.new("RGB", (16, 8)), exif=exif)
     assert bench.run("LoadImage", image=name)[0].shape == (1, 16, 8, 3)
 
 
-def test_load_image_gives_a_batch_of_an_animation(bench: Bench) -> None:
+def test_load_image_gives_a_batch_of_an_animation(bench: RecordingContext) -> None:
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "lime", "blue")]
     name = put_picture(bench, "a.webp", frames[0], save_all=True, append_images=frames[1:], lossless=True)
     image, mask = bench.run("LoadImage", image=name)
@@ -79,20 +79,20 @@ def test_load_image_gives_a_batch_of_an_animation(bench: Bench) -> None:
     assert mask.shape == (3, 64, 64)
 
 
-def test_load_image_fails_on_a_broken_file(bench: Bench) -> None:
+def test_load_image_fails_on_a_broken_file(bench: RecordingContext) -> None:
     (bench.input_dir / "corrupt.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
     with pytest.raises(OSError):
         bench.run("LoadImage", image="corrupt.png")
 
 
-def test_load_image_from_the_output_folder(bench: Bench) -> None:
+def test_load_image_from_the_output_folder(bench: RecordingContext) -> None:
     image = pictures(1, 4, 4)
     bench.ui("SaveImage", images=image, filename_prefix="made")
     assert (bench.run("LoadImageOutput", image="made_00001_.png [output]")[0] == image).all()
 
 
 @pytest.mark.parametrize(("channel", "level"), [("alpha", 205), ("red", 10), ("green", 20), ("blue", 30)])
-def test_load_image_mask(bench: Bench, channel: str, level: int) -> None:
+def test_load_image_mask(bench: RecordingContext, channel: str, level: int) -> None:
     name = put_picture(bench, "m.png", Image.new("RGBA", (3, 2), (10, 20, 30, 50)))
     mask = bench.one("LoadImageMask", image=name, channel=channel)
     assert mask == pytest.approx(np.full((1, 2, 3), level / 255))
@@ -102,7 +102,9 @@ def test_load_image_mask(bench: Bench, channel: str, level: int) -> None:
     ("class_type", "name", "kind"),
     [("LoadImage", "image", "image"), ("LoadAudio", "audio", "audio"), ("LoadVideo", "file", "video")],
 )
-def test_a_missing_file_is_refused_in_words_of_comfyui(bench: Bench, class_type: str, name: str, kind: str) -> None:
+def test_a_missing_file_is_refused_in_words_of_comfyui(
+    bench: RecordingContext, class_type: str, name: str, kind: str
+) -> None:
     node = REGISTRY.nodes[class_type]
     (bench.input_dir / "there.bin").touch()
     assert node.validate is not None
@@ -112,13 +114,13 @@ def test_a_missing_file_is_refused_in_words_of_comfyui(bench: Bench, class_type:
         assert node.validate(bench.input_dir, **{name: missing}) == f"Invalid {kind} file: {missing}"
 
 
-def test_names_cannot_leave_their_folder(bench: Bench) -> None:
+def test_names_cannot_leave_their_folder(bench: RecordingContext) -> None:
     assert annotated_path(bench.input_dir, "a/b.png [temp]") == bench.temp_dir / "a/b.png"
     with pytest.raises(OutsideFolder):
         annotated_path(bench.input_dir, "../input2/x")
 
 
-def test_a_changed_file_changes_the_fingerprint(bench: Bench) -> None:
+def test_a_changed_file_changes_the_fingerprint(bench: RecordingContext) -> None:
     fingerprint = REGISTRY.nodes["LoadImage"].fingerprint
     assert fingerprint is not None
     path = bench.input_dir / "x.png"
@@ -130,7 +132,7 @@ def test_a_changed_file_changes_the_fingerprint(bench: Bench) -> None:
     assert fingerprint(bench.input_dir, image="x.png").startswith("6b86b273")
 
 
-def test_save_image_counts_on_and_keeps_the_prompt(bench: Bench) -> None:
+def test_save_image_counts_on_and_keeps_the_prompt(bench: RecordingContext) -> None:
     images = pictures(2, 4, 6)
     first = bench.ui("SaveImage", images=images, filename_prefix="a/b/Comfy")
     assert first == {
@@ -152,12 +154,12 @@ def test_save_image_counts_on_and_keeps_the_prompt(bench: Bench) -> None:
             }
 
 
-def test_save_image_replaces_the_batch_number(bench: Bench) -> None:
+def test_save_image_replaces_the_batch_number(bench: RecordingContext) -> None:
     saved = bench.ui("SaveImage", images=pictures(2, 2, 2), filename_prefix="x%batch_num%")["images"]
     assert [entry["filename"] for entry in saved] == ["x0_00001_.png", "x1_00002_.png"]
 
 
-def test_save_image_keeps_transparency(bench: Bench) -> None:
+def test_save_image_keeps_transparency(bench: RecordingContext) -> None:
     images = pictures(1, 3, 3, channels=4)
     (entry,) = bench.ui("SaveImage", images=images)["images"]
     with Image.open(bench.file(entry)) as saved:
@@ -165,7 +167,7 @@ def test_save_image_keeps_transparency(bench: Bench) -> None:
         assert (np.asarray(saved) == levels(images[0])).all()
 
 
-def test_save_image_refuses_to_leave_the_output_folder(bench: Bench) -> None:
+def test_save_image_refuses_to_leave_the_output_folder(bench: RecordingContext) -> None:
     with pytest.raises(Exception, match="Saving image outside the output folder is not allowed") as caught:
         bench.ui("SaveImage", images=pictures(1, 2, 2), filename_prefix="../x")
     assert caught.type is Exception
@@ -196,7 +198,7 @@ def test_the_counter_follows_the_highest_number(
     assert save_path(folder, "pre", "output").counter == (max(counted) + 1 if counted else 1)
 
 
-def test_preview_image_goes_to_temp(bench: Bench) -> None:
+def test_preview_image_goes_to_temp(bench: RecordingContext) -> None:
     (entry,) = bench.ui("PreviewImage", images=pictures(1, 2, 2))["images"]
     assert re.fullmatch(r"ComfyUI_temp_[a-z]{5}_00001_\.png", entry["filename"])
     assert entry["type"] == "temp"
@@ -210,7 +212,7 @@ def test_preview_image_goes_to_temp(bench: Bench) -> None:
         ("SaveAnimatedPNG", {"compress_level": 4}),
     ],
 )
-def test_animations(bench: Bench, class_type: str, options: dict[str, Any]) -> None:
+def test_animations(bench: RecordingContext, class_type: str, options: dict[str, Any]) -> None:
     images = pictures(3, 8, 8)
     ui = bench.ui(class_type, images=images, filename_prefix="anim", fps=8.0, **options)
     assert ui["animated"] == [True]
@@ -224,7 +226,7 @@ def test_animations(bench: Bench, class_type: str, options: dict[str, Any]) -> N
     assert "animated" not in single
 
 
-def test_animations_keep_the_prompt(bench: Bench) -> None:
+def test_animations_keep_the_prompt(bench: RecordingContext) -> None:
     images = pictures(2, 8, 8)
     webp = bench.ui(
         "SaveAnimatedWEBP", images=images, filename_prefix="a", fps=6.0, lossless=True, quality=80, method="default"
@@ -239,7 +241,7 @@ def test_animations_keep_the_prompt(bench: Bench) -> None:
     assert b"comfprompt\0" + json.dumps(bench.prompt).encode() in content
 
 
-def test_save_image_websocket_sends_pictures_of_full_size(bench: Bench) -> None:
+def test_save_image_websocket_sends_pictures_of_full_size(bench: RecordingContext) -> None:
     images = pictures(2, 3, 4)
     bench.run("SaveImageWebsocket", images=images)
     assert [step[:2] for step in bench.steps] == [(0, 2), (1, 2)]
@@ -259,7 +261,7 @@ def tone(seconds: float = 0.5, rate: int = 8000, channels: int = 1) -> dict[str,
     return {"waveform": np.tile(wave_form.astype(np.float32), (1, channels, 1)), "sample_rate": rate}
 
 
-def put_wav(bench: Bench, audio: dict[str, Any]) -> str:
+def put_wav(bench: RecordingContext, audio: dict[str, Any]) -> str:
     samples = np.round(audio["waveform"][0].T * 32767).astype("<i2")
     with wave.open(str(bench.input_dir / "tone.wav"), "wb") as file:
         file.setnchannels(samples.shape[1])
@@ -270,7 +272,7 @@ def put_wav(bench: Bench, audio: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("channels", [1, 2])
-def test_load_audio(bench: Bench, channels: int) -> None:
+def test_load_audio(bench: RecordingContext, channels: int) -> None:
     wanted = tone(channels=channels)
     audio = bench.one("LoadAudio", audio=put_wav(bench, wanted))
     assert audio["sample_rate"] == 8000
@@ -278,7 +280,7 @@ def test_load_audio(bench: Bench, channels: int) -> None:
     assert audio["waveform"] == pytest.approx(wanted["waveform"], abs=1e-4)
 
 
-def test_load_audio_fails_where_there_is_no_sound(bench: Bench) -> None:
+def test_load_audio_fails_where_there_is_no_sound(bench: RecordingContext) -> None:
     (entry,) = save_video(bench, bench.one("CreateVideo", images=pictures(2, 16, 16), fps=4.0))["images"]
     bench.file(entry).rename(bench.input_dir / "mute.mp4")
     with pytest.raises(ValueError, match="No audio stream found in the file"):
@@ -295,7 +297,7 @@ def test_load_audio_fails_where_there_is_no_sound(bench: Bench) -> None:
     ],
 )
 def test_save_audio(
-    bench: Bench, class_type: str, options: dict[str, str], extension: str, codec: str, rate: int
+    bench: RecordingContext, class_type: str, options: dict[str, str], extension: str, codec: str, rate: int
 ) -> None:
     audio = tone(seconds=1, rate=11025, channels=2)
     ui = bench.ui(class_type, audio=audio, filename_prefix="audio/x", **options)
@@ -308,7 +310,7 @@ def test_save_audio(
     assert samples / rate == pytest.approx(1, abs=0.2)
 
 
-def test_flac_keeps_the_sound(bench: Bench) -> None:
+def test_flac_keeps_the_sound(bench: RecordingContext) -> None:
     audio = tone(channels=2)
     (entry,) = bench.ui("PreviewAudio", audio=audio)["audio"]
     assert entry["type"] == "temp"
@@ -317,7 +319,7 @@ def test_flac_keeps_the_sound(bench: Bench) -> None:
     assert loaded["waveform"] == pytest.approx(audio["waveform"], abs=1e-4)
 
 
-def test_audio_batches_make_a_file_each(bench: Bench) -> None:
+def test_audio_batches_make_a_file_each(bench: RecordingContext) -> None:
     silence = bench.one("EmptyAudio", duration=0.25, sample_rate=8000, channels=2)
     assert silence["waveform"].shape == (1, 2, 2000)
     silence["waveform"] = np.repeat(silence["waveform"], 2, axis=0)
@@ -325,7 +327,7 @@ def test_audio_batches_make_a_file_each(bench: Bench) -> None:
     assert [entry["filename"] for entry in saved] == ["s_00001_.flac", "s_00002_.flac"]
 
 
-def save_video(bench: Bench, video: object, **options: str) -> dict[str, list[Any]]:
+def save_video(bench: RecordingContext, video: object, **options: str) -> dict[str, list[Any]]:
     inputs = {"filename_prefix": "v", "format": "auto", "codec": "auto", **options}
     return bench.ui("SaveVideo", video=video, **inputs)
 
@@ -334,7 +336,7 @@ def flat_pictures(*greys: float) -> Any:
     return np.stack([np.full((32, 48, 3), grey, dtype=np.float32) for grey in greys])
 
 
-def test_video_there_and_back(bench: Bench) -> None:
+def test_video_there_and_back(bench: RecordingContext) -> None:
     images = flat_pictures(0.2, 0.5, 0.8, 0.4)
     made = bench.one("CreateVideo", images=images, fps=4.0, audio=tone(seconds=5, channels=2))
     ui = save_video(bench, made, filename_prefix="video/%width%x%height%")
@@ -357,7 +359,7 @@ def test_video_there_and_back(bench: Bench) -> None:
         assert json.loads(container.metadata["workflow"]) == {"nodes": [1]}
 
 
-def test_video_components_without_sound(bench: Bench) -> None:
+def test_video_components_without_sound(bench: RecordingContext) -> None:
     made = bench.one("CreateVideo", images=flat_pictures(0.5), fps=30.0)
     frames, audio, fps = bench.run("GetVideoComponents", video=made)
     assert (frames.shape, audio, fps) == ((1, 32, 48, 3), None, 30.0)
@@ -368,7 +370,7 @@ def test_video_components_without_sound(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize(("codec", "name"), [("vp9", "vp9"), ("av1", "av1")])
-def test_save_webm(bench: Bench, codec: str, name: str) -> None:
+def test_save_webm(bench: RecordingContext, codec: str, name: str) -> None:
     images = flat_pictures(0.25, 0.75)
     images = np.repeat(np.repeat(images, 2, axis=1), 2, axis=2)
     scheduling = os.sched_getscheduler(0)
@@ -383,7 +385,7 @@ def test_save_webm(bench: Bench, codec: str, name: str) -> None:
     assert greys == pytest.approx([0.25, 0.75], abs=0.03)
 
 
-def test_a_webm_is_encoded_anew_for_another_format(bench: Bench) -> None:
+def test_a_webm_is_encoded_anew_for_another_format(bench: RecordingContext) -> None:
     ui = bench.ui("SaveWEBM", images=flat_pictures(0.25, 0.75), filename_prefix="w", codec="vp9", fps=8.0, crf=20.0)
     bench.file(ui["images"][0]).rename(bench.input_dir / "w.webm")
     saved = save_video(bench, bench.one("LoadVideo", file="w.webm"), format="mp4")

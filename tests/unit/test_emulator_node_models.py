@@ -20,18 +20,18 @@ from comfy_emulator.nodes.latents import Latent
 from comfy_emulator.nodes.loaders import Clip, Conditioning, Model, Vae
 from comfy_emulator.nodes.placeholder import landscape, with_banner
 from comfy_emulator.nodes.sampling import STEP_SECONDS
-from tests.support.emulator_bench import Bench, floats, pictures
+from tests.support.comfyui.node_context import RecordingContext, floats, pictures
 
 CHECKPOINT = "sd_xl_base_1.0.safetensors"
 VAE = Vae(CHECKPOINT)
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Bench:
-    return Bench(tmp_path)
+def bench(tmp_path: Path) -> RecordingContext:
+    return RecordingContext(tmp_path)
 
 
-def k_sample(bench: Bench, latent: Latent, **changes: Any) -> Latent:
+def k_sample(bench: RecordingContext, latent: Latent, **changes: Any) -> Latent:
     inputs = {
         "model": Model(CHECKPOINT),
         "seed": 42,
@@ -48,19 +48,19 @@ def k_sample(bench: Bench, latent: Latent, **changes: Any) -> Latent:
     return result
 
 
-def empty(bench: Bench, width: int = 64, height: int = 64, batch_size: int = 1) -> Latent:
+def empty(bench: RecordingContext, width: int = 64, height: int = 64, batch_size: int = 1) -> Latent:
     latent = bench.one("EmptyLatentImage", width=width, height=height, batch_size=batch_size)
     assert isinstance(latent, Latent)
     return latent
 
 
-def decode(bench: Bench, latent: Latent) -> ImageBatch:
+def decode(bench: RecordingContext, latent: Latent) -> ImageBatch:
     images = bench.one("VAEDecode", samples=latent, vae=VAE)
     assert isinstance(images, np.ndarray)
     return images
 
 
-def test_text_to_image_from_checkpoint_to_picture(bench: Bench) -> None:
+def test_text_to_image_from_checkpoint_to_picture(bench: RecordingContext) -> None:
     model, clip, vae = bench.run("CheckpointLoaderSimple", ckpt_name=CHECKPOINT)
     clip = bench.one("CLIPSetLastLayer", clip=clip, stop_at_clip_layer=-2)
     model, clip = bench.run(
@@ -79,7 +79,7 @@ def test_text_to_image_from_checkpoint_to_picture(bench: Bench) -> None:
     assert (images[0] != images[1]).any()
 
 
-def test_samplers_report_steps_with_small_previews(bench: Bench) -> None:
+def test_samplers_report_steps_with_small_previews(bench: RecordingContext) -> None:
     k_sample(bench, empty(bench, 512, 1024), steps=4)
     assert [step[:2] for step in bench.steps] == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert bench.slept == [STEP_SECONDS] * 4
@@ -89,7 +89,7 @@ def test_samplers_report_steps_with_small_previews(bench: Bench) -> None:
         assert (kind, picture.size, longest_side) == ("JPEG", (64, 128), 512)
 
 
-def test_a_sampler_can_be_interrupted(bench: Bench) -> None:
+def test_a_sampler_can_be_interrupted(bench: RecordingContext) -> None:
     bench.interrupt_after = 2
     with pytest.raises(Interrupted):
         k_sample(bench, empty(bench), steps=5)
@@ -117,20 +117,22 @@ def test_the_time_of_a_step_comes_from_the_environment() -> None:
         {"scheduler": "karras"},
     ],
 )
-def test_the_picture_depends_on_everything_and_nothing_else(bench: Bench, changes: dict[str, Any]) -> None:
+def test_the_picture_depends_on_everything_and_nothing_else(bench: RecordingContext, changes: dict[str, Any]) -> None:
     usual = decode(bench, k_sample(bench, empty(bench)))
     assert (decode(bench, k_sample(bench, empty(bench))) == usual).all()
     assert (decode(bench, k_sample(bench, empty(bench), **changes)) != usual).any()
 
 
-def test_no_denoise_changes_nothing(bench: Bench) -> None:
+def test_no_denoise_changes_nothing(bench: RecordingContext) -> None:
     latent = empty(bench)
     assert k_sample(bench, latent, denoise=0.0) is latent
     assert bench.steps == []
 
 
 @pytest.mark.parametrize(("start", "end", "taken"), [(0, 10000, 10), (4, 10000, 6), (0, 3, 3), (8, 2, 0)])
-def test_k_sampler_advanced_takes_its_part_of_the_steps(bench: Bench, start: int, end: int, taken: int) -> None:
+def test_k_sampler_advanced_takes_its_part_of_the_steps(
+    bench: RecordingContext, start: int, end: int, taken: int
+) -> None:
     bench.one(
         "KSamplerAdvanced",
         model=Model(CHECKPOINT),
@@ -151,14 +153,14 @@ def test_k_sampler_advanced_takes_its_part_of_the_steps(bench: Bench, start: int
 
 
 @pytest.mark.parametrize(("steps", "denoise", "length"), [(20, 1.0, 21), (8, 0.5, 9), (8, 0.0, 0)])
-def test_basic_scheduler(bench: Bench, steps: int, denoise: float, length: int) -> None:
+def test_basic_scheduler(bench: RecordingContext, steps: int, denoise: float, length: int) -> None:
     sigmas = bench.one("BasicScheduler", model=Model(CHECKPOINT), scheduler="simple", steps=steps, denoise=denoise)
     assert sigmas.shape == (length,)
     assert all(after < before for before, after in itertools.pairwise(sigmas))
     assert not length or sigmas[-1] == 0
 
 
-def test_flux_from_loaders_to_picture(bench: Bench) -> None:
+def test_flux_from_loaders_to_picture(bench: RecordingContext) -> None:
     model = bench.one("UNETLoader", unet_name="flux.safetensors", weight_dtype="default")
     model = bench.one("LoraLoaderModelOnly", model=model, lora_name="l", strength_model=0.5)
     model = bench.one("ModelSamplingFlux", model=model, max_shift=1.15, base_shift=0.5, width=64, height=64)
@@ -183,7 +185,7 @@ def test_flux_from_loaders_to_picture(bench: Bench) -> None:
     assert bench.one("VAEDecode", samples=output, vae=vae).shape == (1, 64, 128, 3)
 
 
-def test_sampler_custom_and_the_other_loaders(bench: Bench) -> None:
+def test_sampler_custom_and_the_other_loaders(bench: RecordingContext) -> None:
     clip = bench.one("TripleCLIPLoader", clip_name1="a", clip_name2="b", clip_name3="c")
     assert clip == Clip(("a", "b", "c"))
     assert bench.one("CLIPLoader", clip_name="a", type="sd3") == Clip(("a",), ("type sd3",))
@@ -209,7 +211,7 @@ def test_sampler_custom_and_the_other_loaders(bench: Bench) -> None:
     assert output.samplings[0].seed == 7
 
 
-def test_control_net_binds_both_conditionings(bench: Bench) -> None:
+def test_control_net_binds_both_conditionings(bench: RecordingContext) -> None:
     positive, negative = Conditioning(("a",)), Conditioning(("b",))
     inputs = {
         "positive": positive,
@@ -224,7 +226,7 @@ def test_control_net_binds_both_conditionings(bench: Bench) -> None:
     assert [len(conditioning.settings) for conditioning in bound] == [1, 1]
 
 
-def test_image_to_image_keeps_the_source_to_be_seen(bench: Bench) -> None:
+def test_image_to_image_keeps_the_source_to_be_seen(bench: RecordingContext) -> None:
     source = np.zeros((1, 128, 131, 3), np.float32)
     source[:, :, 66:] = 1
     encoded = bench.one("VAEEncode", pixels=source, vae=VAE)
@@ -234,7 +236,7 @@ def test_image_to_image_keeps_the_source_to_be_seen(bench: Bench) -> None:
     assert images[0, :64, 70:].mean() - images[0, :64, :60].mean() > 0.5
 
 
-def test_inpainting_paints_only_under_the_mask(bench: Bench) -> None:
+def test_inpainting_paints_only_under_the_mask(bench: RecordingContext) -> None:
     source, mask = np.ones((1, 64, 64, 3), np.float32), np.zeros((1, 64, 64), np.float32)
     mask[:, :, :32] = 1
     encoded = bench.one("VAEEncodeForInpaint", pixels=source, vae=VAE, mask=mask, grow_mask_by=0)
@@ -247,7 +249,7 @@ def test_inpainting_paints_only_under_the_mask(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize(("by", "width"), [(0, 1), (1, 1), (5, 5)])
-def test_inpainting_grows_the_mask(bench: Bench, by: int, width: int) -> None:
+def test_inpainting_grows_the_mask(bench: RecordingContext, by: int, width: int) -> None:
     mask = np.zeros((1, 32, 32), np.float32)
     mask[0, 16, 16] = 1
     encoded = bench.one("VAEEncodeForInpaint", pixels=pictures(1, 32, 32), vae=VAE, mask=mask, grow_mask_by=by)
@@ -255,7 +257,7 @@ def test_inpainting_grows_the_mask(bench: Bench, by: int, width: int) -> None:
     assert encoded.noise_mask.sum() == width * width
 
 
-def test_latents_are_scaled_as_latents(bench: Bench) -> None:
+def test_latents_are_scaled_as_latents(bench: RecordingContext) -> None:
     latent = k_sample(bench, empty(bench, 128, 64))
     upscale = {"samples": latent, "upscale_method": "bislerp"}
     assert bench.one("LatentUpscaleBy", scale_by=1.5, **upscale).samples.shape == (1, 4, 12, 24)
@@ -266,14 +268,14 @@ def test_latents_are_scaled_as_latents(bench: Bench) -> None:
     assert bench.one("RepeatLatentBatch", samples=latent, amount=3).samples.shape == (3, 4, 8, 16)
 
 
-def test_the_second_pass_stays_near_the_first(bench: Bench) -> None:
+def test_the_second_pass_stays_near_the_first(bench: RecordingContext) -> None:
     first = k_sample(bench, empty(bench, 128, 128))
     second = k_sample(bench, first, seed=9, denoise=0.2)
     difference = np.abs(decode(bench, first)[:, :64] - decode(bench, second)[:, :64])
     assert 0 < difference.max() <= 0.21
 
 
-def test_videos_have_frames_that_move(bench: Bench) -> None:
+def test_videos_have_frames_that_move(bench: RecordingContext) -> None:
     latent = bench.one("EmptyHunyuanLatentVideo", width=64, height=32, length=9, batch_size=1)
     assert latent.samples.shape == (1, 16, 3, 4, 8)
     tiles = {"tile_size": 256, "overlap": 64, "temporal_size": 64, "temporal_overlap": 8}
@@ -282,13 +284,13 @@ def test_videos_have_frames_that_move(bench: Bench) -> None:
     assert (frames[0] != frames[8]).any()
 
 
-def test_a_latent_is_printed_as_the_dictionary_it_is_in_comfyui(bench: Bench) -> None:
+def test_a_latent_is_printed_as_the_dictionary_it_is_in_comfyui(bench: RecordingContext) -> None:
     (text,) = bench.ui("PreviewAny", source=empty(bench))["text"]
     assert text.startswith("{'samples': tensor([[[[0., 0., 0., 0., 0., 0., 0., 0.],\n          [0., 0., ")
     assert text.endswith("0., 0.]]]])}")
 
 
-def test_latents_are_saved_as_safetensors_and_loaded(bench: Bench) -> None:
+def test_latents_are_saved_as_safetensors_and_loaded(bench: RecordingContext) -> None:
     latent = k_sample(bench, empty(bench))
     ui = bench.ui("SaveLatent", samples=latent, filename_prefix="latents/x")
     assert ui == {"latents": [{"filename": "x_00001_.latent", "subfolder": "latents", "type": "output"}]}
@@ -303,7 +305,7 @@ def test_latents_are_saved_as_safetensors_and_loaded(bench: Bench) -> None:
     assert (decode(bench, loaded) != decode(bench, empty(bench))).any()
 
 
-def test_a_latent_file_of_the_first_version_is_rescaled(bench: Bench) -> None:
+def test_a_latent_file_of_the_first_version_is_rescaled(bench: RecordingContext) -> None:
     from safetensors.numpy import save_file
 
     save_file({"latent_tensor": np.full((1, 4, 8, 8), 0.18215, np.float32)}, bench.input_dir / "old.latent")
@@ -313,7 +315,7 @@ def test_a_latent_file_of_the_first_version_is_rescaled(bench: Bench) -> None:
 @pytest.mark.parametrize(
     ("name", "factor"), [("RealESRGAN_x4plus.pth", 4), ("2x-Fancy.pth", 2), ("model_x2.pth", 2), ("plain.pth", 4)]
 )
-def test_upscaling_with_a_model(bench: Bench, name: str, factor: int) -> None:
+def test_upscaling_with_a_model(bench: RecordingContext, name: str, factor: int) -> None:
     model = bench.one("UpscaleModelLoader", model_name=name)
     result = bench.one("ImageUpscaleWithModel", upscale_model=model, image=pictures(2, 16, 24))
     assert result.shape == (2, 16 * factor, 24 * factor, 3)
@@ -335,7 +337,7 @@ def test_the_banner_fits_any_size_and_text(width: int, height: int, details: lis
         assert np.abs(labelled - title).sum(axis=-1).min() < 0.6
 
 
-def test_the_banner_leaves_most_of_the_picture(bench: Bench) -> None:
+def test_the_banner_leaves_most_of_the_picture(bench: RecordingContext) -> None:
     latent = k_sample(bench, empty(bench, 512, 512))
     images = decode(bench, latent)
     bare = landscape(f"{latent.samplings[0].key} #0", 512, 512)
@@ -343,7 +345,7 @@ def test_the_banner_leaves_most_of_the_picture(bench: Bench) -> None:
     assert images[0, 440:].mean() < bare[440:].mean()
 
 
-def test_three_dimensions_from_latent_to_file(bench: Bench) -> None:
+def test_three_dimensions_from_latent_to_file(bench: RecordingContext) -> None:
     latent = bench.one("EmptyLatentHunyuan3Dv2", resolution=64, batch_size=2)
     assert latent.samples.shape == (2, 64, 64)
     sampled = k_sample(bench, latent)
@@ -368,6 +370,6 @@ def test_three_dimensions_from_latent_to_file(bench: Bench) -> None:
     assert len(content) == 28 + length + binary_length
 
 
-def test_an_empty_grid_makes_one_triangle_without_extent(bench: Bench) -> None:
+def test_an_empty_grid_makes_one_triangle_without_extent(bench: RecordingContext) -> None:
     (mesh,) = bench.one("VoxelToMeshBasic", voxel=np.zeros((1, 4, 4, 4), np.float32), threshold=0.6)
     assert (mesh.vertices.shape, mesh.faces.shape) == ((1, 3), (1, 3))

@@ -19,7 +19,7 @@ from comfy_emulator.node_api import Interrupted
 from comfy_emulator.nodes import REGISTRY
 from comfy_emulator.nodes.pixels import scale
 from comfy_emulator.tensor_text import describe, tensor_text
-from tests.support.emulator_bench import Bench, floats, levels, pictures
+from tests.support.comfyui.node_context import RecordingContext, floats, levels, pictures
 
 METHODS = ["nearest-exact", "bilinear", "area", "bicubic", "lanczos"]
 OBJECT_INFO: dict[str, Any] = json.loads(
@@ -28,8 +28,8 @@ OBJECT_INFO: dict[str, Any] = json.loads(
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Bench:
-    return Bench(tmp_path)
+def bench(tmp_path: Path) -> RecordingContext:
+    return RecordingContext(tmp_path)
 
 
 def test_every_class_has_an_interface_and_every_interface_a_class() -> None:
@@ -61,7 +61,7 @@ def test_starting_loads_no_codecs() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_empty_image_has_the_colour(bench: Bench) -> None:
+def test_empty_image_has_the_colour(bench: RecordingContext) -> None:
     image = bench.one("EmptyImage", width=3, height=2, batch_size=4, color=0x204060)
     assert image.shape == (4, 2, 3, 3)
     assert image.dtype == np.float32
@@ -135,13 +135,13 @@ def test_image_scale_follows_the_other_side_of_a_side_of_zero(
         assert result.shape[1:3] == (expected_height, expected_width)
 
 
-def test_image_scale_crops_to_the_middle(bench: Bench) -> None:
+def test_image_scale_crops_to_the_middle(bench: RecordingContext) -> None:
     image = pictures(1, 4, 8)
     cut = bench.one("ImageScale", image=image, upscale_method="nearest-exact", width=4, height=4, crop="center")
     assert (cut == image[:, :, 2:6]).all()
 
 
-def test_image_scale_by_and_to_megapixels(bench: Bench) -> None:
+def test_image_scale_by_and_to_megapixels(bench: RecordingContext) -> None:
     image = pictures(1, 10, 15)
     assert bench.one("ImageScaleBy", image=image, upscale_method="area", scale_by=0.5).shape == (1, 5, 8, 3)
     total = bench.one(
@@ -150,14 +150,14 @@ def test_image_scale_by_and_to_megapixels(bench: Bench) -> None:
     assert total.shape == (1, 80, 128, 3)
 
 
-def test_image_invert_twice_is_the_image(bench: Bench) -> None:
+def test_image_invert_twice_is_the_image(bench: RecordingContext) -> None:
     image = pictures(2, 3, 4)
     inverted = bench.one("ImageInvert", image=image)
     assert (levels(inverted) + levels(image).astype(int) >= 254).all()
     assert bench.one("ImageInvert", image=inverted) == pytest.approx(image)
 
 
-def test_image_batch_brings_the_second_to_the_first(bench: Bench) -> None:
+def test_image_batch_brings_the_second_to_the_first(bench: RecordingContext) -> None:
     first, second = pictures(2, 4, 4), pictures(1, 8, 6, channels=4)
     both = bench.one("ImageBatch", image1=first, image2=second)
     assert both.shape == (3, 4, 4, 4)
@@ -176,7 +176,7 @@ def test_image_batch_brings_the_second_to_the_first(bench: Bench) -> None:
         ("difference", 0.0),
     ],
 )
-def test_image_blend(bench: Bench, mode: str, expected: float) -> None:
+def test_image_blend(bench: RecordingContext, mode: str, expected: float) -> None:
     below, above = np.full((1, 2, 2, 3), 0.5, np.float32), np.full((1, 4, 4, 4), 0.75, np.float32)
     full = bench.one("ImageBlend", image1=below, image2=above, blend_factor=1.0, blend_mode=mode)
     none = bench.one("ImageBlend", image1=below, image2=above, blend_factor=0.0, blend_mode=mode)
@@ -196,7 +196,7 @@ def test_image_crop_stays_inside_and_leaves_a_pixel(
     assert (cropped[0, 0, 0] == image[0, top, left]).all()
 
 
-def test_image_flip_and_rotate(bench: Bench) -> None:
+def test_image_flip_and_rotate(bench: RecordingContext) -> None:
     image = pictures(1, 2, 3)
     assert (bench.one("ImageFlip", image=image, flip_method="x-axis: vertically") == image[:, ::-1]).all()
     assert (bench.one("ImageFlip", image=image, flip_method="y-axis: horizontally") == image[:, :, ::-1]).all()
@@ -207,7 +207,7 @@ def test_image_flip_and_rotate(bench: Bench) -> None:
     assert (bench.one("ImageRotate", image=image, rotation="none") == image).all()
 
 
-def test_image_pad_for_outpaint_softens_towards_the_picture(bench: Bench) -> None:
+def test_image_pad_for_outpaint_softens_towards_the_picture(bench: RecordingContext) -> None:
     image = pictures(1, 10, 12)
     padded, mask = bench.run("ImagePadForOutpaint", image=image, left=8, top=0, right=0, bottom=0, feathering=4)
     assert padded.shape == (1, 10, 20, 3)
@@ -217,12 +217,12 @@ def test_image_pad_for_outpaint_softens_towards_the_picture(bench: Bench) -> Non
     assert mask[0, 0] == pytest.approx([1] * 8 + [1, 9 / 16, 4 / 16, 1 / 16] + [0] * 8)
 
 
-def test_image_pad_for_outpaint_does_not_soften_a_small_picture(bench: Bench) -> None:
+def test_image_pad_for_outpaint_does_not_soften_a_small_picture(bench: RecordingContext) -> None:
     _, mask = bench.run("ImagePadForOutpaint", image=pictures(1, 8, 8), left=0, top=8, right=0, bottom=0, feathering=4)
     assert mask.sum() == 8 * 8
 
 
-def test_image_batches(bench: Bench) -> None:
+def test_image_batches(bench: RecordingContext) -> None:
     image = pictures(3, 2, 2)
     assert (bench.one("RepeatImageBatch", image=image, amount=2) == np.concatenate([image, image])).all()
     assert (bench.one("ImageFromBatch", image=image, batch_index=1, length=9) == image[1:]).all()
@@ -230,7 +230,7 @@ def test_image_batches(bench: Bench) -> None:
     assert bench.run("GetImageSize", image=image) == (2, 2, 3)
 
 
-def test_masks(bench: Bench) -> None:
+def test_masks(bench: RecordingContext) -> None:
     mask = bench.one("SolidMask", value=0.25, width=3, height=2)
     assert mask.shape == (1, 2, 3)
     assert (bench.one("InvertMask", mask=mask) == 0.75).all()
@@ -240,7 +240,7 @@ def test_masks(bench: Bench) -> None:
         assert (bench.one("ImageToMask", image=image, channel=channel) == image[..., index]).all()
 
 
-def test_composite_pastes_what_fits(bench: Bench) -> None:
+def test_composite_pastes_what_fits(bench: RecordingContext) -> None:
     below, above = pictures(2, 4, 4), pictures(1, 3, 3, channels=4, seed=1)
     result = bench.one("ImageCompositeMasked", destination=below, source=above, x=2, y=3, resize_source=False)
     assert (result[:, 3:, 2:] == above[:, :1, :2, :3]).all()
@@ -249,14 +249,14 @@ def test_composite_pastes_what_fits(bench: Bench) -> None:
     assert (outside == below).all()
 
 
-def test_composite_follows_the_mask(bench: Bench) -> None:
+def test_composite_follows_the_mask(bench: RecordingContext) -> None:
     below, above = np.zeros((1, 2, 2, 3), np.float32), np.ones((1, 1, 1, 3), np.float32)
     mask = floats([[0, 1], [0.5, 1]])
     result = bench.one("ImageCompositeMasked", destination=below, source=above, x=0, y=0, resize_source=True, mask=mask)
     assert (result[0, :, :, 0] == mask[0]).all()
 
 
-def test_values(bench: Bench) -> None:
+def test_values(bench: RecordingContext) -> None:
     for name, value in [("Int", 7), ("Float", 0.5), ("String", "a"), ("StringMultiline", "a\nb"), ("Boolean", True)]:
         assert bench.one(f"Primitive{name}", value=value) == value
     assert bench.one("StringConcatenate", string_a="a", string_b="b", delimiter=", ") == "a, b"
@@ -276,7 +276,7 @@ def test_values(bench: Bench) -> None:
         ([floats(1), "x"], "[tensor([1.]), 'x']"),
     ],
 )
-def test_preview_any(bench: Bench, source: object, text: str) -> None:
+def test_preview_any(bench: RecordingContext, source: object, text: str) -> None:
     assert bench.ui("PreviewAny", source=source) == {"text": [text]}
 
 
@@ -290,7 +290,7 @@ def test_a_tensor_looks_like_one_of_torch() -> None:
     assert describe(3) == "3"
 
 
-def test_test_work_reports_steps_and_previews(bench: Bench) -> None:
+def test_test_work_reports_steps_and_previews(bench: RecordingContext) -> None:
     image = pictures(1, 4, 6)
     (result,) = bench.run("TestWork", image=image, seconds=0.4, steps=4, preview=True, fail_at=0)
     assert result is image
@@ -302,13 +302,13 @@ def test_test_work_reports_steps_and_previews(bench: Bench) -> None:
     assert (kind, picture.size, longest_side) == ("JPEG", (6, 4), 512)
 
 
-def test_test_work_fails_after_its_step(bench: Bench) -> None:
+def test_test_work_fails_after_its_step(bench: RecordingContext) -> None:
     with pytest.raises(RuntimeError, match=r"^CUDA out of memory\. Tried to allocate 20\.00 MiB \(simulated\)$"):
         bench.run("TestWork", image=pictures(1, 4, 4), seconds=0.1, steps=5, preview=False, fail_at=2)
     assert bench.steps == [(1, 5, None), (2, 5, None)]
 
 
-def test_test_work_can_be_interrupted(bench: Bench) -> None:
+def test_test_work_can_be_interrupted(bench: RecordingContext) -> None:
     bench.interrupt_after = 2
     with pytest.raises(Interrupted):
         bench.run("TestWork", image=pictures(1, 4, 4), seconds=0.1, steps=5, preview=False, fail_at=0)

@@ -13,8 +13,9 @@ from comfy_worker.env_file import read_env_file
 from comfy_worker.errors import InvalidInput
 from comfy_worker.gateway.settings import load_gateway_settings
 from comfy_worker.settings import load_settings
-from tests.support import compose
-from tests.support.processes import ROOT, Process, clean_environment
+from tests.support.docs import compose_file
+from tests.support.paths import ROOT
+from tests.support.processes.process import Process, clean_environment
 
 
 @pytest.fixture
@@ -102,7 +103,7 @@ def test_every_way_to_start_reads_it(program: list[str], tmp_path: Path) -> None
 def test_the_file_for_compose_suits_a_gateway_and_a_worker_beside_it(folder: Path) -> None:
     (folder / "deploy").mkdir()
     (folder / "deploy" / "make-env").symlink_to(ROOT / "deploy" / "make-env")
-    values = {**dict.fromkeys(compose.needed(), "secret"), **compose.optional()}
+    values = {**dict.fromkeys(compose_file.needed(), "secret"), **compose_file.optional()}
     lines = [f"{name}={value}" for name, value in values.items() if name not in ("REDIS_URL", "DATABASE_URL")]
     (folder / ".env").write_text("\n".join(lines))
     read_env_file()

@@ -15,7 +15,7 @@ from comfy_worker.errors import InvalidInput
 from comfy_worker.job.envelope import check_extra_params, execution_timeout_s
 from comfy_worker.job.payload import parse_job, webhook_of, workflow_of
 from comfy_worker.serverless import handler as serverless
-from tests.support.graphs import inverted
+from tests.support.comfyui.graphs import inverted
 
 WORKFLOW = inverted("a.png")
 TWICE = "input.input was taken for input: the request wraps its input twice"

@@ -31,10 +31,10 @@ from comfy_worker.net.public_addresses import is_public
 from comfy_worker.net.urls import read_url, shown
 from comfy_worker.settings import Settings, load_settings
 from comfy_worker.stop import Stop
-from tests.support.file_server import FileServer, RawAnswer, ServedFile, file_server
-from tests.support.network import SmallInternet
-from tests.support.patience import TIMEOUT_S
-from tests.support.ports import silent_port
+from tests.support.network.fake_internet import FakeInternet
+from tests.support.network.file_server import FileServer, RawAnswer, ServedFile, file_server
+from tests.support.network.ports import closed_port
+from tests.support.waiting import TIMEOUT_S
 
 CONTENT = bytes(range(256)) * 300
 OTHER = b"something else"
@@ -224,7 +224,7 @@ def test_what_stays_is_not_tried_again(server: FileServer, settings: Settings) -
 
 
 def test_nobody_listens(settings: Settings) -> None:
-    with silent_port() as port, pytest.raises(InputFetchFailed, match="its server refused the connection"):
+    with closed_port() as port, pytest.raises(InputFetchFailed, match="its server refused the connection"):
         fetch(f"http://127.0.0.1:{port}/a.bin", settings)
 
 
@@ -232,7 +232,7 @@ def test_one_of_several_addresses_is_enough(
     server: FileServer, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.put("/several.bin", CONTENT)
-    internet = SmallInternet({"several.example": ["8.8.4.4", "8.8.8.8"]}, {"8.8.8.8": server.port})
+    internet = FakeInternet({"several.example": ["8.8.4.4", "8.8.8.8"]}, {"8.8.8.8": server.port})
     internet.install(monkeypatch)
     assert fetch("http://several.example/several.bin", settings) == CONTENT
     assert internet.reached == ["8.8.4.4", "8.8.8.8"]
@@ -284,7 +284,7 @@ def test_tls_is_checked_against_the_name_though_the_address_is_pinned(
         environment.setenv("REQUESTS_CA_BUNDLE", str(certificate))
     with file_server(certificate) as server:
         server.put("/a.bin", CONTENT)
-        SmallInternet({host: ["8.8.8.8"]}, {"8.8.8.8": server.port}).install(environment)
+        FakeInternet({host: ["8.8.8.8"]}, {"8.8.8.8": server.port}).install(environment)
         if sentence is None:
             assert fetch(f"https://{host}/a.bin", settings) == CONTENT
             return

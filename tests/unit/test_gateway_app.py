@@ -20,7 +20,7 @@ from comfy_worker.gateway.app import create_app
 from comfy_worker.gateway.http.limits import RUN_LIMIT
 from comfy_worker.gateway.json_logs import JsonFormatter, about_job
 from comfy_worker.gateway.settings import load_gateway_settings
-from tests.support.ports import silent_port
+from tests.support.network.ports import closed_port
 
 KEY = {"Authorization": "Bearer key"}
 Make = Callable[..., TestClient]
@@ -29,7 +29,7 @@ Make = Callable[..., TestClient]
 @pytest.fixture
 def make(environment: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Make]:
     """Return a maker of clients of an application that has no ComfyUI."""
-    with ExitStack() as stack, silent_port() as port:
+    with ExitStack() as stack, closed_port() as port:
 
         def make(keys: tuple[str, ...] = ("key",), **settings: Any) -> TestClient:
             url = f"http://127.0.0.1:{port}"

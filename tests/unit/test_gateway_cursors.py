@@ -18,9 +18,9 @@ from comfy_worker.gateway.events.bus import PROGRESS
 from comfy_worker.gateway.jobs.retention import Retention
 from comfy_worker.gateway.settings import load_gateway_settings
 from comfy_worker.types import JobState
-from tests.support.graphs import picture
-from tests.support.ports import silent_port
-from tests.support.redis import RedisServer, redis_server
+from tests.support.comfyui.graphs import picture
+from tests.support.databases.redis import RedisServer, redis_server
+from tests.support.network.ports import closed_port
 
 A_YEAR_S = 365 * 86400
 
@@ -90,7 +90,7 @@ async def test_cursors_are_kept_while_redis_is_away_too() -> None:
 def test_a_stream_tells_each_thing_once_to_each_key_until_the_job_is_gone(
     environment: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    with silent_port() as port:
+    with closed_port() as port:
         settings = load_gateway_settings(
             comfyui_url=f"http://127.0.0.1:{port}", data_dir=str(tmp_path), wait_for_comfyui=True
         )

@@ -15,8 +15,8 @@ from comfy_worker.gateway.container import Gateway
 from comfy_worker.gateway.events.bus import PROGRESS, STATUS, Event, LocalEventBus, last_progress
 from comfy_worker.gateway.settings import load_gateway_settings
 from comfy_worker.types import JobState
-from tests.support.graphs import picture
-from tests.support.ports import silent_port
+from tests.support.comfyui.graphs import picture
+from tests.support.network.ports import closed_port
 
 BODY = {"input": {"workflow": picture((1, 2, 3))}}
 
@@ -24,7 +24,7 @@ BODY = {"input": {"workflow": picture((1, 2, 3))}}
 @pytest.fixture
 def gateway(environment: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Gateway]:
     """A gateway whose ComfyUI is not there: nothing happens but what a test makes happen."""
-    with silent_port() as port:
+    with closed_port() as port:
         made = Gateway(
             load_gateway_settings(data_dir=str(tmp_path), comfyui_url=f"http://127.0.0.1:{port}", wait_for_comfyui=True)
         )
@@ -134,7 +134,7 @@ class SlowBus(LocalEventBus):
 
 def test_nobody_waits_for_what_another_asks_the_bus(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
     bus = SlowBus()
-    with silent_port() as port:
+    with closed_port() as port:
         settings = load_gateway_settings(
             data_dir=str(tmp_path), comfyui_url=f"http://127.0.0.1:{port}", wait_for_comfyui=True
         )

@@ -24,8 +24,8 @@ from comfy_worker.gateway.store.database import connect
 from comfy_worker.gateway.store.job_store import JobStore
 from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.types import JobState
-from tests.support.patience import TIMEOUT_S
-from tests.support.ports import silent_port
+from tests.support.network.ports import closed_port
+from tests.support.waiting import TIMEOUT_S
 
 NOW = 1_700_000_000.0
 Figures = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -104,7 +104,7 @@ def test_webhooks_are_counted_that_are_yet_to_be_accepted(store: JobStore) -> No
 
 
 def test_each_comfyui_has_its_own_figures(store: JobStore) -> None:
-    with silent_port() as port:
+    with closed_port() as port:
         url = f"http://127.0.0.1:{port}"
         figures = collect(store, backend(url, jobs=3), backend(url, healthy=False))
     assert figure(figures, "comfy_backend_up", backend="0") == 1
@@ -117,7 +117,7 @@ def test_each_comfyui_has_its_own_figures(store: JobStore) -> None:
 
 def test_memory_is_what_comfyui_says(store: JobStore, comfyui: EmulatorServer) -> None:
     (device,) = requests.get(f"{comfyui.url}/system_stats", timeout=TIMEOUT_S).json()["devices"]
-    with silent_port() as port:
+    with closed_port() as port:
         figures = collect(store, backend(f"http://127.0.0.1:{port}"), backend(comfyui.url))
     labels = {"backend": "1", "device": "0"}
     total = figure(figures, "comfy_gpu_memory_total_bytes", **labels)

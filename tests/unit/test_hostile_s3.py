@@ -13,7 +13,7 @@ from comfy_worker.job.payload import parse_job
 from comfy_worker.settings import load_settings
 from comfy_worker.storage import StorageFactory
 from tests.support.leaks import assert_nothing_leaks
-from tests.support.s3 import ACCESS_KEY, SECRET_KEY
+from tests.support.storage.s3_server import ACCESS_KEY, SECRET_KEY
 
 CASES = json.loads((Path(__file__).parents[1] / "data/hostile/s3.json").read_text(encoding="utf-8"))
 WORKFLOW = {"1": {"class_type": "SaveImage", "inputs": {}}}

@@ -14,7 +14,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from tests.support.processes import ROOT, clean_environment
+from tests.support.paths import ROOT
+from tests.support.processes.process import clean_environment
 
 if sys.version_info >= (3, 11):
     import tomllib

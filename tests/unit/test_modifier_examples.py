@@ -11,7 +11,7 @@ import pytest
 from comfy_worker.gateway.modifiers import Modifiers, run_modifier
 from comfy_worker.graph.workflow import check_workflow
 from comfy_worker.modifiers import MissingValue
-from tests.support.modifiers import made_by
+from tests.support.modifiers import workflow_made_by
 
 ROOT = Path(__file__).parents[2]
 PHOTO = "https://example.com/photo.png"
@@ -35,7 +35,7 @@ def test_text_to_image_takes_its_values(own: Modifiers) -> None:
     numbers = {"steps": 7, "cfg": 3.5, "sampler_name": "heun", "scheduler": "karras", "denoise": 0.9, "seed": 5}
     size = {"width": 640, "height": 384, "batch_size": 2}
     words = {"prompt": "a lighthouse", "negative_prompt": "rain", "ckpt_name": "other.safetensors"}
-    made = made_by(own, "TextToImage", {**numbers, **size, **words})
+    made = workflow_made_by(own, "TextToImage", {**numbers, **size, **words})
     (sampler,) = inputs_of(made, "KSampler")
     assert {name: sampler[name] for name in numbers} == numbers
     assert inputs_of(made, "EmptyLatentImage") == [size]
@@ -48,7 +48,7 @@ def test_image_to_image_takes_its_values(own: Modifiers) -> None:
     numbers = {"steps": 7, "cfg": 3.5, "sampler_name": "heun", "scheduler": "karras", "denoise": 0.25, "seed": 5}
     size = {"width": 640, "height": 384}
     words = {"prompt": "a lighthouse", "negative_prompt": "rain", "ckpt_name": "other.safetensors"}
-    made = made_by(own, "ImageToImage", {**numbers, **size, **words, "input_image": PHOTO})
+    made = workflow_made_by(own, "ImageToImage", {**numbers, **size, **words, "input_image": PHOTO})
     (sampler,), (scaled,) = inputs_of(made, "KSampler"), inputs_of(made, "ImageScale")
     assert {name: sampler[name] for name in numbers} == numbers
     assert {name: scaled[name] for name in size} == size
@@ -59,7 +59,7 @@ def test_image_to_image_takes_its_values(own: Modifiers) -> None:
 
 
 def test_the_descriptions_own_name_and_values_run(own: Modifiers) -> None:
-    made = made_by(own, "Image2Image", {"prompt": "a beautiful sunset", "steps": 30, "input_image": PHOTO})
+    made = workflow_made_by(own, "Image2Image", {"prompt": "a beautiful sunset", "steps": 30, "input_image": PHOTO})
     assert inputs_of(made, "LoadImage") == [{"image": PHOTO}]
     assert inputs_of(made, "KSampler")[0]["steps"] == 30
 
@@ -72,7 +72,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", REQUIRED)
 def test_our_own_leave_what_is_not_given_as_it_is_in_the_file(own: Modifiers, name: str) -> None:
-    made = made_by(own, name, REQUIRED[name])
+    made = workflow_made_by(own, name, REQUIRED[name])
     before = json.loads((ROOT / own.find(name).modifier.WORKFLOW_JSON).read_text())
     changed = {
         (made[node_id]["class_type"], key)
@@ -89,7 +89,7 @@ def test_our_own_leave_what_is_not_given_as_it_is_in_the_file(own: Modifiers, na
 def test_our_own_name_what_they_miss(own: Modifiers, name: str, value: str) -> None:
     given = {key: other for key, other in REQUIRED[name].items() if key != value}
     with pytest.raises(MissingValue, match=f"Modifier {name} needs the value '{value}'"):
-        made_by(own, name, given)
+        workflow_made_by(own, name, given)
 
 
 AI_DOCKS = {

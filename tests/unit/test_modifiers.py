@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from comfy_worker.errors import InvalidInput
 from comfy_worker.gateway.modifiers import Modifiers, run_modifier
 from comfy_worker.modifiers import BaseModifier, MissingValue, ModifierFailed, randomized
-from tests.support.modifiers import made_by
+from tests.support.modifiers import workflow_made_by
 
 ROOT = Path(__file__).parents[2]
 PHOTO = "https://example.com/photo.png"
@@ -91,7 +91,7 @@ def write(
 
 def failure(modifiers: Modifiers, name: str, **options: Any) -> ModifierFailed:
     with pytest.raises(ModifierFailed) as failed:
-        made_by(modifiers, name, **options)
+        workflow_made_by(modifiers, name, **options)
     assert failed.value.http_status == 500
     return failed.value
 
@@ -106,7 +106,7 @@ def written_elsewhere(folder: Path) -> None:
 
 @pytest.mark.usefixtures("written_elsewhere")
 def test_a_modifier_written_for_ai_docks_wrapper_runs_as_it_is(modifiers: Modifiers) -> None:
-    made = made_by(modifiers, "Photo2Photo", {"prompt": "a sunset", "steps": 30})
+    made = workflow_made_by(modifiers, "Photo2Photo", {"prompt": "a sunset", "steps": 30})
     seed, noise = made["3"]["inputs"]["seed"], made["3"]["inputs"]["noise"]
     assert 0 <= seed <= 2**32
     assert 0 <= noise < 2**32
@@ -119,7 +119,7 @@ def test_a_modifier_written_for_ai_docks_wrapper_runs_as_it_is(modifiers: Modifi
 
 @pytest.mark.usefixtures("written_elsewhere")
 def test_a_url_that_is_a_key_may_be_replaced(modifiers: Modifiers) -> None:
-    made = made_by(modifiers, "Photo2Photo", {PHOTO: "https://example.com/other.png", "seed": 7})
+    made = workflow_made_by(modifiers, "Photo2Photo", {PHOTO: "https://example.com/other.png", "seed": 7})
     assert made["10"]["inputs"]["image"] == "https://example.com/other.png"
     assert made["3"]["inputs"]["seed"] == 7
 
@@ -127,18 +127,18 @@ def test_a_url_that_is_a_key_may_be_replaced(modifiers: Modifiers) -> None:
 def test_runs_do_not_share_their_workflow_or_the_callers_values(folder: Path, modifiers: Modifiers) -> None:
     write(folder, "Grows", "self.modifications['list'].append(1)\nself.workflow['list'] = self.modifications['list']")
     values: dict[str, Any] = {"list": []}
-    assert made_by(modifiers, "Grows", values)["list"] == [1]
-    assert made_by(modifiers, "Grows", values)["list"] == [1]
+    assert workflow_made_by(modifiers, "Grows", values)["list"] == [1]
+    assert workflow_made_by(modifiers, "Grows", values)["list"] == [1]
     assert values == {"list": []}
 
 
 def test_a_modifier_without_a_workflow_changes_the_one_that_it_is_sent(folder: Path, modifiers: Modifiers) -> None:
     write(folder, "Any", "self.workflow['6']['inputs']['text'] = 'hello'", workflow="")
     sent = json.loads(json.dumps(GRAPH))
-    assert made_by(modifiers, "Any", workflow_json=sent)["6"]["inputs"]["text"] == "hello"
+    assert workflow_made_by(modifiers, "Any", workflow_json=sent)["6"]["inputs"]["text"] == "hello"
     assert sent == GRAPH
     with pytest.raises(InvalidInput, match="Modifier Any has no workflow of its own"):
-        made_by(modifiers, "Any")
+        workflow_made_by(modifiers, "Any")
 
 
 def test_what_a_modifier_may_take_over_from_its_base(folder: Path, modifiers: Modifiers) -> None:
@@ -150,21 +150,21 @@ def test_what_a_modifier_may_take_over_from_its_base(folder: Path, modifiers: Mo
         "    async def get_modified_workflow(self):\n"
         "        return {'wrapped': await super().get_modified_workflow()}\n"
     )
-    assert isinstance(made_by(modifiers, "Own")["wrapped"]["1"]["seed"], int)
+    assert isinstance(workflow_made_by(modifiers, "Own")["wrapped"]["1"]["seed"], int)
 
 
 @pytest.mark.parametrize("value", ["words", 0, 1.5, False, None, [], {"a": 1}])
 def test_a_value_that_was_sent_is_taken_whatever_it_is(folder: Path, modifiers: Modifiers, value: Any) -> None:
     write(folder, "Takes", "self.workflow = {'value': await self.modify_workflow_value('value', 'default')}")
-    assert made_by(modifiers, "Takes", {"value": value}) == {"value": value}
-    assert made_by(modifiers, "Takes", {}) == {"value": "default"}
+    assert workflow_made_by(modifiers, "Takes", {"value": value}) == {"value": value}
+    assert workflow_made_by(modifiers, "Takes", {}) == {"value": "default"}
 
 
 @pytest.mark.parametrize("arguments", ["'prompt'", "'prompt', None", "'prompt', default=None"])
 def test_a_missing_value_is_named_with_its_modifier(folder: Path, modifiers: Modifiers, arguments: str) -> None:
     write(folder, "Needs", f"await self.modify_workflow_value({arguments})")
     with pytest.raises(MissingValue) as missing:
-        made_by(modifiers, "Needs", {"Prompt": "spelled otherwise"})
+        workflow_made_by(modifiers, "Needs", {"Prompt": "spelled otherwise"})
     assert missing.value.as_output() == {
         "error": "Modifier Needs needs the value 'prompt'",
         "code": "invalid_input",
@@ -176,7 +176,7 @@ def test_a_missing_value_is_named_with_its_modifier(folder: Path, modifiers: Mod
 def test_a_modifier_may_catch_that_a_value_is_missing(folder: Path, modifiers: Modifiers) -> None:
     body = "try:\n    await self.modify_workflow_value('a')\nexcept IndexError:\n    self.workflow = {'caught': True}"
     write(folder, "Catches", body)
-    assert made_by(modifiers, "Catches") == {"caught": True}
+    assert workflow_made_by(modifiers, "Catches") == {"caught": True}
 
 
 def test_the_base_by_itself_has_no_workflow() -> None:
@@ -195,7 +195,7 @@ self.workflow = {{
     "all": await self.replace_workflow_urls([url]),
 }}""",
     )
-    assert made_by(modifiers, "Fetches") == {
+    assert workflow_made_by(modifiers, "Fetches") == {
         "name": PHOTO,
         "hash": hashlib.md5(PHOTO.encode(), usedforsecurity=False).hexdigest(),
         "is": True,
@@ -219,7 +219,7 @@ def test_a_modifier_may_set_the_bounds_of_its_random_integers(folder: Path, modi
         "    WORKFLOW_JSON = 'workflows/photo.json'\n"
         "    RANDOM_INT_MIN = RANDOM_INT_MAX = 7\n"
     )
-    assert made_by(modifiers, "Small")["3"]["inputs"] == {"seed": 7, "steps": 4, "noise": 7}
+    assert workflow_made_by(modifiers, "Small")["3"]["inputs"] == {"seed": 7, "steps": 4, "noise": 7}
 
 
 @pytest.mark.parametrize(
@@ -289,7 +289,7 @@ def test_what_only_looks_like_the_placeholder_stays(text: str) -> None:
 def test_an_unknown_modifier_is_told_the_nearest_one(folder: Path, modifiers: Modifiers) -> None:
     write(folder, "Portrait", "pass")
     with pytest.raises(InvalidInput) as unknown:
-        made_by(modifiers, "Potrait")
+        workflow_made_by(modifiers, "Potrait")
     assert unknown.value.message == "There is no modifier 'Potrait'; did you mean 'Portrait'?"
     assert unknown.value.hint is None
 
@@ -333,7 +333,7 @@ def test_the_same_file_name_in_two_folders_makes_two_modifiers(folder: Path, tmp
     write(folder, "Which", "self.workflow = {'from': 1}")
     write(tmp_path / "others", "Which", "self.workflow = {'from': 2}")
     here, there = Modifiers(folder), Modifiers(tmp_path / "others")
-    assert [made_by(here, "Which"), made_by(there, "Which"), made_by(here, "Which")] == [
+    assert [workflow_made_by(here, "Which"), workflow_made_by(there, "Which"), workflow_made_by(here, "Which")] == [
         {"from": 1},
         {"from": 2},
         {"from": 1},
@@ -345,7 +345,7 @@ def test_of_two_with_the_same_name_the_first_counts_and_the_log_says_so(
 ) -> None:
     write(folder, "Twice", "self.workflow = {'from': 'a'}", file="a.py")
     write(folder, "Twice", "self.workflow = {'from': 'b'}", file="b.py")
-    assert made_by(modifiers, "Twice") == made_by(modifiers, "Twice") == {"from": "a"}
+    assert workflow_made_by(modifiers, "Twice") == workflow_made_by(modifiers, "Twice") == {"from": "a"}
     assert caplog.messages == ["The modifier Twice in b.py is ignored, because a.py has one too"]
 
 
@@ -354,7 +354,7 @@ def test_a_file_that_changes_is_loaded_again_even_within_the_same_second_and_siz
 ) -> None:
     for turn in range(10):
         write(folder, "Turn", f"self.workflow = {{'turn': {turn}}}")
-        assert made_by(modifiers, "Turn") == {"turn": turn}
+        assert workflow_made_by(modifiers, "Turn") == {"turn": turn}
 
 
 def test_a_file_that_did_not_change_is_not_loaded_again(folder: Path, modifiers: Modifiers) -> None:
@@ -421,7 +421,7 @@ def test_ai_docks_own_base_in_the_folder_is_left_out(folder: Path, modifiers: Mo
         "class Own(modifiers.basemodifier.BaseModifier):\n"
         "    WORKFLOW_JSON = 'workflows/photo.json'\n"
     )
-    assert set(made_by(modifiers, "Own")) == set(GRAPH)
+    assert set(workflow_made_by(modifiers, "Own")) == set(GRAPH)
 
 
 def test_a_file_that_cannot_be_read_is_logged_once(
@@ -443,7 +443,7 @@ def test_many_threads_use_one_and_a_file_is_loaded_once(folder: Path, modifiers:
     write(folder, "Shared", "self.workflow = {'mine': await self.modify_workflow_value('mine')}")
     with ThreadPoolExecutor(8) as threads:
         classes = set(threads.map(lambda _: modifiers.find("Shared").modifier, range(40)))
-        made = list(threads.map(lambda turn: made_by(modifiers, "Shared", {"mine": turn}), range(40)))
+        made = list(threads.map(lambda turn: workflow_made_by(modifiers, "Shared", {"mine": turn}), range(40)))
     assert len(classes) == 1
     assert made == [{"mine": turn} for turn in range(40)]
 
@@ -459,12 +459,12 @@ def test_where_a_workflow_is_looked_for(folder: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(root / "current")
     (root / place / "here.json").write_text('{"found": 1}')
     write(folder, "Looks", "pass", workflow="here.json")
-    assert made_by(Modifiers(folder, [root / "catalog"]), "Looks") == {"found": 1}
+    assert workflow_made_by(Modifiers(folder, [root / "catalog"]), "Looks") == {"found": 1}
 
 
 def test_a_workflow_may_have_an_absolute_name(folder: Path, modifiers: Modifiers, tmp_path: Path) -> None:
     write(folder, "Absolute", "pass", workflow=str(tmp_path / "workflows/photo.json"))
-    assert set(made_by(modifiers, "Absolute")) == set(GRAPH)
+    assert set(workflow_made_by(modifiers, "Absolute")) == set(GRAPH)
 
 
 @pytest.mark.parametrize(
@@ -521,7 +521,7 @@ def test_what_fails_before_its_workflow_is_loaded_is_told_too(folder: Path, modi
 def test_it_may_refuse_a_value_in_its_own_words(folder: Path, modifiers: Modifiers) -> None:
     write(folder, "Refuses", "raise InvalidInput('steps must be 1 to 50', hint='Try 20', details={'steps': 99})")
     with pytest.raises(InvalidInput) as refused:
-        made_by(modifiers, "Refuses")
+        workflow_made_by(modifiers, "Refuses")
     assert refused.value.as_output() == {
         "error": "Modifier Refuses: steps must be 1 to 50",
         "code": "invalid_input",
@@ -585,7 +585,7 @@ def test_it_runs_in_the_context_of_its_caller_so_that_its_log_names_the_job(fold
     job_id.set("job-7")
     write(folder, "Logs", "self.workflow = {'job': type(self).job_id.get()}")
     modifiers.find("Logs").modifier.job_id = job_id  # type: ignore[attr-defined]
-    assert made_by(modifiers, "Logs") == {"job": "job-7"}
+    assert workflow_made_by(modifiers, "Logs") == {"job": "job-7"}
 
 
 def test_nothing_is_logged_when_all_is_well(
@@ -593,7 +593,7 @@ def test_nothing_is_logged_when_all_is_well(
 ) -> None:
     write(folder, "Quiet", "await super().apply_modifications()")
     with caplog.at_level(logging.INFO):
-        made_by(modifiers, "Quiet")
+        workflow_made_by(modifiers, "Quiet")
     assert caplog.messages == []
 
 
@@ -607,7 +607,7 @@ def blocks(language: str) -> list[str]:
 
 def test_the_first_example_in_the_documentation_needs_no_file_of_yours() -> None:
     asked = json.loads(blocks("json")[0])["input"]
-    made = made_by(Modifiers(ROOT / "modifiers"), asked["modifier"], asked["modifications"])
+    made = workflow_made_by(Modifiers(ROOT / "modifiers"), asked["modifier"], asked["modifications"])
     assert "a lighthouse" in json.dumps(made)
 
 
@@ -615,4 +615,4 @@ def test_the_documentations_own_modifier_names_what_it_misses(folder: Path) -> N
     [source] = blocks("python")
     (folder / "postcard.py").write_text(source)
     with pytest.raises(MissingValue, match="Modifier Postcard needs the value 'photo'"):
-        made_by(Modifiers(folder, [ROOT]), "Postcard")
+        workflow_made_by(Modifiers(folder, [ROOT]), "Postcard")

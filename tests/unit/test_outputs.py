@@ -24,8 +24,8 @@ from comfy_worker.stop import Stop
 from comfy_worker.storage import OnDisk
 from comfy_worker.storage.local import LocalStorage
 from comfy_worker.types import Artifact, Conversion, Delivered, Job, JobResult, Kind, OutputFile, Timings
-from tests.support import graphs
-from tests.support.recordings import VERSIONS, recording
+from tests.support.comfyui import graphs
+from tests.support.comfyui.traffic_recordings import VERSIONS, recording
 
 
 def node(kind: str, title: str | None = None) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from comfy_worker.types import (
     Stage,
     StageStarted,
 )
-from tests.support.recordings import VERSIONS, Prompt, Recording, all_recordings, recording
+from tests.support.comfyui.traffic_recordings import VERSIONS, Prompt, Recording, all_recordings, recording
 
 HEARD: dict[str, tuple[type | None, ...]] = {
     "changed_prefix_reuses_upstream_cache": (Succeeded, Succeeded),

@@ -14,7 +14,7 @@ from comfy_worker.graph.file_references import find_strings, name_of_url, refer,
 from comfy_worker.graph.workflow import copy_graph
 from comfy_worker.media.file_type import content_mismatch, content_type, with_true_extension
 from comfy_worker.names import check_name
-from tests.support.graphs import node, png
+from tests.support.comfyui.graphs import node, png
 
 PNG = png((1, 2, 3))
 MP4 = b"\x00\x00\x00\x18ftypmp42\x00\x00\x00\x00mp42isom"

@@ -14,7 +14,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tests.support.processes import ROOT
+from tests.support.paths import ROOT
 
 PACKAGE = ROOT / "src" / "comfy_worker"
 FLEET = set((PACKAGE / "gateway/engines/celery").rglob("*.py"))

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support.api_table import is_there
-from tests.support.processes import ROOT
-from tests.support.reviews import Point, page, points
+from tests.support.docs.api_table import is_existing_test
+from tests.support.docs.reviews import Point, page, points
+from tests.support.paths import ROOT
 
 
 def test_the_page_is_the_table() -> None:
     assert (ROOT / "docs/development/reviews.md").read_text() == page(), (
-        "python -m tests.support.reviews > docs/development/reviews.md"
+        "python -m tests.support.docs.reviews > docs/development/reviews.md"
     )
 
 
 @pytest.mark.parametrize("point", points(), ids=lambda one: f"{one.group} {one.point}")
 def test_every_point_has_a_test_that_is_there(point: Point) -> None:
     assert "::test_" in point.test
-    assert is_there(point.test)
+    assert is_existing_test(point.test)
 
 
 @pytest.mark.parametrize("point", points(), ids=lambda one: f"{one.group} {one.point}")

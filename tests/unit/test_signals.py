@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from comfy_worker.signals import END_SIGNALS, end_at_once, in_thread
-from tests.support.processes import Process
+from tests.support.processes.process import Process
 
 BOTH = pytest.mark.parametrize("number", END_SIGNALS)
 

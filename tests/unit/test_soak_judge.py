@@ -11,7 +11,7 @@ from benchmarks.soak.faults import Fault, PlatformDown, PlatformMischief
 from benchmarks.soak.judge import Running, violations_of
 from benchmarks.soak.kinds import OWN_KINDS
 from benchmarks.soak.shapes import Expected, SoakJob
-from tests.support.board import PlatformJob
+from tests.support.runpod.platform_state import PlatformJob
 
 DOWN = PlatformDown(name="platform down", seconds=1.0)
 CUT = PlatformMischief(name="job-done cut", kind="job-done", mischief="cut")

@@ -8,7 +8,7 @@ import pytest
 
 from comfy_worker.errors import Cancelled
 from comfy_worker.stop import Stop
-from tests.support.patience import TIMEOUT_S
+from tests.support.waiting import TIMEOUT_S
 
 
 def test_a_stop_that_is_not_set_lets_everything_pass() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from comfy_worker.comfy.requirements import model_folder, package_of
 from comfy_worker.comfy.validation import ObjectInfo, nearest, refusal, skipped_outputs
 from comfy_worker.errors import InvalidWorkflow
-from tests.support.recordings import VERSIONS, recording
+from tests.support.comfyui.traffic_recordings import VERSIONS, recording
 
 CLASS_NAMES = ["EmptyImage", "SaveImage", "LoadImage", "ImageScale"]
 PREFIX = "Workflow validation failed: "

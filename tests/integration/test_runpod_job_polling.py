@@ -1,0 +1,130 @@
+"""Asking RunPod for a job: however a question ends, a job that was handed out arrives."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import aiohttp
+import pytest
+
+from comfy_worker.serverless.job_polling import JobPolls
+from comfy_worker.serverless.progress import Session
+from tests.support.runpod.platform import Platform
+
+JOB = b'{"id": "job", "input": {}}'
+ANSWER = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (len(JOB), JOB)
+Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter, asyncio.Event], Awaitable[None]]
+
+
+def fetch_from(url: str) -> Callable[[Session, int], Awaitable[list[dict[str, Any]] | None]]:
+    async def fetch(session: Session, count: int) -> list[dict[str, Any]] | None:
+        assert count == 1
+        async with session.get(url) as response:
+            response.raise_for_status()
+            return None if response.status == 204 else [await response.json()]
+
+    return fetch
+
+
+async def ask(serve: Serve, **limits: float) -> list[dict[str, Any]]:
+    """Ask a server that does as it likes with each question, and with the event that ends it."""
+    ending = asyncio.Event()
+    connections: set[asyncio.StreamWriter] = set()
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connections.add(writer)
+        await reader.readuntil(b"\r\n\r\n")
+        await serve(reader, writer, ending)
+
+    async with await asyncio.start_server(connected, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        try:
+            async with JobPolls(fetch_from(f"http://127.0.0.1:{port}/"), **limits) as polls:
+                return await asyncio.wait_for(polls.ask(ending), 60)
+        finally:
+            for writer in connections:
+                writer.close()
+                await writer.wait_closed()
+
+
+def test_an_answer_that_is_on_its_way_arrives_after_the_end() -> None:
+    async def answer_after_the_end(
+        reader: asyncio.StreamReader, writer: asyncio.StreamWriter, ending: asyncio.Event
+    ) -> None:
+        ending.set()
+        assert await reader.read() == b"", "our half is closed"
+        for piece in (ANSWER[:40], ANSWER[40:]):
+            writer.write(piece)
+            await asyncio.sleep(0.02)
+
+    assert asyncio.run(ask(answer_after_the_end, hang_up_s=60)) == [{"id": "job", "input": {}}]
+
+
+def test_a_platform_that_sees_the_end_is_not_asked_again() -> None:
+    questions = 0
+
+    async def hang_up_too(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, ending: asyncio.Event) -> None:
+        nonlocal questions
+        questions += 1
+        ending.set()
+        await reader.read()
+        writer.close()
+
+    assert asyncio.run(ask(hang_up_too, hang_up_s=120)) == []
+    assert questions == 1
+
+
+def test_a_platform_that_does_not_see_the_end_is_left() -> None:
+    async def never_answer(reader: asyncio.StreamReader, _writer: asyncio.StreamWriter, ending: asyncio.Event) -> None:
+        ending.set()
+        await reader.read()
+
+    assert asyncio.run(ask(never_answer, hang_up_s=0.05)) == []
+
+
+def test_an_end_before_there_is_a_connection_is_one_at_once() -> None:
+    async def never(_session: Session, _count: int) -> None:
+        await asyncio.Event().wait()
+
+    async def scene() -> list[dict[str, Any]]:
+        ending = asyncio.Event()
+        ending.set()
+        async with JobPolls(never, hang_up_s=120) as polls:
+            return await asyncio.wait_for(polls.ask(ending), 60)
+
+    assert asyncio.run(scene()) == []
+
+
+def test_what_goes_wrong_is_told_while_the_question_lasts() -> None:
+    async def refuse(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter, _ending: asyncio.Event) -> None:
+        writer.write(b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\n\r\n")
+
+    with pytest.raises(aiohttp.ClientResponseError, match="401"):
+        asyncio.run(ask(refuse))
+
+
+def test_questions_that_end_by_time_lose_no_job() -> None:
+    """Jobs come at any time, and so do the ends of questions."""
+    moments = random.Random(7)
+
+    async def scene(platform: Platform, jobs: list[str]) -> list[str]:
+        taken: list[str] = []
+        url = f"{platform.url}/{platform.endpoint_id}/job-take/w1?x=1"
+        loop = asyncio.get_running_loop()
+        async with JobPolls(fetch_from(url), longest_s=0.02) as polls:
+            assert await polls.ask(asyncio.Event()) == []
+            due = 0.0
+            for _ in range(60):
+                due += moments.uniform(0.0, 0.04)
+                loop.call_later(due, lambda: loop.run_in_executor(None, lambda: jobs.append(platform.submit({}))))
+            while len(taken) < 60:
+                taken += [job["id"] for job in await polls.ask(asyncio.Event())]
+        return taken
+
+    with Platform(take_hold_s=300) as platform:
+        jobs: list[str] = []
+        taken = asyncio.run(asyncio.wait_for(scene(platform, jobs), 60))
+        assert sorted(taken) == sorted(jobs)
