@@ -50,6 +50,9 @@ A known job that failed is a 200 whose body has the error, except in the generat
 """
 
 
+_SETTINGS = "Explained in [configuration.md](configuration.md); those of start.sh in [deploy.md](../how-to/deploy.md)."
+
+
 @dataclass(frozen=True)
 class Row:
     """One thing that a description names.
@@ -95,7 +98,7 @@ def _table(found: Sequence[Row]) -> list[str]:
 def _list(found: Sequence[Row]) -> list[str]:
     """Return settings without their meaning, which other pages have."""
     names = [link_to_test(f"`{row.what}`", row.test) for row in found]
-    return ["Explained in [configuration.md](configuration.md) and, those of start.sh, in [deploy.md](../how-to/deploy.md).", "", *map("- {}".format, names)]
+    return [_SETTINGS, "", *map("- {}".format, names)]
 
 
 def cell(text: str) -> str:
