@@ -50,7 +50,11 @@ A known job that failed is a 200 whose body has the error, except in the generat
 """
 
 
-_SETTINGS = "Explained in [configuration.md](configuration.md); those of start.sh in [deploy.md](../how-to/deploy.md)."
+_EXPLAINED = {
+    "field": "Explained in the API's reference, and in [job.md](job.md).",
+    "setting": "Explained in [configuration.md](configuration.md) and, for start.sh, [deploy.md](../how-to/deploy.md).",
+}
+"""Where the kinds are explained that this page only lists."""
 
 
 @dataclass(frozen=True)
@@ -61,15 +65,15 @@ class Row:
         api: one of the five, or `all`.
         kind: `endpoint`, `field`, `status`, `setting` or `behaviour`.
         what: its name.
-        says: what it does here.
         test: `file` or `file::function`.
+        says: what it does here; of a field or a setting, other pages say that.
     """
 
     api: str
     kind: str
     what: str
-    says: str
     test: str
+    says: str = ""
 
 
 def rows() -> list[Row]:
@@ -85,7 +89,7 @@ def page() -> str:
         for kind, heading in _KINDS.items():
             found = [row for row in rows() if (row.api, row.kind) == (api, kind)]
             if found:
-                lines += [f"### {heading}", "", *(_list(found) if kind == "setting" else _table(found)), ""]
+                lines += [f"### {heading}", "", *(_list(found, kind) if kind in _EXPLAINED else _table(found)), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -95,10 +99,9 @@ def _table(found: Sequence[Row]) -> list[str]:
     return ["| name | meaning |", "| --- | --- |", *map("| {} | {} |".format, names, meanings)]
 
 
-def _list(found: Sequence[Row]) -> list[str]:
-    """Return settings without their meaning, which other pages have."""
+def _list(found: Sequence[Row], kind: str) -> list[str]:
     names = [link_to_test(f"`{row.what}`", row.test) for row in found]
-    return [_SETTINGS, "", *map("- {}".format, names)]
+    return [_EXPLAINED[kind], "", *map("- {}".format, names)]
 
 
 def cell(text: str) -> str:
