@@ -13,8 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from comfy_worker.catalog.entry import make_entry
-from comfy_worker.catalog.library import Catalog
-from comfy_worker.catalog.versions import MOST_VERSIONS, KeptVersions
+from comfy_worker.catalog.library import MAX_VERSIONS, Catalog
 from comfy_worker.errors import InvalidInput, MissingModels, WorkerError
 from comfy_worker.gateway.api.workflow.batch import inputs_of_runs
 from comfy_worker.gateway.api.workflow.graph_edits import with_inputs, with_prompt, with_seed
@@ -27,6 +26,7 @@ from comfy_worker.gateway.errors import RequestTooLarge
 from comfy_worker.gateway.jobs.queue_position import QueuePosition
 from comfy_worker.gateway.settings import load_gateway_settings
 from comfy_worker.gateway.store.records import JobRecord
+from comfy_worker.gateway.store.workflow_versions import StoredVersions
 from comfy_worker.types import JobState
 from tests.support.comfyui.graphs import Graph, node, picture
 from tests.support.network.ports import closed_port
@@ -399,39 +399,38 @@ def test_versions_outlive_the_process(tmp_path: Path) -> None:
         (folder / "mine.json").write_text(json.dumps(picture((0, 0, color))), encoding="utf-8")
         manifest = {"title": f"Colour {color}", "description": ""}
         (folder / "mine.manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-        versions.append(Catalog(folder, kept=KeptVersions(kept)).get("mine").version)
-    found = Catalog(folder, kept=KeptVersions(kept))
-    assert [entry.version for entry in found.versions("mine")] == versions
+        versions.append(Catalog(folder, history=StoredVersions(kept)).get("mine").version)
+    found = Catalog(folder, history=StoredVersions(kept))
+    assert [found.get("mine", version).version for version in versions] == versions
     assert found.get("mine", versions[0]).graph["1"]["inputs"]["color"] == 1
     assert found.get("mine", versions[0]).manifest.title == "Colour 1"
     (folder / "mine.json").unlink()
     (folder / "mine.manifest.json").unlink()
-    assert Catalog(folder, kept=KeptVersions(kept)).get("mine", versions[1]).version == versions[1]
+    assert Catalog(folder, history=StoredVersions(kept)).get("mine", versions[1]).version == versions[1]
 
 
 def test_a_kept_file_that_was_changed_is_left_out(tmp_path: Path) -> None:
     entry = make_entry("mine", picture((1, 2, 3)))
-    kept = KeptVersions(tmp_path)
-    kept.keep(entry, None)
+    StoredVersions(tmp_path).add(entry)
     file = tmp_path / "mine" / f"{entry.version}.json"
-    assert list(kept.load()["mine"]) == [entry.version]
+    assert list(StoredVersions(tmp_path).versions["mine"]) == [entry.version]
     for content in ("{", "{}", json.dumps({"graph": picture((1, 2, 4)), "manifest": None})):
         file.write_text(content, encoding="utf-8")
-        assert not kept.load()["mine"]
+        assert not StoredVersions(tmp_path).versions["mine"]
 
 
 def test_only_so_many_versions_are_kept(tmp_path: Path) -> None:
-    kept = KeptVersions(tmp_path)
-    for width in range(MOST_VERSIONS + 3):
-        kept.keep(make_entry("mine", {"1": node("EmptyImage", width=width)}), None)
-    assert len(list((tmp_path / "mine").iterdir())) == MOST_VERSIONS
-    last = make_entry("mine", {"1": node("EmptyImage", width=MOST_VERSIONS + 2)})
-    assert next(reversed(kept.load()["mine"])) == last.version
+    stored = StoredVersions(tmp_path)
+    for width in range(MAX_VERSIONS + 3):
+        stored.add(make_entry("mine", {"1": node("EmptyImage", width=width)}))
+    assert len(list((tmp_path / "mine").iterdir())) == MAX_VERSIONS
+    last = make_entry("mine", {"1": node("EmptyImage", width=MAX_VERSIONS + 2)})
+    assert next(reversed(StoredVersions(tmp_path).versions["mine"])) == last.version
 
 
 def test_a_disk_that_takes_nothing_is_no_obstacle(tmp_path: Path) -> None:
     (tmp_path / "kept").write_text("a file", encoding="utf-8")
-    KeptVersions(tmp_path / "kept").keep(make_entry("mine", picture((1, 2, 3))), None)
+    StoredVersions(tmp_path / "kept").add(make_entry("mine", picture((1, 2, 3))))
 
 
 def test_many_wrong_names_are_counted_and_a_few_explained() -> None:

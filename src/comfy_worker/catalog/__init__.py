@@ -1,1 +1,1 @@
-"""Named workflows with parameters: graphs in files, manifests beside them, and no code."""
+"""The catalog: named workflows with parameters, each a graph in a file with a manifest beside it."""

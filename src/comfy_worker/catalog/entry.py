@@ -1,4 +1,4 @@
-"""A named workflow, and how a request fills it in. Pure: nothing is read or written, and no graph is changed."""
+"""A catalog entry: a named workflow, and how the inputs of a request fill it in. No I/O."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from comfy_worker.types import Workflow
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 _EXTENSION = re.compile(r"\.[A-Za-z0-9]{1,8}\Z")
 _DIGITS_OF_VERSION = 12
-_MOST_EXPLAINED = 10
-_LONGEST_SHOWN = 64
+_MAX_EXPLAINED = 10
+_MAX_SHOWN_LENGTH = 64
 
 
 @dataclass(frozen=True)
@@ -34,25 +34,27 @@ class CatalogEntry:
     """A named workflow with its parameters.
 
     Attributes:
-        name: what a request calls it.
-        manifest: what it takes; without parameters if its file has no manifest beside it.
-        graph: the workflow in API format, with the defaults of its author.
-        version: made out of the content of both; the same content has the same version everywhere.
+        name: its name in requests.
+        manifest: title and parameters; there are none if the graph's file has no manifest beside it.
+        graph: the workflow in API format, with its author's values.
+        version: the beginning of a hash of the content; equal contents have equal versions everywhere.
+        content: the `graph` and the `manifest` as JSON, the latter None without a file.
     """
 
     name: str
     manifest: Manifest
     graph: Workflow
     version: str
+    content: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Filled:
-    """What a request made of an entry.
+    """An entry filled in with the inputs of a request.
 
     Attributes:
-        workflow: a graph of its own.
-        images: its files, as items of RunPod's `input.images`.
+        workflow: a copy of the graph with these inputs.
+        images: the input files, as items of RunPod's `input.images`.
     """
 
     workflow: Graph
@@ -60,51 +62,47 @@ class Filled:
 
 
 def is_entry_name(name: str) -> bool:
-    """Return whether an entry may be called so."""
+    """Return whether an entry can have this name."""
     return _NAME.fullmatch(name) is not None
 
 
 def shown(name: str) -> str:
-    """Return a name that somebody sent, quoted and not too long for a sentence."""
-    return repr(name) if len(name) <= _LONGEST_SHOWN else f"{name[:_LONGEST_SHOWN]!r}…"
+    """Return a name from a request, quoted and shortened for an error message."""
+    return repr(name) if len(name) <= _MAX_SHOWN_LENGTH else f"{name[:_MAX_SHOWN_LENGTH]!r}…"
 
 
 def make_entry(name: str, graph: Any, manifest: Any = None) -> CatalogEntry:
-    """Return the entry in the content of its files; `manifest` is None where there is none.
+    """Return the entry for the contents of its files; `manifest` is None without a file.
 
     Raises:
-        InvalidInput: the manifest is not sound, or does not go with the graph.
-        InvalidWorkflow: the graph is none.
+        InvalidInput: the manifest is invalid, or does not fit the graph.
+        InvalidWorkflow: the graph is invalid.
     """
     workflow = copy.deepcopy(check_workflow(graph))
     parsed = Manifest(title=name, description="") if manifest is None else parse_manifest(manifest, workflow)
-    return CatalogEntry(name, parsed, workflow, _version({"manifest": manifest, "graph": workflow}))
-
-
-def _version(content: Mapping[str, Any]) -> str:
+    content = {"manifest": manifest, "graph": workflow}
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()[:_DIGITS_OF_VERSION]
+    version = hashlib.sha256(canonical.encode()).hexdigest()[:_DIGITS_OF_VERSION]
+    return CatalogEntry(name, parsed, workflow, version, content)
 
 
 def fill(entry: CatalogEntry, inputs: Mapping[str, Any], random: Random) -> Filled:
-    """Return the entry's workflow with what a request says, and the defaults for what it does not say.
-
-    An input that is null counts as left out.
+    """Return the entry's workflow with the inputs of a request, and defaults for those that are missing or null.
 
     Args:
         entry: the named workflow.
-        inputs: a value by the name of its parameter.
-        random: numbers for the parameters that want another one each time.
+        inputs: the values by the names of their parameters.
+        random: draws the values of parameters that are random by default.
 
     Raises:
-        InvalidInput: a parameter is unknown, missing or not as it must be; the sentence names every problem.
+        InvalidInput: a parameter is unknown, missing or has an invalid value; the message names every problem.
     """
     given = {name: value for name, value in inputs.items() if value is not None}
     parameters = entry.manifest.parameters
     unknown = [name for name in given if name not in parameters]
-    problems = [_unknown(name, list(parameters)) for name in unknown[:_MOST_EXPLAINED]]
-    if len(unknown) > _MOST_EXPLAINED:
-        problems.append(f"{len(unknown) - _MOST_EXPLAINED} more names are unknown")
+    problems = [_unknown(name, list(parameters)) for name in unknown[:_MAX_EXPLAINED]]
+    if len(unknown) > _MAX_EXPLAINED:
+        problems.append(f"{len(unknown) - _MAX_EXPLAINED} more names are unknown")
     values: dict[str, Any] = {}
     for name, parameter in parameters.items():
         try:
@@ -138,18 +136,18 @@ def _filled(entry: CatalogEntry, values: Mapping[str, Any]) -> Filled:
     images = []
     for name, value in values.items():
         parameter = entry.manifest.parameters[name]
-        wanted = parameter.mapped(value)
         if parameter.type == "file":
-            image = _image(name, value)
-            images.append(image)
-            wanted = image["name"]
+            images.append(_image(name, value))
+            value_in_graph = images[-1]["name"]
+        else:
+            value_in_graph = parameter.mapped(value)
         for target in parameter.sets:
-            workflow[target.node]["inputs"][target.input] = wanted
+            workflow[target.node]["inputs"][target.input] = value_in_graph
     return Filled(workflow, images)
 
 
 def _image(parameter: str, file: str) -> Mapping[str, str]:
-    """Return a file as an item of `input.images`, with the extension that its content or its URL has."""
+    """Return a file as an item of `input.images`, with the extension of its content or its URL."""
     if is_fetched(file):
         found = _EXTENSION.search(name_of_url(file))
         return {"name": parameter + (found.group() if found else ""), "url": file}

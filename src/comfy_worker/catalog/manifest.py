@@ -1,4 +1,4 @@
-"""What stands beside a graph: its title, its parameters and the models that it needs."""
+"""The manifest beside a graph: its title, its parameters and the models that it needs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ParameterName = Annotated[str, StringConstraints(strict=True, pattern=r"^[A-Za-z
 
 
 class ModelFile(Strict):
-    """A file that must lie in one of ComfyUI's model folders, and where it can be had."""
+    """A file that must be in one of ComfyUI's model folders, and a URL from which to download it."""
 
     folder: StrictStr
     file: StrictStr
@@ -23,10 +23,10 @@ class ModelFile(Strict):
 
 
 class Manifest(Strict):
-    """A named workflow as its users see it.
+    """The description of a named workflow.
 
     Attributes:
-        id: its number in APIs that count workflows; one made of its name if None.
+        id: its number in APIs that number workflows; if None, derived from its name.
     """
 
     id: Annotated[StrictInt, Field(ge=1)] | None = None
@@ -40,7 +40,7 @@ def parse_manifest(data: Any, graph: Workflow) -> Manifest:
     """Return the manifest in `data`, the content of its file.
 
     Raises:
-        InvalidInput: it is not sound, or does not go with its graph; the sentence names every problem.
+        InvalidInput: it is invalid, or does not fit the graph; the message names every problem.
     """
     try:
         manifest = Manifest.model_validate(data)
@@ -53,23 +53,23 @@ def parse_manifest(data: Any, graph: Workflow) -> Manifest:
 
 
 def _problem(item: Any) -> str:
-    place = ".".join(str(part) for part in item["loc"]) or "the manifest"
-    return f"{place}: {item['msg'].removeprefix('Value error, ')}"
+    field = ".".join(str(part) for part in item["loc"]) or "the manifest"
+    return f"{field}: {item['msg'].removeprefix('Value error, ')}"
 
 
 def _misfits(manifest: Manifest, graph: Workflow) -> list[str]:
-    """Return what the parameters set and cannot: an input must be there, hold a value, and have one parameter."""
+    """Return the problems of targets: an input must exist, must not be a link, and belongs to one parameter."""
     problems = []
     owners: dict[tuple[str, str], str] = {}
     for name, parameter in manifest.parameters.items():
         for target in parameter.sets:
-            place = f"input {target.input!r} of node {target.node!r}"
+            described = f"input {target.input!r} of node {target.node!r}"
             inputs = graph[target.node].get("inputs", {}) if target.node in graph else {}
             owner = owners.setdefault((target.node, target.input), name)
             if target.input not in inputs:
-                problems.append(f"parameters.{name}: the graph has no {place}")
+                problems.append(f"parameters.{name}: the graph has no {described}")
             elif is_link(inputs[target.input]):
-                problems.append(f"parameters.{name}: {place} is a link to another node")
+                problems.append(f"parameters.{name}: {described} is a link to another node")
             elif owner != name:
-                problems.append(f"parameters.{name}: {place} is set by {owner!r} already")
+                problems.append(f"parameters.{name}: {described} is set by {owner!r} already")
     return problems

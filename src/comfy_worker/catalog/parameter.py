@@ -1,4 +1,4 @@
-"""One parameter of a named workflow: what it takes, and what it sets in the graph."""
+"""A parameter of a named workflow: which values it accepts, and which inputs of the graph it sets."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ ParameterType = Literal["string", "integer", "number", "boolean", "choice", "fil
 Value: TypeAlias = StrictBool | StrictInt | StrictFloat | StrictStr
 
 RANDOM_INT = "__RANDOM_INT__"
-"""A default that is another number for each request."""
+"""A default that stands for a new random number in each request."""
 _LARGEST_RANDOM = 2**53 - 1
-"""Up to here every program reads a whole number in JSON exactly."""
-_PLACE_OF_VALUE = "{value}"
+"""The largest integer that every JSON parser reads exactly."""
+_PLACEHOLDER = "{value}"
 _URL = re.compile(r"(https?|s3)://", re.IGNORECASE)
 
 
 class Strict(BaseModel):
-    """Refuses keys that it does not know: in a file that is written once, they are slips."""
+    """A model that rejects unknown keys, which are typing errors in a manifest."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -49,14 +49,14 @@ class Target(Strict):
 
 
 class NumberMap(Strict):
-    """The number times `multiply`, brought to the nearest multiple of `multiple_of`, plus `add`."""
+    """The number times `multiply`, rounded to a multiple of `multiple_of`, plus `add`."""
 
     multiply: StrictInt | StrictFloat = 1
     multiple_of: Annotated[StrictInt, Field(gt=0)] | None = None
     add: StrictInt | StrictFloat = 0
 
     def apply(self, value: float) -> float:
-        """Return what is set; whole where `multiple_of` and `add` are."""
+        """Return the mapped number; an integer if `multiple_of` and `add` are."""
         product = value * self.multiply
         if self.multiple_of is not None:
             product = math.floor(product / self.multiple_of + 0.5) * self.multiple_of
@@ -64,28 +64,28 @@ class NumberMap(Strict):
 
 
 class TextMap(Strict):
-    """A text around the value, which takes the place of `{value}`; an empty value stays empty."""
+    """A text in which the value replaces `{value}`; an empty value stays empty."""
 
     text: StrictStr
 
     @model_validator(mode="after")
-    def _has_place(self) -> TextMap:
-        if _PLACE_OF_VALUE not in self.text:
-            raise ValueError(f"text must have a {_PLACE_OF_VALUE}")
+    def _has_placeholder(self) -> TextMap:
+        if _PLACEHOLDER not in self.text:
+            raise ValueError(f"text must have a {_PLACEHOLDER}")
         return self
 
     def apply(self, value: str) -> str:
-        """Return what is set."""
-        return self.text.replace(_PLACE_OF_VALUE, value) if value else value
+        """Return the text with the value."""
+        return self.text.replace(_PLACEHOLDER, value) if value else value
 
 
 class ChoiceMap(Strict):
-    """What is set for each choice."""
+    """A value for each choice."""
 
     values: dict[StrictStr, Value]
 
     def apply(self, value: str) -> Value:
-        """Return what is set."""
+        """Return the value for a choice."""
         return self.values[value]
 
 
@@ -107,11 +107,11 @@ _MAP_OF_TYPE: Mapping[str, type[Strict]] = {
 
 
 class Parameter(Strict):
-    """What a request may say, and where it goes; one without a default must be given.
+    """A parameter; one without a default is required.
 
     Attributes:
-        sets: the inputs that get the value, each the same.
-        map: makes what is set out of what was given; None sets it as it is.
+        sets: the inputs that get the value.
+        map: transforms the value before it is set; None leaves it unchanged.
     """
 
     type: ParameterType
@@ -126,20 +126,20 @@ class Parameter(Strict):
 
     @property
     def is_required(self) -> bool:
-        """Whether a request must give it."""
+        """Whether a request must have it."""
         return self.default is None
 
     @property
     def is_random(self) -> bool:
-        """Whether it is another number for each request that does not give it."""
+        """Whether its default is a random number."""
         return self.type == "integer" and self.default == RANDOM_INT
 
     @property
     def random_range(self) -> tuple[int, int]:
-        """The least and the greatest of these numbers."""
-        least = 0 if self.minimum is None else math.ceil(self.minimum)
-        most = _LARGEST_RANDOM if self.maximum is None else min(_LARGEST_RANDOM, math.floor(self.maximum))
-        return least, most
+        """The smallest and the largest of these numbers."""
+        smallest = 0 if self.minimum is None else math.ceil(self.minimum)
+        largest = _LARGEST_RANDOM if self.maximum is None else min(_LARGEST_RANDOM, math.floor(self.maximum))
+        return smallest, largest
 
     @model_validator(mode="after")
     def _fits_together(self) -> Parameter:
@@ -169,14 +169,14 @@ class Parameter(Strict):
     def _check_number_map(self, number_map: NumberMap) -> None:
         if self.minimum is None or self.maximum is None:
             raise ValueError("a map of numbers needs a minimum and a maximum")
-        # What is between the two maps to what is between their results.
+        # Everything between the two is mapped to something between their results.
         if not (_can_map(number_map, self.minimum) and _can_map(number_map, self.maximum)):
             raise ValueError("the map leads to numbers that are too large")
 
     def _check_default(self) -> None:
         if self.is_random:
-            least, most = self.random_range
-            if self.multiple_of is not None or least > most:
+            smallest, largest = self.random_range
+            if self.multiple_of is not None or smallest > largest:
                 raise ValueError(f"{RANDOM_INT} needs a range from 0 up, and no multiple_of")
         elif self.type == "file" and self.default is not None:
             raise ValueError("a file has no default")
@@ -187,15 +187,15 @@ class Parameter(Strict):
                 raise ValueError(f"the default {problem}") from None
 
     def checked(self, value: Any) -> Any:
-        """Return a value that this parameter may have; a whole number that was written as `5.0` as 5.
+        """Return a valid value; a whole number such as `5.0` becomes an int.
 
         Raises:
-            ValueError: it may not; its text goes on after the parameter's name ("must be …").
+            ValueError: the value is invalid; the message continues the parameter's name ("must be …").
         """
         return _CHECKS[self.type](self, value)
 
     def mapped(self, value: Any) -> Any:
-        """Return what is set in the graph for a checked value."""
+        """Return the value for the graph from a checked value."""
         return value if self.map is None else self.map.apply(value)
 
 
@@ -221,9 +221,9 @@ def _integer(parameter: Parameter, value: Any) -> int:
     return number
 
 
-def _number(parameter: Parameter, value: Any, otherwise: str = "must be a number") -> float:
+def _number(parameter: Parameter, value: Any, message: str = "must be a number") -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not _is_finite(value):
-        raise ValueError(otherwise)
+        raise ValueError(message)
     if parameter.minimum is not None and value < parameter.minimum:
         raise ValueError(f"must be at least {parameter.minimum}")
     if parameter.maximum is not None and value > parameter.maximum:
@@ -266,7 +266,7 @@ def _file(_parameter: Parameter, value: Any) -> str:
 
 
 def is_fetched(file: str) -> bool:
-    """Return whether a file is given as a URL, and not in itself."""
+    """Return whether a file is given by its URL and not by its content."""
     return _URL.match(file) is not None
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from comfy_worker.catalog.library import Catalog
-from comfy_worker.catalog.versions import KeptVersions
 from comfy_worker.gateway.api_keys import kept_secret
 from comfy_worker.gateway.engines.local import LocalEngine
 from comfy_worker.gateway.events.bus import EventBus, LocalEventBus
@@ -25,6 +24,7 @@ from comfy_worker.gateway.store.database import connect, wait_for_database
 from comfy_worker.gateway.store.gateway_lock import gateway_lock, leader_lock
 from comfy_worker.gateway.store.job_store import JobStore
 from comfy_worker.gateway.store.progress_writer import ProgressWriter
+from comfy_worker.gateway.store.workflow_versions import StoredVersions
 
 if TYPE_CHECKING:
     from comfy_worker.gateway.engines.celery.engine import CeleryEngine
@@ -66,7 +66,7 @@ class Gateway:
             if settings.engine == "local":
                 stack.enter_context(gateway_lock(engine, when_lost=self._end_for_another))
             self.store = wait_for_database(lambda: JobStore(engine, own_key.encode()))
-            self.library = Catalog(settings.workflows_dir, kept=KeptVersions(data / "workflow_versions"))
+            self.library = Catalog(settings.workflows_dir, history=StoredVersions(data / "workflow_versions"))
             self.bus, self.assets = bus or make_bus(settings), AssetStore(data / "assets")
             self.links = AssetLinks(_links_key(settings), settings.asset_url_expires_s)
             is_shared = settings.engine != "local"
