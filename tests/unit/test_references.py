@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from comfy_worker.errors import InvalidInput
-from comfy_worker.graph.file_references import find_strings, name_of_url, refer, shortened
+from comfy_worker.graph.file_references import find_strings, name_of_url, replace_references, shorten_name
 from comfy_worker.graph.workflow import copy_graph
 from comfy_worker.media.file_type import content_mismatch, content_type, with_true_extension
 from comfy_worker.names import check_name
@@ -54,7 +54,7 @@ def test_a_reference_is_rewritten_and_nothing_else_is_touched() -> None:
     }
     kept = copy.deepcopy(workflow)
     graph = copy_graph(workflow)
-    refer(graph, [(found, "job/a.png") for found in find_strings(graph) if found.name == "a.png"])
+    replace_references(graph, [(found, "job/a.png") for found in find_strings(graph) if found.name == "a.png"])
 
     assert graph == {
         "1": node("Load3D", image={"image": "job/a.png", "mask": "job/a.png [input]", "camera_info": {"fov": 1}}),
@@ -126,7 +126,7 @@ def test_the_name_of_any_url_is_one_that_a_caller_could_have_given(text: str) ->
 
 @given(st.text(st.characters(codec="utf-8")), st.integers(20, 60))
 def test_a_shortened_name_fits(name: str, longest: int) -> None:
-    short = shortened(name, longest)
+    short = shorten_name(name, longest)
     assert len(short.encode()) <= longest
     assert len(name.encode()) > longest or short == name
 

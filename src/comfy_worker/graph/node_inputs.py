@@ -1,4 +1,4 @@
-"""What a node class says of its inputs: which of them name a file, and where that file has to be. No I/O."""
+"""Decides from `/object_info` which inputs of a node class name a file, and in which folder. No I/O."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 from comfy_worker.graph.file_references import Reference, name_of_url
 
 _UPLOAD_FLAGS = ("image_upload", "audio_upload", "video_upload", "file_upload", "animated_image_upload", "upload")
-"""Options by which a node class says that an input names a file of the input folder."""
+"""Options with which a node class marks an input as the name of a file in the input folder."""
 _FILE_TYPES = ("WEBCAM", "AUDIO_RECORD", "LOAD_3D", "LOAD_3D_ANIMATION")
-"""Types of input that hold names of files which ComfyUI's page has uploaded."""
+"""Input types whose values are names of files that ComfyUI's page has uploaded."""
 _ANY_FOLDER = {
     ("LoadImage", "image"),
     ("LoadImageMask", "image"),
@@ -20,29 +20,29 @@ _ANY_FOLDER = {
     ("LoadVideo", "file"),
     ("LoadLatent", "latent"),
 }
-"""ComfyUI's own inputs that offer a list and take any file of the input folder, in folders too (0.3.64 to 0.8.0)."""
+"""ComfyUI's own inputs that list the input folder but accept any file in it, also in subfolders (0.3.64 to 0.8.0)."""
 _3D_FOLDER = "3d"
-"""The folder that `Load3D` and its kin list, below the input folder."""
+"""The subfolder of the input folder that `Load3D` and similar nodes list."""
 _MODEL_FILE = re.compile(r"\.(safetensors|sft|ckpt|pt|pt2|pth|bin|pkl|gguf|onnx)$", re.IGNORECASE)
 
 
 def names_model(url: str) -> bool:
-    """Return whether a URL's name is that of a model: no medium, and far too large to have a look."""
+    """Return whether a URL names a model, which is too large to download as an input."""
     return _MODEL_FILE.search(name_of_url(url)) is not None
 
 
 @dataclass(frozen=True)
 class InputConfig:
-    """What `/object_info` says of one input of a node class.
+    """What `/object_info` says about one input of a node class.
 
     Attributes:
-        type: its type; None for one that the class does not have.
-        is_combo: it offers a list of values.
-        is_flagged: the class says that it names a file of the input folder.
-        is_multiline: it is a text of several lines.
-        takes_any_folder: it offers a list and takes what is not in it, too.
-        is_3d: the list is that of the folder `3d`.
-        options: what it offered when it was first asked.
+        type: its type; None if the class does not have the input.
+        is_combo: it has a list of values.
+        is_flagged: an option marks it as the name of a file in the input folder.
+        is_multiline: it is a text with several lines.
+        takes_any_folder: it accepts files that are not in its list.
+        is_3d: its list is the folder `3d`.
+        options: its list of values.
     """
 
     type: Any
@@ -55,7 +55,7 @@ class InputConfig:
 
     @classmethod
     def of(cls, class_type: str, input_name: str, config: Any) -> InputConfig:
-        """Return what `config`, as `/object_info` has it, says; None stands for an input that is not there."""
+        """Parse an input's entry in `/object_info`; `config` is None if the class does not have the input."""
         kind = config[0] if config else None
         options = config[1] if config and len(config) > 1 else {}
         listed = frozenset(map(str, kind if isinstance(kind, list) else options.get("options") or []))
@@ -71,34 +71,34 @@ class InputConfig:
 
     @property
     def loads_file(self) -> bool:
-        """Whether a node loads a file of the input folder by this input.
+        """Whether the input names a file in the input folder.
 
-        A node says so with a flag or the input's type; one that says nothing may still offer the files as a list.
+        An option or the type says so; a node without either can still list the files.
         """
         return self.is_combo or self.is_flagged or self.type in _FILE_TYPES
 
     @property
     def listed_in(self) -> str | None:
-        """The folder whose files it offers and nothing else, None for one that takes any file."""
+        """The folder to which the input is restricted by its list; None if it accepts any file."""
         if not self.is_combo or self.takes_any_folder:
             return None
         return _3D_FOLDER if self.is_3d else ""
 
     def loads_name(self, reference: Reference) -> bool:
-        """Return whether a string that equals the name of an input file stands for that file.
+        """Return whether a string that equals the name of an input file means that file.
 
-        In a free text it does only where it reads like the name of a file and the text has one line: a prompt "cat"
-        is not the file "cat".
+        In a text input it does only if it looks like a file name and the text has one line: a prompt "cat" does not
+        mean the file "cat".
         """
         return self.loads_file or (self.type == "STRING" and not self.is_multiline and reference.has_extension)
 
     def loads_url(self, reference: Reference) -> bool:
-        """Return whether a URL surely is there to be loaded; a combo without a flag may offer models, or URLs even."""
+        """Return whether a URL must be replaced with its file. Other lists may contain models, or even URLs."""
         if self.is_combo and not self.is_flagged and not self.takes_any_folder:
             return reference.value not in self.options and not names_model(reference.value)
         return self.loads_file
 
     def may_load_url(self, reference: Reference) -> bool:
-        """Return whether a URL may be there to be loaded, if it leads to a medium."""
-        is_sought = reference.is_fetched and not reference.is_for_url
-        return is_sought and not self.is_combo and not names_model(reference.value)
+        """Return whether a URL is replaced with its file if that turns out to be an image, a video or audio."""
+        is_candidate = reference.is_fetched and not reference.is_for_url
+        return is_candidate and not self.is_combo and not names_model(reference.value)

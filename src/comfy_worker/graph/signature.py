@@ -1,4 +1,4 @@
-"""What two workflows share that take about as long."""
+"""The signature of a workflow, by which its run time is predicted."""
 
 from __future__ import annotations
 
@@ -16,20 +16,19 @@ _TIMED_INPUTS = frozenset(
         *("batch_size", "length", "num_frames", "frames", "video_frames"),
     }
 )
-"""Inputs on which it depends how long a workflow takes; seeds, texts and the like do not count."""
+"""Inputs that determine how long a workflow runs, unlike seeds and texts."""
 
 
 def signature(workflow: Workflow) -> str:
-    """Return what two workflows share that take about as long: their nodes, and how much these are to do."""
+    """Return a hash of the nodes and their workload; workflows with the same signature take about equally long."""
     parts = [
-        (str(node.get("class_type")), sorted(_work(node.get("inputs", {}))))
+        (str(node.get("class_type")), sorted(_workload(node.get("inputs", {}))))
         for _node_id, node in sorted(workflow.items())
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _work(inputs: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield how much a node is to do, as far as it is set in the node itself."""
+def _workload(inputs: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, value in inputs.items():
         if name in _TIMED_INPUTS and isinstance(value, (str, int, float)):
             yield name, str(value)

@@ -33,7 +33,7 @@ from comfy_worker.errors import (
     UploadFailed,
     WorkerError,
 )
-from comfy_worker.graph.file_references import Reference, find_strings, name_of_url, refer, shortened
+from comfy_worker.graph.file_references import Reference, find_strings, name_of_url, replace_references, shorten_name
 from comfy_worker.graph.node_inputs import InputConfig
 from comfy_worker.graph.workflow import Graph
 from comfy_worker.job.input_files import FAILED, decode_base64, too_many_files
@@ -234,7 +234,7 @@ class _Staging:
         if failures:
             raise _merged([failure for failure in failures if not isinstance(failure, Cancelled)] or failures)
         staged = [staging.result() for staging in stagings]
-        refer(self._graph, self._names(items, staged))
+        replace_references(self._graph, self._names(items, staged))
         return [one.warning for one in staged if one.warning is not None]
 
     def _names(self, items: list[_Item], staged: list[_Staged]) -> Iterator[tuple[Reference, str]]:
@@ -297,7 +297,7 @@ class _Staging:
         else:
             # No other file has the name, in this job or another.
             prefix = f"{prompt_id}_{item.number}_"
-            subfolder, filename = listed, prefix + shortened(name.replace("/", "_"), _LONGEST_NAME - len(prefix))
+            subfolder, filename = listed, prefix + shorten_name(name.replace("/", "_"), _LONGEST_NAME - len(prefix))
         self._hurry.check()
         try:
             # The same file under the same name may be sent twice.

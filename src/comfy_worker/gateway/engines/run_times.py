@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from comfy_worker.gateway.store.records import JobRecord
-from comfy_worker.graph.workflow import nodes_without_consumers
+from comfy_worker.graph.workflow import is_link
 from comfy_worker.types import JobEvent, JobState, NodesCached, NodeStarted, Workflow
 
 _RUNS_REMEMBERED = 5
@@ -43,7 +43,7 @@ class RunRecorder:
     @classmethod
     def of(cls, workflow: Workflow, started_at: float) -> RunRecorder:
         """Return the recorder of a run that has just started."""
-        return cls(frozenset(nodes_without_consumers(workflow)), started_at, changed_at=started_at)
+        return cls(_output_nodes(workflow), started_at, changed_at=started_at)
 
     def record(self, event: JobEvent, percent: float, now: float) -> None:
         """Take in an event, and how far the run was after it."""
@@ -123,3 +123,9 @@ def _left(profile: Profile, seconds: float, percent: float) -> tuple[float, floa
     part = (percent - before[0]) / (after[0] - before[0]) if after[0] > before[0] else 0.0
     at = before[1] + min(1.0, part) * (after[1] - before[1])
     return max(0.0, 1.0 - at / seconds), max(0.0, 1.0 - after[1] / seconds)
+
+
+def _output_nodes(workflow: Workflow) -> frozenset[str]:
+    """Return the nodes at the end of the graph, whose results no other node takes."""
+    inputs = (value for node in workflow.values() for value in node.get("inputs", {}).values())
+    return frozenset(workflow) - {value[0] for value in inputs if is_link(value)}
