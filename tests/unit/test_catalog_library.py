@@ -188,7 +188,7 @@ def test_versions_are_kept_by_their_content(shelf: Shelf) -> None:
     second = shelf.later().get("red")
     assert shelf.library.get("red", first.version) is first
     (shelf.folder / "red.manifest.json").unlink()
-    assert shelf.later().get("red").version == first.version
+    assert [entry.version for entry in shelf.later().versions("red")] == [second.version, first.version]
     (shelf.folder / "red.json").unlink()
     assert shelf.names() == []
     assert shelf.library.get("red", second.version) == second
@@ -196,6 +196,7 @@ def test_versions_are_kept_by_their_content(shelf: Shelf) -> None:
         f"The template 'red' has no version '000000000000' (any more), but {first.version!r}"
     )
     assert "There is no template 'blue'" in refusal(shelf.library, "blue", first.version)
+    assert shelf.library.versions("blue") == []
 
 
 def test_a_file_that_is_rewritten_again_and_again_does_not_fill_the_memory(shelf: Shelf) -> None:

@@ -91,6 +91,12 @@ class Catalog:
             self._refresh()
             return [self._entries[name] for name in sorted(self._entries)]
 
+    def versions(self, name: str) -> Sequence[CatalogEntry]:
+        """Return the known versions of an entry, the latest last."""
+        with self._lock:
+            self._refresh()
+            return list(self._history.versions.get(name, {}).values())
+
     def times(self, name: str) -> tuple[float, float]:
         """Return when the older and the newer file of an entry were modified, in seconds since the epoch."""
         with self._lock:
