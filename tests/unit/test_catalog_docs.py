@@ -52,7 +52,7 @@ def test_the_example_is_a_sound_manifest() -> None:
 
 
 def test_the_table_has_every_entry_and_what_it_needs() -> None:
-    section = PAGE.partition("## What is there")[2].partition("## A workflow of your own")[0]
+    section = PAGE.partition("## Ready-made workflows")[2].partition("## A workflow of your own")[0]
     rows = re.findall(r"^\| `([a-z0-9-]+)` \| [^|]+ \| ([^|]+) \|", section, re.MULTILINE)
     told = {name: set(re.findall(r"`(\w+)`", needs)) for name, needs in rows}
     assert told == {
