@@ -7,22 +7,27 @@ import time
 from typing import Any
 
 import pytest
-from pydantic import BaseModel, ConfigDict
+from fastapi import APIRouter, FastAPI
+from fastapi.testclient import TestClient
+from pydantic import ConfigDict
 
 from comfy_worker.catalog.library import Catalog
 from comfy_worker.catalog.template import expand
 from comfy_worker.errors import InternalError, InvalidInput
 from comfy_worker.gateway.api.catalog import mapping as catalog_words
-from comfy_worker.gateway.api.catalog.routes import ExecuteRequest
+from comfy_worker.gateway.api.catalog.schemas import ExecuteRequest
 from comfy_worker.gateway.api.generate import mapping as generate_results
-from comfy_worker.gateway.api.generate.requests import GenerateRequest, runpod_request
-from comfy_worker.gateway.api.schemas import RunRequest
-from comfy_worker.gateway.api.task import routes as tasks
-from comfy_worker.gateway.api.task.routes import TaskRequest, backend_at
+from comfy_worker.gateway.api.generate.requests import runpod_request
+from comfy_worker.gateway.api.generate.schemas import GenerateRequest
+from comfy_worker.gateway.api.runpod.schemas import RunRequest
+from comfy_worker.gateway.api.schemas import RequestModel
+from comfy_worker.gateway.api.task import mapping as tasks
+from comfy_worker.gateway.api.task.backend_address import backend_at
+from comfy_worker.gateway.api.task.schemas import TaskRequest
 from comfy_worker.gateway.api.workflow.batch import cancel_message
 from comfy_worker.gateway.api.workflow.requests import template_of
-from comfy_worker.gateway.http.error_responses import envelope, error_response_body
-from comfy_worker.gateway.http.request_validation import parse_body, warnings_of
+from comfy_worker.gateway.http.error_responses import add_error_handlers, catalog_error, error_body
+from comfy_worker.gateway.http.strict_json_route import StrictJSONRoute
 from comfy_worker.gateway.jobs.assets import AssetStore
 from comfy_worker.job.payload import parse_job
 from tests.support.comfyui.graphs import picture
@@ -66,7 +71,7 @@ def test_nor_is_it_one_to_generate(tmp_path: Any) -> None:
 
 
 def details_of(details: Any) -> str:
-    body = envelope({"error": "It failed", "code": "failed", "hint": "Try again", "details": details})
+    body = catalog_error({"error": "It failed", "code": "failed", "hint": "Try again", "details": details})
     said: str = body["errors"][0]["details"]
     assert said.startswith("Try again; ")
     return said.removeprefix("Try again; ")
@@ -90,7 +95,7 @@ def test_a_nodes_failure_is_said_in_words() -> None:
 )
 def test_other_details_are_words_and_the_same_for_a_program(details: Any, said: str) -> None:
     assert details_of(details).removeprefix("problems: ") == said
-    assert envelope({"error": "It failed", "code": "failed", "details": details})["errors"][0]["data"] == details
+    assert catalog_error({"error": "It failed", "code": "failed", "details": details})["errors"][0]["data"] == details
 
 
 def test_a_text_stays_as_it_is() -> None:
@@ -98,10 +103,7 @@ def test_a_text_stays_as_it_is() -> None:
 
 
 def test_a_bug_is_told_in_the_envelope_too() -> None:
-    assert (
-        error_response_body(InternalError("It is broken"), "/api/v1/comfyui/nodes")["errors"][0]["message"]
-        == "It is broken"
-    )
+    assert error_body(InternalError("It is broken"), "/api/v1/comfyui/nodes")["errors"][0]["message"] == "It is broken"
     assert InternalError.http_status == 500
 
 
@@ -115,26 +117,27 @@ def test_what_stands_beside_input_goes_on_to_runpods_places() -> None:
         "s3Config": {"accessId": "a", "accessSecret": "b", "bucketName": "c", "endpointUrl": "https://s3"},
     }
     body = {"input": {"workflow_json": picture((1, 2, 3))}, **beside, "seed": 3}
-    assert parse_body(json.dumps(body).encode(), GenerateRequest) == body
-    request = runpod_request(body, picture((1, 2, 3)))
+    sent = GenerateRequest.model_validate(body)
+    assert sent.as_sent() == body
+    request = runpod_request(sent, picture((1, 2, 3)))
     assert {name: request[name] for name in beside} == beside
     job = parse_job(request)
     assert job.bucket is not None
     assert job.bucket.name == "c"
-    assert warnings_of(body, GenerateRequest) == {"warnings": ["'seed' is unknown and was ignored"]}
+    assert sent.warnings() == {"warnings": ["'seed' is unknown and was ignored"]}
 
 
 @pytest.mark.parametrize("model", [GenerateRequest, TaskRequest])
 @pytest.mark.parametrize("beside", [{"webhook": 1}, {"s3Config": {"bucketName": "b"}}, {"policy": {"ttl": 1}}])
-def test_what_stands_there_must_be_sound(model: type[BaseModel], beside: dict[str, Any]) -> None:
+def test_what_stands_there_must_be_sound(model: type[RequestModel], beside: dict[str, Any]) -> None:
     body = {"input": {}, "task_type": "comfyui", "params": {"workflow": {}}, **beside}
-    with pytest.raises(InvalidInput, match=next(iter(beside))):
-        parse_body(json.dumps(body).encode(), model)
+    assert next(iter(beside)) in refusal(model, json.dumps(body).encode())
 
 
 def test_fields_of_the_parts_of_a_request_are_named_too() -> None:
-    body = {"policy": {"ttll": 1, "ttl": 20_000}, "params": {"anything": 1}, "priorty": "low"}
-    assert warnings_of(body, TaskRequest, ["last"])["warnings"] == [
+    body = {"policy": {"ttll": 1, "ttl": 20_000}, "params": {"workflow": {}, "anything": 1}, "priorty": "low"}
+    task = TaskRequest.model_validate({"task_type": "comfyui", **body})
+    assert task.warnings(["last"])["warnings"] == [
         "'policy.ttll' is unknown and was ignored; did you mean 'policy.ttl'?",
         "'priorty' is unknown and was ignored; did you mean 'priority'?",
         "last",
@@ -142,7 +145,7 @@ def test_fields_of_the_parts_of_a_request_are_named_too() -> None:
 
 
 def test_many_unknown_fields_are_counted() -> None:
-    warnings = warnings_of({f"{'x' * 300}{number}": 1 for number in range(14)}, TaskRequest)["warnings"]
+    warnings = ExecuteRequest.model_validate({f"{'x' * 300}{number}": 1 for number in range(14)}).warnings()["warnings"]
     assert len(warnings) == 11
     assert warnings[-1] == "4 more fields are unknown and were ignored"
     assert max(map(len, warnings)) < 250
@@ -197,9 +200,10 @@ def test_an_address_has_nothing_around_it(address: str) -> None:
 
 
 def test_null_and_nothing_count_as_left_out() -> None:
-    body = b'{"task_type": "comfyui", "params": {"workflow": {}, "server_address": ""}, "priority": null}'
-    assert parse_body(body, TaskRequest)["priority"] is None
-    assert parse_body(b'{"inputs": null, "version": ""}', ExecuteRequest)["inputs"] is None
+    params = {"workflow": {}, "server_address": ""}
+    task = TaskRequest.model_validate({"task_type": "comfyui", "params": params, "priority": None})
+    assert task.priority is None
+    assert ExecuteRequest.model_validate({"inputs": None, "version": ""}).inputs is None
     assert template_of({"template": "solid-color", "version": ""}) == "solid-color"
     assert template_of({"version": ""}) is None
 
@@ -241,10 +245,22 @@ def test_a_modifier_sent_to_run_is_told_where_modifiers_are() -> None:
 # ------------------------------------------------------------------------------------------- what cannot be read
 
 
-def refusal(model: type[BaseModel], body: bytes) -> str:
-    with pytest.raises(InvalidInput) as refused:
-        parse_body(body, model)
-    return refused.value.message
+def refusal(model: type[RequestModel], body: bytes) -> str:
+    """Return why a route that takes this model refuses a body."""
+    app = FastAPI()
+    add_error_handlers(app)
+    router = APIRouter(route_class=StrictJSONRoute)
+
+    async def handle(body: RequestModel) -> None:
+        raise AssertionError("the body was taken")
+
+    handle.__annotations__["body"] = model
+    router.add_api_route("/", handle, methods=["POST"])
+    app.include_router(router)
+    answer = TestClient(app).post("/", content=body)
+    assert answer.status_code == 400
+    error: str = answer.json()["error"]
+    return error
 
 
 class Strict(ExecuteRequest):
@@ -254,7 +270,7 @@ class Strict(ExecuteRequest):
 def test_every_problem_has_a_place() -> None:
     assert refusal(Strict, b'{"str": 1}') == "str: Extra inputs are not permitted"
     lone = refusal(RunRequest, b'{"input": {}, "\\ud800": 1}')
-    assert lone == "The request: A name or a text in it is no valid Unicode"
+    assert lone == "The request: A name or a text in it is not valid Unicode"
     assert refusal(Strict, b'{"\\ud800": 1}').isascii()
 
 
@@ -269,6 +285,6 @@ def test_quoted_names_are_cut_and_many_problems_counted() -> None:
 def test_a_hundred_thousand_unknown_fields_are_counted_without_a_word_for_each() -> None:
     body: dict[str, Any] = {**dict.fromkeys(map("sedd{}".format, range(100_000))), "input": {}}
     began = time.monotonic()
-    warnings = warnings_of(body, GenerateRequest)["warnings"]
+    warnings = GenerateRequest.model_validate(body).warnings()["warnings"]
     assert warnings[-1] == "99990 more fields are unknown and were ignored"
     assert time.monotonic() - began < on_this_machine(5), "before: a minute on the event loop"

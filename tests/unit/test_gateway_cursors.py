@@ -50,41 +50,41 @@ def cursors(request: pytest.FixtureRequest) -> Cursors:
 
 
 async def test_each_client_and_each_job_has_its_own(cursors: Cursors) -> None:
-    await cursors.keep("me", "job", Cursor(7))
-    await cursors.keep("me", "done", Cursor(8, has_output=True))
-    assert await cursors.of("me", "job") == Cursor(7)
-    assert await cursors.of("me", "done") == Cursor(8, has_output=True)
-    assert await cursors.of("you", "job") == await cursors.of("me", "other") == Cursor()
+    await cursors.store("me", "job", Cursor(7))
+    await cursors.store("me", "done", Cursor(8, has_output=True))
+    assert await cursors.get("me", "job") == Cursor(7)
+    assert await cursors.get("me", "done") == Cursor(8, has_output=True)
+    assert await cursors.get("you", "job") == await cursors.get("me", "other") == Cursor()
 
 
 async def test_the_one_that_was_used_longest_ago_goes_first() -> None:
-    cursors = LocalCursors(most=3)
+    cursors = LocalCursors(max_cursors=3)
     for job_id in ("a", "b", "c"):
-        await cursors.keep("me", job_id, Cursor(has_output=True))
-    await cursors.of("me", "a")
-    await cursors.keep("me", "d", Cursor())
+        await cursors.store("me", job_id, Cursor(has_output=True))
+    await cursors.get("me", "a")
+    await cursors.store("me", "d", Cursor())
     assert len(cursors) == 3
-    assert (await cursors.of("me", "a")).has_output
-    assert not (await cursors.of("me", "b")).has_output
+    assert (await cursors.get("me", "a")).has_output
+    assert not (await cursors.get("me", "b")).has_output
 
 
 async def test_a_job_that_is_gone_is_forgotten(cursors: Cursors) -> None:
-    await cursors.keep("me", "job", Cursor(7))
-    await cursors.forget("me", "job")
-    await cursors.forget("me", "never heard of")
-    assert await cursors.of("me", "job") == Cursor()
+    await cursors.store("me", "job", Cursor(7))
+    await cursors.delete("me", "job")
+    await cursors.delete("me", "never heard of")
+    assert await cursors.get("me", "job") == Cursor()
 
 
 async def test_cursors_are_kept_while_redis_is_away_too() -> None:
     with redis_server() as server:
         cursors = RedisCursors(server.url)
-        await cursors.keep("me", "job", Cursor(7))
+        await cursors.store("me", "job", Cursor(7))
         server.stop(signal.SIGKILL)
-        assert await cursors.of("me", "job") == Cursor()
-        await cursors.keep("me", "job", Cursor(9))
-        assert await cursors.of("me", "job") == Cursor(9)
+        assert await cursors.get("me", "job") == Cursor()
+        await cursors.store("me", "job", Cursor(9))
+        assert await cursors.get("me", "job") == Cursor(9)
         server.start()
-        assert await RedisCursors(server.url).of("me", "job") == Cursor(7)
+        assert await RedisCursors(server.url).get("me", "job") == Cursor(7)
 
 
 def test_a_stream_tells_each_thing_once_to_each_key_until_the_job_is_gone(

@@ -34,7 +34,7 @@ async def open_and_leave() -> list[bytes]:
             parts.append(message["body"])
             has_event.set()
 
-    stream = EventStream(one_event_and_no_more(), keep_alive_s=60, patience_s=60)
+    stream = EventStream(one_event_and_no_more())
     await stream({"type": "http", "method": "GET"}, receive, send)
     return parts
 

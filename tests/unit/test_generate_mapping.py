@@ -20,9 +20,10 @@ from comfy_worker.errors import (
     WorkerError,
     all_errors,
 )
-from comfy_worker.gateway.api.generate.mapping import Following, ended, files_of, http_status, result_of
+from comfy_worker.gateway.api.generate.mapping import ended_status, files_of, http_status, open_status, result_of
 from comfy_worker.gateway.api.generate.requests import check_source, runpod_request
-from comfy_worker.gateway.events.bus import PREVIEW, PROGRESS, STATUS, Event
+from comfy_worker.gateway.api.generate.schemas import GenerateInput, GenerateRequest
+from comfy_worker.gateway.events.bus import PREVIEW, PROGRESS, STATUS, Event, last_progress
 from comfy_worker.gateway.http.limits import RUNSYNC_LIMIT
 from comfy_worker.gateway.jobs.assets import AssetStore, with_urls
 from comfy_worker.gateway.jobs.queue_position import QueuePosition
@@ -64,7 +65,7 @@ def test_a_request_becomes_runpods() -> None:
         "policy": {"ttl": 10_000},
         "other": 1,
     }
-    assert runpod_request(body, GRAPH) == {
+    assert runpod_request(GenerateRequest.model_validate(body), GRAPH) == {
         "input": {
             "timeout_s": 5,
             "workflow": GRAPH,
@@ -82,19 +83,21 @@ def test_a_request_becomes_runpods() -> None:
 
 @pytest.mark.parametrize("empty", [None, {}, {"region": "us-east-1", "endpoint_url": "https://s3.example.com"}])
 def test_a_bucket_without_name_and_keys_is_none(empty: Any) -> None:
-    assert runpod_request({"input": {"s3": empty, "webhook": None}}, GRAPH) == {"input": {"workflow": GRAPH}}
+    assert runpod_request(GenerateRequest.model_validate({"input": {"s3": empty, "webhook": None}}), GRAPH) == {
+        "input": {"workflow": GRAPH}
+    }
 
 
 def test_half_a_bucket_is_refused_by_what_is_missing() -> None:
     with pytest.raises(InvalidInput, match=r"access_key_id and secret_access_key must be given"):
-        runpod_request({"input": {"s3": {"bucket_name": "mine"}}}, GRAPH)
+        runpod_request(GenerateRequest.model_validate({"input": {"s3": {"bucket_name": "mine"}}}), GRAPH)
 
 
 @pytest.mark.parametrize(
     "job_input", [{"workflow_json": GRAPH}, {"modifier": "One"}, {"modifier": "One", "workflow_json": {}}]
 )
 def test_one_source_of_the_workflow_is_enough(job_input: dict[str, Any]) -> None:
-    check_source(job_input)
+    check_source(GenerateInput.model_validate(job_input))
 
 
 # ------------------------------------------------------------------------------------------------------ result
@@ -130,7 +133,7 @@ def test_every_class_but_a_nodes_failure_has_its_own_status() -> None:
 
 def test_a_failure_is_told_with_all_that_is_known_of_it() -> None:
     job = failed(MissingModels("There is no x", details={"problems": []}, hint="Get it"))
-    assert result_of(job, ended(job), []) == {
+    assert result_of(job, ended_status(job), []) == {
         "id": "job",
         "status": "failed",
         "message": "There is no x",
@@ -148,7 +151,7 @@ TIMINGS = {"staged_ms": 3, "queued_ms": 4, "executed_ms": 50, "delivered_ms": 6,
 
 def test_timings_have_the_stages_by_this_apis_names() -> None:
     job = record(JobState.COMPLETED, output={"timings": TIMINGS}, ended_at=0.25)
-    assert result_of(job, ended(job), [])["timings"] == {
+    assert result_of(job, ended_status(job), [])["timings"] == {
         "queued_at_ms": 0,
         "preprocess_ms": 3,
         "generation_ms": 50,
@@ -164,19 +167,19 @@ def test_the_history_is_in_comfyuis_words_for_who_asks_for_it() -> None:
         "texts": [{"node_id": "5", "text": "words"}],
     }
     job = record(JobState.COMPLETED, output=output, prompt_id="p")
-    assert result_of(job, ended(job), [])["comfyui_response"] == {}
+    assert result_of(job, ended_status(job), [])["comfyui_response"] == {}
     files = [
         {"filename": "a.png", "subfolder": "sub", "type": "output"},
         {"filename": "b.png", "subfolder": "", "type": "temp"},
     ]
-    assert result_of(job, ended(job), [], with_history=True)["comfyui_response"] == {
+    assert result_of(job, ended_status(job), [], with_history=True)["comfyui_response"] == {
         "p": {
             "outputs": {"9": {"images": files}, "5": {"text": ["words"]}},
             "status": {"status_str": "success", "completed": True},
         }
     }
     open_job = record(JobState.IN_PROGRESS, prompt_id="p")
-    assert result_of(open_job, ended(job), [], with_history=True)["comfyui_response"] == {}
+    assert result_of(open_job, ended_status(job), [], with_history=True)["comfyui_response"] == {}
 
 
 def item(name: str, content: str, **fields: Any) -> dict[str, Any]:
@@ -260,7 +263,8 @@ def events(*told: Any) -> list[Event]:
 
 def standing(state: JobState, *told: Any, place: QueuePosition | None = None) -> tuple[Any, ...]:
     """Return status, message, queue, position, size and wait of a job of which so much was told."""
-    found = Following.of(record(state), events(*told)).standing(place)
+    progress = last_progress(events(*told))
+    found = open_status(state, progress.data if progress else {}, place)
     queue = found.queue_position(SIZES, 9)
     return (found.status, found.message, *queue.values())
 
@@ -333,11 +337,8 @@ def test_what_was_told_of_an_earlier_turn_is_forgotten() -> None:
     ],
 )
 def test_how_a_job_ended(state: JobState, status: str) -> None:
-    following = Following()
-    following.hear(events(state.value)[0])
-    assert following.has_ended
-    assert ended(record(state)).status == status
-    assert ended(record(state)).queue_position(SIZES, 9) == {
+    assert ended_status(record(state)).status == status
+    assert ended_status(record(state)).queue_position(SIZES, 9) == {
         "current_queue": None,
         "position": 0,
         "queue_size": 0,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from comfy_worker.gateway.api.generate.readme_page import as_page, readme, readme_page
+from comfy_worker.gateway.api.readme import as_page, readme, readme_page
 from comfy_worker.gateway.errors import NotFound
 
 ROOT = Path(__file__).parents[2]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from comfy_worker.gateway.api.task.routes import backend_at
+from comfy_worker.gateway.api.task.backend_address import backend_at
 from comfy_worker.gateway.settings import load_gateway_settings
 from comfy_worker.settings import load_settings, passwords_of, without_credentials
 

@@ -15,7 +15,7 @@ from standardwebhooks import Webhook as Verifier
 from standardwebhooks import WebhookVerificationError
 
 from comfy_worker.errors import Cancelled, DiskFull, InvalidInput, TimedOut, all_errors
-from comfy_worker.gateway.api.schemas import WEBHOOK
+from comfy_worker.gateway.api.runpod.schemas import WEBHOOK
 from comfy_worker.gateway.jobs.webhook_receivers import check_receiver
 from comfy_worker.settings import load_settings
 from comfy_worker.types import JobState, Webhook

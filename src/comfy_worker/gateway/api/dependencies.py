@@ -1,75 +1,96 @@
-"""What doors are made of: the jobs, the outputs' files and where clients find them."""
+"""What handlers get from FastAPI's `Depends`: the gateway's services, and what they know about the client."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import Request
+from fastapi import Depends
+from starlette.requests import HTTPConnection
 
 from comfy_worker.catalog.library import Catalog
 from comfy_worker.gateway.jobs.assets import AssetStore, with_urls
-from comfy_worker.gateway.jobs.queue_position import iso_time
 from comfy_worker.gateway.jobs.service import JobService
 from comfy_worker.gateway.jobs.signed_links import PATH, AssetLinks
 from comfy_worker.gateway.modifiers import Modifiers
 from comfy_worker.gateway.settings import GatewaySettings
-from comfy_worker.types import JobState
 
 
 @dataclass(frozen=True)
-class Dependencies:
-    """What every door gets.
+class Services:
+    """What every API uses; `app.state.services`.
 
     Attributes:
-        service: the jobs.
-        assets: the outputs' files.
-        links: makes the links to them.
+        jobs: submits, finds and cancels jobs.
+        assets: the files of outputs.
+        links: signs links to these files.
         settings: the gateway's.
-        library: the named workflows.
-        modifiers: the operator's classes that make workflows.
+        catalog: the named workflows.
+        modifiers: the operator's classes that build workflows.
     """
 
-    service: JobService
+    jobs: JobService
     assets: AssetStore
     links: AssetLinks
     settings: GatewaySettings
-    library: Catalog
+    catalog: Catalog
     modifiers: Modifiers
 
-    def base_url(self, request: Request) -> str:
-        """Return the URL under which this client reaches the gateway."""
-        return self.settings.public_url or str(request.base_url).rstrip("/")
 
-    def details(self, request: Request, **others: Any) -> dict[str, Any]:
-        """Return what a door remembers of a job: where its caller found the gateway, for webhooks, and others."""
-        return {"base_url": self.base_url(request), **others}
+class OutputLinks:
+    """Links to output files for one client.
 
-    def linked(self, output: Mapping[str, Any], base_url: str, prefix: str = PATH) -> dict[str, Any]:
-        """Return a job's output with links to its files, below the gateway's URL or, if that is empty, its root."""
-        return with_urls(output, lambda path: self.links.url(base_url, path, prefix))
-
-
-def queue_sizes(counts: Mapping[JobState, int], backends: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """Return how many jobs each queue has.
-
-    `preprocess`: those that wait and that no ComfyUI was given; `generation`: those that one was given, of which it
-    runs one; `postprocess`: those whose outputs are being delivered.
+    Attributes:
+        base_url: the URL under which this client reaches the gateway.
     """
-    given = sum(int(backend["load"]) for backend in backends)
-    running = sum(int(backend.get("running") or 0) for backend in backends)
-    in_hand = sum(int(backend["jobs"]) for backend in backends)
-    return {
-        "preprocess": max(0, counts.get(JobState.IN_QUEUE, 0) - (given - running)),
-        "generation": given,
-        "postprocess": in_hand - given,
-    }
+
+    def __init__(self, links: AssetLinks, base_url: str) -> None:
+        self._links = links
+        self.base_url = base_url
+
+    def in_output(self, output: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a job's output with a link for each of its files."""
+        return self.below(self.base_url, PATH, output)
+
+    def below(self, base_url: str, prefix: str, output: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the same with links below another URL, empty for the gateway's root, and another path."""
+        return with_urls(output, lambda path: self._links.url(base_url, path, prefix))
 
 
-def away(backends: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Return since when no ComfyUI has answered, as ISO 8601 in UTC; nothing while one does."""
-    if not backends or any(backend["healthy"] for backend in backends):
-        return {}
-    since = [backend["away_since"] for backend in backends if backend.get("away_since")]
-    return {"away_since": iso_time(max(since))} if since else {}
+async def _get_services(connection: HTTPConnection) -> Services:
+    services: Services = connection.app.state.services
+    return services
+
+
+AllServices = Annotated[Services, Depends(_get_services)]
+
+
+async def _get_jobs(services: AllServices) -> JobService:
+    return services.jobs
+
+
+async def _get_assets(services: AllServices) -> AssetStore:
+    return services.assets
+
+
+async def _get_settings(services: AllServices) -> GatewaySettings:
+    return services.settings
+
+
+async def _get_catalog(services: AllServices) -> Catalog:
+    return services.catalog
+
+
+async def _get_output_links(connection: HTTPConnection, services: AllServices) -> OutputLinks:
+    # A WebSocket's own URL begins with ws.
+    own_url = str(connection.base_url).replace("ws", "http", 1) if connection.scope["type"] == "websocket" else None
+    base_url = services.settings.public_url or (own_url or str(connection.base_url)).rstrip("/")
+    return OutputLinks(services.links, base_url)
+
+
+Jobs = Annotated[JobService, Depends(_get_jobs)]
+Assets = Annotated[AssetStore, Depends(_get_assets)]
+Settings = Annotated[GatewaySettings, Depends(_get_settings)]
+Workflows = Annotated[Catalog, Depends(_get_catalog)]
+Links = Annotated[OutputLinks, Depends(_get_output_links)]

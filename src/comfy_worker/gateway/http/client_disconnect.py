@@ -1,4 +1,4 @@
-"""Waiting for the sake of a client only as long as the client is there."""
+"""Waiting for a client only as long as it is connected."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from typing import Any, TypeVar
 
 from starlette.requests import Request
 
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 
-async def while_connected(request: Request, work: Coroutine[Any, Any, Answer]) -> Answer | None:
-    """Return what `work` returns; if the client leaves before, `work` is cancelled and this returns None.
+async def while_connected(request: Request, coroutine: Coroutine[Any, Any, Result]) -> Result | None:
+    """Return what the coroutine returns; if the client disconnects before, cancel it and return None.
 
-    To be called when the body of the request has been read.
+    The body of the request must have been read.
     """
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_until_gone(request))
+    working = asyncio.ensure_future(coroutine)
+    disconnect = asyncio.ensure_future(_until_disconnect(request))
     try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((working, disconnect), return_when=asyncio.FIRST_COMPLETED)
         return working.result() if working.done() else None
     finally:
         working.cancel()
-        leaving.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
+        disconnect.cancel()
+        await asyncio.gather(working, disconnect, return_exceptions=True)
 
 
-async def _until_gone(request: Request) -> None:
+async def _until_disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass

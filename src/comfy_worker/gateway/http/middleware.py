@@ -8,7 +8,6 @@ from contextlib import nullcontext
 from urllib.parse import parse_qs
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
@@ -16,12 +15,12 @@ from comfy_worker.errors import WorkerError
 from comfy_worker.gateway.api_keys import Guard
 from comfy_worker.gateway.callers import Caller, acting
 from comfy_worker.gateway.errors import WrongKey
-from comfy_worker.gateway.http.error_responses import error_response_body
+from comfy_worker.gateway.http.error_responses import error_response
 from comfy_worker.gateway.http.hosts import check_host, network_of
-from comfy_worker.gateway.http.limits import RateLimits, TooOften
+from comfy_worker.gateway.http.limits import RateLimits
 from comfy_worker.gateway.http.request_bodies import HAS_KEY, paced
 from comfy_worker.gateway.http.stream_limits import StreamLimits, begins_at_once, is_stream, opening
-from comfy_worker.gateway.http.wrong_keys import TooManyWrongKeys, WrongKeys
+from comfy_worker.gateway.http.wrong_keys import WrongKeys
 from comfy_worker.gateway.jobs.signed_links import SIGNED_PATHS
 
 log = logging.getLogger(__name__)
@@ -36,21 +35,8 @@ _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'; sandbox",
     "Cache-Control": "no-store",
 }
-_RETRY_AFTER_S = 5
 _LONGEST_LOGGED = 300
 """Characters of a path that the log has; whoever sends it need not have a key."""
-
-
-def answer_error(error: WorkerError, path: str) -> JSONResponse:
-    """Return an error as the answer to a request for a path."""
-    response = JSONResponse(error_response_body(error, path), status_code=error.http_status)
-    if isinstance(error, (TooOften, TooManyWrongKeys)):
-        response.headers["Retry-After"] = str(error.retry_after_s)
-    elif error.http_status in (429, 503):
-        response.headers["Retry-After"] = str(_RETRY_AFTER_S)
-    if error.http_status == 401:
-        response.headers["WWW-Authenticate"] = "Bearer"
-    return response
 
 
 class RequestLogMiddleware:
@@ -156,7 +142,7 @@ def _is_signed(scope: Scope) -> bool:
 
 
 async def _refuse(scope: Scope, receive: Receive, send: Send, error: WorkerError) -> None:
-    response = answer_error(error, scope["path"])
+    response = error_response(error, scope["path"])
     if "text/html" in Headers(scope=scope).get("accept", "") and error.http_status == 401:
         # A person at a browser is asked for the key, as the password.
         response.headers["WWW-Authenticate"] = 'Basic realm="comfy-worker"'

@@ -30,7 +30,7 @@ from comfy_worker.gateway.http.connections import (
     websocket_protocol,
 )
 from comfy_worker.gateway.http.memory_tuning import give_large_blocks_back
-from comfy_worker.gateway.http.ping import OnlyPing
+from comfy_worker.gateway.http.ping import PingOnly
 from comfy_worker.gateway.http.request_bodies import closing
 from comfy_worker.gateway.settings import GatewaySettings
 from comfy_worker.signals import END_SIGNALS
@@ -141,7 +141,7 @@ class Server(uvicorn.Server):
         self._ending = DrainingApp(app)
         self.connections = Connections.of(settings)
         self._health = (
-            _config(OnlyPing(self._ending), settings, settings.port_health)
+            _config(PingOnly(self._ending), settings, settings.port_health)
             if settings.port_health not in (None, settings.api_port)
             else None
         )

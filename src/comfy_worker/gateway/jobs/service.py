@@ -14,7 +14,6 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
@@ -28,7 +27,7 @@ from comfy_worker.comfy.client import ComfyClient
 from comfy_worker.errors import InvalidInput
 from comfy_worker.gateway.callers import current_caller
 from comfy_worker.gateway.errors import DatabaseUnavailable, DuplicateRequest, NotFound, NotPossible
-from comfy_worker.gateway.events.bus import GAP, PREVIEW, PROGRESS, STATUS, Event, EventBus, Subscription, last_progress
+from comfy_worker.gateway.events.bus import GAP, PREVIEW, PROGRESS, STATUS, Event, EventBus, last_progress
 from comfy_worker.gateway.events.fair_scheduling import scheduler_of
 from comfy_worker.gateway.jobs.queue_position import QueuePosition
 from comfy_worker.gateway.jobs.webhook_receivers import check_receiver
@@ -574,40 +573,27 @@ class JobService:
             if after is None:
                 has_changed = known is not None and record.state is not known
                 missed = _last_change(missed) if record.state.is_terminal or has_changed else []
-            # It may have ended since it was looked at: then its end is among what was missed, and is not told again.
+            # It may have ended since the record was read: then its end is among what was missed.
             is_over = record.state.is_terminal or any(map(_is_end, _last_change(missed)))
             for event in missed:
                 told = event.number
                 yield event
             if is_over:
                 return
-            async with aclosing(self._heard(listening, job_id, told, latest)) as heard:
-                async for event in heard:
-                    yield event
-                    if _is_end(event):
+            async for event in listening:
+                if event.type == GAP:
+                    try:
+                        news = await self._since(job_id, latest)
+                    except NotFound:
+                        return  # the bus missed its end, and it has expired since
+                    told = news[-1].number if news else told
+                else:
+                    news = [event] if event.number > told else []
+                for new in news:
+                    yield new
+                    if _is_end(new):
                         return
-
-    async def _heard(self, listening: Subscription, job_id: str, told: int, latest: int) -> AsyncGenerator[Event, None]:
-        """Yield what is heard of a job, and where the bus may have missed something, what is known besides.
-
-        Args:
-            listening: to the job.
-            job_id: the job.
-            told: the number up to which events were told; they are among what is heard, too.
-            latest: the number of the latest that is known.
-        """
-        async for event in listening:
-            if event.type == GAP:
-                try:
-                    missed = await self._since(job_id, latest)
-                except NotFound:
-                    return  # its end was not heard, and it has expired since
-                for known in missed:
-                    told = latest = known.number
-                    yield known
-            elif event.number > told:
-                yield event
-                latest = latest if event.type == PREVIEW else event.number
+                    latest = latest if new.type == PREVIEW else new.number
 
     async def _since(self, job_id: str, told: int) -> list[Event]:
         """Return what is known of a job after a number; of one that has ended, the end at least.

@@ -14,7 +14,7 @@ from comfy_worker.types import JobState, Kind, Stage
 
 _DOORS = {
     "generate": "generate.mapping",
-    "task": "task.routes",
+    "task": "task.mapping",
     "workflow": "workflow.status",
     "catalog": "catalog.mapping",
 }

@@ -1,4 +1,4 @@
-"""The catalog API's words: entries, jobs, failures and nodes as its clients know them."""
+"""Entries, jobs, errors and nodes in the catalog API's form."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from comfy_worker.catalog.entry import CatalogEntry
 from comfy_worker.gateway.api.outputs import files_by_kind
-from comfy_worker.gateway.http.error_responses import envelope
+from comfy_worker.gateway.http.error_responses import catalog_error
 from comfy_worker.gateway.jobs.signed_links import IMAGES_PATH
 from comfy_worker.gateway.jobs.webhook_formats import WebhookFormat, WebhookParts
 from comfy_worker.gateway.store.records import JobRecord
@@ -27,31 +27,31 @@ _STATUSES: Mapping[JobState, str] = {
     JobState.CANCELLED: "cancelled",
 }
 _LIMITS = {"default": "default", "minimum": "min", "maximum": "max"}
-"""Our names of what ComfyUI says of an input's value."""
+"""Our names of ComfyUI's options of an input."""
 
 
-def number_of(entry: CatalogEntry) -> int:
-    """Return a workflow's number: what its manifest says, or else one made of its name."""
+def workflow_id_of(entry: CatalogEntry) -> int:
+    """Return a workflow's id: that of its manifest, or else a hash of its name."""
     return entry.manifest.id if entry.manifest.id is not None else zlib.crc32(entry.name.encode())
 
 
 def job_id_of(execution_id: str) -> str:
-    """Return the job of an execution; one that came through another door is called by its own id."""
+    """Return the job of an execution; a job of another API is an execution with the same id."""
     return f"{JOB_PREFIX}{execution_id}" if execution_id.isdecimal() else execution_id
 
 
 def execution_id_of(job_id: str) -> int | str:
-    """Return the number of an execution; the job's own id where it came through another door.
+    """Return the number of an execution, or the job's own id if it is a job of another API.
 
-    A caller's own id may look like ours and still be no number's: `execution-007` is not the job of execution 7.
+    Such an id may begin like ours: `execution-007` is not the job of execution 7.
     """
     number = job_id.removeprefix(JOB_PREFIX)
     return int(number) if number.isdecimal() and job_id == f"{JOB_PREFIX}{int(number)}" else job_id
 
 
 def nodes_of(entry: CatalogEntry) -> list[dict[str, Any]]:
-    """Return a workflow's nodes, with `{parameter}` in place of what a parameter sets."""
-    places = {
+    """Return a workflow's nodes, with `{parameter}` as each input that a parameter sets."""
+    placeholders = {
         (target.node, target.input): f"{{{name}}}"
         for name, parameter in entry.manifest.parameters.items()
         for target in parameter.sets
@@ -60,21 +60,23 @@ def nodes_of(entry: CatalogEntry) -> list[dict[str, Any]]:
         {
             "id": node_id,
             "type": node["class_type"],
-            "inputs": {name: places.get((node_id, name), value) for name, value in node.get("inputs", {}).items()},
+            "inputs": {
+                name: placeholders.get((node_id, name), value) for name, value in node.get("inputs", {}).items()
+            },
         }
         for node_id, node in entry.graph.items()
     ]
 
 
 def parameter_of(name: str, entry: CatalogEntry) -> dict[str, Any]:
-    """Return what a request may say for one parameter."""
+    """Return a `Parameter`."""
     parameter = entry.manifest.parameters[name]
-    shown = parameter.model_dump(include={"type", "description", "default", "minimum", "maximum", "choices"})
-    return {"name": name, "required": parameter.is_required, **shown}
+    fields = parameter.model_dump(include={"type", "description", "default", "minimum", "maximum", "choices"})
+    return {"name": name, "required": parameter.is_required, **fields}
 
 
 def outputs_of(output: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an output whose files are links in this API's words."""
+    """Return `Outputs`, given an output whose files are links."""
     outputs: dict[str, Any] = {
         kind.value: [_file(item) for item in items]
         for kind, items in files_by_kind(output).items()
@@ -92,25 +94,25 @@ def _file(item: Mapping[str, Any]) -> dict[str, Any]:
     return {"url": item["data"], **{name: value for name, value in kept.items() if value is not None}}
 
 
-def failure(error: Mapping[str, Any]) -> dict[str, Any]:
-    """Return why an execution failed, in the envelope; `reason` is the failure's own code."""
-    body = envelope({**error, "code": "execution_error"}, "Workflow execution failed")
+def execution_error(error: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the error of an execution in the envelope; `reason` is the job's error code."""
+    body = catalog_error({**error, "code": "execution_error"}, "Workflow execution failed")
     body["errors"][0]["reason"] = error["code"]
     return body
 
 
 def execution_of(
-    record: JobRecord, percent: float, output: Mapping[str, Any] | None, told_at: float | None = None
+    record: JobRecord, percent: float, output: Mapping[str, Any] | None, progress_at: float | None = None
 ) -> dict[str, Any]:
-    """Return an execution as clients see it.
+    """Return an `Execution`.
 
     Args:
         record: its job.
-        percent: how much of it has run; where it broke off, of one that ended early.
-        output: what it made; files are links.
-        told_at: when that progress was told, in seconds since the epoch.
+        percent: how much of it has run.
+        output: its output; files are links.
+        progress_at: the time of that progress, in seconds since the epoch.
     """
-    changed = record.ended_at or max(record.started_at or record.created_at, told_at or 0.0)
+    changed = record.ended_at or max(record.started_at or record.created_at, progress_at or 0.0)
     execution = {
         "id": execution_id_of(record.id),
         "workflow_id": record.details.get("workflow_id"),
@@ -122,14 +124,16 @@ def execution_of(
     return execution if output is None else {**execution, "outputs": outputs_of(output)}
 
 
-def event_of(record: JobRecord, execution: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an execution in the envelope, with why it failed."""
+def response_of(record: JobRecord, execution: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an execution in the envelope, with its error if it failed."""
     data = {"execution": execution}
-    return {"status": "success", "data": data} if record.error is None else {**failure(record.error), "data": data}
+    return (
+        {"status": "success", "data": data} if record.error is None else {**execution_error(record.error), "data": data}
+    )
 
 
 def node_of(name: str, info: Mapping[str, Any]) -> dict[str, Any]:
-    """Return one entry of ComfyUI's `/object_info` in this API's words."""
+    """Return a `Node`, given an entry of ComfyUI's `/object_info`."""
     described = info.get("input", {})
     inputs = [
         _input(input_name, spec, required=part == "required")
@@ -152,9 +156,9 @@ def node_of(name: str, info: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _input(name: str, spec: Any, *, required: bool) -> dict[str, Any]:
-    """Return an input of a node.
+    """Return a `NodeInput`.
 
-    ComfyUI describes it as `[type, options]`, and a choice as `[[…]]` or, newer, as `["COMBO", {"options": […]}]`.
+    ComfyUI describes it as `[type, options]`; a choice as `[[…]]` or, in newer versions, `["COMBO", {"options": […]}]`.
     """
     kind = spec[0] if isinstance(spec, list) and spec else spec
     options = spec[1] if isinstance(spec, list) and len(spec) > 1 and isinstance(spec[1], Mapping) else {}
@@ -177,14 +181,14 @@ def iso(seconds: float) -> str:
 
 def _end(record: JobRecord, parts: WebhookParts) -> dict[str, Any]:
     percent = (record.progress or {}).get("percent", 0.0)
-    # As in this API's answers, links are below the gateway's root.
+    # As in this API's responses, links are relative to the gateway's root.
     output = None if record.output is None else parts.linked(record, IMAGES_PATH, base_url="")
-    return event_of(record, execution_of(record, percent, output))
+    return response_of(record, execution_of(record, percent, output))
 
 
 def _progress(record: JobRecord, told: Mapping[str, Any]) -> dict[str, Any]:
     open_record = replace(record, state=JobState.IN_PROGRESS)
-    return event_of(open_record, execution_of(open_record, told.get("percent", 0.0), None, time.time()))
+    return response_of(open_record, execution_of(open_record, told.get("percent", 0.0), None, time.time()))
 
 
 WEBHOOK = WebhookFormat(_end, _progress)

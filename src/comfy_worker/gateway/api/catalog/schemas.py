@@ -1,22 +1,37 @@
-"""The shapes of what the catalog API answers, as its OpenAPI declares them."""
+"""What the catalog API takes and returns."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
+from fastapi import Body
 from pydantic import BaseModel, Field
 
-from comfy_worker.gateway.api.schemas import CatalogErrorResponse
+from comfy_worker.gateway.api.schemas import CatalogErrorResponse, RequestModel, named_examples
+
+
+class ExecuteRequest(RequestModel):
+    """The values to fill a workflow in with."""
+
+    HINT: ClassVar[str] = 'Send {"inputs": {"prompt": "…"}}'
+    inputs: dict[str, Any] | None = Field(None, description="Values by the names of the parameters.")
+    version: str | None = Field(None, description="The version of the workflow; the current one if not given.")
+    webhook: dict[str, Any] | None = Field(
+        None, description="The receiver of the job's webhooks; see docs/reference/webhooks.md."
+    )
+
+
+ExecuteBody = Annotated[ExecuteRequest, Body(openapi_examples=named_examples({"inputs": {}}))]
 
 
 class Success(BaseModel):
-    """The envelope of what worked."""
+    """The envelope of a successful response."""
 
     status: Literal["success"] = "success"
 
 
-class ParameterShown(BaseModel):
-    """What a request may say."""
+class Parameter(BaseModel):
+    """A parameter of a workflow."""
 
     name: str
     type: str
@@ -29,22 +44,22 @@ class ParameterShown(BaseModel):
 
 
 class WorkflowNode(BaseModel):
-    """A node of a workflow; `{name}` stands for the parameter that sets an input."""
+    """A node of a workflow; `{name}` as an input stands for the parameter that sets it."""
 
     id: str
     type: str
     inputs: dict[str, Any]
 
 
-class WorkflowShown(BaseModel):
+class Workflow(BaseModel):
     """A workflow that can be executed."""
 
     id: int
-    key: str = Field(description="Its name in requests; an `id` does as well.")
+    key: str = Field(description="Its name in requests, where the `id` can be used too.")
     name: str
     description: str
-    version: str = Field(description="Made out of its content: another one whenever that changes.")
-    parameters: list[ParameterShown]
+    version: str = Field(description="A hash of its content.")
+    parameters: list[Parameter]
     nodes: list[WorkflowNode]
     created_at: str
     updated_at: str
@@ -53,10 +68,10 @@ class WorkflowShown(BaseModel):
 class WorkflowList(BaseModel):
     """All workflows."""
 
-    workflows: list[WorkflowShown]
+    workflows: list[Workflow]
 
 
-class Workflows(Success):
+class WorkflowsResponse(Success):
     """All workflows, in the envelope."""
 
     data: WorkflowList
@@ -65,19 +80,19 @@ class Workflows(Success):
 class WorkflowData(BaseModel):
     """One workflow."""
 
-    workflow: WorkflowShown
+    workflow: Workflow
 
 
-class OneWorkflow(Success):
+class WorkflowResponse(Success):
     """One workflow, in the envelope."""
 
     data: WorkflowData
 
 
-class OutputShown(BaseModel):
+class OutputFile(BaseModel):
     """A file that an execution made."""
 
-    url: str = Field(description="Works without a key, for a while; below the gateway's own address.")
+    url: str = Field(description="Works without a key for a while; relative to the gateway's root.")
     width: int | None = None
     height: int | None = None
     filename: str | None = None
@@ -87,21 +102,21 @@ class OutputShown(BaseModel):
 
 
 class Outputs(BaseModel):
-    """What an execution made."""
+    """The outputs of an execution."""
 
-    images: list[OutputShown]
-    videos: list[OutputShown] | None = None
-    audio: list[OutputShown] | None = None
-    files: list[OutputShown] | None = None
+    images: list[OutputFile]
+    videos: list[OutputFile] | None = None
+    audio: list[OutputFile] | None = None
+    files: list[OutputFile] | None = None
     texts: list[str] | None = None
     warnings: list[str] | None = None
 
 
-class ExecutionShown(BaseModel):
-    """Where an execution stands."""
+class Execution(BaseModel):
+    """The status of an execution."""
 
     id: int | str
-    workflow_id: int | None = Field(None, description="None for a job that came through another API.")
+    workflow_id: int | None = Field(None, description="Null for a job that was submitted through another API.")
     status: Literal["pending", "running", "completed", "failed", "cancelled"]
     progress: int = Field(ge=0, le=100, description="How much of the workflow has run.")
     queue_position: int | None = Field(None, description="Position in the queue while it waits; 1 is next.")
@@ -114,27 +129,27 @@ class ExecutionShown(BaseModel):
 class ExecutionData(BaseModel):
     """One execution."""
 
-    execution: ExecutionShown
+    execution: Execution
 
 
-class Execution(Success):
+class ExecutionResponse(Success):
     """One execution, in the envelope."""
 
     data: ExecutionData
     warnings: list[str] | None = Field(None, description="What was ignored in the request.")
 
 
-class FailedExecution(CatalogErrorResponse):
-    """One execution that failed, in the envelope that says why."""
+class FailedExecutionResponse(CatalogErrorResponse):
+    """A failed execution, in the envelope of errors."""
 
     data: ExecutionData
 
 
-AnyExecution = Execution | FailedExecution
+AnyExecutionResponse = ExecutionResponse | FailedExecutionResponse
 
 
 class NodeInput(BaseModel):
-    """What a node takes."""
+    """An input of a node."""
 
     name: str
     type: str
@@ -146,14 +161,14 @@ class NodeInput(BaseModel):
 
 
 class NodeOutput(BaseModel):
-    """What a node makes."""
+    """An output of a node."""
 
     name: str
     type: str
 
 
-class NodeShown(BaseModel):
-    """A node that ComfyUI has."""
+class Node(BaseModel):
+    """A node of ComfyUI."""
 
     id: str
     name: str
@@ -166,10 +181,10 @@ class NodeShown(BaseModel):
 class NodeList(BaseModel):
     """All nodes."""
 
-    nodes: list[NodeShown]
+    nodes: list[Node]
 
 
-class Nodes(Success):
+class NodesResponse(Success):
     """All nodes, in the envelope."""
 
     data: NodeList

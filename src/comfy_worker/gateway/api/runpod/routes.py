@@ -3,106 +3,56 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Request
+from fastapi.routing import APIRoute
 from starlette.concurrency import run_in_threadpool
 
 from comfy_worker import __version__
-from comfy_worker.errors import OutputTooLarge
-from comfy_worker.gateway.api.dependencies import Dependencies, away, queue_sizes
-from comfy_worker.gateway.api.runpod.stream_cursors import Cursor, make_cursors
-from comfy_worker.gateway.api.schemas import (
-    JOB_ID,
-    Answer,
-    HealthAnswer,
-    JobAnswer,
-    PurgeAnswer,
-    RunRequest,
-    StatusAnswer,
-    StreamAnswer,
-    problems,
-    request_body,
+from comfy_worker.gateway.api.dependencies import Assets, Jobs, Links
+from comfy_worker.gateway.api.queue_sizes import queue_sizes
+from comfy_worker.gateway.api.runpod.schemas import (
+    ComfyUIState,
+    HealthResponse,
+    JobCounts,
+    JobResponse,
+    PurgeResponse,
+    QueueSizes,
+    RunBody,
+    StatusResponse,
+    StreamResponse,
+    WorkerCounts,
 )
+from comfy_worker.gateway.api.runpod.status import FileFormat, ended_status, status_response
+from comfy_worker.gateway.api.runpod.stream_cursors import Cursor, StreamCursors
+from comfy_worker.gateway.api.schemas import COMMON_ERRORS, JOB_ID, error_responses
 from comfy_worker.gateway.callers import current_caller
 from comfy_worker.gateway.errors import NotFound
 from comfy_worker.gateway.events.bus import PROGRESS, Event
 from comfy_worker.gateway.http.client_disconnect import while_connected
-from comfy_worker.gateway.http.limits import MB, RUN_LIMIT, RUNSYNC_LIMIT
-from comfy_worker.gateway.http.request_validation import read_body
-from comfy_worker.gateway.store.records import JobRecord, has_output, status_body
-from comfy_worker.types import JobState, Kind
+from comfy_worker.gateway.http.json_response import SafeJSONResponse
+from comfy_worker.gateway.http.strict_json_route import StrictJSONRoute
+from comfy_worker.gateway.jobs.queue_position import iso_time
+from comfy_worker.gateway.jobs.service import JobService
+from comfy_worker.gateway.store.records import JobRecord, has_output
+from comfy_worker.types import JobState
 
-_WAIT_MS = 90_000
+ENDPOINT_PREFIX = "/v2/{endpoint_id}"
+"""RunPod's clients put this before every path; the router is included with it and without."""
+_DEFAULT_WAIT_MS = 90_000
 _STREAM_WAIT_S = 5.0
-"""How long `/stream` waits for something to tell: RunPod's client gives an answer 10 s."""
-_ROOM = 100_000
-"""Bytes of an answer that are kept for all that is no file."""
-
-JobId = Annotated[str, Path(pattern=JOB_ID)]
-Files = Annotated[
-    Literal["base64", "url"],
-    Query(description="How files come: in the answer, or as links that work for a while without a key."),
-]
-Wait = Annotated[int, Query(ge=1000, le=300_000, description="Milliseconds.")]
-Idempotency = Annotated[
-    str | None,
-    Header(
-        description="The same key with the same body is the same job.", min_length=1, max_length=255,
-        pattern=r"^[\x21-\x7e]+$",
-    ),
-]  # fmt: skip
+"""How long `/stream` waits for an update; RunPod's client times out after 10 s."""
 
 
-@dataclass(frozen=True)
-class _Route:
-    path: str
-    methods: tuple[str, ...]
-    handler: Callable[..., Any]
-    model: type
-    errors: tuple[int, ...] = ()
-    extra: dict[str, Any] | None = None
-
-
-def router(parts: Dependencies) -> APIRouter:
-    """Return the door's routes; they stand at the root and below `/v2/{endpoint_id}` alike."""
-    door = _Door(parts)
-    routes = [
-        _Route("/run", ("POST",), door.run, JobAnswer, (409, 503), request_body(RunRequest)),
-        _Route("/runsync", ("POST",), door.runsync, StatusAnswer, (404, 409, 503), request_body(RunRequest)),
-        _Route("/status/{job_id}", ("GET", "POST"), door.status, StatusAnswer, (404,)),
-        _Route("/status-sync/{job_id}", ("GET", "POST"), door.status_sync, StatusAnswer, (404,)),
-        _Route("/stream/{job_id}", ("GET", "POST"), door.stream, StreamAnswer, (404,)),
-        _Route("/cancel/{job_id}", ("POST",), door.cancel, JobAnswer, (404,)),
-        _Route("/retry/{job_id}", ("POST",), door.retry, JobAnswer, (404, 409)),
-        _Route("/purge-queue", ("POST",), door.purge, PurgeAnswer),
-        _Route("/health", ("GET",), door.health, HealthAnswer),
-    ]
-    api = APIRouter()
-    for prefix, tag in (("", "Jobs"), ("/v2/{endpoint_id}", "Jobs of an endpoint")):
-        for route in routes:
-            for method in route.methods:
-                _add(api, prefix, tag, route, method)
-    return api
-
-
-def _add(api: APIRouter, prefix: str, tag: str, route: _Route, method: str) -> None:
-    names = [method.lower(), route.path.split("/")[1].replace("-", "_"), *(["endpoint"] if prefix else [])]
-    api.add_api_route(
-        f"{prefix}{route.path}",
-        route.handler,
-        methods=[method],
-        response_model=route.model,
-        response_model_exclude_none=True,
-        responses=problems(*route.errors),
-        tags=[tag],
-        operation_id="_".join(names),
-        dependencies=[Depends(_check_endpoint)] if prefix else None,
-        openapi_extra=route.extra,
-    )
+def _operation_id(route: APIRoute) -> str:
+    """Return for example `post_run`, and `post_run_endpoint` below `/v2/{endpoint_id}`."""
+    method = min(route.methods or ())
+    path = route.path_format.removeprefix(ENDPOINT_PREFIX)
+    name = path.split("/")[1].replace("-", "_")
+    return f"{method.lower()}_{name}" + ("_endpoint" if path != route.path_format else "")
 
 
 async def _check_endpoint(
@@ -110,201 +60,209 @@ async def _check_endpoint(
         str,
         Path(
             pattern=JOB_ID,
-            description="Any name; jobs are counted together, the queue is purged by it.",
+            description="Any name; jobs are counted, and the queue is purged, by endpoint.",
             examples=["local"],
         ),
     ],
 ) -> None:
-    """Refuse a name that no endpoint has."""
+    """Validate the name of an endpoint."""
 
 
-class _Door:
-    def __init__(self, parts: Dependencies) -> None:
-        self._parts = parts
-        self._service = parts.service
-        self._cursors = make_cursors(parts.settings)
-
-    async def run(self, request: Request, idempotency_key: Idempotency = None) -> Answer:
-        """Queue a job and return its id."""
-        return _brief(await self._submit(request, idempotency_key, sync=False))
-
-    async def runsync(
-        self,
-        request: Request,
-        wait: Wait = _WAIT_MS,
-        files: Files = "base64",
-        idempotency_key: Idempotency = None,
-    ) -> Answer:
-        """Queue a job and return its result, or where it stands after `wait` milliseconds."""
-        record = await self._submit(request, idempotency_key, sync=True)
-        waited = await while_connected(request, self._service.wait(record.id, wait / 1000))
-        # Nobody reads the answer to a client that has left; its job goes on.
-        return await self._answer(request, waited, files) if waited else _brief(record)
-
-    async def _submit(self, request: Request, idempotency_key: str | None, *, sync: bool) -> JobRecord:
-        body = _with_webhook(await read_body(request, RunRequest))
-        endpoint_id = _endpoint(request) or "local"
-        record = await self._service.submit(body, endpoint_id=endpoint_id, sync=sync, idempotency_key=idempotency_key)
-        # For the line that the log has of this request.
-        request.state.job_id = record.id
-        return record
-
-    async def status(self, request: Request, job_id: JobId, files: Files = "base64") -> Answer:
-        """Return where a job stands, with its output when it has one."""
-        return await self._answer(request, await self._service.get(job_id), files)
-
-    async def status_sync(
-        self, request: Request, job_id: JobId, wait: Wait = _WAIT_MS, files: Files = "base64"
-    ) -> Answer:
-        """Return a job's result, or where it stands after `wait` milliseconds."""
-        waited = await while_connected(request, self._service.wait(job_id, wait / 1000))
-        return await self._answer(request, waited or await self._service.get(job_id), files)
-
-    async def stream(self, request: Request, job_id: JobId) -> Answer:
-        """Return what a job has told since the last call with this key; waits up to 5 s for something to tell."""
-        client = current_caller().name
-        record = await self._get_followed(client, job_id)
-        reader = await self._cursors.of(client, job_id)
-        told = await self._service.recent_events(job_id, reader.after)
-        if not told and not record.state.is_terminal:
-            told = await self._wait_for_one(job_id, reader.after)
-            record = await self._service.get(job_id)
-        chunks = [{"output": dict(event.data)} for event in told if event.type == PROGRESS]
-        if has_output(record) and not reader.has_output:
-            status = await run_in_threadpool(self._with_output, record, "base64", self._parts.base_url(request))
-            chunks.append({"output": status["output"]})
-        cursor = Cursor(told[-1].number if told else reader.after, has_output(record))
-        await self._cursors.keep(client, job_id, cursor)
-        return Answer({"status": record.state.value, "stream": chunks})
-
-    async def _wait_for_one(self, job_id: str, after: int) -> list[Event]:
-        try:
-            return [await asyncio.wait_for(self._next_event(job_id, after), _STREAM_WAIT_S)]
-        except (asyncio.TimeoutError, StopAsyncIteration):
-            return []
-
-    async def _next_event(self, job_id: str, after: int) -> Event:
-        async with aclosing(self._service.events(job_id, after)) as events:
-            return await anext(events)
-
-    async def _get_followed(self, client: str, job_id: str) -> JobRecord:
-        try:
-            return await self._service.get(job_id)
-        except NotFound:
-            await self._cursors.forget(client, job_id)
-            raise
-
-    async def cancel(self, job_id: JobId) -> Answer:
-        """End a job; when this answers, it is off the GPU. One that has ended stays as it is."""
-        record = await self._service.cancel(job_id)
-        was_cancelled = record.state is JobState.CANCELLED
-        message = "The job is cancelled" if was_cancelled else f"The job had ended before: it is {record.state.value}"
-        return Answer({**_id_and_status(record), "message": message})
-
-    async def retry(self, job_id: JobId) -> Answer:
-        """Run a job again that failed or timed out, under its id."""
-        return _brief(await self._service.retry(job_id))
-
-    async def purge(self, request: Request) -> Answer:
-        """Cancel this key's jobs that wait; below an endpoint, those of that endpoint."""
-        return Answer({"removed": await self._service.purge(_endpoint(request)), "status": "completed"})
-
-    async def health(self) -> Answer:
-        """Return how many jobs and workers there are, and whether jobs can run; touches no ComfyUI."""
-        counts = await self._service.counts()
-        backends = self._service.all_backends()
-        healthy = sum(bool(backend["healthy"]) for backend in backends)
-        jobs = {
-            "completed": counts.get(JobState.COMPLETED, 0),
-            "failed": counts.get(JobState.FAILED, 0) + counts.get(JobState.TIMED_OUT, 0),
-            "inProgress": counts.get(JobState.IN_PROGRESS, 0),
-            "inQueue": counts.get(JobState.IN_QUEUE, 0),
-            "retried": await self._service.retried(),
-        }
-        return Answer(
-            {
-                "jobs": jobs,
-                "workers": _workers(backends),
-                "status": "healthy" if healthy else "unhealthy",
-                "comfyui": {
-                    "reachable": healthy > 0,
-                    "healthy": healthy,
-                    "total": len(backends),
-                    **away(backends),
-                },
-                "queues": queue_sizes(counts, backends),
-                "version": __version__,
-            }
-        )
-
-    async def _answer(self, request: Request, record: JobRecord, files: str) -> Answer:
-        """Return RunPod's `/status` of a job."""
-        if record.output is None:
-            return Answer(status_body(record, await self._progress(record)))
-        return await run_in_threadpool(self._within_limit, record, files, self._parts.base_url(request))
-
-    def _within_limit(self, record: JobRecord, files: str, base: str) -> Answer:
-        answer = Answer(self._with_output(record, files, base))
-        if len(answer.body) > _limit(record):
-            raise OutputTooLarge(
-                f"The answer would have more than {_limit(record)} bytes", hint="Let the workflow make less"
-            )
-        return answer
-
-    def _with_output(self, record: JobRecord, files: str, base: str) -> dict[str, Any]:
-        """Return RunPod's `/status` of a job that has ended; files that do not fit into an answer come as links."""
-        return status_body(record, None if record.output is None else self._output(record, record.output, files, base))
-
-    def _output(self, record: JobRecord, output: Mapping[str, Any], files: str, base: str) -> dict[str, Any]:
-        limit = _limit(record)
-        if files == "base64" and _bytes_of_files(output) * 4 // 3 + _ROOM < limit:
-            return self._parts.assets.as_base64(output)
-        linked = self._parts.linked(output, base)
-        if files == "base64":
-            notice = f"The files come as links: with them, the answer would have more than {limit // MB} MB"
-            linked["errors"] = [*linked.get("errors", []), notice]
-        return linked
-
-    async def _progress(self, record: JobRecord) -> dict[str, Any] | None:
-        """Return how far a job is, as RunPod shows a worker's progress updates."""
-        if record.state.is_terminal:
-            return None
-        told = await self._service.progress_of(record)
-        return None if told is None else dict(told.data)
+CheckEndpoint = Depends(_check_endpoint)
+"""For the router below `/v2/{endpoint_id}`."""
 
 
-def _workers(backends: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """Return how many workers do what: ComfyUIs, or the workers of the endpoint that is the only backend."""
-    names = ("idle", "initializing", "ready", "running", "throttled", "unhealthy")
-    if len(backends) == 1 and "workers" in backends[0]:
-        return {name: backends[0]["workers"].get(name, 0) for name in names}
-    healthy = [backend for backend in backends if backend["healthy"]]
-    running = sum(bool(backend["jobs"]) for backend in healthy)
-    counts = {"idle": len(healthy) - running, "ready": len(healthy), "running": running}
-    return {**dict.fromkeys(names, 0), **counts, "unhealthy": len(backends) - len(healthy)}
-
-
-def _endpoint(request: Request) -> str | None:
+async def _get_endpoint(request: Request) -> str | None:
     endpoint_id: str | None = request.path_params.get("endpoint_id")
     return endpoint_id
 
 
-def _with_webhook(body: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a job with the receiver that it names as `webhookV2`, as the type of RunPod's JavaScript SDK lets it."""
-    return body if body.get("webhook") or not body.get("webhookV2") else {**body, "webhook": body["webhookV2"]}
+Endpoint = Annotated[str | None, Depends(_get_endpoint)]
+JobId = Annotated[str, Path(pattern=JOB_ID)]
+Files = Annotated[
+    FileFormat,
+    Query(description="How files come: in the response, or as links that work without a key for a while."),
+]
+Wait = Annotated[int, Query(ge=1000, le=300_000, description="Milliseconds.")]
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        description="The same key with the same body is the same job.",
+        min_length=1,
+        max_length=255,
+        pattern=r"^[\x21-\x7e]+$",
+    ),
+]
+
+router = APIRouter(
+    route_class=StrictJSONRoute,
+    generate_unique_id_function=_operation_id,
+    responses=error_responses(*COMMON_ERRORS),
+)
 
 
-def _brief(record: JobRecord) -> Answer:
-    return Answer(_id_and_status(record))
+# --------------------------------------------------------------------------------------------------------- submit
 
 
-def _id_and_status(record: JobRecord) -> dict[str, Any]:
-    return {"id": record.id, "status": record.state.value}
+@router.post("/run", responses=error_responses(409), response_model_exclude_none=True)
+async def run(
+    request: Request, body: RunBody, jobs: Jobs, endpoint_id: Endpoint, idempotency_key: IdempotencyKey = None
+) -> JobResponse:
+    """Queue a job and return its id."""
+    record = await jobs.submit(body.as_job(), endpoint_id=endpoint_id or "local", idempotency_key=idempotency_key)
+    request.state.job_id = record.id
+    return _job_response(record)
 
 
-def _limit(record: JobRecord) -> int:
-    return RUNSYNC_LIMIT if record.is_sync else RUN_LIMIT
+@router.post("/runsync", response_model=StatusResponse, responses=error_responses(404, 409))
+async def runsync(
+    request: Request,
+    body: RunBody,
+    jobs: Jobs,
+    assets: Assets,
+    links: Links,
+    endpoint_id: Endpoint,
+    wait: Wait = _DEFAULT_WAIT_MS,
+    files: Files = "base64",
+    idempotency_key: IdempotencyKey = None,
+) -> SafeJSONResponse:
+    """Queue a job and return its result, or its status after `wait` milliseconds."""
+    record = await jobs.submit(
+        body.as_job(), endpoint_id=endpoint_id or "local", sync=True, idempotency_key=idempotency_key
+    )
+    request.state.job_id = record.id
+    # None if the client has disconnected: the job goes on, and nobody reads the response.
+    waited = await while_connected(request, jobs.wait(record.id, wait / 1000))
+    return await status_response(waited or record, files, jobs, assets, links)
 
 
-def _bytes_of_files(output: Mapping[str, Any]) -> int:
-    return sum(int(item.get("size_bytes", 0)) for kind in Kind for item in output.get(kind.value, []))
+# ---------------------------------------------------------------------------------------------------------- status
+
+
+@router.get("/status/{job_id}", response_model=StatusResponse, responses=error_responses(404))
+@router.post("/status/{job_id}", response_model=StatusResponse, responses=error_responses(404))
+async def status(job_id: JobId, jobs: Jobs, assets: Assets, links: Links, files: Files = "base64") -> SafeJSONResponse:
+    """Return the status of a job, with its output when it has one."""
+    return await status_response(await jobs.get(job_id), files, jobs, assets, links)
+
+
+@router.get("/status-sync/{job_id}", response_model=StatusResponse, responses=error_responses(404))
+@router.post("/status-sync/{job_id}", response_model=StatusResponse, responses=error_responses(404))
+async def status_sync(
+    request: Request,
+    job_id: JobId,
+    jobs: Jobs,
+    assets: Assets,
+    links: Links,
+    wait: Wait = _DEFAULT_WAIT_MS,
+    files: Files = "base64",
+) -> SafeJSONResponse:
+    """Return a job's result, or its status after `wait` milliseconds."""
+    record = await while_connected(request, jobs.wait(job_id, wait / 1000))
+    return await status_response(record or await jobs.get(job_id), files, jobs, assets, links)
+
+
+@router.get("/stream/{job_id}", response_model=StreamResponse, responses=error_responses(404))
+@router.post("/stream/{job_id}", response_model=StreamResponse, responses=error_responses(404))
+async def stream(job_id: JobId, jobs: Jobs, assets: Assets, links: Links, cursors: StreamCursors) -> SafeJSONResponse:
+    """Return a job's updates since the last call with this key; waits up to 5 s for one."""
+    client = current_caller().name
+    try:
+        record = await jobs.get(job_id)
+    except NotFound:
+        await cursors.delete(client, job_id)
+        raise
+    cursor = await cursors.get(client, job_id)
+    events = await jobs.recent_events(job_id, cursor.after)
+    if not events and not record.state.is_terminal:
+        events = await _next_event(jobs, job_id, cursor.after)
+        record = await jobs.get(job_id)
+    chunks = [{"output": dict(event.data)} for event in events if event.type == PROGRESS]
+    if has_output(record) and not cursor.has_output:
+        ended = await run_in_threadpool(ended_status, record, "base64", assets, links)
+        chunks.append({"output": ended["output"]})
+    await cursors.store(client, job_id, Cursor(events[-1].number if events else cursor.after, has_output(record)))
+    return SafeJSONResponse({"status": record.state.value, "stream": chunks})
+
+
+async def _next_event(jobs: JobService, job_id: str, after: int) -> list[Event]:
+    """Return the next event, or none if none comes in time."""
+    async with aclosing(jobs.events(job_id, after)) as events:
+        try:
+            return [await asyncio.wait_for(anext(events), _STREAM_WAIT_S)]
+        except (asyncio.TimeoutError, StopAsyncIteration):
+            return []
+
+
+# --------------------------------------------------------------------------------------------------- change a job
+
+
+@router.post("/cancel/{job_id}", responses=error_responses(404), response_model_exclude_none=True)
+async def cancel(job_id: JobId, jobs: Jobs) -> JobResponse:
+    """Cancel a job; when this returns, it is off the GPU. A job that has ended stays as it is."""
+    record = await jobs.cancel(job_id)
+    was_cancelled = record.state is JobState.CANCELLED
+    message = "The job is cancelled" if was_cancelled else f"The job had ended before: it is {record.state.value}"
+    return JobResponse(id=record.id, status=record.state, message=message)
+
+
+@router.post("/retry/{job_id}", responses=error_responses(404, 409), response_model_exclude_none=True)
+async def retry(job_id: JobId, jobs: Jobs) -> JobResponse:
+    """Run a job that failed or timed out again, under its id."""
+    return _job_response(await jobs.retry(job_id))
+
+
+@router.post("/purge-queue")
+async def purge_queue(jobs: Jobs, endpoint_id: Endpoint) -> PurgeResponse:
+    """Cancel this key's waiting jobs; below an endpoint, those of that endpoint."""
+    return PurgeResponse(removed=await jobs.purge(endpoint_id))
+
+
+def _job_response(record: JobRecord) -> JobResponse:
+    return JobResponse(id=record.id, status=record.state)
+
+
+# ---------------------------------------------------------------------------------------------------------- health
+
+
+@router.get("/health", response_model_exclude_none=True)
+async def health(jobs: Jobs) -> HealthResponse:
+    """Return how many jobs and workers there are, and whether jobs can run; makes no request to ComfyUI."""
+    counts = await jobs.counts()
+    backends = jobs.all_backends()
+    healthy = sum(bool(backend["healthy"]) for backend in backends)
+    return HealthResponse(
+        jobs=JobCounts(
+            completed=counts.get(JobState.COMPLETED, 0),
+            failed=counts.get(JobState.FAILED, 0) + counts.get(JobState.TIMED_OUT, 0),
+            inProgress=counts.get(JobState.IN_PROGRESS, 0),
+            inQueue=counts.get(JobState.IN_QUEUE, 0),
+            retried=await jobs.retried(),
+        ),
+        workers=_workers(backends),
+        status="healthy" if healthy else "unhealthy",
+        comfyui=ComfyUIState(
+            reachable=healthy > 0, healthy=healthy, total=len(backends), away_since=_away_since(backends)
+        ),
+        queues=QueueSizes(**queue_sizes(counts, backends)),
+        version=__version__,
+    )
+
+
+def _workers(backends: Sequence[Mapping[str, Any]]) -> WorkerCounts:
+    """Return the counts of ComfyUIs, or of the workers of the endpoint that is the only backend."""
+    if len(backends) == 1 and "workers" in backends[0]:
+        return WorkerCounts(**backends[0]["workers"])
+    healthy = [backend for backend in backends if backend["healthy"]]
+    running = sum(bool(backend["jobs"]) for backend in healthy)
+    return WorkerCounts(
+        idle=len(healthy) - running, ready=len(healthy), running=running, unhealthy=len(backends) - len(healthy)
+    )
+
+
+def _away_since(backends: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return since when no ComfyUI has answered, as ISO 8601 in UTC; None if one does, or it is unknown."""
+    if any(backend["healthy"] for backend in backends):
+        return None
+    since = [backend["away_since"] for backend in backends if backend.get("away_since")]
+    return iso_time(max(since)) if since else None

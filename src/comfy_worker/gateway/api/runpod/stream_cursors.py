@@ -1,12 +1,13 @@
-"""How far clients of `/stream` have heard of their jobs: for as long as the job is there, and one of few thousands."""
+"""How far each client has read the updates of its jobs through `/stream`: the few thousand latest."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Protocol, TypeVar, cast
 
+from fastapi import Depends, Request
 from starlette.concurrency import run_in_threadpool
 
 from comfy_worker.gateway.settings import GatewaySettings
@@ -14,19 +15,19 @@ from comfy_worker.gateway.settings import GatewaySettings
 if TYPE_CHECKING:
     from redis import Redis
 
-_MOST = 4096
-_KEPT_S = 86_400
+_MAX_CURSORS = 4096
+_EXPIRES_S = 86_400
 
-Answer = TypeVar("Answer")
+Reply = TypeVar("Reply")
 
 
 @dataclass(frozen=True)
 class Cursor:
-    """What a client was told of a job.
+    """What a client has received of a job.
 
     Attributes:
         after: the number of the last event; -1 for none.
-        has_output: whether the output was among it.
+        has_output: whether it has received the output.
     """
 
     after: int = -1
@@ -36,92 +37,98 @@ class Cursor:
 class Cursors(Protocol):
     """The cursors of all clients."""
 
-    async def of(self, client: str, job_id: str) -> Cursor:
-        """Return the cursor of a client and a job that is there."""
+    async def get(self, client: str, job_id: str) -> Cursor:
+        """Return the cursor of a client and an existing job."""
 
-    async def keep(self, client: str, job_id: str, cursor: Cursor) -> None:
-        """Keep what a client was told."""
+    async def store(self, client: str, job_id: str, cursor: Cursor) -> None:
+        """Store what a client has received."""
 
-    async def forget(self, client: str, job_id: str) -> None:
-        """Forget what a client was told of a job that is gone."""
+    async def delete(self, client: str, job_id: str) -> None:
+        """Delete the cursor of a client and a job that is gone."""
 
 
 class LocalCursors:
-    """The cursors in memory: the one that was used longest ago goes first if there are too many."""
+    """The cursors in memory; if there are too many, the least recently used is deleted."""
 
-    def __init__(self, most: int = _MOST) -> None:
-        """Take how many are kept."""
-        self._most = most
+    def __init__(self, max_cursors: int = _MAX_CURSORS) -> None:
+        self._max_cursors = max_cursors
         self._cursors: OrderedDict[tuple[str, str], Cursor] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._cursors)
 
-    async def of(self, client: str, job_id: str) -> Cursor:
-        """Return the cursor of a client and a job that is there."""
+    async def get(self, client: str, job_id: str) -> Cursor:
+        """Return the cursor of a client and an existing job."""
         cursor = self._cursors.get((client, job_id), Cursor())
         if (client, job_id) in self._cursors:
             self._cursors.move_to_end((client, job_id))
         return cursor
 
-    async def keep(self, client: str, job_id: str, cursor: Cursor) -> None:
-        """Keep what a client was told."""
+    async def store(self, client: str, job_id: str, cursor: Cursor) -> None:
+        """Store what a client has received."""
         self._cursors[client, job_id] = cursor
         self._cursors.move_to_end((client, job_id))
-        if len(self._cursors) > self._most:
+        if len(self._cursors) > self._max_cursors:
             self._cursors.popitem(last=False)
 
-    async def forget(self, client: str, job_id: str) -> None:
-        """Forget what a client was told of a job that is gone."""
+    async def delete(self, client: str, job_id: str) -> None:
+        """Delete the cursor of a client and a job that is gone."""
         self._cursors.pop((client, job_id), None)
 
 
 class RedisCursors:
-    """The cursors in a Redis, for several processes; while it is away, each process remembers its own."""
+    """The cursors in Redis, for several processes; while it is away, each process keeps its own."""
 
     def __init__(self, url: str) -> None:
-        """Take the URL of the Redis."""
         # Loaded late: only several gateways need Redis's client.
         from comfy_worker.gateway.events.redis_connection import RedisAway, RedisConnection
 
         self._away = RedisAway
-        self._link = RedisConnection(url, lambda _client: None, "clients of /stream may be told things twice")
+        self._link = RedisConnection(url, lambda _client: None, "clients of /stream may receive updates twice")
         self._own = LocalCursors()
 
-    async def of(self, client: str, job_id: str) -> Cursor:
-        """Return the cursor of a client and a job that is there."""
-        own = await self._own.of(client, job_id)
+    async def get(self, client: str, job_id: str) -> Cursor:
+        """Return the cursor of a client and an existing job."""
+        own = await self._own.get(client, job_id)
         try:
-            kept = await self._do(lambda redis: cast("bytes | None", redis.get(_key(client, job_id))))
+            stored = await self._do(lambda redis: cast("bytes | None", redis.get(_key(client, job_id))))
         except self._away:
             return own
-        if kept is None:
+        if stored is None:
             return own
-        after, _, has_output = kept.partition(b":")
+        after, _, has_output = stored.partition(b":")
         return max(own, Cursor(int(after), has_output == b"1"), key=lambda cursor: (cursor.after, cursor.has_output))
 
-    async def keep(self, client: str, job_id: str, cursor: Cursor) -> None:
-        """Keep what a client was told."""
+    async def store(self, client: str, job_id: str, cursor: Cursor) -> None:
+        """Store what a client has received."""
         value = f"{cursor.after}:{int(cursor.has_output)}"
         try:
-            await self._do(lambda redis: redis.set(_key(client, job_id), value, ex=_KEPT_S))
+            await self._do(lambda redis: redis.set(_key(client, job_id), value, ex=_EXPIRES_S))
         except self._away:
-            await self._own.keep(client, job_id, cursor)
+            await self._own.store(client, job_id, cursor)
 
-    async def forget(self, client: str, job_id: str) -> None:
-        """Forget what a client was told of a job that is gone; one that cannot be reached expires by itself."""
-        await self._own.forget(client, job_id)
+    async def delete(self, client: str, job_id: str) -> None:
+        """Delete the cursor of a client and a job that is gone; if Redis is away, it expires."""
+        await self._own.delete(client, job_id)
         try:
             await self._do(lambda redis: redis.delete(_key(client, job_id)))
         except self._away:
             return
 
-    async def _do(self, command: Callable[[Redis], Answer]) -> Answer:
+    async def _do(self, command: Callable[[Redis], Reply]) -> Reply:
         return await run_in_threadpool(self._link.call, command)
 
 
 def _key(client: str, job_id: str) -> str:
     return f"comfy:cursors:{client}:{job_id}"
+
+
+async def _get_cursors(request: Request) -> Cursors:
+    cursors: Cursors = request.app.state.stream_cursors
+    return cursors
+
+
+StreamCursors = Annotated[Cursors, Depends(_get_cursors)]
 
 
 def make_cursors(settings: GatewaySettings) -> Cursors:

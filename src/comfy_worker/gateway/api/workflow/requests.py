@@ -1,4 +1,4 @@
-"""A request of the workflow API in RunPod's words."""
+"""Turns the workflow API's requests into RunPod's form, and submits them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from starlette.concurrency import run_in_threadpool
 from comfy_worker.catalog.library import Catalog
 from comfy_worker.catalog.template import expand
 from comfy_worker.errors import ComfyUnreachable, InvalidInput
-from comfy_worker.gateway.api.dependencies import Dependencies
+from comfy_worker.gateway.api.dependencies import OutputLinks, Services
 from comfy_worker.gateway.api.workflow.graph_edits import with_prompt
 from comfy_worker.gateway.jobs.service import JobService
 from comfy_worker.gateway.settings import GatewaySettings
@@ -24,53 +24,56 @@ from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.graph.workflow import check_workflow
 from comfy_worker.job.payload import parse_job
 
-DOOR = "workflow"
+API = "workflow"
 _PROMPT = "prompt"
-_PATIENCE_S = 1.0
-_LOOK_S = 0.05
+_COMFYUI_TIMEOUT_S = 1.0
+_POLL_S = 0.05
 
 
-async def check_comfyui(service: JobService) -> None:
-    """Return if a ComfyUI answers; a moment is waited for one, because a gateway that was just started knows of none.
+async def check_comfyui(jobs: JobService) -> None:
+    """Return if a ComfyUI answers; wait a second for it, because a gateway that has just started knows of none.
 
     Raises:
-        ComfyUnreachable: none does.
+        ComfyUnreachable: none answers.
     """
-    deadline = time.monotonic() + _PATIENCE_S
-    while not any(backend["healthy"] for backend in service.backends()):
+    deadline = time.monotonic() + _COMFYUI_TIMEOUT_S
+    while not any(backend["healthy"] for backend in jobs.backends()):
         if time.monotonic() >= deadline:
             raise ComfyUnreachable("ComfyUI server is not accessible", hint="Is it running? COMFYUI_URL says where")
-        await asyncio.sleep(_LOOK_S)
+        await asyncio.sleep(_POLL_S)
 
 
 async def submit(
-    request: Request, parts: Dependencies, job_input: Mapping[str, Any], cache_key: str | None = None
+    request: Request,
+    services: Services,
+    links: OutputLinks,
+    job_input: Mapping[str, Any],
+    cache_key: str | None = None,
 ) -> tuple[JobRecord, bool]:
-    """Queue a job under an id of this API's form; return it, and whether it is an earlier one of the same cache key.
+    """Queue a job; return it, and whether it is that of an earlier request with the same cache key.
 
     Raises:
-        InvalidInput: an input file is not as it must be.
+        InvalidInput: an input file is invalid.
         QueueFull: no more jobs can wait.
     """
-    job = job_of(job_input, parts.settings)
+    job = job_of(job_input, services.settings)
     await run_in_threadpool(parse_job, job)
     job_id = str(uuid.uuid4())
-    details = parts.details(request)
-    record = await parts.service.submit(job, job_id=job_id, cache_key=cache_key, api=DOOR, details=details)
-    # For the line that the log has of this request.
+    details = {"base_url": links.base_url}
+    record = await services.jobs.submit(job, job_id=job_id, cache_key=cache_key, api=API, details=details)
     request.state.job_id = record.id
     return record, record.id != job_id
 
 
 def job_of(job_input: Mapping[str, Any], settings: GatewaySettings) -> dict[str, Any]:
-    """Return a job in RunPod's words; WORKFLOW_TIMEOUT, where it is set, is how long it may run."""
+    """Return a job in RunPod's form; WORKFLOW_TIMEOUT, if set, limits its run."""
     if "workflow_timeout_s" not in settings.model_fields_set:
         return {"input": job_input}
     return {"input": job_input, "policy": {"executionTimeout": settings.workflow_timeout_s * 1000}}
 
 
 def input_of(body: Mapping[str, Any], library: Catalog, inputs: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Return RunPod's `input` with the graph that a request asks for.
+    """Return RunPod's `input` with the graph of a request.
 
     Args:
         body: the request.
@@ -78,8 +81,8 @@ def input_of(body: Mapping[str, Any], library: Catalog, inputs: Mapping[str, Any
         inputs: the named workflow's parameters.
 
     Raises:
-        InvalidInput: what was sent does not go together; there is no such named workflow; the prompt has no place.
-        InvalidWorkflow: the workflow is no graph in API format.
+        InvalidInput: fields contradict each other; the named workflow does not exist; no text can take the prompt.
+        InvalidWorkflow: the workflow is not a graph in API format.
     """
     prompt = str(body.get(_PROMPT) or "")
     asked = {name: body[name] for name in ("workflow", "images") if body.get(name) is not None}
@@ -105,8 +108,8 @@ def input_of(body: Mapping[str, Any], library: Catalog, inputs: Mapping[str, Any
 
 
 def template_of(body: Mapping[str, Any]) -> str | None:
-    """Return the named workflow that a request asks for, with its version if it says one; None if it names none."""
-    # A version that is empty is one that was left out.
+    """Return the named workflow of a request, with its version if it has one; None if it has a graph of its own."""
+    # An empty version counts as left out.
     template, version = body.get("template"), body.get("version") or None
     if version is None:
         return template
@@ -123,15 +126,15 @@ def _takes_prompt(template: str, library: Catalog) -> bool:
 
 
 def _extra_data_of(workflow: Any) -> Mapping[str, Any]:
-    """Return the `extra_data` of a whole `{"prompt": …}`, as ComfyUI's own API is sent."""
+    """Return the `extra_data` beside `prompt`, in the form that ComfyUI's own `POST /prompt` takes."""
     extra_data = workflow.get("extra_data") if isinstance(workflow, Mapping) and "prompt" in workflow else None
     return extra_data if isinstance(extra_data, Mapping) else {}
 
 
 def cache_key_of(body: Mapping[str, Any], library: Catalog) -> str:
-    """Return the key under which an identical request is found again.
+    """Return the same key for identical requests.
 
-    A named workflow counts with its content: after a change of its file, the request is another one.
+    It includes the content of a named workflow: when its file has changed, the request is another one.
     """
     content: dict[str, Any] = {name: value for name, value in body.items() if name != "cache" and value is not None}
     if (template := template_of(body)) is not None:

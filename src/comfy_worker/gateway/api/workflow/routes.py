@@ -1,4 +1,4 @@
-"""The workflow API: submit a graph, ask for its status, cancel it; queue and versions of named workflows."""
+"""The workflow API: submit a graph, get its status, cancel it; the queue, and versions of named workflows."""
 
 from __future__ import annotations
 
@@ -9,172 +9,106 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Path, Request, WebSocket
 from starlette.concurrency import run_in_threadpool
 
-from comfy_worker.gateway.api.dependencies import Dependencies
-from comfy_worker.gateway.api.schemas import JOB_ID, Answer, DetailedErrorResponse, problems, request_body
+from comfy_worker.gateway.api.dependencies import AllServices, Jobs, Links, OutputLinks, Workflows
+from comfy_worker.gateway.api.job_updates import job_updates
+from comfy_worker.gateway.api.schemas import COMMON_ERRORS, JOB_ID, DetailedErrorResponse, error_responses
 from comfy_worker.gateway.api.workflow.requests import cache_key_of, check_comfyui, input_of, submit
 from comfy_worker.gateway.api.workflow.schemas import (
     STATES,
-    CancelAnswer,
-    SubmitAnswer,
-    SubmitRequest,
+    CancelResponse,
+    SubmitBody,
+    SubmitResponse,
     WorkflowQueue,
     WorkflowStatus,
+    WorkflowVersion,
     WorkflowVersions,
 )
 from comfy_worker.gateway.api.workflow.status import status_of
-from comfy_worker.gateway.errors import DatabaseUnavailable, NotFound, NotImplementedYet
-from comfy_worker.gateway.events.bus import PREVIEW, STATUS
-from comfy_worker.gateway.http.middleware import answer_error
-from comfy_worker.gateway.http.request_validation import read_body, warnings_of
-from comfy_worker.gateway.http.websockets import tell
+from comfy_worker.gateway.errors import NotFound, NotImplementedYet
+from comfy_worker.gateway.events.bus import STATUS
+from comfy_worker.gateway.http.json_response import SafeJSONResponse
+from comfy_worker.gateway.http.strict_json_route import StrictJSONRoute
+from comfy_worker.gateway.http.websockets import send_messages
+from comfy_worker.gateway.jobs.service import JobService
 from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.types import JobState
 
 PromptId = Annotated[str, Path(pattern=JOB_ID)]
 TemplateName = Annotated[str, Path(max_length=255, examples=["solid-color"])]
+_NOT_FOUND = error_responses(404, model=DetailedErrorResponse)
+
+router = APIRouter(
+    prefix="/api",
+    tags=["Workflows"],
+    route_class=StrictJSONRoute,
+    responses=error_responses(*COMMON_ERRORS, model=DetailedErrorResponse),
+)
 
 
-def router(parts: Dependencies) -> APIRouter:
-    """Return the door's routes."""
-    door = _Door(parts)
-    api = APIRouter(tags=["Workflows"])
-    api.add_api_route(
-        "/api/workflow/submit",
-        door.submit,
-        methods=["POST"],
-        operation_id="submit_workflow",
-        response_model=SubmitAnswer,
-        response_model_exclude_none=True,
-        responses=problems(503, model=DetailedErrorResponse),
-        openapi_extra=request_body(SubmitRequest),
+@router.post("/workflow/submit", operation_id="submit_workflow", response_model=SubmitResponse)
+async def submit_workflow(request: Request, body: SubmitBody, services: AllServices, links: Links) -> SafeJSONResponse:
+    """Queue a workflow and return its id."""
+    sent, catalog = body.as_sent(), services.catalog
+    job_input = await run_in_threadpool(input_of, sent, catalog, body.inputs)
+    await check_comfyui(services.jobs)
+    cache_key = await run_in_threadpool(cache_key_of, sent, catalog) if body.cache else None
+    record, is_cached = await submit(request, services, links, job_input, cache_key)
+    message = "An identical earlier request answers this one" if is_cached else "Workflow submitted successfully"
+    return SafeJSONResponse(
+        {
+            "prompt_id": record.id,
+            "status": STATES[record.state],
+            "message": message,
+            **({"cached": True} if is_cached else {}),
+            **body.warnings(),
+        }
     )
-    api.add_api_route(
-        "/api/workflow/generate",
-        door.generate,
-        methods=["POST"],
-        operation_id="generate_workflow",
-        responses=problems(501, model=DetailedErrorResponse),
+
+
+@router.post(
+    "/workflow/generate",
+    operation_id="generate_workflow",
+    responses=error_responses(501, model=DetailedErrorResponse),
+)
+async def generate_workflow() -> Any:
+    """Make a workflow from a text; not implemented: this always answers 501."""
+    raise NotImplementedYet(
+        "Making a workflow out of a text needs ComfyGPT, which this gateway does not have",
+        hint="Submit a workflow, or name one of GET /api/v1/comfyui/workflows as template",
     )
-    api.add_api_route(
-        "/api/workflow/cancel/{prompt_id}",
-        door.cancel,
-        methods=["POST"],
-        operation_id="cancel_workflow",
-        response_model=CancelAnswer,
-        responses=problems(404, model=DetailedErrorResponse),
+
+
+@router.get(
+    "/workflow/status/{prompt_id}",
+    operation_id="workflow_status",
+    response_model=WorkflowStatus,
+    responses=_NOT_FOUND,
+)
+async def workflow_status(prompt_id: PromptId, jobs: Jobs, links: Links) -> SafeJSONResponse:
+    """Return the status of a workflow, with links to its files."""
+    return SafeJSONResponse(await status_of(await jobs.get(prompt_id), jobs, links))
+
+
+@router.post("/workflow/cancel/{prompt_id}", operation_id="cancel_workflow", responses=_NOT_FOUND)
+async def cancel_workflow(prompt_id: PromptId, jobs: Jobs) -> CancelResponse:
+    """Cancel a workflow that runs or waits; when this returns, it is off the GPU."""
+    before = await jobs.get(prompt_id)
+    record = await jobs.cancel(prompt_id)
+    had_ended = before.state.is_terminal or record.state is not JobState.CANCELLED
+    message = "The workflow had ended already" if had_ended else "Workflow cancelled"
+    return CancelResponse(prompt_id=record.id, status=STATES[record.state], message=message)
+
+
+@router.get("/queue", operation_id="workflow_queue")
+async def workflow_queue(jobs: Jobs) -> WorkflowQueue:
+    """Return this key's running and waiting workflows, of all APIs, the next one first.
+
+    Their numbers count those of the other keys too.
+    """
+    unfinished = await jobs.unfinished()
+    return WorkflowQueue(
+        running=_numbered(unfinished, JobState.IN_PROGRESS), pending=_numbered(unfinished, JobState.IN_QUEUE)
     )
-    for path, handler, operation_id, model, statuses in (
-        ("/api/workflow/status/{prompt_id}", door.status, "workflow_status", WorkflowStatus, (404,)),
-        ("/api/queue", door.queue, "workflow_queue", WorkflowQueue, ()),
-        ("/api/workflows/{name}/versions", door.versions, "workflow_versions", WorkflowVersions, (404,)),
-    ):
-        api.add_api_route(
-            path,
-            handler,
-            methods=["GET"],
-            operation_id=operation_id,
-            response_model=model,
-            responses=problems(*statuses, model=DetailedErrorResponse),
-        )
-    api.add_api_websocket_route("/api/workflow/ws/{prompt_id}", door.websocket)
-    return api
-
-
-class _Door:
-    def __init__(self, parts: Dependencies) -> None:
-        self._parts = parts
-        self._service = parts.service
-
-    async def submit(self, request: Request) -> Answer:
-        """Queue a workflow and return its id."""
-        body = await read_body(request, SubmitRequest)
-        library = self._parts.library
-        job_input = await run_in_threadpool(input_of, body, library, body.get("inputs"))
-        await check_comfyui(self._service)
-        cache_key = None
-        if body.get("cache"):
-            cache_key = await run_in_threadpool(cache_key_of, body, library)
-        record, is_cached = await submit(request, self._parts, job_input, cache_key)
-        message = "An identical earlier request answers this one" if is_cached else "Workflow submitted successfully"
-        return Answer(
-            {
-                "prompt_id": record.id,
-                "status": STATES[record.state],
-                "message": message,
-                **({"cached": True} if is_cached else {}),
-                **warnings_of(body, SubmitRequest),
-            }
-        )
-
-    async def generate(self) -> Answer:
-        """Make a workflow out of a text; that is not there yet, and this always answers 501."""
-        raise NotImplementedYet(
-            "Making a workflow out of a text needs ComfyGPT, which this gateway does not have",
-            hint="Submit a workflow, or name one of GET /api/v1/comfyui/workflows as template",
-        )
-
-    async def status(self, request: Request, prompt_id: PromptId) -> Answer:
-        """Return where a workflow stands, with links to what it made."""
-        record = await self._service.get(prompt_id)
-        return Answer(await status_of(record, self._parts, self._parts.base_url(request)))
-
-    async def cancel(self, prompt_id: PromptId) -> Answer:
-        """Cancel a workflow that runs or waits; when this answers, it is off the GPU."""
-        before = await self._service.get(prompt_id)
-        record = await self._service.cancel(prompt_id)
-        has_ended_before = before.state.is_terminal or record.state is not JobState.CANCELLED
-        message = "The workflow had ended already" if has_ended_before else "Workflow cancelled"
-        return Answer({"prompt_id": record.id, "status": STATES[record.state], "message": message})
-
-    async def queue(self) -> Answer:
-        """Return this key's workflows that run and that wait, of all doors, the next one in front.
-
-        Their numbers count those of the other keys too.
-        """
-        unfinished = await self._service.unfinished()
-        states = {"running": JobState.IN_PROGRESS, "pending": JobState.IN_QUEUE}
-        return Answer({name: _numbered(unfinished, state) for name, state in states.items()})
-
-    async def versions(self, name: TemplateName) -> Answer:
-        """Return all known versions of a named workflow, the latest in front."""
-        versions = await run_in_threadpool(self._parts.library.versions, name)
-        current = {entry.name: entry.version for entry in await run_in_threadpool(self._parts.library.entries)}.get(
-            name
-        )
-        if not versions:
-            raise NotFound(f"There is no named workflow {name!r}")
-        shown = [
-            {"version": entry.version, "title": entry.manifest.title, "current": entry.version == current}
-            for entry in reversed(versions)
-        ]
-        return Answer({"name": name, "versions": shown})
-
-    async def websocket(self, websocket: WebSocket, prompt_id: str) -> None:
-        """Tell the status of a workflow at each change, until it has ended."""
-        try:
-            record = await self._service.get(prompt_id)
-        except (NotFound, DatabaseUnavailable) as error:
-            await websocket.send_denial_response(answer_error(error, websocket.url.path))
-            return
-        base = self._parts.settings.public_url or str(websocket.base_url).replace("ws", "http", 1).rstrip("/")
-        await tell(websocket, self._changes(record, base))
-
-    async def _changes(self, record: JobRecord, base: str) -> AsyncGenerator[dict[str, Any], None]:
-        told = await status_of(record, self._parts, base)
-        yield told
-        if record.state.is_terminal:
-            return
-        # From its beginning, so that no change is missed between the question and the first event.
-        async with aclosing(self._service.events(record.id, 0)) as events:
-            async for event in events:
-                if event.type == PREVIEW:
-                    continue
-                if event.type == STATUS:
-                    record = await self._service.get(record.id)
-                status = await status_of(record, self._parts, base)
-                if _has_changed(told, status):
-                    told = status
-                    yield told
 
 
 def _numbered(unfinished: Sequence[tuple[int, JobRecord]], state: JobState) -> list[list[Any]]:
@@ -182,6 +116,40 @@ def _numbered(unfinished: Sequence[tuple[int, JobRecord]], state: JobState) -> l
     return [[str(number), record.id, {}] for number, record in unfinished if record.state is state]
 
 
-def _has_changed(told: dict[str, Any], status: dict[str, Any]) -> bool:
-    """Return whether there is news beyond the passing of time."""
-    return {**told, "estimated_time_remaining": None} != {**status, "estimated_time_remaining": None}
+@router.get("/workflows/{name}/versions", operation_id="workflow_versions", responses=_NOT_FOUND)
+async def workflow_versions(name: TemplateName, catalog: Workflows) -> WorkflowVersions:
+    """Return all known versions of a named workflow, the latest first."""
+    versions = await run_in_threadpool(catalog.versions, name)
+    if not versions:
+        raise NotFound(f"There is no named workflow {name!r}")
+    current = {entry.version for entry in await run_in_threadpool(catalog.entries) if entry.name == name}
+    return WorkflowVersions(
+        name=name,
+        versions=[
+            WorkflowVersion(version=entry.version, title=entry.manifest.title, current=entry.version in current)
+            for entry in reversed(versions)
+        ],
+    )
+
+
+@router.websocket("/workflow/ws/{prompt_id}")
+async def workflow_websocket(websocket: WebSocket, prompt_id: str, jobs: Jobs, links: Links) -> None:
+    """Send the status of a workflow at each change, until it has ended."""
+    await send_messages(websocket, _changes(await jobs.get(prompt_id), jobs, links))
+
+
+async def _changes(record: JobRecord, jobs: JobService, links: OutputLinks) -> AsyncGenerator[dict[str, Any], None]:
+    sent: dict[str, Any] | None = None
+    async with aclosing(job_updates(jobs, record)) as updates:
+        async for update in updates:
+            if update.type == STATUS and update.number is not None:
+                record = await jobs.get(record.id)
+            status = await status_of(record, jobs, links)
+            if sent is None or _has_changed(sent, status):
+                sent = status
+                yield status
+
+
+def _has_changed(sent: dict[str, Any], status: dict[str, Any]) -> bool:
+    """Return whether a status differs by more than the time that has passed."""
+    return {**sent, "estimated_time_remaining": None} != {**status, "estimated_time_remaining": None}

@@ -1,4 +1,4 @@
-"""`POST /api/video/generate`: a video out of a text, with HunyuanVideo."""
+"""`POST /api/video/generate`: a video from a text, with HunyuanVideo."""
 
 from __future__ import annotations
 
@@ -12,65 +12,50 @@ from starlette.concurrency import run_in_threadpool
 from comfy_worker.catalog.entry import CatalogEntry
 from comfy_worker.comfy.client import ComfyClient
 from comfy_worker.errors import InvalidInput, MissingModels
-from comfy_worker.gateway.api.dependencies import Dependencies
-from comfy_worker.gateway.api.schemas import Answer, DetailedErrorResponse, problems, request_body
+from comfy_worker.gateway.api.dependencies import AllServices, Links
+from comfy_worker.gateway.api.schemas import COMMON_ERRORS, DetailedErrorResponse, error_responses
 from comfy_worker.gateway.api.workflow.requests import check_comfyui, input_of, submit
-from comfy_worker.gateway.api.workflow.schemas import STATES, SubmitAnswer, VideoRequest
+from comfy_worker.gateway.api.workflow.schemas import STATES, SubmitResponse, VideoBody
 from comfy_worker.gateway.errors import NoComfyUI
-from comfy_worker.gateway.http.request_validation import read_body, warnings_of
+from comfy_worker.gateway.http.json_response import SafeJSONResponse
+from comfy_worker.gateway.http.strict_json_route import StrictJSONRoute
 
 TEMPLATE = "text-to-video-hunyuan"
 """The named workflow that makes the video."""
 
 
-def router(parts: Dependencies) -> APIRouter:
-    """Return the door's route."""
-    door = _Door(parts)
-    api = APIRouter(tags=["Workflows"])
-    api.add_api_route(
-        "/api/video/generate",
-        door.generate,
-        methods=["POST"],
-        operation_id="generate_video",
-        response_model=SubmitAnswer,
-        response_model_exclude_none=True,
-        responses=problems(503, model=DetailedErrorResponse),
-        openapi_extra=request_body(VideoRequest),
+router = APIRouter(
+    tags=["Workflows"],
+    route_class=StrictJSONRoute,
+    responses=error_responses(*COMMON_ERRORS, model=DetailedErrorResponse),
+)
+
+
+@router.post("/api/video/generate", operation_id="generate_video", response_model=SubmitResponse)
+async def generate_video(request: Request, body: VideoBody, services: AllServices, links: Links) -> SafeJSONResponse:
+    """Queue a video and return its id; models that ComfyUI does not have are named at once."""
+    inputs = inputs_of(body.as_sent())
+    job_input = await run_in_threadpool(input_of, {"template": TEMPLATE}, services.catalog, inputs)
+    await check_comfyui(services.jobs)
+    # The models of workers that cannot be reached are unknown: their job says what is missing.
+    with suppress(NoComfyUI):
+        await run_in_threadpool(check_models, services.catalog.get(TEMPLATE), services.jobs.comfyui())
+    record, _ = await submit(request, services, links, job_input)
+    return SafeJSONResponse(
+        {
+            "prompt_id": record.id,
+            "status": STATES[record.state],
+            "message": "Video submitted successfully",
+            **body.warnings(),
+        }
     )
-    return api
-
-
-class _Door:
-    def __init__(self, parts: Dependencies) -> None:
-        self._parts = parts
-
-    async def generate(self, request: Request) -> Answer:
-        """Queue a video and return its id; models that ComfyUI does not have are named at once."""
-        body = await read_body(request, VideoRequest)
-        job_input = await run_in_threadpool(input_of, {"template": TEMPLATE}, self._parts.library, inputs_of(body))
-        await check_comfyui(self._parts.service)
-        await run_in_threadpool(self._check_models)
-        record, _ = await submit(request, self._parts, job_input)
-        return Answer(
-            {
-                "prompt_id": record.id,
-                "status": STATES[record.state],
-                "message": "Video submitted successfully",
-                **warnings_of(body, VideoRequest),
-            }
-        )
-
-    def _check_models(self) -> None:
-        # Of workers that are out of reach nobody knows: the job says what they lack.
-        with suppress(NoComfyUI):
-            check_models(self._parts.library.get(TEMPLATE), self._parts.service.comfyui())
 
 
 def inputs_of(body: Mapping[str, Any]) -> dict[str, Any]:
     """Return the named workflow's parameters.
 
     Raises:
-        InvalidInput: `extra_params` says again what the request says.
+        InvalidInput: `extra_params` repeats a field of the request.
     """
     own = {name: body[name] for name in ("prompt", "duration", "style") if body.get(name) is not None}
     if body.get("resolution") is not None:
@@ -84,10 +69,10 @@ def inputs_of(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_models(entry: CatalogEntry, client: ComfyClient) -> None:
-    """Return if ComfyUI has all models of a named workflow.
+    """Check that ComfyUI has all models of a named workflow.
 
     Raises:
-        MissingModels: it has not; the sentence says where each of them belongs.
+        MissingModels: it has not; the sentence names the files and their folders.
         ComfyUnreachable: it does not answer.
     """
     present = client.models(dict.fromkeys(model.folder for model in entry.manifest.models))

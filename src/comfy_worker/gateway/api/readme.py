@@ -1,4 +1,4 @@
-"""The project's README as a page."""
+"""The project's README as a page, at `/`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from importlib import metadata
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from fastapi import APIRouter
 from fastapi.responses import HTMLResponse
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from starlette.concurrency import run_in_threadpool
 
+from comfy_worker.gateway.api.schemas import COMMON_ERRORS, error_responses
 from comfy_worker.gateway.errors import NotFound
 
 _PACKAGE = "comfy-worker"
@@ -29,21 +31,23 @@ _POLICY = (
 )
 
 
+_ERRORS = error_responses(*COMMON_ERRORS, 404)
+router = APIRouter(tags=["Generate"])
+
+
+@router.get("/", operation_id="readme", response_class=HTMLResponse, responses=_ERRORS)
+@router.head("/", operation_id="readme_head", response_class=HTMLResponse, responses=_ERRORS)
 async def readme_page() -> HTMLResponse:
     """Return the project's README as a page."""
-    page = await run_in_threadpool(_page)
+    page = await run_in_threadpool(lambda: as_page(readme(_CHECKOUT)))
     return HTMLResponse(page, headers={"Content-Security-Policy": _POLICY})
 
 
-def _page() -> str:
-    return as_page(readme(_CHECKOUT))
-
-
 def readme(checkout: Path, package: str = _PACKAGE) -> str:
-    """Return the README of a checkout, or else the one that the installed package carries as its description.
+    """Return the README of a checkout, or else the one in the metadata of the installed package.
 
     Raises:
-        NotFound: there is neither.
+        NotFound: neither exists.
     """
     file = checkout / "README.md"
     if (checkout / "pyproject.toml").is_file() and file.is_file():
@@ -59,7 +63,7 @@ def readme(checkout: Path, package: str = _PACKAGE) -> str:
 
 @lru_cache(maxsize=1)
 def as_page(markdown: str) -> str:
-    """Return Markdown as a page; HTML within it is shown as text, and links to files beside it are none."""
+    """Return Markdown as a page, with HTML in it escaped and links to files of the repository removed."""
     parser = MarkdownIt("js-default")
     tokens = parser.parse(markdown)
     for token in tokens:
@@ -73,7 +77,7 @@ def as_page(markdown: str) -> str:
 
 
 def _without_file_links(tokens: list[Token]) -> list[Token]:
-    """Return the tokens of a line without links into the repository, which is not served; their words stay."""
+    """Return the tokens of a line without links into the repository, which is not served; their text stays."""
     kept, dropped = [], False
     for token in tokens:
         if token.type == "link_open":
