@@ -73,15 +73,15 @@ class Worker:
         """
         if not isinstance(job, Mapping):
             return InvalidInput("The job must be an object with an input", hint=HOW_TO_SEND).as_output()
-        report = self._webhooks.report_on(job, result_limit) if send_webhooks else None
+        webhook = self._webhooks.for_job(job, result_limit) if send_webhooks else None
         try:
-            output = self._run(job, report.listening(on_event) if report else on_event, stop, result_limit)
+            output = self._run(job, webhook.send_progress(on_event) if webhook else on_event, stop, result_limit)
         # Whatever gets past here, even SystemExit, would end the worker or leave the job without a result.
         except BaseException:
             log.exception("job %s failed because of a bug", job.get("id"))
             output = InternalError("The worker failed because of a bug of its own; its log says where").as_output()
-        if report:
-            report.end(output, cancelled=stop is not None and stop.is_set())
+        if webhook:
+            webhook.send_end(output, cancelled=stop is not None and stop.is_set())
         return output
 
     def _run(

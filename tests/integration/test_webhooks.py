@@ -102,8 +102,8 @@ def test_a_job_that_was_cancelled_while_it_ran(worker: Worker, tmp_path: Path) -
 
 def test_a_job_that_was_cancelled_too_late_counts_as_the_platform_counts_it(worker: Worker) -> None:
     with Receiver() as receiver:
-        report = worker._webhooks.report_on(job({}, webhook=hook(receiver)))
-        report.end({"images": []}, cancelled=True)
+        webhook = worker._webhooks.for_job(job({}, webhook=hook(receiver)))
+        webhook.send_end({"images": []}, cancelled=True)
         worker.close()
         [end] = receiver.received
     assert (end.body["status"], end.body["error"]) == ("CANCELLED", "The job was cancelled")
@@ -268,19 +268,19 @@ def test_many_ends_wait_side_by_side_and_the_oldest_are_given_up(environment: py
     settings = load_settings(allow_private_urls=True, webhook_attempts=1)
     with Receiver(*["hang"] * 40) as receiver, closing(Webhooks(settings)) as webhooks:
         for number in range(40):
-            webhooks.report_on({"id": f"{number}", "input": {"webhook": hook(receiver)}}).end({"images": []})
+            webhooks.for_job({"id": f"{number}", "input": {"webhook": hook(receiver)}}).send_end({"images": []})
             if number < 32:
                 receiver.wait_for(number + 1)
         receiver.wait_for(40)
-        assert sorted(webhooks._outstanding.values(), key=int) == [str(number) for number in range(8, 40)]
+        assert sorted(webhooks._pending.values(), key=int) == [str(number) for number in range(8, 40)]
         receiver.released.set()
 
 
 def test_a_body_that_is_too_long_says_so(environment: pytest.MonkeyPatch) -> None:
     image = {"filename": "a.png", "type": "base64", "data": "A" * 10_000}
     with Receiver() as receiver, closing(Webhooks(load_settings(allow_private_urls=True))) as webhooks:
-        report = webhooks.report_on({"id": "a", "input": {"webhook": hook(receiver)}}, result_limit=5000)
-        report.end({"images": [image]})
+        webhook = webhooks.for_job({"id": "a", "input": {"webhook": hook(receiver)}}, size_limit=5000)
+        webhook.send_end({"images": [image]})
         webhooks.close()
         [end] = receiver.received
     assert end.body["output"] == {"images": [{"filename": "a.png", "type": "base64"}]}
@@ -293,9 +293,9 @@ def test_a_body_that_is_too_long_says_so(environment: pytest.MonkeyPatch) -> Non
 def test_progress_is_told_in_order_and_not_too_often(environment: pytest.MonkeyPatch) -> None:
     with Receiver() as receiver, closing(Webhooks(load_settings(allow_private_urls=True))) as webhooks:
         told = hook(receiver, progress=True, secret=SECRET, extra_params={"user": 7})
-        report = webhooks.report_on(job(graphs.picture(ORANGE), webhook=told))
+        webhook = webhooks.for_job(job(graphs.picture(ORANGE), webhook=told))
         heard: list[Any] = []
-        on_event = report.listening(heard.append)
+        on_event = webhook.send_progress(heard.append)
         on_event(StageStarted(Stage.RUNNING))
         receiver.wait_for(1)
         on_event(NodeStarted("9", "SaveImage", "Save"))
@@ -303,7 +303,7 @@ def test_progress_is_told_in_order_and_not_too_often(environment: pytest.MonkeyP
             on_event(NodeProgress("9", step, 100))
         receiver.wait_for(2)
         assert len(heard) == 102, "whoever else listens hears everything"
-        report.end({"images": []})
+        webhook.send_end({"images": []})
         webhooks.close()
         on_event(NodeProgress("9", 100, 100))
         first, second, end = receiver.received
@@ -334,12 +334,12 @@ def test_progress_may_fail_and_the_end_still_comes_last(
 ) -> None:
     settings = load_settings(allow_private_urls=True, webhook_timeout_s=0.5)
     with Receiver(answer) as receiver, closing(Webhooks(settings)) as webhooks:
-        report = webhooks.report_on(job(graphs.picture(ORANGE), webhook=hook(receiver, progress=True)))
-        on_event = report.listening(lambda _event: None)
+        webhook = webhooks.for_job(job(graphs.picture(ORANGE), webhook=hook(receiver, progress=True)))
+        on_event = webhook.send_progress(lambda _event: None)
         on_event(StageStarted(Stage.STAGING))
         receiver.wait_for(1)
         on_event(StageStarted(Stage.QUEUED))
-        report.end({"images": []})
+        webhook.send_end({"images": []})
         webhooks.close()
         assert [received.body["status"] for received in receiver.received] == ["IN_PROGRESS", "COMPLETED"]
     assert problems(caplog) == []

@@ -21,7 +21,7 @@ from comfy_worker.storage import StorageFactory
 from comfy_worker.storage.public_connections import _checked
 from comfy_worker.types import Delivery, JobBucket, Webhook
 from comfy_worker.webhooks.message import Message
-from comfy_worker.webhooks.sending import Refused, post, socket_to_public
+from comfy_worker.webhooks.sending import NotAccepted, post, socket_to_public
 
 LEADING_ELSEWHERE = [
     "127.0.0.1",
@@ -60,7 +60,7 @@ def test_no_input_is_fetched_there(environment: pytest.MonkeyPatch, address: str
 @elsewhere
 def test_no_webhook_is_sent_there(environment: pytest.MonkeyPatch, address: str) -> None:
     message = Message.of(Webhook(url_of(address)), "job_COMPLETED", {})
-    with pytest.raises(Refused, match="an address that is not public"):
+    with pytest.raises(NotAccepted, match="an address that is not public"):
         asyncio.run(post(message, load_settings(), 10))
     with pytest.raises(OSError, match="not public"):
         socket_to_public((2, 1, 6, "", (address, 80)))

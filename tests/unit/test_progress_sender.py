@@ -216,7 +216,9 @@ def test_an_update_that_cannot_be_posted_is_logged_and_harms_nobody(
         return running
 
     assert asyncio.run(scene()).values == []
-    assert [record.message for record in caplog.records] == ["the progress of job job-1 met a bug"]
+    assert [record.message for record in caplog.records] == [
+        "posting the progress of job job-1 failed because of a bug"
+    ]
 
 
 @pytest.mark.parametrize("failure", [ValueError("of the job"), asyncio.CancelledError()])

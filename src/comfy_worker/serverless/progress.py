@@ -1,4 +1,4 @@
-"""Progress of a job on its way to RunPod: in order, the latest only, and never after the result."""
+"""Posts a job's progress to RunPod, and none of it after the result."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 import aiohttp
 
+from comfy_worker.throttled_sender import ThrottledSender
 from comfy_worker.worker import json_safe
 
 Session: TypeAlias = aiohttp.ClientSession
@@ -20,15 +21,15 @@ log = logging.getLogger(__name__)
 _INTERVAL_S = 0.5
 _LAST_POST_TIMEOUT_S = 10.0
 _HEADERS = {"charset": "utf-8", "Content-Type": "application/x-www-form-urlencoded"}
-"""Those of the SDK's own posts to job-done (`rp_http._transmit`)."""
+"""The headers of the SDK's own posts to job-done (`rp_http._transmit`)."""
 
 
 class ProgressSender:
-    """Posts what it was last told, at most twice a second, one post after the other.
+    """Posts the latest progress while its context is entered, at most twice a second.
 
-    The SDK's own `progress_update` starts a thread a call; an update of it may land after the result and leave a
-    finished job IN_PROGRESS for ever. Leaving this context waits for the post under way, so nothing can come later.
-    The first post waits its interval too: a short job is not made longer by telling of it.
+    The SDK's `progress_update` starts a thread for each call. Such an update can arrive after the result, and then a
+    finished job stays IN_PROGRESS for ever. Leaving this context waits for the post in progress, so none can follow.
+    The first post also waits for the interval, so that it does not delay a short job.
     """
 
     def __init__(
@@ -39,76 +40,54 @@ class ProgressSender:
         interval_s: float = _INTERVAL_S,
         last_post_timeout_s: float = _LAST_POST_TIMEOUT_S,
     ) -> None:
-        """Make ready to post.
+        """Prepare to post.
 
         Args:
-            session: to RunPod.
-            job: as RunPod handed it out.
-            interval_s: between the answer to one post and the next.
-            last_post_timeout_s: how long the job's end waits for a post that RunPod does not answer.
+            session: the HTTP session to RunPod.
+            job: the job as RunPod sent it.
+            interval_s: seconds between the response to one post and the next post.
+            last_post_timeout_s: how long leaving the context waits for a post that RunPod does not answer.
         """
         self._session = session
         self._job = job
-        self._interval_s = interval_s
         self._last_post_timeout_s = last_post_timeout_s
-        self._latest: dict[str, Any] | None = None
-        self._news = asyncio.Event()
-        self._closing = asyncio.Event()
+        self._sender = ThrottledSender(self._post, interval_s, first_delay_s=interval_s)
         self._task: asyncio.Task[None] | None = None
 
     def update(self, value: dict[str, Any]) -> None:
-        """Note where the job stands; in the event loop's thread."""
-        self._latest = value
-        self._news.set()
+        """Set the latest progress; call it in the event loop's thread."""
+        self._sender.update(value)
 
     async def __aenter__(self) -> ProgressSender:
-        self._task = asyncio.create_task(self._send_all())
+        self._task = asyncio.create_task(self._sender.run())
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._closing.set()
-        self._news.set()
+        self._sender.stop()
         if self._task is None:
             return
         await asyncio.wait([self._task], timeout=self._last_post_timeout_s)
         self._task.cancel()
         await asyncio.wait([self._task])
         if not self._task.cancelled() and (bug := self._task.exception()):
-            log.error("the progress of job %s met a bug", self._job.get("id"), exc_info=bug)
+            log.error("posting the progress of job %s failed because of a bug", self._job.get("id"), exc_info=bug)
 
-    async def _send_all(self) -> None:
-        while not await self._closes_within(self._interval_s):
-            await self._news.wait()
-            if self._closing.is_set():
-                return
-            self._news.clear()
-            if not await self._post():
-                # Once more after the interval, with what is the latest by then.
-                self._news.set()
-
-    async def _post(self) -> bool:
-        """Post where the job stands; return whether RunPod took it. Without the SDK's retries: they may last."""
+    async def _post(self, value: dict[str, Any]) -> bool:
+        """Post progress once and return whether RunPod accepted it. The SDK's retries could take minutes."""
         from runpod.serverless.modules import rp_http
 
         url = f"{rp_http.JOB_DONE_URL.replace('$ID', self._job['id'])}&isStream=false"
-        body = json.dumps({"status": "IN_PROGRESS", "output": json_safe(self._latest)}, ensure_ascii=False)
+        body = json.dumps({"status": "IN_PROGRESS", "output": json_safe(value)}, ensure_ascii=False)
+        # The SDK leaves the id of the last job that it posted for in the session's headers.
+        headers = {**_HEADERS, "X-Request-ID": self._job["id"]}
         try:
-            # The SDK leaves the id of the job that it posted for last in the session's own headers.
-            headers = {**_HEADERS, "X-Request-ID": self._job["id"]}
             async with self._session.post(url, data=body, headers=headers) as response:
                 await response.read()
         except (aiohttp.ClientError, asyncio.TimeoutError) as error:
             log.debug("progress of job %s did not reach RunPod: %s", self._job["id"], type(error).__name__)
             return False
         if not response.ok:
-            log.debug("progress of job %s was answered with %d", self._job["id"], response.status)
+            log.debug("RunPod answered progress of job %s with status %d", self._job["id"], response.status)
         return response.ok
-
-    async def _closes_within(self, seconds: float) -> bool:
-        try:
-            await asyncio.wait_for(self._closing.wait(), seconds)
-        except asyncio.TimeoutError:
-            return False
-        return True

@@ -1,4 +1,4 @@
-"""What a webhook says, and what one may be."""
+"""The message of a webhook: its check, body and signature. No I/O."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from comfy_worker.net.urls import read_url
 from comfy_worker.types import JobState, Kind, Webhook
 
 _PREFIX = "whsec_"
-"""Of a secret, by Standard Webhooks; one without it is plain text."""
+"""Marks a secret of Standard Webhooks; a secret without it is plain text."""
 _PLAIN_SIGNATURE = "X-Webhook-Signature"
-"""What AI-Dock's wrapper signs with a plain secret: `sha256=<HMAC-SHA256 of the body, in hexadecimal digits>`."""
+"""AI-Dock's header for a plain secret: `sha256=<HMAC-SHA256 of the body, in hexadecimal digits>`."""
 
 
 def check_webhook(webhook: Webhook | None, url_name: str = "input.webhook.url") -> None:
-    """Refuse a webhook that could never be sent.
+    """Check that a webhook can be sent.
 
     Raises:
-        InvalidInput: its URL is none of http(s), or its secret is empty, or begins with `whsec_` and is no base64.
+        InvalidInput: its URL is not an http(s) URL, or its secret is empty or has `whsec_` before invalid base64.
     """
     if webhook is None:
         return
@@ -43,12 +43,12 @@ def check_webhook(webhook: Webhook | None, url_name: str = "input.webhook.url") 
         raise InvalidInput(f"{secret_name} is empty", hint="Leave it out to have messages unsigned")
     if webhook.secret is not None and webhook.secret.startswith(_PREFIX) and not _is_base64(webhook.secret):
         raise InvalidInput(
-            f"{secret_name} is no secret of Standard Webhooks", hint=f"Behind {_PREFIX!r} it has base64 only"
+            f"{secret_name} is no secret of Standard Webhooks", hint=f"It must have base64 after {_PREFIX!r}"
         )
 
 
 def _is_base64(secret: str) -> bool:
-    """Return whether a secret, but for its prefix, is base64: then it can sign as Standard Webhooks describes."""
+    """Return whether a secret, without its prefix, is base64, as Standard Webhooks requires."""
     encoded = secret.removeprefix(_PREFIX).rstrip("=")
     try:
         return bool(base64.b64decode(encoded + "=" * (-len(encoded) % 4), validate=True))
@@ -58,10 +58,12 @@ def _is_base64(secret: str) -> bool:
 
 @dataclass(frozen=True)
 class Message:
-    """What one POST says.
+    """A message to a receiver.
 
     Attributes:
-        id: the same in every attempt, so that a receiver knows what it has already.
+        id: the same in every attempt, so that the receiver can recognize a repetition.
+        webhook: the receiver.
+        body: JSON.
     """
 
     id: str
@@ -69,17 +71,17 @@ class Message:
     body: str = field(repr=False)
 
     @classmethod
-    def of(cls, webhook: Webhook, name: str, content: Mapping[str, Any], limit: int | None = None) -> Message:
-        """Return a message with a content, of at most so many bytes; `name` is the same for the same message."""
+    def of(cls, webhook: Webhook, message_id: str, content: Mapping[str, Any], limit: int | None = None) -> Message:
+        """Return a message with this content, shortened to at most `limit` bytes."""
         extra = {"extra_params": webhook.extra_params} if webhook.extra_params else {}
-        # An id stands in a header and in front of a dot in what is signed.
-        return cls(re.sub(r"[^A-Za-z0-9_-]", "-", name), webhook, encode({**content, **extra}, limit))
+        # The id goes into a header, and a dot follows it in the signed text.
+        return cls(re.sub(r"[^A-Za-z0-9_-]", "-", message_id), webhook, encode({**content, **extra}, limit))
 
     def headers(self) -> dict[str, str]:
-        """Return the headers of an attempt that is made now.
+        """Return the headers for an attempt made now.
 
-        Standard Webhooks 1.0 names them. A plain secret signs as AI-Dock's wrapper does, and if it is base64, which
-        Standard Webhooks' libraries take without the prefix, in both ways.
+        The names are those of Standard Webhooks 1.0. With a plain secret, the signature is AI-Dock's; if that secret is
+        base64, which the libraries of Standard Webhooks accept without the prefix, both are sent.
         """
         now = datetime.now(timezone.utc)
         headers = {
@@ -102,11 +104,11 @@ class Message:
 
 
 def encode(body: Mapping[str, Any], limit: int | None) -> str:
-    """Return the body as JSON; one that is too long goes without the outputs' data, or else without the output."""
+    """Return the body as JSON. If it is too long, leave out the outputs' data or, if need be, the whole output."""
     text = _json(body)
     if limit is None or len(text) <= limit:
         return text
-    note = f"This message would have {len(text)} bytes and may have {limit}"
+    note = f"This message would have {len(text)} bytes, and the limit is {limit}"
     for shorter, missing in (
         ({**body, "output": _without_data(body.get("output"))}, "the data of its outputs was left out"),
         ({key: value for key, value in body.items() if key != "output"}, "its output was left out"),
@@ -118,7 +120,7 @@ def encode(body: Mapping[str, Any], limit: int | None) -> str:
 
 
 def _json(value: Any) -> str:
-    """Return JSON in ASCII. What a caller sent may have NaN in it, which Python reads and JSON lacks."""
+    """Return JSON in ASCII. A request can contain NaN, which Python parses but JSON does not have; it becomes null."""
     try:
         return json.dumps(value, allow_nan=False)
     except ValueError:
@@ -127,7 +129,7 @@ def _json(value: Any) -> str:
 
 def _without_data(output: Any) -> Any:
     if isinstance(output, list):
-        # The generate API's files.
+        # The files of the generate API.
         return [{key: value for key, value in item.items() if key != "data"} for item in output]
     if not isinstance(output, Mapping):
         return output
@@ -140,7 +142,7 @@ def _without_own_data(item: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def status_of(output: Mapping[str, Any]) -> JobState:
-    """Return the state in which a job ended, from the `output` that the worker made of it."""
+    """Return the state of a job that ended with this `output`."""
     if "error" not in output:
         return JobState.COMPLETED
     ends = {Cancelled.code: JobState.CANCELLED, TimedOut.code: JobState.TIMED_OUT}
@@ -148,6 +150,6 @@ def status_of(output: Mapping[str, Any]) -> JobState:
 
 
 def end_of(job_id: str, output: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-    """Return a job's end in the shape of RunPod's `/status`: an error stands in the output and beside it."""
+    """Return the end of a job in the format of RunPod's `/status`, with an error both in the output and beside it."""
     body = {"id": job_id, "status": status_of(output).value, "executionTime": round(seconds * 1000), "output": output}
     return {**body, "error": output["error"]} if "error" in output else body

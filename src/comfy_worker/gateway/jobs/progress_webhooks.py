@@ -14,7 +14,7 @@ from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.settings import Settings
 from comfy_worker.types import Job
 from comfy_worker.webhooks import Webhooks
-from comfy_worker.webhooks.progress import ProgressReport
+from comfy_worker.webhooks.progress import ProgressWebhook
 
 Tell = Callable[[dict[str, Any]], None]
 
@@ -26,7 +26,7 @@ class ProgressWebhooks:
         """Take the settings."""
         self._webhooks = Webhooks(settings)
         self._lock = threading.Lock()
-        self._reports: dict[str, set[ProgressReport]] = {}
+        self._reports: dict[str, set[ProgressWebhook]] = {}
 
     @contextmanager
     def told(self, job: Job, record: JobRecord) -> Iterator[Tell]:
@@ -39,19 +39,19 @@ class ProgressWebhooks:
             yield _tell_nobody
             return
         extra_params, words = job.webhook.extra_params, webhook_format_of(record.api)
-        report = ProgressReport(
+        report = ProgressWebhook(
             job.webhook, job.id, self._webhooks.settings, lambda told: words.progress_body(record, told, extra_params)
         )
         with self._lock:
             self._reports.setdefault(job.id, set()).add(report)
-        sending = self._webhooks.begin(report.send_all())
+        sending = self._webhooks.submit(report.run())
         sending.add_done_callback(lambda _sending: self._forget(job.id, report))
         try:
             yield lambda value: self._webhooks.call(report.update, value)
         finally:
-            self._webhooks.begin(report.close())
+            self._webhooks.submit(report.close())
 
-    def _forget(self, job_id: str, report: ProgressReport) -> None:
+    def _forget(self, job_id: str, report: ProgressWebhook) -> None:
         with self._lock:
             reports = self._reports.get(job_id, set())
             reports.discard(report)
@@ -62,7 +62,7 @@ class ProgressWebhooks:
         """Return when no progress of a job can come any more: at once, or when what is under way has arrived."""
         with self._lock:
             closing: list[Future[None]] = [
-                self._webhooks.begin(report.close()) for report in self._reports.get(job_id, ())
+                self._webhooks.submit(report.close()) for report in self._reports.get(job_id, ())
             ]
         for closed in closing:
             await asyncio.wrap_future(closed)

@@ -28,7 +28,7 @@ from comfy_worker.redact import redact
 from comfy_worker.settings import Settings
 from comfy_worker.types import Webhook
 from comfy_worker.webhooks.message import Message, check_webhook
-from comfy_worker.webhooks.sending import Refused, TryAgain, post
+from comfy_worker.webhooks.sending import NotAccepted, TryAgain, post
 
 log = logging.getLogger(__name__)
 
@@ -215,7 +215,7 @@ class WebhookDeliveries:
             await post(message, self._settings, self._settings.webhook_timeout_s)
         except DatabaseUnavailable:
             raise
-        except (Refused, WorkerError) as error:
+        except (NotAccepted, WorkerError) as error:
             where = f" by {shown_host(webhook.url)}" if webhook else ""
             return f"it was not accepted{where}: {error}", isinstance(error, TryAgain)
         except Exception as error:  # noqa: BLE001 - one webhook's bug must not end all others
