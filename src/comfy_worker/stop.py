@@ -1,22 +1,24 @@
-"""How a running job is told to end early."""
+"""How a running job ends early: it is cancelled, or its time is up."""
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
-from comfy_worker.errors import Cancelled
+from comfy_worker.errors import Cancelled, TimedOut
 
 
 class Stop:
-    """A cancel that can be set once, from any thread, and wakes whoever is blocked on the job's behalf.
+    """A cancellation that any thread can set once; it wakes up threads that block on behalf of the job.
 
-    The one who sets it waits for `run_job` to return: only then is the prompt out of ComfyUI.
+    The job's prompt is out of ComfyUI when `run_job` returns, not when `set` does.
 
     Attributes:
-        detached: only whoever follows the job ends.
-        is_late: it ends because its time is up: what it has made is still wanted.
+        detached: only this process stops following the job; its prompt stays in ComfyUI.
+        is_late: the job ends because its time is up, so its partial outputs are still delivered.
     """
 
     def __init__(self) -> None:
@@ -24,21 +26,22 @@ class Stop:
         self._event = threading.Event()
         self.detached = False
         self.is_late = False
-        self._wake_ups: list[Callable[[], None]] = []
+        self._callbacks: list[Callable[[], None]] = []
 
     def set(self, *, detach: bool = False, late: bool = False) -> None:
-        """Ask the job to end; more than once changes nothing, but that one that is late may still be cancelled.
+        """Ask the job to end. Calling it again has no effect, except that a late job may still be cancelled.
 
-        With `detach` only whoever follows it ends: its prompt stays in ComfyUI, and another takes it up there. With
-        `late` its time is up.
+        Args:
+            detach: leave the prompt in ComfyUI, where another process resumes it.
+            late: the job's time is up.
         """
         with self._lock:
             self.is_late = late and (self.is_late or not self._event.is_set())
             self.detached = self.detached or (detach and not self._event.is_set())
             self._event.set()
-            wake_ups = list(self._wake_ups)
-        for wake_up in wake_ups:
-            wake_up()
+            callbacks = list(self._callbacks)
+        for callback in callbacks:
+            callback()
 
     def is_set(self) -> bool:
         """Return whether the job was asked to end."""
@@ -54,15 +57,33 @@ class Stop:
         return self._event.wait(seconds)
 
     @contextmanager
-    def waking(self, wake_up: Callable[[], None]) -> Iterator[None]:
-        """Call `wake_up` when the stop is set inside this block, so that a blocking read returns at once."""
+    def calling(self, callback: Callable[[], None]) -> Iterator[None]:
+        """Call `callback` if the stop is set during this block, or was set before: to interrupt a blocking read."""
         with self._lock:
-            self._wake_ups.append(wake_up)
+            self._callbacks.append(callback)
             already = self._event.is_set()
         if already:
-            wake_up()
+            callback()
         try:
             yield
         finally:
             with self._lock:
-                self._wake_ups.remove(wake_up)
+                self._callbacks.remove(callback)
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """When a job has to be done.
+
+    Attributes:
+        at: in seconds on the monotonic clock.
+        message: the error sentence if it was not done by then.
+    """
+
+    at: float
+    message: str
+
+    def check(self) -> None:
+        """Raise `TimedOut` if the deadline has passed."""
+        if time.monotonic() >= self.at:
+            raise TimedOut(self.message)

@@ -233,7 +233,8 @@ def deliver(
     loaded = load_settings(**settings)
     with closing(ComfyClient(loaded)) as client, closing(StorageFactory(loaded)) as storages:
         storage = storages.choose(job.delivery, budget)
-        return deliver_outputs(job, Found(files=files, texts=()), client, storage, stop or Stop())
+        delivered = deliver_outputs(job, Found(files=files, texts=()), client, storage, stop or Stop())
+        return list(delivered.artifacts), list(delivered.warnings)
 
 
 @pytest.fixture

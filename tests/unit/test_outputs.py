@@ -270,9 +270,9 @@ def delivered_to(
     found = Found(files=tuple(file for file, _content in files), texts=(), received=dict(files))
     storage = LocalStorage(folder, "https://files.example.com")
     with closing(ComfyClient(load_settings())) as client:
-        artifacts, warnings = deliver_outputs(job, found, client, storage, Stop())
+        delivered = deliver_outputs(job, found, client, storage, Stop())
     written = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    return artifacts, warnings, written
+    return list(delivered.artifacts), list(delivered.warnings), written
 
 
 def test_the_jobs_own_folder_is_left_out_and_folders_of_the_author_stay(tmp_path: Path) -> None:

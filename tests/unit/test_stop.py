@@ -44,7 +44,7 @@ def test_setting_it_wakes_a_thread_that_waits() -> None:
 
 def test_setting_it_calls_everyone_who_is_to_be_woken() -> None:
     stop, woken = Stop(), []
-    with stop.waking(lambda: woken.append("outer")), stop.waking(lambda: woken.append("inner")):
+    with stop.calling(lambda: woken.append("outer")), stop.calling(lambda: woken.append("inner")):
         assert woken == []
         stop.set()
     assert woken == ["outer", "inner"]
@@ -53,7 +53,7 @@ def test_setting_it_calls_everyone_who_is_to_be_woken() -> None:
 def test_whoever_comes_too_late_is_woken_at_once() -> None:
     stop, woken = Stop(), []
     stop.set()
-    with stop.waking(lambda: woken.append("late")):
+    with stop.calling(lambda: woken.append("late")):
         assert woken == ["late"]
 
 
@@ -64,8 +64,8 @@ def test_nobody_is_woken_after_leaving() -> None:
         woken.append("woken")
 
     # The same one twice: leaving takes one of them away.
-    with stop.waking(wake_up):
-        with stop.waking(wake_up):
+    with stop.calling(wake_up):
+        with stop.calling(wake_up):
             pass
         stop.set()
     stop.set()
@@ -74,7 +74,7 @@ def test_nobody_is_woken_after_leaving() -> None:
 
 def test_leaving_by_an_exception_counts_as_leaving() -> None:
     stop, woken = Stop(), []
-    with pytest.raises(KeyError), stop.waking(lambda: woken.append("woken")):
+    with pytest.raises(KeyError), stop.calling(lambda: woken.append("woken")):
         raise KeyError
     stop.set()
     assert woken == []
@@ -82,7 +82,7 @@ def test_leaving_by_an_exception_counts_as_leaving() -> None:
 
 def test_set_from_many_threads_at_once_wakes_a_blocked_reader() -> None:
     stop, released = Stop(), threading.Event()
-    with stop.waking(released.set):
+    with stop.calling(released.set):
         threads = [threading.Thread(target=stop.set) for _ in range(8)]
         for thread in threads:
             thread.start()

@@ -21,7 +21,7 @@ from comfy_worker.comfy.protocol import (
 )
 from comfy_worker.comfy.socket import EventSocket
 from comfy_worker.errors import ComfyUnreachable, TimedOut
-from comfy_worker.stop import Stop
+from comfy_worker.stop import Deadline, Stop
 from comfy_worker.types import OnEvent, PromptsAhead
 
 _HISTORY_GRACE_S = 1.0
@@ -32,24 +32,6 @@ _DOWN_GRACE_S = 0.5
 """How long nothing may listen at ComfyUI's port before it counts as dead."""
 _HURRIED_INTERVAL_S = 0.25
 """Between two questions while something is wrong; without a socket there is nothing else to go by."""
-
-
-@dataclass(frozen=True)
-class Deadline:
-    """When a job has to be done at the latest.
-
-    Attributes:
-        at: on the monotonic clock, in seconds.
-        sentence: what the caller is told when it was not.
-    """
-
-    at: float
-    sentence: str
-
-    def check(self) -> None:
-        """Raise `TimedOut` if it has passed."""
-        if time.monotonic() >= self.at:
-            raise TimedOut(self.sentence)
 
 
 @dataclass
@@ -90,7 +72,7 @@ class Watch:
         self._ask_at = self._last_sign + min(self._interval(), _HURRIED_INTERVAL_S)
         self._listened_from_start = not joined_late and self.socket.is_open and not self.socket.was_lost
         self._pid = self.client.process.pid() if self.client.process else None
-        with self.stop.waking(self.socket.abort):
+        with self.stop.calling(self.socket.abort):
             while True:
                 self._listen()
                 self.stop.check()

@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from typing import BinaryIO
 
 from comfy_worker.comfy.client import TRANSFER_THREADS, ComfyClient
-from comfy_worker.comfy.watch import Deadline
 from comfy_worker.errors import (
     Cancelled,
     ComfyUnreachable,
@@ -39,7 +38,7 @@ from comfy_worker.graph.workflow import Graph
 from comfy_worker.job.input_files import FAILED, decode_base64, too_many_files
 from comfy_worker.media.file_type import HEAD_BYTES, content_mismatch, content_type, is_medium, with_true_extension
 from comfy_worker.net.fetcher import Fetcher, UnwantedContent, Wants
-from comfy_worker.stop import Stop
+from comfy_worker.stop import Deadline, Stop
 from comfy_worker.storage.signed_urls import Signer
 from comfy_worker.types import InputFile, Job
 
@@ -144,7 +143,7 @@ class _Staging:
         if seconds < threading.TIMEOUT_MAX:
             timer.start()
         try:
-            with self._stop.waking(self._hurry.set):
+            with self._stop.calling(self._hurry.set):
                 yield
         except Cancelled:
             self._check()
@@ -159,7 +158,7 @@ class _Staging:
     def _check(self) -> None:
         self._stop.check()
         if self._is_late and self._deadline is not None:
-            raise TimedOut(self._deadline.sentence)
+            raise TimedOut(self._deadline.message)
 
     # ---------------------------------------------------------------------------------------- references
 

@@ -119,34 +119,52 @@ def _lost(received: Iterable[OutputFile], workflow: Workflow) -> Iterator[str]:
 # ----------------------------------------------------------------------------------------------- delivery
 
 
-def deliver_outputs(
-    job: Job, found: Found, client: ComfyClient, storage: Storage, stop: Stop
-) -> tuple[list[Artifact], list[str]]:
-    """Take every file from where ComfyUI left it and hand it to the storage, several at a time.
+@dataclass(frozen=True)
+class DeliveredOutputs:
+    """What became of the outputs of a prompt.
 
-    Returns:
-        What was delivered, and a warning for each file that could not be, or not as it was wanted.
+    Attributes:
+        artifacts: the delivered files.
+        texts: the texts that nodes reported.
+        warnings: a sentence for each file that could not be delivered, or not as the job asked for.
+        failures: the errors of the files that could not be delivered.
+    """
+
+    artifacts: Sequence[Artifact]
+    texts: Sequence[OutputText]
+    warnings: Sequence[str]
+    failures: Sequence[WorkerError] = ()
+
+
+def deliver_outputs(job: Job, found: Found, client: ComfyClient, storage: Storage, stop: Stop) -> DeliveredOutputs:
+    """Deliver the outputs of a prompt that succeeded.
 
     Raises:
-        OutputTooLarge: they do not fit into the answer; a part of them would be no result.
+        OutputTooLarge: they do not fit into the response; a part of them would be no result.
         Cancelled: the job was cancelled meanwhile.
-        WorkerError: there were files and none could be delivered; the first one's failure.
+        WorkerError: there were files and none could be delivered; the error of the first one.
     """
-    artifacts, failures, warnings = deliver_each(job, found, client, storage, stop)
-    _check_failures(failures, artifacts, found)
-    return artifacts, warnings
+    delivered = deliver_files(job, found, client, storage, stop)
+    for failure in delivered.failures:
+        if isinstance(failure, (OutputTooLarge, Cancelled)):
+            raise failure
+    if delivered.artifacts:
+        return delivered
+    if delivered.failures:
+        raise delivered.failures[0]
+    if found.lost:
+        raise OutputMissing("; ".join(found.lost))
+    return delivered
 
 
-def deliver_each(
-    job: Job, found: Found, client: ComfyClient, storage: Storage, stop: Stop
-) -> tuple[list[Artifact], list[WorkerError], list[str]]:
-    """Deliver as `deliver_outputs` does; return what became of it: what arrived, the failures, the warnings."""
+def deliver_files(job: Job, found: Found, client: ComfyClient, storage: Storage, stop: Stop) -> DeliveredOutputs:
+    """Hand every file to the storage, several at a time; what fails is returned, not raised."""
     delivery = _Delivery(job, client, storage, found, stop)
     pending = [
         client.transfers.submit(delivery.deliver, file, path)
         for file, path in zip(found.files, _paths(found.files, job.prompt_id), strict=True)
     ]
-    # Whatever becomes of one of them: none is under way any more when the job's folder is removed.
+    # No transfer may still be running when the job's folder is removed.
     wait(pending)
     artifacts, failures, warnings = [], [], list(found.lost)
     for file, future in zip(found.files, pending, strict=True):
@@ -154,22 +172,11 @@ def deliver_each(
             artifact, notes = future.result()
         except WorkerError as error:
             failures.append(error)
-            notes = (f"Output {file.filename}: {error.message}",)
+            warnings.append(f"Output {file.filename}: {error.message}")
         else:
             artifacts.append(artifact)
-        warnings += notes
-    return artifacts, failures, warnings
-
-
-def _check_failures(failures: Sequence[WorkerError], artifacts: Sequence[Artifact], found: Found) -> None:
-    """Raise what makes the whole job fail."""
-    for failure in failures:
-        if isinstance(failure, (OutputTooLarge, Cancelled)):
-            raise failure
-    if failures and not artifacts:
-        raise failures[0]
-    if not artifacts and found.lost:
-        raise OutputMissing("; ".join(found.lost))
+            warnings += notes
+    return DeliveredOutputs(artifacts, found.texts, warnings, failures)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
-"""What a job had made when it failed: found and delivered beside the failure, in a bounded time."""
+"""Delivers what a job had made before it failed, within a limited time."""
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,100 +12,86 @@ from typing import Any
 from comfy_worker.comfy.client import ComfyClient
 from comfy_worker.comfy.protocol import PromptProtocol, WebsocketImage
 from comfy_worker.errors import Cancelled, WorkerError
-from comfy_worker.job.outputs import deliver_each, find_outputs
+from comfy_worker.job.outputs import DeliveredOutputs, deliver_files, find_outputs
 from comfy_worker.job.stage_limits import StageLimits
 from comfy_worker.stop import Stop
 from comfy_worker.storage import Storage
-from comfy_worker.types import Artifact, Job, OutputText
+from comfy_worker.types import Job
 
 log = logging.getLogger(__name__)
 
-_GRACE_S = 30.0
-"""How long the end of a failed job may wait for what it had made."""
-_AWAY = "ComfyUI does not answer any more"
+_DELIVERY_TIMEOUT_S = 30.0
 
 
 @dataclass
-class Made:
-    """What the nodes of a job's attempts reported and sent; of each node, what its last attempt did.
+class ReportedOutputs:
+    """What the nodes of all attempts of a job reported; of each node, what its last attempt reported.
 
     Attributes:
-        outputs: by node.
-        images: that came over the websocket and are nowhere else.
+        outputs: by node id.
+        images: pictures that came over the websocket and exist nowhere else.
     """
 
     outputs: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     images: list[WebsocketImage] = field(default_factory=list)
 
     def add(self, attempt: PromptProtocol) -> None:
-        """Take in what was heard of an attempt."""
+        """Add what an attempt reported."""
         self.outputs.update(attempt.outputs)
         sent_again = {image.node_id for image in attempt.images}
         self.images = [*(image for image in self.images if image.node_id not in sent_again), *attempt.images]
 
 
-@dataclass(frozen=True)
-class Leftovers:
-    """What could be delivered, and a sentence for each file that could not."""
-
-    artifacts: Sequence[Artifact]
-    texts: Sequence[OutputText]
-    warnings: Sequence[str]
-
-
-def deliver_leftovers(
-    job: Job, made: Made, client: ComfyClient, storage: Storage, stop: Stop, turns: StageLimits
-) -> Leftovers | None:
-    """Deliver what a job had made that failed; None if that was nothing, or if nobody waits for it.
-
-    Nobody waits for a job that its caller cancelled, but for one whose time is up. No file's failure is raised.
+def deliver_partial_outputs(
+    job: Job, reported: ReportedOutputs, client: ComfyClient, storage: Storage, stop: Stop, limits: StageLimits
+) -> DeliveredOutputs | None:
+    """Deliver what a failed job had made; None if that was nothing, or if the job was cancelled by its caller.
 
     Raises:
-        Cancelled: the job was cancelled while it waited for its turn.
+        Cancelled: the job was cancelled while it waited for its delivery to begin.
     """
     if stop.is_set() and not stop.is_late:
         return None
-    found = find_outputs(made.outputs, made.images, job.workflow, include_previews=job.include_previews)
+    found = find_outputs(reported.outputs, reported.images, job.workflow, include_previews=job.include_previews)
     if not found.files:
-        return Leftovers((), found.texts, ()) if found.texts else None
-    with _grace(stop) as grace:
-        # Files on a disk that is in reach are there without ComfyUI, others may be again with it.
-        is_in_reach = client.disk is not None or _is_back(client, grace)
-        at_hand = [file for file in found.files if is_in_reach or file in found.received]
-        # A node that sent nothing had not run: the failure is why.
-        with _turn(stop, turns):
-            artifacts, _failures, warnings = deliver_each(
-                job, replace(found, files=tuple(at_hand), lost=()), client, storage, grace
-            )
-    warnings += [f"Output {file.filename}: {_AWAY}" for file in found.files if file not in at_hand]
-    return Leftovers(artifacts, found.texts, warnings)
+        return DeliveredOutputs((), found.texts, ()) if found.texts else None
+    with _time_limit(stop) as delivery_stop:
+        # Files on a disk that the worker can read do not need ComfyUI.
+        can_read = client.disk is not None or _is_ready(client, delivery_stop)
+        readable = tuple(file for file in found.files if can_read or file in found.received)
+        with _delivery_slot(stop, limits):
+            # Missing websocket pictures are not worth a warning: their nodes did not run.
+            delivered = deliver_files(job, replace(found, files=readable, lost=()), client, storage, delivery_stop)
+    unreadable = [file.filename for file in found.files if file not in readable]
+    warnings = [f"Output {name}: ComfyUI does not answer any more" for name in unreadable]
+    return replace(delivered, warnings=[*delivered.warnings, *warnings])
 
 
 @contextmanager
-def _turn(stop: Stop, turns: StageLimits) -> Iterator[None]:
-    """Wait for the job's turn; one whose time is up, now or meanwhile, does not wait."""
+def _delivery_slot(stop: Stop, limits: StageLimits) -> Iterator[None]:
+    """Wait until the job may deliver; a job whose time is up, before or meanwhile, does not wait."""
     with ExitStack() as stack:
         try:
             if not stop.is_set():
-                stack.enter_context(turns.delivering())
+                stack.enter_context(limits.delivering())
         except Cancelled:
             if not stop.is_late:
                 raise
         yield
 
 
-def _is_back(client: ComfyClient, grace: Stop) -> bool:
+def _is_ready(client: ComfyClient, stop: Stop) -> bool:
     """Wait for a ComfyUI that may have died; return whether it answers."""
     try:
-        client.wait_until_ready(grace)
+        client.wait_until_ready(stop)
     except WorkerError as error:
-        log.info("what a failed job had made stays in ComfyUI: %s", error)
+        log.info("partial outputs of a failed job cannot be read from ComfyUI: %s", error)
         return False
     return True
 
 
-class _Grace(Stop):
-    """Says that there was no time left, in place of that the job was cancelled."""
+class _DeliveryStop(Stop):
+    """Says that the time is up instead of that the job was cancelled."""
 
     def check(self) -> None:
         if self.is_set():
@@ -113,14 +99,14 @@ class _Grace(Stop):
 
 
 @contextmanager
-def _grace(stop: Stop) -> Iterator[Stop]:
-    """Yield a stop that is set when the time is up, or when the job is cancelled meanwhile."""
-    grace = _Grace()
-    timer = threading.Timer(_GRACE_S, grace.set)
+def _time_limit(stop: Stop) -> Iterator[Stop]:
+    """Yield a stop that is set when the time for the delivery is up, or when the job is cancelled meanwhile."""
+    delivery_stop = _DeliveryStop()
+    timer = threading.Timer(_DELIVERY_TIMEOUT_S, delivery_stop.set)
     timer.daemon = True
     timer.start()
     try:
-        with stop.waking(lambda: None if stop.is_late else grace.set()):
-            yield grace
+        with stop.calling(lambda: None if stop.is_late else delivery_stop.set()):
+            yield delivery_stop
     finally:
         timer.cancel()

@@ -56,7 +56,7 @@ class FetchDeadline:
         timer.daemon = True
         timer.start()
         try:
-            with self._stop.waking(self._cut):
+            with self._stop.calling(self._cut):
                 yield self
         finally:
             timer.cancel()

@@ -85,9 +85,9 @@ def main() -> None:
 def _deliver(filename: str, kind: Any, client: ComfyClient, storages: StorageFactory) -> Any:
     job = Job(id="memory", prompt_id="memory", workflow={}, delivery=Delivery(type=kind))
     found = Found(files=(output_file(filename),), texts=())
-    artifacts, warnings = deliver_outputs(job, found, client, storages.choose(job.delivery), Stop())
-    assert not warnings, warnings
-    return artifacts
+    delivered = deliver_outputs(job, found, client, storages.choose(job.delivery), Stop())
+    assert not delivered.warnings, delivered.warnings
+    return delivered.artifacts
 
 
 def _megabytes(field: str) -> float:

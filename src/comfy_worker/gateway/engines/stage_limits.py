@@ -42,7 +42,7 @@ class PrioritySemaphore:
             Cancelled: `stop` was set while this waited.
         """
         ticket = _Ticket(order, next(self._numbers), owner)
-        with stop.waking(self._wake), self._changed:
+        with stop.calling(self._wake), self._changed:
             self._waiting.append(ticket)
             try:
                 self._changed.wait_for(lambda: stop.is_set() or self._is_next(ticket))
