@@ -25,7 +25,7 @@ from comfy_worker.gateway.api_keys import Keys
 from comfy_worker.gateway.app import create_app
 from comfy_worker.gateway.container import Gateway
 from comfy_worker.gateway.settings import load_gateway_settings
-from comfy_worker.job.input_files import FAILED
+from comfy_worker.job.input_files import UPLOAD_FAILED
 from tests.support.comfyui.graphs import data_uri, inverted, picture, png
 from tests.support.comfyui.instance import emulator
 from tests.support.gateway.process import GatewayProcess, gateway_process
@@ -211,7 +211,7 @@ def answers(files: FileServer) -> Iterator[Hostile]:
         # All have the gateway's one limit here.
         sentence = re.sub(r"0\.6 seconds", "2 seconds", case["sentence"])
         body = job_of(name="a.png", url=f"{url}?token={SECRET}")
-        yield Hostile(body, f"{FAILED}: {url} could not be fetched: {sentence}", ["input_fetch_failed"])
+        yield Hostile(body, f"{UPLOAD_FAILED}: {url} could not be fetched: {sentence}", ["input_fetch_failed"])
 
 
 def test_no_webhook_reaches_what_is_not_public(strangers: Apart) -> None:

@@ -25,7 +25,7 @@ from comfy_emulator.nodes import REGISTRY
 from comfy_worker.comfy.client import ComfyClient
 from comfy_worker.errors import Cancelled, DiskFull, InputFetchFailed, InvalidInput, TimedOut, UploadFailed
 from comfy_worker.graph.workflow import copy_graph
-from comfy_worker.job.input_files import FAILED
+from comfy_worker.job.input_files import UPLOAD_FAILED
 from comfy_worker.job.inputs import stage_inputs
 from comfy_worker.job.payload import parse_job
 from comfy_worker.job.pipeline import run_job
@@ -630,7 +630,7 @@ def test_a_jobs_own_bucket_that_the_worker_does_not_take(settings: Settings, s3:
     careful = settings.model_copy(update={"allow_job_bucket": False})
     with (
         closing(ComfyClient(careful)) as client,
-        pytest.raises(InvalidInput, match=f"^{FAILED}: .* which this worker does not take"),
+        pytest.raises(InvalidInput, match=f"^{UPLOAD_FAILED}: .* which this worker does not take"),
     ):
         Bench(client, StorageFactory(careful)).run(inverted(f"s3://{bucket}/a.png"), s3=_job_bucket(s3, bucket))
 
@@ -652,7 +652,7 @@ def test_a_jobs_own_bucket_that_the_worker_does_not_take(settings: Settings, s3:
 def test_an_object_that_cannot_be_had(bench: Bench, bucket: str, url: str, sentence: str) -> None:
     with pytest.raises(InputFetchFailed) as failed:
         bench.stage(inverted(url.format(bucket=bucket)))
-    assert failed.value.message == f"{FAILED}: {sentence.format(bucket=bucket)}"
+    assert failed.value.message == f"{UPLOAD_FAILED}: {sentence.format(bucket=bucket)}"
 
 
 # -------------------------------------------------------------------------------------------------- failures
@@ -667,14 +667,14 @@ def test_several_failures_are_named_together(bench: Bench, files: FileServer) ->
         f"{files.url}/gone/{name} could not be fetched: its server answered 404 Not Found"
         for name in ("a.png", "b.png")
     }
-    assert set(failed.value.message.removeprefix(f"{FAILED}: ").split("; ")) <= sentences
+    assert set(failed.value.message.removeprefix(f"{UPLOAD_FAILED}: ").split("; ")) <= sentences
 
 
 def test_one_that_cannot_be_had_ends_the_others(bench: Bench, files: FileServer) -> None:
     silent = files.put("/silent.png", RawAnswer(b"HTTP/1.1 200 OK\r\n", closes=False))
     late = files.put("/late-404.png", ServedFile(status=404, has_etag=False))
     workflow = {"1": node("LoadImage", image=silent), "2": node("LoadImage", image=late)}
-    with pytest.raises(InputFetchFailed, match=rf"^{FAILED}: .*late-404\.png .* answered 404"):
+    with pytest.raises(InputFetchFailed, match=rf"^{UPLOAD_FAILED}: .*late-404\.png .* answered 404"):
         bench.stage(workflow)
 
 

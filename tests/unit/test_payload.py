@@ -14,7 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from comfy_worker.errors import InvalidInput, InvalidWorkflow, UiFormatWorkflow, WorkerError
-from comfy_worker.job.input_files import FAILED, decode_base64
+from comfy_worker.job.input_files import UPLOAD_FAILED, decode_base64
 from comfy_worker.job.payload import parse_job, result_as_output, workflow_of
 from comfy_worker.names import check_name
 from comfy_worker.types import (
@@ -175,10 +175,6 @@ def test_files_is_a_synonym_of_images() -> None:
             {"files": [{"name": "a", "image": "YQ==", "nmae": "b"}]},
             "input.files.0.nmae is unknown and was ignored; did you mean 'name'?",
         ),
-        (
-            {"comfy_org_api_key": "a", "api_key_comfy_org": "b"},
-            "input.api_key_comfy_org was ignored: its other name is there too",
-        ),
     ],
 )
 def test_an_unknown_key_is_named_with_the_nearest_known_one(fields: dict[str, Any], warning: str) -> None:
@@ -254,14 +250,14 @@ def test_a_workflow_of_the_canvas_is_explained() -> None:
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"images": {}}, f"{FAILED}: input.images must be a list"),
-        ({"images": ["SECRET"]}, f"{FAILED}: input.images.0 must be an object"),
-        ({"images": [{}]}, f"{FAILED}: input.images.0.name is missing"),
+        ({"images": {}}, f"{UPLOAD_FAILED}: input.images must be a list"),
+        ({"images": ["SECRET"]}, f"{UPLOAD_FAILED}: input.images.0 must be an object"),
+        ({"images": [{}]}, f"{UPLOAD_FAILED}: input.images.0.name is missing"),
         (
             {"images": [{"name": "a", "image": "YQ=="}, {"name": 5, "image": "YQ=="}]},
-            f"{FAILED}: input.images.1.name must be a string",
+            f"{UPLOAD_FAILED}: input.images.1.name must be a string",
         ),
-        ({"files": [{"name": "a", "image": ["SECRET"]}]}, f"{FAILED}: input.files.0.image must be a string"),
+        ({"files": [{"name": "a", "image": ["SECRET"]}]}, f"{UPLOAD_FAILED}: input.files.0.image must be a string"),
         ({"timeout_s": "SECRET"}, "input.timeout_s must be a number"),
         ({"timeout_s": True}, "input.timeout_s must be a number"),
         ({"timeout_s": 0}, "input.timeout_s must be greater than 0"),
@@ -369,7 +365,7 @@ def test_line_breaks_and_spaces_do_not_matter(content: bytes, data: st.DataObjec
     ],
 )
 def test_what_is_not_an_image_is_refused_by_name(text: str, why: str) -> None:
-    assert refused(images=[{"name": "poses/in.png", "image": text}]) == f"{FAILED}: Image 'poses/in.png' {why}"
+    assert refused(images=[{"name": "poses/in.png", "image": text}]) == f"{UPLOAD_FAILED}: Image 'poses/in.png' {why}"
 
 
 @given(st.text(max_size=40))
@@ -434,14 +430,14 @@ def test_names_that_stay_in_their_folder(name: str) -> None:
 )
 def test_names_that_would_leave_are_refused(name: str, why: str) -> None:
     told = refused(images=[{"name": name, "image": "YQ=="}])
-    assert told == f"{FAILED}: Image name {name!r} is refused: {why}"
+    assert told == f"{UPLOAD_FAILED}: Image name {name!r} is refused: {why}"
     json.dumps(told, ensure_ascii=False).encode("utf-8")
 
 
 @pytest.mark.parametrize("name", ["x" * 256, "日" * 86, f"a/{'x' * 256}/b.png", "x" * 1_000_000])
 def test_a_name_that_no_file_system_takes_is_shown_in_part(name: str) -> None:
     told = refused(images=[{"name": name, "image": "YQ=="}])
-    assert told == f"{FAILED}: Image name {name[:40]!r}… is refused: a part of it is longer than 255 bytes"
+    assert told == f"{UPLOAD_FAILED}: Image name {name[:40]!r}… is refused: a part of it is longer than 255 bytes"
 
 
 @given(
@@ -467,7 +463,7 @@ def test_a_name_that_is_taken_leads_nowhere_else(name: str) -> None:
 
 def test_two_files_of_one_name() -> None:
     images = [{"name": "a.png", "image": "YQ=="}]
-    assert refused(images=images, files=images) == f"{FAILED}: Two images are named 'a.png'"
+    assert refused(images=images, files=images) == f"{UPLOAD_FAILED}: Two images are named 'a.png'"
 
 
 # --------------------------------------------------------------------------------------------------- output

@@ -1,4 +1,4 @@
-"""The files that a job brings with it: `input.images` and `input.files`, base64 or a URL, under a name of their own."""
+"""Decodes `input.images` and `input.files`: files in base64 or by URL, each with a name."""
 
 from __future__ import annotations
 
@@ -11,40 +11,39 @@ from comfy_worker.errors import InvalidInput
 from comfy_worker.names import check_name
 from comfy_worker.types import InputFile
 
-FAILED = "Failed to upload one or more input images"
-"""How the sentence of every fault of an input file begins, as worker-comfyui's."""
+UPLOAD_FAILED = "Failed to upload one or more input images"
+"""The beginning of each error sentence about an input file, as in worker-comfyui."""
 
 _URL = re.compile(r"(https?|s3)://", re.IGNORECASE)
-_LONGEST_HEAD = 1024
-"""Characters before the comma of a data URI."""
+_MAX_HEAD_LENGTH = 1024
+"""Characters up to the comma of a data URI."""
 _URLSAFE = str.maketrans("-_", "+/")
 
 
-def too_many_files(count: int | str, most: int) -> str:
-    """Return the sentence about a job with too many input files; `count` may be "more than" a number."""
-    return f"{FAILED}: the job has {count} input files, and this worker takes {most} at most"
+def too_many_files(count: int | str, limit: int) -> str:
+    """Return the error sentence for a job with too many input files; `count` may be "more than 5"."""
+    return f"{UPLOAD_FAILED}: the job has {count} input files, and this worker takes {limit} at most"
 
 
 def decode_files(items: Iterable[tuple[str, str | None, str | None]]) -> tuple[InputFile, ...]:
-    """Return the files that a job brings, each given as its name, `image` and `url`.
+    """Return the files of a job, each given as `(name, image, url)`.
 
     Raises:
-        InvalidInput: a name is refused or used twice, or a file's content cannot be made out.
+        InvalidInput: a name is refused or used twice, or a file cannot be decoded.
     """
     files: dict[str, InputFile] = {}
     try:
         for name, image, url in items:
             file = _parse_file(check_name(name, "Image name"), image, url)
             if files.setdefault(name, file) is not file:
-                # Raised here, so that its sentence gets the same beginning.
-                raise InvalidInput(f"Two images are named {name!r}")  # noqa: TRY301
+                raise InvalidInput(f"Two images are named {name!r}")  # noqa: TRY301 - gets its prefix below
     except InvalidInput as error:
-        raise InvalidInput(f"{FAILED}: {error.message}", hint=error.hint) from None
+        raise InvalidInput(f"{UPLOAD_FAILED}: {error.message}", hint=error.hint) from None
     return tuple(files.values())
 
 
 def _parse_file(name: str, image: str | None, url: str | None) -> InputFile:
-    """Return a file that is there or is to be fetched; a URL may stand in either field, and so may a data URI."""
+    """Return a file; a URL or a data URI may be in either of the two fields."""
     given = [value for value in (image, url) if value is not None]
     if len(given) != 1:
         raise InvalidInput(f"Image {name!r} needs either 'image' (base64) or 'url'")
@@ -56,12 +55,12 @@ def _parse_file(name: str, image: str | None, url: str | None) -> InputFile:
 
 
 def decode_base64(text: str, name: str) -> bytes:
-    """Return the bytes of a base64 text, or of what follows the comma of a data URI, with or without its `data:`.
+    """Return the bytes of a base64 text or of a data URI, even one without its `data:`.
 
-    Line breaks and missing padding do not matter, and the URL-safe alphabet is taken too.
+    Whitespace, missing padding and the URL-safe alphabet are accepted.
 
     Raises:
-        InvalidInput: it is empty, or has a character that does not belong there; the sentence names the image.
+        InvalidInput: it is empty or no base64; the sentence has the `name` of the image.
     """
     head, encoded = _split_data_uri(text)
     if not head and text[:5].lower() == "data:":
@@ -84,6 +83,6 @@ def decode_base64(text: str, name: str) -> bytes:
 
 
 def _split_data_uri(text: str) -> tuple[str, str]:
-    """Return what stands before the data, comma and all, and the data; the first is empty where there is no comma."""
-    end = text.find(",", 0, _LONGEST_HEAD) + 1
+    """Return the head of a data URI, with its comma, and the data; the head is empty if there is no comma."""
+    end = text.find(",", 0, _MAX_HEAD_LENGTH) + 1
     return text[:end], text[end:]

@@ -35,7 +35,7 @@ from comfy_worker.errors import (
 from comfy_worker.graph.file_references import Reference, find_strings, name_of_url, replace_references, shorten_name
 from comfy_worker.graph.node_inputs import InputConfig
 from comfy_worker.graph.workflow import Graph
-from comfy_worker.job.input_files import FAILED, decode_base64, too_many_files
+from comfy_worker.job.input_files import UPLOAD_FAILED, decode_base64, too_many_files
 from comfy_worker.media.file_type import HEAD_BYTES, content_mismatch, content_type, is_medium, with_true_extension
 from comfy_worker.net.fetcher import Fetcher, UnwantedContent, Wants
 from comfy_worker.stop import Deadline, Stop
@@ -313,7 +313,7 @@ def _file_of_url(reference: Reference) -> InputFile:
         try:
             return InputFile(name, decode_base64(reference.name, f"node {reference.node_id}"))
         except InvalidInput as error:
-            raise InvalidInput(f"{FAILED}: {error.message}") from None
+            raise InvalidInput(f"{UPLOAD_FAILED}: {error.message}") from None
     return InputFile(name, url=reference.name)
 
 
@@ -353,4 +353,4 @@ def _merged(failures: list[WorkerError]) -> WorkerError:
 
 
 def _sentence(failures: Sequence[WorkerError]) -> str:
-    return f"{FAILED}: {'; '.join(dict.fromkeys(failure.message for failure in failures))}"
+    return f"{UPLOAD_FAILED}: {'; '.join(dict.fromkeys(failure.message for failure in failures))}"

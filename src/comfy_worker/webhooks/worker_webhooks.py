@@ -59,8 +59,8 @@ class Webhooks:
 
     def _receiver(self, job: Mapping[str, Any]) -> Webhook | None:
         """Return the job's own webhook if it is valid, and else that of the settings."""
-        webhook = webhook_of(job)
         try:
+            webhook = webhook_of(job)
             check_webhook(webhook)
         except InvalidInput:
             webhook = None

@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from comfy_worker.job.payload import asked_webhook, webhook_of
+from comfy_worker.errors import InvalidInput
+from comfy_worker.job.payload import webhook_of
 from comfy_worker.types import Webhook
 from comfy_worker.webhooks.message import check_webhook
 
 
 def webhook_of_request(request: Mapping[str, Any]) -> Webhook | None:
     """Return who is to be told of a job: its `input.webhook`, or RunPod's `webhook`, a URL beside the input."""
-    return webhook_of(request) or _beside_input(request, "webhook")
+    try:
+        webhook = webhook_of(request)
+    except InvalidInput:
+        webhook = None
+    return webhook or _beside_input(request, "webhook")
 
 
 def check_receiver(request: Mapping[str, Any]) -> None:
@@ -21,7 +26,7 @@ def check_receiver(request: Mapping[str, Any]) -> None:
     Raises:
         InvalidInput: the sentence says what is wrong with the webhook.
     """
-    check_webhook(asked_webhook(request))
+    check_webhook(webhook_of(request))
     # The one that does not count where both are there is checked, too: a caller's mistake is not left for later.
     for name in ("webhookV2", "webhook"):
         check_webhook(_beside_input(request, name), name)
