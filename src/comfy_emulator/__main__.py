@@ -1,4 +1,4 @@
-"""`python -m comfy_emulator`: a ComfyUI without models, editor and GPU on a port of this machine."""
+"""`python -m comfy_emulator`: a ComfyUI without models, editor and GPU on a local port."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from comfy_emulator.emulator import Emulator, EmulatorConfig
-from comfy_emulator.emulator_server import Service
 from comfy_emulator.faults import Faults
 from comfy_emulator.model_files import DEFAULT_MODELS, MODEL_FOLDERS, Models
+from comfy_emulator.server.http_server import HttpServer
 
 _MEGABYTE = 1024 * 1024
 
 
 def main(arguments: Sequence[str] | None = None, program: str = "python -m comfy_emulator") -> None:
-    """Serve until SIGTERM or SIGINT; `program` is what the help calls this."""
+    """Serve until SIGTERM or SIGINT; the help shows `program` as the name of the command."""
     options = _parse(arguments, program)
     logging.basicConfig(level=options.log_level.upper(), format="%(levelname)s %(message)s")
     with ExitStack() as stack:
@@ -40,28 +40,33 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m comfy
         try:
             asyncio.run(_serve(config, options.listen, options.port, temporary))
         except OSError as error:
-            sys.exit(f"The emulator cannot serve at {options.listen}:{options.port}: {error}")
+            sys.exit(f"The emulator cannot listen on {options.listen}:{options.port}: {error}")
 
 
 def _parse(arguments: Sequence[str] | None, program: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog=program, description="A ComfyUI without models, editor and GPU on a port of this machine."
+        prog=program, description="A ComfyUI without models, editor and GPU on a local port."
     )
     parser.add_argument("--listen", default="127.0.0.1", metavar="IP", help="address to listen on (127.0.0.1)")
-    parser.add_argument("--port", type=int, default=8188, help="port to listen on, 0 for any free one (8188)")
+    parser.add_argument("--port", type=int, default=8188, help="port to listen on, 0 for any free port (8188)")
     parser.add_argument(
-        "--base-directory", type=Path, metavar="DIR", help="holds input/, output/, temp/ (a folder removed at exit)"
+        "--base-directory",
+        type=Path,
+        metavar="DIR",
+        help="folder with input/, output/, temp/ and models/ (a temporary one)",
     )
-    parser.add_argument("--no-models", action="store_true", help="claim to have no model files")
+    parser.add_argument("--no-models", action="store_true", help="pretend to have no model files")
     parser.add_argument(
         "--model",
         action="append",
         default=[],
         metavar="FOLDER/FILE",
-        help="claim to have this model too, such as checkpoints/my.safetensors; may be repeated",
+        help="pretend to have this model too, such as checkpoints/my.safetensors; may be repeated",
     )
-    parser.add_argument("--max-upload-size", type=float, default=100, metavar="MB", help="longest request (100)")
-    parser.add_argument("--allow-faults", action="store_true", help="let POST /_emulator/faults make things go wrong")
+    parser.add_argument(
+        "--max-upload-size", type=float, default=100, metavar="MB", help="maximum size of a request (100)"
+    )
+    parser.add_argument("--allow-faults", action="store_true", help="enable POST /_emulator/faults")
     parser.add_argument("--log-level", default="warning", choices=("debug", "info", "warning", "error"))
     options = parser.parse_args(arguments)
     for model in options.model:
@@ -80,7 +85,7 @@ def _models(added: Sequence[str], *, with_defaults: bool) -> Models:
 
 async def _serve(config: EmulatorConfig, host: str, port: int, temporary: Path | None) -> None:
     def die() -> None:
-        """End as a crash does: no answer, no clean-up but that of the folder that nobody else would remove."""
+        """End like a crash, but remove the temporary folder."""
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
         os._exit(1)
@@ -88,15 +93,15 @@ async def _serve(config: EmulatorConfig, host: str, port: int, temporary: Path |
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    service = Service(Emulator(config, Faults(), die), host, port)
-    await service.start()
+    server = HttpServer(Emulator(config, Faults(), die), host, port)
+    await server.start()
     shown_host = f"[{host}]" if ":" in host else host
     sys.stdout.write(
-        f"ComfyUI emulator at http://{shown_host}:{service.port}, files in {config.base_directory.resolve()}\n"
+        f"ComfyUI emulator at http://{shown_host}:{server.port}, files in {config.base_directory.resolve()}\n"
     )
     sys.stdout.flush()
     await stop.wait()
-    await service.stop()
+    await server.stop()
 
 
 if __name__ == "__main__":

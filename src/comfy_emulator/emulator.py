@@ -1,4 +1,4 @@
-"""One emulated ComfyUI: its folders, nodes, queue and websockets, put together."""
+"""One emulated ComfyUI without its HTTP server: folders, nodes, queue, executor and WebSockets."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from aiohttp import web
-
-from comfy_emulator.execution.executor import PromptExecutor, PromptWorker
+from comfy_emulator.execution.executor import PromptExecutor
 from comfy_emulator.execution.interrupt import Interrupt
 from comfy_emulator.execution.prompt_queue import PromptQueue
+from comfy_emulator.execution.prompt_worker import PromptWorker
 from comfy_emulator.faults import Faults
-from comfy_emulator.folder_paths import Folders
-from comfy_emulator.model_files import DEFAULT_MODELS, Models
-from comfy_emulator.node_api import Registry
-from comfy_emulator.node_definitions import JsonObject, NodeInterfaces, load_object_info
-from comfy_emulator.websockets import EventHub
+from comfy_emulator.folder_paths import FolderPaths
+from comfy_emulator.json_types import JsonObject
+from comfy_emulator.model_files import DEFAULT_MODELS, ModelFiles, Models
+from comfy_emulator.node_api import NodeRegistry
+from comfy_emulator.node_definitions import NodeDefinitions, load_object_info
+from comfy_emulator.nodes import REGISTRY
+from comfy_emulator.websockets import WebSocketHub
 
 logger = logging.getLogger(__name__)
 
@@ -27,20 +28,20 @@ DEFAULT_MAX_UPLOAD_BYTES = 100 * 1024 * 1024
 
 @dataclass(frozen=True)
 class EmulatorConfig:
-    """What an emulator is made of.
+    """The settings of an emulator.
 
     Attributes:
-        base_directory: the folder that holds `input/`, `output/` and `temp/`.
-        registry: what the nodes do; None for all nodes of the package.
-        object_info: what the nodes look like, in the form of `/object_info`; None for the data of the package.
-        models: model files that it claims to have, by folder.
-        max_upload_bytes: the longest request body; a longer one is answered 413.
+        base_directory: the folder with `input/`, `output/`, `temp/` and `models/`.
+        registry: what the nodes do.
+        object_info: the definitions of the nodes, as in `/object_info`; None for those in this package.
+        models: the model files that it pretends to have, by folder.
+        max_upload_bytes: maximum size of a request body; a larger one gets status 413.
         allow_faults: whether faults can be set over HTTP.
-        argv: start arguments that `/system_stats` shows.
+        argv: the command line that `/system_stats` shows.
     """
 
     base_directory: Path
-    registry: Registry | None = None
+    registry: NodeRegistry = field(default_factory=lambda: REGISTRY)
     object_info: Mapping[str, JsonObject] | None = None
     models: Models = field(default_factory=lambda: DEFAULT_MODELS)
     max_upload_bytes: int = DEFAULT_MAX_UPLOAD_BYTES
@@ -49,36 +50,33 @@ class EmulatorConfig:
 
 
 class Emulator:
-    """The state of one run: a restarted emulator is a new one on the same folders.
+    """The state of one run; a restarted emulator is a new object on the same folders.
 
     Args:
-        config: what it is made of.
+        config: the settings.
         faults: what goes wrong.
-        die: ends it at once.
+        die: ends the emulator at once.
     """
 
     def __init__(self, config: EmulatorConfig, faults: Faults, die: Callable[[], None]) -> None:
         self.config = config
         self.faults = faults
         self.die = die
-        self.folders = Folders(config.base_directory.resolve())
-        self.interfaces = NodeInterfaces(
-            config.registry if config.registry is not None else _all_nodes(),
-            config.object_info if config.object_info is not None else load_object_info(),
-            config.models,
-            self.folders,
-        )
+        self.folders = FolderPaths(config.base_directory.resolve())
+        self.models = ModelFiles(config.models, self.folders.models)
+        object_info = load_object_info() if config.object_info is None else config.object_info
+        self.definitions = NodeDefinitions(config.registry, object_info, self.models, self.folders)
         self.interrupt = Interrupt()
-        self.events = EventHub(faults, self.features(), self.queue_info, die)
-        self.queue = PromptQueue(faults, self.events.send_status, self.interrupt.reset)
-        self.submissions = 0
+        self.websockets = WebSocketHub(faults, self.feature_flags(), self.queue_info, die)
+        self.queue = PromptQueue(faults, self.websockets.send_status, self.interrupt.reset)
+        self.next_number = 0
+        """The queue number of the next prompt without its own."""
         self.closing = asyncio.Event()
-        self._worker = PromptWorker(
-            self.queue, PromptExecutor(self.interfaces, self.folders, self.events, self.interrupt), self.events
-        )
+        executor = PromptExecutor(self.definitions, self.folders, self.websockets, self.interrupt)
+        self._worker = PromptWorker(self.queue, executor, self.websockets)
 
-    def features(self) -> JsonObject:
-        """Give what `/features` and the websocket say that the server can do."""
+    def feature_flags(self) -> JsonObject:
+        """Return the server's feature flags (`comfy_api/feature_flags.py`)."""
         return {
             "supports_preview_metadata": True,
             "max_upload_size": self.config.max_upload_bytes,
@@ -86,53 +84,31 @@ class Emulator:
         }
 
     def queue_info(self) -> JsonObject:
-        """Give what `GET /prompt` and `status` say."""
-        return {"exec_info": {"queue_remaining": self.queue.remaining()}}
+        """Return the data of `GET /prompt` and of `status` events (`get_queue_info`)."""
+        return {"exec_info": {"queue_remaining": self.queue.get_tasks_remaining()}}
 
     def start(self) -> None:
-        """Begin to work; call in the event loop."""
-        self.folders.prepare()
-        self.events.start()
+        """Start running prompts; call it in the event loop."""
+        self.folders.create()
+        self.websockets.start()
         self._worker.start()
 
-    def halt(self) -> None:
-        """Stop taking and running prompts, and let go whoever waits for an answer; call in the event loop."""
+    def close(self) -> None:
+        """Stop accepting and running prompts, and release requests that hang; call it in the event loop."""
         self.closing.set()
         self.queue.close()
         self.interrupt.shut_down()
 
-    async def stop(self, patience_s: float) -> None:
-        """Send nothing more, and give the running node `patience_s` to notice that it is to stop."""
-        await self.events.stop()
-        await asyncio.to_thread(self._worker.join, patience_s)
+    async def wait_closed(self, timeout_s: float) -> None:
+        """Stop sending events, and wait for the running node."""
+        await self.websockets.stop()
+        await asyncio.to_thread(self._worker.join, timeout_s)
         if self._worker.is_alive():
-            logger.warning("The running node did not stop within %s s and is left behind.", patience_s)
+            logger.warning("The running node did not stop within %s s; its thread is abandoned.", timeout_s)
 
-    async def pause(self, seconds: float | None) -> None:
-        """Wait for `seconds`, or for ever; in either case no longer than the emulator runs."""
+    async def sleep(self, seconds: float) -> None:
+        """Sleep, but at most until the emulator closes."""
         try:
             await asyncio.wait_for(self.closing.wait(), seconds)
         except asyncio.TimeoutError:
             return
-
-
-def _all_nodes() -> Registry:
-    """Load the nodes of the package only where they are wanted: they bring NumPy, Pillow and PyAV."""
-    from comfy_emulator.nodes import REGISTRY
-
-    return REGISTRY
-
-
-EMULATOR: web.AppKey[Emulator] = web.AppKey("emulator", Emulator)
-
-
-def emulator_of(request: web.Request) -> Emulator:
-    """Give the emulator that a request is for."""
-    return request.app[EMULATOR]
-
-
-def cut(request: web.Request) -> web.Response:
-    """Drop the connection of a request; the answer given is never sent."""
-    if request.transport is not None:
-        request.transport.abort()
-    return web.Response()

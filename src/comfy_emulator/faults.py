@@ -1,12 +1,11 @@
-"""What a ComfyUI can do to its client on a bad day: each fault is a named field, off unless set.
+"""Faults of a ComfyUI that tests can switch on; each is a field of `Faults` and off by default.
 
-Tests set them on the running emulator (`EmulatorServer.faults`) or over HTTP (`POST /_emulator/faults` with a JSON
-object of fields, when the emulator was started with `--allow-faults`).
+Tests set them on a running emulator (`EmulatorServer.faults`), or over HTTP with `POST /_emulator/faults` and a JSON
+object of fields if the emulator was started with `--allow-faults`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Literal, TypeVar
 
@@ -14,12 +13,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class RequestRule(BaseModel):
-    """Which requests a fault meets, and how often.
+    """Which requests a fault applies to, and how often.
 
     Attributes:
         method: an HTTP method, or `*`.
         path: a path with `*` as wildcard; `/api/history/x` and `/history/x` are the same.
-        times: how many requests it meets before it is over; None for every one.
+        times: number of requests that it applies to; None for all.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -28,19 +27,19 @@ class RequestRule(BaseModel):
     path: str = "*"
     times: int | None = Field(default=1, ge=1)
 
-    def meets(self, method: str, path: str) -> bool:
-        """Tell whether a request is one of those meant here."""
-        return self.method in ("*", method) and fnmatchcase(_plain(path), _plain(self.path))
+    def matches(self, method: str, path: str) -> bool:
+        """Return whether the fault applies to a request."""
+        return self.method in ("*", method) and fnmatchcase(path.removeprefix("/api"), self.path.removeprefix("/api"))
 
 
 class StatusRule(RequestRule):
-    """Requests answered with `status` and a line of text, unprocessed."""
+    """Requests that get the response `status` and are not processed."""
 
     status: int = Field(ge=400, le=599)
 
 
 class SlowRule(RequestRule):
-    """Requests processed only after `seconds`."""
+    """Requests that are processed `seconds` late."""
 
     seconds: float = Field(gt=0)
 
@@ -49,68 +48,68 @@ Rule = TypeVar("Rule", bound=RequestRule)
 
 
 class Faults(BaseModel):
-    """The faults of one emulator; all off at first."""
+    """The faults of one emulator."""
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True, use_attribute_docstrings=True)
 
     websocket: Literal["accept", "refuse", "hang"] = "accept"
-    """New websockets: accepted, answered 503, or left waiting for the end of the handshake for ever."""
+    """New WebSockets are accepted, refused with status 503, or get no response to their handshake."""
 
     drop_websocket_after: int | None = Field(default=None, ge=0)
-    """Cut each websocket without a close frame when this many events were sent on it."""
+    """Cut each WebSocket without a close frame after this number of events."""
 
     drop_websocket_at_event: str | None = None
-    """Cut the websocket instead of sending this event (`executing`, `progress`, `preview`, …)."""
+    """Cut the WebSocket instead of sending this event (`executing`, `progress`, `preview`, …)."""
 
     drop_websocket_times: int | None = Field(default=None, ge=0)
-    """How many websockets the two faults above cut before they are over; None for every one."""
+    """Number of WebSockets that the two faults above cut; None for all."""
 
     silent: bool = False
-    """Websockets stay open and answer pings, but no event is sent on any."""
+    """WebSockets stay open and answer pings, but no events are sent."""
 
     silent_from_event: str | None = None
-    """Go silent when this event is to be sent: it and all later ones are lost."""
+    """Set `silent` when this event is due; it is the first one lost."""
 
     history_delay_s: float = Field(default=0, ge=0)
-    """Seconds by which the entry of a finished prompt appears late in the history."""
+    """Seconds until a finished prompt appears in the history."""
 
     history_lost: bool = False
-    """Finished prompts leave no entry in the history."""
+    """Finished prompts never appear in the history."""
 
     answer_status: list[StatusRule] = Field(default_factory=list)
-    """Requests answered with an error status, unprocessed."""
+    """Requests that get an error status and are not processed."""
 
     slow_answers: list[SlowRule] = Field(default_factory=list)
-    """Requests kept waiting before they are processed."""
+    """Requests that are processed late."""
 
     lost_answers: list[RequestRule] = Field(default_factory=list)
-    """Requests that are processed, and whose connection is cut before the answer."""
+    """Requests that are processed, but whose connection is cut before the response."""
 
     hang: bool = False
-    """Connections are accepted and requests read, but nothing is answered and no event sent, as by a frozen process."""
+    """Like a frozen process: connections are accepted, but no response and no event is sent."""
 
     delete_pending: int = Field(default=0, ge=0)
-    """How many of the next submissions vanish while pending, as if somebody had deleted them from the queue."""
+    """Number of coming submissions that vanish while pending, as if another client had deleted them."""
 
     ignore_interrupts: int = Field(default=0, ge=0)
-    """How many of the next interrupts are answered 200 and stop nothing, as one that comes too early."""
+    """Number of coming interrupts that get status 200 but have no effect, like one that is too early."""
 
     interrupt_ignores_prompt_id: bool = False
-    """`/interrupt` stops whatever runs, whichever `prompt_id` it names, as older versions do."""
+    """`/interrupt` ignores `prompt_id` and stops the running prompt, as older versions of ComfyUI did."""
 
     die_at_event: str | None = None
-    """Die instead of sending this event: the process ends at once, the in-process server as by `kill`."""
+    """Die instead of sending this event: the process exits; an `EmulatorServer` drops everything, as by `kill`."""
 
     def answer_with(self, status: int, path: str = "*", *, method: str = "*", times: int | None = 1) -> None:
-        """Answer the next `times` requests for `path` with `status`."""
+        """Let the next `times` requests for `path` fail with `status`."""
         self.answer_status.append(StatusRule(method=method, path=path, times=times, status=status))
 
     def slow_down(self, seconds: float, path: str = "*", *, method: str = "*", times: int | None = 1) -> None:
-        """Keep the next `times` requests for `path` waiting for `seconds`."""
+        """Process the next `times` requests for `path` `seconds` late."""
         self.slow_answers.append(SlowRule(method=method, path=path, times=times, seconds=seconds))
 
     def lose_answer(self, path: str = "/prompt", *, method: str = "POST", times: int | None = 1) -> None:
-        """Process the next `times` requests for `path`, and cut the connection instead of answering."""
+        """Process the next `times` requests for `path`, but cut the connection before the response."""
         self.lost_answers.append(RequestRule(method=method, path=path, times=times))
 
     def clear(self) -> None:
@@ -119,48 +118,26 @@ class Faults(BaseModel):
             setattr(self, name, value)
 
     def update(self, other: Faults) -> None:
-        """Take over the fields that were set in `other`, and leave the rest."""
+        """Copy the fields that were set in `other`, and leave the rest."""
         for name in other.model_fields_set:
             setattr(self, name, getattr(other, name))
 
-    def takes_websocket(self) -> bool:
-        """Count a websocket that is to be cut; False when enough were."""
-        if self.drop_websocket_times is None:
-            return True
-        if self.drop_websocket_times == 0:
+    def count_down(self, counter: Literal["drop_websocket_times", "delete_pending", "ignore_interrupts"]) -> bool:
+        """Use up one occurrence of a fault with a counter; return False when none is left."""
+        left: int | None = getattr(self, counter)
+        if left == 0:
             return False
-        self.drop_websocket_times -= 1
-        return True
-
-    def takes_submission(self) -> bool:
-        """Count a submission that is to vanish; False when none is."""
-        if self.delete_pending == 0:
-            return False
-        self.delete_pending -= 1
-        return True
-
-    def takes_interrupt(self) -> bool:
-        """Count an interrupt that is to be ignored; False when none is."""
-        if self.ignore_interrupts == 0:
-            return False
-        self.ignore_interrupts -= 1
+        if left is not None:
+            setattr(self, counter, left - 1)
         return True
 
 
-def take(rules: list[Rule], method: str, path: str) -> Rule | None:
-    """Give the first rule that meets the request, and count it; a rule that is used up is taken out."""
-    rule = next((rule for rule in _snapshot(rules) if rule.meets(method, path)), None)
+def take_rule(rules: list[Rule], method: str, path: str) -> Rule | None:
+    """Return the first rule that matches a request, and count it; a rule that is used up is removed."""
+    # A copy: a test may change the list from its own thread.
+    rule = next((rule for rule in list(rules) if rule.matches(method, path)), None)
     if rule is not None and rule.times is not None:
         rule.times -= 1
         if rule.times == 0:
             rules.remove(rule)
     return rule
-
-
-def _snapshot(rules: Sequence[Rule]) -> list[Rule]:
-    """Copy the list, which a test may change from its own thread."""
-    return list(rules)
-
-
-def _plain(path: str) -> str:
-    return path.removeprefix("/api")

@@ -1,4 +1,4 @@
-"""The folders that ComfyUI reads inputs from and writes outputs to."""
+"""The folders of ComfyUI, and which file in them a name means (`folder_paths.py` of ComfyUI)."""
 
 from __future__ import annotations
 
@@ -6,48 +6,71 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-_ANNOTATIONS = {" [input]": "input", " [output]": "output", " [temp]": "temp"}
+
+class PathOutsideFolder(ValueError):
+    """A file name leads out of its folder."""
 
 
 @dataclass(frozen=True)
-class Folders:
-    """`input/`, `output/` and `temp/` below one base directory."""
+class FolderPaths:
+    """`input/`, `output/`, `temp/` and `models/` below one base directory."""
 
     base: Path
 
     @property
     def input(self) -> Path:
-        """Where uploads go."""
+        """Uploaded files."""
         return self.base / "input"
 
     @property
     def output(self) -> Path:
-        """Where save nodes write."""
+        """Files of save nodes."""
         return self.base / "output"
 
     @property
     def temp(self) -> Path:
-        """Where preview nodes write; emptied at the start."""
+        """Files of preview nodes; emptied at the start."""
         return self.base / "temp"
 
     @property
     def models(self) -> Path:
-        """Where model files lie, in a folder for each kind."""
+        """Model files, in one folder per kind."""
         return self.base / "models"
 
-    def prepare(self) -> None:
-        """Make the folders, and empty `temp/` as ComfyUI does when it starts."""
+    def create(self) -> None:
+        """Create the folders, and empty `temp/` as ComfyUI does at its start (`main.py`, `cleanup_temp`)."""
         shutil.rmtree(self.temp, ignore_errors=True)
         for folder in (self.input, self.output, self.temp):
             folder.mkdir(parents=True, exist_ok=True)
 
-    def by_type(self, kind: str) -> Path | None:
-        """Give the folder that the wire calls `kind`."""
-        return {"input": self.input, "output": self.output, "temp": self.temp}.get(kind)
+    def by_type(self, type_name: str) -> Path | None:
+        """Return the folder of type `input`, `output` or `temp`; None for another (`get_directory_by_type`)."""
+        return {"input": self.input, "output": self.output, "temp": self.temp}.get(type_name)
 
-    def without_annotation(self, name: str) -> tuple[str, Path | None]:
-        """Split `name.png [output]` into the name and the folder that it asks for, None without an annotation."""
-        for annotation, kind in _ANNOTATIONS.items():
+    def split_annotation(self, name: str) -> tuple[str, Path | None]:
+        """Split `name.png [output]` into name and folder; the folder is None without one (`annotated_filepath`)."""
+        for type_name in ("input", "output", "temp"):
+            annotation = f"[{type_name}]"
             if name.endswith(annotation):
-                return name.removesuffix(annotation), self.by_type(kind)
+                return name[: -len(annotation) - 1], self.by_type(type_name)
         return name, None
+
+    def annotated_path(self, name: str) -> Path:
+        """Return the file that a node's input names, in `input/` unless it is annotated (`get_annotated_filepath`).
+
+        Raises:
+            PathOutsideFolder: the name leads out of its folder, also by a symbolic link.
+        """
+        filename, folder = self.split_annotation(name)
+        folder = folder or self.input
+        path = folder / filename
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise PathOutsideFolder(f"The file name {filename!r} leads out of the {folder.name} folder.")
+        return path
+
+    def annotated_path_exists(self, name: str) -> bool:
+        """Return whether a node's input names an existing file (`exists_annotated_filepath`)."""
+        try:
+            return self.annotated_path(name).exists()
+        except (ValueError, OSError):  # outside its folder, contains NUL, too long for the file system
+            return False

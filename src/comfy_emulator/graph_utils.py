@@ -1,4 +1,4 @@
-"""What a link between two nodes of a prompt looks like (`comfy_execution/graph_utils.py` of ComfyUI)."""
+"""Links between the nodes of a prompt (`comfy_execution/graph_utils.py` of ComfyUI)."""
 
 from __future__ import annotations
 

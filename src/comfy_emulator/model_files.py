@@ -1,4 +1,4 @@
-"""Model files that the emulator claims to have, and the node inputs that list them."""
+"""Model files that the emulator pretends to have, and the node inputs that list them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MODEL_FOLDERS = (
     "model_patches",
     "audio_encoders",
 )
-"""The folders of ComfyUI 0.8.0, in the order of its `/models`."""
+"""The folders of ComfyUI, in the order of its `/models` (`folder_names_and_paths` of `folder_paths.py`)."""
 
 DEFAULT_MODELS: Models = {
     "checkpoints": (
@@ -56,7 +56,7 @@ DEFAULT_MODELS: Models = {
     "controlnet": ("control_v11p_sd15_canny_fp16.safetensors",),
     "upscale_models": ("RealESRGAN_x4plus.pth",),
 }
-"""What the emulator has unless told otherwise: names of widely used files, by folder."""
+"""The default: names of widely used files, by folder."""
 
 _INPUTS = {
     "audio_encoders": ("AudioEncoderLoader.audio_encoder_name",),
@@ -109,27 +109,39 @@ FOLDER_OF_INPUT: Mapping[tuple[str, str], str] = {
     for folder, entries in _INPUTS.items()
     for entry in entries
 }
-"""Which folder a node's input lists, by class and input name."""
+"""The model folder that a node's input lists, by class and input name."""
 
 
-def names_in(models: Models, base: Path, folder: str) -> list[str]:
-    """Return the models in a folder: those that the emulator claims to have, and the files that lie there."""
-    return [*models.get(folder, ()), *(str(file.relative_to(base / folder)) for file in _files(base, folder))]
+class ModelFiles:
+    """The pretended model files and those that exist below `models/`.
+
+    Args:
+        pretended: file names by model folder.
+        root: the folder `models/`, which need not exist.
+    """
+
+    def __init__(self, pretended: Models, root: Path) -> None:
+        self._pretended = pretended
+        self._root = root
+
+    def names(self, folder: str) -> list[str]:
+        """Return the file names in a model folder (`get_filename_list` of `folder_paths.py`)."""
+        existing = (str(file.relative_to(self._root / folder)) for file in self._existing(folder))
+        return [*self._pretended.get(folder, ()), *existing]
+
+    def entries(self, folder: str) -> list[dict[str, Any]]:
+        """Return name, size and times of each file (`get_model_file_list` of `app/model_manager.py`)."""
+        pretended = [
+            {"name": name, "pathIndex": 0, "modified": 0.0, "created": 0.0, "size": 0}
+            for name in self._pretended.get(folder, ())
+        ]
+        return [*pretended, *(_entry(file, self._root / folder) for file in self._existing(folder))]
+
+    def _existing(self, folder: str) -> list[Path]:
+        return sorted(file for file in (self._root / folder).rglob("*") if file.is_file())
 
 
-def facts_in(models: Models, base: Path, folder: str) -> list[dict[str, Any]]:
-    """Return what ComfyUI tells of each model in a folder; one that is only claimed has no bytes."""
-    claimed = [
-        {"name": name, "pathIndex": 0, "modified": 0.0, "created": 0.0, "size": 0} for name in models.get(folder, ())
-    ]
-    return [*claimed, *(_facts(file, base / folder) for file in _files(base, folder))]
-
-
-def _facts(file: Path, folder: Path) -> dict[str, Any]:
-    found = file.stat()
-    times = {"modified": found.st_mtime, "created": found.st_ctime}
-    return {"name": str(file.relative_to(folder)), "pathIndex": 0, **times, "size": found.st_size}
-
-
-def _files(base: Path, folder: str) -> list[Path]:
-    return sorted(file for file in (base / folder).rglob("*") if file.is_file())
+def _entry(file: Path, folder: Path) -> dict[str, Any]:
+    status = file.stat()
+    times = {"modified": status.st_mtime, "created": status.st_ctime}
+    return {"name": str(file.relative_to(folder)), "pathIndex": 0, **times, "size": status.st_size}

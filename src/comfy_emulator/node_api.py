@@ -1,79 +1,78 @@
-"""What a node of the emulator is: a function with the inputs of its ComfyUI namesake.
+"""What a node of the emulator is: a function with the inputs of the ComfyUI node that it stands for.
 
-The interface of each node (inputs, types, ranges, outputs) is data, taken from a real ComfyUI's `/object_info`
-(`emulator/data/object_info.json`); the code here and in `emulator/nodes/` is what the node does.
+The interface of each node (inputs, types, ranges, outputs) is data recorded from a real ComfyUI's `/object_info`
+(`data/object_info.json`, read by `node_definitions`). The functions in `nodes/` are what the nodes do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from comfy_emulator.folder_paths import FolderPaths
+
 ImageBatch = npt.NDArray[np.float32]
-"""Pictures as ComfyUI passes them: float32, shape (batch, height, width, channels), values 0 to 1."""
+"""ComfyUI's IMAGE: float32, shape (batch, height, width, channels), values 0 to 1."""
 
 Mask = npt.NDArray[np.float32]
-"""Masks as ComfyUI passes them: float32, shape (batch, height, width), values 0 to 1."""
+"""ComfyUI's MASK: float32, shape (batch, height, width), values 0 to 1."""
+
+Preview = tuple[str, Image.Image, "int | None"]
+"""Format (`JPEG` or `PNG`), image, and the longest side in pixels; None for full size."""
 
 
-class Interrupted(Exception):
-    """The running prompt was interrupted; raised by `Context.check_interrupted`."""
+class InterruptProcessingException(Exception):
+    """The running prompt was interrupted (`comfy/model_management.py` of ComfyUI)."""
 
 
-class Context(Protocol):
-    """What a running node may know and do; the executor provides it."""
+class NodeContext(Protocol):
+    """What a running node can read and do."""
 
     prompt: Mapping[str, Any]
-    """The whole graph, as the client sent it."""
+    """The whole prompt, as the client sent it."""
     extra_pnginfo: Mapping[str, Any] | None
-    """`extra_data.extra_pnginfo` of the submission, written into PNG files beside the prompt."""
+    """`extra_data.extra_pnginfo` of the submission; save nodes write it into files beside the prompt."""
     node_id: str
-    input_dir: Path
-    output_dir: Path
-    temp_dir: Path
+    folders: FolderPaths
 
     def check_interrupted(self) -> None:
-        """Raise `Interrupted` if the running prompt is to stop."""
+        """Raise `InterruptProcessingException` if the running prompt was interrupted."""
 
     def sleep(self, seconds: float) -> None:
-        """Work for `seconds`; raises `Interrupted` as soon as the prompt is to stop."""
+        """Sleep; raise `InterruptProcessingException` as soon as the running prompt is interrupted."""
 
-    def progress(
-        self, value: float, maximum: float, preview: tuple[str, Image.Image, int | None] | None = None
-    ) -> None:
-        """Report a step; `preview` is (format "JPEG" or "PNG", picture, longest side or None for full size)."""
+    def progress(self, value: float, maximum: float, preview: Preview | None = None) -> None:
+        """Report a step, like `ProgressBar.update_absolute` of `comfy/utils.py`."""
 
 
 @dataclass(frozen=True)
 class NodeResult:
-    """What a node hands on: one value an output slot, and what it reports to the client (`ui`)."""
+    """What a node returns: one value per output slot, and the output that the client sees (`ui`)."""
 
     outputs: tuple[Any, ...] = ()
     ui: Mapping[str, Sequence[Any]] | None = None
 
 
 NodeFunction = Callable[..., NodeResult]
-"""Called as `function(context, **inputs)`; optional inputs that the graph leaves out are left out."""
+"""Called as `function(context, **inputs)`; optional inputs that the prompt omits are omitted."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """A node class of the emulator.
+    """A node class.
 
     Attributes:
-        function: what it does.
-        validate: returns True, or the sentence with which ComfyUI's `VALIDATE_INPUTS` refuses (a missing file);
-            called as `validate(input_dir, **constant_inputs)`. When it is set, the inputs named in `validates`
-            are not checked against their list of values, as in ComfyUI.
-        validates: names of the inputs that `validate` looks at.
-        fingerprint: ComfyUI's `IS_CHANGED`; a value that differs makes the node run again.
-            Called as `fingerprint(input_dir, **constant_inputs)`.
+        function: runs the node.
+        validate: ComfyUI's `VALIDATE_INPUTS`, called as `validate(folders, **constant_inputs)`; returns True, False
+            or an error sentence.
+        validates: names of the inputs that `validate` checks; as in ComfyUI, their list of values is not checked then.
+        fingerprint: ComfyUI's `IS_CHANGED`, called as `fingerprint(folders, **constant_inputs)`; the node runs again
+            if the value changed.
     """
 
     function: NodeFunction
@@ -83,8 +82,8 @@ class Node:
 
 
 @dataclass
-class Registry:
-    """The nodes that the emulator knows, by class name."""
+class NodeRegistry:
+    """Node classes by name, like `NODE_CLASS_MAPPINGS` of ComfyUI's `nodes.py`."""
 
     nodes: dict[str, Node] = field(default_factory=dict)
 

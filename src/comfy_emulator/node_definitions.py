@@ -1,4 +1,8 @@
-"""What each node looks like from outside: its inputs, outputs and lists of values, as `/object_info` tells."""
+"""The interface of each node: inputs, outputs and lists of values, as `/object_info` reports them.
+
+The data was recorded from a real ComfyUI (`node_info` of `server.py`). Lists of files and models are filled in here,
+as `INPUT_TYPES` of ComfyUI's nodes does.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +13,17 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from comfy_emulator.folder_paths import Folders
-from comfy_emulator.model_files import FOLDER_OF_INPUT, Models, names_in
-from comfy_emulator.node_api import Node, Registry
-
-JsonObject = dict[str, Any]
+from comfy_emulator.folder_paths import FolderPaths
+from comfy_emulator.json_types import JsonObject
+from comfy_emulator.model_files import FOLDER_OF_INPUT, ModelFiles
+from comfy_emulator.node_api import Node, NodeRegistry
 
 _3D_SUFFIXES = {".fbx", ".glb", ".gltf", ".obj", ".stl"}
 _EXTRA_MEDIA = {"webp": "image", "fbx": "model"}
 
 
 class InputSpec(NamedTuple):
-    """One input of a node: its type (a list of values for old combos), options, and whether it must be given."""
+    """One input of a node; its type is a list of values for combos in the old style."""
 
     type: Any
     options: JsonObject
@@ -28,7 +31,7 @@ class InputSpec(NamedTuple):
 
     @property
     def values(self) -> list[Any] | None:
-        """The values to choose from; None when the input is no combo."""
+        """The values of a combo; None for other inputs."""
         if isinstance(self.type, list):
             return self.type
         if self.type == "COMBO":
@@ -36,22 +39,22 @@ class InputSpec(NamedTuple):
         return None
 
     def as_json(self) -> list[Any]:
-        """Give the pair that error messages quote as `input_config`."""
+        """Return the pair that validation errors quote as `input_config`."""
         return [self.type, self.options]
 
 
 def load_object_info() -> Mapping[str, JsonObject]:
-    """Read the interfaces that come with the package."""
+    """Read the definitions in this package."""
     text = resources.files("comfy_emulator").joinpath("data/object_info.json").read_text(encoding="utf-8")
     object_info: dict[str, JsonObject] = json.loads(text)
     return object_info
 
 
-class NodeInterfaces:
-    """The nodes that can be run, with lists of files and models as they are at this moment."""
+class NodeDefinitions:
+    """The nodes that are both registered and defined, with current lists of files and models."""
 
     def __init__(
-        self, registry: Registry, object_info: Mapping[str, JsonObject], models: Models, folders: Folders
+        self, registry: NodeRegistry, object_info: Mapping[str, JsonObject], models: ModelFiles, folders: FolderPaths
     ) -> None:
         self._nodes = {name: node for name, node in registry.nodes.items() if name in object_info}
         self._object_info = object_info
@@ -61,77 +64,76 @@ class NodeInterfaces:
     def __contains__(self, class_type: object) -> bool:
         return class_type in self._nodes
 
-    def classes(self) -> list[str]:
-        """Name the node classes in the order of `/object_info`."""
+    def class_types(self) -> list[str]:
+        """Return the names of the node classes, in the order of `/object_info`."""
         return [name for name in self._object_info if name in self._nodes]
 
     def node(self, class_type: str) -> Node:
-        """Give what the node does."""
+        """Return the node that runs."""
         return self._nodes[class_type]
 
-    def is_output(self, class_type: str) -> bool:
-        """Tell whether a prompt may end in this node."""
+    def is_output_node(self, class_type: str) -> bool:
+        """Return whether the node is an output node (`OUTPUT_NODE`)."""
         return bool(self._object_info[class_type]["output_node"])
 
     def output_types(self, class_type: str) -> tuple[Any, ...]:
-        """Name the types of the node's outputs; a combo's type is its list of values."""
+        """Return the types of the outputs (`RETURN_TYPES`); a combo's type is its list of values."""
         return tuple(self._object_info[class_type]["output"])
 
     def output_is_list(self, class_type: str) -> tuple[bool, ...]:
-        """Tell for each output whether it hands on a list whose items are taken one by one."""
+        """Return for each output whether it is a list whose items the next nodes get one by one (`OUTPUT_IS_LIST`)."""
         return tuple(self._object_info[class_type]["output_is_list"])
 
-    def hidden(self, class_type: str) -> Mapping[str, Any]:
-        """Name the hidden inputs: `PROMPT`, `UNIQUE_ID`, …, in the newer style within a list, by input name."""
+    def hidden_inputs(self, class_type: str) -> Mapping[str, Any]:
+        """Return the hidden inputs (`PROMPT`, `UNIQUE_ID`, …, in V3 nodes within a list) by input name."""
         hidden: Mapping[str, Any] = self._object_info[class_type]["input"].get("hidden", {})
         return hidden
 
     def inputs(self, class_type: str) -> dict[str, InputSpec]:
-        """Give the visible inputs by name, the required ones first."""
+        """Return the visible inputs by name, the required ones first."""
         groups = self._object_info[class_type]["input"]
         return {
-            name: InputSpec(*self._live(class_type, name, entry), required=group == "required")
+            name: InputSpec(*self._with_current_values(class_type, name, entry), required=group == "required")
             for group in ("required", "optional")
             for name, entry in groups.get(group, {}).items()
         }
 
-    def info(self, class_type: str) -> JsonObject:
-        """Answer `/object_info/{class}`."""
+    def node_info(self, class_type: str) -> JsonObject:
+        """Return the entry of `/object_info` (`node_info` of `server.py`)."""
         info = self._object_info[class_type]
         groups = {
-            group: entries if group == "hidden" else self._live_group(class_type, entries)
+            group: entries if group == "hidden" else self._current_group(class_type, entries)
             for group, entries in info["input"].items()
         }
         return {"description": "", **info, "input": groups}
 
-    def _live_group(self, class_type: str, entries: Mapping[str, list[Any]]) -> JsonObject:
-        return {name: self._live_entry(class_type, name, entry) for name, entry in entries.items()}
+    def _current_group(self, class_type: str, entries: Mapping[str, list[Any]]) -> JsonObject:
+        group = {}
+        for name, entry in entries.items():
+            kind, options = self._with_current_values(class_type, name, entry)
+            group[name] = [kind, options] if len(entry) > 1 else [kind]
+        return group
 
-    def _live_entry(self, class_type: str, name: str, entry: list[Any]) -> list[Any]:
-        """Keep an entry without options as short as it is."""
-        kind, options = self._live(class_type, name, entry)
-        return [kind, options] if len(entry) > 1 else [kind]
-
-    def _live(self, class_type: str, name: str, entry: list[Any]) -> tuple[Any, JsonObject]:
-        """Put the present list of files or models into an input that has one."""
+    def _with_current_values(self, class_type: str, name: str, entry: list[Any]) -> tuple[Any, JsonObject]:
+        """Return type and options of an input, with the current list of files or models if it has one."""
         kind = entry[0]
         options: JsonObject = entry[1] if len(entry) > 1 else {}
         listed = kind if isinstance(kind, list) else options.get("options")
-        values = self._present_values(class_type, name, options, listed or [])
+        values = self._current_values(class_type, name, options, listed or [])
         if values is None:
             return kind, options
         if isinstance(kind, list):
             return values, options
         return kind, {**options, "options": values}
 
-    def _present_values(
+    def _current_values(
         self, class_type: str, name: str, options: JsonObject, listed: Collection[str]
     ) -> list[str] | None:
         folder = FOLDER_OF_INPUT.get((class_type, name))
         if folder is not None:
-            present = names_in(self._models, self._folders.models, folder)
-            return present + [value for value in listed if value not in present]
-        if "image_folder" in options:  # the list is fetched from another address, `remote`
+            names = self._models.names(folder)
+            return names + [value for value in listed if value not in names]
+        if "image_folder" in options:  # the client fetches this list itself, from the address in `remote`
             return None
         if (class_type, name) in _FILE_LISTS:
             return _FILE_LISTS[class_type, name](self._folders.input)
@@ -144,7 +146,7 @@ def _files(folder: Path) -> list[str]:
 
 
 def _media(*kinds: str) -> Callable[[Path], list[str]]:
-    """List the files of a folder whose name speaks of one of these kinds of media."""
+    """Return a function that lists files by the media type of their names (`filter_files_content_types`)."""
     return lambda folder: [name for name in _files(folder) if _media_kind(name) in kinds]
 
 

@@ -1,4 +1,7 @@
-"""Events on their way to the websockets, in the order in which they happened."""
+"""The WebSockets of `/ws`, and the events sent on them in the order in which they happened.
+
+The same as the `sockets`, `send_sync` and `publish_loop` of `PromptServer` (`server.py` of ComfyUI), with faults.
+"""
 
 from __future__ import annotations
 
@@ -10,32 +13,34 @@ import threading
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from enum import IntEnum
 
 from aiohttp import WSMsgType, web
 
 from comfy_emulator.faults import Faults
-from comfy_emulator.node_definitions import JsonObject
+from comfy_emulator.json_types import JsonObject
 
 logger = logging.getLogger(__name__)
 
-PREVIEW_IMAGE = 1
-TEXT = 3
-PREVIEW_IMAGE_WITH_METADATA = 4
-_FRAME_NAMES = {PREVIEW_IMAGE: "preview", TEXT: "text", PREVIEW_IMAGE_WITH_METADATA: "preview"}
+
+class BinaryEventTypes(IntEnum):
+    """The first four bytes of a binary message (`protocol.py` of ComfyUI)."""
+
+    PREVIEW_IMAGE = 1
+    PREVIEW_IMAGE_WITH_METADATA = 4
 
 
 @dataclass
 class _Socket:
-    """One websocket, and what its client can do."""
+    """One WebSocket, and the feature flags of its client."""
 
     response: web.WebSocketResponse
     request: web.Request
-    features: JsonObject = field(default_factory=dict)
+    feature_flags: JsonObject = field(default_factory=dict)
     sent: int = 0
 
-    def cut(self) -> None:
-        """Drop the connection without a word."""
+    def abort(self) -> None:
+        """Drop the connection without a close frame."""
         if self.request.transport is not None:
             self.request.transport.abort()
 
@@ -47,25 +52,25 @@ class _Event:
     client_id: str | None
 
 
-class EventHub:
-    """Takes events from any thread and sends them to one client's websocket, or to all when there is no client.
+class WebSocketHub:
+    """Takes events from any thread and sends them to one client, or to all clients if none is named.
 
     Args:
-        faults: what goes wrong on the way.
-        features: what the server says it can do when a client tells its own abilities.
-        queue_info: gives the data of `status`.
-        die: ends the emulator.
+        faults: what goes wrong.
+        feature_flags: what the server replies when a client sends its feature flags.
+        queue_info: returns the data of `status`.
+        die: ends the emulator at once.
     """
 
     def __init__(
         self,
         faults: Faults,
-        features: JsonObject,
+        feature_flags: JsonObject,
         queue_info: Callable[[], JsonObject],
         die: Callable[[], None],
     ) -> None:
         self._faults = faults
-        self._features = features
+        self._feature_flags = feature_flags
         self._queue_info = queue_info
         self._die = die
         self._sockets: dict[str, _Socket] = {}
@@ -73,17 +78,18 @@ class EventHub:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._lock = threading.Lock()
         self._publisher: asyncio.Task[None] | None = None
-        self.running_client: str | None = None
-        """Who gets the events of the running prompt, or of the last one; None for a prompt without `client_id`."""
-        self.running_node: str | None = None
+        self.client_id: str | None = None
+        """The client of the running prompt, or of the last one; None for a prompt without `client_id`."""
+        self.last_node_id: str | None = None
+        """The running node of a prompt with a `client_id`."""
 
     def start(self) -> None:
-        """Begin to send; call in the event loop."""
+        """Start sending; call it in the event loop."""
         self._loop = asyncio.get_running_loop()
-        self._publisher = asyncio.create_task(self._publish())
+        self._publisher = asyncio.create_task(self._publish_loop())
 
     async def stop(self) -> None:
-        """Send nothing more; events that still come are dropped."""
+        """Stop sending; later events are dropped."""
         with self._lock:
             self._loop = None
         if self._publisher is not None:
@@ -92,79 +98,77 @@ class EventHub:
 
     def send(self, name: str, data: JsonObject, client_id: str | None) -> None:
         """Send an event as text."""
-        self._put(_Event(name, json.dumps({"type": name, "data": data}), client_id))
+        self._put(_text_event(name, data, client_id))
 
-    def send_frame(self, kind: int, content: bytes, client_id: str | None) -> None:
-        """Send a binary frame: its kind in four bytes, then the content."""
-        self._put(_Event(_FRAME_NAMES[kind], struct.pack(">I", kind) + content, client_id))
+    def send_preview(self, kind: BinaryEventTypes, content: bytes, client_id: str | None) -> None:
+        """Send a binary message: its type in four bytes, then the content (`encode_bytes`)."""
+        self._put(_Event("preview", struct.pack(">I", kind) + content, client_id))
 
     def send_status(self) -> None:
-        """Tell everybody how long the queue is."""
+        """Send the length of the queue to all clients (`queue_updated`)."""
         self.send("status", {"status": self._queue_info()}, None)
 
     def supports_preview_metadata(self, client_id: str | None) -> bool:
-        """Tell whether a client asked for previews that name their node."""
+        """Return whether a client's feature flags ask for previews with metadata."""
         socket = self._sockets.get(client_id or "")
-        return socket is not None and socket.features.get("supports_preview_metadata") is True
+        return socket is not None and socket.feature_flags.get("supports_preview_metadata") is True
 
-    def listens(self, client_id: str | None) -> bool:
-        """Tell whether anyone would get an event for this client."""
+    def is_connected(self, client_id: str | None) -> bool:
+        """Return whether a client, or any if None, has a WebSocket."""
         return bool(self._sockets) if client_id is None else client_id in self._sockets
 
     def clients(self) -> set[str]:
-        """Name the clients with a websocket."""
+        """Return the ids of the clients with a WebSocket."""
         return set(self._sockets)
 
-    def cut_all(self) -> None:
-        """Drop all websockets without a word; call in the event loop."""
+    def abort_all(self) -> None:
+        """Drop all WebSockets without a close frame; call it in the event loop."""
         for socket in list(self._sockets.values()):
-            socket.cut()
+            socket.abort()
 
-    async def serve(self, request: web.Request) -> web.StreamResponse:
-        """Answer `/ws`: greet the client, then listen to it until it goes."""
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        """Serve one WebSocket until its client leaves (`websocket_handler`)."""
         response = web.WebSocketResponse()
         await response.prepare(request)
         client_id = request.query.get("clientId", "") or uuid.uuid4().hex
         socket = _Socket(response, request)
         self._sockets[client_id] = socket
         try:
-            await self._greet(client_id)
-            await self._listen(client_id, socket)
+            await self._send_initial_state(client_id)
+            await self._receive(client_id, socket)
         finally:
-            # ComfyUI forgets the client here even if it has come back on a newer websocket, which then hears nothing.
+            # Also if the client has reconnected meanwhile: its newer WebSocket gets no more events, as in ComfyUI.
             self._sockets.pop(client_id, None)
         return response
 
-    async def _greet(self, client_id: str) -> None:
-        await self._deliver(_text("status", {"status": self._queue_info(), "sid": client_id}, client_id))
-        if self.running_client == client_id and self.running_node is not None:
-            await self._deliver(_text("executing", {"node": self.running_node}, client_id))
+    async def _send_initial_state(self, client_id: str) -> None:
+        await self._deliver(_text_event("status", {"status": self._queue_info(), "sid": client_id}, client_id))
+        if self.client_id == client_id and self.last_node_id is not None:
+            await self._deliver(_text_event("executing", {"node": self.last_node_id}, client_id))
 
-    async def _listen(self, client_id: str, socket: _Socket) -> None:
-        """Read what the client says; only a first message with its features means something."""
-        first = True
+    async def _receive(self, client_id: str, socket: _Socket) -> None:
+        """Read the client's messages; only feature flags in the first one have an effect."""
+        is_first = True
         async for message in socket.response:
-            if message.type is not WSMsgType.TEXT:
+            data = _parse_message(message.data) if message.type is WSMsgType.TEXT else None
+            if data is None:
                 continue
-            said = _parsed(message.data)
-            if said is None:
-                continue
-            if first and said.get("type") == "feature_flags":
-                socket.features = said.get("data", {})
-                await self._deliver(_text("feature_flags", self._features, client_id))
-            first = False
+            if is_first and data.get("type") == "feature_flags":
+                socket.feature_flags = data.get("data", {})
+                await self._deliver(_text_event("feature_flags", self._feature_flags, client_id))
+            is_first = False
 
     def _put(self, event: _Event) -> None:
         with self._lock:
             if self._loop is not None:
                 self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
-    async def _publish(self) -> None:
+    async def _publish_loop(self) -> None:
         while True:
             await self._deliver(await self._events.get())
 
     async def _deliver(self, event: _Event) -> None:
-        if self._goes_wrong(event):
+        if self._is_lost(event):
             return
         if event.client_id is None:
             sockets = list(self._sockets.values())
@@ -173,7 +177,8 @@ class EventHub:
         for socket in sockets:
             await self._send_to(socket, event)
 
-    def _goes_wrong(self, event: _Event) -> bool:
+    def _is_lost(self, event: _Event) -> bool:
+        """Apply the faults that concern all WebSockets."""
         if event.name == self._faults.die_at_event:
             self._die()
             return True
@@ -184,8 +189,8 @@ class EventHub:
     async def _send_to(self, socket: _Socket, event: _Event) -> None:
         limit = self._faults.drop_websocket_after
         at_event = event.name == self._faults.drop_websocket_at_event
-        if (at_event or limit == socket.sent == 0) and self._faults.takes_websocket():
-            socket.cut()
+        if (at_event or limit == socket.sent == 0) and self._faults.count_down("drop_websocket_times"):
+            socket.abort()
             return
         try:
             if isinstance(event.payload, str):
@@ -193,25 +198,25 @@ class EventHub:
             else:
                 await socket.response.send_bytes(event.payload)
         except ConnectionError as error:
-            logger.warning("A websocket was gone before its event: %s", error)
+            logger.warning("send error: %s", error)
             return
         socket.sent += 1
-        if limit is not None and socket.sent == limit and self._faults.takes_websocket():
-            socket.cut()
+        if limit is not None and socket.sent == limit and self._faults.count_down("drop_websocket_times"):
+            socket.abort()
 
 
-def _text(name: str, data: JsonObject, client_id: str) -> _Event:
+def _text_event(name: str, data: JsonObject, client_id: str | None) -> _Event:
     return _Event(name, json.dumps({"type": name, "data": data}), client_id)
 
 
-def _parsed(text: str) -> dict[str, Any] | None:
-    """Read a client's message; ComfyUI warns of one that is no JSON object and goes on."""
+def _parse_message(text: str) -> JsonObject | None:
+    """Parse a client's message; ComfyUI logs one that is not a JSON object and continues."""
     try:
-        said = json.loads(text)
+        data = json.loads(text)
     except json.JSONDecodeError:
-        logger.warning("A client sent a message that is not JSON.")
+        logger.warning("Invalid JSON received from a client.")
         return None
-    if not isinstance(said, dict):
-        logger.warning("A client sent a message that is no JSON object.")
+    if not isinstance(data, dict):
+        logger.warning("A client's message is not a JSON object.")
         return None
-    return said
+    return data

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import requests
 
-from comfy_emulator.emulator_server import EmulatorServer
+from comfy_emulator import EmulatorServer
 from tests.support.comfyui.graphs import node, picture, work
 from tests.support.gateway.process import GatewayProcess, gateway_process
 from tests.support.waiting import TIMEOUT_S

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from pytest_mock import MockerFixture
 
-from comfy_emulator.node_api import Context, ImageBatch, NodeResult
+from comfy_emulator.node_api import ImageBatch, NodeContext, NodeResult
 from comfy_worker.types import NodeFinished, NodeStarted, PromptsAhead, Stage, StageStarted
 from comfy_worker.worker import Worker
 from tests.support.comfyui import gate_node as gates
@@ -57,11 +57,11 @@ class Trouble:
         graph["9"]["inputs"]["images"] = ["4", 0]
         return graph
 
-    def _count(self, _context: Context, image: ImageBatch) -> NodeResult:
+    def _count(self, _context: NodeContext, image: ImageBatch) -> NodeResult:
         self.fresh_runs += 1
         return NodeResult((image,))
 
-    def _run(self, _context: Context, image: ImageBatch) -> NodeResult:
+    def _run(self, _context: NodeContext, image: ImageBatch) -> NodeResult:
         self.runs += 1
         if self.failures:
             raise self.failures.pop(0)

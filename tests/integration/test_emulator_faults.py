@@ -11,7 +11,7 @@ import requests
 import websocket
 
 from comfy_emulator import EmulatorServer, Faults
-from comfy_emulator.faults import RequestRule, StatusRule, take
+from comfy_emulator.faults import RequestRule, StatusRule, take_rule
 from tests.support.comfyui.scripted_emulator import OBJECT_INFO, Client, NodeScript, chain
 from tests.support.waiting import on_this_machine, wait_until
 
@@ -289,7 +289,7 @@ def test_every_fault_is_described() -> None:
 def test_a_rule_is_used_up() -> None:
     rules = [RequestRule(method="POST", path="/a*", times=1), RequestRule(times=None)]
     first, every = rules
-    assert take(rules, "POST", "/api/abc") is first
-    assert take(rules, "POST", "/abc") is every
+    assert take_rule(rules, "POST", "/api/abc") is first
+    assert take_rule(rules, "POST", "/abc") is every
     assert rules == [every]
-    assert take([], "GET", "/") is None
+    assert take_rule([], "GET", "/") is None

@@ -84,7 +84,7 @@ def test_a_killed_emulator_refuses_connections_and_can_come_back(server: Emulato
         client.get("/queue")
     server.start()
     assert client.get("/prompt")["exec_info"]["queue_remaining"] == 0
-    with pytest.raises(RuntimeError, match="runs already"):
+    with pytest.raises(RuntimeError, match="already running"):
         server.start()
 
 
@@ -166,7 +166,7 @@ def test_the_command_tells_of_a_taken_port(server: EmulatorServer) -> None:
     command = [sys.executable, "-m", "comfy_emulator", "--port", str(server.port)]
     refused = subprocess.run(command, capture_output=True, text=True, check=False)
     assert refused.returncode == 1
-    assert refused.stderr.startswith(f"The emulator cannot serve at 127.0.0.1:{server.port}: ")
+    assert refused.stderr.startswith(f"The emulator cannot listen on 127.0.0.1:{server.port}: ")
     assert "Traceback" not in refused.stderr
 
 

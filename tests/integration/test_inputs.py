@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.numpy import load
 
 from comfy_emulator import EmulatorServer
-from comfy_emulator.node_api import Context, NodeResult, Registry
+from comfy_emulator.node_api import NodeContext, NodeRegistry, NodeResult
 from comfy_emulator.node_definitions import load_object_info
 from comfy_emulator.nodes import REGISTRY
 from comfy_worker.comfy.client import ComfyClient
@@ -283,11 +283,11 @@ def test_there_and_back_as_a_data_uri_in_the_workflow(bench: Bench, trip: Trip) 
 
 def _with_load_3d() -> EmulatorServer:
     """Return an emulator with the node that only a browser gives its pictures to."""
-    registry = Registry(dict(REGISTRY.nodes))
+    registry = NodeRegistry(dict(REGISTRY.nodes))
 
     @registry.add("Load3D")
-    def load_3d(context: Context, model_file: str, image: Any, width: int, height: int) -> NodeResult:
-        content = (context.input_dir / image["image"].removesuffix(" [input]")).read_bytes()
+    def load_3d(context: NodeContext, model_file: str, image: Any, width: int, height: int) -> NodeResult:
+        content = (context.folders.input / image["image"].removesuffix(" [input]")).read_bytes()
         pixels = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"), dtype=np.float32)[np.newaxis] / 255
         return NodeResult((pixels, None, model_file, None, None, None))
 
@@ -502,7 +502,7 @@ PATH_LOADER = {
 
 
 def test_a_file_is_found_by_a_text_that_is_its_name(settings: Settings) -> None:
-    registry = Registry({"LoadPath": REGISTRY.nodes["LoadImage"]})
+    registry = NodeRegistry({"LoadPath": REGISTRY.nodes["LoadImage"]})
     with (
         EmulatorServer(registry=registry, object_info={"LoadPath": PATH_LOADER}) as server,
         closing(ComfyClient(settings.model_copy(update={"comfyui_url": server.url}))) as client,
@@ -543,7 +543,7 @@ LIST_LOADER = {
 def test_lists_of_folders_and_files_of_unknown_nodes(settings: Settings) -> None:
     """What a node offers as a list is refused elsewhere, unless it says otherwise, which cannot be asked."""
     info = {"LoadFolder": FOLDER_LOADER, "LoadText": LIST_LOADER}
-    registry = Registry(dict.fromkeys(info, REGISTRY.nodes["LoadImage"]))
+    registry = NodeRegistry(dict.fromkeys(info, REGISTRY.nodes["LoadImage"]))
     with (
         EmulatorServer(registry=registry, object_info=info) as server,
         closing(ComfyClient(settings.model_copy(update={"comfyui_url": server.url}))) as client,

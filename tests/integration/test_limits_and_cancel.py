@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from comfy_emulator.node_api import Context, ImageBatch, NodeResult
+from comfy_emulator.node_api import ImageBatch, NodeContext, NodeResult
 from comfy_worker.types import JobEvent, NodeProgress, PromptsAhead, Stage, StageStarted
 from comfy_worker.worker import Worker
 from tests.support.comfyui import gate_node as gates
@@ -265,7 +265,7 @@ def test_a_node_that_heeds_no_interrupt_holds_nobody_up(caplog: pytest.LogCaptur
     """The prompt stays in ComfyUI until the node is done; that is said in the log, and the job ends."""
     begun, done = threading.Event(), threading.Event()
 
-    def deaf(_context: Context, image: ImageBatch, file: str) -> NodeResult:
+    def deaf(_context: NodeContext, image: ImageBatch, file: str) -> NodeResult:
         begun.set()
         done.wait()
         return NodeResult((image,))

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from comfy_emulator.emulator_server import EmulatorServer
+from comfy_emulator import EmulatorServer
 from comfy_worker.job.payload import split_failure
 from comfy_worker.settings import load_settings
 from comfy_worker.worker import Worker

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from comfy_emulator.emulator_server import EmulatorServer
+from comfy_emulator import EmulatorServer
 from comfy_worker.settings import load_settings
 from comfy_worker.types import NodeProgress, NodeStarted, Stage, StageStarted
 from comfy_worker.webhooks import Webhooks

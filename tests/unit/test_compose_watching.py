@@ -14,7 +14,7 @@ import yaml
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from comfy_emulator.emulator_server import EmulatorServer
+from comfy_emulator import EmulatorServer
 from comfy_worker.gateway.jobs.metrics import GatewayCollector, make_registry
 from comfy_worker.gateway.store.database import connect
 from comfy_worker.gateway.store.job_store import JobStore

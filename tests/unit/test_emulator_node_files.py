@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
+from comfy_emulator.folder_paths import PathOutsideFolder
 from comfy_emulator.nodes import REGISTRY
-from comfy_emulator.nodes.save_paths import OutsideFolder, annotated_path, save_path
+from comfy_emulator.nodes.save_paths import save_path
 from tests.support.comfyui.node_context import RecordingContext, levels, pictures
 
 
@@ -109,15 +110,15 @@ def test_a_missing_file_is_refused_in_words_of_comfyui(
     (bench.input_dir / "there.bin").touch()
     assert node.validate is not None
     assert node.validates == (name,)
-    assert node.validate(bench.input_dir, **{name: "there.bin"}) is True
+    assert node.validate(bench.folders, **{name: "there.bin"}) is True
     for missing in ("gone.bin", "../output", "../../x", "x\0y", "n" * 5000):
-        assert node.validate(bench.input_dir, **{name: missing}) == f"Invalid {kind} file: {missing}"
+        assert node.validate(bench.folders, **{name: missing}) == f"Invalid {kind} file: {missing}"
 
 
 def test_names_cannot_leave_their_folder(bench: RecordingContext) -> None:
-    assert annotated_path(bench.input_dir, "a/b.png [temp]") == bench.temp_dir / "a/b.png"
-    with pytest.raises(OutsideFolder):
-        annotated_path(bench.input_dir, "../input2/x")
+    assert bench.folders.annotated_path("a/b.png [temp]") == bench.temp_dir / "a/b.png"
+    with pytest.raises(PathOutsideFolder):
+        bench.folders.annotated_path("../input2/x")
 
 
 def test_a_changed_file_changes_the_fingerprint(bench: RecordingContext) -> None:
@@ -125,11 +126,11 @@ def test_a_changed_file_changes_the_fingerprint(bench: RecordingContext) -> None
     assert fingerprint is not None
     path = bench.input_dir / "x.png"
     path.write_bytes(b"")
-    assert fingerprint(bench.input_dir, image="x.png") == (
+    assert fingerprint(bench.folders, image="x.png") == (
         "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
     )
     path.write_bytes(b"1")
-    assert fingerprint(bench.input_dir, image="x.png").startswith("6b86b273")
+    assert fingerprint(bench.folders, image="x.png").startswith("6b86b273")
 
 
 def test_save_image_counts_on_and_keeps_the_prompt(bench: RecordingContext) -> None:
@@ -253,7 +254,7 @@ def test_save_image_websocket_sends_pictures_of_full_size(bench: RecordingContex
     assert not list(bench.base.rglob("*.png"))
     fingerprint = REGISTRY.nodes["SaveImageWebsocket"].fingerprint
     assert fingerprint is not None
-    assert fingerprint(bench.input_dir) < fingerprint(bench.input_dir) + 1
+    assert fingerprint(bench.folders) < fingerprint(bench.folders) + 1
 
 
 def tone(seconds: float = 0.5, rate: int = 8000, channels: int = 1) -> dict[str, Any]:

@@ -15,9 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from comfy_emulator.node_api import ImageBatch, Interrupted
+from comfy_emulator.node_api import ImageBatch, InterruptProcessingException
+from comfy_emulator.nodes.conditioning import Conditioning
 from comfy_emulator.nodes.latents import Latent
-from comfy_emulator.nodes.loaders import Clip, Conditioning, Model, Vae
+from comfy_emulator.nodes.loaders import Clip, Model, Vae
 from comfy_emulator.nodes.placeholder import landscape, with_banner
 from comfy_emulator.nodes.sampling import STEP_SECONDS
 from tests.support.comfyui.node_context import RecordingContext, floats, pictures
@@ -91,7 +92,7 @@ def test_samplers_report_steps_with_small_previews(bench: RecordingContext) -> N
 
 def test_a_sampler_can_be_interrupted(bench: RecordingContext) -> None:
     bench.interrupt_after = 2
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptProcessingException):
         k_sample(bench, empty(bench), steps=5)
     assert len(bench.steps) == 2
 

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from comfy_emulator.node_api import Interrupted
+from comfy_emulator.node_api import InterruptProcessingException
 from comfy_emulator.nodes import REGISTRY
 from comfy_emulator.nodes.pixels import scale
 from comfy_emulator.tensor_text import describe, tensor_text
@@ -310,6 +310,6 @@ def test_test_work_fails_after_its_step(bench: RecordingContext) -> None:
 
 def test_test_work_can_be_interrupted(bench: RecordingContext) -> None:
     bench.interrupt_after = 2
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptProcessingException):
         bench.run("TestWork", image=pictures(1, 4, 4), seconds=0.1, steps=5, preview=False, fail_at=0)
     assert len(bench.steps) == 2

@@ -13,16 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from comfy_emulator.error_details import format_value, full_type_name, traceback_lines
-from comfy_emulator.execution.caching import CachedResult, OutputCache, cache_keys
+from comfy_emulator.execution.caching import CacheEntry, OutputCache, cache_keys
 from comfy_emulator.execution.graph import ExecutionList
 from comfy_emulator.execution.interrupt import Interrupt
-from comfy_emulator.execution.list_mapping import merge_outputs, merge_ui, slices
-from comfy_emulator.execution.prompt_queue import Outcome, PromptQueue, QueueItem
+from comfy_emulator.execution.list_mapping import merge_outputs, merge_ui, slice_inputs
+from comfy_emulator.execution.prompt_queue import PromptQueue, PromptResult, QueueItem
 from comfy_emulator.faults import Faults
-from comfy_emulator.folder_paths import Folders
-from comfy_emulator.model_files import DEFAULT_MODELS, FOLDER_OF_INPUT, MODEL_FOLDERS
-from comfy_emulator.node_api import Interrupted, NodeResult, Registry
-from comfy_emulator.node_definitions import NodeInterfaces, load_object_info
+from comfy_emulator.folder_paths import FolderPaths
+from comfy_emulator.model_files import DEFAULT_MODELS, FOLDER_OF_INPUT, MODEL_FOLDERS, ModelFiles
+from comfy_emulator.node_api import InterruptProcessingException, NodeRegistry, NodeResult
+from comfy_emulator.node_definitions import NodeDefinitions, load_object_info
 
 Prompt = dict[str, dict[str, Any]]
 
@@ -37,11 +37,11 @@ INFO = {
 }
 
 
-def _interfaces() -> NodeInterfaces:
-    registry = Registry()
+def _definitions() -> NodeDefinitions:
+    registry = NodeRegistry()
     for class_type in INFO:
         registry.add(class_type)(lambda context: NodeResult())
-    return NodeInterfaces(registry, INFO, {}, Folders(Path("unused")))
+    return NodeDefinitions(registry, INFO, ModelFiles({}, Path("unused")), FolderPaths(Path("unused")))
 
 
 @st.composite
@@ -69,9 +69,9 @@ def _ancestors(prompt: Prompt, node_id: str) -> set[str]:
 
 def _run_all(todo: ExecutionList) -> list[str]:
     order = []
-    while (node_id := todo.next()) is not None:
+    while (node_id := todo.pick_node()) is not None:
         order.append(node_id)
-        todo.done(node_id)
+        todo.complete_node(node_id)
     return order
 
 
@@ -83,7 +83,7 @@ def test_each_needed_node_runs_once_after_its_sources(prompt: Prompt, data: st.D
         prompt, lambda node_id: prompt[node_id]["class_type"] == "End", lambda node_id: node_id in cached
     )
     for output in outputs:
-        todo.add(output)
+        todo.add_node(output)
     order = _run_all(todo)
     assert len(order) == len(set(order))
     assert set(outputs) <= set(order)
@@ -103,8 +103,8 @@ def test_outputs_come_first_then_what_they_wait_for() -> None:
         "preview": {"class_type": "End", "inputs": {"in": ["short", 0]}},
     }
     todo = ExecutionList(prompt, lambda node_id: prompt[node_id]["class_type"] == "End", lambda _: False)
-    todo.add("save")
-    todo.add("preview")
+    todo.add_node("save")
+    todo.add_node("preview")
     assert _run_all(todo) == ["start", "short", "preview", "long1", "long2", "long3", "save"]
 
 
@@ -120,43 +120,43 @@ def test_cache_keys_do_not_depend_on_ids(prompt: Prompt) -> None:
         }
         for node_id, node in prompt.items()
     }
-    keys = cache_keys(prompt, _interfaces(), lambda _: False)
-    renamed_keys = cache_keys(renamed, _interfaces(), lambda _: False)
+    keys = cache_keys(prompt, _definitions(), lambda _: False)
+    renamed_keys = cache_keys(renamed, _definitions(), lambda _: False)
     assert keys == {node_id.removeprefix("n"): key for node_id, key in renamed_keys.items()}
 
 
 @given(prompts(), st.data())
 def test_a_changed_value_changes_the_node_and_all_after_it(prompt: Prompt, data: st.DataObject) -> None:
-    before = cache_keys(prompt, _interfaces(), lambda _: False)
+    before = cache_keys(prompt, _definitions(), lambda _: False)
     changed = data.draw(st.sampled_from(sorted(prompt)))
     prompt[changed]["inputs"]["value"] = "other"
-    after = cache_keys(prompt, _interfaces(), lambda _: False)
+    after = cache_keys(prompt, _definitions(), lambda _: False)
     touched = {node_id for node_id in prompt if node_id == changed or changed in _ancestors(prompt, node_id)}
     assert {node_id for node_id in prompt if before[node_id] != after[node_id]} == touched
 
 
 def test_a_link_to_a_node_that_is_not_there_is_never_cached() -> None:
     prompt: Prompt = {"1": {"class_type": "End", "inputs": {"in": ["7", 0]}}, "2": {"class_type": "Node"}}
-    keys = [cache_keys(prompt, _interfaces(), lambda _: False) for _ in range(2)]
+    keys = [cache_keys(prompt, _definitions(), lambda _: False) for _ in range(2)]
     assert keys[0]["1"] != keys[1]["1"]
     assert keys[0]["2"] == keys[1]["2"]
 
 
 def test_the_cache_keeps_what_the_prompt_can_use() -> None:
     cache = OutputCache()
-    result = CachedResult([[1]], None)
-    cache.start_prompt({"1": "a", "2": "b"})
+    result = CacheEntry([[1]], None)
+    cache.set_prompt({"1": "a", "2": "b"})
     cache.set("1", result)
-    cache.start_prompt({"9": "a"})
+    cache.set_prompt({"9": "a"})
     assert cache.get("9") is result
-    cache.start_prompt({"1": "c"})
-    cache.start_prompt({"1": "a"})
+    cache.set_prompt({"1": "c"})
+    cache.set_prompt({"1": "a"})
     assert cache.get("1") is None
 
 
 @given(st.dictionaries(st.text(), st.lists(st.integers(), min_size=1, max_size=4), max_size=3))
 def test_shorter_lists_repeat_their_last_item(inputs: dict[str, list[int]]) -> None:
-    calls = list(slices(inputs))
+    calls = list(slice_inputs(inputs))
     assert len(calls) == max((len(values) for values in inputs.values()), default=1)
     for place, call in enumerate(calls):
         assert call == {name: values[min(place, len(values) - 1)] for name, values in inputs.items()}
@@ -180,8 +180,8 @@ def test_results_are_put_together() -> None:
     ],
 )
 def test_a_name_may_say_its_folder(name: str, expected: str, folder: str | None) -> None:
-    folders = Folders(Path("/base"))
-    assert folders.without_annotation(name) == (expected, Path("/base") / folder if folder else None)
+    folders = FolderPaths(Path("/base"))
+    assert folders.split_annotation(name) == (expected, Path("/base") / folder if folder else None)
 
 
 def test_an_interrupt_ends_a_sleep_and_is_used_up() -> None:
@@ -189,7 +189,7 @@ def test_an_interrupt_ends_a_sleep_and_is_used_up() -> None:
     timer = threading.Timer(0.01, interrupt.set)
     timer.start()
     begin = time.monotonic()
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptProcessingException):
         interrupt.sleep(60)
     assert time.monotonic() - begin < 30
     timer.join()
@@ -202,15 +202,15 @@ def test_a_shut_down_stops_everything_that_follows() -> None:
     interrupt.shut_down()
     interrupt.reset()
     for _ in range(2):
-        with pytest.raises(Interrupted):
+        with pytest.raises(InterruptProcessingException):
             interrupt.check()
 
 
 def test_exceptions_are_named_with_their_module() -> None:
     assert full_type_name(KeyError) == "KeyError"
-    assert full_type_name(Interrupted) == "comfy_emulator.node_api.Interrupted"
+    assert full_type_name(InterruptProcessingException) == "comfy_emulator.node_api.InterruptProcessingException"
     try:
-        _interfaces().inputs("gone")
+        _definitions().inputs("gone")
     except KeyError as error:
         own, package = traceback_lines(error.__traceback__)
     assert own.startswith('  File "/python/test_emulator_parts.py", line ')
@@ -229,19 +229,19 @@ def test_prompts_run_by_number_then_id_then_arrival(submissions: list[tuple[int,
         queue.put(item)
     taken = []
     for _ in items:
-        running = queue.take(lambda: None)
+        running = queue.get(lambda: None)
         assert running is not None
-        queue.finish(running, Outcome(success=True, messages=[], outputs={}, meta={}))
+        queue.task_done(running, PromptResult(success=True, messages=[], outputs={}, meta={}))
         taken.append(running)
     assert taken == sorted(items, key=lambda item: (item.number, item.prompt_id))
-    assert queue.remaining() == 0
+    assert queue.get_tasks_remaining() == 0
 
 
 def test_a_closed_queue_gives_nothing() -> None:
     queue = PromptQueue(Faults(), lambda: None, lambda: None)
     queue.put(_item("a", 1))
     queue.close()
-    assert queue.take(lambda: None) is None
+    assert queue.get(lambda: None) is None
 
 
 def test_the_package_knows_the_folder_of_every_list_of_models() -> None:

@@ -10,11 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comfy_emulator.folder_paths import Folders
+from comfy_emulator.folder_paths import FolderPaths
 from comfy_emulator.graph_utils import is_link
-from comfy_emulator.node_api import Context, NodeResult, Registry
-from comfy_emulator.node_definitions import InputSpec, NodeInterfaces
-from comfy_emulator.validation.prompt import Verdict, types_fit, validate_prompt
+from comfy_emulator.model_files import ModelFiles
+from comfy_emulator.node_api import NodeContext, NodeRegistry, NodeResult
+from comfy_emulator.node_definitions import InputSpec, NodeDefinitions
+from comfy_emulator.validation.prompt import ValidationResult, validate_prompt
+from comfy_emulator.validation.types import validate_node_input
 
 RECORDINGS = Path(__file__).parents[1] / "data" / "comfyui_traffic"
 PASSED = NodeResult()
@@ -42,34 +44,34 @@ OBJECT_INFO = {
 }
 
 
-def _validate_file(input_dir: Path, image: str) -> bool | str:
+def _validate_file(folders: FolderPaths, image: str) -> bool | str:
     if image == "no reason":
         return False
     return True if image == "there.png" else f"Invalid image file: {image}"
 
 
-def _validate_broken(input_dir: Path, value: Any) -> bool | str:
+def _validate_broken(folders: FolderPaths, value: Any) -> bool | str:
     raise LookupError("the node stumbled")
 
 
-def _nothing(context: Context, **inputs: Any) -> NodeResult:
+def _nothing(context: NodeContext, **inputs: Any) -> NodeResult:
     return PASSED
 
 
 @pytest.fixture(scope="module")
-def interfaces(tmp_path_factory: pytest.TempPathFactory) -> NodeInterfaces:
-    registry = Registry()
+def definitions(tmp_path_factory: pytest.TempPathFactory) -> NodeDefinitions:
+    registry = NodeRegistry()
     for class_type in OBJECT_INFO.keys() - {"NotThere", "File", "Broken"}:
         registry.add(class_type)(_nothing)
     registry.add("File", validate=_validate_file, validates=("image",))(_nothing)
     registry.add("Broken", validate=_validate_broken, validates=("value",))(_nothing)
-    folders = Folders(tmp_path_factory.mktemp("emulator"))
-    folders.prepare()
-    return NodeInterfaces(registry, OBJECT_INFO, {}, folders)
+    folders = FolderPaths(tmp_path_factory.mktemp("emulator"))
+    folders.create()
+    return NodeDefinitions(registry, OBJECT_INFO, ModelFiles({}, folders.models), folders)
 
 
-def _validate(prompt: Any, interfaces: NodeInterfaces, targets: list[str] | None = None) -> Verdict:
-    return validate_prompt(prompt, interfaces, Path("unused"), targets)
+def _validate(prompt: Any, definitions: NodeDefinitions, targets: list[str] | None = None) -> ValidationResult:
+    return validate_prompt(prompt, definitions, FolderPaths(Path("unused")), targets)
 
 
 def _node(class_type: str, **inputs: Any) -> dict[str, Any]:
@@ -80,9 +82,9 @@ def _number(**inputs: Any) -> dict[str, Any]:
     return _node("Number", **{"value": 1, "size": 1.0, "text": "t", "on": True, **inputs})
 
 
-def _errors_of(node: dict[str, Any], interfaces: NodeInterfaces, slot: int = 0) -> list[dict[str, Any]]:
+def _errors_of(node: dict[str, Any], definitions: NodeDefinitions, slot: int = 0) -> list[dict[str, Any]]:
     """The errors of a node that feeds the only output; that output itself has none."""
-    verdict = _validate({"1": node, "9": _node("EndAny", value=["1", slot])}, interfaces)
+    verdict = _validate({"1": node, "9": _node("EndAny", value=["1", slot])}, definitions)
     assert verdict.error is not None
     assert verdict.error["message"] == "Prompt outputs failed validation"
     assert verdict.error["details"] == ""
@@ -93,83 +95,83 @@ def _errors_of(node: dict[str, Any], interfaces: NodeInterfaces, slot: int = 0) 
     return errors
 
 
-def test_a_valid_prompt_names_its_outputs(interfaces: NodeInterfaces) -> None:
+def test_a_valid_prompt_names_its_outputs(definitions: NodeDefinitions) -> None:
     prompt = {"9": _node("End", value=["1", 0]), "1": _number(), "8": _node("End", value=3)}
-    assert _validate(prompt, interfaces) == Verdict(None, ["9", "8"], {})
+    assert _validate(prompt, definitions) == ValidationResult(None, ["9", "8"], {})
 
 
-def test_only_wanted_outputs_are_taken(interfaces: NodeInterfaces) -> None:
+def test_only_wanted_outputs_are_taken(definitions: NodeDefinitions) -> None:
     prompt = {"9": _node("End", value=1), "8": _node("End", value=3)}
-    assert _validate(prompt, interfaces, ["8"]).outputs == ["8"]
-    refused = _validate(prompt, interfaces, [])
+    assert _validate(prompt, definitions, ["8"]).good_outputs == ["8"]
+    refused = _validate(prompt, definitions, [])
     assert refused.error is not None
     assert refused.error["type"] == "prompt_no_outputs"
 
 
-def test_a_known_interface_without_a_node_does_not_exist(interfaces: NodeInterfaces) -> None:
-    verdict = _validate({"1": _node("NotThere")}, interfaces)
+def test_a_known_interface_without_a_node_does_not_exist(definitions: NodeDefinitions) -> None:
+    verdict = _validate({"1": _node("NotThere")}, definitions)
     assert verdict.error is not None
     assert verdict.error["message"] == "Cannot execute because node NotThere does not exist."
 
 
-def test_values_are_converted_in_place(interfaces: NodeInterfaces) -> None:
+def test_values_are_converted_in_place(definitions: NodeDefinitions) -> None:
     prompt = {"1": _number(value="5", size=2, text=7, on="no"), "9": _node("End", value=["1", 0])}
-    assert _validate(prompt, interfaces).error is None
+    assert _validate(prompt, definitions).error is None
     assert prompt["1"]["inputs"] == {"value": 5, "size": 2.0, "text": "7", "on": True}
     assert isinstance(prompt["1"]["inputs"]["size"], float)
 
 
-def test_a_wrapped_list_is_unwrapped(interfaces: NodeInterfaces) -> None:
+def test_a_wrapped_list_is_unwrapped(definitions: NodeDefinitions) -> None:
     prompt = {"9": _node("EndAny", value={"__value__": [1, 2, 3]})}
-    assert _validate(prompt, interfaces).error is None
+    assert _validate(prompt, definitions).error is None
     assert prompt["9"]["inputs"]["value"] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(("limit", "value"), [("smaller", -1), ("bigger", 11)])
-def test_limits(interfaces: NodeInterfaces, limit: str, value: int) -> None:
+def test_limits(definitions: NodeDefinitions, limit: str, value: int) -> None:
     bound = {"smaller": "min of 0", "bigger": "max of 10"}[limit]
-    (error,) = _errors_of(_number(value=value), interfaces)
+    (error,) = _errors_of(_number(value=value), definitions)
     assert error["type"] == f"value_{limit}_than_{bound[:3]}"
     assert error["message"] == f"Value {value} {limit} than {bound}"
     assert error["details"] == "value"
     assert error["extra_info"]["received_value"] == value
 
 
-def test_a_value_that_cannot_be_converted(interfaces: NodeInterfaces) -> None:
-    (error,) = _errors_of(_number(size="wide"), interfaces)
+def test_a_value_that_cannot_be_converted(definitions: NodeDefinitions) -> None:
+    (error,) = _errors_of(_number(size="wide"), definitions)
     assert error["message"] == "Failed to convert an input value to a FLOAT value"
     assert error["details"] == "size, wide, could not convert string to float: 'wide'"
     assert error["extra_info"]["input_config"] == ["FLOAT", {}]
 
 
-def test_values_not_in_their_lists(interfaces: NodeInterfaces) -> None:
-    old, new = _errors_of(_node("Choice", old="c", new=3), interfaces)
+def test_values_not_in_their_lists(definitions: NodeDefinitions) -> None:
+    old, new = _errors_of(_node("Choice", old="c", new=3), definitions)
     assert old["details"] == "old: 'c' not in ['a', 'b']"
     assert old["extra_info"]["input_config"] == [["a", "b"], {}]
     assert new["details"] == "new: '3' not in [1, 2]"
     assert new["extra_info"]["input_config"] == ["COMBO", {"options": [1, 2]}]
 
 
-def test_a_long_list_is_only_counted(interfaces: NodeInterfaces) -> None:
-    (error,) = _errors_of(_node("Many", one="x"), interfaces)
+def test_a_long_list_is_only_counted(definitions: NodeDefinitions) -> None:
+    (error,) = _errors_of(_node("Many", one="x"), definitions)
     assert error["details"] == "one: 'x' not in (list of length 21)"
     assert error["extra_info"]["input_config"] is None
 
 
-def test_the_node_looks_at_its_own_inputs(interfaces: NodeInterfaces) -> None:
+def test_the_node_looks_at_its_own_inputs(definitions: NodeDefinitions) -> None:
     prompt = {"1": _node("File", image="there.png", top=3), "9": _node("EndAny", value=["1", 0])}
-    assert _validate(prompt, interfaces).error is None
-    (sentence,) = _errors_of(_node("File", image="gone.png", top=1), interfaces)
+    assert _validate(prompt, definitions).error is None
+    (sentence,) = _errors_of(_node("File", image="gone.png", top=1), definitions)
     assert sentence["message"] == "Custom validation failed for node"
     assert sentence["details"] == "image - Invalid image file: gone.png"
-    (no_reason,) = _errors_of(_node("File", image="no reason", top=1), interfaces)
+    (no_reason,) = _errors_of(_node("File", image="no reason", top=1), definitions)
     assert no_reason["details"] == "image"
-    top, image = _errors_of(_node("File", image="gone.png", top=4), interfaces)
+    top, image = _errors_of(_node("File", image="gone.png", top=4), definitions)
     assert (top["type"], image["type"]) == ("value_bigger_than_max", "custom_validation_failed")
 
 
-def test_a_node_that_stumbles_while_it_validates(interfaces: NodeInterfaces) -> None:
-    (inner,) = _errors_of(_node("Broken", value=1), interfaces)
+def test_a_node_that_stumbles_while_it_validates(definitions: NodeDefinitions) -> None:
+    (inner,) = _errors_of(_node("Broken", value=1), definitions)
     assert inner["type"] == "exception_during_inner_validation"
     assert inner["extra_info"]["exception_type"] == "LookupError"
     assert inner["extra_info"]["linked_node"] == ["1", 0]
@@ -181,8 +183,8 @@ def test_a_node_that_stumbles_while_it_validates(interfaces: NodeInterfaces) -> 
     ("link", "details"),
     [(["1"], "value"), (["1", 0, 0], "value"), ([], "value")],
 )
-def test_a_list_that_is_no_link(interfaces: NodeInterfaces, link: list[Any], details: str) -> None:
-    verdict = _validate({"1": _number(), "9": _node("End", value=link)}, interfaces)
+def test_a_list_that_is_no_link(definitions: NodeDefinitions, link: list[Any], details: str) -> None:
+    verdict = _validate({"1": _number(), "9": _node("End", value=link)}, definitions)
     assert verdict.error is not None
     (error,) = verdict.node_errors["9"]["errors"]
     assert error["type"] == "bad_linked_input"
@@ -199,58 +201,58 @@ def test_a_list_that_is_no_link(interfaces: NodeInterfaces, link: list[Any], det
         (["1", "0"], "TypeError", "tuple indices must be integers or slices, not str"),
     ],
 )
-def test_a_link_to_nowhere(interfaces: NodeInterfaces, link: list[Any], exception_type: str, details: str) -> None:
-    verdict = _validate({"1": _number(), "9": _node("End", value=link)}, interfaces)
+def test_a_link_to_nowhere(definitions: NodeDefinitions, link: list[Any], exception_type: str, details: str) -> None:
+    verdict = _validate({"1": _number(), "9": _node("End", value=link)}, definitions)
     (error,) = verdict.node_errors["9"]["errors"]
     assert error["type"] == "exception_during_validation"
     assert error["details"] == details
     assert error["extra_info"]["exception_type"] == exception_type
 
 
-def test_a_node_without_inputs_is_an_exception(interfaces: NodeInterfaces) -> None:
-    verdict = _validate({"9": {"class_type": "End"}}, interfaces)
+def test_a_node_without_inputs_is_an_exception(definitions: NodeDefinitions) -> None:
+    verdict = _validate({"9": {"class_type": "End"}}, definitions)
     assert verdict.node_errors["9"]["errors"][0]["details"] == "'inputs'"
 
 
-def test_types_that_do_not_fit(interfaces: NodeInterfaces) -> None:
+def test_types_that_do_not_fit(definitions: NodeDefinitions) -> None:
     prompt = {"1": _node("Choice", old="a", new=1), "9": _node("End", value=["1", 0])}
-    (error,) = _validate(prompt, interfaces).node_errors["9"]["errors"]
+    (error,) = _validate(prompt, definitions).node_errors["9"]["errors"]
     assert error["details"] == "value, received_type(TEXT) mismatch input_type(INT)"
     assert error["extra_info"]["linked_node"] == ["1", 0]
     assert error["extra_info"]["received_type"] == "TEXT"
 
 
-def test_every_source_is_checked(interfaces: NodeInterfaces) -> None:
+def test_every_source_is_checked(definitions: NodeDefinitions) -> None:
     prompt = {
         "1": _number(value=-1),
         "2": _node("Choice", old="c", new=1),
         "3": _node("Pass", value=["1", 0], extra=["2", 0]),
         "9": _node("End", value=["3", 0]),
     }
-    assert _validate(prompt, interfaces).node_errors.keys() == {"1", "2"}
+    assert _validate(prompt, definitions).node_errors.keys() == {"1", "2"}
 
 
 @pytest.mark.parametrize("sources", [{"1": "1"}, {"1": "2", "2": "1"}, {"1": "2", "2": "3", "3": "1"}])
-def test_a_cycle_is_refused_without_naming_a_node(interfaces: NodeInterfaces, sources: dict[str, str]) -> None:
+def test_a_cycle_is_refused_without_naming_a_node(definitions: NodeDefinitions, sources: dict[str, str]) -> None:
     prompt = {node_id: _node("Pass", value=[source, 0]) for node_id, source in sources.items()}
     prompt["9"] = _node("End", value=["1", 0])
-    verdict = _validate(prompt, interfaces)
+    verdict = _validate(prompt, definitions)
     assert verdict.error is not None
     assert verdict.error["type"] == "prompt_outputs_failed_validation"
     assert verdict.node_errors == {}
 
 
-def test_valid_outputs_run_without_the_others(interfaces: NodeInterfaces) -> None:
+def test_valid_outputs_run_without_the_others(definitions: NodeDefinitions) -> None:
     prompt = {"7": _node("End", value="x"), "8": _node("End", value=1), "9": _node("End", value=-1.5)}
-    verdict = _validate(prompt, interfaces)
+    verdict = _validate(prompt, definitions)
     assert verdict.error is None
-    assert verdict.outputs == ["8", "9"]
+    assert verdict.good_outputs == ["8", "9"]
     assert verdict.node_errors.keys() == {"7"}
 
 
-def test_a_bad_node_is_blamed_on_every_failed_output_after_it(interfaces: NodeInterfaces) -> None:
+def test_a_bad_node_is_blamed_on_every_failed_output_after_it(definitions: NodeDefinitions) -> None:
     prompt = {"1": _number(value=-1), "8": _node("End", value=["1", 0]), "9": _node("End")}
-    verdict = _validate(prompt, interfaces)
+    verdict = _validate(prompt, definitions)
     assert verdict.node_errors["1"]["dependent_outputs"] == ["8", "9"]
     assert verdict.node_errors["9"]["dependent_outputs"] == ["9"]
     assert verdict.error is not None
@@ -278,7 +280,7 @@ def test_a_bad_node_is_blamed_on_every_failed_output_after_it(interfaces: NodeIn
     ],
 )
 def test_which_types_fit(received: Any, wanted: Any, fits: bool) -> None:
-    assert types_fit(received, wanted) is fits
+    assert validate_node_input(received, wanted) is fits
 
 
 _TYPE_NAMES = st.lists(st.sampled_from(["INT", "FLOAT", "IMAGE", "*"]), min_size=1, max_size=3).map(",".join)
@@ -286,7 +288,7 @@ _TYPE_NAMES = st.lists(st.sampled_from(["INT", "FLOAT", "IMAGE", "*"]), min_size
 
 @given(_TYPE_NAMES, _TYPE_NAMES)
 def test_fitting_goes_both_ways(one: str, other: str) -> None:
-    assert types_fit(one, other) == types_fit(other, one)
+    assert validate_node_input(one, other) == validate_node_input(other, one)
 
 
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda inner: st.lists(inner, max_size=3)))
@@ -299,13 +301,13 @@ def test_only_an_id_and_a_slot_are_a_link(value: Any) -> None:
 
 @given(st.integers(), st.integers(min_value=0, max_value=10))
 def test_a_whole_number_is_taken_between_its_limits(value: int, allowed: int) -> None:
-    registry = Registry()
+    registry = NodeRegistry()
     registry.add("Number")(_nothing)
     registry.add("End")(_nothing)
-    interfaces = NodeInterfaces(registry, OBJECT_INFO, {}, Folders(Path("unused")))
-    good = _validate({"1": _number(value=str(allowed)), "9": _node("End", value=["1", 0])}, interfaces)
+    definitions = NodeDefinitions(registry, OBJECT_INFO, ModelFiles({}, Path("unused")), FolderPaths(Path("unused")))
+    good = _validate({"1": _number(value=str(allowed)), "9": _node("End", value=["1", 0])}, definitions)
     assert good.error is None
-    verdict = _validate({"1": _number(value=str(value)), "9": _node("End", value=["1", 0])}, interfaces)
+    verdict = _validate({"1": _number(value=str(value)), "9": _node("End", value=["1", 0])}, definitions)
     assert (verdict.error is None) == (0 <= value <= 10)
 
 

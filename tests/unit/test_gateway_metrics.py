@@ -17,7 +17,7 @@ import requests
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from comfy_emulator.emulator_server import EmulatorServer
+from comfy_emulator import EmulatorServer
 from comfy_worker.gateway.callers import Caller, acting
 from comfy_worker.gateway.jobs.metrics import Cached, GatewayCollector
 from comfy_worker.gateway.store.database import connect

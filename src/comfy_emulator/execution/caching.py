@@ -1,4 +1,7 @@
-"""Which results of the prompt before are used again: ComfyUI's cache by class, inputs and everything upstream."""
+"""The cache of node results between two prompts (`comfy_execution/caching.py` of ComfyUI).
+
+A result is reused if the node's class, its inputs and all nodes before it are the same (`CacheKeySetInputSignature`).
+"""
 
 from __future__ import annotations
 
@@ -8,69 +11,70 @@ import logging
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from comfy_emulator.folder_paths import FolderPaths
 from comfy_emulator.graph_utils import is_link
-from comfy_emulator.node_definitions import JsonObject, NodeInterfaces
+from comfy_emulator.json_types import JsonObject
+from comfy_emulator.node_definitions import NodeDefinitions
 
 logger = logging.getLogger(__name__)
 
 Fingerprint = Callable[[str], Any]
-"""Gives what `IS_CHANGED` says of a node of the prompt; False for nodes without one."""
+"""Returns a node's `IS_CHANGED` by node id; False for nodes without one."""
 
 
 @dataclass(frozen=True)
-class CachedResult:
-    """What a node gave: a list of values an output slot, and its entry for the history, if it has one."""
+class CacheEntry:
+    """The result of a node: one list of values per output slot, and its `ui` with `meta`, if any."""
 
     outputs: list[list[Any]]
     ui: JsonObject | None
 
 
 class OutputCache:
-    """Results of the nodes of one prompt; those that the next prompt has no use for are dropped when it starts."""
+    """The results of the nodes of one prompt, until the next prompt starts that cannot use them."""
 
     def __init__(self) -> None:
-        self._results: dict[str, CachedResult] = {}
+        self._entries: dict[str, CacheEntry] = {}
         self._keys: dict[str, str] = {}
 
-    def start_prompt(self, keys: Mapping[str, str]) -> None:
-        """Keep only what this prompt's nodes (keys by node id) can use."""
+    def set_prompt(self, keys: Mapping[str, str]) -> None:
+        """Drop all entries but those that the nodes of this prompt can use; `keys` are by node id."""
         self._keys = dict(keys)
-        wanted = set(keys.values())
-        self._results = {key: result for key, result in self._results.items() if key in wanted}
+        used = set(keys.values())
+        self._entries = {key: entry for key, entry in self._entries.items() if key in used}
 
-    def get(self, node_id: str) -> CachedResult | None:
-        """Give the result of a node, or of one that does the same."""
-        return self._results.get(self._keys[node_id])
+    def get(self, node_id: str) -> CacheEntry | None:
+        """Return the result of a node, or of an equal one."""
+        return self._entries.get(self._keys[node_id])
 
-    def set(self, node_id: str, result: CachedResult) -> None:
-        """Keep the result of a node that ran."""
-        self._results[self._keys[node_id]] = result
+    def set(self, node_id: str, entry: CacheEntry) -> None:
+        """Store the result of a node."""
+        self._entries[self._keys[node_id]] = entry
 
     def clear(self) -> None:
-        """Forget everything, as `/free` asks with `free_memory`."""
-        self._results = {}
+        """Drop all entries."""
+        self._entries = {}
 
 
 def cache_keys(
-    prompt: Mapping[str, JsonObject], interfaces: NodeInterfaces, fingerprint: Fingerprint
+    prompt: Mapping[str, JsonObject], definitions: NodeDefinitions, fingerprint: Fingerprint
 ) -> dict[str, str]:
-    """Give each node a key that is equal for nodes that would give the same result, whatever their ids."""
+    """Return a key for each node, equal for nodes with the same result, whatever their ids."""
     keys: dict[str, str] = {}
 
     def key(node_id: str) -> str:
         if node_id not in keys:
-            keys[node_id] = ""  # a node in a cycle never runs, so its key need only be there
+            keys[node_id] = ""  # ends the recursion in a cycle, whose nodes never run
             keys[node_id] = _digest(signature(node_id))
         return keys[node_id]
 
     def signature(node_id: str) -> list[Any]:
-        if node_id not in prompt:  # only an output that is left out may hang on a node that is not there
+        if node_id not in prompt:  # possible only before outputs that failed validation and do not run
             return [uuid.uuid4().hex]
         node = prompt[node_id]
-        own_id = node_id if "UNIQUE_ID" in interfaces.hidden(node["class_type"]).values() else None
+        own_id = node_id if "UNIQUE_ID" in definitions.hidden_inputs(node["class_type"]).values() else None
         inputs = [
             [name, "link", key(value[0]), value[1]] if is_link(value) else [name, "value", value]
             for name, value in sorted(node.get("inputs", {}).items())
@@ -82,25 +86,25 @@ def cache_keys(
     return keys
 
 
-def fingerprints(prompt: Mapping[str, JsonObject], interfaces: NodeInterfaces, input_dir: Path) -> Fingerprint:
-    """Ask the nodes of a prompt for their fingerprint; one that fails counts as changed, as in ComfyUI."""
+def fingerprints(prompt: Mapping[str, JsonObject], definitions: NodeDefinitions, folders: FolderPaths) -> Fingerprint:
+    """Return the fingerprint function of a prompt; a failure counts as a change (`IsChangedCache`)."""
 
     def fingerprint(node_id: str) -> Any:
         node = prompt[node_id]
-        ask = interfaces.node(node["class_type"]).fingerprint
-        if ask is None:
+        is_changed = definitions.node(node["class_type"]).fingerprint
+        if is_changed is None:
             return False
-        known = interfaces.inputs(node["class_type"])
+        defined = definitions.inputs(node["class_type"])
         constants = {
-            name: value for name, value in node.get("inputs", {}).items() if name in known and not is_link(value)
+            name: value for name, value in node.get("inputs", {}).items() if name in defined and not is_link(value)
         }
         try:
-            answer = ask(input_dir, **constants)
-        except Exception as error:  # noqa: BLE001 - a node's own code may raise anything
-            logger.warning("The fingerprint of node %s failed, so it runs again: %s", node_id, error)
+            value = is_changed(folders, **constants)
+        except Exception as error:  # noqa: BLE001 - a node's code may raise anything
+            logger.warning("IS_CHANGED of node %s failed, so it runs again: %s", node_id, error)
             return uuid.uuid4().hex
-        never_the_same = answer != answer  # a NaN, by which nodes say that they are to run each time
-        return uuid.uuid4().hex if never_the_same else answer
+        is_nan = value != value
+        return uuid.uuid4().hex if is_nan else value
 
     return fingerprint
 

@@ -1,4 +1,4 @@
-"""How a node meets lists: it is called for each item, and what it gives is put together again."""
+"""Nodes and lists: a node is called once per list item, and the results are merged (`execution.py` of ComfyUI)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 from comfy_emulator.node_api import NodeResult
 
 
-def slices(inputs: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
-    """Give the arguments of each call; the last item of a shorter list is used for the remaining calls."""
+def slice_inputs(inputs: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
+    """Yield the arguments of each call; shorter lists repeat their last item (`_async_map_node_over_list`)."""
     calls = max((len(values) for values in inputs.values()), default=0)
     if calls == 0:
         yield {}
@@ -18,7 +18,7 @@ def slices(inputs: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
 
 
 def merge_outputs(results: Sequence[NodeResult], output_is_list: Sequence[bool]) -> list[list[Any]]:
-    """Give the list of values of each output slot over all calls; an output that is a list is strung together."""
+    """Return the values of each output slot over all calls; lists are concatenated (`merge_result_data`)."""
     merged = []
     for slot, is_list in enumerate(output_is_list):
         values = [result.outputs[slot] for result in results]
@@ -27,8 +27,8 @@ def merge_outputs(results: Sequence[NodeResult], output_is_list: Sequence[bool])
 
 
 def merge_ui(results: Sequence[NodeResult]) -> dict[str, list[Any]]:
-    """String together what the calls report to the client; empty when none reports anything."""
-    reports = [result.ui for result in results if result.ui is not None]
-    if not reports:
+    """Return the concatenated `ui` of all calls, empty if there is none (`get_output_from_returns`)."""
+    uis = [result.ui for result in results if result.ui is not None]
+    if not uis:
         return {}
-    return {key: [item for report in reports for item in report[key]] for key in reports[0]}
+    return {key: [item for ui in uis for item in ui[key]] for key in uis[0]}

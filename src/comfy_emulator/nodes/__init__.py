@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from comfy_emulator.nodes import (
     audio,
+    conditioning,
     images,
     latents,
     load_images,
@@ -18,6 +19,7 @@ from comfy_emulator.nodes import (
     sampling,
     save_images,
     test_work,
+    upscale_models,
     vae,
     video,
 )
@@ -26,6 +28,7 @@ from comfy_emulator.nodes.registry import REGISTRY
 __all__ = [
     "REGISTRY",
     "audio",
+    "conditioning",
     "images",
     "latents",
     "load_images",
@@ -36,6 +39,7 @@ __all__ = [
     "sampling",
     "save_images",
     "test_work",
+    "upscale_models",
     "vae",
     "video",
 ]

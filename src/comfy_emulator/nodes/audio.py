@@ -1,4 +1,4 @@
-"""Nodes for sound, through PyAV (which is loaded when the first of them runs)."""
+"""Audio nodes on PyAV, which is imported when the first of them runs (`comfy_extras/nodes_audio.py`)."""
 
 from __future__ import annotations
 
@@ -7,22 +7,15 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from comfy_emulator.node_api import Context, NodeResult
+from comfy_emulator.node_api import NodeContext, NodeResult
+from comfy_emulator.nodes.file_inputs import file_fingerprint, file_validator
 from comfy_emulator.nodes.pixels import FloatArray
 from comfy_emulator.nodes.registry import REGISTRY
-from comfy_emulator.nodes.save_paths import (
-    SavePath,
-    annotated_path,
-    file_fingerprint,
-    file_validator,
-    metadata_texts,
-    output_path,
-    temp_path,
-)
+from comfy_emulator.nodes.save_paths import SavePath, metadata_texts, output_path, temp_path
 
 
 class Audio(TypedDict):
-    """Sound as ComfyUI passes it: float32 samples (batch, channels, samples), -1 to 1, and how many a second."""
+    """ComfyUI's AUDIO: float32 samples of shape (batch, channels, samples), -1 to 1, and samples per second."""
 
     waveform: FloatArray
     sample_rate: int
@@ -34,8 +27,8 @@ _OPUS_RATES = (8000, 12000, 16000, 24000, 48000)
 
 
 @REGISTRY.add("EmptyAudio")
-def empty_audio(_context: Context, duration: float, sample_rate: int, channels: int) -> NodeResult:
-    """Silence, `duration` seconds of it."""
+def empty_audio(_context: NodeContext, duration: float, sample_rate: int, channels: int) -> NodeResult:
+    """Return `duration` seconds of silence."""
     samples = round(duration * sample_rate)
     return NodeResult((Audio(waveform=np.zeros((1, channels, samples), np.float32), sample_rate=sample_rate),))
 
@@ -46,13 +39,13 @@ def empty_audio(_context: Context, duration: float, sample_rate: int, channels: 
     validates=("audio",),
     fingerprint=file_fingerprint("audio"),
 )
-def load_audio(context: Context, audio: str) -> NodeResult:
-    """The sound of a sound or video file."""
-    return NodeResult((read_audio(annotated_path(context.input_dir, audio)),))
+def load_audio(context: NodeContext, audio: str) -> NodeResult:
+    """Return the audio of an audio or video file."""
+    return NodeResult((read_audio(context.folders.annotated_path(audio)),))
 
 
 def read_audio(path: Path) -> Audio:
-    """The first sound track of a file.
+    """Return the first audio track of a file.
 
     Raises:
         ValueError: the file has none, or it is empty.
@@ -71,7 +64,7 @@ def read_audio(path: Path) -> Audio:
 
 
 def _planar(samples: Any, channels: int) -> FloatArray:
-    """Decoded samples as float32 (channels, samples), whether they came interleaved, as integers or as floats."""
+    """Return decoded samples, interleaved or not, integers or floats, as float32 of shape (channels, samples)."""
     if samples.shape[0] != channels:
         samples = samples.reshape(-1, channels).T
     if samples.dtype not in _FULL_SCALE:
@@ -81,30 +74,30 @@ def _planar(samples: Any, channels: int) -> FloatArray:
 
 
 @REGISTRY.add("SaveAudio")
-def save_audio(context: Context, audio: Audio, filename_prefix: str = "ComfyUI") -> NodeResult:
-    """FLAC files in the output folder."""
+def save_audio(context: NodeContext, audio: Audio, filename_prefix: str = "ComfyUI") -> NodeResult:
+    """Save FLAC files in the output folder."""
     return _save(context, audio, output_path(context, filename_prefix), "flac")
 
 
 @REGISTRY.add("SaveAudioMP3")
-def save_audio_mp3(context: Context, audio: Audio, filename_prefix: str, quality: str) -> NodeResult:
-    """MP3 files in the output folder, of `V0` (variable), `128k` or `320k` bits a second."""
+def save_audio_mp3(context: NodeContext, audio: Audio, filename_prefix: str, quality: str) -> NodeResult:
+    """Save MP3 files in the output folder, with `V0` (variable), `128k` or `320k` bits per second."""
     return _save(context, audio, output_path(context, filename_prefix), "mp3", quality)
 
 
 @REGISTRY.add("SaveAudioOpus")
-def save_audio_opus(context: Context, audio: Audio, filename_prefix: str, quality: str) -> NodeResult:
-    """Opus files in the output folder, of `64k` to `320k` bits a second."""
+def save_audio_opus(context: NodeContext, audio: Audio, filename_prefix: str, quality: str) -> NodeResult:
+    """Save Opus files in the output folder, with `64k` to `320k` bits per second."""
     return _save(context, audio, output_path(context, filename_prefix), "opus", quality)
 
 
 @REGISTRY.add("PreviewAudio")
-def preview_audio(context: Context, audio: Audio) -> NodeResult:
-    """FLAC files in the temp folder."""
+def preview_audio(context: NodeContext, audio: Audio) -> NodeResult:
+    """Save FLAC files in the temp folder."""
     return _save(context, audio, temp_path(context), "flac")
 
 
-def _save(context: Context, audio: Audio, path: SavePath, extension: str, quality: str = "") -> NodeResult:
+def _save(context: NodeContext, audio: Audio, path: SavePath, extension: str, quality: str = "") -> NodeResult:
     saved = []
     metadata = metadata_texts(context)
     for number, waveform in enumerate(audio["waveform"]):
@@ -132,12 +125,12 @@ def _write(
 
 
 def _opus_rate(sample_rate: int) -> int:
-    """The lowest rate of Opus that loses nothing, at most its highest."""
+    """Return the lowest rate of Opus that loses nothing, or its highest."""
     return next((rate for rate in _OPUS_RATES if rate >= sample_rate), _OPUS_RATES[-1])
 
 
 def audio_frame(waveform: FloatArray, sample_rate: int) -> Any:
-    """One PyAV frame of samples (channels, samples): mono for one channel, otherwise stereo."""
+    """Return a PyAV frame of samples of shape (channels, samples): mono for one channel, otherwise stereo."""
     import av
 
     layout = "mono" if waveform.shape[0] == 1 else "stereo"
@@ -149,6 +142,6 @@ def audio_frame(waveform: FloatArray, sample_rate: int) -> Any:
 
 
 def encode_audio(container: Any, stream: Any, frame: Any) -> None:
-    """Put all of a track into a container; PyAV brings the samples to the rate and format of the encoder."""
+    """Encode a whole track into a container; PyAV converts it to the rate and format of the encoder."""
     container.mux(stream.encode(frame))
     container.mux(stream.encode(None))

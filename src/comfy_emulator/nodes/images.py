@@ -1,4 +1,4 @@
-"""Nodes that make pictures out of nothing or out of other pictures."""
+"""Nodes that create and change images (`nodes.py`, `comfy_extras/nodes_images.py`, `nodes_post_processing.py`)."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ import math
 
 import numpy as np
 
-from comfy_emulator.node_api import Context, ImageBatch, NodeResult
+from comfy_emulator.node_api import ImageBatch, NodeContext, NodeResult
 from comfy_emulator.nodes.pixels import FloatArray, match_alpha, scale
 from comfy_emulator.nodes.registry import REGISTRY
 
 
 @REGISTRY.add("EmptyImage")
-def empty_image(_context: Context, width: int, height: int, batch_size: int, color: int) -> NodeResult:
-    """Pictures of one colour, given as 0xRRGGBB."""
+def empty_image(_context: NodeContext, width: int, height: int, batch_size: int, color: int) -> NodeResult:
+    """Return images of one colour, 0xRRGGBB."""
     levels = np.array([color >> 16 & 0xFF, color >> 8 & 0xFF, color & 0xFF]) / 255
     return NodeResult((np.broadcast_to(levels.astype(np.float32), (batch_size, height, width, 3)).copy(),))
 
 
 @REGISTRY.add("ImageScale")
 def image_scale(
-    _context: Context, image: ImageBatch, upscale_method: str, width: int, height: int, crop: str
+    _context: NodeContext, image: ImageBatch, upscale_method: str, width: int, height: int, crop: str
 ) -> NodeResult:
-    """Pictures at a given size; a side of 0 follows the other one, two of 0 change nothing."""
+    """Scale images to a size; a side of 0 keeps the aspect, two change nothing."""
     old_height, old_width = image.shape[1:3]
     if width == 0 and height == 0:
         return NodeResult((image,))
@@ -34,17 +34,17 @@ def image_scale(
 
 
 @REGISTRY.add("ImageScaleBy")
-def image_scale_by(_context: Context, image: ImageBatch, upscale_method: str, scale_by: float) -> NodeResult:
-    """Pictures scaled by a factor."""
+def image_scale_by(_context: NodeContext, image: ImageBatch, upscale_method: str, scale_by: float) -> NodeResult:
+    """Scale images by a factor."""
     height, width = image.shape[1:3]
     return NodeResult((scale(image, round(width * scale_by), round(height * scale_by), upscale_method),))
 
 
 @REGISTRY.add("ImageScaleToTotalPixels")
 def image_scale_to_total_pixels(
-    _context: Context, image: ImageBatch, upscale_method: str, megapixels: float, resolution_steps: int = 1
+    _context: NodeContext, image: ImageBatch, upscale_method: str, megapixels: float, resolution_steps: int = 1
 ) -> NodeResult:
-    """Pictures of about so many megapixels (of 1024 x 1024), sides being multiples of `resolution_steps`."""
+    """Scale images to a number of megapixels (1024 x 1024); sides are multiples of `resolution_steps`."""
     height, width = image.shape[1:3]
     factor = math.sqrt(megapixels * 1024 * 1024 / (width * height))
     new_width = round(width * factor / resolution_steps) * resolution_steps
@@ -53,14 +53,14 @@ def image_scale_to_total_pixels(
 
 
 @REGISTRY.add("ImageInvert")
-def image_invert(_context: Context, image: ImageBatch) -> NodeResult:
-    """Negatives."""
+def image_invert(_context: NodeContext, image: ImageBatch) -> NodeResult:
+    """Invert the colours."""
     return NodeResult((np.float32(1.0) - image,))
 
 
 @REGISTRY.add("ImageBatch")
-def image_batch(_context: Context, image1: ImageBatch, image2: ImageBatch) -> NodeResult:
-    """Two batches one after the other, the second brought to the size and channels of the first."""
+def image_batch(_context: NodeContext, image1: ImageBatch, image2: ImageBatch) -> NodeResult:
+    """Join two batches; the second gets the size and channels of the first."""
     channels = max(image1.shape[-1], image2.shape[-1])
     image1, image2 = _with_channels(image1, channels), _with_channels(image2, channels)
     if image1.shape[1:] != image2.shape[1:]:
@@ -75,9 +75,9 @@ def _with_channels(images: ImageBatch, channels: int) -> ImageBatch:
 
 @REGISTRY.add("ImageBlend")
 def image_blend(
-    _context: Context, image1: ImageBatch, image2: ImageBatch, blend_factor: float, blend_mode: str
+    _context: NodeContext, image1: ImageBatch, image2: ImageBatch, blend_factor: float, blend_mode: str
 ) -> NodeResult:
-    """The second picture laid over the first, which it is scaled to."""
+    """Blend the second image, scaled to the first, into the first."""
     image1, image2 = match_alpha(image1, image2)
     if image1.shape != image2.shape:
         image2 = scale(image2, image1.shape[2], image1.shape[1], "bicubic", "center")
@@ -87,7 +87,7 @@ def image_blend(
 
 
 def _blend(below: FloatArray, above: FloatArray, mode: str) -> FloatArray:
-    """The blend modes of picture editors, as ComfyUI computes them."""
+    """Return the blend before it is weighted (`Blend.blend_mode`)."""
     if mode == "normal":
         return above
     if mode == "multiply":
@@ -109,30 +109,30 @@ def _soft_light_curve(level: FloatArray) -> FloatArray:
 
 
 @REGISTRY.add("ImageCrop")
-def image_crop(_context: Context, image: ImageBatch, width: int, height: int, x: int, y: int) -> NodeResult:
-    """A part of each picture; what lies outside is left away, but a pixel always stays."""
+def image_crop(_context: NodeContext, image: ImageBatch, width: int, height: int, x: int, y: int) -> NodeResult:
+    """Crop images; the result has at least one pixel."""
     left, top = min(x, image.shape[2] - 1), min(y, image.shape[1] - 1)
     return NodeResult((image[:, top : top + height, left : left + width, :],))
 
 
 @REGISTRY.add("ImageFlip")
-def image_flip(_context: Context, image: ImageBatch, flip_method: str) -> NodeResult:
-    """Pictures turned over."""
+def image_flip(_context: NodeContext, image: ImageBatch, flip_method: str) -> NodeResult:
+    """Flip images."""
     return NodeResult((np.flip(image, axis=1 if flip_method.startswith("x") else 2),))
 
 
 @REGISTRY.add("ImageRotate")
-def image_rotate(_context: Context, image: ImageBatch, rotation: str) -> NodeResult:
-    """Pictures turned clockwise by `90 degrees`, `180 degrees` or `270 degrees`, or not (`none`)."""
+def image_rotate(_context: NodeContext, image: ImageBatch, rotation: str) -> NodeResult:
+    """Rotate images clockwise by `90 degrees`, `180 degrees` or `270 degrees`, or not (`none`)."""
     quarters = 0 if rotation == "none" else int(rotation.split()[0]) // 90
     return NodeResult((np.rot90(image, k=quarters, axes=(2, 1)),))
 
 
 @REGISTRY.add("ImagePadForOutpaint")
 def image_pad_for_outpaint(
-    _context: Context, image: ImageBatch, left: int, top: int, right: int, bottom: int, feathering: int
+    _context: NodeContext, image: ImageBatch, left: int, top: int, right: int, bottom: int, feathering: int
 ) -> NodeResult:
-    """Pictures with a grey border to be painted, and the mask of it, softened towards the picture."""
+    """Add a grey border, and return its mask, softened towards the image."""
     height, width = image.shape[1:3]
     padding = ((0, 0), (top, bottom), (left, right), (0, 0))
     padded = np.pad(image, padding, constant_values=0.5)
@@ -146,7 +146,7 @@ def image_pad_for_outpaint(
 
 
 def _distance_to_border(height: int, width: int, left: int, top: int, right: int, bottom: int) -> FloatArray:
-    """How far each pixel is from the nearest side that a border was added to."""
+    """Return the distance of each pixel from the nearest side with a border."""
     rows, columns = np.arange(height)[:, np.newaxis], np.arange(width)[np.newaxis, :]
     to_top = rows if top else np.full_like(rows, height)
     to_bottom = height - rows if bottom else np.full_like(rows, height)
@@ -156,20 +156,20 @@ def _distance_to_border(height: int, width: int, left: int, top: int, right: int
 
 
 @REGISTRY.add("RepeatImageBatch")
-def repeat_image_batch(_context: Context, image: ImageBatch, amount: int) -> NodeResult:
-    """A batch so many times over."""
+def repeat_image_batch(_context: NodeContext, image: ImageBatch, amount: int) -> NodeResult:
+    """Repeat a batch `amount` times."""
     return NodeResult((np.tile(image, (amount, 1, 1, 1)),))
 
 
 @REGISTRY.add("ImageFromBatch")
-def image_from_batch(_context: Context, image: ImageBatch, batch_index: int, length: int) -> NodeResult:
-    """Some pictures of a batch; at least the last one."""
+def image_from_batch(_context: NodeContext, image: ImageBatch, batch_index: int, length: int) -> NodeResult:
+    """Return a part of a batch, at least its last image."""
     start = min(len(image) - 1, batch_index)
     return NodeResult((image[start : start + length].copy(),))
 
 
 @REGISTRY.add("GetImageSize")
-def get_image_size(_context: Context, image: ImageBatch) -> NodeResult:
-    """Width, height and number of the pictures."""
+def get_image_size(_context: NodeContext, image: ImageBatch) -> NodeResult:
+    """Return width, height and number of the images."""
     batch_size, height, width = image.shape[:3]
     return NodeResult((width, height, batch_size))

@@ -1,4 +1,4 @@
-"""The picture of a latent: its source, overpainted by each sampler that worked on it, without the banner."""
+"""Draws a latent: its source image, painted over by each sampling, without the banner."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from comfy_emulator.nodes.pixels import FloatArray, repeat_to, scale
 from comfy_emulator.nodes.placeholder import landscape
 
 _SOURCE_COVER = 0.6
-"""How much of a source picture a sampler with a denoise of 1 covers; a real one would cover all of it."""
+"""The share of a source image that a sampling with a denoise of 1 covers, so that the source stays visible."""
 
 _FRAMES_PER_SECOND = 24
 
 
 def render(latent: Latent, number: int, width: int, height: int, frame: int = 0) -> FloatArray:
-    """One picture (height, width, 3) of the batch.
+    """Return one image (height, width, 3) of the batch.
 
     Args:
-        latent: what to draw.
-        number: which of the batch.
+        latent: the latent.
+        number: the index in the batch.
         width: in pixels.
         height: in pixels.
-        frame: which frame, for a video.
+        frame: the frame of a video.
     """
     picture = _source(latent, number, width, height)
     cover = _SOURCE_COVER
@@ -44,7 +44,7 @@ def _source(latent: Latent, number: int, width: int, height: int) -> FloatArray 
 
 
 def _mask(latent: Latent, number: int, width: int, height: int) -> FloatArray:
-    """Where samplers may paint, (height, width, 1)."""
+    """Return where samplings may paint, (height, width, 1)."""
     if latent.noise_mask is None:
         return np.ones((1, 1, 1), dtype=np.float32)
     plane = repeat_to(latent.noise_mask, number + 1)[number, 0]
@@ -52,7 +52,7 @@ def _mask(latent: Latent, number: int, width: int, height: int) -> FloatArray:
 
 
 def _unsampled(latent: Latent, number: int, width: int, height: int) -> FloatArray:
-    """Grey for an empty latent; for one from a file a picture that its values decide."""
+    """Return grey for an empty latent, and an image that depends on its values for one from a file."""
     values = latent.samples[number]
     if not values.any():
         return np.full((height, width, 3), 0.5, dtype=np.float32)

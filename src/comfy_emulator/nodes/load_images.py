@@ -1,4 +1,4 @@
-"""Nodes that load pictures."""
+"""Nodes that load images (`LoadImage` and others of ComfyUI's `nodes.py`)."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, ImageSequence, UnidentifiedImageError
 
-from comfy_emulator.node_api import Context, Mask, NodeResult
+from comfy_emulator.node_api import Mask, NodeContext, NodeResult
+from comfy_emulator.nodes.file_inputs import file_fingerprint, file_validator
 from comfy_emulator.nodes.pixels import FloatArray, from_picture
 from comfy_emulator.nodes.registry import REGISTRY
-from comfy_emulator.nodes.save_paths import annotated_path, file_fingerprint, file_validator
 
 _validate = file_validator("image", "image")
 _fingerprint = file_fingerprint("image")
@@ -18,9 +18,9 @@ _fingerprint = file_fingerprint("image")
 
 @REGISTRY.add("LoadImage", validate=_validate, validates=("image",), fingerprint=_fingerprint)
 @REGISTRY.add("LoadImageOutput", validate=_validate, validates=("image",), fingerprint=_fingerprint)
-def load_image(context: Context, image: str) -> NodeResult:
-    """All frames of a picture that have the size of the first, and their transparency as a mask."""
-    frames, masks = _load_frames(annotated_path(context.input_dir, image))
+def load_image(context: NodeContext, image: str) -> NodeResult:
+    """Return all frames of an image that have the size of the first, and their transparency as masks."""
+    frames, masks = _load_frames(context.folders.annotated_path(image))
     return NodeResult((np.stack(frames), np.stack(masks)))
 
 
@@ -35,13 +35,13 @@ def _load_frames(path: Path) -> tuple[list[FloatArray], list[Mask]]:
                 continue
             frames.append(pixels)
             masks.append(_transparency(frame))
-            if picture.format == "MPO":  # the further frames are the same scene from another angle, or a thumbnail
+            if picture.format == "MPO":  # its other frames show the same scene from another angle, or a thumbnail
                 break
     return frames, masks
 
 
 def _open(path: Path) -> Image.Image:
-    """Open a picture; one that is cut short gets a second, lenient try, whose error is the one that is reported."""
+    """Open an image; retry a truncated one leniently, and raise the error of the retry (`node_helpers.pillow`)."""
     try:
         return Image.open(path)
     except (OSError, UnidentifiedImageError, ValueError):
@@ -54,7 +54,7 @@ def _open(path: Path) -> Image.Image:
 
 
 def _upright(picture: Image.Image) -> Image.Image:
-    """Turned as its EXIF data says; 32-bit greys brought down to 8 bits as ComfyUI does."""
+    """Apply the EXIF orientation, and reduce 32-bit greys to 8 bits as ComfyUI does."""
     picture = ImageOps.exif_transpose(picture)
     if picture.mode == "I":
         picture = picture.point(lambda level: level * (1 / 255))
@@ -62,7 +62,7 @@ def _upright(picture: Image.Image) -> Image.Image:
 
 
 def _transparency(picture: Image.Image) -> Mask:
-    """1 where the picture is see-through; 64 x 64 zeros for one without transparency."""
+    """Return 1 where the image is transparent; 64 x 64 zeros without an alpha channel."""
     if "A" in picture.getbands():
         alpha = picture.getchannel("A")
     elif picture.mode == "P" and "transparency" in picture.info:
@@ -73,9 +73,9 @@ def _transparency(picture: Image.Image) -> Mask:
 
 
 @REGISTRY.add("LoadImageMask", validate=_validate, validates=("image",), fingerprint=_fingerprint)
-def load_image_mask(context: Context, image: str, channel: str) -> NodeResult:
-    """One channel of a picture as a mask; alpha is turned round, so that 1 is see-through."""
-    with Image.open(annotated_path(context.input_dir, image)) as raw:
+def load_image_mask(context: NodeContext, image: str, channel: str) -> NodeResult:
+    """Return one channel of an image as a mask; alpha is inverted, so that 1 is transparent."""
+    with Image.open(context.folders.annotated_path(image)) as raw:
         picture = _upright(raw).convert("RGBA")
     mask = from_picture(picture.getchannel(channel[0].upper()))
     return NodeResult(((1.0 - mask if channel == "alpha" else mask)[np.newaxis],))

@@ -1,4 +1,4 @@
-"""Nodes for 3D: latents, voxels, meshes, and GLB files. The shape is a ball in place of a model's."""
+"""3D nodes: latents, voxels, meshes and GLB files; every shape is a ball (`comfy_extras/nodes_hunyuan3d.py`)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from comfy_emulator.node_api import Context, NodeResult
+from comfy_emulator.node_api import NodeContext, NodeResult
 from comfy_emulator.nodes.latents import Latent
 from comfy_emulator.nodes.loaders import Vae
 from comfy_emulator.nodes.pixels import FloatArray
@@ -33,24 +33,24 @@ _TRIANGLES = 4
 
 @dataclass(frozen=True)
 class Mesh:
-    """Triangles: places of corners (corners, 3) and which three make a face (faces, 3)."""
+    """Triangles: coordinates of vertices (vertices, 3), and the three vertices of each face (faces, 3)."""
 
     vertices: FloatArray
     faces: npt.NDArray[np.uint32]
 
 
 @REGISTRY.add("EmptyLatentHunyuan3Dv2")
-def empty_latent_hunyuan_3d(_context: Context, resolution: int, batch_size: int) -> NodeResult:
-    """Empty latents of 3D shapes."""
+def empty_latent_hunyuan_3d(_context: NodeContext, resolution: int, batch_size: int) -> NodeResult:
+    """Return empty latents of 3D shapes."""
     samples = np.zeros((batch_size, _LATENT_CHANNELS, resolution), dtype=np.float32)
     return NodeResult((Latent(samples, type="hunyuan3dv2"),))
 
 
 @REGISTRY.add("VAEDecodeHunyuan3D")
 def vae_decode_hunyuan_3d(
-    _context: Context, samples: Latent, vae: Vae, num_chunks: int, octree_resolution: int
+    _context: NodeContext, samples: Latent, vae: Vae, num_chunks: int, octree_resolution: int
 ) -> NodeResult:
-    """Voxels (batch, depth, height, width) of a ball, at most 32 a side; its size comes from the sampling."""
+    """Return voxels (batch, depth, height, width) of a ball, at most 32 a side; the sampling decides its size."""
     side = min(octree_resolution, _FINEST_GRID) + 1
     key = samples.samplings[-1].key if samples.samplings else ""
     radius = seeded(key).uniform(0.5, 0.9)
@@ -61,18 +61,18 @@ def vae_decode_hunyuan_3d(
 
 
 @REGISTRY.add("VoxelToMeshBasic")
-def voxel_to_mesh_basic(_context: Context, voxel: FloatArray, threshold: float) -> NodeResult:
-    """A mesh of each voxel grid: the outer sides of all voxels above the threshold."""
+def voxel_to_mesh_basic(_context: NodeContext, voxel: FloatArray, threshold: float) -> NodeResult:
+    """Return a mesh of each voxel grid: the outer sides of all voxels above the threshold."""
     return NodeResult((tuple(_mesh_of(grid, threshold) for grid in voxel),))
 
 
 def _mesh_of(grid: FloatArray, threshold: float) -> Mesh:
-    """The mesh of a grid (depth, height, width), around the origin, its longest side from -1 to 1."""
+    """Return the mesh of a grid (depth, height, width) around the origin, with its longest side from -1 to 1."""
     solid = np.pad(grid.transpose(2, 1, 0) > threshold, 1)
-    places = np.argwhere(solid) - 1
-    squares = [_squares(solid, places, axis, outwards) for axis in range(3) for outwards in (1, -1)]
+    voxels = np.argwhere(solid) - 1
+    squares = [_squares(solid, voxels, axis, outwards) for axis in range(3) for outwards in (1, -1)]
     corners = np.concatenate(squares)
-    if not len(corners):  # a mesh cannot be empty: one triangle without extent, as in ComfyUI
+    if not len(corners):  # one triangle without extent, as in ComfyUI: a mesh must not be empty
         return Mesh(np.zeros((1, 3), dtype=np.float32), np.zeros((1, 3), dtype=np.uint32))
     first = np.arange(0, len(corners), 4)[:, np.newaxis]
     faces = np.concatenate([first + np.array([0, 1, 2]), first + np.array([0, 2, 3])])
@@ -81,19 +81,19 @@ def _mesh_of(grid: FloatArray, threshold: float) -> Mesh:
 
 
 def _squares(
-    solid: npt.NDArray[np.bool_], places: npt.NDArray[np.int64], axis: int, outwards: int
+    solid: npt.NDArray[np.bool_], voxels: npt.NDArray[np.int64], axis: int, outwards: int
 ) -> npt.NDArray[np.int64]:
-    """The corners, four by four, of all voxel sides that face one way and have no neighbour there.
+    """Return the corners, four per square, of all voxel sides in one direction without a neighbour.
 
     Args:
         solid: which voxels are filled, (x, y, z), with an empty border of one.
-        places: where the filled ones are, without the border.
+        voxels: coordinates of the filled ones, without the border.
         axis: 0 for x, 1 for y, 2 for z.
-        outwards: 1 or -1, the way along the axis. Corners run anticlockwise as seen from outside.
+        outwards: 1 or -1, the direction along the axis. Corners are anticlockwise, seen from outside.
     """
     step = np.zeros(3, dtype=np.int64)
     step[axis] = outwards
-    bare = places[~solid[tuple((places + 1 + step).T)]]
+    bare = voxels[~solid[tuple((voxels + 1 + step).T)]]
     square = np.zeros((4, 3), dtype=np.int64)
     square[:, axis] = max(outwards, 0)
     square[:, (axis + 1) % 3] = (0, 1, 1, 0)
@@ -103,8 +103,8 @@ def _squares(
 
 
 @REGISTRY.add("SaveGLB")
-def save_glb(context: Context, mesh: Sequence[Mesh], filename_prefix: str) -> NodeResult:
-    """GLB files in the output folder."""
+def save_glb(context: NodeContext, mesh: Sequence[Mesh], filename_prefix: str) -> NodeResult:
+    """Save GLB files in the output folder."""
     path = output_path(context, filename_prefix)
     saved = []
     for one in mesh:

@@ -1,4 +1,4 @@
-"""Arrays of pixels as ComfyUI computes with them: to and from Pillow, scaling, matching batches and channels."""
+"""Arrays of pixels: to and from Pillow, scaling, matching batches and channels (`comfy/utils.py` of ComfyUI)."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ _CUBIC_A = -0.75
 
 
 def to_picture(image: FloatArray) -> Image.Image:
-    """A Pillow picture of one image (height, width, channels); fractions of a level are cut off, as in ComfyUI."""
+    """Return a Pillow image of an array (height, width, channels); levels are truncated, as in ComfyUI."""
     return Image.fromarray(np.clip(255.0 * image, 0, 255).astype(np.uint8))
 
 
 def from_picture(picture: Image.Image) -> FloatArray:
-    """One image (height, width, channels), values 0 to 1, of a Pillow picture with 8 bits a channel."""
+    """Return an array (height, width, channels), values 0 to 1, of a Pillow image with 8 bits per channel."""
     levels: FloatArray = np.asarray(picture).astype(np.float32) / np.float32(255.0)
     return levels
 
 
 def scale(images: FloatArray, width: int, height: int, method: str, crop: str = "disabled") -> FloatArray:
-    """Images (..., height, width, channels) at another size, with the formulas of torch's `interpolate`.
+    """Scale images (..., height, width, channels) with the formulas of torch's `interpolate` (`common_upscale`).
 
     Args:
-        images: what to scale.
+        images: the images.
         width: in pixels.
         height: in pixels.
         method: `nearest-exact`, `bilinear`, `area`, `bicubic`, `lanczos` (by Pillow, in 8 bits) or `bislerp`.
-        crop: `center` cuts to the aspect of the new size first; `disabled` does not.
+        crop: `center` crops to the aspect of the new size first; `disabled` does not.
 
     Raises:
-        RuntimeError: a side of the new size is not positive, or cropping leaves nothing (a picture of few pixels).
+        RuntimeError: a side of the new size is not positive, or cropping leaves nothing.
         ValueError: the method is unknown.
     """
     if crop == "center":
@@ -89,7 +89,7 @@ def _scale_axis(images: FloatArray, axis: int, size: int, method: str) -> FloatA
 
 
 def _centres(old_size: int, size: int) -> npt.NDArray[np.float64]:
-    """For each new pixel, where its centre lies among the old ones (0 is the outer edge of the first)."""
+    """Return the centre of each new pixel in old pixels (0 is the outer edge of the first)."""
     centres: npt.NDArray[np.float64] = (np.arange(size, dtype=np.float64) + 0.5) * (old_size / size)
     return centres
 
@@ -137,14 +137,14 @@ def _weighted_sum(images: FloatArray, axis: int, taps: list[tuple[IndexArray, Fl
 
 
 def _along(axis: int, dimensions: int, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """`values` shaped so that they run along `axis` of an array with so many dimensions."""
+    """Reshape `values` to run along `axis` of an array with `dimensions` dimensions."""
     shape = [1] * dimensions
     shape[axis] = len(values)
     return values.reshape(shape)
 
 
 def _scale_bislerp(images: FloatArray, axis: int, size: int) -> FloatArray:
-    """Scale one axis by turning each channel vector towards its neighbour's (spherical interpolation)."""
+    """Scale one axis by spherical interpolation of channel vectors (`bislerp`)."""
     (first, _), (second, fraction) = _linear_taps(images.shape[axis], size)
     left, right = np.take(images, first, axis), np.take(images, second, axis)
     ratio = _along(axis, images.ndim, fraction)
@@ -162,15 +162,15 @@ def _scale_bislerp(images: FloatArray, axis: int, size: int) -> FloatArray:
 
 
 def repeat_to(batch: FloatArray, size: int) -> FloatArray:
-    """`batch` cut off at, or repeated from its start up to, `size` entries."""
+    """Cut or repeat a batch to `size` entries (`repeat_to_batch_size`)."""
     return np.take(batch, np.arange(size) % len(batch), axis=0)
 
 
 def match_alpha(destination: ImageBatch, source: ImageBatch) -> tuple[ImageBatch, ImageBatch]:
-    """Both with matching channels where ComfyUI can: surplus channels of the source are dropped.
+    """Return both with matching channels where ComfyUI can: the source loses surplus channels.
 
-    A destination with more channels than the source gets one more still, as in ComfyUI, so that the two fail
-    to combine there and here alike.
+    A destination with more channels than the source gets one more, so that combining them fails as in ComfyUI
+    (`image_alpha_fix` of `node_helpers.py`).
     """
     if destination.shape[-1] < source.shape[-1]:
         source = source[..., : destination.shape[-1]]

@@ -1,6 +1,6 @@
-"""Pictures in place of a model's: a landscape whose shape and colours come from a text, and a banner across it.
+"""Placeholders for the images of models: a landscape that depends on a text, and a banner.
 
-The banner says that no model ran, so that nobody takes such a picture for a model's.
+The banner says that no model ran, so that nobody takes the image for a model's.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ _Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def seeded(key: str) -> np.random.Generator:
-    """Random numbers that are the same for the same text."""
+    """Return a generator of random numbers that depend on a text only."""
     return np.random.default_rng(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big"))
 
 
 def landscape(key: str, width: int, height: int, moment: float = 0.0) -> FloatArray:
-    """Hills under a sun: (height, width, 3), values 0 to 1.
+    """Draw hills under a sun: (height, width, 3), values 0 to 1.
 
     Args:
-        key: the picture is the same for the same text.
+        key: the text that the image depends on.
         width: in pixels.
         height: in pixels.
-        moment: seconds into a video; the hills drift with it.
+        moment: seconds since the start of a video, in which the hills drift.
     """
     random = seeded(key)
     hue = random.random()
-    rows, columns = _places(height)[:, np.newaxis], _places(width)[np.newaxis, :]
+    rows, columns = _pixel_centres(height)[:, np.newaxis], _pixel_centres(width)[np.newaxis, :]
     picture = _sky(rows, columns, hue)
     picture = _with_sun(picture, rows, columns, width / height, hue, random)
     for layer in range(_HILLS):
@@ -59,8 +59,8 @@ def landscape(key: str, width: int, height: int, moment: float = 0.0) -> FloatAr
     return picture
 
 
-def _places(count: int) -> FloatArray:
-    """Where the middles of so many pixels lie, from 0 to 1."""
+def _pixel_centres(count: int) -> FloatArray:
+    """Return the centres of `count` pixels, from 0 to 1."""
     return ((np.arange(count) + 0.5) / count).astype(np.float32)
 
 
@@ -96,7 +96,7 @@ def _with_hill(
     random: np.random.Generator,
     moment: float,
 ) -> FloatArray:
-    """One ridge nearer to the eye, and darker, than the one before."""
+    """Add a ridge that is nearer and darker than the one before."""
     nearness = layer / (_HILLS - 1)
     ridge = np.full_like(columns, 0.45 + 0.13 * layer)
     for wave in range(1, 4):
@@ -118,14 +118,14 @@ class _Line:
 
 
 def with_banner(image: FloatArray, details: Sequence[str] = ()) -> FloatArray:
-    """A picture (height, width, 3) with a band at its foot that says that no model ran.
+    """Return an image (height, width, 3) with a banner at its bottom that says that no model ran.
 
     Args:
-        image: the picture.
-        details: further lines, shortened to the width; left out from the last one where there is no room.
+        image: the image.
+        details: further lines, shortened to the width; the last ones are omitted if they do not fit.
 
     Returns:
-        A new picture. Where not even the shortest wording fits (below about 32 pixels) there is no band.
+        A new image, or the same one if no wording fits (below about 32 pixels).
     """
     height, width = image.shape[:2]
     lines = _layout(width, height, details)
@@ -150,9 +150,9 @@ def _margin(width: int) -> int:
 
 
 def _layout(width: int, height: int, details: Sequence[str]) -> list[_Line]:
-    """The lines that fit: the title if it does, then as many details as do."""
-    room = width - 2 * _margin(width)
-    lines = _title(room, height)
+    """Return the lines that fit: the title, then details."""
+    text_width = width - 2 * _margin(width)
+    lines = _title(text_width, height)
     if not lines:
         return []
     size = round(lines[0].height * 0.58)
@@ -161,15 +161,15 @@ def _layout(width: int, height: int, details: Sequence[str]) -> list[_Line]:
         return lines
     font, line_height = _font(size), _line_height(size)
     for text in details[: max(0, free // line_height)]:
-        lines.append(_Line(_shortened(_printable(text), font, room), font, line_height, _DETAIL_COLOUR))
+        lines.append(_Line(_shortened(_printable(text), font, text_width), font, line_height, _DETAIL_COLOUR))
     return lines
 
 
-def _title(room: int, height: int) -> list[_Line]:
+def _title(text_width: int, height: int) -> list[_Line]:
     for texts in _TITLES:
-        for size in (max(_SMALLEST_TEXT, min(room // 13, height // 10, 12 + room // 40)), _SMALLEST_TEXT):
+        for size in (max(_SMALLEST_TEXT, min(text_width // 13, height // 10, 12 + text_width // 40)), _SMALLEST_TEXT):
             font = _font(size)
-            fits = all(font.getlength(text) <= room for text in texts)
+            fits = all(font.getlength(text) <= text_width for text in texts)
             if fits and len(texts) * _line_height(size) <= height - 2:
                 return [_Line(text, font, _line_height(size), _TITLE_COLOUR) for text in texts]
     return []
@@ -185,15 +185,15 @@ def _font(size: int) -> _Font:
 
 
 def _printable(text: str) -> str:
-    """On one line and in ASCII, as Pillow's own font has little more; accents go, other letters become `?`."""
+    """Return a text on one line in ASCII, because Pillow's font has little more; other letters become `?`."""
     plain = unicodedata.normalize("NFKD", " ".join(text.split()))
     kept = "".join(letter for letter in plain if not unicodedata.combining(letter) and letter != "\N{MIDDLE DOT}")
     return kept.encode("ascii", "replace").decode()
 
 
-def _shortened(text: str, font: _Font, room: int) -> str:
-    if font.getlength(text) <= room:
+def _shortened(text: str, font: _Font, text_width: int) -> str:
+    if font.getlength(text) <= text_width:
         return text
-    while text and font.getlength(text + "...") > room:
+    while text and font.getlength(text + "...") > text_width:
         text = text[:-1]
     return text + "..."

@@ -1,11 +1,11 @@
-"""Nodes for plain values: numbers, texts, and showing any value as text."""
+"""Nodes for plain values (`comfy_extras/nodes_primitive.py`, `nodes_string.py`, `nodes_preview_any.py`)."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
-from comfy_emulator.node_api import Context, NodeResult
+from comfy_emulator.node_api import NodeContext, NodeResult
 from comfy_emulator.nodes.registry import REGISTRY
 from comfy_emulator.tensor_text import describe
 
@@ -15,20 +15,20 @@ from comfy_emulator.tensor_text import describe
 @REGISTRY.add("PrimitiveString")
 @REGISTRY.add("PrimitiveStringMultiline")
 @REGISTRY.add("PrimitiveBoolean")
-def primitive(_context: Context, value: Any) -> NodeResult:
-    """The value itself."""
+def primitive(_context: NodeContext, value: Any) -> NodeResult:
+    """Return the value."""
     return NodeResult((value,))
 
 
 @REGISTRY.add("StringConcatenate")
-def string_concatenate(_context: Context, string_a: str, string_b: str, delimiter: str) -> NodeResult:
-    """Two texts with a delimiter between them."""
+def string_concatenate(_context: NodeContext, string_a: str, string_b: str, delimiter: str) -> NodeResult:
+    """Join two texts with a delimiter."""
     return NodeResult((f"{string_a}{delimiter}{string_b}",))
 
 
 @REGISTRY.add("PreviewAny")
-def preview_any(_context: Context, source: Any = None) -> NodeResult:
-    """Any value as a text: itself, JSON where that can be, otherwise as Python prints it."""
+def preview_any(_context: NodeContext, source: Any = None) -> NodeResult:
+    """Show a value as text: itself, otherwise JSON, otherwise as Python prints it."""
     return NodeResult(ui={"text": [_as_text(source)]})
 
 
@@ -39,5 +39,5 @@ def _as_text(source: object) -> str:
         return str(source)
     try:
         return json.dumps(source, indent=4)
-    except (TypeError, ValueError):  # not made of JSON's types
+    except (TypeError, ValueError):  # not JSON
         return describe(source)

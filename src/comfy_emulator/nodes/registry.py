@@ -1,8 +1,8 @@
-"""The one registry that the modules of this package fill."""
+"""The registry of this package's nodes."""
 
 from __future__ import annotations
 
-from comfy_emulator.node_api import Registry
+from comfy_emulator.node_api import NodeRegistry
 
-REGISTRY = Registry()
-"""Every node of the emulator by class name; complete once `comfy_emulator.nodes` is imported."""
+REGISTRY = NodeRegistry()
+"""All nodes of the emulator by class name; complete when `comfy_emulator.nodes` is imported."""

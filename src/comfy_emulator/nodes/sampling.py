@@ -1,4 +1,7 @@
-"""Samplers, imitated: they take time, report every step with a preview, and note down what they were asked for."""
+"""Samplers without a model: they take time, report each step with a preview, and record their inputs.
+
+The interfaces are those of `nodes.py` and `comfy_extras/nodes_custom_sampler.py` of ComfyUI.
+"""
 
 from __future__ import annotations
 
@@ -8,29 +11,30 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
-from comfy_emulator.node_api import Context, NodeResult
+from comfy_emulator.node_api import NodeContext, NodeResult
+from comfy_emulator.nodes.conditioning import Conditioning
 from comfy_emulator.nodes.latent_images import render
 from comfy_emulator.nodes.latents import Latent, Sampling
-from comfy_emulator.nodes.loaders import Conditioning, Model
+from comfy_emulator.nodes.loaders import Model
 from comfy_emulator.nodes.pixels import FloatArray, to_picture
 from comfy_emulator.nodes.placeholder import seeded
 from comfy_emulator.nodes.registry import REGISTRY
 
 STEP_SECONDS = float(os.environ.get("COMFY_EMULATOR_STEP_SECONDS", "0.02"))
-"""Seconds that a step takes, whatever the size of the picture."""
+"""Seconds per step, whatever the size of the image."""
 
 _PREVIEW_SIDE = 512
-"""Longest side of a preview; ComfyUI's default."""
+"""Longest side of a preview in pixels (`MAX_PREVIEW_RESOLUTION` of `latent_preview.py`)."""
 
 _PREVIEW_PIXELS = 128
 _NDIM_OF_SHAPE = 3
 _HIGHEST_SIGMA = 14.614642
-"""The noise that Stable Diffusion starts from."""
+"""The first sigma of Stable Diffusion 1."""
 
 
 @dataclass(frozen=True)
 class Noise:
-    """The noise that a sampler starts from."""
+    """The noise of a seed."""
 
     seed: int
 
@@ -44,7 +48,7 @@ class Sampler:
 
 @dataclass(frozen=True)
 class Guider:
-    """A model with what it is to follow."""
+    """A model with its conditionings."""
 
     model: Model
     positive: Conditioning
@@ -53,40 +57,40 @@ class Guider:
 
 
 @REGISTRY.add("RandomNoise")
-def random_noise(_context: Context, noise_seed: int) -> NodeResult:
-    """Noise of a seed."""
+def random_noise(_context: NodeContext, noise_seed: int) -> NodeResult:
+    """Return the noise of a seed."""
     return NodeResult((Noise(noise_seed),))
 
 
 @REGISTRY.add("KSamplerSelect")
-def k_sampler_select(_context: Context, sampler_name: str) -> NodeResult:
-    """A sampling algorithm."""
+def k_sampler_select(_context: NodeContext, sampler_name: str) -> NodeResult:
+    """Return a sampling algorithm."""
     return NodeResult((Sampler(sampler_name),))
 
 
 @REGISTRY.add("BasicGuider")
-def basic_guider(_context: Context, model: Model, conditioning: Conditioning) -> NodeResult:
-    """A model that follows one text."""
+def basic_guider(_context: NodeContext, model: Model, conditioning: Conditioning) -> NodeResult:
+    """Return a model with one conditioning."""
     return NodeResult((Guider(model, conditioning),))
 
 
 @REGISTRY.add("CFGGuider")
 def cfg_guider(
-    _context: Context, model: Model, positive: Conditioning, negative: Conditioning, cfg: float
+    _context: NodeContext, model: Model, positive: Conditioning, negative: Conditioning, cfg: float
 ) -> NodeResult:
-    """A model that follows one text and keeps away from another."""
+    """Return a model with a positive and a negative conditioning."""
     return NodeResult((Guider(model, positive, negative, cfg),))
 
 
 @REGISTRY.add("BasicScheduler")
 def basic_scheduler(
-    _context: Context,
+    _context: NodeContext,
     model: Model,
     scheduler: str,
     steps: int,
     denoise: float,
 ) -> NodeResult:
-    """The noise left before each step and after the last; falling evenly, whatever the model and the scheduler."""
+    """Return the sigma before each step and after the last, evenly spaced for all models and schedulers."""
     if denoise <= 0:
         return NodeResult((np.zeros(0, dtype=np.float32),))
     total = steps if denoise >= 1 else int(steps / denoise)
@@ -95,7 +99,7 @@ def basic_scheduler(
 
 @REGISTRY.add("KSampler")
 def k_sampler(
-    context: Context,
+    context: NodeContext,
     model: Model,
     seed: int,
     steps: int,
@@ -107,7 +111,7 @@ def k_sampler(
     latent_image: Latent,
     denoise: float = 1.0,
 ) -> NodeResult:
-    """Samples in `steps` steps; with a denoise of 0 in none."""
+    """Sample in `steps` steps; with a denoise of 0 in none."""
     guider = Guider(model, positive, negative, cfg)
     sampling = _sampling(guider, seed, steps if denoise > 0 else 0, denoise, f"{sampler_name} {scheduler}")
     return NodeResult((_sample(context, latent_image, sampling),))
@@ -115,7 +119,7 @@ def k_sampler(
 
 @REGISTRY.add("KSamplerAdvanced")
 def k_sampler_advanced(
-    context: Context,
+    context: NodeContext,
     model: Model,
     add_noise: str,
     noise_seed: int,
@@ -130,7 +134,7 @@ def k_sampler_advanced(
     end_at_step: int,
     return_with_leftover_noise: str,
 ) -> NodeResult:
-    """Samples the steps from `start_at_step` up to `end_at_step` of a run of `steps`."""
+    """Sample the steps from `start_at_step` to `end_at_step` of `steps`."""
     taken = max(0, min(end_at_step, steps) - start_at_step)
     settings = f"{sampler_name} {scheduler} {add_noise} {start_at_step}-{end_at_step} {return_with_leftover_noise}"
     guider = Guider(model, positive, negative, cfg)
@@ -140,7 +144,7 @@ def k_sampler_advanced(
 
 @REGISTRY.add("SamplerCustom")
 def sampler_custom(
-    context: Context,
+    context: NodeContext,
     model: Model,
     add_noise: bool,
     noise_seed: int,
@@ -151,7 +155,7 @@ def sampler_custom(
     sigmas: FloatArray,
     latent_image: Latent,
 ) -> NodeResult:
-    """Samples one step between each two sigmas; both outputs are the result."""
+    """Sample one step between each two sigmas; both outputs are the result."""
     guider = Guider(model, positive, negative, cfg)
     result = _sample_sigmas(context, guider, noise_seed, sigmas, f"{sampler.name} noise {add_noise}", latent_image)
     return NodeResult((result, result))
@@ -159,15 +163,15 @@ def sampler_custom(
 
 @REGISTRY.add("SamplerCustomAdvanced")
 def sampler_custom_advanced(
-    context: Context, noise: Noise, guider: Guider, sampler: Sampler, sigmas: FloatArray, latent_image: Latent
+    context: NodeContext, noise: Noise, guider: Guider, sampler: Sampler, sigmas: FloatArray, latent_image: Latent
 ) -> NodeResult:
-    """Samples one step between each two sigmas; both outputs are the result."""
+    """Sample one step between each two sigmas; both outputs are the result."""
     result = _sample_sigmas(context, guider, noise.seed, sigmas, sampler.name, latent_image)
     return NodeResult((result, result))
 
 
 def _sample_sigmas(
-    context: Context, guider: Guider, seed: int, sigmas: FloatArray, settings: str, latent: Latent
+    context: NodeContext, guider: Guider, seed: int, sigmas: FloatArray, settings: str, latent: Latent
 ) -> Latent:
     steps = max(0, len(sigmas) - 1)
     denoise = min(1.0, float(sigmas[0]) / _HIGHEST_SIGMA) if steps else 0.0
@@ -179,8 +183,8 @@ def _sampling(guider: Guider, seed: int, steps: int, denoise: float, settings: s
     return Sampling(seed, guider.positive.text, guider.model.name, steps, denoise, repr(everything))
 
 
-def _sample(context: Context, latent: Latent, sampling: Sampling) -> Latent:
-    """Take the steps one by one; without any the latent stays as it is."""
+def _sample(context: NodeContext, latent: Latent, sampling: Sampling) -> Latent:
+    """Take the steps; without any, return the latent unchanged."""
     if not sampling.steps:
         return latent
     values = seeded(sampling.key).standard_normal(latent.samples.shape, dtype=np.float32)
@@ -195,7 +199,7 @@ def _sample(context: Context, latent: Latent, sampling: Sampling) -> Latent:
 
 
 def _small_picture(latent: Latent) -> FloatArray | None:
-    """What the previews show; a 3D shape has none."""
+    """Return the image of the previews; a 3D shape has none."""
     if latent.samples.ndim == _NDIM_OF_SHAPE:
         return None
     shrink = min(1.0, _PREVIEW_PIXELS / max(latent.pixel_width, latent.pixel_height))
@@ -204,7 +208,7 @@ def _small_picture(latent: Latent) -> FloatArray | None:
 
 
 def _preview(picture: FloatArray, sampling: Sampling, step: int) -> Image.Image:
-    """The picture under as much noise as is left after a step."""
-    left = 1 - step / sampling.steps
+    """Return the image under the noise that is left after a step."""
+    remaining = 1 - step / sampling.steps
     noise = seeded(f"{sampling.key} step {step}").random(picture.shape, dtype=np.float32)
-    return to_picture(picture * np.float32(1 - left) + noise * np.float32(left))
+    return to_picture(picture * np.float32(1 - remaining) + noise * np.float32(remaining))

@@ -1,4 +1,4 @@
-"""Nodes that save pictures or send them."""
+"""Nodes that save images or send them (`nodes.py`, `comfy_extras/nodes_images.py` of ComfyUI)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from comfy_emulator.node_api import Context, ImageBatch, NodeResult
+from comfy_emulator.folder_paths import FolderPaths
+from comfy_emulator.node_api import ImageBatch, NodeContext, NodeResult
 from comfy_emulator.nodes.pixels import to_picture
 from comfy_emulator.nodes.registry import REGISTRY
 from comfy_emulator.nodes.save_paths import SavePath, metadata_texts, output_path, temp_path
@@ -22,19 +23,19 @@ _EXIF_MAKE = 0x010F
 
 
 @REGISTRY.add("SaveImage")
-def save_image(context: Context, images: ImageBatch, filename_prefix: str = "ComfyUI") -> NodeResult:
-    """PNG files in the output folder, with the prompt in their metadata."""
+def save_image(context: NodeContext, images: ImageBatch, filename_prefix: str = "ComfyUI") -> NodeResult:
+    """Save PNG files in the output folder, with the prompt in their metadata."""
     path = output_path(context, filename_prefix, images.shape[2], images.shape[1])
     return _save_pngs(context, images, path, _SAVE_LEVEL)
 
 
 @REGISTRY.add("PreviewImage")
-def preview_image(context: Context, images: ImageBatch) -> NodeResult:
-    """PNG files in the temp folder, with the prompt in their metadata."""
+def preview_image(context: NodeContext, images: ImageBatch) -> NodeResult:
+    """Save PNG files in the temp folder, with the prompt in their metadata."""
     return _save_pngs(context, images, temp_path(context), _PREVIEW_LEVEL)
 
 
-def _save_pngs(context: Context, images: ImageBatch, path: SavePath, level: int) -> NodeResult:
+def _save_pngs(context: NodeContext, images: ImageBatch, path: SavePath, level: int) -> NodeResult:
     info = PngInfo()
     for key, text in metadata_texts(context).items():
         info.add_text(key, text)
@@ -48,9 +49,15 @@ def _save_pngs(context: Context, images: ImageBatch, path: SavePath, level: int)
 
 @REGISTRY.add("SaveAnimatedWEBP")
 def save_animated_webp(
-    context: Context, images: ImageBatch, filename_prefix: str, fps: float, lossless: bool, quality: int, method: str
+    context: NodeContext,
+    images: ImageBatch,
+    filename_prefix: str,
+    fps: float,
+    lossless: bool,
+    quality: int,
+    method: str,
 ) -> NodeResult:
-    """One WebP file of all pictures; the prompt is in its EXIF data as the camera model, the rest above it."""
+    """Save a WebP file of all images; its EXIF data has the prompt as camera model, the rest as tags below it."""
     exif = Image.Exif()
     tags = {"prompt": _EXIF_MODEL}
     for key, text in metadata_texts(context).items():
@@ -62,9 +69,9 @@ def save_animated_webp(
 
 @REGISTRY.add("SaveAnimatedPNG")
 def save_animated_png(
-    context: Context, images: ImageBatch, filename_prefix: str, fps: float, compress_level: int
+    context: NodeContext, images: ImageBatch, filename_prefix: str, fps: float, compress_level: int
 ) -> NodeResult:
-    """One PNG file of all pictures; the prompt is in private `comf` chunks behind them."""
+    """Save a PNG file of all images, with the prompt in private `comf` chunks after them."""
     info = PngInfo()
     for key, text in metadata_texts(context).items():
         info.add(b"comf", key.encode("latin-1") + b"\0" + text.encode("latin-1"), after_idat=True)
@@ -73,7 +80,7 @@ def save_animated_png(
 
 
 def _save_animation(
-    context: Context, images: ImageBatch, prefix: str, extension: str, fps: float, options: dict[str, Any]
+    context: NodeContext, images: ImageBatch, prefix: str, extension: str, fps: float, options: dict[str, Any]
 ) -> NodeResult:
     file, entry = output_path(context, prefix, images.shape[2], images.shape[1]).next_file(extension)
     _write_animation(file, images, int(1000.0 / fps), options)
@@ -88,13 +95,13 @@ def _write_animation(file: Path, images: ImageBatch, duration_ms: int, options: 
     first.save(file, save_all=True, append_images=others, duration=duration_ms, **options)
 
 
-def _now(_input_dir: Path, **_inputs: Any) -> float:
+def _now(_folders: FolderPaths, **_inputs: Any) -> float:
     return time.time()
 
 
 @REGISTRY.add("SaveImageWebsocket", fingerprint=_now)
-def save_image_websocket(context: Context, images: ImageBatch) -> NodeResult:
-    """Sends each picture as a PNG preview of full size; writes no file and runs on every prompt."""
+def save_image_websocket(context: NodeContext, images: ImageBatch) -> NodeResult:
+    """Send each image as a PNG preview of full size, and run in every prompt."""
     for number, image in enumerate(images):
         context.progress(number, len(images), ("PNG", to_picture(image), None))
     return NodeResult()

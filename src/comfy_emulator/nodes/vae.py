@@ -1,13 +1,10 @@
-"""Nodes that turn pictures into latents and latents into pictures, and that enlarge pictures: all imitated."""
+"""Nodes that encode images into latents and decode latents into images, without a VAE."""
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
-
 import numpy as np
 
-from comfy_emulator.node_api import Context, ImageBatch, Mask, NodeResult
+from comfy_emulator.node_api import ImageBatch, Mask, NodeContext, NodeResult
 from comfy_emulator.nodes.latent_images import render
 from comfy_emulator.nodes.latents import PIXELS_PER_LATENT, Latent
 from comfy_emulator.nodes.loaders import Vae
@@ -15,20 +12,10 @@ from comfy_emulator.nodes.pixels import FloatArray, scale
 from comfy_emulator.nodes.placeholder import with_banner
 from comfy_emulator.nodes.registry import REGISTRY
 
-_DEFAULT_UPSCALE = 4
-
-
-@dataclass(frozen=True)
-class UpscaleModel:
-    """A model that enlarges pictures: the name of its file, and by how much."""
-
-    name: str
-    scale: int
-
 
 @REGISTRY.add("VAEDecode")
-def vae_decode(context: Context, samples: Latent, vae: Vae) -> NodeResult:
-    """A picture of each latent, with a banner that says that no model ran; all frames of a video."""
+def vae_decode(context: NodeContext, samples: Latent, vae: Vae) -> NodeResult:
+    """Draw each latent, and each frame of a video, as a placeholder with a banner."""
     width, height = samples.pixel_width, samples.pixel_height
     details = _details(samples)
     pictures = []
@@ -40,13 +27,13 @@ def vae_decode(context: Context, samples: Latent, vae: Vae) -> NodeResult:
 
 
 @REGISTRY.add("VAEDecodeTiled")
-def vae_decode_tiled(context: Context, samples: Latent, vae: Vae, **_tiles: int) -> NodeResult:
-    """As `VAEDecode`: tiles save memory and change nothing else."""
+def vae_decode_tiled(context: NodeContext, samples: Latent, vae: Vae, **_tiles: int) -> NodeResult:
+    """Do the same as `VAEDecode`."""
     return vae_decode(context, samples, vae)
 
 
 def _details(latent: Latent) -> list[str]:
-    """What the banner tells besides: the prompt first, as it is dropped last."""
+    """Return further lines of the banner, the prompt first, as it is dropped last."""
     if not latent.samplings:
         return ["decoded without a sampler"]
     last = latent.samplings[-1]
@@ -55,20 +42,20 @@ def _details(latent: Latent) -> list[str]:
 
 
 @REGISTRY.add("VAEEncode")
-def vae_encode(_context: Context, pixels: ImageBatch, vae: Vae) -> NodeResult:
-    """Latents of pictures, cut to a multiple of 8 pixels."""
+def vae_encode(_context: NodeContext, pixels: ImageBatch, vae: Vae) -> NodeResult:
+    """Encode images, cropped to a multiple of 8 pixels."""
     return NodeResult((_encode(_cropped(pixels)),))
 
 
 @REGISTRY.add("VAEEncodeForInpaint")
 def vae_encode_for_inpaint(
-    _context: Context,
+    _context: NodeContext,
     pixels: ImageBatch,
     vae: Vae,
     mask: Mask,
     grow_mask_by: int = 6,
 ) -> NodeResult:
-    """Latents of pictures that are grey where the mask is set, and that samplers change only there."""
+    """Encode images that are grey where the mask is set; samplers change only that area."""
     planes = mask.reshape(-1, *mask.shape[-2:], 1)
     planes = _cropped(scale(planes, pixels.shape[2], pixels.shape[1], "bilinear")).round()
     grey = (_cropped(pixels) - 0.5) * (1 - planes) + np.float32(0.5)
@@ -77,7 +64,7 @@ def vae_encode_for_inpaint(
 
 
 def _cropped(images: FloatArray) -> FloatArray:
-    """Cut evenly at the sides to a multiple of `PIXELS_PER_LATENT`."""
+    """Crop evenly at all sides to a multiple of `PIXELS_PER_LATENT`."""
     height, width = images.shape[1:3]
     top, left = height % PIXELS_PER_LATENT // 2, width % PIXELS_PER_LATENT // 2
     rows, columns = height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT
@@ -85,7 +72,7 @@ def _cropped(images: FloatArray) -> FloatArray:
 
 
 def _encode(images: ImageBatch, noise_mask: Mask | None = None) -> Latent:
-    """Means of 8 x 8 pixels, -1 to 1: the three colours and the brightness, as four channels."""
+    """Return means of 8 x 8 pixels, -1 to 1: the three colours and the brightness, as four channels."""
     height, width = images.shape[1] // PIXELS_PER_LATENT, images.shape[2] // PIXELS_PER_LATENT
     colours = scale(images[..., :3], width, height, "area") * 2 - 1
     channels = np.concatenate([colours, colours.mean(axis=-1, keepdims=True)], axis=-1)
@@ -93,7 +80,7 @@ def _encode(images: ImageBatch, noise_mask: Mask | None = None) -> Latent:
 
 
 def _grown(mask: Mask, by: int) -> Mask:
-    """1 wherever a 1 lies in the window of `by` x `by` pixels; one row and column more if `by` is even."""
+    """Return 1 wherever a 1 is within `by` x `by` pixels; one row and column larger if `by` is even."""
     if by == 0:
         return mask
     before = by // 2
@@ -101,23 +88,3 @@ def _grown(mask: Mask, by: int) -> Mask:
     windows = np.lib.stride_tricks.sliding_window_view(padded, (by, by), axis=(1, 2))
     grown: Mask = windows.max(axis=(3, 4))
     return grown
-
-
-@REGISTRY.add("UpscaleModelLoader")
-def upscale_model_loader(_context: Context, model_name: str) -> NodeResult:
-    """An upscale model; how much it enlarges is read from its name (`4x`, `x2`), 4 if it does not say."""
-    found = re.search(r"(?<!\d)([1-8])x(?!\d)|x([1-8])(?!\d)", model_name, re.IGNORECASE)
-    factor = int(found.group(1) or found.group(2)) if found else _DEFAULT_UPSCALE
-    return NodeResult((UpscaleModel(model_name, factor),))
-
-
-@REGISTRY.add("ImageUpscaleWithModel")
-def image_upscale_with_model(context: Context, upscale_model: UpscaleModel, image: ImageBatch) -> NodeResult:
-    """Pictures enlarged by Pillow, with a banner that says that no model ran."""
-    height, width = image.shape[1] * upscale_model.scale, image.shape[2] * upscale_model.scale
-    enlarged = []
-    for number, picture in enumerate(scale(image[..., :3], width, height, "lanczos"), start=1):
-        context.check_interrupted()
-        enlarged.append(with_banner(picture, [f"enlarged {upscale_model.scale}x", upscale_model.name]))
-        context.progress(number, len(image))
-    return NodeResult((np.stack(enlarged),))

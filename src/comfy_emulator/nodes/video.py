@@ -1,4 +1,4 @@
-"""Nodes for video, through PyAV (which is loaded when the first of them runs)."""
+"""Video nodes on PyAV, which is imported when the first of them runs (`comfy_extras/nodes_video.py`)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from comfy_emulator.node_api import Context, ImageBatch, NodeResult
+from comfy_emulator.folder_paths import FolderPaths
+from comfy_emulator.node_api import ImageBatch, NodeContext, NodeResult
 from comfy_emulator.nodes.audio import Audio, audio_frame, encode_audio
+from comfy_emulator.nodes.file_inputs import file_validator
 from comfy_emulator.nodes.pixels import FloatArray
 from comfy_emulator.nodes.registry import REGISTRY
-from comfy_emulator.nodes.save_paths import annotated_path, file_validator, metadata_texts, output_path
+from comfy_emulator.nodes.save_paths import metadata_texts, output_path
 
 _WEBM_ENCODERS = {"vp9": "libvpx-vp9", "av1": "libsvtav1"}
 _WEBM_PIXELS = {"vp9": "yuv420p", "av1": "yuv420p10le"}
@@ -24,7 +26,7 @@ _KEEP_ALL_METADATA = {"movflags": "use_metadata_tags"}
 
 @dataclass(frozen=True)
 class VideoComponents:
-    """A video in parts: pictures, sound, and pictures a second."""
+    """A decoded video: images, audio, and images per second."""
 
     images: ImageBatch
     audio: Audio | None
@@ -32,21 +34,21 @@ class VideoComponents:
 
 
 class Video(Protocol):
-    """What passes from video node to video node."""
+    """ComfyUI's VIDEO (`comfy_api/input/video_types.py`)."""
 
     def size(self) -> tuple[int, int]:
         """Width and height in pixels."""
 
     def components(self) -> VideoComponents:
-        """The video in parts."""
+        """Decode the video."""
 
     def save(self, path: Path, container_format: str, codec: str, metadata: dict[str, str]) -> None:
-        """Write the video into a file; `auto` stands for any format or codec."""
+        """Write the video to a file; `auto` means any format or codec."""
 
 
 @dataclass(frozen=True)
-class MadeVideo:
-    """A video made of pictures and sound."""
+class VideoFromComponents:
+    """A video of images and audio."""
 
     parts: VideoComponents
 
@@ -55,14 +57,14 @@ class MadeVideo:
         return self.parts.images.shape[2], self.parts.images.shape[1]
 
     def components(self) -> VideoComponents:
-        """The video in parts."""
+        """Decode the video."""
         return self.parts
 
     def save(self, path: Path, container_format: str, codec: str, metadata: dict[str, str]) -> None:
         """Write an MP4 file with H.264 and AAC.
 
         Raises:
-            ValueError: another format or codec is asked for.
+            ValueError: another format or codec is requested.
         """
         if container_format not in ("auto", "mp4"):
             raise ValueError("Only MP4 format is supported for now")
@@ -72,7 +74,7 @@ class MadeVideo:
 
 
 @dataclass(frozen=True)
-class FileVideo:
+class VideoFromFile:
     """A video in a file."""
 
     path: Path
@@ -88,7 +90,7 @@ class FileVideo:
             return stream.width, stream.height
 
     def components(self) -> VideoComponents:
-        """The video in parts."""
+        """Decode the video."""
         import av
 
         with av.open(str(self.path)) as container:
@@ -98,23 +100,23 @@ class FileVideo:
                 frame.to_ndarray(format="rgb24").astype(np.float32) / np.float32(255.0)
                 for frame in container.decode(video=0)
             ]
-        return VideoComponents(np.stack(frames), _sound_of(self.path), rate)
+        return VideoComponents(np.stack(frames), _audio_of(self.path), rate)
 
     def save(self, path: Path, container_format: str, codec: str, metadata: dict[str, str]) -> None:
-        """Copy the tracks as they are; encode them anew only if another format or codec is asked for."""
+        """Copy the tracks; encode them again only if another format or codec is requested."""
         import av
 
         with av.open(str(self.path)) as container:
             formats = container.format.name.split(",")
             encoding = container.streams.video[0].codec.name if container.streams.video else codec
         if container_format not in ("auto", *formats) or codec not in ("auto", encoding):
-            MadeVideo(self.components()).save(path, container_format, codec, metadata)
+            VideoFromComponents(self.components()).save(path, container_format, codec, metadata)
         else:
             _copy_tracks(self.path, path, metadata)
 
 
-def _sound_of(path: Path) -> Audio | None:
-    """The first sound track of a file, as it is stored: integers stay integers."""
+def _audio_of(path: Path) -> Audio | None:
+    """Return the first audio track of a file as it is stored: integers stay integers."""
     import av
 
     with av.open(str(path)) as container:
@@ -150,14 +152,14 @@ def _write_mp4(path: Path, parts: VideoComponents, metadata: dict[str, str]) -> 
         container.metadata.update(metadata)
         video: Any = container.add_stream("h264", rate=rate)
         sound: Any = container.add_stream("aac", rate=parts.audio["sample_rate"]) if parts.audio else None
-        _encode_pictures(container, video, parts.images, "yuv420p")
+        _encode_images(container, video, parts.images, "yuv420p")
         if parts.audio:
             samples = math.ceil(parts.audio["sample_rate"] / rate * len(parts.images))
             frame = audio_frame(parts.audio["waveform"][0, :, :samples], parts.audio["sample_rate"])
             encode_audio(container, sound, frame)
 
 
-def _encode_pictures(container: Any, stream: Any, images: FloatArray, pixels: str) -> None:
+def _encode_images(container: Any, stream: Any, images: FloatArray, pixels: str) -> None:
     import av
 
     stream.height, stream.width = images.shape[1:3]
@@ -169,39 +171,39 @@ def _encode_pictures(container: Any, stream: Any, images: FloatArray, pixels: st
 
 
 @REGISTRY.add("CreateVideo")
-def create_video(_context: Context, images: ImageBatch, fps: float, audio: Audio | None = None) -> NodeResult:
-    """A video of pictures, with sound if given."""
-    return NodeResult((MadeVideo(VideoComponents(images, audio, Fraction(fps))),))
+def create_video(_context: NodeContext, images: ImageBatch, fps: float, audio: Audio | None = None) -> NodeResult:
+    """Return a video of images and optional audio."""
+    return NodeResult((VideoFromComponents(VideoComponents(images, audio, Fraction(fps))),))
 
 
-def _modification_time(input_dir: Path, file: str) -> float:
-    return annotated_path(input_dir, file).stat().st_mtime
+def _modification_time(folders: FolderPaths, file: str) -> float:
+    return folders.annotated_path(file).stat().st_mtime
 
 
 @REGISTRY.add(
     "LoadVideo", validate=file_validator("file", "video"), validates=("file",), fingerprint=_modification_time
 )
-def load_video(context: Context, file: str) -> NodeResult:
-    """A video file, read when it is needed."""
-    return NodeResult((FileVideo(annotated_path(context.input_dir, file)),))
+def load_video(context: NodeContext, file: str) -> NodeResult:
+    """Return a video file, which is read when it is needed."""
+    return NodeResult((VideoFromFile(context.folders.annotated_path(file)),))
 
 
 @REGISTRY.add("GetVideoComponents")
-def get_video_components(_context: Context, video: Video) -> NodeResult:
-    """The pictures and the sound of a video, and its pictures a second."""
+def get_video_components(_context: NodeContext, video: Video) -> NodeResult:
+    """Return images, audio and images per second of a video."""
     parts = video.components()
     return NodeResult((parts.images, parts.audio, float(parts.frame_rate)))
 
 
 @REGISTRY.add("SaveVideo")
 def save_video(
-    context: Context,
+    context: NodeContext,
     video: Video,
     filename_prefix: str,
     format: str,  # noqa: A002 - the input's name
     codec: str,
 ) -> NodeResult:
-    """An MP4 file in the output folder."""
+    """Save an MP4 file in the output folder."""
     file, entry = output_path(context, filename_prefix, *video.size()).next_file("mp4")
     video.save(file, format, codec, metadata_texts(context))
     return NodeResult(ui={"images": [entry], "animated": [True]})
@@ -209,9 +211,9 @@ def save_video(
 
 @REGISTRY.add("SaveWEBM")
 def save_webm(
-    context: Context, images: ImageBatch, filename_prefix: str, codec: str, fps: float, crf: float
+    context: NodeContext, images: ImageBatch, filename_prefix: str, codec: str, fps: float, crf: float
 ) -> NodeResult:
-    """A WebM file in the output folder; `crf` is the quality, 0 the best, 63 the smallest."""
+    """Save a WebM file in the output folder; a `crf` of 0 is the best quality, 63 the smallest file."""
     import av
 
     file, entry = output_path(context, filename_prefix, images.shape[2], images.shape[1]).next_file("webm")
@@ -223,10 +225,10 @@ def save_webm(
             rate = Fraction(round(fps * 1000), 1000)
             stream: Any = container.add_stream(_WEBM_ENCODERS[codec], rate=rate, options=options)
             stream.bit_rate = 0
-            _encode_pictures(container, stream, images, _WEBM_PIXELS[codec])
+            _encode_images(container, stream, images, _WEBM_PIXELS[codec])
 
-    # SVT-AV1 gives the thread that opens it real-time priority when the superuser runs it, for good: whatever that
-    # thread starts from then on would starve the machine. So it gets a thread that ends with it.
+    # SVT-AV1, run as root, gives the thread that opens it real-time priority for good, and threads started by it
+    # inherit that and starve the machine. A thread of its own ends with the encoding.
     with ThreadPoolExecutor(1, "encode") as thread:
         thread.submit(encode).result()
     return NodeResult(ui={"images": [entry], "animated": [True]})

@@ -1,0 +1,1 @@
+"""ComfyUI's HTTP API on aiohttp (`server.py` of ComfyUI)."""

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 import requests
 
-from comfy_emulator.emulator_server import EmulatorServer
+from comfy_emulator import EmulatorServer
 from tests.support.comfyui import gate_node
 from tests.support.comfyui.websocket_proxy import Proxy, Websockets
 from tests.support.network.ports import free_port

@@ -9,8 +9,9 @@ import random
 from pathlib import Path
 from typing import Any
 
-from comfy_emulator.node_api import Context, ImageBatch, NodeResult, Registry
-from comfy_emulator.node_definitions import JsonObject, load_object_info
+from comfy_emulator.json_types import JsonObject
+from comfy_emulator.node_api import ImageBatch, NodeContext, NodeRegistry, NodeResult
+from comfy_emulator.node_definitions import load_object_info
 from tests.support.comfyui import graphs
 from tests.support.waiting import wait_until
 
@@ -28,17 +29,17 @@ OBJECT_INFO: dict[str, JsonObject] = {
 """What the emulator's nodes look like, and this one."""
 
 
-def registry() -> Registry:
+def registry() -> NodeRegistry:
     """Return all nodes of the emulator, and this one; more may be added."""
     # Loaded late: they bring NumPy and PyAV.
     from comfy_emulator.nodes import REGISTRY
 
-    nodes = Registry(dict(REGISTRY.nodes))
+    nodes = NodeRegistry(dict(REGISTRY.nodes))
     nodes.add("TestGate")(_wait)
     return nodes
 
 
-def _wait(context: Context, image: ImageBatch, file: str) -> NodeResult:
+def _wait(context: NodeContext, image: ImageBatch, file: str) -> NodeResult:
     with Path(f"{file}.begun").open("a") as begun:
         begun.write("begun\n")
     while not Path(file).exists():

@@ -8,17 +8,15 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
-from comfy_emulator.node_api import ImageBatch, Interrupted
+from comfy_emulator.folder_paths import FolderPaths
+from comfy_emulator.node_api import ImageBatch, InterruptProcessingException, Preview
 from comfy_emulator.nodes import REGISTRY
-
-Preview = tuple[str, Image.Image, "int | None"]
 
 
 @dataclass
 class RecordingContext:
-    """A `Context` that notes what a node does, and runs nodes by class name."""
+    """A `NodeContext` that notes what a node does, and runs nodes by class name."""
 
     base: Path
     prompt: dict[str, Any] = field(default_factory=lambda: {"1": {"class_type": "SaveImage", "inputs": {"é": "日本"}}})
@@ -29,24 +27,24 @@ class RecordingContext:
     interrupt_after: int | None = None
 
     def __post_init__(self) -> None:
-        for folder in (self.input_dir, self.output_dir, self.temp_dir):
-            folder.mkdir(parents=True)
+        self.folders = FolderPaths(self.base)
+        self.folders.create()
 
     @property
     def input_dir(self) -> Path:
-        return self.base / "input"
+        return self.folders.input
 
     @property
     def output_dir(self) -> Path:
-        return self.base / "output"
+        return self.folders.output
 
     @property
     def temp_dir(self) -> Path:
-        return self.base / "temp"
+        return self.folders.temp
 
     def check_interrupted(self) -> None:
         if self.interrupt_after is not None and len(self.steps) >= self.interrupt_after:
-            raise Interrupted
+            raise InterruptProcessingException
 
     def sleep(self, seconds: float) -> None:
         self.slept.append(seconds)

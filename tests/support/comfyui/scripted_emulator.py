@@ -7,7 +7,6 @@ import threading
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import requests
@@ -15,7 +14,8 @@ import websocket
 from PIL import Image
 
 from comfy_emulator import EmulatorServer
-from comfy_emulator.node_api import Context, NodeResult, Registry
+from comfy_emulator.folder_paths import FolderPaths
+from comfy_emulator.node_api import NodeContext, NodeRegistry, NodeResult
 from tests.support.waiting import TIMEOUT_S
 
 Event = tuple[str, Any]
@@ -63,9 +63,9 @@ class NodeScript:
     runs: list[tuple[str, str]] = field(default_factory=list)
     fingerprint: Any = 1
 
-    def registry(self) -> Registry:
+    def registry(self) -> NodeRegistry:
         """The nodes."""
-        registry = Registry()
+        registry = NodeRegistry()
         for class_type, function in self._functions().items():
             asks = self._fingerprint if class_type == "Changing" else None
             registry.add(class_type, fingerprint=asks)(self._noted(class_type, function))
@@ -89,31 +89,31 @@ class NodeScript:
         }
 
     def _noted(self, class_type: str, function: Callable[..., NodeResult]) -> Callable[..., NodeResult]:
-        def noted(context: Context, **inputs: Any) -> NodeResult:
+        def noted(context: NodeContext, **inputs: Any) -> NodeResult:
             self.runs.append((class_type, context.node_id))
             return function(context, **inputs)
 
         return noted
 
-    def _wait(self, context: Context, value: int) -> NodeResult:
+    def _wait(self, context: NodeContext, value: int) -> NodeResult:
         while not self.gate.is_set():
             context.sleep(0.002)
         return NodeResult((value,))
 
-    def _fingerprint(self, input_dir: Path, **inputs: Any) -> Any:
+    def _fingerprint(self, folders: FolderPaths, **inputs: Any) -> Any:
         if isinstance(self.fingerprint, Exception):
             raise self.fingerprint
         return self.fingerprint
 
 
-def _steps(context: Context, value: int, preview: bool) -> NodeResult:
+def _steps(context: NodeContext, value: int, preview: bool) -> NodeResult:
     picture = ("PNG", Image.new("RGB", (4, 2), "red"), None) if preview else None
     for step in range(1, value + 1):
         context.progress(step, value, picture)
     return NodeResult((value,))
 
 
-def _fail(context: Context, value: int) -> NodeResult:
+def _fail(context: NodeContext, value: int) -> NodeResult:
     raise LookupError("nothing there")
 
 

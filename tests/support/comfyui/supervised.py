@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from comfy_emulator.emulator_server import EmulatorServer
+from comfy_emulator import EmulatorServer
 from tests.support.waiting import wait_until
 
 

@@ -1,4 +1,4 @@
-"""`/api/jobs`: queue and history in one list, as from 0.8.0 on."""
+"""`/api/jobs`: queue and history in one list (`server.py`, `comfy_execution/jobs.py` of ComfyUI)."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from typing import Any, NamedTuple
 
 from aiohttp import web
 
-from comfy_emulator.emulator import emulator_of
 from comfy_emulator.execution.prompt_queue import QueueItem
-from comfy_emulator.node_definitions import JsonObject
+from comfy_emulator.json_types import JsonObject
+from comfy_emulator.server.request import emulator_of
 
 STATUSES = ("pending", "in_progress", "completed", "failed")
 _SORT_FIELDS = ("created_at", "execution_duration")
-_ENDS = ("execution_success", "execution_error", "execution_interrupted")
-_SHOWN_MEDIA = ("images", "video", "audio")
+_END_EVENTS = ("execution_success", "execution_error", "execution_interrupted")
+_PREVIEWABLE_MEDIA = ("images", "video", "audio")
 _3D_SUFFIXES = (".obj", ".fbx", ".gltf", ".glb")
 
 
 class BadQuery(ValueError):
-    """A query that `/api/jobs` answers 400, with its sentence."""
+    """An invalid query, answered 400 with this message."""
 
 
 class JobsQuery(NamedTuple):
-    """What a client wants to see of the jobs."""
+    """Filter, order and page of the list."""
 
     statuses: Collection[str]
     workflow_id: str | None
@@ -33,38 +33,38 @@ class JobsQuery(NamedTuple):
     offset: int
 
 
-def add_job_routes(router: web.UrlDispatcher) -> None:
-    """Add the routes of this module, which are under `/api` only."""
+def add_routes(router: web.UrlDispatcher) -> None:
+    """Add the routes of this module, which exist only below `/api`."""
     router.add_get("/api/jobs", get_jobs)
     router.add_get("/api/jobs/{job_id}", get_job)
 
 
 async def get_jobs(request: web.Request) -> web.Response:
-    """List jobs: some states, sorted, a page of them."""
+    """Return a filtered, sorted page of jobs."""
     try:
         query = _read_query(dict(request.query))
     except BadQuery as error:
         return web.json_response({"error": str(error)}, status=400)
     queue = emulator_of(request).queue
-    running, waiting = queue.current()
+    running, waiting = queue.get_current_queue()
     jobs = [
         *(_queued_job(item, "in_progress") for item in running),
         *(_queued_job(item, "pending") for item in waiting),
-        *(_finished_job(prompt_id, entry) for prompt_id, entry in queue.history().items()),
+        *(_finished_job(prompt_id, entry) for prompt_id, entry in queue.get_history().items()),
     ]
-    wanted = [job for job in jobs if _is_wanted(job, query)]
-    wanted.sort(key=lambda job: _sort_key(job, query.sort_by), reverse=query.descending)
-    page = wanted[query.offset :] if query.limit is None else wanted[query.offset : query.offset + query.limit]
-    has_more = query.offset + len(page) < len(wanted)
-    pagination = {"offset": query.offset, "limit": query.limit, "total": len(wanted), "has_more": has_more}
+    selected = [job for job in jobs if _matches(job, query)]
+    selected.sort(key=lambda job: _sort_key(job, query.sort_by), reverse=query.descending)
+    page = selected[query.offset :] if query.limit is None else selected[query.offset : query.offset + query.limit]
+    has_more = query.offset + len(page) < len(selected)
+    pagination = {"offset": query.offset, "limit": query.limit, "total": len(selected), "has_more": has_more}
     return web.json_response({"jobs": page, "pagination": pagination})
 
 
 async def get_job(request: web.Request) -> web.Response:
-    """Show one job, with its outputs and its workflow once it has run."""
+    """Return one job, with outputs and workflow if it has finished."""
     queue = emulator_of(request).queue
     job_id = request.match_info["job_id"]
-    for prompt_id, entry in queue.history_of(job_id).items():
+    for prompt_id, entry in queue.get_history_of(job_id).items():
         _, _, prompt, extra_data, _ = entry["prompt"]
         details = {
             "outputs": entry["outputs"],
@@ -72,7 +72,7 @@ async def get_job(request: web.Request) -> web.Response:
             "workflow": {"prompt": prompt, "extra_data": extra_data},
         }
         return web.json_response({**_finished_job(prompt_id, entry), **details})
-    running, waiting = queue.current()
+    running, waiting = queue.get_current_queue()
     for status, items in (("in_progress", running), ("pending", waiting)):
         for item in items:
             if item.prompt_id == job_id:
@@ -96,8 +96,8 @@ def _read_query(query: dict[str, str]) -> JobsQuery:
     if limit is not None and limit <= 0:
         raise BadQuery("limit must be a positive integer")
     offset = max(_read_number(query, "offset") or 0, 0)
-    wanted = statuses if query.get("status") else STATUSES
-    return JobsQuery(wanted, query.get("workflow_id"), sort_by, order == "desc", limit, offset)
+    filtered = statuses if query.get("status") else STATUSES
+    return JobsQuery(filtered, query.get("workflow_id"), sort_by, order == "desc", limit, offset)
 
 
 def _read_number(query: dict[str, str], name: str) -> int | None:
@@ -109,7 +109,7 @@ def _read_number(query: dict[str, str], name: str) -> int | None:
         raise BadQuery(f"{name} must be an integer") from None
 
 
-def _is_wanted(job: JsonObject, query: JobsQuery) -> bool:
+def _matches(job: JsonObject, query: JobsQuery) -> bool:
     return job["status"] in query.statuses and (not query.workflow_id or job.get("workflow_id") == query.workflow_id)
 
 
@@ -135,7 +135,7 @@ def _queued_job(item: QueueItem, status: str) -> JsonObject:
 def _finished_job(prompt_id: str, entry: JsonObject) -> JsonObject:
     number, _, _, extra_data, _ = entry["prompt"]
     messages: dict[str, JsonObject] = dict(entry["status"]["messages"])
-    end: JsonObject = next((messages[name] for name in _ENDS if name in messages), {})
+    end: JsonObject = next((messages[name] for name in _END_EVENTS if name in messages), {})
     files = list(_output_files(entry["outputs"]))
     return _without_none(
         {
@@ -147,7 +147,7 @@ def _finished_job(prompt_id: str, entry: JsonObject) -> JsonObject:
             "execution_end_time": end.get("timestamp"),
             "execution_error": messages.get("execution_error"),
             "outputs_count": len(files),
-            "preview_output": _preview(files),
+            "preview_output": _preview_output(files),
             "workflow_id": _workflow_id(extra_data),
         }
     )
@@ -160,14 +160,14 @@ def _output_files(outputs: JsonObject) -> Iterator[JsonObject]:
                 yield from ({**item, "nodeId": node_id, "mediaType": media} for item in items if isinstance(item, dict))
 
 
-def _preview(files: list[JsonObject]) -> JsonObject | None:
-    """Choose the file to show: a kept one before a temporary one."""
-    shown = [file for file in files if _can_be_shown(file)]
-    return next((file for file in shown if file.get("type") == "output"), shown[0] if shown else None)
+def _preview_output(files: list[JsonObject]) -> JsonObject | None:
+    """Return the file to show, preferably an output file (`get_outputs_summary`)."""
+    previewable = [file for file in files if _is_previewable(file)]
+    return next((file for file in previewable if file.get("type") == "output"), next(iter(previewable), None))
 
 
-def _can_be_shown(file: JsonObject) -> bool:
-    if file["mediaType"] in _SHOWN_MEDIA or file.get("format", "").startswith(("video/", "audio/")):
+def _is_previewable(file: JsonObject) -> bool:
+    if file["mediaType"] in _PREVIEWABLE_MEDIA or file.get("format", "").startswith(("video/", "audio/")):
         return True
     return bool(file.get("filename", "").lower().endswith(_3D_SUFFIXES))
 
