@@ -7,20 +7,22 @@ $(if $(VERSION),,$(error PYTHON=$(PYTHON) is no Python 3.10 or newer))
 VENV := .venv$(if $(filter-out file,$(origin PYTHON)),-$(VERSION))
 BIN := $(VENV)/bin
 
-.PHONY: help install setup demo serve test test-newest test-unlocked lint lock bench soak clean
+.PHONY: help install setup demo serve test test-fast test-real test-newest test-unlocked lint format lock bench soak clean
 
 help:
-	@echo "make demo    run test_input.json on the embedded emulator; the picture lands in output/"
-	@echo "make serve   serve the HTTP API on the embedded emulator, until Ctrl-C; API_PORT=8001 takes another port than 8000"
-	@echo "make test    lint, type check and run all tests"
-	@echo "make test PYTHON=python3.12   the same on another Python, in .venv-3.12"
-	@echo "make test-newest   run all tests with the newest versions that the bounds allow, not with those of locks/"
-	@echo "make lint    ruff, mypy, shellcheck, hadolint"
-	@echo "make bench   measure everything that docs/development/benchmarks.md tells of, about ten minutes"
-	@echo "make soak    2,000 jobs while everything goes wrong, then gateways and a fleet, about 20 minutes; output/ gets the figures"
-	@echo "make install only install worker, gateway and emulator (into $(VENV))"
-	@echo "make setup   the same with what the tests need"
-	@echo "make lock    write locks/ anew for what requirements.txt and pyproject.toml ask for; UPGRADE=1 takes the newest versions"
+	@echo "make demo         run test_input.json on the emulator; saves an image in output/"
+	@echo "make serve        serve the HTTP API on the emulator until Ctrl-C; API_PORT=8001 selects another port than 8000"
+	@echo "make install      install worker, gateway and emulator into $(VENV)"
+	@echo "make setup        install what the tests need, too"
+	@echo "make format       format the code and sort imports"
+	@echo "make lint         ruff, mypy, import-linter, shellcheck, hadolint"
+	@echo "make test-fast    run the unit tests"
+	@echo "make test         lint, type check and run all tests; PYTHON=python3.12 selects another Python, in .venv-3.12"
+	@echo "make test-newest  run all tests with the newest versions within the bounds, not those of locks/"
+	@echo "make test-real    run the tests that need a real ComfyUI at COMFYUI_URL"
+	@echo "make bench        measure what docs/development/benchmarks.md reports; about ten minutes"
+	@echo "make soak         break worker, gateways and a fleet at random; about 20 minutes; figures in output/"
+	@echo "make lock         update locks/ after a change of requirements; UPGRADE=1 selects the newest versions"
 
 # A Debian or Ubuntu Python may come without venv: install it where that is allowed, say so where it is not.
 $(BIN)/python:
@@ -84,6 +86,7 @@ lint: $(VENV)/.dev-ready
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(if $(filter 3.10,$(VERSION)),echo "Types are checked on Python 3.11 or newer",$(BIN)/mypy)
+	@$(BIN)/lint-imports
 	@$(BIN)/shellcheck start.sh .ci/run
 	@$(BIN)/hadolint Dockerfile
 
@@ -92,6 +95,16 @@ PYTEST = $(BIN)/python -m pytest -n $(if $(COMFYUI_URL),0,3) --dist loadfile
 
 test: lint $(VENV)/.clients-ready
 	@$(PYTEST)
+
+test-fast: $(VENV)/.dev-ready
+	@$(PYTEST) tests/unit
+
+test-real: $(VENV)/.dev-ready
+	@$(PYTEST) -m real
+
+format: $(VENV)/.dev-ready
+	@$(BIN)/ruff check --select I --fix .
+	@$(BIN)/ruff format .
 
 test-newest:
 	@$(MAKE) --no-print-directory VENV=$(VENV)-newest test-unlocked
