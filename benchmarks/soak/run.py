@@ -39,7 +39,7 @@ WORKER = "worker-1"
 _SETTLE_TIMEOUT_S = 15.0
 _SETTLE_INTERVAL_S = 0.02
 _STOP_TIMEOUT_S = 30.0
-_LINES_OF_A_BUG = ("met a bug", "Traceback", "exception was never retrieved", "could not be posted")
+_LINES_OF_A_BUG = ("because of a bug", "Traceback", "exception was never retrieved", "could not be posted")
 
 
 @dataclass

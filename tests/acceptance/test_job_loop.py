@@ -214,7 +214,7 @@ def test_a_platform_that_is_down_is_asked_rarely_and_served_when_it_is_back(comf
     with Platform() as platform, worker(platform, comfy.url) as process:
         platform.refuse_connections()
         job_id = platform.submit(PICTURE)
-        process.wait_for_line(r"RunPod did not hand out a job \(\w+\); asked again in 1 s")
+        process.wait_for_line(r"the request for a job failed \(\w+\); RunPod is asked again in 1 s")
         platform.accept_connections()
         assert platform.wait_for_end(job_id) == "COMPLETED"
 

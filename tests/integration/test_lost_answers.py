@@ -13,7 +13,7 @@ from comfy_emulator import EmulatorServer
 from comfy_worker.comfy.client import ComfyClient
 from comfy_worker.comfy.protocol import PromptPosition
 from comfy_worker.errors import ComfyUnreachable
-from comfy_worker.serverless.results import result_post_retries
+from comfy_worker.serverless.sdk import result_post_retries
 from comfy_worker.settings import load_settings
 from tests.support.comfyui import graphs
 from tests.support.waiting import wait_until

@@ -10,7 +10,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from comfy_worker.serverless.job_polling import JobPolls
+from comfy_worker.serverless.job_polling import JobPoller
 from comfy_worker.serverless.progress import Session
 from tests.support.runpod.platform import Platform
 
@@ -42,8 +42,8 @@ async def ask(serve: Serve, **limits: float) -> list[dict[str, Any]]:
     async with await asyncio.start_server(connected, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
         try:
-            async with JobPolls(fetch_from(f"http://127.0.0.1:{port}/"), **limits) as polls:
-                return await asyncio.wait_for(polls.ask(ending), 60)
+            async with JobPoller(fetch_from(f"http://127.0.0.1:{port}/"), **limits) as polls:
+                return await asyncio.wait_for(polls.poll(ending), 60)
         finally:
             for writer in connections:
                 writer.close()
@@ -92,8 +92,8 @@ def test_an_end_before_there_is_a_connection_is_one_at_once() -> None:
     async def scene() -> list[dict[str, Any]]:
         ending = asyncio.Event()
         ending.set()
-        async with JobPolls(never, hang_up_s=120) as polls:
-            return await asyncio.wait_for(polls.ask(ending), 60)
+        async with JobPoller(never, hang_up_s=120) as polls:
+            return await asyncio.wait_for(polls.poll(ending), 60)
 
     assert asyncio.run(scene()) == []
 
@@ -114,14 +114,14 @@ def test_questions_that_end_by_time_lose_no_job() -> None:
         taken: list[str] = []
         url = f"{platform.url}/{platform.endpoint_id}/job-take/w1?x=1"
         loop = asyncio.get_running_loop()
-        async with JobPolls(fetch_from(url), longest_s=0.02) as polls:
-            assert await polls.ask(asyncio.Event()) == []
+        async with JobPoller(fetch_from(url), max_poll_s=0.02) as polls:
+            assert await polls.poll(asyncio.Event()) == []
             due = 0.0
             for _ in range(60):
                 due += moments.uniform(0.0, 0.04)
                 loop.call_later(due, lambda: loop.run_in_executor(None, lambda: jobs.append(platform.submit({}))))
             while len(taken) < 60:
-                taken += [job["id"] for job in await polls.ask(asyncio.Event())]
+                taken += [job["id"] for job in await polls.poll(asyncio.Event())]
         return taken
 
     with Platform(take_hold_s=300) as platform:

@@ -12,7 +12,7 @@ import pytest
 from comfy_worker.serverless import job_loop
 from comfy_worker.serverless.handler import shared_worker
 from comfy_worker.serverless.job_loop import JobLoop
-from comfy_worker.serverless.job_polling import JobPolls
+from comfy_worker.serverless.job_polling import JobPoller
 
 
 @pytest.fixture
@@ -24,15 +24,17 @@ def loop(environment: pytest.MonkeyPatch) -> Iterator[JobLoop]:
 
 
 async def ask(loop: JobLoop, failure: Exception) -> None:
-    """Take jobs from a platform whose first answer is a failure and whose second is an end of the loop."""
+    """Request jobs from a platform whose first answer is a failure and whose second is an end of the loop."""
     loop._stopping, loop._changed = asyncio.Event(), asyncio.Event()
+    failures = [failure]
 
     async def fetch(_session: object, _count: int) -> None:
+        if failures:
+            raise failures.pop()
         loop.kill_worker()
-        raise failure
 
-    async with JobPolls(fetch) as polls:
-        await loop._take(polls)
+    async with JobPoller(fetch) as poller:
+        assert await loop._request_jobs(poller) == []
 
 
 @pytest.mark.parametrize("failure", [TypeError("get_job() got an unexpected keyword argument"), Exception("no input")])
@@ -40,9 +42,9 @@ def test_a_bug_of_the_sdk_is_logged_with_its_traceback(
     loop: JobLoop, failure: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
     asyncio.run(ask(loop, failure))
-    bug, back_off = caplog.records
+    (bug,) = caplog.records
     assert bug.exc_info and bug.exc_info[1] is failure
-    assert back_off.getMessage().startswith(f"RunPod did not hand out a job ({type(failure).__name__})")
+    assert bug.getMessage().startswith(f"the request for a job failed ({type(failure).__name__})")
 
 
 @pytest.mark.parametrize("failure", [aiohttp.ServerDisconnectedError(), asyncio.TimeoutError(), ConnectionResetError()])
@@ -74,7 +76,7 @@ def test_a_watch_that_breaks_is_logged_with_its_traceback(
     async def idle(_session: object) -> None:
         await asyncio.Event().wait()
 
-    for name in ("_heed_signals", "_ignore_signals"):
+    for name in ("_handle_signals", "_ignore_signals"):
         monkeypatch.setattr(loop, name, lambda: None)
     monkeypatch.setattr(job_loop, "AsyncClientSession", NoSession)
     monkeypatch.setattr(loop, "_monitor_comfyui", broken)
@@ -82,5 +84,5 @@ def test_a_watch_that_breaks_is_logged_with_its_traceback(
     loop.jobs_fetcher = lambda _session, _count: asyncio.sleep(3600)
     asyncio.run(loop.run())
     (bug,) = caplog.records
-    assert bug.getMessage() == "the watch over ComfyUI met a bug"
+    assert bug.getMessage() == "the monitor of ComfyUI failed because of a bug"
     assert bug.exc_info and bug.exc_info[0] is AttributeError

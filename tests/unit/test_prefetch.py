@@ -28,20 +28,20 @@ def just_in_time() -> Prefetch:
 
 def take(prefetch: Prefetch, job_id: str, *stages: Stage, now: float = 0.0, kind: str = "kind") -> None:
     """Take a job and bring it to the last of `stages`, all at once."""
-    prefetch.took(job_id, now)
-    prefetch.identified(job_id, kind)
+    prefetch.job_taken(job_id, now)
+    prefetch.workflow_known(job_id, kind)
     for stage in stages:
-        prefetch.entered(job_id, stage, now)
+        prefetch.stage_started(job_id, stage, now)
 
 
 def run(prefetch: Prefetch, seconds: float, *, kind: str = "kind", staging_s: float = 0.5) -> None:
     """Run a job from beginning to end; the GPU works on it for `seconds`."""
-    prefetch.took("past", 0.0)
-    prefetch.identified("past", kind)
-    prefetch.entered("past", Stage.QUEUED, staging_s)
-    prefetch.entered("past", Stage.RUNNING, 10.0)
-    prefetch.entered("past", Stage.DELIVERING, 10.0 + seconds)
-    prefetch.ended("past")
+    prefetch.job_taken("past", 0.0)
+    prefetch.workflow_known("past", kind)
+    prefetch.stage_started("past", Stage.QUEUED, staging_s)
+    prefetch.stage_started("past", Stage.RUNNING, 10.0)
+    prefetch.stage_started("past", Stage.DELIVERING, 10.0 + seconds)
+    prefetch.job_ended("past")
 
 
 # ------------------------------------------------------------------------------------------------ by example
@@ -71,7 +71,7 @@ def test_the_next_job_is_wanted_when_the_first_leaves_the_gpu() -> None:
 def test_a_job_that_failed_before_it_left_the_gpu_leaves_a_worker_that_wants_one(stages: tuple[Stage, ...]) -> None:
     prefetch = just_in_time()
     take(prefetch, "a", *stages)
-    prefetch.ended("a")
+    prefetch.job_ended("a")
     assert prefetch.seconds_to_next(0.0) == 0.0
 
 
@@ -80,10 +80,10 @@ def test_the_next_job_is_wanted_as_long_before_the_end_of_a_run_as_taking_it_tak
     for seconds in (10.0, 10.5, 11.0):
         run(prefetch, seconds, staging_s=0.75)
     take(prefetch, "a", now=100.0)
-    prefetch.entered("a", Stage.QUEUED, 100.75)
+    prefetch.stage_started("a", Stage.QUEUED, 100.75)
     assert prefetch.seconds_to_next(101.0) is None, "it may wait behind others for any time"
 
-    prefetch.entered("a", Stage.RUNNING, 102.0)
+    prefetch.stage_started("a", Stage.RUNNING, 102.0)
     assert prefetch.seconds_to_next(102.0) == pytest.approx(10.0 - 0.75)
     assert prefetch.seconds_to_next(111.0) == pytest.approx(0.25)
     assert prefetch.seconds_to_next(111.5) == 0.0
@@ -96,8 +96,8 @@ def test_the_lead_is_never_long(staging_s: float, lead_s: float) -> None:
     for _ in range(4):
         run(prefetch, 10.0, staging_s=staging_s)
     take(prefetch, "a", now=0.0)
-    prefetch.entered("a", Stage.QUEUED, staging_s)
-    prefetch.entered("a", Stage.RUNNING, 100.0)
+    prefetch.stage_started("a", Stage.QUEUED, staging_s)
+    prefetch.stage_started("a", Stage.RUNNING, 100.0)
     assert prefetch.seconds_to_next(100.0) == pytest.approx(10.0 - lead_s)
 
 
@@ -134,7 +134,7 @@ def test_a_worker_that_sees_ever_new_workflows_forgets_the_old_ones() -> None:
             run(prefetch, 10.0, kind=kind)
     take(prefetch, "a", Stage.QUEUED, Stage.RUNNING, kind="old")
     assert prefetch.seconds_to_next(1000.0) is None
-    prefetch.ended("a")
+    prefetch.job_ended("a")
     take(prefetch, "b", Stage.QUEUED, Stage.RUNNING, kind="new 255")
     assert prefetch.seconds_to_next(1000.0) == 0.0
 
@@ -144,10 +144,10 @@ def test_a_second_attempt_begins_anew() -> None:
     for _ in range(3):
         run(prefetch, 10.0, staging_s=0.5)
     take(prefetch, "a", Stage.QUEUED, Stage.RUNNING)
-    prefetch.entered("a", Stage.QUEUED, 500.0)
+    prefetch.stage_started("a", Stage.QUEUED, 500.0)
     assert prefetch.seconds_to_next(500.0) is None, "ComfyUI died, and the GPU has not begun again"
 
-    prefetch.entered("a", Stage.RUNNING, 600.0)
+    prefetch.stage_started("a", Stage.RUNNING, 600.0)
     assert prefetch.seconds_to_next(600.0) == pytest.approx(9.5), "the lead is what staging took, not the first attempt"
 
 
@@ -173,7 +173,7 @@ def test_without_prefetching_a_job_is_over_before_the_next_one(stages: tuple[Sta
         run(prefetch, 10.0)
     take(prefetch, "a", *stages)
     assert prefetch.seconds_to_next(1000.0) is None
-    prefetch.ended("a")
+    prefetch.job_ended("a")
     assert prefetch.seconds_to_next(1000.0) == 0.0
 
 
@@ -184,14 +184,14 @@ def test_outputs_that_are_slow_to_deliver_do_not_pile_up(mode: PrefetchMode) -> 
         assert prefetch.seconds_to_next(0.0) == 0.0
         take(prefetch, str(number), Stage.QUEUED, Stage.RUNNING, Stage.DELIVERING)
     assert prefetch.seconds_to_next(0.0) is None
-    prefetch.ended("2")
+    prefetch.job_ended("2")
     assert prefetch.seconds_to_next(0.0) == 0.0
 
 
 def test_news_of_a_job_that_is_out_of_hand_changes_nothing() -> None:
     prefetch = just_in_time()
-    prefetch.entered("gone", Stage.DELIVERING, 0.0)
-    prefetch.ended("gone")
+    prefetch.stage_started("gone", Stage.DELIVERING, 0.0)
+    prefetch.job_ended("gone")
     assert prefetch.seconds_to_next(0.0) == 0.0
 
 
@@ -215,8 +215,8 @@ class Hands(RuleBasedStateMachine):
     @rule(kind=st.sampled_from(["one", "another"]))
     def take(self, kind: str) -> None:
         job_id = next(self.ids)
-        self.prefetch.took(job_id, self.now)
-        self.prefetch.identified(job_id, kind)
+        self.prefetch.job_taken(job_id, self.now)
+        self.prefetch.workflow_known(job_id, kind)
         self.kinds[job_id], self.stages[job_id] = kind, Stage.STAGING
 
     @precondition(lambda self: not self.stages)
@@ -257,7 +257,7 @@ class Hands(RuleBasedStateMachine):
             self._end(job_id)
 
     def _enter(self, job_id: str, stage: Stage) -> None:
-        self.prefetch.entered(job_id, stage, self.now)
+        self.prefetch.stage_started(job_id, stage, self.now)
         self.stages[job_id] = stage
         if stage is Stage.RUNNING:
             self.running_since[job_id] = self.now
@@ -265,7 +265,7 @@ class Hands(RuleBasedStateMachine):
             self.runs[self.kinds[job_id]].append(self.now - self.running_since[job_id])
 
     def _end(self, job_id: str) -> None:
-        self.prefetch.ended(job_id)
+        self.prefetch.job_ended(job_id)
         del self.stages[job_id]
 
     @invariant()

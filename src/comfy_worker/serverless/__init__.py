@@ -1,1 +1,1 @@
-"""RunPod Serverless: the async handler, its progress, and the loop that takes jobs."""
+"""RunPod Serverless: the handler, its progress, and the loop that takes jobs."""

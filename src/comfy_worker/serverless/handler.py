@@ -1,4 +1,4 @@
-"""The async handler that the RunPod SDK calls, and the progress that it posts."""
+"""The handler that RunPod's SDK calls for each job."""
 
 from __future__ import annotations
 
@@ -7,77 +7,85 @@ import contextlib
 import os
 import threading
 from collections.abc import Mapping
-from contextlib import AsyncExitStack
 from contextvars import ContextVar
-from functools import cache, partial
-from typing import Any
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 from comfy_worker.errors import InvalidInput
 from comfy_worker.job.envelope import read_input
 from comfy_worker.job.progress import Progress
-from comfy_worker.serverless.progress import ProgressSender, Session
+from comfy_worker.serverless.progress import ProgressSender
 from comfy_worker.settings import load_settings
 from comfy_worker.stop import Stop
 from comfy_worker.types import JobEvent, OnEvent, ignore_events
 from comfy_worker.worker import Worker
 
+if TYPE_CHECKING:
+    from comfy_worker.serverless.progress import Session
+
 _MB = 1_000_000
 
-platform_session: ContextVar[Session | None] = ContextVar("platform_session", default=None)
-"""The HTTP session to RunPod, while the job loop runs a job; None in the SDK's local API."""
-job_events: ContextVar[OnEvent] = ContextVar("job_events", default=ignore_events)
-"""Who else is told how the job gets on, from the job's own thread."""
+
+@dataclass(frozen=True)
+class LoopContext:
+    """What the job loop passes to the handler, past the SDK: its session with RunPod and its listener."""
+
+    session: Session
+    on_event: OnEvent
+
+
+loop_context: ContextVar[LoopContext | None] = ContextVar("loop_context", default=None)
+"""Set in a job's task; None in the SDK's local API."""
 
 
 @cache
 def shared_worker() -> Worker:
-    """Return the process's worker, made from the environment when it is first needed."""
+    """Return the process's worker, which is created from the environment by the first call."""
     return Worker(load_settings())
 
 
+def has_shared_worker() -> bool:
+    """Return whether the process's worker was created."""
+    return shared_worker.cache_info().currsize > 0
+
+
 def close_shared_worker() -> None:
-    """Close the process's worker, if it was ever needed; the webhooks of its last jobs are sent before."""
+    """Send the pending webhooks of the process's worker and close it, if it was created."""
     if has_shared_worker():
         shared_worker().close()
 
 
-def has_shared_worker() -> bool:
-    """Return whether the process's worker was ever needed."""
-    return shared_worker.cache_info().currsize > 0
-
-
 async def handler(job: dict[str, Any]) -> dict[str, Any]:
-    """Run one job of the RunPod SDK; the event loop stays free, so that cancels arrive.
+    """Run a job of RunPod's SDK in a thread and return its `output`.
 
-    Progress is posted while the job runs, and all of it has landed when this returns. A cancel by the platform ends the
-    prompt in ComfyUI before it is let through.
+    All progress has been posted when this returns. If it is cancelled, the prompt is removed from ComfyUI before the
+    CancelledError is raised.
     """
     worker = shared_worker()
     if not isinstance(job, dict):
-        # Refused at once; whatever is asked of it below, it does not have.
         return worker.run(job)
-    async with AsyncExitStack() as stack:
-        listeners = [job_events.get()]
-        session = platform_session.get()
-        if session is not None:
-            sender = await stack.enter_async_context(ProgressSender(session, job))
-            listeners.append(_post_progress(sender))
-        output = await _in_thread(worker, job, partial(_tell, listeners), result_limit(job, worker))
+    context = loop_context.get()
+    if context is None:
+        output = await _run_in_thread(worker, job, ignore_events)
+    else:
+        async with ProgressSender(context.session, job) as sender:
+            output = await _run_in_thread(worker, job, _with_progress(context.on_event, sender))
     if is_last(job):
         output["refresh_worker"] = True
     return output
 
 
 def is_last(job: Mapping[str, Any]) -> bool:
-    """Return whether the worker is to be replaced after this job: the settings say so, or the job itself."""
-    wanted = False
+    """Return whether RunPod is to replace the worker after this job, because of the settings or the job's input."""
+    requested = False
     with contextlib.suppress(InvalidInput):
-        wanted = read_input(job)[0].get("refresh_worker") is True
-    return wanted or shared_worker().settings.refresh_worker
+        requested = read_input(job)[0].get("refresh_worker") is True
+    return requested or shared_worker().settings.refresh_worker
 
 
 def result_limit(job: Mapping[str, Any], worker: Worker) -> int | None:
-    """Return how many bytes RunPod takes as the job's result; None where no platform stands behind the handler."""
+    """Return the most bytes that RunPod accepts as the job's result; None outside RunPod."""
     if "RUNPOD_WEBHOOK_POST_OUTPUT" not in os.environ:
         return None
     settings = worker.settings
@@ -85,13 +93,13 @@ def result_limit(job: Mapping[str, Any], worker: Worker) -> int | None:
     return int((settings.runsync_result_limit_mb if is_sync else settings.run_result_limit_mb) * _MB)
 
 
-async def _in_thread(worker: Worker, job: Mapping[str, Any], on_event: OnEvent, limit: int | None) -> dict[str, Any]:
-    """Run the job in a thread of its own; when this is cancelled, the job is stopped and waited for first."""
+async def _run_in_thread(worker: Worker, job: Mapping[str, Any], on_event: OnEvent) -> dict[str, Any]:
+    """Run the job in a thread of its own. When this is cancelled, stop the job and wait for its end."""
     loop, stop = asyncio.get_running_loop(), Stop()
     done: asyncio.Future[dict[str, Any]] = loop.create_future()
 
     def run() -> None:
-        output = worker.run(job, on_event, stop, limit)
+        output = worker.run(job, on_event, stop, result_limit(job, worker))
         loop.call_soon_threadsafe(done.set_result, output)
 
     threading.Thread(target=run, name=f"job {job.get('id')}", daemon=True).start()
@@ -100,22 +108,19 @@ async def _in_thread(worker: Worker, job: Mapping[str, Any], on_event: OnEvent, 
     except asyncio.CancelledError:
         stop.set()
         while not done.done():
-            # A second cancel must not leave the prompt behind in ComfyUI.
+            # A second cancel must not leave the prompt in ComfyUI.
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.wait([done])
         raise
 
 
-def _tell(listeners: list[OnEvent], event: JobEvent) -> None:
-    for listener in listeners:
-        listener(event)
-
-
-def _post_progress(sender: ProgressSender) -> OnEvent:
+def _with_progress(on_event: OnEvent, sender: ProgressSender) -> OnEvent:
+    """Return an `on_event` for the job's thread that also posts the progress."""
     progress = Progress()
     loop = asyncio.get_running_loop()
 
     def post(event: JobEvent) -> None:
+        on_event(event)
         progress.apply(event)
         loop.call_soon_threadsafe(sender.update, progress.as_output())
 

@@ -1,7 +1,7 @@
-"""Asking RunPod for a job, and ending that without losing one.
+"""Requests a job from RunPod, and ends that request without losing a job.
 
-RunPod holds the question until there is a job. A question that is simply cut off may have been answered a moment
-before: RunPod then believes that the job is taken, and nobody ever runs it.
+RunPod holds a request until there is a job. If the connection is simply closed, RunPod may have sent a job a moment
+before. It then counts the job as taken, and nobody runs it.
 """
 
 from __future__ import annotations
@@ -20,33 +20,32 @@ from runpod.http_client import get_auth_header
 from comfy_worker.serverless.progress import Session
 
 Fetch: TypeAlias = Callable[[Session, int], Awaitable[list[dict[str, Any]] | None]]
-"""The SDK's `get_job`: asks over a session for at most so many jobs."""
+"""The SDK's `get_job`: requests up to a number of jobs over a session."""
 
 _CONNECT_TIMEOUT_S = 30.0
-_LONGEST_POLL_S = 90.0
+_MAX_POLL_S = 90.0
 _HANG_UP_S = 2.0
-"""How long RunPod may take to see that nobody waits any more, or an answer to arrive that was on its way."""
 
 
-class JobPolls:
-    """Asks for jobs, one question at a time, over a connection of its own; an asynchronous context manager."""
+class JobPoller:
+    """Requests jobs, one request at a time, over a connection of its own; an asynchronous context manager."""
 
-    def __init__(self, fetch: Fetch, *, longest_s: float = _LONGEST_POLL_S, hang_up_s: float = _HANG_UP_S) -> None:
-        """Make ready to ask; in the event loop's thread.
+    def __init__(self, fetch: Fetch, *, max_poll_s: float = _MAX_POLL_S, hang_up_s: float = _HANG_UP_S) -> None:
+        """Prepare to poll; call it in the event loop's thread.
 
         Args:
-            fetch: asks.
-            longest_s: how long a question may be held before it is ended and asked anew.
-            hang_up_s: how long RunPod has to see that a question was ended.
+            fetch: sends a request.
+            max_poll_s: how long RunPod may hold a request before it is ended and sent again.
+            hang_up_s: how long to wait for a job that RunPod sent before it noticed the end of the request.
         """
         self._fetch = fetch
-        self._longest_s = longest_s
+        self._max_poll_s = max_poll_s
         self._hang_up_s = hang_up_s
         self._connector = _PollConnector()
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S)
         self._session = aiohttp.ClientSession(connector=self._connector, headers=get_auth_header(), timeout=timeout)
 
-    async def __aenter__(self) -> JobPolls:
+    async def __aenter__(self) -> JobPoller:
         return self
 
     async def __aexit__(
@@ -54,23 +53,23 @@ class JobPolls:
     ) -> None:
         await self._session.close()
 
-    async def ask(self, ending: asyncio.Event) -> list[dict[str, Any]]:
-        """Return the jobs that RunPod hands out; none if there is none for a long time, or until `ending` is set.
+    async def poll(self, stopping: asyncio.Event) -> list[dict[str, Any]]:
+        """Return the jobs that RunPod sends; none if there is none for a long time or until `stopping` is set.
 
         Raises:
-            Exception: what the SDK or the connection raised, unless we hung up.
+            Exception: the request failed before it was ended.
         """
-        self._connector.begin()
+        self._connector.start_poll()
         poll = asyncio.ensure_future(self._fetch(self._session, 1))
-        ended = asyncio.create_task(ending.wait())
-        await asyncio.wait([poll, ended], timeout=self._longest_s, return_when=asyncio.FIRST_COMPLETED)
-        ended.cancel()
+        stopped = asyncio.create_task(stopping.wait())
+        await asyncio.wait([poll, stopped], timeout=self._max_poll_s, return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
         if poll.done():
             return poll.result() or []
         return await self._hang_up(poll)
 
     async def _hang_up(self, poll: asyncio.Future[list[dict[str, Any]] | None]) -> list[dict[str, Any]]:
-        """End a question; return the jobs that were on their way already."""
+        """End a request and return the jobs that RunPod had sent already."""
         if self._connector.hang_up():
             await asyncio.wait([poll], timeout=self._hang_up_s)
         poll.cancel()
@@ -79,19 +78,19 @@ class JobPolls:
 
 
 class _PollConnector(aiohttp.TCPConnector):
-    """Connects for one poll at a time, and can hang up on it."""
+    """Connects for one poll at a time and can close our half of the connection."""
 
     def __init__(self) -> None:
         super().__init__(limit=0)
         self._transport: asyncio.Transport | None = None
         self._hung_up = False
 
-    def begin(self) -> None:
-        """Expect another poll."""
+    def start_poll(self) -> None:
+        """Allow connections again."""
         self._transport, self._hung_up = None, False
 
     async def connect(self, *arguments: Any, **named: Any) -> Connection:
-        """Connect, as aiohttp asks for it; not after `hang_up`, when it wants to repeat the poll that was cut off."""
+        """Connect for aiohttp, but not after `hang_up`, when aiohttp would repeat the request."""
         connection = await super().connect(*arguments, **named)
         if self._hung_up:
             connection.close()
@@ -100,13 +99,13 @@ class _PollConnector(aiohttp.TCPConnector):
         return connection
 
     def hang_up(self) -> bool:
-        """Close our half of the connection: RunPod sees that nobody waits, and an answer on its way still arrives.
+        """Close our half of the connection. RunPod notices, and a response already sent still arrives.
 
-        Returns whether anything can be on its way.
+        Returns whether there was a connection.
         """
         self._hung_up = True
         if self._transport is None:
             return False
-        with contextlib.suppress(OSError):  # RunPod was faster
+        with contextlib.suppress(OSError):  # RunPod has already closed it
             self._transport.get_extra_info("socket").shutdown(socket.SHUT_WR)
         return True

@@ -7,14 +7,15 @@ import json
 import logging
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, TypeAlias
-
-import aiohttp
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from comfy_worker.throttled_sender import ThrottledSender
 from comfy_worker.worker import json_safe
 
-Session: TypeAlias = aiohttp.ClientSession
+if TYPE_CHECKING:
+    import aiohttp
+
+Session: TypeAlias = "aiohttp.ClientSession"
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +77,7 @@ class ProgressSender:
 
     async def _post(self, value: dict[str, Any]) -> bool:
         """Post progress once and return whether RunPod accepted it. The SDK's retries could take minutes."""
+        import aiohttp
         from runpod.serverless.modules import rp_http
 
         url = f"{rp_http.JOB_DONE_URL.replace('$ID', self._job['id'])}&isStream=false"
