@@ -1,6 +1,6 @@
-"""The file `.env` of the working directory, taken into the environment before anything is read out of that.
+"""Loads the file `.env` of the working directory into the environment.
 
-`python -m comfy_worker.env_file` prints what it sets as bash commands, for start.sh.
+`python -m comfy_worker.env_file` prints the variables as bash commands, for start.sh.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _REFUSED = 2
 
 
 def read_env_file() -> None:
-    """Set each variable of the file that the environment does not have; ENV_FILE names another file, or none if empty.
+    """Set the variables of the file that the environment does not have. ENV_FILE names another file; if empty, none.
 
     Raises:
-        InvalidInput: ENV_FILE names a file that is not there, or the file cannot be read.
+        InvalidInput: ENV_FILE names a file that does not exist, or the file cannot be read.
     """
     os.environ.update(_new_variables())
 

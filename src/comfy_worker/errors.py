@@ -1,12 +1,12 @@
-"""Every failure that a caller can meet.
+"""The errors with which a job can fail.
 
 ```
 WorkerError
-├── InvalidInput               invalid_input         the request itself
+├── InvalidInput               invalid_input         the request is invalid
 ├── InvalidWorkflow            invalid_workflow      ComfyUI refused the graph
-│   ├── UiFormatWorkflow       ui_format_workflow    saved for the canvas, not for the API
-│   ├── MissingNodes           missing_nodes         classes that no installed package has
-│   └── MissingModels          missing_models        files that are in none of ComfyUI's model folders
+│   ├── UiFormatWorkflow       ui_format_workflow    the UI format instead of the API format
+│   ├── MissingNodes           missing_nodes         classes that ComfyUI does not have
+│   └── MissingModels          missing_models        files that ComfyUI does not have
 ├── InputFetchFailed           input_fetch_failed
 ├── UploadFailed               upload_failed
 ├── DiskFull                   disk_full
@@ -19,10 +19,10 @@ WorkerError
 ├── OutputMissing              output_missing
 ├── OutputTooLarge             output_too_large
 ├── DeliveryFailed             delivery_failed
-└── InternalError              internal              a bug of ours
+└── InternalError              internal              a bug in the worker
 ```
-Code, HTTP status and whether the same job may succeed later are attributes of the class; foreign exceptions become
-these at the edge where they arise, and these become an answer at the edge of the worker (`WorkerError.as_output`).
+Code, HTTP status and whether to retry are attributes of the class. Exceptions of libraries are converted to these
+classes where they arise, and the worker turns these into its output with `WorkerError.as_output`.
 """
 
 from __future__ import annotations
@@ -35,18 +35,21 @@ from comfy_worker.redact import redact
 if TYPE_CHECKING:
     from comfy_worker.types import JobResult
 
-_LONGEST_SENTENCE = 8000
-"""Characters of a message; it may quote what a caller sent, as long as that likes."""
+_MAX_SENTENCE_LENGTH = 8000
+"""A message can quote something of any length from a request."""
 
 
 class WorkerError(Exception):
-    """A failure with one sentence for a person, a code for a program and what it takes to mend it.
+    """An error with a message for people and a code for programs.
 
     Attributes:
-        code: stable name of the kind of failure.
-        http_status: what an HTTP door answers with.
-        retryable: whether the same job may succeed when it is sent again unchanged.
-        partial: what the job had made by then, delivered; None for nothing.
+        code: the stable name of the class of errors.
+        http_status: the status of an HTTP response with this error.
+        retryable: whether the same job can succeed if it is sent again.
+        message: one sentence.
+        details: data about the error, such as a list of problems.
+        hint: how to correct it.
+        partial: the outputs that were delivered before the job failed; None if there are none.
     """
 
     code: ClassVar[str]
@@ -61,7 +64,7 @@ class WorkerError(Exception):
         self.partial: JobResult | None = None
 
     def as_output(self, secrets: Iterable[str | None] = ()) -> dict[str, Any]:
-        """Return the failure as the `output` of a RunPod job: JSON-safe, without paths and `secrets`."""
+        """Return the error as the `output` of a RunPod job: JSON without paths and `secrets`."""
         hidden = list(secrets)
         output: dict[str, Any] = {"error": _sentence(self.message, hidden), "code": self.code}
         if self.hint:
@@ -72,18 +75,18 @@ class WorkerError(Exception):
 
 
 def _sentence(text: str, secrets: list[str | None]) -> str:
-    """Return a text without paths and secrets, not longer than anybody reads."""
-    cut = text if len(text) <= _LONGEST_SENTENCE else f"{text[:_LONGEST_SENTENCE]}…"
+    """Return a text without paths and secrets, and of limited length."""
+    cut = text if len(text) <= _MAX_SENTENCE_LENGTH else f"{text[:_MAX_SENTENCE_LENGTH]}…"
     return _as_utf8(redact(cut, secrets))
 
 
 def _as_utf8(text: str) -> str:
-    """Return a text that can be sent: a caller's lone surrogate, quoted, becomes a question mark."""
+    """Return a text that can be encoded: a lone surrogate from a request becomes a question mark."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def redact_all(value: Any, secrets: list[str | None]) -> Any:
-    """Apply `redact` to every string in a JSON-like value, and make it one that can be sent."""
+    """Return JSON without paths and secrets; values that are not JSON become strings."""
     if isinstance(value, str):
         return _as_utf8(redact(value, secrets))
     if isinstance(value, dict):
@@ -96,21 +99,21 @@ def redact_all(value: Any, secrets: list[str | None]) -> Any:
 
 
 class InvalidInput(WorkerError):
-    """The job's input cannot be understood; nothing was sent to ComfyUI."""
+    """The input of the job is invalid; nothing was sent to ComfyUI."""
 
     code = "invalid_input"
     http_status = 400
 
 
 class InvalidWorkflow(WorkerError):
-    """ComfyUI refused the workflow; `details` lists every problem that it found."""
+    """ComfyUI refused the workflow; `details` lists every problem."""
 
     code = "invalid_workflow"
     http_status = 400
 
 
 class UiFormatWorkflow(InvalidWorkflow):
-    """The workflow is in the format of ComfyUI's canvas, which only the browser can turn into a prompt."""
+    """The workflow is in the UI format, which only ComfyUI's page can convert."""
 
     code = "ui_format_workflow"
 
@@ -128,14 +131,14 @@ class MissingModels(InvalidWorkflow):
 
 
 class InputFetchFailed(WorkerError):
-    """An input could not be fetched from its URL, or may not be; the sentence names the URL without its query."""
+    """An input could not be downloaded, or its address is not allowed; the message has the URL without its query."""
 
     code = "input_fetch_failed"
     http_status = 422
 
 
 class UploadFailed(WorkerError):
-    """ComfyUI did not take one or more of the job's input files."""
+    """ComfyUI did not accept an input file of the job."""
 
     code = "upload_failed"
     http_status = 502
@@ -143,7 +146,7 @@ class UploadFailed(WorkerError):
 
 
 class DiskFull(WorkerError):
-    """ComfyUI's disk has no room for the job's files."""
+    """The disk has too little space for the job's files."""
 
     code = "disk_full"
     http_status = 507
@@ -151,10 +154,10 @@ class DiskFull(WorkerError):
 
 
 class ComfyUnreachable(WorkerError):
-    """ComfyUI does not answer, or not in the way that ComfyUI does.
+    """ComfyUI does not answer, or its answer is not ComfyUI's.
 
     Attributes:
-        never_sent: nobody took the connection, so the request cannot have had an effect.
+        never_sent: whether the connection failed, so that the request cannot have had an effect.
     """
 
     code = "comfyui_unreachable"
@@ -164,7 +167,7 @@ class ComfyUnreachable(WorkerError):
 
 
 class ComfyCrashed(WorkerError):
-    """ComfyUI died while it ran the job's workflow."""
+    """ComfyUI died while it ran the workflow."""
 
     code = "comfyui_crashed"
     http_status = 502
@@ -186,35 +189,35 @@ class OutOfMemory(ExecutionFailed):
 
 
 class Cancelled(WorkerError):
-    """The job was cancelled, by its caller or by someone at ComfyUI."""
+    """The job was cancelled by its caller, or in ComfyUI."""
 
     code = "cancelled"
     http_status = 409
 
 
 class TimedOut(WorkerError):
-    """The job took longer than it may; its prompt was taken out of ComfyUI."""
+    """The job exceeded its time limit, and its prompt was removed from ComfyUI."""
 
     code = "timed_out"
     http_status = 504
 
 
 class OutputMissing(WorkerError):
-    """ComfyUI reported an output that is not there."""
+    """ComfyUI reported an output that does not exist."""
 
     code = "output_missing"
     http_status = 502
 
 
 class OutputTooLarge(WorkerError):
-    """The outputs do not fit into an answer, and there is no bucket for them."""
+    """The outputs do not fit into the response, and there is no bucket for them."""
 
     code = "output_too_large"
     http_status = 413
 
 
 class DeliveryFailed(WorkerError):
-    """The outputs were made, but none of them could be put where the caller is to find it."""
+    """None of the outputs could be delivered."""
 
     code = "delivery_failed"
     http_status = 502
@@ -222,13 +225,13 @@ class DeliveryFailed(WorkerError):
 
 
 class InternalError(WorkerError):
-    """A bug of the worker; the log has the traceback, the caller gets only this."""
+    """A bug in the worker; only the log has the traceback."""
 
     code = "internal"
 
 
 def all_errors(base: type[WorkerError] = WorkerError) -> Iterator[type[WorkerError]]:
-    """Yield every class of failure below `base`, parents first."""
+    """Yield every subclass of `base`, parents first."""
     for error in base.__subclasses__():
         yield error
         yield from all_errors(error)

@@ -1,4 +1,4 @@
-"""The worker's log: one line an entry, without paths, secrets or tracebacks."""
+"""The worker's log, one line per entry, without paths, secrets and tracebacks."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from pathlib import PurePath
 from comfy_worker.redact import redact
 
 _CHATTY = ("boto3", "botocore", "s3transfer", "urllib3", "asyncio", "PIL", "websocket")
-"""Libraries whose debug logs carry headers, signatures or whole bodies, or whose warnings say what an error of ours
-says better."""
+"""Libraries whose debug logs contain headers, signatures or bodies, or whose warnings repeat our errors."""
 
 
 class _RedactingFormatter(logging.Formatter):
@@ -29,20 +28,20 @@ class _RedactingFormatter(logging.Formatter):
 
 
 def configure_logs(level: str, secrets: Sequence[str]) -> None:
-    """Send everything to standard error; `secrets` are masked. Overrides what `import runpod` configured."""
+    """Log to standard error and mask `secrets`. Replaces the configuration of other libraries, such as runpod."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_RedactingFormatter(secrets))
-    # Not by the loggers' levels: RunPod's SDK sets some of them anew whenever it is loaded.
-    handler.addFilter(_may_be_told)
+    # Not with the loggers' levels, which RunPod's SDK sets again when it is imported.
+    handler.addFilter(_is_wanted)
     logging.basicConfig(level=level, handlers=[handler], force=True)
 
 
-def _may_be_told(record: logging.LogRecord) -> bool:
+def _is_wanted(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.ERROR or record.name.partition(".")[0] not in _CHATTY
 
 
 def where_it_broke(exception: BaseException) -> str:
-    """Return an exception and the places it came through, as modules and lines instead of paths."""
+    """Return an exception with its traceback in one line, as modules and line numbers without paths."""
     frames = traceback.extract_tb(exception.__traceback__)
-    places = " > ".join(f"{PurePath(frame.filename).stem}:{frame.lineno} {frame.name}" for frame in frames)
-    return f"{type(exception).__name__}: {exception} [{places}]"
+    steps = " > ".join(f"{PurePath(frame.filename).stem}:{frame.lineno} {frame.name}" for frame in frames)
+    return f"{type(exception).__name__}: {exception} [{steps}]"

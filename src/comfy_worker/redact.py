@@ -1,4 +1,4 @@
-"""Keeps local paths and secrets out of everything that leaves the worker: errors, warnings, logs."""
+"""Removes local paths and secrets from errors, warnings and logs."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ _URL_OR_PATH = re.compile(
     r"|(?<![\w/.~%-])~?/+(?:[^\s/'\"`:;,()\[\]<>|]+/+)+([^\s/'\"`:;,()\[\]<>|]*)",
     re.IGNORECASE,
 )
-"""A URL, a file URL, a Windows path (its backslashes may be doubled, as in a repr) or a POSIX path; the group of each
-is what is kept of it. A scheme is short: looking for the end of a long one at each letter would take for ever."""
+"""A URL, a file URL, a Windows path (with backslashes doubled in a repr) or a POSIX path. The group of each is what
+remains of it. The length of a scheme is limited, because the search takes quadratic time otherwise."""
 
 MASK = "***"
 _SHORTEST_SECRET = 4
-"""Shorter secrets are not masked: replacing every "a" would make the text unreadable and hide nothing."""
+"""Shorter secrets are not masked: replacing every "a" hides nothing and makes the text unreadable."""
 
 
 def redact(text: str, secrets: Iterable[str | None] = ()) -> str:
-    """Return `text` with every local path cut to its last part and every secret masked.
+    """Return `text` with each local path reduced to its last part and each secret masked.
 
-    URLs other than `file://` are left alone: a caller's own URL is no local path.
+    URLs other than `file://` stay, because they are no local paths.
     """
-    # The longest first: a secret that contains another would otherwise be masked in part.
+    # The longest first, or a secret that contains another one would be masked only in part.
     masked = sorted((secret for secret in secrets if secret and len(secret) >= _SHORTEST_SECRET), key=len, reverse=True)
-    # What is left of a path may make a path with what follows it. Each round makes the text shorter, so this ends.
+    # The rest of a path can form a new path with what follows it. Each round shortens the text, so the loop ends.
     while (cut := _redact_once(text, masked)) != text:
         text = cut
     return text

@@ -1,4 +1,4 @@
-"""The signals that end a process, kept away from what it is doing."""
+"""Handling of the signals that end a process."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from typing import NoReturn, TypeVar
 Result = TypeVar("Result")
 
 END_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-"""What ends a process of this project; what it has begun it ends in order."""
+"""The signals that end a process of this project in an orderly fashion."""
 
 
 def end_at_once(*_about: object) -> NoReturn:
-    """End the process, as the handler of a signal, while nothing has begun that has to be ended in order.
+    """End the process at once; a signal handler for the time before anything needs to be shut down.
 
-    Nothing is raised: that comes up wherever the main thread is, and is lost where a library lets no exception through.
+    It raises no exception, which would appear anywhere in the main thread, and which a library could swallow.
     """
     os._exit(0)
 
 
 async def in_thread(work: Callable[[], Result], on_signal: Callable[[signal.Signals], None]) -> Result:
-    """Do something in a thread and return what it does; a signal that ends is told to `on_signal` meanwhile.
+    """Run `work` in a thread and return its result; call `on_signal` for each of END_SIGNALS meanwhile.
 
-    Python would run its own handler wherever the main thread is: an exception that is raised there may leave a lock
-    held for ever, which the end of the work then waits for.
+    Python's own handlers raise an exception anywhere in the main thread. That can leave a lock held, for which the end
+    of the work would wait for ever.
     """
     loop = asyncio.get_running_loop()
     before = {number: signal.getsignal(number) for number in END_SIGNALS}

@@ -1,4 +1,4 @@
-"""How a command starts: a refusal becomes a sentence and an exit code, and a signal ends it."""
+"""The start of a command: errors become a sentence and an exit code, and signals end the process."""
 
 from __future__ import annotations
 
@@ -9,26 +9,25 @@ from collections.abc import Callable
 from comfy_worker.errors import WorkerError
 from comfy_worker.signals import END_SIGNALS, end_at_once
 
-_NOT_DONE = 2
+_FAILED = 2
 _EXTRAS = {"celery": "fleet", "kombu": "fleet", "aiohttp": "emulator", "numpy": "emulator", "safetensors": "emulator"}
-"""Packages that requirements.txt does not bring, and the extra that does."""
+"""Packages that are not in requirements.txt, and the extras that install them."""
 
 
 def exit_code_of(work: Callable[[], int]) -> int:
-    """Return what `work` does; a refusal is told, and is 2."""
+    """Return the exit code of `work`; print an error and return 2 if it raises one."""
     try:
         return work()
     except ModuleNotFoundError as error:
         say(_what_to_install(error))
     except WorkerError as error:
         say(error.message)
-    return _NOT_DONE
+    return _FAILED
 
 
 def run_until_signal(serve: Callable[[], int]) -> int:
-    """Return the exit code of `serve`; END_SIGNALS end the process until `serve` handles them."""
+    """Return the exit code of `serve`; END_SIGNALS end the process until `serve` sets handlers of its own."""
     for number in END_SIGNALS:
-        # Until those who have something to end in order put their own in its place.
         signal.signal(number, end_at_once)
     return exit_code_of(serve)
 
@@ -45,5 +44,5 @@ def _what_to_install(error: ModuleNotFoundError) -> str:
 
 
 def say(sentence: str) -> None:
-    """Print a sentence for the person who started the command."""
+    """Print a sentence to standard error."""
     print(sentence, file=sys.stderr)  # noqa: T201

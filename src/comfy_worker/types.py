@@ -1,4 +1,4 @@
-"""What a job is, what it becomes and what happens on the way: data without behaviour."""
+"""Jobs, their results and their events: data without behaviour."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from enum import Enum
 from typing import Any, Literal, TypeAlias
 
 Workflow: TypeAlias = Mapping[str, Any]
-"""A graph in ComfyUI's API format: node id to `{class_type, inputs, _meta}`."""
+"""A graph in ComfyUI's API format: `{class_type, inputs, _meta}` by node id."""
 
 
 class JobState(str, Enum):
-    """RunPod's states of a job; a terminal one never changes."""
+    """RunPod's states of a job. A terminal state never changes."""
 
     IN_QUEUE = "IN_QUEUE"
     IN_PROGRESS = "IN_PROGRESS"
@@ -23,18 +23,18 @@ class JobState(str, Enum):
 
     @property
     def is_terminal(self) -> bool:
-        """Whether the job has come to its end."""
+        """Whether the job has ended."""
         return self not in (JobState.IN_QUEUE, JobState.IN_PROGRESS)
 
 
 @dataclass(frozen=True)
 class InputFile:
-    """A file that the workflow loads; it has either its content or a URL.
+    """A file that the workflow loads, with either its content or a URL.
 
     Attributes:
-        name: as the workflow refers to it; may have folders (`poses/a.png`), never leads out of its own.
-        content: the bytes, where the job brought them.
-        url: http(s) or s3, where they are to be fetched.
+        name: its name in the workflow; may contain folders (`poses/a.png`), but never leads out of the job's folder.
+        content: the bytes, if the job contains them.
+        url: an http(s) or s3 URL, from which to download them.
     """
 
     name: str
@@ -47,13 +47,13 @@ DeliveryType: TypeAlias = Literal["auto", "base64", "s3", "both", "local"]
 
 @dataclass(frozen=True)
 class Delivery:
-    """How the caller wants the outputs.
+    """How the outputs are delivered.
 
     Attributes:
-        type: `auto` puts into the answer what fits, and the rest into the bucket; `both` does both with each file;
-            `local` leaves it in a folder that somebody serves; None is what the worker's settings say.
-        prefix: folder in the bucket; the job's id if None.
-        expires_s: how long a presigned URL is good for, in seconds; the worker's setting if None.
+        type: `auto` puts files into the response if they fit, and the others into the bucket; `both` uses both for each
+            file; `local` writes into a folder that a web server serves; None means the worker's setting.
+        prefix: a folder in the bucket; the job's id if None.
+        expires_s: seconds until a presigned URL expires; the worker's setting if None.
     """
 
     type: DeliveryType | None = None
@@ -63,14 +63,14 @@ class Delivery:
 
 @dataclass(frozen=True)
 class Conversion:
-    """How pictures are to be made smaller before they are delivered.
+    """How images are converted before they are delivered.
 
     Attributes:
-        format: what they become; None leaves the format.
+        format: the new format; None leaves it unchanged.
         quality: of JPEG and WebP, 1 to 100.
-        max_side: longest side in pixels; larger ones are scaled down, smaller ones left.
-        keep_metadata: whether the workflow and prompt that ComfyUI writes into pictures stay in them; the worker's
-            setting if None.
+        max_side: the longest side in pixels; larger images are scaled down.
+        keep_metadata: whether images keep the workflow and prompt that ComfyUI writes into them; the worker's setting
+            if None.
     """
 
     format: Literal["png", "jpeg", "webp"] | None = None
@@ -81,9 +81,9 @@ class Conversion:
 
 @dataclass(frozen=True)
 class JobBucket:
-    """A bucket of the caller's own, for the outputs (and `s3://` inputs) of one job; never stored or logged.
+    """The caller's bucket for the outputs and `s3://` inputs of one job. Never stored or logged.
 
-    Its `name` may be left to the endpoint, or else to the month.
+    Without a `name`, the endpoint or the current month names the bucket.
     """
 
     endpoint_url: str
@@ -95,13 +95,13 @@ class JobBucket:
 
 @dataclass(frozen=True)
 class Webhook:
-    """Who is told of the job's end.
+    """The receiver of a job's webhooks.
 
     Attributes:
-        url: gets a POST.
-        secret: signs it, as Standard Webhooks describes; None leaves it unsigned.
-        extra_params: handed back with it.
-        progress: whether progress is told too.
+        url: receives a POST when the job ends.
+        secret: signs the messages as Standard Webhooks defines; None leaves them unsigned.
+        extra_params: sent back in each message.
+        progress: whether to send progress too.
     """
 
     url: str
@@ -115,26 +115,26 @@ class Job:
     """One workflow to run.
 
     Attributes:
-        id: the door's name for the job (RunPod's id, say).
-        prompt_id: our uuid for it in ComfyUI; names its input and output folders too, so that jobs cannot meet and a
-            lost answer can be looked up. A second attempt gets an id of its own.
-        workflow: the graph, as the caller sent it.
-        files: what the graph loads.
-        delivery: how to hand the outputs back.
-        conversion: how to make pictures smaller; None leaves them.
-        bucket: the caller's own; None for the worker's.
-        webhook: who is told of the end; None for whoever the worker's settings name.
-        timeout_s: how long ComfyUI may take from submission to end, in seconds; the worker's setting if None.
-        execution_timeout_s: how long the whole job may take from its start, as the platform says; None for no limit.
-        staging_timeout_s: how long its inputs may take from their turn, where nobody watches the whole job; None for no
-            limit. `timeout_s` is one, too.
-        retry_on_crash: run the workflow again, once, if ComfyUI dies while it runs; the worker's setting if None.
-        strict: a workflow of which ComfyUI would skip an invalid part is a failure, not a warning.
-        include_previews: hand back files of type `temp` too.
-        comfy_org_api_key: key for ComfyUI's paid API nodes.
-        extra_data: passed on with the prompt.
-        resumed: its prompt may be in ComfyUI already, sent there by a gateway that was killed meanwhile.
-        warnings: what was odd about the input without being wrong.
+        id: the caller's id of the job, such as RunPod's.
+        prompt_id: a uuid for it in ComfyUI. It also names the input and output folders, so that jobs cannot overwrite
+            each other's files, and a lost response can be looked up. A second attempt gets another one.
+        workflow: the graph as the caller sent it.
+        files: the files that the graph loads.
+        delivery: how to deliver the outputs.
+        conversion: how to convert images; None leaves them unchanged.
+        bucket: the caller's bucket; None for the worker's.
+        webhook: the receiver of webhooks; None for that of the worker's settings.
+        timeout_s: seconds that ComfyUI may take from submission to end; the worker's setting if None.
+        execution_timeout_s: seconds that the whole job may take, set by the platform; None for no limit.
+        staging_timeout_s: seconds that staging may take if nothing else limits the whole job; None for no limit.
+            `timeout_s` limits it too.
+        retry_on_crash: whether to run the workflow once more if ComfyUI dies; the worker's setting if None.
+        strict: whether the job fails if ComfyUI would skip an invalid part of the workflow, instead of a warning.
+        include_previews: whether files of type `temp` are outputs too.
+        comfy_org_api_key: the key for ComfyUI's paid API nodes.
+        extra_data: sent to ComfyUI with the prompt.
+        resumed: whether a gateway that was killed meanwhile may have sent its prompt to ComfyUI already.
+        warnings: sentences about oddities in the input that are no errors.
     """
 
     id: str
@@ -158,7 +158,7 @@ class Job:
 
     @property
     def secrets(self) -> list[str]:
-        """Values that the job brought and nobody else may see."""
+        """The secret values in the job."""
         values = (value for name, value in self.extra_data.items() if "key" in name or "token" in name)
         bucket = (self.bucket.access_key_id, self.bucket.secret_access_key) if self.bucket else ()
         webhook = (self.webhook.secret,) if self.webhook else ()
@@ -169,7 +169,7 @@ class Job:
 
 
 class Kind(str, Enum):
-    """Which list of the answer an output stands in."""
+    """The list of the response that contains an output."""
 
     IMAGE = "images"
     VIDEO = "videos"
@@ -179,15 +179,17 @@ class Kind(str, Enum):
 
 @dataclass(frozen=True)
 class OutputFile:
-    """A file that a node reported, or a picture that it sent over the websocket.
+    """A file that a node reported, or an image that it sent over the websocket.
 
     Attributes:
-        filename: its name, without folder.
-        subfolder: where it lies below ComfyUI's folder of that type; "" for a websocket picture.
-        type: ComfyUI's `output` or `temp`; `websocket` for a picture that was never a file.
-        kind: which list of the answer it stands in.
-        node_id: the node that made it, with `class_type` and `title`.
-        index: its place among that node's files, from 0.
+        filename: its name without folders.
+        subfolder: its folder in ComfyUI's folder of that type; "" for an image from the websocket.
+        type: ComfyUI's `output` or `temp`; `websocket` for an image that was never a file.
+        kind: the list of the response that contains it.
+        node_id: the id of the node that created it.
+        class_type: the class of that node.
+        title: the title of that node.
+        index: its index among the files of that node.
     """
 
     filename: str
@@ -212,11 +214,12 @@ class OutputText:
 
 @dataclass(frozen=True)
 class Delivered:
-    """Where an output can be had.
+    """Where an output was delivered.
 
     Attributes:
-        type: "base64": `data` is the file itself; "s3_url" and "url": `data` is where it can be fetched.
-        url: where it can be fetched as well, if it is in the answer and in a bucket.
+        type: what `data` is: the file as base64, or its URL.
+        data: the file or its URL.
+        url: the URL of a file that is in the response and in a bucket.
     """
 
     type: Literal["base64", "s3_url", "url"]
@@ -226,16 +229,17 @@ class Delivered:
 
 @dataclass(frozen=True)
 class Artifact:
-    """An output in the caller's hands.
+    """An output that was delivered.
 
     Attributes:
-        file: who made it and what it is called.
-        folder: its folder below the job's own, "" for none; what the caller wrote in front of `filename_prefix`.
-        delivered: where it can be had.
-        mime_type: by its content, or else by its name.
-        size_bytes: of the file itself.
-        width: in pixels, for a picture or a video; None otherwise. So `height`.
-        duration_s: of a video or a sound, in seconds; None where it is not known.
+        file: its name and its node.
+        folder: its folder in the job's folder, from the workflow's `filename_prefix`; "" for none.
+        delivered: where it was delivered.
+        mime_type: its type according to its content or, if that is unknown, its name.
+        size_bytes: the size of the file.
+        width: the width in pixels of an image or a video; otherwise None.
+        height: the height, likewise.
+        duration_s: the duration in seconds of a video or audio; None if unknown.
     """
 
     file: OutputFile
@@ -250,7 +254,7 @@ class Artifact:
 
 @dataclass(frozen=True)
 class Timings:
-    """How long each part of a job took, in milliseconds."""
+    """The duration of each stage of a job, in milliseconds."""
 
     staged_ms: int = 0
     queued_ms: int = 0
@@ -261,7 +265,7 @@ class Timings:
 
 @dataclass(frozen=True)
 class JobResult:
-    """What a job hands back, all or, if it failed, what it had made; `warnings` is what went wrong besides."""
+    """The outputs of a job or, if it failed, those that exist; `warnings` are problems that did not fail it."""
 
     prompt_id: str
     artifacts: tuple[Artifact, ...]
@@ -274,7 +278,7 @@ class JobResult:
 
 
 class Stage(str, Enum):
-    """Which part of its way a job is on."""
+    """A stage of a job."""
 
     STAGING = "staging"
     QUEUED = "queued"
@@ -284,35 +288,35 @@ class Stage(str, Enum):
 
 @dataclass(frozen=True)
 class JobStarted:
-    """The job was parsed and begins; `workflow` is the graph that its input or its template stands for."""
+    """The job was parsed and starts; `workflow` is its graph, expanded if it names a template."""
 
     workflow: Workflow = field(repr=False)
 
 
 @dataclass(frozen=True)
 class StageStarted:
-    """The job entered the next part of its way."""
+    """The job entered a stage."""
 
     stage: Stage
 
 
 @dataclass(frozen=True)
 class PromptsAhead:
-    """How many prompts ComfyUI runs before this one; 0: it is next or running."""
+    """The number of prompts that ComfyUI runs before this one; 0 if it is next or running."""
 
     ahead: int
 
 
 @dataclass(frozen=True)
 class NodesCached:
-    """Nodes whose results ComfyUI still has and does not make again."""
+    """ComfyUI has the results of these nodes in its cache and skips them."""
 
     node_ids: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class NodeStarted:
-    """A node is at work."""
+    """A node started."""
 
     node_id: str
     class_type: str
@@ -321,7 +325,7 @@ class NodeStarted:
 
 @dataclass(frozen=True)
 class NodeProgress:
-    """The running node did `value` of `maximum` steps."""
+    """The running node has done `value` of `maximum` steps."""
 
     node_id: str
     value: float
@@ -330,14 +334,14 @@ class NodeProgress:
 
 @dataclass(frozen=True)
 class NodeFinished:
-    """A node is done."""
+    """A node finished."""
 
     node_id: str
 
 
 @dataclass(frozen=True)
 class Preview:
-    """A picture of an unfinished result."""
+    """A preview image of an unfinished result."""
 
     node_id: str
     mime_type: str
@@ -346,7 +350,7 @@ class Preview:
 
 @dataclass(frozen=True)
 class Notice:
-    """One sentence on why the job is not getting on, or what was done about it."""
+    """A sentence about why the job makes no progress, or what was done about it."""
 
     text: str
 
@@ -366,4 +370,4 @@ OnEvent: TypeAlias = Callable[[JobEvent], None]
 
 
 def ignore_events(_event: JobEvent) -> None:
-    """Be the `on_event` of a caller who does not care."""
+    """Do nothing; the default `on_event`."""

@@ -1,65 +1,52 @@
-"""Decides what `python handler.py` is: a RunPod worker, an HTTP API or one job on a desk."""
+"""`python handler.py`: a RunPod worker, RunPod's local API, or one job on this machine."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 
 from comfy_worker.env_file import read_env_file
-from comfy_worker.errors import WorkerError
 from comfy_worker.logs import configure_logs
 from comfy_worker.settings import Settings, load_settings
+from comfy_worker.startup import exit_code_of
 from comfy_worker.storage import StorageFactory
 from comfy_worker.webhooks import Webhooks
 
-_NOT_SOUND = 2
-
 
 def run(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Run until the end of the worker, the API or the job; return the process's exit code."""
-    settings = _sound_settings()
-    if settings is None:
-        return _NOT_SOUND
+    """Run until the worker, the API or the job ends, and return the exit code of the process."""
+    return exit_code_of(lambda: _run(arguments, environment))
+
+
+def _run(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
     if is_local_run(arguments, environment):
         from comfy_worker.cli import run
 
-        configure_logs(settings.log_level, settings.secrets())
-        return run.main(run.test_input_of(arguments), run.FILE, settings)
+        job = run.parse_test_input(arguments)
+        return run.main(job, run.DEFAULT_FILE, prepare())
     from comfy_worker.serverless.start import start
 
-    start(settings)
+    start(prepare())
     return 0
 
 
-def run_local_job(text: str | None, file: str) -> int:
-    """Run one job here, that in `text` or else of a file; return the process's exit code."""
-    from comfy_worker.cli import run
+def prepare() -> Settings:
+    """Read the settings, check them and configure the log.
 
-    settings = _sound_settings()
-    if settings is None:
-        return _NOT_SOUND
+    Raises:
+        InvalidInput: a setting is invalid, including those that would otherwise fail a job later.
+    """
+    read_env_file()
+    settings = load_settings()
+    StorageFactory(settings).check()
+    Webhooks(settings).close()
     configure_logs(settings.log_level, settings.secrets())
-    return run.main(text, file, settings)
-
-
-def _sound_settings() -> Settings | None:
-    """Return the settings; where they are not sound, say why and return None."""
-    try:
-        read_env_file()
-        settings = load_settings()
-        # What can only fail later is refused now, before a job has been run for nothing.
-        StorageFactory(settings).check()
-        Webhooks(settings).close()
-    except WorkerError as error:
-        print(error.message, file=sys.stderr)
-        return None
     return settings
 
 
 def is_local_run(arguments: Sequence[str], environment: Mapping[str, str]) -> bool:
-    """Return whether one job is to be run here: asked for by `--test_input`, or nothing else is asked for.
+    """Return whether to run one job on this machine: with `--test_input`, or if nothing else is requested.
 
-    The conditions are the RunPod SDK's.
+    The conditions are those of RunPod's SDK.
     """
     names = {argument.partition("=")[0] for argument in arguments}
     if "--test_input" in names:

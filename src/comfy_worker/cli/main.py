@@ -8,44 +8,41 @@ from comfy_worker.startup import exit_code_of, run_until_signal
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Do what a command line asks for, until it is done or until a signal; return the process's exit code."""
-    return exit_code_of(lambda: _do(arguments))
+    """Run a command until it is done or until a signal, and return the exit code of the process."""
+    return exit_code_of(lambda: _main(arguments))
 
 
-def _do(arguments: Sequence[str] | None) -> int:
+def _main(arguments: Sequence[str] | None) -> int:
     from comfy_worker.cli import options
 
-    command, rest = options.choose(arguments)
+    command, rest = options.parse_command(arguments)
     if command == "run":
         return _run_job(rest)
     if command == "emulator":
-        return _emulate(rest)
+        from comfy_emulator import __main__ as emulator
+
+        emulator.main(rest, program="comfy-worker emulator")
+        return 0
     return run_until_signal(lambda: _serve_or_work(command, rest))
 
 
-def _emulate(arguments: Sequence[str]) -> int:
-    """Be a ComfyUI until a signal."""
-    from comfy_emulator import __main__ as emulator
-
-    emulator.main(arguments, program="comfy-worker emulator")
-    return 0
-
-
 def _run_job(arguments: Sequence[str]) -> int:
-    """Run a job on a desk."""
-    from comfy_worker.cli import options, run
-    from comfy_worker.cli.handler import run_local_job
+    from comfy_worker.cli import handler, options, run
     from comfy_worker.settings import Settings
 
     parser = options.parser_of("run", "[FILE]")
     run.add_arguments(parser)
     parser.add_argument(
-        "file", metavar="FILE", nargs="?", default=run.FILE, help=f"file with such a job (default: {run.FILE})"
+        "file",
+        metavar="FILE",
+        nargs="?",
+        default=run.DEFAULT_FILE,
+        help=f"JSON file with such a job (default: {run.DEFAULT_FILE})",
     )
     options.add_settings(parser, "settings of the worker", Settings)
     given = parser.parse_args(arguments)
     options.put_into_environment(given)
-    return run_local_job(given.test_input, given.file)
+    return run.main(given.test_input, given.file, handler.prepare())
 
 
 def _serve_or_work(command: str, arguments: Sequence[str]) -> int:

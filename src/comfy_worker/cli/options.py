@@ -1,6 +1,6 @@
-"""The words of the command line: the commands of `comfy-worker`, and an option for each setting.
+"""The command line of `comfy-worker`: its commands, and an option for each setting.
 
-An option's value goes into the environment under its variable's name, so that every process that is started reads it.
+An option sets the environment variable of its setting, so that child processes read it too.
 """
 
 from __future__ import annotations
@@ -16,50 +16,50 @@ from comfy_worker.settings import Settings, list_settings
 PROGRAM = "comfy-worker"
 COMMANDS = {
     "run": "run one job on ComfyUI and write its outputs into a folder",
-    "serve": "serve the HTTP API: the gateway",
-    "worker": "run the jobs of gateways with ENGINE=celery, beside a ComfyUI",
-    "emulator": "serve ComfyUI's API without ComfyUI, models and GPU, to try things out",
+    "serve": "serve the HTTP APIs: the gateway",
+    "worker": "run jobs of gateways with ENGINE=celery on the ComfyUI of this machine",
+    "emulator": "serve ComfyUI's API without ComfyUI, models and a GPU, to try things out",
 }
 _WIDTH = 100
-_MISUSED = 2
+_USAGE_ERROR = 2
 
 
-def choose(arguments: Sequence[str] | None) -> tuple[str, list[str]]:
-    """Return the command that is asked for, and its arguments; end the process where there is none, or for `--help`."""
+def parse_command(arguments: Sequence[str] | None) -> tuple[str, list[str]]:
+    """Return the command and its arguments; print the help and exit if there is no command, or for `--help`."""
     width = max(map(len, COMMANDS))
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         usage=f"{PROGRAM} COMMAND [OPTION VALUE]…",
-        description="Turns a ComfyUI workflow into an API.\n\ncommands:\n"
-        + "\n".join(f"  {name:{width}}  {what_it_does}" for name, what_it_does in COMMANDS.items()),
-        epilog=f"`{PROGRAM} COMMAND --help` names a command's options and their environment variables.",
-        formatter_class=_help_of_fixed_width,
+        description="Turn a ComfyUI workflow into an API.\n\ncommands:\n"
+        + "\n".join(f"  {name:{width}}  {description}" for name, description in COMMANDS.items()),
+        epilog=f"`{PROGRAM} COMMAND --help` lists the options of a command and their environment variables.",
+        formatter_class=_formatter,
     )
     parser.add_argument("command", choices=COMMANDS, help=argparse.SUPPRESS)
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given:
         parser.print_help(sys.stderr)
-        sys.exit(_MISUSED)
+        sys.exit(_USAGE_ERROR)
     chosen = parser.parse_args(given)
     return chosen.command, chosen.arguments
 
 
 def parser_of(command: str, usage: str = "") -> argparse.ArgumentParser:
-    """Return a parser for the arguments of a command, which has no options yet; `usage` is what may follow these."""
+    """Return a parser without options for a command; `usage` is the part of the usage line after the options."""
     sentence = COMMANDS[command]
     return argparse.ArgumentParser(
         prog=f"{PROGRAM} {command}",
         usage=f"{PROGRAM} {command} [OPTION VALUE]… {usage}".rstrip(),
         description=sentence[0].upper() + sentence[1:] + ".",
-        formatter_class=_help_of_fixed_width,
+        formatter_class=_formatter,
         allow_abbrev=False,
     )
 
 
 def add_settings(parser: argparse.ArgumentParser, title: str, kind: type[Settings]) -> None:
-    """Add an option for each setting that `kind` adds to the worker's; list the secret ones as variables."""
-    group = parser.add_argument_group(title, "Each option overrides the environment variable of its name.")
+    """Add an option for each setting that `kind` adds to the worker's; list secrets as variables only."""
+    group = parser.add_argument_group(title, "Each option overrides the environment variable of the same name.")
     secrets = []
     for setting in list_settings(kind):
         name, *others = setting.variables
@@ -70,7 +70,9 @@ def add_settings(parser: argparse.ArgumentParser, title: str, kind: type[Setting
         else:
             option = "--" + name.lower().replace("_", "-")
             group.add_argument(option, metavar=name, dest=name, help=text.replace("%", "%%"))
-    paragraph = f"{title}, as variables only, because other users can read a command line:\n" + "\n".join(secrets)
+    paragraph = f"{title}, as environment variables only, because other users can read a command line:\n" + "\n".join(
+        secrets
+    )
     parser.epilog = f"{parser.epilog}\n\n{paragraph}" if parser.epilog else paragraph
 
 
@@ -79,5 +81,5 @@ def put_into_environment(options: argparse.Namespace) -> None:
     os.environ.update({name: value for name, value in vars(options).items() if name.isupper() and value is not None})
 
 
-def _help_of_fixed_width(prog: str) -> argparse.HelpFormatter:
+def _formatter(prog: str) -> argparse.HelpFormatter:
     return argparse.RawDescriptionHelpFormatter(prog, width=_WIDTH, max_help_position=44)

@@ -1,4 +1,4 @@
-"""`python handler.py` on a desk: one job, a progress bar, the outputs as files."""
+"""A local run: one job with a progress bar, whose outputs are written into a folder."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from comfy_worker.strict_json import InvalidJson, parse_json
 from comfy_worker.types import JobEvent, Kind, NodeStarted, Notice, Stage, StageStarted
 from comfy_worker.worker import Worker
 
-FILE = "test_input.json"
-"""Where the job is without `--test_input`, as for RunPod's SDK."""
+DEFAULT_FILE = "test_input.json"
+"""The job without `--test_input`, as for RunPod's SDK."""
 _SHOWN_BASE64 = 24
 
 
-def test_input_of(arguments: Sequence[str]) -> str | None:
-    """Return the job that stands on the command line of `python handler.py`, None without one."""
+def parse_test_input(arguments: Sequence[str]) -> str | None:
+    """Return the job on the command line of `python handler.py`; None if there is none."""
     parser = argparse.ArgumentParser(
-        description=f"Run one job on ComfyUI: that of --test_input, or else of the file {FILE}.",
-        epilog="The settings are environment variables, such as COMFYUI_URL: `comfy-worker run --help` names them all. "
-        "With --rp_serve_api RunPod's SDK serves its API for development.",
+        description=f"Run one job on ComfyUI: the one given by --test_input, or else the one in {DEFAULT_FILE}.",
+        epilog="Settings are environment variables, such as COMFYUI_URL; `comfy-worker run --help` lists them all. "
+        "With --rp_serve_api, RunPod's SDK serves its API for development.",
     )
     add_arguments(parser)
     options, _others = parser.parse_known_args(arguments)
@@ -43,91 +43,92 @@ def test_input_of(arguments: Sequence[str]) -> str | None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of every command that runs a job here."""
-    parser.add_argument("--test_input", metavar="JSON", help='the job, {"input": {"workflow": {…}}}')
+    """Add the options that all commands for a local run share."""
+    parser.add_argument("--test_input", metavar="JSON", help='the job as JSON: {"input": {"workflow": {…}}}')
 
 
 def main(text: str | None, file: str, settings: Settings) -> int:
-    """Run the job in `text`, or else of a file; return the process's exit code."""
+    """Run the job in `text`, or else in a file; print its output and return the exit code of the process."""
     interruption = Interruption()
     try:
         output = run(read_job(text, file), settings, interruption)
     except WorkerError as error:
         output = error.as_output()
     print(json.dumps(output, indent=2, ensure_ascii=False), flush=True)
-    interruption.pass_on()
+    interruption.raise_signal()
     return 1 if "error" in output else 0
 
 
 class Interruption:
-    """What SIGINT and SIGTERM do: the first one stops a job that runs, any other ends the process."""
+    """Handles SIGINT and SIGTERM: the first one stops a running job, any other one ends the process."""
 
     def __init__(self) -> None:
         self.stop = Stop()
         self._number: signal.Signals | None = None
-        self._let_signals_end_the_process()
+        self._use_default_handlers()
 
-    def come(self, number: signal.Signals) -> None:
+    def on_signal(self, number: signal.Signals) -> None:
         """Stop the job."""
         self._number = number
-        self._let_signals_end_the_process()
+        self._use_default_handlers()
         self.stop.set()
 
-    def pass_on(self) -> None:
-        """End the process by the signal that stopped the job, if one did: a shell's loop then ends with it."""
+    def raise_signal(self) -> None:
+        """End the process with the signal that stopped the job, if one did, so that a shell's loop ends too."""
         if self._number is not None:
             signal.raise_signal(self._number)
 
-    def _let_signals_end_the_process(self) -> None:
+    def _use_default_handlers(self) -> None:
         for number in END_SIGNALS:
-            # Python's own handler would raise wherever the process is, and write a traceback.
+            # Python's own handler would print a traceback.
             signal.signal(number, signal.SIG_DFL)
 
 
-def read_job(text: str | None, file: str = FILE) -> dict[str, Any]:
-    """Return the job in `text`, or in a file.
+def read_job(text: str | None, file: str = DEFAULT_FILE) -> dict[str, Any]:
+    """Return the job in `text`, or else in a file.
 
     Raises:
-        InvalidInput: there is none, or it is not a JSON object.
+        InvalidInput: the file cannot be read, or the job is not a JSON object.
     """
-    where = "--test_input"
+    source = "--test_input"
     if text is None:
-        where = file
+        source = file
         try:
             text = Path(file).read_text(encoding="utf-8")
         except OSError as error:
-            place = "" if Path(file).is_absolute() else " in the current folder"
-            raise InvalidInput(f"{file} cannot be read{place}: {error.strerror}") from None
+            where = "" if Path(file).is_absolute() else " in the current folder"
+            raise InvalidInput(f"{file} cannot be read{where}: {error.strerror}") from None
     try:
         job = parse_json(text)
     except InvalidJson as problem:
-        raise InvalidInput(f"{where} {problem}") from None
+        raise InvalidInput(f"{source} {problem}") from None
     if not isinstance(job, dict):
-        raise InvalidInput(f"{where} must be an object with an input")
+        raise InvalidInput(f"{source} must be an object with an input")
     return {"id": "local_test", **job}
 
 
 def run(job: dict[str, Any], settings: Settings, interruption: Interruption) -> dict[str, Any]:
-    """Run a job, show how it gets on, and write what comes back as base64 into files."""
+    """Run a job, show its progress, and write its base64 outputs into files."""
     worker = Worker(settings)
     try:
         with ProgressBar() as bar:
-            output = asyncio.run(in_thread(lambda: worker.run(job, bar.show, interruption.stop), interruption.come))
+            output = asyncio.run(
+                in_thread(lambda: worker.run(job, bar.show, interruption.stop), interruption.on_signal)
+            )
     finally:
         worker.close()
     return write_files(output, Path(settings.output_dir))
 
 
 class ProgressBar:
-    """Shows a job's progress on standard error: a bar on a terminal, a line a node elsewhere."""
+    """Shows a job's progress on standard error: a bar in a terminal, a line per node elsewhere."""
 
     def __init__(self) -> None:
         self._progress = Progress()
         self._bar = tqdm(
             total=100,
             file=sys.stderr,
-            # None: no bar where nobody watches a terminal.
-            disable=None,
+            disable=None,  # unless standard error is a terminal
             bar_format="{percentage:3.0f}% |{bar:30}| {elapsed} {desc}",
             ncols=_terminal_columns(),
             leave=True,
@@ -140,16 +141,16 @@ class ProgressBar:
         self._bar.close()
 
     def show(self, event: JobEvent) -> None:
-        """Take in what happened and show where the job stands."""
+        """Apply an event and show the progress."""
         self._progress.apply(event)
         if self._bar.disable:
             if isinstance(event, (NodeStarted, Notice, StageStarted)):
-                print(f"{self._progress.percent:3.0f}% {self._describe()}", file=sys.stderr, flush=True)
+                print(f"{self._progress.percent:3.0f}% {self._description()}", file=sys.stderr, flush=True)
             return
         self._bar.n = round(self._progress.percent)
-        self._bar.set_description_str(self._describe(), refresh=True)
+        self._bar.set_description_str(self._description(), refresh=True)
 
-    def _describe(self) -> str:
+    def _description(self) -> str:
         progress = self._progress
         if progress.notice:
             return progress.notice
@@ -162,12 +163,12 @@ class ProgressBar:
 
 
 def _terminal_columns() -> int | None:
-    """Return how wide the terminal is; a guess where it does not say, for which tqdm would show nothing."""
+    """Return the width of the terminal; 80 if it is unknown, because tqdm would show nothing."""
     return (os.get_terminal_size(sys.stderr.fileno()).columns or 80) if sys.stderr.isatty() else None
 
 
 def write_files(output: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Write every base64 output into `folder`; return the output with the data shortened to its beginning."""
+    """Write every base64 output into `folder`, and return the output with the data shortened."""
     shown = dict(output)
     for kind in Kind:
         if kind.value in output:
@@ -178,7 +179,10 @@ def write_files(output: dict[str, Any], folder: Path) -> dict[str, Any]:
 def _write_file(item: dict[str, Any], folder: Path) -> dict[str, Any]:
     if item["type"] != "base64":
         return item
-    path = _free_path(_inside(folder, item))
+    path = _free_path(folder / str(item["subfolder"]) / str(item["filename"]))
+    if not path.resolve().is_relative_to(folder.resolve()):
+        # A node can report any name.
+        path = _free_path(folder / path.name)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(base64.b64decode(item["data"]))
     data: str = item["data"]
@@ -186,16 +190,8 @@ def _write_file(item: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {**item, "data": shortened, "saved_as": str(path)}
 
 
-def _inside(folder: Path, item: dict[str, Any]) -> Path:
-    """Return where an output is written; a node may report any name, and it does not leave `folder`."""
-    path = folder / str(item["subfolder"]) / str(item["filename"])
-    if path.resolve().is_relative_to(folder.resolve()):
-        return path
-    return folder / Path(str(item["filename"])).name
-
-
 def _free_path(path: Path) -> Path:
-    """Return `path`, or the first numbered one beside it that does not exist: earlier results are kept."""
+    """Return `path` or, if it exists, a path with the first free number."""
     candidate, number = path, 1
     while candidate.exists():
         candidate = path.with_name(f"{path.stem} ({number}){path.suffix}")
