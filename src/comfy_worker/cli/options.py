@@ -70,9 +70,8 @@ def add_settings(parser: argparse.ArgumentParser, title: str, kind: type[Setting
         else:
             option = "--" + name.lower().replace("_", "-")
             group.add_argument(option, metavar=name, dest=name, help=text.replace("%", "%%"))
-    paragraph = f"{title}, as environment variables only, because other users can read a command line:\n" + "\n".join(
-        secrets
-    )
+    heading = f"{title}, as environment variables only, because other users can read a command line:"
+    paragraph = "\n".join([heading, *secrets])
     parser.epilog = f"{parser.epilog}\n\n{paragraph}" if parser.epilog else paragraph
 
 
