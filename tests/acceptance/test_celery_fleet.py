@@ -89,7 +89,7 @@ def worker_name(site: RunningFleet) -> str:
 
 
 def test_how_far_a_job_is_is_known_without_redis(sites: FleetStarter, tmp_path: Path) -> None:
-    site, gate = sites.start(PROGRESS_NOTE_S="0.1"), Gate(tmp_path)
+    site, gate = sites.start(), Gate(tmp_path)
     job_id = site.submit(gate.graph())
     gate.wait_until_run()
     wait_until(lambda: percent_in_database(site, job_id) > 0)

@@ -74,7 +74,7 @@ class Gateway:
                 self.store, self.assets, settings, self.links, public_url=settings.public_url, is_shared=is_shared
             )
             self.callbacks = CallbackLinks(own_key, settings.public_url)
-            self._notes = ProgressWriter(self.store, settings.progress_note_s)
+            self._notes = ProgressWriter(self.store)
             self._engine = self._make_engine(settings)
             self._peers = self._make_peers(settings, data)
             self._upkeep = Retention(

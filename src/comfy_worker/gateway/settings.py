@@ -1,242 +1,129 @@
-"""The gateway's own settings, beside those that it shares with the worker."""
+"""The gateway's settings, beside the worker's."""
 
 from __future__ import annotations
 
 from ipaddress import ip_network
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from limits import parse
-from pydantic import AliasChoices, Field, SecretStr, ValidationInfo, ValidatorFunctionWrapHandler, field_validator
+from pydantic import Field, SecretStr, ValidationInfo, ValidatorFunctionWrapHandler, field_validator
 
 from comfy_worker.gateway.api_keys import split_name
-from comfy_worker.settings import Settings, complete_url, passwords_of, read_settings
+from comfy_worker.settings import Settings, complete_url, passwords_of, read_from, read_settings
+
+AboveZero = Annotated[int, Field(ge=1)]
+Port = Annotated[int, Field(ge=1, le=65535)]
 
 _POSTGRESQL = ("postgresql", "postgres")
 _REDIS = ("redis://", "rediss://", "unix://")
 
 
-def _named(*names: str, default: Any, description: str, **limits: Any) -> Any:
-    return Field(default=default, validation_alias=AliasChoices(*names), description=description, **limits)
-
-
 class GatewaySettings(Settings):
-    """All settings of `python -m comfy_worker serve`."""
+    """The settings of `comfy-worker serve` and `comfy-worker worker`."""
 
-    api_host: str = _named("API_HOST", default="127.0.0.1", description="Address to listen on.")
-    api_port: int = _named(
-        "API_PORT", "PORT", default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one."
-    )
-    port_health: int | None = _named(
-        "PORT_HEALTH",
-        default=None,
-        ge=1,
-        le=65535,
-        description="A further port that answers `/ping` alone, as RunPod's load balancer may ask for.",
-    )
-    api_reload: bool = _named(
-        "API_RELOAD", default=False, description="Start again whenever the gateway's own code changes, to work on it."
-    )
-    api_cache: Literal["memory", "redis"] = _named(
-        "API_CACHE",
-        default="memory",
-        description="What carries the news of jobs and counts calls: `memory`, of one process; `redis`, of all.",
-    )
-    engine: Literal["local", "celery", "runpod"] = _named(
-        "ENGINE",
-        default="local",
-        description="Who runs the jobs: `local`, this process; `celery`, a fleet of workers; `runpod`, an endpoint.",
-    )
-    redis_url: SecretStr | None = _named(
-        "REDIS_URL",
-        default=None,
-        description="URL of the Redis, with its password; made of the three below if not set.",
-    )
-    progress_note_s: float = _named(
-        "PROGRESS_NOTE_S",
-        default=0.5,
-        ge=0,
-        le=60,
-        description="Seconds between two notes in the database of how far running jobs are; 0 for none.",
-    )
-    wait_for_comfyui: bool = _named(
-        "WAIT_FOR_COMFYUI",
-        default=False,
-        description="Let jobs wait for a ComfyUI that does not answer for as long as their ttl allows, instead of "
-        "failing them after `COMFYUI_READY_TIMEOUT_S`. Jobs of a fleet or of RunPod always wait.",
-    )
-    worker_lost_s: float = _named(
-        "WORKER_LOST_S",
-        default=10.0,
-        ge=1,
-        le=600,
-        description="A worker of a fleet that says nothing for so many seconds is lost: others take its jobs.",
-    )
-    visibility_timeout_s: int = _named(
-        "VISIBILITY_TIMEOUT_S",
-        default=86_400,
-        ge=60,
-        le=2_592_000,
-        description="After how many seconds Celery sends a job's message again that no worker acknowledged; to be "
-        "longer than the longest job.",
-    )
-    runpod_endpoint_id: str = _named(
-        "RUNPOD_ENDPOINT_ID", default="", description="The endpoint that runs the jobs; read with `ENGINE=runpod` only."
-    )
-    runpod_api_key: SecretStr | None = _named(
-        "RUNPOD_API_KEY", default=None, description="A key of RunPod that may use it; read with `ENGINE=runpod` only."
-    )
-    runpod_endpoint_url: str = _named(
-        "RUNPOD_ENDPOINT_URL",
-        default="https://api.runpod.ai/v2",
-        description="Base URL of RunPod's API; read with `ENGINE=runpod` only.",
-    )
-    redis_host: str = _named(
-        "REDIS_HOST", default="localhost", description="Host of the Redis; read if something needs one."
-    )
-    redis_port: int = _named("REDIS_PORT", default=6379, ge=1, le=65535, description="Its port, likewise.")
-    redis_db: int = _named("REDIS_DB", default=0, ge=0, description="Its database, likewise.")
-    api_keys: SecretStr | None = _named(
-        "API_KEYS",
-        default=None,
-        description="Keys that clients may use, separated by commas; `name:key` or `name=key` gives one a name.",
-    )
-    api_admin_keys: SecretStr | None = _named(
-        "API_ADMIN_KEYS", default=None, description="Keys that see and cancel the jobs of all keys, likewise."
-    )
-    data_dir: str = _named(
-        "DATA_DIR", default="data", description="Folder for the database, the outputs and the gateway's own key."
-    )
-    gateway_key: SecretStr | None = _named(
-        "GATEWAY_KEY",
-        default=None,
-        description="What requests are encrypted with in the database; made and kept in DATA_DIR if not set.",
-    )
-    database_url: SecretStr | None = _named(
-        "DATABASE_URL",
-        default=None,
-        validate_default=True,
-        description="SQLAlchemy URL of a PostgreSQL; SQLite in DATA_DIR if not set.",
-    )
-    api_workers: int = _named(
-        "API_WORKERS",
-        default=1,
-        ge=1,
-        le=64,
-        description="How many processes serve the port; more than 1 need `ENGINE=celery` or `runpod`, "
-        "`API_CACHE=redis` and a PostgreSQL.",
-    )
-    comfyui_backends: str = _named(
-        "COMFYUI_BACKENDS",
-        default="",
-        description="URLs of several ComfyUIs, separated by commas; COMFYUI_URL if empty.",
-    )
-    preprocess_workers: int = _named(
-        "PREPROCESS_WORKERS",
-        default=3,
-        ge=1,
-        le=64,
-        description="How many jobs are staged at the same time; one of each key always may.",
-    )
-    generation_workers: int = _named(
-        "GENERATION_WORKERS",
-        default=2,
-        ge=1,
-        le=16,
-        description="How many jobs a ComfyUI has at the same time: one runs, the others are next.",
-    )
-    postprocess_workers: int = _named(
-        "POSTPROCESS_WORKERS",
-        default=3,
-        ge=1,
-        le=64,
-        description="How many jobs are delivered at the same time; one of each key always may.",
-    )
-    max_queue_size: int = _named("MAX_QUEUE_SIZE", default=100, ge=1, description="How many jobs may wait.")
-    max_queue_size_per_key: int | None = _named(
-        "MAX_QUEUE_SIZE_PER_KEY",
-        default=None,
-        ge=1,
-        description="How many of them may be one key's; half of all if not set and there are several keys.",
-    )
+    # ------------------------------------------------------------------------------------------- server
+    api_host: str = "127.0.0.1"
+    """Address to listen on."""
+    api_port: Annotated[int, Field(ge=0, le=65535)] = read_from("API_PORT", "PORT", default=8000)
+    """Port to listen on; 0 chooses a free one."""
+    port_health: Port | None = None
+    """Another port, which answers only `/ping`; RunPod's load balancer may require one."""
+    api_reload: bool = False
+    """Restart whenever the gateway's code changes, for development."""
+    api_cache: Literal["memory", "redis"] = "memory"
+    """Where events are published and requests counted: in the `memory` of one process, or in `redis` for all."""
+    engine: Literal["local", "celery", "runpod"] = "local"
+    """Who runs the jobs: `local`, this process; `celery`, a fleet of workers; `runpod`, a RunPod endpoint."""
+    max_connections: AboveZero | None = None
+    """Largest number of connections of a process; if not set, as many as its limit of open files allows."""
+    max_connections_per_address: AboveZero | None = None
+    """Largest number of connections from one address that is not a proxy's; if not set, half of all."""
+    trusted_proxies: str = read_from("TRUSTED_PROXIES", "FORWARDED_ALLOW_IPS", default="127.0.0.1,::1")
+    """Addresses and networks of proxies, separated by commas, whose `X-Forwarded-For` is trusted; `*` for any."""
+    public_url: str = ""
+    """URL under which clients reach the gateway, for links to outputs; if not set, that of the request."""
+    cors_origins: str = ""
+    """Origins whose pages may use the API, separated by commas (`https://app.example.com`)."""
+    log_format: Literal["text", "json"] = "text"
+    """`json` logs one JSON object a line, with the job's id."""
 
-    api_keys_file: str = _named(
-        "API_KEYS_FILE",
-        default="",
-        description="File with the SHA-256 of one key a line, as `sha256sum` prints it, with the key's name behind it; "
-        "`#` begins a comment.",
-    )
-    cors_origins: str = _named(
-        "CORS_ORIGINS",
-        default="",
-        description="Origins whose pages may use the API, separated by commas (`https://app.example.com`).",
-    )
-    public_url: str = _named(
-        "PUBLIC_URL",
-        default="",
-        description="URL under which clients reach the gateway, for links to outputs; taken from the request if empty.",
-    )
-    max_connections: int | None = _named(
-        "MAX_CONNECTIONS",
-        default=None,
-        ge=1,
-        description="How many connections a process may have; if not set, as many as its limit of open files allows.",
-    )
-    max_connections_per_address: int | None = _named(
-        "MAX_CONNECTIONS_PER_ADDRESS",
-        default=None,
-        ge=1,
-        description="How many of them may come from one address, other than a proxy's; half of all if not set.",
-    )
-    trusted_proxies: str = _named(
-        "TRUSTED_PROXIES",
-        "FORWARDED_ALLOW_IPS",
-        default="127.0.0.1,::1",
-        description="Addresses and networks of proxies, separated by commas: their `X-Forwarded-For` is believed; `*` "
-        "for any.",
-    )
-    asset_url_expires_s: int = _named(
-        "ASSET_URL_EXPIRES_S", default=3600, ge=1, le=604_800, description="How long a link to an output works."
-    )
-    rate_limit_run: str = _named(
-        "RATE_LIMIT_RUN",
-        default="1000/10 seconds",
-        description="Most calls of `/run` with one key; `off` for no limit.",
-    )
-    rate_limit_runsync: str = _named(
-        "RATE_LIMIT_RUNSYNC", default="2000/10 seconds", description="The same for `/runsync`."
-    )
-    rate_limit_cancel: str = _named(
-        "RATE_LIMIT_CANCEL", default="100/10 seconds", description="The same for `/cancel`."
-    )
-    rate_limit_status: str = _named(
-        "RATE_LIMIT_STATUS", default="2000/10 seconds", description="The same for `/status` and each other path."
-    )
-    rate_limit_wrong_keys: str = _named(
-        "RATE_LIMIT_WRONG_KEYS",
-        default="20/minute",
-        description="Most wrong keys from one address before it has to wait, for longer each time; `off` for no limit.",
-    )
-    max_streams_per_key: int = _named(
-        "MAX_STREAMS_PER_KEY",
-        default=500,
-        ge=1,
-        description="How many event streams and WebSockets a process lets a key have open.",
-    )
-    modifiers_dir: str = _named(
-        "MODIFIERS_DIR", default="modifiers", description="Folder of the modifiers that requests may name."
-    )
-    modifier_timeout_s: float = _named(
-        "MODIFIER_TIMEOUT_S", default=30.0, gt=0, le=3600, description="Seconds that a modifier may take."
-    )
-    include_comfyui_response: bool = _named(
-        "INCLUDE_COMFYUI_RESPONSE",
-        default=False,
-        description="`/generate` and its kin tell the outputs and the status in the words of ComfyUI's history too.",
-    )
-    log_format: Literal["text", "json"] = _named(
-        "LOG_FORMAT", default="text", description="`json` writes one JSON object a line, with the job's id."
-    )
+    # --------------------------------------------------------------------------------------------- keys
+    api_keys: SecretStr | None = None
+    """Keys of clients, separated by commas; `name:key` or `name=key` gives one a name."""
+    api_admin_keys: SecretStr | None = None
+    """Keys that see and cancel the jobs of all keys, in the same form."""
+    api_keys_file: str = ""
+    """File with the SHA-256 of one key a line, as `sha256sum` prints it, followed by the key's name; `#` begins a
+    comment."""
+    rate_limit_run: str = "1000/10 seconds"
+    """Largest number of calls of `/run` with one key; `off` for no limit."""
+    rate_limit_runsync: str = "2000/10 seconds"
+    """The same for `/runsync`."""
+    rate_limit_cancel: str = "100/10 seconds"
+    """The same for `/cancel`."""
+    rate_limit_status: str = "2000/10 seconds"
+    """The same for `/status` and all other paths."""
+    rate_limit_wrong_keys: str = "20/minute"
+    """Largest number of wrong keys from one address before it has to wait, longer each time; `off` for no limit."""
+    max_streams_per_key: AboveZero = 500
+    """Largest number of open event streams and WebSockets of a key in one process."""
+
+    # --------------------------------------------------------------------------------------------- jobs
+    max_queue_size: AboveZero = 100
+    """Largest number of waiting jobs."""
+    max_queue_size_per_key: AboveZero | None = None
+    """Largest number of waiting jobs of a key; if not set, half of all if there are several keys."""
+    comfyui_backends: str = ""
+    """URLs of several ComfyUIs, separated by commas; if not set, COMFYUI_URL."""
+    wait_for_comfyui: bool = False
+    """Let jobs wait for a ComfyUI that does not answer for as long as their ttl allows, instead of failing them after
+    `COMFYUI_READY_TIMEOUT_S`. Jobs of a fleet or of RunPod always wait."""
+    preprocess_workers: Annotated[int, Field(ge=1, le=64)] = 3
+    """How many jobs are staged at the same time, beside one of each key."""
+    generation_workers: Annotated[int, Field(ge=1, le=16)] = 2
+    """How many jobs a ComfyUI is given at the same time: one runs, the others are next."""
+    postprocess_workers: Annotated[int, Field(ge=1, le=64)] = 3
+    """How many jobs are delivered at the same time, beside one of each key."""
+    asset_url_expires_s: Annotated[int, Field(ge=1, le=604_800)] = 3600
+    """Seconds for which a link to an output is valid."""
+    modifiers_dir: str = "modifiers"
+    """Folder with the modifiers that requests can name."""
+    modifier_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 30.0
+    """Seconds that a modifier may take."""
+    include_comfyui_response: bool = False
+    """Include `comfyui_response`, outputs and status as in ComfyUI's history, in the generate API's results."""
+
+    # ------------------------------------------------------------------------------------------ storage
+    data_dir: str = "data"
+    """Folder for the database, the outputs and the gateway's own keys."""
+    gateway_key: SecretStr | None = None
+    """Key with which requests are encrypted in the database; if not set, one is made and kept in DATA_DIR."""
+    database_url: Annotated[SecretStr | None, Field(validate_default=True)] = None
+    """SQLAlchemy URL of a PostgreSQL; if not set, a SQLite in DATA_DIR."""
+    redis_url: SecretStr | None = None
+    """URL of the Redis, with its password; if not set, made from the three below."""
+    redis_host: str = "localhost"
+    """Host of the Redis."""
+    redis_port: Port = 6379
+    """Port of the Redis."""
+    redis_db: Annotated[int, Field(ge=0)] = 0
+    """Database of the Redis."""
+    api_workers: Annotated[int, Field(ge=1, le=64)] = 1
+    """How many processes serve the port; more than 1 need `ENGINE=celery` or `runpod`, `API_CACHE=redis` and a
+    PostgreSQL."""
+
+    # ------------------------------------------------------------------------------------------ engines
+    worker_lost_s: Annotated[float, Field(ge=1, le=600)] = 10.0
+    """Seconds without a sign of life after which a fleet's worker is lost and others take its jobs."""
+    visibility_timeout_s: Annotated[int, Field(ge=60, le=2_592_000)] = 86_400
+    """Seconds after which Celery sends an unacknowledged job's message again; must exceed the longest job."""
+    runpod_endpoint_id: str = ""
+    """The RunPod endpoint that runs the jobs, with `ENGINE=runpod`."""
+    runpod_api_key: SecretStr | None = None
+    """RunPod API key for that endpoint."""
+    runpod_endpoint_url: str = "https://api.runpod.ai/v2"
+    """Base URL of RunPod's API."""
 
     @field_validator("api_cache", mode="before")
     @classmethod
@@ -246,7 +133,7 @@ class GatewaySettings(Settings):
     @field_validator("redis_host", "redis_port", "redis_db", "redis_url", mode="wrap")
     @classmethod
     def _only_with_redis(cls, value: Any, check: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
-        """Leave out what nobody reads, however wrong it is."""
+        """Ignore an invalid value of a setting that is not used."""
         if info.data.get("api_cache") == "memory" and info.data.get("engine") != "celery":
             return cls.model_fields[str(info.field_name)].default
         return check(value)
@@ -278,7 +165,7 @@ class GatewaySettings(Settings):
     @field_validator("api_workers")
     @classmethod
     def _shared_by_all(cls, value: int, info: ValidationInfo) -> int:
-        """Refuse several processes without what they have to share; a setting that is wrong itself is told alone."""
+        """Require what several processes share, unless one of those settings is invalid itself."""
         if value == 1 or not {"engine", "api_cache", "database_url"} <= info.data.keys():
             return value
         if info.data.get("api_reload"):
@@ -289,7 +176,7 @@ class GatewaySettings(Settings):
                 "COMFYUI_BACKENDS names them"
             )
         if info.data["api_cache"] != "redis":
-            raise ValueError("more than 1 need API_CACHE=redis: they hear of each other's jobs through it")
+            raise ValueError("more than 1 need API_CACHE=redis, which carries the events of all their jobs")
         database = info.data["database_url"]
         if database is None or not database.get_secret_value().startswith(_POSTGRESQL):
             raise ValueError("more than 1 need a PostgreSQL in DATABASE_URL: SQLite is for one process")
@@ -308,7 +195,7 @@ class GatewaySettings(Settings):
     @field_validator("trusted_proxies")
     @classmethod
     def _of_networks(cls, value: str) -> str:
-        for network in _listed(value):
+        for network in _split(value):
             if network != "*":
                 ip_network(network, strict=False)
         return value
@@ -333,16 +220,16 @@ class GatewaySettings(Settings):
     @property
     def proxies(self) -> list[str]:
         """The addresses and networks of TRUSTED_PROXIES."""
-        return _listed(self.trusted_proxies)
+        return _split(self.trusted_proxies)
 
     @property
     def given_keys(self) -> list[str]:
-        """The keys of API_KEYS, with their names where they have one."""
+        """The keys of API_KEYS, with their names if they have any."""
         return _keys_in(self.api_keys)
 
     @property
     def given_admin_keys(self) -> list[str]:
-        """The keys of API_ADMIN_KEYS, likewise."""
+        """The keys of API_ADMIN_KEYS, in the same form."""
         return _keys_in(self.api_admin_keys)
 
     @property
@@ -366,7 +253,7 @@ class GatewaySettings(Settings):
 
 
 def _is_readable(redis_url: str) -> bool:
-    """Return whether host, port and database can be told apart; a `/` in a password, say, has to be written `%2F`."""
+    """Return whether host, port and database can be parsed; a `/` in a password, say, must be written `%2F`."""
     try:
         parts = urlsplit(redis_url)
         database = "" if parts.scheme == "unix" else parts.path.strip("/")
@@ -376,10 +263,10 @@ def _is_readable(redis_url: str) -> bool:
 
 
 def _keys_in(value: SecretStr | None) -> list[str]:
-    return _listed(value.get_secret_value() if value else "")
+    return _split(value.get_secret_value() if value else "")
 
 
-def _listed(value: str) -> list[str]:
+def _split(value: str) -> list[str]:
     return [part.strip() for part in value.split(",") if part.strip()]
 
 
@@ -391,6 +278,6 @@ def load_gateway_settings(**overrides: Any) -> GatewaySettings:
     """Read the environment; `overrides` are fields by their names.
 
     Raises:
-        InvalidInput: a variable has a value that it cannot have.
+        InvalidInput: a variable has an invalid value.
     """
     return read_settings(GatewaySettings, overrides)

@@ -9,12 +9,14 @@ from comfy_worker.gateway.errors import DatabaseUnavailable
 from comfy_worker.gateway.store.job_store import JobStore
 from comfy_worker.gateway.store.records import ProgressRecord
 
+INTERVAL_S = 0.5
+
 
 class ProgressWriter:
     """Notes the latest progress of all jobs at a time, in a thread of its own: who follows a job never waits for it."""
 
-    def __init__(self, store: JobStore, interval_s: float) -> None:
-        """Take the store, and the seconds between two notes; with 0 nothing is noted."""
+    def __init__(self, store: JobStore, interval_s: float = INTERVAL_S) -> None:
+        """Take the store, and the seconds between two writes."""
         self._store = store
         self._interval_s = interval_s
         self._lock = threading.Lock()
@@ -24,8 +26,7 @@ class ProgressWriter:
 
     def start(self) -> None:
         """Begin."""
-        if self._interval_s:
-            self._thread.start()
+        self._thread.start()
 
     def stop(self) -> None:
         """End; what was not noted yet is left out."""
@@ -35,8 +36,6 @@ class ProgressWriter:
 
     def note(self, progress: ProgressRecord) -> None:
         """Take in how far a job is; the next round has it noted."""
-        if not self._interval_s:
-            return
         with self._lock:
             self._latest[progress.job_id] = progress
 

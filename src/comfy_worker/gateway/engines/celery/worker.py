@@ -113,7 +113,7 @@ class FleetWorker:
         run_times = RunTimes()
         run_times.learn(reversed(wait_for_database(lambda: self._store.latest(limit=_LEARNED_FROM))))
         self._progress = ProgressWebhooks(settings)
-        self._notes = ProgressWriter(self._store, settings.progress_note_s)
+        self._notes = ProgressWriter(self._store)
         self._run_times = run_times
         telling = ProgressPublisher(self._store, self._notes, self._bus, run_times, self._lock, self._standing)
         self._patience = StoreRetry(self._store, self._stopping)
