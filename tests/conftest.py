@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, settings
 
-from comfy_worker.gateway.callers import ANYONE, acting
+from comfy_worker.gateway.callers import ANYONE, acting_as
 from comfy_worker.settings import Settings, list_settings
 
 # A developer's .env is no part of a test.
@@ -35,7 +35,7 @@ def leftovers() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def caller() -> Iterator[None]:
     """Call the gateway's service as anyone, as a request without keys does; a request to a door brings its own."""
-    with acting(ANYONE):
+    with acting_as(ANYONE):
         yield
 
 

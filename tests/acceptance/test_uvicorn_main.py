@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import requests
 
-from comfy_worker.gateway.asgi import Listener, listener
+from comfy_worker.gateway.asgi import ServerOptions, server_options
 from tests.support.comfyui.graphs import picture, work
 from tests.support.comfyui.instance import ComfyUI, emulator
 from tests.support.gateway.fleet import FleetStarter
@@ -127,22 +127,22 @@ def test_importing_the_file_makes_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "found"),
     [
-        ("/bin/uvicorn main:app", Listener("127.0.0.1", 1)),
-        ("/lib/uvicorn/__main__.py main:app --host ::1", Listener("::1", 1)),
-        ("/bin/uvicorn main:app --host 10.0.0.1 --workers 3", Listener("10.0.0.1", 3)),
-        ("/bin/uvicorn main:app --workers 3 --reload", Listener("127.0.0.1", 1)),
-        ("/bin/uvicorn main:app --uds /tmp/socket", Listener("0.0.0.0", 1)),
-        ("/bin/uvicorn main:app --fd 3", Listener("0.0.0.0", 1)),
-        ("/bin/gunicorn main:app --host 127.0.0.1", Listener("0.0.0.0", 1)),
+        ("/bin/uvicorn main:app", ServerOptions("127.0.0.1", 1)),
+        ("/lib/uvicorn/__main__.py main:app --host ::1", ServerOptions("::1", 1)),
+        ("/bin/uvicorn main:app --host 10.0.0.1 --workers 3", ServerOptions("10.0.0.1", 3)),
+        ("/bin/uvicorn main:app --workers 3 --reload", ServerOptions("127.0.0.1", 1)),
+        ("/bin/uvicorn main:app --uds /tmp/socket", ServerOptions("0.0.0.0", 1)),
+        ("/bin/uvicorn main:app --fd 3", ServerOptions("0.0.0.0", 1)),
+        ("/bin/gunicorn main:app --host 127.0.0.1", ServerOptions("0.0.0.0", 1)),
     ],
 )
-def test_how_the_server_was_started(arguments: str, found: Listener, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_how_the_server_was_started(arguments: str, found: ServerOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", arguments.split())
-    assert listener() == found
+    assert server_options() == found
 
 
 def test_uvicorns_own_variables_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["/bin/uvicorn", "main:app"])
     monkeypatch.setenv("UVICORN_HOST", "0.0.0.0")
     monkeypatch.setenv("WEB_CONCURRENCY", "2")
-    assert listener() == Listener("0.0.0.0", 2)
+    assert server_options() == ServerOptions("0.0.0.0", 2)

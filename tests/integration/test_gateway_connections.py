@@ -166,12 +166,12 @@ def test_a_head_without_an_end_is_refused_by_its_size(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("parser")
 def test_a_body_that_stands_still_or_drips_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     head = b"POST /run HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer key\r\nContent-Length: 1000\r\n\r\n{"
-    monkeypatch.setattr(request_bodies, "_CLIENTS_S", 0.1)
+    monkeypatch.setattr(request_bodies, "_DISCARD_S", 0.1)
     with listening(tmp_path) as url:
-        monkeypatch.setattr(request_bodies, "PAUSE_S", 0.3)
+        monkeypatch.setattr(request_bodies, "MAX_PAUSE_S", 0.3)
         assert b'"request_too_slow"' in answer_to(url, head)
-        monkeypatch.setattr(request_bodies, "PAUSE_S", TIMEOUT_S)
-        monkeypatch.setattr(request_bodies, "FIRST_S", 0.3)
+        monkeypatch.setattr(request_bodies, "MAX_PAUSE_S", TIMEOUT_S)
+        monkeypatch.setattr(request_bodies, "GRACE_S", 0.3)
         answer = answer_to(url, head)
     assert answer.startswith(b"HTTP/1.1 408 ")
     assert b"connection: close" in answer

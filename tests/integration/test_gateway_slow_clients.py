@@ -101,7 +101,7 @@ def hall(tmp_path: Path, environment: pytest.MonkeyPatch) -> Iterator[Hall]:
         )
         app = create_app(settings, Keys(["key"]))
         with listening(app) as url:
-            yield Hall(app.state.let_go.__self__, url)
+            yield Hall(app.state.gateway, url)
 
 
 @contextmanager

@@ -10,9 +10,9 @@ from contextlib import ExitStack, closing
 
 import pytest
 
-from comfy_worker.gateway.http.fair_event_loop import _AT_ONCE, FairSelector, Group
+from comfy_worker.gateway.http.fair_event_loop import _MAX_OF_GROUP, FairSelector, Group
 
-MANY = 5 * _AT_ONCE
+MANY = 5 * _MAX_OF_GROUP
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_a_few_of_a_group_are_served_beside_all_others(selector: FairSelector, r
     for _ in range(3):
         served = selected(selector)
         assert ready[0] in served
-        assert len(served) == 1 + _AT_ONCE
+        assert len(served) == 1 + _MAX_OF_GROUP
 
 
 def test_one_group_does_not_wait_for_another(selector: FairSelector, ready: list[int]) -> None:
@@ -60,7 +60,7 @@ def test_sockets_that_are_always_ready_keep_no_others_out(selector: FairSelector
     for fd in ready:
         selector.assign(fd, Group.STREAMS)
     rounds = 10
-    counted = Counter(fd for _ in range(rounds * MANY // _AT_ONCE) for fd in selected(selector))
+    counted = Counter(fd for _ in range(rounds * MANY // _MAX_OF_GROUP) for fd in selected(selector))
     assert counted == dict.fromkeys(ready, rounds)
 
 

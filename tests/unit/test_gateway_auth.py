@@ -11,7 +11,7 @@ import pytest
 from starlette.datastructures import Headers
 
 from comfy_worker.errors import InvalidInput
-from comfy_worker.gateway.api_keys import Guard, Keys, is_loopback, kept_secret, read_hashes, split_name
+from comfy_worker.gateway.api_keys import Authenticator, Keys, is_loopback, read_hashes, split_name, stored_secret
 from comfy_worker.gateway.errors import Unauthorized
 from comfy_worker.gateway.http.limits import RUN_LIMIT, RUNSYNC_LIMIT, body_limit
 from comfy_worker.gateway.jobs.signed_links import AssetLinks
@@ -112,7 +112,7 @@ def test_a_key_with_two_names_is_refused_without_being_told(keys: list[str], adm
 def test_a_foreign_page_cannot_use_what_was_typed_into_the_browser(
     method: str, headers: dict[str, str], is_admitted: bool
 ) -> None:
-    assert admits(Guard(Keys([KEY]), ["https://ours"]), method, headers) is is_admitted
+    assert admits(Authenticator(Keys([KEY]), ["https://ours"]), method, headers) is is_admitted
 
 
 @pytest.mark.parametrize(
@@ -127,12 +127,12 @@ def test_a_foreign_page_cannot_use_what_was_typed_into_the_browser(
     ],
 )
 def test_without_keys_no_page_from_elsewhere_gets_through_a_browser(headers: dict[str, str], is_admitted: bool) -> None:
-    assert admits(Guard(Keys([]), []), "POST", headers) is is_admitted
+    assert admits(Authenticator(Keys([]), []), "POST", headers) is is_admitted
 
 
-def admits(guard: Guard, method: str, headers: dict[str, str]) -> bool:
+def admits(authenticator: Authenticator, method: str, headers: dict[str, str]) -> bool:
     try:
-        guard.admit(method, Headers(headers))
+        authenticator.authenticate(method, Headers(headers))
     except Unauthorized:
         return False
     return True
@@ -140,8 +140,8 @@ def admits(guard: Guard, method: str, headers: dict[str, str]) -> bool:
 
 def test_a_secret_is_made_once_and_only_its_owner_can_read_it(tmp_path: Path) -> None:
     file = tmp_path / "data" / "api.key"
-    secret = kept_secret(file)
-    assert kept_secret(file) == secret
+    secret = stored_secret(file)
+    assert stored_secret(file) == secret
     assert len(secret) >= 32
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
@@ -149,7 +149,7 @@ def test_a_secret_is_made_once_and_only_its_owner_can_read_it(tmp_path: Path) ->
 def test_a_secret_whose_writing_was_cut_off_is_made_again(tmp_path: Path) -> None:
     file = tmp_path / "api.key"
     file.touch()
-    assert kept_secret(file) == kept_secret(file) != ""
+    assert stored_secret(file) == stored_secret(file) != ""
 
 
 def test_a_file_of_hashes_is_read_as_sha256sum_writes_it(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def test_a_stream_tells_each_thing_once_to_each_key_until_the_job_is_gone(
             comfyui_url=f"http://127.0.0.1:{port}", data_dir=str(tmp_path), wait_for_comfyui=True
         )
         app = create_app(settings, Keys(["mine"], admins=["yours"]))
-        gateway: Gateway = app.state.let_go.__self__
+        gateway: Gateway = app.state.gateway
         with TestClient(app, base_url="http://127.0.0.1") as client:
             me, you = ({"Authorization": f"Bearer {key}"} for key in ("mine", "yours"))
 

@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from comfy_emulator import EmulatorServer
-from comfy_worker.gateway.callers import Caller, acting
+from comfy_worker.gateway.callers import Caller, acting_as
 from comfy_worker.gateway.jobs.metrics import Cached, GatewayCollector
 from comfy_worker.gateway.store.database import connect
 from comfy_worker.gateway.store.job_store import JobStore
@@ -84,7 +84,7 @@ def test_jobs_are_counted_by_state_and_so_is_the_queue(store: JobStore) -> None:
 def test_a_keys_jobs_are_counted_for_it_and_for_administrators(store: JobStore, asking: str, shown: set[str]) -> None:
     for number, owner in enumerate(["alice", "alice", "bob", ""]):
         store.add(JobRecord(f"{number}", "local", JobState.IN_QUEUE, NOW, owner=owner))
-    with acting(Caller(asking, asking, None if asking == "root" else frozenset({asking}))):
+    with acting_as(Caller(asking, asking, None if asking == "root" else frozenset({asking}))):
         figures = collect(store)
     counts = {
         dict(labels)["key"]: count for (name, labels), count in figures.items() if name == "comfy_key_jobs" and count

@@ -16,7 +16,7 @@ from starlette.testclient import WebSocketDenialResponse
 from comfy_worker.gateway.api.schemas import EXAMPLE_JOB
 from comfy_worker.gateway.api_keys import Keys
 from comfy_worker.gateway.app import create_app
-from comfy_worker.gateway.callers import ANYONE, acting
+from comfy_worker.gateway.callers import ANYONE, acting_as
 from comfy_worker.gateway.container import Gateway
 from comfy_worker.gateway.errors import NotFound
 from comfy_worker.gateway.settings import load_gateway_settings
@@ -44,7 +44,7 @@ class Running:
 
     def submit(self, key: dict[str, str], **arguments: Any) -> JobRecord:
         """Queue a job with a key, through the service that doors use."""
-        with acting(KEYS.check(key["Authorization"])):
+        with acting_as(KEYS.check(key["Authorization"])):
             return asyncio.run(self.gateway.service.submit(EXAMPLE_JOB, **arguments))
 
     def state(self, job_id: str) -> JobState:
@@ -61,7 +61,7 @@ def running(environment: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Running
             comfyui_url=f"http://127.0.0.1:{port}", data_dir=str(tmp_path), wait_for_comfyui=True
         )
         app = create_app(loaded, KEYS)
-        gateway: Gateway = app.state.let_go.__self__
+        gateway: Gateway = app.state.gateway
         # Without its lifespan: the engine does not start.
         yield Running(TestClient(app, base_url="http://127.0.0.1"), gateway)
         gateway.stop()
@@ -204,16 +204,16 @@ def test_a_file_is_its_keys_own_and_a_links(running: Running, root: str) -> None
 
 def test_without_a_caller_nothing_is_shown(running: Running) -> None:
     job_id = running.submit(ALICE).id
-    with acting(None), pytest.raises(RuntimeError, match="without a caller"):
+    with acting_as(None), pytest.raises(RuntimeError, match="without a caller"):
         asyncio.run(running.gateway.service.get(job_id))
-    with acting(KEYS.check("b-key")), pytest.raises(NotFound):
+    with acting_as(KEYS.check("b-key")), pytest.raises(NotFound):
         asyncio.run(running.gateway.service.get(job_id))
-    with acting(ANYONE):
+    with acting_as(ANYONE):
         assert asyncio.run(running.gateway.service.get(job_id)).owner == "alice"
 
 
 def test_a_caller_is_forgotten_with_its_request(running: Running) -> None:
-    with acting(None):
+    with acting_as(None):
         assert running.client.get("/task", headers=ROOT).status_code == 200
         with pytest.raises(RuntimeError, match="without a caller"):
             asyncio.run(running.gateway.service.latest())

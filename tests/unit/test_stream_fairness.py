@@ -7,7 +7,7 @@ from collections.abc import MutableSequence
 
 from comfy_worker.gateway.events.bus import PROGRESS, LocalEventBus
 from comfy_worker.gateway.events.fair_scheduling import _AT_A_TIME, _AT_ONCE
-from comfy_worker.gateway.http.stream_limits import begins_at_once, opening
+from comfy_worker.gateway.http.stream_limits import limit_opening, responds_at_once
 
 LISTENERS = 500
 
@@ -79,7 +79,7 @@ def test_a_few_streams_are_opened_at_a_time() -> None:
             nonlocal being_opened
             being_opened -= 1
 
-        async with opening(send) as first:
+        async with limit_opening(send) as first:
             being_opened += 1
             most = max(most, being_opened)
             await asyncio.sleep(0)
@@ -95,6 +95,6 @@ def test_a_few_streams_are_opened_at_a_time() -> None:
 
 
 def test_one_that_waits_before_it_answers_holds_nobody_up() -> None:
-    assert not begins_at_once({"type": "http", "path": "/stream/x"})
-    assert begins_at_once({"type": "http", "path": "/events/x"})
-    assert begins_at_once({"type": "websocket", "path": "/ws/x"})
+    assert not responds_at_once({"type": "http", "path": "/stream/x"})
+    assert responds_at_once({"type": "http", "path": "/events/x"})
+    assert responds_at_once({"type": "websocket", "path": "/ws/x"})

@@ -88,7 +88,7 @@ def test_who_goes_on_trying_waits_longer_and_is_forgotten_at_last() -> None:
     wrong_keys.count("a")
     for number in range(20_000):
         wrong_keys.count(str(number))
-    assert len(wrong_keys._tried) == 10_000
+    assert len(wrong_keys._attempts) == 10_000
 
 
 # ------------------------------------------------------------------------------------------------------------ streams
@@ -96,12 +96,12 @@ def test_who_goes_on_trying_waits_longer_and_is_forgotten_at_last() -> None:
 
 def test_a_stream_is_counted_until_it_ends() -> None:
     streams = StreamLimits(1)
-    with streams.take("a"):
+    with streams.open("a"):
         with pytest.raises(TooManyStreams):
-            streams.take("a")
-        with streams.take("b"):
+            streams.open("a")
+        with streams.open("b"):
             pass
-    with streams.take("a"):
+    with streams.open("a"):
         pass
     assert not streams._open
 

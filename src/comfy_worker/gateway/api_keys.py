@@ -1,4 +1,4 @@
-"""Who may use the gateway: Bearer keys, each with the name of its owner, compared in constant time."""
+"""API keys, each with the name of its owner, and the authentication of requests with them."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ _SAFE_METHODS = ("GET", "HEAD")
 
 
 class Keys:
-    """The keys that clients may use, with the names of their owners; of keys only hashes are kept."""
+    """The keys of clients, with the names of their owners; only hashes of the keys are stored."""
 
     def __init__(self, keys: Iterable[str], hashes: Iterable[str] = (), admins: Iterable[str] = ()) -> None:
-        """Take the keys; several of one name are one caller's.
+        """Take the keys; several keys with one name belong to one caller.
 
         Args:
-            keys: as they are; `name:key` and `name=key` give a name.
-            hashes: the SHA-256 of others, likewise.
-            admins: keys that see and cancel all jobs, likewise.
+            keys: `key`, `name:key` or `name=key`.
+            hashes: the SHA-256 of further keys, in the same form.
+            admins: keys that see and cancel all jobs, in the same form.
 
         Raises:
-            InvalidInput: a key is given twice, under two names or as an administrator's and another's.
+            InvalidInput: a key has two names, or is an administrator's and another's.
         """
         ordinary = [_Key.of(text) for text in keys if text] + [_Key.of_hash(text) for text in hashes]
         of_admins = [_Key.of(text) for text in admins if text]
@@ -49,7 +49,7 @@ class Keys:
         for key in of_admins:
             self._add(key, Caller(key.name, key.name, None, is_alone))
         for key in ordinary:
-            # What was submitted before the key had its name stays its own.
+            # Jobs that were submitted before the key had its name stay visible to it.
             owners = {key.name, *(other.first_name for other in ordinary if other.name == key.name)}
             if len(names) == 1:
                 owners.add(NOBODY)
@@ -64,19 +64,19 @@ class Keys:
 
     @property
     def are_needed(self) -> bool:
-        """Whether a request needs one."""
+        """Whether requests need a key."""
         return bool(self._callers)
 
     def check(self, authorization: str | None) -> Caller:
-        """Return whose key it is.
+        """Return the caller with the key in a header.
 
         Raises:
-            Unauthorized: the header has no key, or one that is not ours.
+            Unauthorized: there is no key, or it is wrong.
         """
         if not self._callers:
             return ANYONE
         given = _hash(_key_in(authorization or ""))
-        # All are compared, however early one fits.
+        # All are compared, so that the time tells nothing about the key.
         found = [caller for known, caller in self._callers.items() if hmac.compare_digest(known, given)]
         if not found:
             refusal = WrongKey if authorization else Unauthorized
@@ -103,7 +103,7 @@ class _Key:
 
     @property
     def first_name(self) -> str:
-        """The name that it has as long as it is given none."""
+        """The name of a key without a name."""
         return _first_name(self.hash)
 
 
@@ -114,49 +114,49 @@ def _first_name(digest: str) -> str:
 def split_name(text: str) -> tuple[str, str]:
     """Return the name and the key in `name:key` or `name=key`; a bare key has the name "".
 
-    What comes before the first `:` or `=` is a name if it is like one; the `=` at the end of a key in base64 is the
-    key's own.
+    What precedes the first `:` or `=` is the name if it has the form of one; the `=` at the end of a key in base64
+    belongs to the key.
     """
     named = _NAMED.fullmatch(text)
     return (named[1], named[2].strip()) if named else ("", text)
 
 
-class Guard:
-    """Says who makes a request, and refuses those who must not."""
+class Authenticator:
+    """Identifies the caller of a request, and rejects requests that browsers make for foreign pages."""
 
     def __init__(self, keys: Keys, origins: Iterable[str]) -> None:
-        """Take the keys, and the origins of pages that may use the API."""
+        """Take the keys, and the origins whose pages may use the API."""
         self._keys = keys
         self._origins = set(origins)
 
-    def admit(self, method: str, headers: Headers) -> Caller:
-        """Return who makes a request.
+    def authenticate(self, method: str, headers: Headers) -> Caller:
+        """Return the caller.
 
         Raises:
-            Unauthorized: it has no key; or it comes out of a browser that adds the key, or the way to the loopback,
-                on behalf of a page that is not ours.
+            Unauthorized: the key is missing or wrong; or a foreign page uses the key that a browser has stored, or the
+                browser's access to the loopback interface.
         """
         authorization = headers.get("authorization")
-        # A browser sends what a person typed in (HTTP Basic) along with whatever a foreign page makes it ask for.
-        is_typed_in = (authorization or "").lower().startswith("basic ")
-        if is_typed_in and method not in _SAFE_METHODS:
+        # Browsers add a key that was entered (HTTP Basic) to the requests of foreign pages, too.
+        is_from_browser = (authorization or "").lower().startswith("basic ")
+        if is_from_browser and method not in _SAFE_METHODS:
             raise Unauthorized("A request that changes something needs its key as Authorization: Bearer <key>")
-        if (is_typed_in or not self._keys.are_needed) and not self._is_from_here(headers):
+        if (is_from_browser or not self._keys.are_needed) and not self._is_same_origin(headers):
             raise Unauthorized(
                 "Pages of other origins may not use this gateway", hint="Name their origin in CORS_ORIGINS"
             )
         return self._keys.check(authorization)
 
-    def _is_from_here(self, headers: Headers) -> bool:
+    def _is_same_origin(self, headers: Headers) -> bool:
         origin, host = headers.get("origin"), headers.get("host", "")
         if not self._keys.are_needed and not is_loopback(urlsplit(f"//{host}").hostname or ""):
-            # A page whose name was made to lead to the loopback after it was loaded.
+            # DNS rebinding: the name of a foreign page now resolves to the loopback interface.
             return False
         return origin is None or origin in self._origins or urlsplit(origin).netloc == host
 
 
 def _key_in(authorization: str) -> str:
-    """Return the key in a header: RunPod's clients send it bare in some places, browsers as a password."""
+    """Return the key in a header: some of RunPod's clients send it bare, browsers as a password."""
     scheme, _, rest = authorization.partition(" ")
     if scheme.lower() == "bearer":
         return rest.strip()
@@ -173,10 +173,10 @@ def _hash(key: str) -> str:
 
 
 def read_hashes(file: str) -> list[str]:
-    """Return the hashes of keys in a file, one a line, those with a name as `name:hash`.
+    """Return the hashes of keys in a file, one a line, as `hash` or `name:hash`.
 
     Raises:
-        InvalidInput: the file cannot be read, has no hash, or has a line that is none; a name is none.
+        InvalidInput: the file cannot be read, has no hash, or has an invalid line.
     """
     try:
         text = Path(file).read_text(encoding="utf-8")
@@ -190,7 +190,7 @@ def read_hashes(file: str) -> list[str]:
 
 
 def _named_hash(digest: str, file: str = "-") -> str:
-    """Return a line of the file as `name:hash`; sha256sum prints the name of its input, or `-` if it has none."""
+    """Return a line of the file as `name:hash`; sha256sum prints the name of its input file, or `-`."""
     if not _SHA256.fullmatch(digest.lower()):
         raise _no_hashes()
     name = file.strip().removeprefix("*").rpartition("/")[2]
@@ -209,7 +209,7 @@ def _no_hashes() -> InvalidInput:
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether nobody but this machine can reach an address."""
+    """Return whether only this machine can reach an address."""
     if host == "localhost":
         return True
     try:
@@ -218,15 +218,15 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def kept_secret(file: Path, make: Callable[[], str] = lambda: secrets.token_urlsafe(32)) -> str:
-    """Return the secret in a file that only its owner can read; it is made if it is not there."""
-    if kept := _read_secret(file):
-        return kept
+def stored_secret(file: Path, make: Callable[[], str] = lambda: secrets.token_urlsafe(32)) -> str:
+    """Return the secret in a file that only its owner can read; create the file if it does not exist."""
+    if stored := _read_secret(file):
+        return stored
     file.parent.mkdir(parents=True, exist_ok=True)
-    # Of several processes that start at once, one makes it.
+    # If several processes start at once, one of them creates it.
     with FileLock(f"{file}.lock"):
-        if kept := _read_secret(file):
-            return kept
+        if stored := _read_secret(file):
+            return stored
         secret = make()
         file.touch(mode=0o600)
         file.write_text(secret + "\n", encoding="ascii")

@@ -23,13 +23,13 @@ from comfy_worker.gateway.api.runpod.stream_cursors import make_cursors
 from comfy_worker.gateway.api.task import routes as task
 from comfy_worker.gateway.api.workflow import batch, models, video
 from comfy_worker.gateway.api.workflow import routes as workflow
-from comfy_worker.gateway.api_keys import Guard, Keys
+from comfy_worker.gateway.api_keys import Authenticator, Keys
 from comfy_worker.gateway.container import Gateway
 from comfy_worker.gateway.http.docs_page import add_docs
 from comfy_worker.gateway.http.error_responses import add_error_handlers
 from comfy_worker.gateway.http.limits import RateLimits
 from comfy_worker.gateway.http.middleware import AuthMiddleware, RequestLogMiddleware
-from comfy_worker.gateway.http.request_bodies import Unread
+from comfy_worker.gateway.http.request_bodies import UnreadBodyMiddleware
 from comfy_worker.gateway.http.stream_limits import StreamLimits
 from comfy_worker.gateway.http.wrong_keys import WrongKeys
 from comfy_worker.gateway.jobs.metrics import GatewayCollector, make_registry
@@ -41,13 +41,13 @@ from comfy_worker.gateway.settings import GatewaySettings
 def create_app(settings: GatewaySettings, keys: Keys) -> FastAPI:
     """Return the application; it begins to run jobs when it is started.
 
-    Call its `state.let_go` when it is about to stop: responses that wait for a job end at once then.
+    Call `end_streams` of its `state.gateway` when it is about to stop.
 
     Raises:
         InvalidInput: a setting is invalid, or another gateway uses the same database.
     """
     gateway = Gateway(settings)
-    gateway.when_taken_over = _end_process
+    gateway.on_takeover = _stop_process
     limits = RateLimits(settings)
 
     @asynccontextmanager
@@ -67,7 +67,7 @@ def create_app(settings: GatewaySettings, keys: Keys) -> FastAPI:
     return app
 
 
-def _end_process() -> None:
+def _stop_process() -> None:
     """Stop gracefully, as on a signal from outside."""
     os.kill(os.getpid(), signal.SIGTERM)
 
@@ -75,7 +75,7 @@ def _end_process() -> None:
 def _set_state(app: FastAPI, gateway: Gateway, settings: GatewaySettings) -> None:
     """Set what the handlers' dependencies return."""
     jobs = gateway.service
-    app.state.let_go = gateway.let_go
+    app.state.gateway = gateway
     modifiers = Modifiers(settings.modifiers_dir, [settings.workflows_dir])
     app.state.services = Services(jobs, gateway.assets, gateway.links, settings, gateway.library, modifiers)
     app.state.stream_cursors = make_cursors(settings)
@@ -105,7 +105,7 @@ def _add_middleware(app: FastAPI, settings: GatewaySettings, keys: Keys, limits:
     origins = settings.allowed_origins
     app.add_middleware(
         AuthMiddleware,
-        guard=Guard(keys, origins),
+        authenticator=Authenticator(keys, origins),
         limits=limits,
         streams=StreamLimits(settings.max_streams_per_key),
         wrong_keys=WrongKeys(parse(settings.rate_limit_wrong_keys) if settings.rate_limit_wrong_keys else None),
@@ -126,4 +126,4 @@ def _add_middleware(app: FastAPI, settings: GatewaySettings, keys: Keys, limits:
             expose_headers=["Retry-After"],
         )
     app.add_middleware(RequestLogMiddleware)
-    app.add_middleware(Unread)
+    app.add_middleware(UnreadBodyMiddleware)

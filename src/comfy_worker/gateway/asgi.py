@@ -1,4 +1,4 @@
-"""The gateway in a server that somebody else starts, such as `uvicorn main:app`."""
+"""The gateway in a server that is started from outside, such as `uvicorn main:app`."""
 
 from __future__ import annotations
 
@@ -21,44 +21,44 @@ from uvicorn.main import main as uvicorn_command
 from comfy_worker.gateway.http.server import DrainingApp
 from comfy_worker.signals import END_SIGNALS
 
-_EVERYWHERE = "0.0.0.0"  # noqa: S104 - nothing listens on it: it stands for an address that is not known
+_UNKNOWN_HOST = "0.0.0.0"  # noqa: S104 - nothing is bound to it
 
 
 @dataclass(frozen=True)
-class Listener:
+class ServerOptions:
     """How the server was started.
 
     Attributes:
-        host: the address that it listens on; all of the machine's where that is not known.
-        workers: how many processes of it there are.
+        host: the address that it listens on; `0.0.0.0` if unknown, so that keys are required.
+        workers: the number of its processes.
     """
 
-    host: str = _EVERYWHERE
+    host: str = _UNKNOWN_HOST
     workers: int = 1
 
 
-def listener() -> Listener:
-    """Return how this process's server was started, as far as the command `uvicorn` tells it."""
+def server_options() -> ServerOptions:
+    """Return how this process's server was started, as far as the arguments of `uvicorn` say."""
     program = Path(sys.argv[0])
     if "uvicorn" not in (program.name, program.parent.name):
-        return Listener()
+        return ServerOptions()
     options = uvicorn_command.make_context("uvicorn", sys.argv[1:]).params
-    is_hosts = options["uds"] is None and options["fd"] is None
-    # A reloader has one process, whatever it is told; WEB_CONCURRENCY counts too.
+    has_host = options["uds"] is None and options["fd"] is None
+    # With --reload there is one process; the default of --workers is WEB_CONCURRENCY.
     workers = (
         1 if options["reload"] else uvicorn.Config("main:app", workers=options["workers"], log_config=None).workers
     )
-    return Listener(options["host"] if is_hosts else _EVERYWHERE, workers)
+    return ServerOptions(options["host"] if has_host else _UNKNOWN_HOST, workers)
 
 
 class Application(DrainingApp):
-    """The gateway, which lets all go that wait for a job as soon as a signal tells its server to end."""
+    """The gateway, which ends its streams as soon as a signal stops the server."""
 
     def __init__(self, app: FastAPI) -> None:
-        """Take the application, which has to have `state.let_go`."""
+        """Take the application that `create_app` made."""
         super().__init__(app)
-        self._let_go = app.state.let_go
-        # The gateway's own log has a line for each request, without the signatures that are in URLs.
+        self._gateway = app.state.gateway
+        # The gateway logs requests itself, without the signatures in their URLs.
         access = logging.getLogger("uvicorn.access")
         access.handlers.clear()
         access.propagate = False
@@ -66,29 +66,29 @@ class Application(DrainingApp):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, one WebSocket, or the server's start and end."""
         is_server = scope["type"] == "lifespan" and threading.current_thread() is threading.main_thread()
-        with self._hearing_signals() if is_server else nullcontext():
+        with self._handling_signals() if is_server else nullcontext():
             await super().__call__(scope, receive, send)
 
     @contextmanager
-    def _hearing_signals(self) -> Generator[None, None, None]:
-        """Hear the signals that the server hears, which goes on to end as it does."""
+    def _handling_signals(self) -> Generator[None, None, None]:
+        """Handle the signals that stop the server, and pass them on to its own handlers."""
         loop = asyncio.get_running_loop()
         handlers = {number: signal.getsignal(number) for number in END_SIGNALS}
 
-        def end(number: int, frame: FrameType | None) -> None:
-            loop.call_soon_threadsafe(self._end)
+        def handle(number: int, frame: FrameType | None) -> None:
+            loop.call_soon_threadsafe(self._stop)
             handler = handlers[signal.Signals(number)]
             if callable(handler):
                 handler(number, frame)
 
         for number in END_SIGNALS:
-            signal.signal(number, end)
+            signal.signal(number, handle)
         try:
             yield
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 
-    def _end(self) -> None:
-        self.begin_to_end()
-        self._let_go()
+    def _stop(self) -> None:
+        self.start_draining()
+        self._gateway.end_streams()

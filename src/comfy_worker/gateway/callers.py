@@ -1,7 +1,7 @@
-"""Whose request is served, and which jobs that caller may see.
+"""The caller of the current request, and which jobs that caller may see.
 
-The gate notes the caller for as long as it serves the request, and `JobService` asks here. So no door names the caller,
-and none can forget to. Where no caller is noted, nothing may be seen.
+`AuthMiddleware` sets the caller for the duration of a request, and `JobService` reads it here. So no API passes the
+caller on, and none can forget to. Without a caller no job can be seen.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 
 NOBODY = ""
-"""The owner of a job that was accepted without a key, or before jobs had owners."""
+"""The owner of a job that was submitted without a key, or before jobs had owners."""
 
 
 @dataclass(frozen=True)
 class Caller:
-    """Who makes a request.
+    """The sender of a request.
 
     Attributes:
-        name: what logs call the caller, and what its calls are counted by; it tells nothing of the key.
-        owner: of the jobs that the caller submits.
-        owners: those whose jobs the caller may see and cancel; None for all.
-        is_alone: whether nobody else has a key.
+        name: the name in logs and for rate limits; it does not reveal the key.
+        owner: the owner of the jobs that the caller submits.
+        owners: the owners whose jobs the caller may see and cancel; None for all.
+        is_alone: whether there is no other caller.
     """
 
     name: str
@@ -32,19 +32,19 @@ class Caller:
     is_alone: bool = True
 
     def sees(self, owner: str) -> bool:
-        """Return whether the jobs of an owner are shown to this caller."""
+        """Return whether this caller may see the jobs of an owner."""
         return self.owners is None or owner in self.owners
 
 
 ANYONE = Caller("anyone", NOBODY, None)
-"""Who calls a gateway that asks for no key."""
+"""The caller of a gateway without keys."""
 
 _caller: ContextVar[Caller | None] = ContextVar("caller", default=None)
 
 
 @contextmanager
-def acting(caller: Caller | None) -> Iterator[None]:
-    """Within the block, and in what is started there, act for a caller; None for a request that names none."""
+def acting_as(caller: Caller | None) -> Iterator[None]:
+    """Set the caller within the block, and in tasks that are started there; None for a request without a key."""
     token = _caller.set(caller)
     try:
         yield
@@ -53,17 +53,17 @@ def acting(caller: Caller | None) -> Iterator[None]:
 
 
 def has_caller() -> bool:
-    """Return whether the request came with what a caller is known by."""
+    """Return whether the current request has a caller."""
     return _caller.get() is not None
 
 
 def current_caller() -> Caller:
-    """Return the caller whose request is served.
+    """Return the caller of the current request.
 
     Raises:
-        RuntimeError: there is none, which is a bug: jobs are shown to callers only.
+        RuntimeError: there is none, which is a bug: only callers may see jobs.
     """
     caller = _caller.get()
     if caller is None:
-        raise RuntimeError("jobs were asked for without a caller")
+        raise RuntimeError("jobs were requested without a caller")
     return caller

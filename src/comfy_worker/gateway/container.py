@@ -1,4 +1,4 @@
-"""The gateway without its doors: store, event bus, engine, webhooks and upkeep, put together."""
+"""Builds the gateway's services: store, event bus, engine, webhooks, retention and `JobService`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from comfy_worker.catalog.library import Catalog
-from comfy_worker.gateway.api_keys import kept_secret
+from comfy_worker.gateway.api_keys import stored_secret
 from comfy_worker.gateway.engines.local import LocalEngine
 from comfy_worker.gateway.events.bus import EventBus, LocalEventBus
 from comfy_worker.gateway.jobs.assets import AssetStore
@@ -35,36 +35,41 @@ log = logging.getLogger(__name__)
 
 
 class Gateway:
-    """All that runs jobs.
+    """The gateway's services.
 
     Attributes:
-        service: what doors use.
-        assets: where outputs lie.
-        links: makes the links to them.
+        service: submits, finds and cancels jobs.
+        assets: the files of outputs.
+        links: signs links to these files.
         library: the named workflows.
-        callbacks: the URLs at which RunPod tells the ends of jobs.
-        on_runpod_webhook: to be called with a job's id, and RunPod's own for it, when it has ended there.
-        when_taken_over: called, in a thread of its own, when another gateway has taken over the database while that
-            was away. No job is worked on any more then, and nothing can be asked of the store.
+        callbacks: signs the URLs of RunPod's webhooks.
+        on_runpod_webhook: call it with a job's id, and RunPod's, when RunPod reports that the job has ended.
+        on_takeover: called in a thread of its own when another gateway has taken over the database while it was away.
+            The engine has stopped then, and the store can no longer be used.
     """
 
     def __init__(self, settings: GatewaySettings, bus: EventBus | None = None) -> None:
-        """Open the database and bring it up to date; no job runs before `start`. Without a bus it makes its own.
+        """Open and migrate the database; no job runs before `start`.
+
+        Args:
+            settings: the gateway's.
+            bus: the event bus; one is made for the settings if None.
 
         Raises:
-            InvalidInput: a setting is not sound, or another gateway uses the same database.
+            InvalidInput: a setting is invalid, or another gateway uses the same database.
         """
         data = Path(settings.data_dir)
         data.mkdir(mode=0o700, parents=True, exist_ok=True)
         database = settings.database_url.get_secret_value() if settings.database_url else f"sqlite:///{data}/jobs.db"
-        self.when_taken_over: Callable[[], None] = _nothing
-        self.on_runpod_webhook: Callable[[str, str | None], None] = _nothing
-        own_key = settings.gateway_key.get_secret_value() if settings.gateway_key else kept_secret(data / "gateway.key")
+        self.on_takeover: Callable[[], None] = _ignore
+        self.on_runpod_webhook: Callable[[str, str | None], None] = _ignore
+        given_key = settings.gateway_key
+        own_key = given_key.get_secret_value() if given_key else stored_secret(data / "gateway.key")
         with ExitStack() as stack:
             engine = connect(database)
             stack.callback(engine.dispose)
             if settings.engine == "local":
-                stack.enter_context(gateway_lock(engine, when_lost=self._end_for_another))
+                stack.enter_context(gateway_lock(engine, when_lost=self._stop_after_takeover))
             self.store = wait_for_database(lambda: JobStore(engine, own_key.encode()))
             self.library = Catalog(settings.workflows_dir, history=StoredVersions(data / "workflow_versions"))
             self.bus, self.assets = bus or make_bus(settings), AssetStore(data / "assets")
@@ -74,10 +79,10 @@ class Gateway:
                 self.store, self.assets, settings, self.links, public_url=settings.public_url, is_shared=is_shared
             )
             self.callbacks = CallbackLinks(own_key, settings.public_url)
-            self._notes = ProgressWriter(self.store)
+            self._progress_writer = ProgressWriter(self.store)
             self._engine = self._make_engine(settings)
             self._peers = self._make_peers(settings, data)
-            self._upkeep = Retention(
+            self._retention = Retention(
                 self.store,
                 self.bus,
                 self.assets,
@@ -96,17 +101,17 @@ class Gateway:
                 library=self.library,
                 peers=self._peers,
             )
-            self._held = stack.pop_all()
+            self._resources = stack.pop_all()
 
     def _make_engine(self, settings: GatewaySettings) -> LocalEngine | RunpodEngine | CeleryEngine:
         if settings.engine == "celery":
-            # Loaded late: Celery is an extra of its own.
+            # Imported late: Celery is an optional dependency.
             from comfy_worker.gateway.engines.celery.engine import CeleryEngine
 
             return CeleryEngine(self.store, self.bus, settings)
-        parts = (self.store, self.bus, self.assets, settings, self._deliveries.progress, self._notes)
+        parts = (self.store, self.bus, self.assets, settings, self._deliveries.progress, self._progress_writer)
         if settings.engine == "runpod":
-            # Loaded late: it takes a tenth of the time that a gateway takes to start.
+            # Imported late: it takes a tenth of a gateway's start.
             from comfy_worker.gateway.engines.runpod.engine import RunpodEngine
 
             engine = RunpodEngine(*parts, self.callbacks.url)
@@ -115,14 +120,14 @@ class Gateway:
         return LocalEngine(*parts)
 
     def _make_peers(self, settings: GatewaySettings, data: Path) -> Peers | None:
-        """Return the other gateways at the same Redis, where each has jobs of its own."""
+        """Return the peer gateways at the same Redis, or None if there can be none."""
         if settings.engine != "local" or settings.api_cache != "redis":
             return None
-        # Loaded late: Redis's client is an extra of its own.
+        # Imported late: Redis's client is an optional dependency.
         from comfy_worker.gateway.jobs.peer_files import lend
         from comfy_worker.gateway.jobs.peers import Peers
 
-        name = kept_secret(data / "gateway.id", lambda: uuid.uuid4().hex)
+        name = stored_secret(data / "gateway.id", lambda: uuid.uuid4().hex)
         peers = Peers(settings.broker_url.get_secret_value(), name, self.store)
         self.store.on_change = peers.note
         self.assets.elsewhere = partial(lend, peers)
@@ -135,61 +140,61 @@ class Gateway:
             return piece(self.assets, asked)
         done = self.service.act(asked)
         if asked["what"] == "give_up" and done:
-            # Whoever asks here for a file of this name is to get the new job's.
+            # A file of the same name now belongs to the new job.
             self.assets.remove(str(asked["id"]))
         return done
 
     def start(self) -> None:
-        """Take up every job that has not ended, send every webhook that was not sent, and begin to work.
+        """Resume every job that has not ended and every webhook that has not been sent, and begin to work.
 
         Raises:
-            DatabaseUnavailable: it is away. Nothing has begun then, and the process can end.
+            DatabaseUnavailable: the database is away. Nothing has started then, and the process can exit.
         """
         self._engine.start()
-        self._notes.start()
+        self._progress_writer.start()
         self._deliveries.start()
-        self._upkeep.start()
+        self._retention.start()
         if self._peers is not None:
             self._peers.start(self.service.snapshot, self._act_for_peer)
 
-    def let_go(self) -> None:
-        """Let all who wait for a job or hear its events go at once, because the gateway ends."""
+    def end_streams(self) -> None:
+        """End all event streams, and all responses that wait for a job, because the gateway is about to stop."""
         self.bus.close()
 
-    def _end_for_another(self) -> None:
-        """Work on nothing any more: another gateway has the database, and takes up what this one had."""
-        log.critical("Another gateway has taken over the database while it was away: this one ends")
+    def _stop_after_takeover(self) -> None:
+        """Stop all work: another gateway has the database, and resumes the jobs of this one."""
+        log.critical("another gateway has taken over the database while it was away: this one stops")
         self.store.give_up()
         self._engine.stop()
-        self.when_taken_over()
+        self.on_takeover()
 
     def stop(self) -> None:
-        """End without losing anything: prompts stay in ComfyUI, and the next start takes them up."""
+        """Stop without losing anything: prompts stay in ComfyUI, and the next start resumes them."""
         if self._peers is not None:
             self._peers.stop()
         self._engine.stop()
-        self._notes.stop()
+        self._progress_writer.stop()
         self._deliveries.stop()
-        self._upkeep.stop()
-        self._held.close()
+        self._retention.stop()
+        self._resources.close()
 
 
 def make_bus(settings: GatewaySettings) -> EventBus:
-    """Return the event bus for the settings: one in this process, or in Redis where jobs run in others."""
+    """Return the event bus for the settings: in this process, or in Redis if jobs run in other processes."""
     if settings.engine != "celery" and settings.api_cache != "redis":
         return LocalEventBus()
-    # Loaded late: only several gateways and fleets need Redis's client.
+    # Imported late: only several gateways and fleets need Redis's client.
     from comfy_worker.gateway.events.redis_bus import RedisEventBus
 
     return RedisEventBus(settings.broker_url.get_secret_value())
 
 
 def _links_key(settings: GatewaySettings) -> str:
-    """Return what links are signed with: gateways that share a GATEWAY_KEY take each other's links."""
+    """Return the key that signs links; gateways with the same GATEWAY_KEY accept each other's links."""
     if settings.gateway_key is not None:
         return settings.gateway_key.get_secret_value()
-    return kept_secret(Path(settings.data_dir) / "links.key")
+    return stored_secret(Path(settings.data_dir) / "links.key")
 
 
-def _nothing(*_about: object) -> None:
-    """Be told of something without doing anything about it."""
+def _ignore(*_arguments: object) -> None:
+    """Do nothing; the default of a callback."""

@@ -1,4 +1,4 @@
-"""Failures that only the gateway knows: errors of ours like all others, with a code and an HTTP status."""
+"""The gateway's own errors, each with a code and an HTTP status."""
 
 from __future__ import annotations
 
@@ -6,47 +6,47 @@ from comfy_worker.errors import ComfyUnreachable, WorkerError
 
 
 class NotFound(WorkerError):
-    """There is no such job, file or path."""
+    """The job, file or path does not exist."""
 
     code = "not_found"
     http_status = 404
 
 
 class WorkflowNotFound(NotFound):
-    """There is no such named workflow."""
+    """The named workflow does not exist."""
 
 
 class ExecutionNotFound(NotFound):
-    """There is no such execution of a named workflow (any more)."""
+    """The execution of a named workflow does not exist (any more)."""
 
 
 class FileMissing(WorkerError):
-    """A job is there, and a file of its output is not: it was deleted, or lies in another DATA_DIR."""
+    """A job exists, but not a file of its output: it was deleted, or is in another DATA_DIR."""
 
     code = "file_missing"
     http_status = 500
 
 
 class Unauthorized(WorkerError):
-    """The request has no key, or one that is not ours."""
+    """The request has no key, or a wrong one."""
 
     code = "unauthorized"
     http_status = 401
 
 
 class Forbidden(WorkerError):
-    """The key is known, and may not do this."""
+    """The key does not allow this."""
 
     code = "forbidden"
     http_status = 403
 
 
 class WrongKey(Unauthorized):
-    """The request has a key that is not ours."""
+    """The request has a wrong key."""
 
 
 class RateLimited(WorkerError):
-    """The key was used too often in too short a time."""
+    """Too many requests with the same key, or from the same address."""
 
     code = "rate_limited"
     http_status = 429
@@ -54,7 +54,7 @@ class RateLimited(WorkerError):
 
 
 class NoComfyUI(ComfyUnreachable):
-    """The gateway has no ComfyUI that it could ask anything: those that run its jobs are out of its reach."""
+    """The gateway can reach no ComfyUI: its jobs run elsewhere."""
 
 
 class QueueFull(WorkerError):
@@ -66,7 +66,7 @@ class QueueFull(WorkerError):
 
 
 class DatabaseUnavailable(WorkerError):
-    """The gateway's database is not there, is locked for too long, or has no room."""
+    """The database does not answer, is locked for too long, or is full."""
 
     code = "database_unavailable"
     http_status = 503
@@ -74,48 +74,48 @@ class DatabaseUnavailable(WorkerError):
 
 
 class RequestTooLarge(WorkerError):
-    """The body has more bytes than the path takes."""
+    """The body is larger than the path's limit."""
 
     code = "request_too_large"
     http_status = 413
 
 
 class RequestTooSlow(WorkerError):
-    """The body stands still, or comes too slowly."""
+    """The body pauses for too long, or arrives too slowly."""
 
     code = "request_too_slow"
     http_status = 408
 
 
 class DuplicateKey(WorkerError):
-    """An Idempotency-Key came with another body than before."""
+    """An Idempotency-Key was used with another body before."""
 
     code = "idempotency_conflict"
     http_status = 409
 
 
 class DuplicateRequest(WorkerError):
-    """A caller's own id is in use."""
+    """The caller's id for the job is in use."""
 
     code = "duplicate_request"
     http_status = 409
 
 
 class NotPossible(WorkerError):
-    """The job is in a state in which this cannot be done."""
+    """The current state does not allow this."""
 
     code = "not_possible"
     http_status = 409
 
 
 class NotImplementedYet(WorkerError):
-    """The path is there for what is to come."""
+    """The path is not implemented yet."""
 
     code = "not_implemented"
     http_status = 501
 
 
 class UnreadableRequest(WorkerError):
-    """What the caller sent was encrypted with another key than the gateway's present one."""
+    """The stored request was encrypted with another GATEWAY_KEY than the present one."""
 
     code = "unreadable_request"

@@ -1,4 +1,4 @@
-"""Logs as JSON, one object a line, with the id of the job that a line is about."""
+"""The gateway's logs: with the id of the job that a line is about, as text or as one JSON object a line."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from datetime import datetime, timezone
 from comfy_worker.logs import configure_logs, where_it_broke
 from comfy_worker.redact import redact
 
-_TELLS_HEADERS = ("uvicorn", "websockets")
-"""Whose debug logs have the headers of a WebSocket's request, the key among them."""
+_LOGS_HEADERS = ("uvicorn", "websockets")
+"""Their debug logs contain the headers of WebSocket requests, and so the key."""
 _job_id: ContextVar[str | None] = ContextVar("job_id", default=None)
 
 
 @contextmanager
 def about_job(job_id: str) -> Iterator[None]:
-    """Put a job's id on every line that is logged within the block."""
+    """Add a job's id to every line that is logged within the block."""
     token = _job_id.set(job_id)
     try:
         yield
@@ -29,10 +29,10 @@ def about_job(job_id: str) -> Iterator[None]:
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object: time, level, logger, message; job_id, key (its name) and exception where there is one."""
+    """Formats a line as JSON: time, level, logger, message and, if any, job_id, key (its name) and exception."""
 
     def __init__(self, secrets: Sequence[str]) -> None:
-        """Take what is to be masked."""
+        """Take the secrets to mask."""
         super().__init__()
         self._secrets = secrets
 
@@ -54,7 +54,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class _TextFormatter(logging.Formatter):
-    """The worker's own line, with the job's id and the name of the key behind it where there is one."""
+    """Formats a line like the worker's, followed by the job's id and the name of the key, if any."""
 
     def __init__(self, inner: logging.Formatter) -> None:
         super().__init__()
@@ -74,15 +74,15 @@ def _add_job_id(record: logging.LogRecord) -> bool:
     return True
 
 
-def _may_be_told(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.INFO or record.name.partition(".")[0] not in _TELLS_HEADERS
+def _has_no_headers(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.INFO or record.name.partition(".")[0] not in _LOGS_HEADERS
 
 
 def configure_gateway_logs(level: str, secrets: Sequence[str], form: str) -> None:
-    """Send everything to standard error, in the form `text` or `json`; `secrets` are masked."""
+    """Log to standard error in the form `text` or `json`, with `secrets` masked."""
     configure_logs(level, secrets)
     for handler in logging.getLogger().handlers:
-        handler.addFilter(_may_be_told)
+        handler.addFilter(_has_no_headers)
         handler.addFilter(_add_job_id)
         inner = handler.formatter
         if form == "json":
@@ -95,4 +95,4 @@ def configure_gateway_logs(level: str, secrets: Sequence[str], form: str) -> Non
 
 def _log_uncaught(_kind: type[BaseException], error: BaseException, _trace: object) -> None:
     if not isinstance(error, KeyboardInterrupt):
-        logging.getLogger("comfy_worker").critical("the gateway ends", exc_info=error)
+        logging.getLogger("comfy_worker").critical("the gateway stops because of an unexpected error", exc_info=error)

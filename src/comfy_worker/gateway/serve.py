@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _OWN_NAME = "default"
-"""Of the key that the gateway makes itself, so that the jobs outlive a change of the key."""
+"""Of the key that the gateway makes itself; jobs stay visible if that key changes."""
 _START_FAILED = 1
 
 
 def serve() -> int:
-    """Serve as the settings say, until a signal; return the exit code."""
+    """Serve until a signal; return the exit code."""
     from comfy_worker.gateway.settings import load_gateway_settings
 
     settings = load_gateway_settings()
@@ -38,15 +38,15 @@ def serve() -> int:
 
 
 def _serve_with_workers(settings: GatewaySettings) -> int:
-    """Serve by several processes, until a signal."""
-    from comfy_worker.gateway.http.processes import serve_with_several
+    """Serve with several processes until a signal."""
+    from comfy_worker.gateway.http.processes import serve_with_processes
     from comfy_worker.gateway.json_logs import configure_gateway_logs
 
     _make_data_dir(settings)
     configure_gateway_logs(settings.log_level, settings.secrets(), settings.log_format)
     _check_database(settings)
-    return serve_with_several(
-        serve_beside_others,
+    return serve_with_processes(
+        serve_on_shared_port,
         settings.api_host,
         settings.api_port,
         settings.api_workers,
@@ -55,71 +55,71 @@ def _serve_with_workers(settings: GatewaySettings) -> int:
 
 
 def _reload(settings: GatewaySettings) -> int:
-    """Serve, and start again with each change of the package's code, until a signal."""
+    """Serve until a signal, and restart whenever the package's code changes."""
     from comfy_worker.gateway.http.server import serve_reloading
     from comfy_worker.gateway.json_logs import configure_gateway_logs
 
     configure_gateway_logs(settings.log_level, settings.secrets(), settings.log_format)
-    serve_reloading(serve_again, settings.api_host, settings.api_port, Path(__file__).parents[1])
+    serve_reloading(serve_on_sockets, settings.api_host, settings.api_port, Path(__file__).parents[1])
     return 0
 
 
-def serve_again(sockets: list[socket] | None) -> None:
-    """Serve on a reloader's sockets, as a process of its own, until a signal."""
+def serve_on_sockets(sockets: list[socket] | None) -> None:
+    """Serve on a reloader's sockets until a signal, in a process of its own."""
     sys.exit(run_until_signal(lambda: _serve(sockets)))
 
 
-def serve_beside_others(host: str, port: int) -> None:
-    """Serve as one process of several at a port, until a signal."""
+def serve_on_shared_port(host: str, port: int) -> None:
+    """Serve as one of several processes at a port until a signal."""
     from comfy_worker.gateway.http.processes import open_port
 
     sys.exit(run_until_signal(lambda: _serve([open_port(host, port)], is_announced=True)))
 
 
 def make_application() -> Application:
-    """Return the gateway for a server that somebody else starts; end the process if a setting is not sound."""
+    """Return the gateway for a server that is started from outside; exit if a setting is invalid."""
     applications: list[Application] = []
 
     def make() -> int:
         from comfy_worker.env_file import read_env_file
-        from comfy_worker.gateway.asgi import Application, listener
+        from comfy_worker.gateway.asgi import Application, server_options
         from comfy_worker.gateway.settings import load_gateway_settings
 
         read_env_file()
-        found = listener()
+        options = server_options()
         try:
-            # uvicorn has been told already what to listen on, and how many processes and whether to reload.
-            settings = load_gateway_settings(api_host=found.host, api_workers=found.workers, api_reload=False)
+            # The arguments of uvicorn replace these settings.
+            settings = load_gateway_settings(api_host=options.host, api_workers=options.workers, api_reload=False)
         except InvalidInput as error:
-            if found.workers == 1:
+            if options.workers == 1:
                 raise
-            raise InvalidInput(f"uvicorn was started with {found.workers} workers. {error.message}") from None
+            raise InvalidInput(f"uvicorn was started with {options.workers} workers. {error.message}") from None
         applications.append(Application(_make_app(settings)))
         if settings.port_health is not None:
-            log.warning("PORT_HEALTH opens no port under uvicorn main:app; /ping is answered at the server's own port")
+            log.warning("PORT_HEALTH has no effect under uvicorn main:app; /ping is answered at the server's own port")
         return 0
 
     if code := exit_code_of(make):
         if multiprocessing.parent_process() is not None and "--reload" not in sys.argv:
-            # It would start this one again and again.
+            # uvicorn's supervisor would restart this process again and again.
             os.kill(os.getppid(), signal.SIGTERM)
         sys.exit(code)
     return applications[0]
 
 
 def _make_app(settings: GatewaySettings) -> FastAPI:
-    """Return the application that the settings ask for.
+    """Return the application for the settings.
 
     Raises:
-        InvalidInput: a setting is not sound.
+        InvalidInput: a setting is invalid.
         ModuleNotFoundError: a package of requirements.txt is not installed.
     """
-    from comfy_worker.gateway.http.memory_tuning import no_collections, spare_what_stays
+    from comfy_worker.gateway.http.memory_tuning import freeze_objects, no_collections
 
     with no_collections():
         app = _load_app(settings)
-        app.openapi()  # else FastAPI would put the routes together while the first request waits
-    spare_what_stays()
+        app.openapi()  # otherwise FastAPI builds the routes while the first request waits
+    freeze_objects()
     return app
 
 
@@ -139,7 +139,7 @@ def _load_app(settings: GatewaySettings) -> FastAPI:
 
 
 def _serve(sockets: list[socket] | None = None, *, is_announced: bool = False) -> int:
-    """Serve until a signal, on sockets that are bound already if there are any; return the process's exit code."""
+    """Serve until a signal, on sockets if any are given; return the process's exit code."""
     from comfy_worker.gateway.settings import load_gateway_settings
 
     settings = load_gateway_settings()
@@ -153,13 +153,13 @@ def _serve(sockets: list[socket] | None = None, *, is_announced: bool = False) -
     try:
         Server(app, settings, announce).run(sockets)
     except SystemExit as ending:
-        # uvicorn ends the process itself when it cannot start, and has logged why.
+        # uvicorn exits itself if it cannot start, and has logged the reason.
         return _START_FAILED if ending.code else 0
     return 0
 
 
 def _announce(settings: GatewaySettings, url: str) -> None:
-    """Tell the person who starts a gateway how to go on; a log of JSON is no place for it."""
+    """Print how to use the gateway, unless the log is read by a program."""
     from comfy_worker.gateway.http.startup_message import startup_message
 
     if settings.log_format == "text":
@@ -167,7 +167,7 @@ def _announce(settings: GatewaySettings, url: str) -> None:
 
 
 def work() -> int:
-    """Run a fleet's jobs until a signal; return the process's exit code."""
+    """Run a fleet's jobs until a signal; return the exit code."""
     from comfy_worker.gateway.engines.celery.worker import FleetWorker
     from comfy_worker.gateway.json_logs import configure_gateway_logs
     from comfy_worker.gateway.settings import load_gateway_settings
@@ -179,14 +179,14 @@ def work() -> int:
 
 
 def _check_database(settings: GatewaySettings) -> None:
-    """Wait for the database that several processes are to share.
+    """Wait for the database that the processes share.
 
     Raises:
         DatabaseUnavailable: it does not answer.
     """
     from comfy_worker.gateway.store.database import connect, raises_database_unavailable, wait_for_database
 
-    assert settings.database_url is not None, "several processes need one"  # noqa: S101
+    assert settings.database_url is not None, "required with several processes"  # noqa: S101
     engine = connect(settings.database_url.get_secret_value())
 
     def reach() -> None:
@@ -200,10 +200,10 @@ def _check_database(settings: GatewaySettings) -> None:
 
 
 def _make_data_dir(settings: GatewaySettings) -> None:
-    """Make the folder for what is kept.
+    """Create DATA_DIR.
 
     Raises:
-        InvalidInput: it cannot be made, or nothing can be written into it.
+        InvalidInput: it cannot be created or written to.
     """
     try:
         Path(settings.data_dir).mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -214,15 +214,15 @@ def _make_data_dir(settings: GatewaySettings) -> None:
 
 
 def _own_key(settings: GatewaySettings) -> str | None:
-    """Return a key for a gateway that others than this machine can reach; when it is made, it is printed."""
-    from comfy_worker.gateway.api_keys import is_loopback, kept_secret
+    """Return the gateway's own key, or None if only this machine can reach it; print a new key once."""
+    from comfy_worker.gateway.api_keys import is_loopback, stored_secret
     from comfy_worker.gateway.http.startup_message import KEY_FILE
 
     if is_loopback(settings.api_host):
         return None
     file = Path(settings.data_dir) / KEY_FILE
     is_new = not file.exists()
-    key = kept_secret(file)
+    key = stored_secret(file)
     if is_new:
         say(f"No API_KEYS are set, so this key was made, and is kept in DATA_DIR/api.key: {key}")
     else:

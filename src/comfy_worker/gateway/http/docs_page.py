@@ -1,4 +1,4 @@
-"""The API in a browser, at `/docs`: Swagger UI, all of it served from here, so that it needs no internet."""
+"""Swagger UI at `/docs`, served from the gateway, so that it needs no internet."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _SCRIPT = re.compile(r"<script>(.*?)</script>", re.DOTALL)
 
 
 def add_docs(app: FastAPI) -> None:
-    """Add the page, and what it loads, to an application made with `docs_url=None`."""
+    """Add the page and its files to an application with `docs_url=None`."""
 
     async def docs(request: Request) -> HTMLResponse:
-        """Show the API in a browser."""
+        """Return the page."""
         return _page(app, request.scope.get("root_path", ""))
 
     app.add_route(PATH, docs, include_in_schema=False)
@@ -37,14 +37,14 @@ def _page(app: FastAPI, root: str) -> HTMLResponse:
         swagger_js_url=f"{root}{_ASSETS}/swagger-ui-bundle.js",
         swagger_css_url=f"{root}{_ASSETS}/swagger-ui.css",
         swagger_favicon_url=f"{root}{_ASSETS}/favicon.png",
-        swagger_ui_parameters={"validatorUrl": None},  # else it asks a validator on the internet
+        swagger_ui_parameters={"validatorUrl": None},  # otherwise Swagger UI asks a validator on the internet
     )
     page.headers["Content-Security-Policy"] = _policy(bytes(page.body).decode())
     return page
 
 
 def _policy(page: str) -> str:
-    """Return the policy of the page: its own script by its hash, and nothing that comes from elsewhere."""
+    """Return the content security policy of the page: its own script by its hash, and nothing from elsewhere."""
     scripts = [hashlib.sha256(script.encode()).digest() for script in _SCRIPT.findall(page)]
     own = " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in scripts)
     return "; ".join(

@@ -1,4 +1,4 @@
-"""An event loop that reads from a few new connections and a few streams at a time, and from all others at once."""
+"""An event loop that serves a few new connections and a few streams at a time, and all others at once."""
 
 from __future__ import annotations
 
@@ -7,37 +7,36 @@ import selectors
 from collections import defaultdict
 from enum import Enum, auto
 
-_AT_ONCE = 16
-"""How many sockets of a group are served before the loop looks at all sockets again."""
+_MAX_OF_GROUP = 16
+"""How many sockets of a group are served before all sockets are polled again."""
 
 
 class Group(Enum):
-    """Sockets that take turns, because hundreds of them may have something to read in the same moment."""
+    """Sockets of which hundreds may become ready at the same moment."""
 
     NEW = auto()
     """Connections on which no request has arrived yet."""
     STREAMS = auto()
-    """Connections of event streams and WebSockets: their clients say nothing, or leave."""
+    """Connections of event streams and WebSockets, whose clients send nothing, or leave."""
 
 
 class FairSelector(selectors.DefaultSelector):
-    """A selector that reports a few ready sockets of each group at a time, in the order in which they became ready."""
+    """A selector that returns a few ready sockets of each group at a time, in the order in which they became ready."""
 
     def __init__(self) -> None:
-        """Have no sockets."""
         super().__init__()
         self._group_of: dict[int, Group] = {}
         self._waiting: dict[Group, dict[int, None]] = {group: {} for group in Group}
 
     def assign(self, fd: int, group: Group | None) -> None:
-        """Put a socket into a group; None takes it out, which has to be done before it is closed."""
+        """Put a socket into a group, or with None, which must be done before it is closed, into none."""
         if group is None:
             self._group_of.pop(fd, None)
         else:
             self._group_of[fd] = group
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        """Return ready sockets: all of no group, and the first few of each group; the others stay ready."""
+        """Return the ready sockets without a group, and the first few of each group; the others stay ready."""
         served = []
         held: dict[Group, dict[int, tuple[selectors.SelectorKey, int]]] = defaultdict(dict)
         for one in super().select(timeout):
@@ -51,11 +50,11 @@ class FairSelector(selectors.DefaultSelector):
         return served
 
     def _next(self, group: Group, ready: dict[int, tuple[selectors.SelectorKey, int]]) -> list[int]:
-        # Those who waited come before those who have just become ready: one that always is cannot keep others out.
+        # Sockets that were ready before come first, so that one that is always ready does not starve the others.
         before = self._waiting[group]
         in_order = [*(fd for fd in before if fd in ready), *(fd for fd in ready if fd not in before)]
-        self._waiting[group] = dict.fromkeys(in_order[_AT_ONCE:])
-        return in_order[:_AT_ONCE]
+        self._waiting[group] = dict.fromkeys(in_order[_MAX_OF_GROUP:])
+        return in_order[:_MAX_OF_GROUP]
 
 
 class FairEventLoop(asyncio.SelectorEventLoop):
@@ -66,13 +65,12 @@ class FairEventLoop(asyncio.SelectorEventLoop):
     """
 
     def __init__(self) -> None:
-        """Make the loop."""
         self.sockets = FairSelector()
         super().__init__(self.sockets)
 
 
 def assign(transport: asyncio.BaseTransport, group: Group | None) -> None:
-    """Put a connection's socket into a group, or out of all; in other event loops all sockets are equal."""
+    """Put a connection's socket into a group, or into none; other event loops have no groups."""
     loop = asyncio.get_running_loop()
     if isinstance(loop, FairEventLoop):
         loop.sockets.assign(transport.get_extra_info("socket").fileno(), group)

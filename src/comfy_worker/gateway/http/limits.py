@@ -1,7 +1,7 @@
-"""How much a client may send: calls in a time, bytes in a call.
+"""Limits of requests: how many with one key, and how large.
 
-With API_CACHE=redis all processes count together. While that Redis is away nobody counts, and every call is let
-through: the key guards the gateway still.
+With API_CACHE=redis all processes count together. While Redis is away, requests are not counted and all are accepted;
+they still need a key.
 """
 
 from __future__ import annotations
@@ -25,10 +25,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_PATIENCE_S = 0.5
-"""How long a call waits for the Redis that counts it."""
-_AGAIN_S = 1.0
-"""How long the Redis is not asked when it was away."""
+_REDIS_TIMEOUT_S = 0.5
+_RETRY_REDIS_S = 1.0
+"""How long Redis is not used after it did not answer."""
 _ENDPOINT = re.compile(r"^/v2/[^/]+(?=/)")
 _ACTIONS = [
     (re.compile(pattern), action)
@@ -41,11 +40,11 @@ _ACTIONS = [
         (r"^/api/workflow/batch/[^/]+/cancel/?$", "cancel"),
         (r"^/task/?$", "run"),
         (r"^/api/v1/comfyui/workflows/[^/]+/execute/?$", "run"),
-        # RunPod's own call, with a whole result in it.
+        # RunPod's webhook, whose body contains a whole result.
         (r"^/runpod/webhook/", "runsync"),
     )
 ]
-"""Which of RunPod's paths the paths of the other APIs do the same as."""
+"""The paths of the other APIs, and RunPod's action whose limits apply to them."""
 MB = 1_000_000
 RUN_LIMIT = 10 * MB
 RUNSYNC_LIMIT = 20 * MB
@@ -53,7 +52,7 @@ _OTHER_LIMIT = MB
 
 
 def action_of(path: str) -> str:
-    """Return what a path does, as RunPod's paths call it: `run`, `runsync`, `cancel`; or else its first part."""
+    """Return RunPod's name of what a path does (`run`, `runsync`, `cancel`), or else its first segment."""
     for pattern, action in _ACTIONS:
         if pattern.match(path):
             return action
@@ -61,15 +60,15 @@ def action_of(path: str) -> str:
 
 
 def body_limit(path: str) -> int:
-    """Return how many bytes a request to a path may have."""
+    """Return the largest size of a request to a path, in bytes."""
     return {"run": RUN_LIMIT, "runsync": RUNSYNC_LIMIT}.get(action_of(path), _OTHER_LIMIT)
 
 
-class TooOften(RateLimited):
-    """A key was used more often than it may be.
+class TooManyRequests(RateLimited):
+    """A key has reached its rate limit.
 
     Attributes:
-        retry_after_s: after how many seconds it may be used again.
+        retry_after_s: seconds until the next request is accepted.
     """
 
     def __init__(self, limit: RateLimitItem, retry_after_s: int) -> None:
@@ -78,10 +77,9 @@ class TooOften(RateLimited):
 
 
 class RateLimits:
-    """Counts the calls of each key: in this process, or in Redis for all."""
+    """Counts the requests of each key, in this process or, for all processes, in Redis."""
 
     def __init__(self, settings: GatewaySettings) -> None:
-        """Take the limits out of the settings."""
         given = {
             "run": settings.rate_limit_run,
             "runsync": settings.rate_limit_runsync,
@@ -98,14 +96,14 @@ class RateLimits:
         self._is_away = False
 
     async def count(self, client: str, path: str) -> None:
-        """Count a call.
+        """Count a request.
 
         Raises:
-            TooOften: the key was used as often as it may be.
+            TooManyRequests: the key has reached its limit.
         """
         action = action_of(path)
         limit = self._limits.get(action, self._other)
-        # Paths that nobody serves count as one, or a client could fill the memory with names.
+        # Unknown paths share one counter, or a client could fill the memory with names.
         name = action if action in (*self._limits, "status") else "other"
         if limit is None or time.monotonic() < self._away_until:
             return
@@ -116,37 +114,41 @@ class RateLimits:
             return
         if self._is_away:
             self._is_away = False
-            log.info("Redis counts the calls of keys again")
+            log.info("Redis is back: requests are counted again")
         if reset_at is not None:
-            raise TooOften(limit, max(1, math.ceil(reset_at - time.time())))
+            raise TooManyRequests(limit, max(1, math.ceil(reset_at - time.time())))
 
     async def _hit(self, limit: RateLimitItem, *names: str) -> float | None:
-        """Count a call; return None if it may be, or when the next one may."""
+        """Count a request; return None if it is accepted, or else the time when the next one is."""
         if await self._counter.hit(limit, *names):
             return None
         return (await self._counter.get_window_stats(limit, *names)).reset_time
 
     def _note_away(self, error: StorageError) -> None:
-        self._away_until = time.monotonic() + _AGAIN_S
+        self._away_until = time.monotonic() + _RETRY_REDIS_S
         if not self._is_away:
             self._is_away = True
             kind = type(error.storage_error).__name__
-            log.warning("Redis cannot be used (%s): calls of keys are not counted until it is back", kind)
+            log.warning("Redis does not answer (%s): requests are not counted until it is back", kind)
 
     async def close(self) -> None:
-        """Close the connections, in the loop that counted."""
+        """Close the connections, in the event loop that used them."""
         if self._pool is not None:
             await self._pool.disconnect()
 
 
 def _in_redis(url: str) -> tuple[Storage, ConnectionPool]:
-    # Loaded late: only several gateways need Redis's client.
+    # Imported late: only several gateways need Redis's client.
     from redis.asyncio import ConnectionPool
     from redis.asyncio.retry import Retry
     from redis.backoff import NoBackoff
 
     pool = ConnectionPool.from_url(
-        url, socket_timeout=_PATIENCE_S, socket_connect_timeout=_PATIENCE_S, retry=Retry(NoBackoff(), 0), protocol=2
+        url,
+        socket_timeout=_REDIS_TIMEOUT_S,
+        socket_connect_timeout=_REDIS_TIMEOUT_S,
+        retry=Retry(NoBackoff(), 0),
+        protocol=2,
     )
     options: Any = {"connection_pool": pool}
     return RedisStorage("async+redis://", True, "redispy", "comfy:limits", **options), pool

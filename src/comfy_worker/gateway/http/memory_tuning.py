@@ -1,4 +1,4 @@
-"""The gateway's memory: large blocks go back to the system at once, and what stays for good is not looked at again."""
+"""Tunes the memory allocator and the garbage collector for a server."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _M_MMAP_THRESHOLD = -3
 """glibc's number of the option, from its malloc.h."""
 _LARGE = 1_000_000
 _FULL_COLLECTION_AFTER = 100
-"""Collections of the middle generation; Python's own number is 10."""
+"""Collections of the middle generation; Python's default is 10."""
 
 
-def give_large_blocks_back() -> None:
-    """Keep what large answers took from staying with the process for good.
+def return_large_blocks() -> None:
+    """Return the memory of large responses to the system as soon as it is freed.
 
-    glibc raises its own limit with the first large block that is freed, up to 32 MB: from then on each thread keeps the
-    memory of answers of 20 MB for the next ones. Set by hand, the limit stays. Other C libraries are left alone.
+    glibc raises its threshold with the first large block that is freed, up to 32 MB: from then on each thread keeps the
+    memory of responses of 20 MB. A threshold that is set stays. Other C libraries are left alone.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -29,10 +29,7 @@ def give_large_blocks_back() -> None:
 
 @contextmanager
 def no_collections() -> Iterator[None]:
-    """Look for no garbage within this block, in which modules are loaded.
-
-    There is hardly any, and looking makes the block take a fifth longer.
-    """
+    """Collect no garbage within this block, which imports modules: there is hardly any, and it takes a fifth longer."""
     gc.disable()
     try:
         yield
@@ -40,15 +37,14 @@ def no_collections() -> Iterator[None]:
         gc.enable()
 
 
-def spare_what_stays() -> None:
-    """Leave what was made by now, modules and routes above all, out of every collection of garbage to come.
+def freeze_objects() -> None:
+    """Exclude all existing objects, mostly modules and routes, from future garbage collections.
 
-    To be called once, before the first request: a full collection over it takes a tenth of a second of everyone's time,
-    and the first one would fall into the first requests.
+    Call it once, before the first request: a full collection of them blocks all requests for a tenth of a second.
     """
     gc.collect()
     gc.freeze()
-    # A full collection looks at every object of every stream, and nobody is served meanwhile: 1,500 streams that open
-    # would bring ten of them about. The collections of young objects, which find nearly all garbage, stay as they are.
+    # A full collection visits every object of every stream and blocks all requests; opening 1,500 streams would trigger
+    # ten of them. The collections of young objects find nearly all garbage, and stay as they are.
     young, middle, _ = gc.get_threshold()
     gc.set_threshold(young, middle, _FULL_COLLECTION_AFTER)

@@ -14,7 +14,7 @@ from comfy_worker.signals import END_SIGNALS
 
 log = logging.getLogger(__name__)
 
-_LOOK_S = 0.5
+_POLL_S = 0.5
 _START_FAILED = 1
 _SPAWN = multiprocessing.get_context("spawn")
 
@@ -22,9 +22,9 @@ Serve = Callable[[str, int], None]
 
 
 def open_port(host: str, port: int) -> socket.socket:
-    """Return a socket at a port that others like it may share; it gets connections once it listens.
+    """Return a socket that shares its port with others; it gets connections once it listens.
 
-    With one for each process, a process that ends can answer all who have reached it; the others get who comes then.
+    With a socket of its own, a process that stops can answer all its connections, and new ones go to the others.
 
     Raises:
         OSError: it cannot be bound.
@@ -34,58 +34,58 @@ def open_port(host: str, port: int) -> socket.socket:
     return opened
 
 
-def serve_with_several(serve: Serve, host: str, port: int, count: int, when_bound: Callable[[str], None]) -> int:
-    """Let processes serve a port, and another one in the place of each that dies, until a signal.
+def serve_with_processes(serve: Serve, host: str, port: int, count: int, when_bound: Callable[[str], None]) -> int:
+    """Serve a port with several processes until a signal, and replace those that are killed.
 
     Args:
-        serve: what a process does with host and port until a signal; found by its name in its module.
-        host: where to listen.
-        port: likewise; 0 for any that is free.
-        count: of processes.
-        when_bound: called with the URL once the port is ours.
+        serve: what each process calls with host and port; a function of a module.
+        host: the address to listen on.
+        port: the port; 0 for a free one.
+        count: the number of processes.
+        when_bound: called with the URL once the port is bound.
 
     Returns:
-        The exit code: of a process that could not serve, which ends all, or else 0.
+        The exit code: that of a process that failed, which stops all others, or else 0.
     """
-    several = _Several(serve)
+    supervisor = _Supervisor(serve)
     for number in END_SIGNALS:
-        signal.signal(number, several.note_signal)
+        signal.signal(number, supervisor.note_signal)
     try:
-        # Another server's port would be shared, and not refused, by sockets that may be shared.
+        # A shared socket would not fail if another server used the port.
         with _bound(host, port, socket.SO_REUSEADDR) as probe:
             port = probe.getsockname()[1]
         held = open_port(host, port)
     except OSError as error:
-        log.critical("%s:%d cannot be listened at: %s", host, port, (error.strerror or "").lower())
+        log.critical("cannot listen on %s:%d: %s", host, port, (error.strerror or "").lower())
         return _START_FAILED
     with held:
         when_bound(f"http://{host}:{port}")
-        return several.run(host, port, count)
+        return supervisor.run(host, port, count)
 
 
-class _Several:
+class _Supervisor:
     def __init__(self, serve: Serve) -> None:
         self._serve = serve
         self._processes: list[SpawnProcess] = []
-        self._told_to_end = False
+        self._is_stopping = False
 
-    def note_signal(self, *_about: object) -> None:
-        """Do no more than that: an event's lock could be held by the same call, which a second signal interrupts."""
-        self._told_to_end = True
+    def note_signal(self, *_arguments: object) -> None:
+        """Set a flag, and no event: a second signal may interrupt this while it holds the event's lock."""
+        self._is_stopping = True
 
     def run(self, host: str, port: int, count: int) -> int:
         try:
             self._processes = [self._start(host, port) for _ in range(count)]
-            while not self._told_to_end:
-                wait([process.sentinel for process in self._processes], _LOOK_S)
+            while not self._is_stopping:
+                wait([process.sentinel for process in self._processes], _POLL_S)
                 failures = [process.exitcode for process in self._processes if (process.exitcode or 0) > 0]
                 if failures:
                     return failures[0] or 0
-                if not self._told_to_end:
+                if not self._is_stopping:
                     self._replace_dead(host, port)
             return 0
         finally:
-            self._end()
+            self._stop()
 
     def _start(self, host: str, port: int) -> SpawnProcess:
         process = _SPAWN.Process(target=self._serve, args=(host, port))
@@ -93,12 +93,12 @@ class _Several:
         return process
 
     def _replace_dead(self, host: str, port: int) -> None:
-        for place, process in enumerate(self._processes):
+        for index, process in enumerate(self._processes):
             if process.exitcode is not None:
-                log.warning("process %d has ended (%d), another takes its place", process.pid, process.exitcode)
-                self._processes[place] = self._start(host, port)
+                log.warning("process %d has exited (%d) and is replaced", process.pid, process.exitcode)
+                self._processes[index] = self._start(host, port)
 
-    def _end(self) -> None:
+    def _stop(self) -> None:
         for process in self._processes:
             process.terminate()
         for process in self._processes:

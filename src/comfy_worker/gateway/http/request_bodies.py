@@ -1,4 +1,4 @@
-"""The bodies of requests on their way in: how large and how slow they may be, and what a refusal does to the rest."""
+"""Limits of the size and speed of request bodies, and what happens to a body that is not read."""
 
 from __future__ import annotations
 
@@ -12,47 +12,45 @@ from comfy_worker.gateway.errors import RequestTooLarge, RequestTooSlow
 from comfy_worker.gateway.http.limits import RUNSYNC_LIMIT, body_limit
 
 HAS_KEY = "has_key"
-"""In the state of a request whose key is right."""
-PAUSE_S = 10.0
+"""In the state of a request with a valid key."""
+MAX_PAUSE_S = 10.0
 """How long a body may pause."""
-FIRST_S, PACE = 20.0, 500
-"""After so many seconds a body has to have come at so many bytes a second."""
-_STRANGERS_REST, _STRANGERS_S = 262_144, 1.0
-_CLIENTS_REST, _CLIENTS_S = RUNSYNC_LIMIT, 5.0
-"""Bytes and seconds for which a refused body is read, of clients with a key: many read no answer before all is sent."""
+GRACE_S, MIN_BYTES_PER_S = 20.0, 500
+"""After the grace period, a body must have arrived at this rate on average."""
+_DISCARDED_WITHOUT_KEY, _DISCARD_S_WITHOUT_KEY = 262_144, 1.0
+_DISCARDED, _DISCARD_S = RUNSYNC_LIMIT, 5.0
+"""Bytes and seconds for which a rejected body is read: many clients read no response before they have sent it all."""
 
 
-def paced(scope: Scope, receive: Receive) -> Receive:
-    """Return `receive`, which reads no further than the path's limit and waits for no body that does not move.
-
-    What it returns raises `RequestTooLarge` or `RequestTooSlow`.
+def limit_body(scope: Scope, receive: Receive) -> Receive:
+    """Return a `receive` that raises `RequestTooLarge` beyond the path's limit, and `RequestTooSlow`.
 
     Raises:
-        RequestTooLarge: the request says that its body has more bytes than the path takes.
+        RequestTooLarge: the Content-Length exceeds the limit.
     """
     limit = body_limit(scope["path"])
     declared = Headers(scope=scope).get("content-length", "")
     if declared.isdecimal() and int(declared) > limit:
         raise _too_large(limit)
-    received, is_read, began = 0, False, time.monotonic()
+    received, is_complete, started = 0, False, time.monotonic()
 
-    async def receive_paced() -> Message:
-        nonlocal received, is_read
-        if is_read:
+    async def receive_limited() -> Message:
+        nonlocal received, is_complete
+        if is_complete:
             return await receive()
-        due_in = began + FIRST_S + received / PACE - time.monotonic()
+        due_in = started + GRACE_S + received / MIN_BYTES_PER_S - time.monotonic()
         message: Message | None = None
-        with anyio.move_on_after(min(PAUSE_S, max(0.0, due_in))):
+        with anyio.move_on_after(min(MAX_PAUSE_S, max(0.0, due_in))):
             message = await receive()
         if message is None:
             raise RequestTooSlow("The rest of the request does not arrive", hint="Send it again")
         received += len(message.get("body", b""))
-        is_read = not message.get("more_body", False)
+        is_complete = not message.get("more_body", False)
         if received > limit:
             raise _too_large(limit)
         return message
 
-    return receive_paced
+    return receive_limited
 
 
 def _too_large(limit: int) -> RequestTooLarge:
@@ -60,21 +58,21 @@ def _too_large(limit: int) -> RequestTooLarge:
 
 
 def closing(message: Message) -> Message:
-    """Return the start of an answer that ends its connection."""
-    # A stream of events says that its connection is kept.
+    """Return the start of a response after which the connection is closed."""
+    # An event stream has a header that keeps it open.
     others = [(name, value) for name, value in message.get("headers", ()) if name.lower() != b"connection"]
     return {**message, "headers": [*others, (b"connection", b"close")]}
 
 
-class Unread:
-    """Ends the connection of a request that is answered before its body was read: with a refusal, as a rule.
+class UnreadBodyMiddleware:
+    """Closes the connection of a request that is answered before its body has been read, usually with an error.
 
-    A little of what still comes is read and thrown away: a client that is in the middle of sending would otherwise find
-    its connection broken, and not read the answer.
+    Some of the rest is read and discarded first: a client that is still sending would otherwise find its connection
+    broken, and not read the response.
     """
 
     def __init__(self, app: ASGIApp) -> None:
-        """Stand around an application."""
+        """Wrap an application."""
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -84,18 +82,18 @@ class Unread:
             return
         is_read = False
 
-        async def receive_and_note() -> Message:
+        async def receive_body() -> Message:
             nonlocal is_read
             message = await receive()
             is_read = not message.get("more_body", False)
             return message
 
-        async def throw_rest_away() -> None:
-            is_client = HAS_KEY in scope.get("state", {})
-            rest, seconds = (_CLIENTS_REST, _CLIENTS_S) if is_client else (_STRANGERS_REST, _STRANGERS_S)
+        async def discard_rest() -> None:
+            has_key = HAS_KEY in scope.get("state", {})
+            rest, seconds = (_DISCARDED, _DISCARD_S) if has_key else (_DISCARDED_WITHOUT_KEY, _DISCARD_S_WITHOUT_KEY)
             with anyio.move_on_after(seconds):
                 while not is_read and rest > 0:
-                    rest -= max(1, len((await receive_and_note()).get("body", b"")))
+                    rest -= max(1, len((await receive_body()).get("body", b"")))
 
         async def send_and_close(message: Message) -> None:
             if is_read:
@@ -106,10 +104,10 @@ class Unread:
                 await send(message)
             else:
                 await send({**message, "more_body": True})
-                await throw_rest_away()
+                await discard_rest()
                 await send({"type": "http.response.body", "body": b""})
 
-        await self._app(scope, receive_and_note, send_and_close)
+        await self._app(scope, receive_body, send_and_close)
 
 
 def _has_body(scope: Scope) -> bool:

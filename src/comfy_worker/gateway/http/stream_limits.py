@@ -1,4 +1,4 @@
-"""How many live streams a key may have open: server-sent events, WebSockets, and RunPod's `/stream`."""
+"""Limits of open streams: server-sent events, WebSockets, and RunPod's `/stream`."""
 
 from __future__ import annotations
 
@@ -17,33 +17,32 @@ _STREAMS = re.compile(r"(/v2/[^/]+)?/(events|stream)/.+|/generate/stream/?")
 
 
 class TooManyStreams(RateLimited):
-    """A key has as many streams open as it may."""
+    """A key has reached its limit of open streams."""
 
 
 class StreamLimits:
-    """Counts the streams of each key, in this process."""
+    """Counts the open streams of each key, in this process."""
 
-    def __init__(self, most: int) -> None:
-        """Take how many a key may have."""
-        self._most = most
+    def __init__(self, max_per_key: int) -> None:
+        self._max_per_key = max_per_key
         self._open: Counter[str] = Counter()
 
-    def take(self, key: str) -> AbstractContextManager[None]:
-        """Count one more; return a context at whose end it is counted no more.
+    def open(self, key: str) -> AbstractContextManager[None]:
+        """Count a stream; return a context manager that ends the count.
 
         Raises:
-            TooManyStreams: the key has as many as it may.
+            TooManyStreams: the key has reached its limit.
         """
-        if self._open[key] >= self._most:
+        if self._open[key] >= self._max_per_key:
             raise TooManyStreams(
-                f"More than {self._most} streams are open with this key",
-                hint="Close one, or ask for the status from time to time",
+                f"More than {self._max_per_key} streams are open with this key",
+                hint="Close one, or poll the status",
             )
         self._open[key] += 1
-        return self._held(key)
+        return self._counted(key)
 
     @contextmanager
-    def _held(self, key: str) -> Iterator[None]:
+    def _counted(self, key: str) -> Iterator[None]:
         try:
             yield
         finally:
@@ -53,33 +52,33 @@ class StreamLimits:
 
 
 @asynccontextmanager
-async def opening(send: Send) -> AsyncIterator[Send]:
-    """Open a stream within the block, when few others are; return `send`, whose first message lets the next one in."""
-    openings = scheduler_of(asyncio.get_running_loop()).open_limit
-    await openings.acquire()
+async def limit_opening(send: Send) -> AsyncIterator[Send]:
+    """Wait until few other streams are opening; return `send`, whose first message ends the opening of this one."""
+    open_limit = scheduler_of(asyncio.get_running_loop()).open_limit
+    await open_limit.acquire()
     is_held = True
 
-    def let_go() -> None:
+    def release() -> None:
         nonlocal is_held
         if is_held:
             is_held = False
-            openings.release()
+            open_limit.release()
 
-    async def send_and_let_go(message: Message) -> None:
-        let_go()
+    async def send_and_release(message: Message) -> None:
+        release()
         await send(message)
 
     try:
-        yield send_and_let_go
+        yield send_and_release
     finally:
-        let_go()
+        release()
 
 
-def begins_at_once(scope: Scope) -> bool:
-    """Return whether a stream's answer begins before there is something to tell; RunPod's `/stream` waits for that."""
+def responds_at_once(scope: Scope) -> bool:
+    """Return whether a stream's response begins before the first update; that of RunPod's `/stream` does not."""
     return is_stream(scope) and "/stream/" not in scope["path"]
 
 
 def is_stream(scope: Scope) -> bool:
-    """Return whether a request is answered as long as there is something to tell."""
+    """Return whether the response to a request is a stream."""
     return scope["type"] == "websocket" or _STREAMS.fullmatch(scope["path"]) is not None

@@ -21,7 +21,7 @@ from kombu.exceptions import OperationalError
 from redis import RedisError
 
 from comfy_worker.errors import ComfyUnreachable
-from comfy_worker.gateway.api_keys import is_loopback, kept_secret
+from comfy_worker.gateway.api_keys import is_loopback, stored_secret
 from comfy_worker.gateway.engines.backends import Backend, RunningJob, connect, stop_late, stop_unreachable
 from comfy_worker.gateway.engines.celery.app import QUEUE, publish, queue_of
 from comfy_worker.gateway.engines.celery.consumer import CeleryConsumer, ask_to_end, was_asked_to_end
@@ -86,7 +86,7 @@ class FleetWorker:
         assert settings.database_url is not None, "settings without one are refused"  # noqa: S101
         data = Path(settings.data_dir)
         data.mkdir(parents=True, exist_ok=True)
-        key = settings.gateway_key.get_secret_value() if settings.gateway_key else kept_secret(data / "gateway.key")
+        key = settings.gateway_key.get_secret_value() if settings.gateway_key else stored_secret(data / "gateway.key")
         url = settings.broker_url.get_secret_value()
         self._settings = settings
         self._database = connect_database(settings.database_url.get_secret_value(), _KEPT, _MOST)
