@@ -63,13 +63,10 @@ def test_a_sound_manifest_is_read() -> None:
         (manifest(a={"type": "choice", "description": "", "sets": SETS}), "it needs them"),
         (manifest(a={"type": "file", "description": "", "default": "a.png", "sets": SETS}), "a file has no default"),
         (manifest(a={"type": "file", "description": "", "map": {"text": "{value}"}, "sets": SETS}), "does not go with"),
+        (manifest(a={**STEPS, "maximum": 10**300}), "parameters.a.maximum: Input should be less than or equal to"),
         (
-            manifest(a={"type": "number", "description": "", "map": {"multiply": 2}, "sets": SETS}),
-            "a minimum and a max",
-        ),
-        (
-            manifest(a={**STEPS, "maximum": 10**300, "map": {"multiply": 1e300, "multiple_of": 4}}),
-            "the map leads to numbers that are too large",
+            manifest(a={**STEPS, "map": {"multiply": float("inf")}}),
+            "parameters.a.map.number.multiply: Input should be less",
         ),
         (manifest(a={"type": "string", "description": "", "map": {"text": "x"}, "sets": SETS}), "must have a {value}"),
         (

@@ -8,7 +8,7 @@ from importlib import import_module
 from comfy_worker.errors import all_errors
 from tests.support.paths import ROOT
 
-MODULES = ("comfy_worker.gateway.errors", "comfy_worker.modifiers.errors")
+MODULES = ("comfy_worker.gateway.errors", "comfy_worker.gateway.modifiers.errors")
 """Those with errors beside comfy_worker.errors."""
 OF_HTTP = {"method_not_allowed", "range_not_satisfiable"}
 """Statuses of Starlette's own."""

@@ -15,9 +15,9 @@ from types import ModuleType
 
 from comfy_worker.comfy.validation import nearest
 from comfy_worker.errors import InvalidInput, WorkerError
-from comfy_worker.modifiers import base
-from comfy_worker.modifiers.base import BaseModifier
-from comfy_worker.modifiers.errors import ModifierFailed
+from comfy_worker.gateway.modifiers import base
+from comfy_worker.gateway.modifiers.base import BaseModifier
+from comfy_worker.gateway.modifiers.errors import ModifierFailed
 from comfy_worker.redact import redact
 
 log = logging.getLogger(__name__)

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from comfy_worker.errors import InvalidInput
+from comfy_worker.gateway.modifiers.errors import MissingValue, ModifierFailed
 from comfy_worker.gateway.modifiers.loader import LoadedModifier, Modifiers, where_in
-from comfy_worker.modifiers import MissingValue, ModifierFailed
 from comfy_worker.strict_json import parse_json
 
 log = logging.getLogger(__name__)

@@ -44,10 +44,10 @@ from comfy_worker.gateway.http.event_stream import EventStream
 from comfy_worker.gateway.http.json_response import SafeJSONResponse
 from comfy_worker.gateway.http.strict_json_route import StrictJSONRoute
 from comfy_worker.gateway.jobs.service import JobService
-from comfy_worker.gateway.modifiers import run_modifier
+from comfy_worker.gateway.modifiers.random_ints import randomized
+from comfy_worker.gateway.modifiers.runner import run_modifier
 from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.job.payload import input_warnings
-from comfy_worker.modifiers import randomized
 from comfy_worker.types import JobState
 
 API = "generate"

@@ -6,8 +6,8 @@ Its file needs one line: `from modifiers.basemodifier import BaseModifier`, as f
 
 from __future__ import annotations
 
-from comfy_worker.modifiers.base import BaseModifier
-from comfy_worker.modifiers.errors import MissingValue, ModifierFailed
-from comfy_worker.modifiers.random_ints import RANDOM_INT, randomized
+from comfy_worker.gateway.modifiers.base import BaseModifier
+from comfy_worker.gateway.modifiers.errors import MissingValue, ModifierFailed
+from comfy_worker.gateway.modifiers.random_ints import RANDOM_INT, randomized
 
 __all__ = ["RANDOM_INT", "BaseModifier", "MissingValue", "ModifierFailed", "randomized"]

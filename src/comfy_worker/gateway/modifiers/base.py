@@ -11,9 +11,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from comfy_worker.errors import InvalidInput
-from comfy_worker.modifiers.errors import MissingValue, ModifierFailed
-from comfy_worker.modifiers.random_ints import HIGHEST, RANDOM_INT, fill_random_ints
-from comfy_worker.modifiers.values import RecordedValues
+from comfy_worker.gateway.modifiers.errors import MissingValue, ModifierFailed
+from comfy_worker.gateway.modifiers.random_ints import HIGHEST, RANDOM_INT, fill_random_ints
+from comfy_worker.gateway.modifiers.values import RecordedValues
 from comfy_worker.strict_json import InvalidJson, parse_json
 
 _URL = re.compile(r"https?://", re.IGNORECASE)
