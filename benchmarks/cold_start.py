@@ -1,10 +1,10 @@
-"""How long after ComfyUI is ready the first result is there, with ComfyUI booting beside the worker.
+"""The seconds from ComfyUI's first response to the first result, when worker and ComfyUI start together.
 
-    python -m benchmarks.cold_start
+    python -m benchmarks.cold_start [--rounds N]
 
-Worker and ComfyUI (the emulator, held back so that it boots as slowly as a real one) start at the same moment; a job
-waits in the platform's queue. For comparison: how long `import runpod` takes with and without the SDK's probe of the
-processor.
+A job is queued. ComfyUI is the emulator, whose start is delayed by 0, 4 and 8 s like that of a real one. The table has
+medians of N rounds. For comparison, the seconds of `import runpod` with and without the SDK's probe of the processor
+are printed.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from tests.support.runpod.platform import Platform
 
 LIMIT_S = 0.3
 BOOT_S = (0.0, 4.0, 8.0)
-"""How long ComfyUI is held back before it starts."""
+"""The delays of ComfyUI's start in seconds."""
 
 
 class BootingComfyUI:
-    """An emulator that starts late; knows when it first answered."""
+    """An emulator that starts late; `ready_at` is the time of its first response."""
 
     def __init__(self, boot_s: float) -> None:
         self.url = f"http://127.0.0.1:{free_port()}"
@@ -41,11 +41,11 @@ class BootingComfyUI:
         self._thread = threading.Thread(target=self._boot)
 
     def start(self) -> None:
-        """Begin to boot."""
+        """Start, and return at once."""
         self._thread.start()
 
     def stop(self) -> None:
-        """End it; returns when it is gone."""
+        """Stop it."""
         self._thread.join()
         if self._process is not None:
             self._process.terminate()
@@ -69,7 +69,7 @@ class BootingComfyUI:
 
 @contextmanager
 def booting_comfyui(boot_s: float) -> Iterator[BootingComfyUI]:
-    """Yield a ComfyUI that begins to boot now."""
+    """Start a ComfyUI that becomes ready later."""
     comfyui = BootingComfyUI(boot_s)
     comfyui.start()
     try:
@@ -79,7 +79,7 @@ def booting_comfyui(boot_s: float) -> Iterator[BootingComfyUI]:
 
 
 def first_result(boot_s: float) -> tuple[float, float, float]:
-    """Return seconds from the start: until ComfyUI was ready, until the first result, and between the two."""
+    """Return the seconds from the start to ComfyUI's readiness and to the first result, and those between them."""
     with Platform() as platform:
         job_id = platform.submit(job(0.01))
         began = time.perf_counter()
@@ -92,7 +92,7 @@ def first_result(boot_s: float) -> tuple[float, float, float]:
 
 
 def import_seconds(statement: str) -> float:
-    """Return how long a statement takes in a fresh interpreter."""
+    """Return the seconds of a statement in a new interpreter."""
     code = f"import time; began = time.perf_counter()\n{statement}\nprint(time.perf_counter() - began)"
     return statistics.median(
         float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
@@ -101,7 +101,7 @@ def import_seconds(statement: str) -> float:
 
 
 def main() -> int:
-    """Print the tables; return 1 if the first result comes later than it may."""
+    """Print the table; return 1 if the limit is exceeded."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
@@ -109,12 +109,12 @@ def main() -> int:
     ours = import_seconds("from comfy_worker.serverless.start import import_runpod\nimport_runpod()")
     on_top = import_seconds("import runpod\nbegan = time.perf_counter()\nimport handler")
     print(f"import runpod: {plain:.2f} s; as the worker does it: {ours:.2f} s; import handler on top: {on_top:.2f} s\n")
-    print(f"{'ComfyUI held back':>18}{'ready after':>13}{'first result':>14}{'between':>9}   limit {LIMIT_S} s")
+    print(f"{'start delayed by':>18}{'ready after':>13}{'first result':>14}{'between':>9}   limit {LIMIT_S} s")
     over = False
     for boot_s in BOOT_S:
         rounds = [first_result(boot_s) for _ in range(options.rounds)]
         ready, done, between = (statistics.median(times) for times in zip(*rounds, strict=True))
-        # A ComfyUI that is ready before the worker is imported is not what is being measured.
+        # Without a delay, ComfyUI is ready before the worker is imported.
         counts = boot_s > 0
         over |= counts and between > LIMIT_S
         print(f"{boot_s:16.1f} s{ready:11.2f} s{done:12.2f} s{between:7.2f} s   {'' if counts else '(worker starts)'}")

@@ -1,10 +1,11 @@
-"""How long the outputs take to a bucket that is 80 ms away, and how much memory large ones take.
+"""The time of delivering outputs to a bucket 80 ms away, and the memory for large ones.
 
     python -m benchmarks.delivery [--comfyui-url URL --base-directory DIR] [--rounds N]
 
-The bucket is moto's, in a process of its own behind a proxy that lets every byte travel for 40 ms each way. Without a
-URL the emulator is ComfyUI. Every round is a job; the first one is shown by itself. moto hangs up after every request,
-so all of them pay for opening a connection; services that do not are quicker by that round trip.
+Images: seconds from the end of the workflow to the response, of the first job and as median of N later ones, with
+`delivered_ms`. Videos: peak memory above idle, in MB for S3 and as a multiple of the file's size for base64. The bucket
+is moto's, behind a proxy that delays each direction by 40 ms. moto closes each connection, so that every request pays
+one round trip more than on services that do not. Without a URL, the emulator is ComfyUI.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any
 import boto3
 from tqdm import tqdm
 
-from benchmarks.servers import emulator, wait_until_it_answers
+from benchmarks.servers import emulator, wait_until_up
 from comfy_worker.settings import load_settings
 from comfy_worker.types import JobEvent, Stage, StageStarted
 from comfy_worker.worker import Worker
@@ -36,24 +37,25 @@ from tests.support.processes.delivery_memory import deliver_in_child
 
 ONE_WAY_MS = 40
 LIMITS_S = {1: 0.25, 8: 0.4}
-"""How long that many pictures may take after ComfyUI has finished."""
+"""Seconds after the end of the workflow, by number of images."""
 S3_LIMIT_MB = 64.0
-"""Above idle, for a video of 256 MB."""
+"""Memory above idle for a video of 256 MB."""
 BASE64_LIMIT = 2.5
-"""Times the size of a file of 64 MB."""
+"""Memory above idle as a multiple of the size, for a file of 64 MB."""
 MB = 1024 * 1024
 KEYS = {"bucket_access_key_id": "benchmark", "bucket_secret_access_key": "benchmark-secret"}
 _colours = itertools.count(int(time.time()) % 1_000_000 * 10)
 
 
 @dataclass(frozen=True)
-class Bench:
-    """Who takes part.
+class Setup:
+    """The servers.
 
     Attributes:
-        comfyui_url: of a ComfyUI with its folders in `base`.
+        comfyui_url: ComfyUI.
+        base: its base directory.
         far_url: endpoint and bucket, 80 ms away.
-        near_url: the same bucket on this machine.
+        near_url: the same bucket without delay.
     """
 
     comfyui_url: str
@@ -74,16 +76,16 @@ class Row:
 
 
 @contextmanager
-def bench(url: str | None, base: str | None) -> Iterator[Bench]:
-    """Yield a ComfyUI and a bucket."""
+def servers(url: str | None, base: str | None) -> Iterator[Setup]:
+    """Run ComfyUI and a bucket."""
     with ExitStack() as stack:
         folder = base or stack.enter_context(tempfile.TemporaryDirectory(prefix="delivery-"))
         comfyui_url = url or stack.enter_context(emulator("--base-directory", folder))
         port, far_port = free_port(), free_port()
         moto = stack.enter_context(process("-m", "moto.server", "-p", str(port)))
-        wait_until_it_answers(f"http://127.0.0.1:{port}", moto)
-        far = stack.enter_context(process("-m", "benchmarks.distance", str(far_port), str(port), str(ONE_WAY_MS)))
-        wait_until_it_answers(f"http://127.0.0.1:{far_port}", far)
+        wait_until_up(f"http://127.0.0.1:{port}", moto)
+        far = stack.enter_context(process("-m", "benchmarks.latency_proxy", str(far_port), str(port), str(ONE_WAY_MS)))
+        wait_until_up(f"http://127.0.0.1:{far_port}", far)
         near_url = f"http://127.0.0.1:{port}"
         boto3.client(
             "s3",
@@ -92,14 +94,14 @@ def bench(url: str | None, base: str | None) -> Iterator[Bench]:
             aws_access_key_id=KEYS["bucket_access_key_id"],
             aws_secret_access_key=KEYS["bucket_secret_access_key"],
         ).create_bucket(Bucket="outputs")
-        yield Bench(comfyui_url, Path(folder), f"http://127.0.0.1:{far_port}/outputs", f"{near_url}/outputs")
+        yield Setup(comfyui_url, Path(folder), f"http://127.0.0.1:{far_port}/outputs", f"{near_url}/outputs")
 
 
 @contextmanager
 def process(*arguments: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Yield a Python process, and end it."""
-    silence = subprocess.DEVNULL
-    with subprocess.Popen([sys.executable, *arguments], stdout=silence, stderr=silence) as started:
+    """Run a Python process until the end of the block."""
+    null = subprocess.DEVNULL
+    with subprocess.Popen([sys.executable, *arguments], stdout=null, stderr=null) as started:
         try:
             yield started
         finally:
@@ -109,20 +111,20 @@ def process(*arguments: str) -> Iterator[subprocess.Popen[bytes]]:
 # -------------------------------------------------------------------------------------------------- pictures
 
 
-class Clock:
-    """Knows when ComfyUI had finished."""
+class DeliveryClock:
+    """Records when the workflow of a job ended."""
 
     def __init__(self) -> None:
         self.finished = 0.0
 
-    def note(self, event: JobEvent) -> None:
-        """Take in what happened."""
+    def on_event(self, event: JobEvent) -> None:
+        """Handle an event of the job."""
         if isinstance(event, StageStarted) and event.stage is Stage.DELIVERING:
             self.finished = time.perf_counter()
 
 
 def workflow(count: int, side: int) -> dict[str, Any]:
-    """Return a workflow that makes `count` pictures and that no run before has made."""
+    """Return a workflow that makes `count` new images."""
     size = {"width": side, "height": side, "batch_size": count, "color": next(_colours) % 0xFFFFFF}
     return {
         "1": {"class_type": "EmptyImage", "inputs": size},
@@ -130,18 +132,16 @@ def workflow(count: int, side: int) -> dict[str, Any]:
     }
 
 
-def pictures(taking_part: Bench, count: int, side: int, rounds: int, *, on_disk: bool) -> Row:
-    """Return how long `count` pictures take from the end of the workflow to the answer."""
-    disk = {"comfyui_base_directory": str(taking_part.base)} if on_disk else {}
-    settings = load_settings(
-        comfyui_url=taking_part.comfyui_url, bucket_endpoint_url=taking_part.far_url, **KEYS, **disk
-    )
+def pictures(setup: Setup, count: int, side: int, rounds: int, *, on_disk: bool) -> Row:
+    """Return the seconds from the end of the workflow to the response, for `count` images."""
+    disk = {"comfyui_base_directory": str(setup.base)} if on_disk else {}
+    settings = load_settings(comfyui_url=setup.comfyui_url, bucket_endpoint_url=setup.far_url, **KEYS, **disk)
     walls, delivered = [], []
     name = f"{count} picture{'s' if count > 1 else ''} of {side}x{side}, {'on disk' if on_disk else 'by /view'}"
     with closing(Worker(settings)) as worker:
         for _ in tqdm(range(rounds + 1), desc=name, leave=False, disable=None):
-            clock = Clock()
-            output = worker.run({"id": "delivery", "input": {"workflow": workflow(count, side)}}, clock.note)
+            clock = DeliveryClock()
+            output = worker.run({"id": "delivery", "input": {"workflow": workflow(count, side)}}, clock.on_event)
             walls.append(time.perf_counter() - clock.finished)
             if [image["type"] for image in output.get("images", [])] != ["s3_url"] * count:
                 raise SystemExit(f"the worker did not deliver {count} pictures: {output}")
@@ -159,67 +159,67 @@ def pictures(taking_part: Bench, count: int, side: int, rounds: int, *, on_disk:
 # ---------------------------------------------------------------------------------------------------- memory
 
 
-def memory(taking_part: Bench) -> Iterator[Row]:
-    """Yield how much memory a child process needs for a large file."""
+def memory(setup: Setup) -> Iterator[Row]:
+    """Yield the memory that large files need."""
     sizes = {"delivery_first.mp4": 1, "delivery_64.mp4": 64, "delivery_256.mp4": 256}
-    paths = {name: taking_part.base / "output" / name for name in sizes}
+    paths = {name: setup.base / "output" / name for name in sizes}
     for name, size in sizes.items():
         videos.write_mp4(paths[name], size * MB)
     try:
         for on_disk in (False, True):
-            yield to_s3(taking_part, on_disk=on_disk)
-            yield as_base64(taking_part, on_disk=on_disk)
+            yield to_s3(setup, on_disk=on_disk)
+            yield as_base64(setup, on_disk=on_disk)
     finally:
         for path in paths.values():
             path.unlink()
 
 
-def child(taking_part: Bench, name: str, kind: str, *, on_disk: bool) -> tuple[float, float]:
-    """Return the MB above idle, and the seconds."""
+def deliver(setup: Setup, name: str, kind: str, *, on_disk: bool) -> tuple[float, float]:
+    """Deliver a file in a child process; return its memory above idle in MB, and the seconds."""
     environment = {
-        "COMFYUI_URL": taking_part.comfyui_url,
-        "BUCKET_ENDPOINT_URL": taking_part.near_url,
+        "COMFYUI_URL": setup.comfyui_url,
+        "BUCKET_ENDPOINT_URL": setup.near_url,
         **{key.upper(): value for key, value in KEYS.items()},
-        **({"COMFYUI_BASE_DIRECTORY": str(taking_part.base)} if on_disk else {}),
+        **({"COMFYUI_BASE_DIRECTORY": str(setup.base)} if on_disk else {}),
     }
-    said = deliver_in_child(name, environment, kind=kind, first="delivery_first.mp4")
-    return said["peak_mb"] - said["idle_mb"], said["seconds"]
+    result = deliver_in_child(name, environment, kind=kind, first="delivery_first.mp4")
+    return result["peak_mb"] - result["idle_mb"], result["seconds"]
 
 
-def to_s3(taking_part: Bench, *, on_disk: bool) -> Row:
-    """Return what a video of 256 MB takes."""
-    above_mb, seconds = child(taking_part, "delivery_256.mp4", "s3", on_disk=on_disk)
+def to_s3(setup: Setup, *, on_disk: bool) -> Row:
+    """Return the memory for a video of 256 MB to S3."""
+    above_mb, seconds = deliver(setup, "delivery_256.mp4", "s3", on_disk=on_disk)
     name = f"video of 256 MB to S3, {'on disk' if on_disk else 'by /view'}"
     measured = f"{above_mb:.1f} MB ({seconds:.1f} s)"
     return Row(name, "", measured, f"{S3_LIMIT_MB:.0f} MB", above_mb > S3_LIMIT_MB)
 
 
-def as_base64(taking_part: Bench, *, on_disk: bool) -> Row:
-    """Return what a video of 64 MB takes."""
-    above_mb, seconds = child(taking_part, "delivery_64.mp4", "base64", on_disk=on_disk)
+def as_base64(setup: Setup, *, on_disk: bool) -> Row:
+    """Return the memory for a video of 64 MB as base64."""
+    above_mb, seconds = deliver(setup, "delivery_64.mp4", "base64", on_disk=on_disk)
     name = f"video of 64 MB as base64, {'on disk' if on_disk else 'by /view'}"
     measured = f"{above_mb / 64:.2f} x ({seconds:.1f} s)"
     return Row(name, "", measured, f"{BASE64_LIMIT} x", above_mb / 64 > BASE64_LIMIT)
 
 
 def main() -> int:
-    """Print the table; return 1 if anything takes more than it may."""
+    """Print the table; return 1 if a limit is exceeded."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--comfyui-url")
-    parser.add_argument("--base-directory", help="of that ComfyUI")
+    parser.add_argument("--base-directory", help="the base directory of that ComfyUI")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--json", action="store_true", help="print the rows as JSON instead of a table")
     options = parser.parse_args()
     if bool(options.comfyui_url) != bool(options.base_directory):
         parser.error("--comfyui-url and --base-directory belong together")
-    with bench(options.comfyui_url, options.base_directory) as taking_part:
+    with servers(options.comfyui_url, options.base_directory) as setup:
         rows = [
-            pictures(taking_part, count, side, options.rounds, on_disk=on_disk)
+            pictures(setup, count, side, options.rounds, on_disk=on_disk)
             for count in LIMITS_S
             for side in (64, 1024)
             for on_disk in (False, True)
         ]
-        rows += memory(taking_part)
+        rows += memory(setup)
     if options.json:
         print(json.dumps([vars(row) for row in rows], indent=2))
     else:

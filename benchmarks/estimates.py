@@ -1,10 +1,11 @@
-"""How near a job's estimates come to what happens, through a started gateway.
+"""The accuracy of the gateway's estimates of waiting and run times.
 
     python -m benchmarks.estimates [--seconds S] [--jobs N] [--comfyui URL]
 
-A first job lets the gateway learn how long such a workflow takes. Then so many are sent at once, and the estimate of
-each is asked for again and again until its end: how long it waits, from RunPod's `/status`, and when it will have
-ended, from the workflow API. Without a URL the emulator runs them; a real ComfyUI needs the node `TestWork`.
+The gateway learns the run time from a first job. Then N jobs of S seconds are submitted at once, and their estimates
+are polled: the wait from RunPod's `/status`, the end from the workflow API. The table has the real times in seconds,
+the worst error as a share of them, and the number of times an estimate rose. Without a URL, the emulator is ComfyUI; a
+real ComfyUI needs the custom node `TestWork`.
 """
 
 from __future__ import annotations
@@ -26,19 +27,19 @@ from tests.support.comfyui.graphs import work
 from tests.support.gateway.process import GatewayProcess, gateway_process
 
 LIMIT = 0.25
-"""Part of what happened by which an estimate may be off."""
+"""The largest error, as a share of the real time."""
 _ROUNDING_S = 1.0
-"""The workflow API counts whole seconds."""
+"""The workflow API returns whole seconds."""
 _PAUSE_S = 0.1
 
 
 @dataclass
 class Followed:
-    """The estimates of one job: what was said, and when.
+    """The estimates of one job, as pairs of time and seconds.
 
     Attributes:
-        waits: seconds until it runs.
-        ends: seconds until it has ended.
+        waits: until it starts.
+        ends: until it ends.
     """
 
     waits: list[tuple[float, float]] = field(default_factory=list)
@@ -48,7 +49,7 @@ class Followed:
 
 
 def follow(gateway: GatewayProcess, job_id: str) -> Followed:
-    """Ask for a job's estimates until it has ended."""
+    """Poll the estimates of a job until it has ended."""
     followed = Followed()
     while True:
         status = gateway.get(f"/status/{job_id}").json()
@@ -60,23 +61,23 @@ def follow(gateway: GatewayProcess, job_id: str) -> Followed:
         elif status["status"] not in ("IN_QUEUE", "IN_PROGRESS"):
             followed.ended_at = now
             return followed
-        told = gateway.get(f"/api/workflow/status/{job_id}").json()["estimated_time_remaining"]
-        if told is not None:
-            followed.ends.append((time.monotonic(), float(told)))
+        remaining = gateway.get(f"/api/workflow/status/{job_id}").json()["estimated_time_remaining"]
+        if remaining is not None:
+            followed.ends.append((time.monotonic(), float(remaining)))
         time.sleep(_PAUSE_S)
 
 
-def worst(said: list[tuple[float, float]], happened_at: float, slack_s: float) -> float:
-    """Return by which part of the whole time the worst estimate was off, beyond what rounding explains."""
-    if not said:
+def worst(estimates: list[tuple[float, float]], happened_at: float, slack_s: float) -> float:
+    """Return the worst error beyond `slack_s`, as a share of the whole time."""
+    if not estimates:
         return 0.0
-    whole_s = max(happened_at - said[0][0], 1e-6)
-    return max(max(0.0, abs(at + seconds - happened_at) - slack_s) for at, seconds in said) / whole_s
+    whole_s = max(happened_at - estimates[0][0], 1e-6)
+    return max(max(0.0, abs(at + seconds - happened_at) - slack_s) for at, seconds in estimates) / whole_s
 
 
-def rises(said: list[tuple[float, float]]) -> int:
-    """Return how often an estimate was larger than the one before."""
-    return sum(later > earlier for (_, earlier), (_, later) in pairwise(said))
+def rises(estimates: list[tuple[float, float]]) -> int:
+    """Return how often an estimate exceeded the one before."""
+    return sum(later > earlier for (_, earlier), (_, later) in pairwise(estimates))
 
 
 @contextmanager
@@ -86,9 +87,9 @@ def _comfyui(url: str | None) -> Iterator[str]:
 
 
 def main() -> int:
-    """Measure, and print a table; return 1 if an estimate was off by more than it may."""
+    """Print the table; return 1 if the limit is exceeded."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=3.0, help="how long each job works")
+    parser.add_argument("--seconds", type=float, default=3.0, help="seconds of work of each job")
     parser.add_argument("--jobs", type=int, default=5)
     parser.add_argument("--comfyui", default=os.environ.get("COMFYUI_URL"), help="a running ComfyUI")
     arguments = parser.parse_args()

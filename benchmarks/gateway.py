@@ -1,8 +1,10 @@
-"""What the gateway adds to the handler, how soon its events arrive, and how it holds a thousand jobs.
+"""The latency that the gateway adds, the delay of its events, and its speed with many jobs.
 
-    python -m benchmarks.gateway [--rounds N] [--jobs N]
+    python -m benchmarks.gateway [--rounds N] [--jobs N] [--json]
 
-It starts the emulator and a gateway with an SQLite database in processes of their own, and measures over loopback.
+The emulator and a gateway on SQLite run as processes; clients use the loopback. Milliseconds: the handler alone,
+`/runsync`, the difference (medians of pairs), the delay from an event to its client, and `/status` while N jobs run.
+Jobs per second: their submission from 8 clients.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import requests
 from tqdm import tqdm
 
 from benchmarks.overhead import run_worker, seconds, workflow
-from benchmarks.servers import emulator, wait_until_it_answers
+from benchmarks.servers import emulator, wait_until_up
 from comfy_worker.settings import load_settings
 from comfy_worker.worker import Worker
 from tests.support.network.ports import free_port
@@ -40,7 +42,7 @@ _FINAL = ("COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT")
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; without a limit the figure is only told."""
+    """One line of the table, with or without a limit."""
 
     name: str
     figure: float
@@ -49,47 +51,46 @@ class Row:
 
     @property
     def is_over(self) -> bool:
-        """Whether the figure is larger than it may be."""
+        """Whether the figure exceeds the limit."""
         return self.limit is not None and self.figure > self.limit
 
     def __str__(self) -> str:
-        told = f"{self.name:52}{self.figure:10.2f} {self.unit:6}"
-        return told if self.limit is None else f"{told} limit {self.limit:g}, ratio {self.figure / self.limit:.2f}"
+        text = f"{self.name:52}{self.figure:10.2f} {self.unit:6}"
+        return text if self.limit is None else f"{text} limit {self.limit:g}, ratio {self.figure / self.limit:.2f}"
 
 
 class Client:
-    """A client of the gateway with a connection that stays open."""
+    """A client of the gateway with an open connection."""
 
     def __init__(self, url: str) -> None:
-        """Take the gateway's URL."""
         self._url = url
         self._session = requests.Session()
         self._session.trust_env = False
 
     def runsync(self, graph: dict[str, Any]) -> None:
-        """Run a workflow that makes one picture."""
+        """Run a workflow that makes one image."""
         answer = self._session.post(f"{self._url}/runsync", json={"input": {"workflow": graph}}).json()
         if len(answer.get("output", {}).get("images", [])) != 1:
             raise SystemExit(f"the gateway returned no picture: {answer}")
 
     def run(self, graph: dict[str, Any]) -> str:
-        """Queue a workflow; return its job's id."""
+        """Queue a workflow, and return the job id."""
         answer = self._session.post(f"{self._url}/run", json={"input": {"workflow": graph}}).json()
         if "id" not in answer:
-            raise SystemExit(f"the gateway took no job: {answer}")
+            raise SystemExit(f"the gateway refused a job: {answer}")
         job_id: str = answer["id"]
         return job_id
 
     def status(self, job_id: str) -> str:
-        """Return a job's state."""
+        """Return the status of a job."""
         answer = self._session.get(f"{self._url}/status/{job_id}").json()
         if "status" not in answer:
-            raise SystemExit(f"the gateway told no state: {answer}")
+            raise SystemExit(f"the gateway returned no status: {answer}")
         status: str = answer["status"]
         return status
 
     def event_delays(self, job_id: str) -> Iterator[float]:
-        """Yield the seconds between each event of a job and its arrival here: its id is the time of its making."""
+        """Yield the seconds from each event of a job to its arrival; an event's id is its time in microseconds."""
         number = 0
         with closing(self._session.get(f"{self._url}/events/{job_id}", stream=True)) as answer:
             for line in answer.iter_lines(chunk_size=1):
@@ -102,7 +103,7 @@ class Client:
 
 @contextmanager
 def gateway(comfyui_url: str, jobs: int) -> Iterator[str]:
-    """Yield the URL of a gateway of our own."""
+    """Run a gateway, and yield its URL."""
     port = free_port()
     with tempfile.TemporaryDirectory() as data:
         environment = {
@@ -116,7 +117,7 @@ def gateway(comfyui_url: str, jobs: int) -> Iterator[str]:
         }
         process = subprocess.Popen([sys.executable, "-m", "comfy_worker", "serve"], env=environment)
         try:
-            wait_until_it_answers(f"http://127.0.0.1:{port}/live", process)
+            wait_until_up(f"http://127.0.0.1:{port}/live", process)
             yield f"http://127.0.0.1:{port}"
         finally:
             process.terminate()
@@ -140,7 +141,7 @@ def measure_added(comfyui_url: str, url: str, rounds: int) -> Iterator[Row]:
 
 
 def measure_events(url: str, rounds: int) -> Iterator[Row]:
-    """Follow jobs of many steps."""
+    """Measure the delay of events of jobs with many steps."""
     client = Client(url)
     delays: list[float] = []
     for _ in tqdm(range(max(1, rounds // 10)), desc="events", leave=False, disable=None):
@@ -149,32 +150,32 @@ def measure_events(url: str, rounds: int) -> Iterator[Row]:
     yield Row("event to client, p99", 1000 * _p99(delays), "ms")
 
 
-def _work(wanted_s: float, steps: int) -> dict[str, Any]:
+def _work(seconds: float, steps: int) -> dict[str, Any]:
     graph = workflow(1, 64)
     graph["3"] = {
         "class_type": "TestWork",
-        "inputs": {"image": ["1", 0], "seconds": wanted_s, "steps": steps, "preview": False, "fail_at": 0},
+        "inputs": {"image": ["1", 0], "seconds": seconds, "steps": steps, "preview": False, "fail_at": 0},
     }
     graph["9"]["inputs"]["images"] = ["3", 0]
     return graph
 
 
 def measure_load(url: str, jobs: int) -> Iterator[Row]:
-    """Submit many jobs at once, and ask for the state of one or the other while they run."""
+    """Submit many jobs at once, and poll the status of random ones while they run."""
     clients = [Client(url) for _ in range(_CLIENTS)]
     graphs = [_work(0.01, 1) for _ in range(jobs)]
     with ThreadPoolExecutor(_CLIENTS) as threads:
         began = time.perf_counter()
-        parts = [threads.submit(_submit, client, graphs[place::_CLIENTS]) for place, client in enumerate(clients)]
+        parts = [threads.submit(_submit, client, graphs[index::_CLIENTS]) for index, client in enumerate(clients)]
         ids = [job_id for part in parts for job_id in part.result()]
         yield Row(f"submissions, {jobs} jobs from {_CLIENTS} clients", jobs / (time.perf_counter() - began), "/s")
     delays = []
     waiting = set(ids)
     while waiting:
         job_id = random.choice(ids) if len(waiting) > 1 else next(iter(waiting))
-        asked = time.perf_counter()
+        began = time.perf_counter()
         state = clients[0].status(job_id)
-        delays.append(time.perf_counter() - asked)
+        delays.append(time.perf_counter() - began)
         if state in _FINAL:
             waiting.discard(job_id)
         if len(waiting) < jobs // 10 or len(delays) > 50 * jobs:
@@ -194,7 +195,7 @@ def _p99(delays: list[float]) -> float:
 
 
 def main() -> int:
-    """Print the table; return 1 if a figure is over its limit."""
+    """Print the table; return 1 if a limit is exceeded."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--jobs", type=int, default=1000)

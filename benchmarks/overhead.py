@@ -1,11 +1,11 @@
-"""What the worker adds: its wall time beside a bare client's, on one ComfyUI, in one run.
-
-The bare client does the least that can be done: a kept-open session and websocket, submit, wait for the last frame,
-ask the history once, fetch all pictures in parallel. It checks nothing, recovers from nothing and encodes nothing.
+"""The time from a job to its output, compared with a bare client on the same ComfyUI.
 
     python -m benchmarks.overhead [--comfyui-url URL] [--rounds N]
 
-Without a URL it starts the emulator. Both take turns, each run has a colour of its own so that nothing is cached.
+The table has medians in milliseconds and the ratio of these. The bare client has an open session and
+WebSocket; it submits, waits for the last message, requests the history once and fetches all images in parallel. It
+checks and encodes nothing. Both run alternately, with a new colour each time so that nothing is cached. Without a URL,
+the emulator is ComfyUI.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import requests
 import websocket
 from tqdm import tqdm
 
+from benchmarks.servers import emulator
 from comfy_worker.settings import load_settings
 from comfy_worker.worker import Worker
 
@@ -39,7 +40,7 @@ _colours = itertools.count(int(time.time()) % 1_000_000 * 10)
 
 
 def workflow(count: int, side: int) -> dict[str, Any]:
-    """Return a workflow without a model that makes `count` pictures and that no run before has made."""
+    """Return a workflow without a model that makes `count` new images."""
     size = {"width": side, "height": side, "batch_size": count, "color": next(_colours) % 0xFFFFFF}
     return {
         "1": {"class_type": "EmptyImage", "inputs": size},
@@ -48,7 +49,7 @@ def workflow(count: int, side: int) -> dict[str, Any]:
 
 
 class BareClient:
-    """The least that gets the pictures out of ComfyUI."""
+    """A client that does only what is needed to get the images."""
 
     def __init__(self, url: str) -> None:
         self._url = url
@@ -60,7 +61,7 @@ class BareClient:
         self._threads = ThreadPoolExecutor(8)
 
     def run(self, graph: dict[str, Any]) -> list[bytes]:
-        """Return the pictures' bytes."""
+        """Run a workflow, and return the content of its images."""
         body = {"prompt": graph, "client_id": self._client_id}
         prompt_id = self._session.post(f"{self._url}/prompt", json=body).json()["prompt_id"]
         while not self._is_last(self._socket.recv(), prompt_id):
@@ -82,14 +83,14 @@ class BareClient:
 
 
 def run_worker(worker: Worker, graph: dict[str, Any], count: int) -> None:
-    """Run the job as the handler does, from RunPod's job to RunPod's output."""
+    """Run a RunPod job as the handler does."""
     output = worker.run({"id": "overhead", "input": {"workflow": graph}})
     if len(output["images"]) != count:
         raise SystemExit(f"the worker returned {len(output['images'])} of {count} pictures: {output}")
 
 
 def seconds(action: Callable[[], object]) -> float:
-    """Return how long an action takes."""
+    """Return the duration of an action."""
     began = time.perf_counter()
     action()
     return time.perf_counter() - began
@@ -97,18 +98,16 @@ def seconds(action: Callable[[], object]) -> float:
 
 @contextmanager
 def comfyui(url: str | None) -> Iterator[str]:
-    """Yield the URL of a running ComfyUI: the given one, or an emulator of our own in its own process."""
+    """Yield the given URL, or that of an emulator."""
     if url:
         yield url
         return
-    from benchmarks.servers import emulator
-
-    with emulator() as own:
-        yield own
+    with emulator() as own_url:
+        yield own_url
 
 
 def main() -> int:
-    """Print the table; return 1 if the worker is slower than it may be."""
+    """Print the table; return 1 if the limit is exceeded."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--comfyui-url")
     parser.add_argument("--rounds", type=int, default=30)
@@ -122,7 +121,7 @@ def main() -> int:
 
 
 def measure(url: str, name: str, count: int, side: int, rounds: int) -> tuple[str, float, float, float]:
-    """Return the median seconds of the bare client and the worker, and the median ratio of the pairs."""
+    """Return name, median seconds of bare client and worker, and the ratio of these."""
     bare, worker = BareClient(url), Worker(load_settings(comfyui_url=url))
     pairs = []
     for round_number in tqdm(range(rounds + 2), desc=name, leave=False, disable=None):
@@ -130,7 +129,7 @@ def measure(url: str, name: str, count: int, side: int, rounds: int) -> tuple[st
             seconds(lambda: bare.run(workflow(count, side))),
             seconds(lambda: run_worker(worker, workflow(count, side), count)),
         )
-        if round_number >= 2:  # the first ones open connections
+        if round_number >= 2:  # the first two open connections
             pairs.append(pair)
     worker.close()
     bare_median, own_median = (statistics.median(times) for times in zip(*pairs, strict=True))

@@ -1,4 +1,4 @@
-"""Processes that a benchmark starts beside itself, and what they take of the machine; for Linux."""
+"""Processes of benchmarks, and their CPU time (Linux only)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _END_S = 30.0
 
 @contextmanager
 def module(*arguments: str, environment: Mapping[str, str] | None = None) -> Iterator[subprocess.Popen[bytes]]:
-    """Run `python -m …` until the end of the block; what it prints is not shown."""
+    """Run `python -m …` until the end of the block, without its output."""
     process = subprocess.Popen(
         [sys.executable, "-m", *arguments],
         env={**os.environ, "ENV_FILE": "", **(environment or {})},
@@ -34,27 +34,27 @@ def module(*arguments: str, environment: Mapping[str, str] | None = None) -> Ite
 
 
 def cpu_s(pid: int) -> float:
-    """Return how many CPU seconds a process and its children have taken, those included that have ended."""
+    """Return the CPU seconds of a process and its children, including ended ones."""
     children: dict[int, list[int]] = {}
     fields = dict(_stats())
     for own, stat in fields.items():
         children.setdefault(int(stat[1]), []).append(own)
-    ticks, open_pids = 0, [pid]
-    while open_pids:
-        one = open_pids.pop()
-        # Of the process itself, and of its children that have ended: utime, stime, cutime, cstime.
-        ticks += sum(map(int, fields[one][11:15])) if one in fields else 0
-        open_pids += children.get(one, [])
+    ticks, pending = 0, [pid]
+    while pending:
+        current = pending.pop()
+        # utime and stime of the process, cutime and cstime of its ended children: proc_pid_stat(5)
+        ticks += sum(map(int, fields[current][11:15])) if current in fields else 0
+        pending += children.get(current, [])
     return ticks / _TICKS
 
 
 def parent_of(pid: int) -> int:
-    """Return who started a process."""
+    """Return the pid of the parent."""
     return int(_fields(Path(f"/proc/{pid}"))[1])
 
 
 def machine_s() -> tuple[float, float]:
-    """Return how many CPU seconds this machine has worked, and how many it was idle, on all its cores."""
+    """Return the busy and the idle CPU seconds of all cores since the boot."""
     user, nice, system, idle, waiting, *rest = map(int, Path("/proc/stat").read_text().splitlines()[0].split()[1:9])
     return (user + nice + system + sum(rest)) / _TICKS, (idle + waiting) / _TICKS
 
@@ -65,9 +65,9 @@ def _stats() -> Iterator[tuple[int, list[str]]]:
             try:
                 yield int(folder.name), _fields(folder)
             except (FileNotFoundError, ProcessLookupError):
-                continue  # it has just ended
+                continue  # it has ended
 
 
 def _fields(folder: Path) -> list[str]:
-    """Return what stands behind the process's name, which may have spaces: its state, its parent, ..."""
+    """Return the fields after the process's name, which may contain spaces."""
     return (folder / "stat").read_text().rpartition(")")[2].split()

@@ -1,10 +1,12 @@
-"""How the throughput of a fleet grows with its workers, and where its limit lies.
+"""The throughput of a fleet by number of workers, and the capacity of each part alone.
 
     python -m benchmarks.scale [--workers 1,2,4,8] [--seconds S]
 
-A gateway, PostgreSQL, Redis, and workers that each have an emulator, all on the loopback. The GPU's work is S seconds
-of sleep, so that the cores only carry what this project adds. Throughput is held against as many times that of one
-worker, as far as this machine has idle cores; then each part is measured alone.
+A gateway, PostgreSQL, Redis, and workers with one emulator each, on the loopback. The GPU work of a job is S seconds of
+sleep, so that the CPU time is only that of this project. The table has jobs per second, the ratio to a multiple of one
+worker (limited only while the machine has idle cores), and per job: CPU milliseconds of each part, commands to Redis,
+transactions. Then come the costs of an idle worker per second, and rates and durations of the parts alone
+(`component_rates`).
 """
 
 from __future__ import annotations
@@ -25,17 +27,17 @@ from typing import Any
 import requests
 from tqdm import tqdm
 
+from benchmarks.component_rates import events, scans, submissions, transactions
 from benchmarks.fleet import Fleet, Reading, fleet
 from benchmarks.overhead import workflow
-from benchmarks.scale_parts import events, looks, submissions, transactions
 from tests.support.databases.postgres import Postgres, postgres
 
 LIMIT = 0.95
 _SPARE = 0.1
-"""What part of the cores has to be idle for a ratio to be judged."""
-_JOBS_A_WORKER = 12
-_OPEN_A_WORKER = 4
-"""One runs, one is prepared, two wait."""
+"""The share of idle cores above which the limit applies."""
+_JOBS_PER_WORKER = 12
+_OPEN_JOBS_PER_WORKER = 4
+"""One runs, one is being prepared, two wait."""
 _PART_S = 4.0
 _IDLE_S = 4.0
 _colours = itertools.count(1)
@@ -43,16 +45,16 @@ _colours = itertools.count(1)
 
 @dataclass(frozen=True)
 class Row:
-    """What a number of workers did.
+    """The figures of a number of workers.
 
     Attributes:
-        workers: how many.
-        rate: jobs a second.
-        one: jobs a second of one worker.
-        spare: what part of the cores was idle meanwhile.
-        cpu_ms: CPU milliseconds of each part for one job.
-        commands: that the Redis was given for one job.
-        transactions: of the database for one job.
+        workers: the number.
+        rate: jobs per second.
+        one: jobs per second of one worker.
+        spare: the share of idle cores.
+        cpu_ms: CPU milliseconds of each part per job.
+        commands: commands to Redis per job.
+        transactions: transactions of the database per job.
     """
 
     workers: int
@@ -65,12 +67,12 @@ class Row:
 
     @property
     def ratio(self) -> float:
-        """Of the throughput to that of so many times one worker."""
+        """The throughput in multiples of one worker's, per worker."""
         return self.rate / (self.workers * self.one)
 
     @property
     def verdict(self) -> str:
-        """What the ratio is worth."""
+        """`OVER` if the ratio is below the limit; empty if not."""
         if self.ratio >= LIMIT:
             return ""
         return "OVER" if self.spare >= _SPARE else "cores used up"
@@ -90,7 +92,7 @@ _HEAD = (
 
 
 class Load:
-    """Clients that each let one job after the other run, and wait for its result."""
+    """Clients that run one job after the other."""
 
     def __init__(self, url: str, seconds: float) -> None:
         self._url = url
@@ -99,15 +101,15 @@ class Load:
 
     @contextmanager
     def of(self, clients: int) -> Iterator[None]:
-        """Have so many jobs open at a time during the block."""
+        """Keep this number of jobs open until the end of the block."""
         with ThreadPoolExecutor(clients) as threads:
-            working = [threads.submit(self._work) for _ in range(clients)]
+            futures = [threads.submit(self._work) for _ in range(clients)]
             try:
                 yield
             finally:
                 self._end.set()
-        for client in working:
-            client.result()
+        for future in futures:
+            future.result()
 
     def _work(self) -> None:
         with requests.Session() as session:
@@ -135,12 +137,12 @@ def _work(seconds: float) -> dict[str, Any]:
 
 
 def measure(running: Fleet, workers: int, seconds: float, one: float | None) -> Row:
-    """Let so many workers have as many jobs as they can take."""
+    """Measure a number of workers under full load."""
     running.grow_to(workers)
-    with Load(running.url, seconds).of(_OPEN_A_WORKER * workers):
-        _wait_until_all_have_had(running, workers, 2)
+    with Load(running.url, seconds).of(_OPEN_JOBS_PER_WORKER * workers):
+        _wait_until_all_have_run(running, workers, 2)
         before = running.read()
-        _wait(_JOBS_A_WORKER * seconds, f"{workers} workers")
+        _wait(_JOBS_PER_WORKER * seconds, f"{workers} workers")
         after = running.read()
     ends = _ends(running, before.at, after.at)
     rate = sum(_rate(times) for times in ends.values())
@@ -157,12 +159,12 @@ def measure(running: Fleet, workers: int, seconds: float, one: float | None) -> 
     )
 
 
-def _wait_until_all_have_had(running: Fleet, workers: int, jobs: int) -> None:
+def _wait_until_all_have_run(running: Fleet, workers: int, jobs: int) -> None:
     began = time.time()
     while sum(len(times) >= jobs for times in _ends(running, began, time.time()).values()) < workers:
         time.sleep(0.2)
         if time.time() - began > 60:
-            raise SystemExit("a worker gets no jobs")
+            raise SystemExit("a worker received no jobs")
 
 
 def _wait(seconds: float, what: str) -> None:
@@ -171,7 +173,7 @@ def _wait(seconds: float, what: str) -> None:
 
 
 def _ends(running: Fleet, after: float, until: float) -> dict[str, list[float]]:
-    """Return when jobs ended, by the worker that ran them."""
+    """Return the end times of jobs by worker."""
     query = "SELECT backend, ended_at FROM jobs WHERE ended_at > %s AND ended_at <= %s ORDER BY ended_at"
     ends: dict[str, list[float]] = {}
     for backend, ended_at in running.database.execute(query, [after, until]):
@@ -180,13 +182,13 @@ def _ends(running: Fleet, after: float, until: float) -> dict[str, list[float]]:
 
 
 def _rate(times: Sequence[float]) -> float:
-    """Return the jobs a second of one worker, from one end to another: a job that is cut off does not count."""
+    """Return the jobs per second of one worker between its first and its last end."""
     return (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0.0
 
 
 @dataclass(frozen=True)
 class Idle:
-    """What a fleet takes without a job: each part's CPU milliseconds a second, commands, and connections."""
+    """The costs of an idle fleet per second: CPU milliseconds, commands and transactions; and its connections."""
 
     workers: int
     cpu_ms: Mapping[str, float]
@@ -196,64 +198,70 @@ class Idle:
     database_connections: int
 
 
-def rest(running: Fleet, workers: int) -> Idle:
-    """Let a fleet have nothing to do."""
-    time.sleep(1)  # the last answers are on their way
+def measure_idle(running: Fleet, workers: int) -> Idle:
+    """Measure a fleet without jobs."""
+    time.sleep(1)  # the last responses are still being sent
     before = running.read()
-    _wait(_IDLE_S, f"{workers} workers at rest")
+    _wait(_IDLE_S, f"{workers} idle workers")
     after = running.read()
     took = after.at - before.at
 
-    def a_second(get: str) -> float:
-        grown: float = getattr(after, get) - getattr(before, get)
-        return grown / took
+    def per_second(get: str) -> float:
+        increase: float = getattr(after, get) - getattr(before, get)
+        return increase / took
 
     return Idle(
-        workers, _spent(before, after, took), a_second("commands"), a_second("transactions"), *running.connections()
+        workers,
+        _cpu_ms(before, after, took),
+        per_second("commands"),
+        per_second("transactions"),
+        *running.connections(),
     )
 
 
-def _spent(before: Reading, after: Reading, took: float) -> dict[str, float]:
+def _cpu_ms(before: Reading, after: Reading, took: float) -> dict[str, float]:
     return {part: 1000 * (after.cpu[part] - before.cpu[part]) / took for part in _PARTS}
 
 
-def tell_of_rest(few: Idle, many: Idle) -> Iterator[str]:
-    """Yield what each worker adds to what a fleet takes while it has nothing to do."""
+def idle_lines(few: Idle, many: Idle) -> Iterator[str]:
+    """Yield the costs that each idle worker adds."""
     if few.workers == many.workers:
         return
     more = many.workers - few.workers
-    yield f"\na worker that has nothing to do, from {few.workers} and {many.workers} of them:"
+    yield f"\ncosts of an idle worker, from {few.workers} and {many.workers} of them:"
     worker = many.cpu_ms["worker"] / many.workers
-    yield f"{'its own CPU, ms a second':58}{worker:9.1f}"
+    yield f"{'its own CPU, ms per second':58}{worker:9.1f}"
     for part in ("gateway", "Redis", "PostgreSQL"):
-        yield f"{f'CPU of {part}, ms a second':58}{(many.cpu_ms[part] - few.cpu_ms[part]) / more:9.2f}"
-    yield f"{'commands to Redis a second':58}{(many.commands - few.commands) / more:9.1f}"
-    yield f"{'transactions of the database a second':58}{(many.transactions - few.transactions) / more:9.1f}"
+        yield f"{f'CPU of {part}, ms per second':58}{(many.cpu_ms[part] - few.cpu_ms[part]) / more:9.2f}"
+    yield f"{'commands to Redis per second':58}{(many.commands - few.commands) / more:9.1f}"
+    yield f"{'transactions of the database per second':58}{(many.transactions - few.transactions) / more:9.1f}"
     yield f"{'connections to Redis':58}{(many.redis_connections - few.redis_connections) / more:9.1f}"
     yield f"{'connections to PostgreSQL':58}{(many.database_connections - few.database_connections) / more:9.1f}"
 
 
-def tell_of_parts(database: Postgres) -> Iterator[str]:
-    """Yield what each part can do alone."""
-    yield f"\neach part alone, on {os.cpu_count()} cores that it shares with its client:"
+def part_lines(database: Postgres) -> Iterator[str]:
+    """Yield the capacity of each part."""
+    yield f"\neach part alone, sharing {os.cpu_count()} cores with its client:"
     with fleet(database) as running:
         yield str(submissions(running, _PART_S))
         for capacity in transactions(running, database, _PART_S):
             yield str(capacity)
     yield str(events())
-    yield from map(str, looks(database))
+    yield from map(str, scans(database))
 
 
 def main() -> int:
-    """Print the tables; return 1 if the throughput grows less than it has to."""
+    """Print the tables; return 1 if the limit is missed although cores were idle."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", default="1,2,4,8", help="numbers of workers, growing; the first is the measure")
-    parser.add_argument("--seconds", type=float, default=1.0, help="the GPU's work of each job")
+    parser.add_argument(
+        "--workers", default="1,2,4,8", help="increasing numbers of workers; the first is the reference"
+    )
+    parser.add_argument("--seconds", type=float, default=1.0, help="GPU work of each job")
     options = parser.parse_args()
     numbers = [int(number) for number in options.workers.split(",")]
     if any(more <= fewer for fewer, more in pairwise(numbers)) or numbers[0] < 1:
-        parser.error("--workers: numbers that grow")
-    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; jobs of {options.seconds:g} s; CPU ms for one job\n")
+        parser.error("--workers: give increasing numbers")
+    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; jobs of {options.seconds:g} s; CPU ms per job\n")
     print(_HEAD)
     rows: list[Row] = []
     rests: list[Idle] = []
@@ -264,10 +272,10 @@ def main() -> int:
                 rows.append(measure(running, number, options.seconds, one))
                 print(rows[-1], flush=True)
                 if number in (numbers[0], numbers[-1]):
-                    rests.append(rest(running, number))
-        for line in tell_of_rest(rests[0], rests[-1]):
+                    rests.append(measure_idle(running, number))
+        for line in idle_lines(rests[0], rests[-1]):
             print(line)
-        for line in tell_of_parts(database):
+        for line in part_lines(database):
             print(line, flush=True)
     return int(any(row.verdict == "OVER" for row in rows))
 

@@ -1,4 +1,4 @@
-"""Servers that a benchmark starts beside itself, in processes of their own."""
+"""The emulator as a process, for benchmarks."""
 
 from __future__ import annotations
 
@@ -17,20 +17,24 @@ _START_TIMEOUT_S = 30.0
 
 @contextmanager
 def emulator(*arguments: str) -> Iterator[str]:
-    """Yield the URL of a ComfyUI emulator that answers."""
+    """Run the emulator, and yield its URL."""
     port = free_port()
     command = [sys.executable, "-m", "comfy_emulator", "--port", str(port), *arguments]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
-        wait_until_it_answers(f"http://127.0.0.1:{port}/prompt", process)
+        wait_until_up(f"http://127.0.0.1:{port}/prompt", process)
         yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
         process.wait(timeout=10)
 
 
-def wait_until_it_answers(url: str, process: subprocess.Popen[bytes]) -> None:
-    """Return when `url` answers; raise if the process ends first or takes too long."""
+def wait_until_up(url: str, process: subprocess.Popen[bytes]) -> None:
+    """Wait until `url` responds.
+
+    Raises:
+        SystemExit: the process ended, or 30 seconds have passed.
+    """
     deadline = time.monotonic() + _START_TIMEOUT_S
     while time.monotonic() < deadline and process.poll() is None:
         try:

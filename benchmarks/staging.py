@@ -1,9 +1,10 @@
-"""Inputs by URL: eight at once beside the slowest of them alone, and a second job with the same URLs.
+"""The time that a job's inputs by URL take until they are uploaded to ComfyUI.
 
     python -m benchmarks.staging [--comfyui-url URL] [--files N] [--mb MB] [--mb-per-s RATE] [--rounds N]
 
-The files come from a server in a process of its own that sends each connection so many MB a second and no more, as the
-hosts of pictures do. Without a URL it starts the emulator. Each round has URLs that were never fetched before.
+Medians over the rounds, in seconds: the slowest of N files alone, N files in one job (limited as a ratio to the
+slowest alone), and the same URLs in another job, which must fetch nothing again. The peak memory in MB is printed. The
+file server is a process that limits each connection to RATE MB/s. Without a URL, the emulator is ComfyUI.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import requests
 from aiohttp import web
 
 from benchmarks.overhead import comfyui
-from benchmarks.servers import wait_until_it_answers
+from benchmarks.servers import wait_until_up
 from comfy_worker.comfy.client import ComfyClient
 from comfy_worker.graph.workflow import copy_graph
 from comfy_worker.job.inputs import stage_inputs
@@ -46,7 +47,7 @@ _names = itertools.count()
 
 
 def serve(port: int, file_bytes: int, bytes_per_s: float) -> None:
-    """Serve a file of random bytes at every path below /files, and how many bodies were sent at /bodies."""
+    """Serve random bytes at each path below /files, and the number of complete responses at /bodies."""
     content = _PNG_SIGNATURE + os.urandom(file_bytes - len(_PNG_SIGNATURE))
     sent = 0
 
@@ -76,12 +77,12 @@ def serve(port: int, file_bytes: int, bytes_per_s: float) -> None:
 
 @contextmanager
 def file_server(file_bytes: int, bytes_per_s: float) -> Iterator[str]:
-    """Yield the URL of such a server, in a process of its own."""
+    """Run a file server as a process, and yield its URL."""
     port = free_port()
     arguments = ["--serve", str(port), "--mb", str(file_bytes / _MB), "--mb-per-s", str(bytes_per_s / _MB)]
     process = subprocess.Popen([sys.executable, "-m", "benchmarks.staging", *arguments])
     try:
-        wait_until_it_answers(f"http://127.0.0.1:{port}/bodies", process)
+        wait_until_up(f"http://127.0.0.1:{port}/bodies", process)
         yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
@@ -89,7 +90,7 @@ def file_server(file_bytes: int, bytes_per_s: float) -> Iterator[str]:
 
 
 def bodies_sent(server: str) -> int:
-    """Return how many files the server has sent whole so far."""
+    """Return the number of files that the server has sent."""
     sent: int = requests.get(f"{server}/bodies", timeout=5).json()
     return sent
 
@@ -98,7 +99,7 @@ def bodies_sent(server: str) -> int:
 
 
 def seconds_to_stage(urls: list[str], client: ComfyClient) -> float:
-    """Return how long a job's files take until they lie in ComfyUI."""
+    """Return the seconds until the files of a job are in ComfyUI."""
     workflow = {str(number): {"class_type": "LoadImage", "inputs": {"image": url}} for number, url in enumerate(urls)}
     job = parse_job({"id": "staging", "input": {"workflow": workflow}})
     graph = copy_graph(job.workflow)
@@ -108,12 +109,12 @@ def seconds_to_stage(urls: list[str], client: ComfyClient) -> float:
 
 
 def new_urls(server: str, count: int) -> list[str]:
-    """Return URLs that nobody has fetched."""
+    """Return URLs that were never fetched."""
     return [f"{server}/files/{next(_names)}.png" for _ in range(count)]
 
 
 def peak_mb() -> float:
-    """Return the most memory that this process ever had, in MB."""
+    """Return the peak memory of this process in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
@@ -140,7 +141,7 @@ def measure(server: str, client: ComfyClient, options: argparse.Namespace) -> di
 
 
 def main() -> int:
-    """Print the table; return 1 if a limit is not kept."""
+    """Print the table; return 1 if a limit is exceeded."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--comfyui-url")
     parser.add_argument("--files", type=int, default=8)
@@ -160,11 +161,11 @@ def main() -> int:
         closing(ComfyClient(load_settings(comfyui_url=url, allow_private_urls=True, input_cache_dir=cache))) as client,
     ):
         figures = measure(server, client, options)
-    print(f"{options.files} inputs of {options.mb:g} MB by URL, {options.mb_per_s:g} MB/s a connection")
+    print(f"{options.files} inputs of {options.mb:g} MB by URL, {options.mb_per_s:g} MB/s per connection")
     print(f"{'the slowest of them alone':34}{figures['alone']:8.2f} s")
     print(f"{'all at once':34}{figures['together']:8.2f} s   ratio {figures['ratio']:.2f}, limit {LIMIT}")
     print(f"{'the same URLs in another job':34}{figures['again']:8.2f} s   fetched {figures['fetched_again']}, limit 0")
-    print(f"{'more memory at its peak':34}{figures['more_mb']:8.1f} MB  of {options.files * options.mb:g} MB of inputs")
+    print(f"{'additional peak memory':34}{figures['more_mb']:8.1f} MB  of {options.files * options.mb:g} MB of inputs")
     return int(figures["ratio"] > LIMIT or figures["fetched_again"] > 0)
 
 

@@ -1,9 +1,10 @@
-"""How quickly the gateway answers others while 1,500 streams are opened, told of events, and closed.
+"""The response time of the gateway while 1,500 streams open, receive events and close.
 
     python -m benchmarks.streams [--streams N] [--keys N]
 
-It starts the emulator and a gateway in processes of their own. Half of the streams are server-sent events, half are
-WebSockets; another process asks for `/live` all the time, and the longest wait of each phase is printed.
+Half of the streams are server-sent events, half are WebSockets. A process requests `/live` continuously; the table has
+the median and the maximum of its response times in milliseconds, by phase. The emulator and the gateway are processes;
+run it on an idle machine with a core for each of the three.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import Any
 
 import requests
 
-from benchmarks.servers import emulator, wait_until_it_answers
+from benchmarks.servers import emulator, wait_until_up
 from tests.support.comfyui.graphs import work
 from tests.support.network.ports import free_port
 
@@ -39,7 +40,7 @@ _STEPS = 10
 
 @dataclass(frozen=True)
 class Probe:
-    """One answer of `/live`: when it was asked for, by the system's monotonic clock, and what it took, in seconds."""
+    """One response of `/live`: the start of the request (monotonic clock) and its duration, in seconds."""
 
     at: float
     took: float
@@ -47,7 +48,7 @@ class Probe:
 
 @contextmanager
 def gateway(comfyui_url: str, keys: Sequence[str], streams: int) -> Iterator[str]:
-    """Yield the URL of a gateway that lets each key have that many streams."""
+    """Run a gateway that allows each key this number of streams, and yield its URL."""
     port = free_port()
     with tempfile.TemporaryDirectory() as data:
         environment = {
@@ -62,7 +63,7 @@ def gateway(comfyui_url: str, keys: Sequence[str], streams: int) -> Iterator[str
         }
         process = subprocess.Popen([sys.executable, "-m", "comfy_worker", "serve"], env=environment)
         try:
-            wait_until_it_answers(f"http://127.0.0.1:{port}/live", process)
+            wait_until_up(f"http://127.0.0.1:{port}/live", process)
             yield f"http://127.0.0.1:{port}"
         finally:
             process.terminate()
@@ -70,7 +71,7 @@ def gateway(comfyui_url: str, keys: Sequence[str], streams: int) -> Iterator[str
 
 
 def probe(port: int, path: str, pipe: Connection) -> None:
-    """Ask for `/live` until told to stop; a process of its own."""
+    """Request `/live` until a message comes on the pipe; then send the probes on it."""
     probes = []
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_TIMEOUT_S)
     while not pipe.poll(_PAUSE_S):
@@ -82,17 +83,16 @@ def probe(port: int, path: str, pipe: Connection) -> None:
 
 
 class Streams:
-    """Many clients that listen to jobs, in one event loop."""
+    """Many clients with streams of a job's events, in one event loop."""
 
     def __init__(self, port: int, keys: Sequence[str]) -> None:
-        """Take where the gateway listens, and the keys that take turns."""
         self._port = port
         self._keys = keys
         self._streams: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
         self.events = 0
 
     async def open(self, job_id: str, count: int) -> None:
-        """Open streams as fast as they are accepted; return when all have begun."""
+        """Open streams, and return when all of them have started."""
         self._streams += await asyncio.gather(*(self._open(job_id, number) for number in range(count)))
 
     async def _open(self, job_id: str, number: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -106,11 +106,11 @@ class Streams:
         head = await reader.readuntil(b"\r\n\r\n")
         if head.split()[1] not in (b"200", b"101"):
             raise SystemExit(f"a stream was refused: {head.decode()}")
-        await reader.readuntil(b"IN_")  # where the job stands
+        await reader.readuntil(b"IN_")  # the status of the job, IN_QUEUE or IN_PROGRESS
         return reader, writer
 
     async def follow(self) -> None:
-        """Read all streams to their ends."""
+        """Read all streams until the job has ended."""
         await asyncio.gather(*(self._follow(reader) for reader, _ in self._streams))
 
     async def _follow(self, reader: asyncio.StreamReader) -> None:
@@ -120,14 +120,14 @@ class Streams:
                 return
 
     def close(self) -> None:
-        """Leave, all at once."""
+        """Close all streams at once."""
         for _, writer in self._streams:
             writer.transport.abort()
         self._streams.clear()
 
 
 def measure(streams: int, keys: Sequence[str]) -> dict[str, tuple[float, list[float]]]:
-    """Return how long each phase took, and what each `/live` in it took, in seconds."""
+    """Return the duration of each phase, and the response times of `/live` in it, in seconds."""
     phases: dict[str, tuple[float, float]] = {}
     with emulator() as comfyui, gateway(comfyui, keys, streams) as url:
         port = int(url.rpartition(":")[2])
@@ -154,20 +154,20 @@ async def _play(url: str, port: int, streams: int, keys: Sequence[str], phases: 
         phases[name] = began, time.monotonic()
 
     def run(seconds: float) -> str:
-        answer = requests.post(
+        response = requests.post(
             f"{url}/run",
             json={"input": {"workflow": work(seconds, steps=_STEPS)}},
             headers={"Authorization": f"Bearer {keys[0]}"},
             timeout=_TIMEOUT_S,
         )
-        job_id: str = answer.json()["id"]
+        job_id: str = response.json()["id"]
         return job_id
 
     def cancel(job_id: str) -> None:
         headers = {"Authorization": f"Bearer {keys[0]}"}
         requests.post(f"{url}/cancel/{job_id}", headers=headers, timeout=_TIMEOUT_S).raise_for_status()
 
-    with phase("nothing else"):
+    with phase("no streams"):
         await asyncio.sleep(2)
     long, followed = run(300), run(10)
     clients = Streams(port, keys)
@@ -178,31 +178,31 @@ async def _play(url: str, port: int, streams: int, keys: Sequence[str], phases: 
     await asyncio.to_thread(cancel, long)
     with phase(f"{_STEPS} events and the end are published"):
         await clients.follow()
-    told = clients.events / streams
+    received = clients.events / streams
     clients.close()
-    print(f"events that each client heard{told:39.1f}")
+    print(f"events that each client received{received:36.1f}")
     await asyncio.sleep(1)
-    waiting = [run(300), run(300)][1]
-    await clients.open(waiting, streams)
-    with phase("all leave at once"):
+    run(300)
+    await clients.open(run(300), streams)
+    with phase("all are closed"):
         clients.close()
         await asyncio.sleep(3)
 
 
 def main() -> None:
-    """Measure, print, and end with 1 if somebody waited for longer than the limit."""
+    """Print the table; exit with 1 if the limit is exceeded."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=int, default=1500)
-    parser.add_argument("--keys", type=int, default=3, help="among which the streams are divided")
+    parser.add_argument("--keys", type=int, default=3, help="number of API keys that share the streams")
     options: Any = parser.parse_args()
     keys = [f"key-{number}" for number in range(options.keys)]
     worst = 0.0
     print(f"/live while {options.streams} streams")
-    for name, (lasted, took) in measure(options.streams, keys).items():
+    for name, (duration, took) in measure(options.streams, keys).items():
         in_ms = sorted(1000 * seconds for seconds in took)
         worst = max(worst, in_ms[-1])
-        middle = in_ms[len(in_ms) // 2]
-        print(f"{name:42}{lasted:6.1f} s   median {middle:7.1f} ms   max {in_ms[-1]:8.1f} ms")
+        median = in_ms[len(in_ms) // 2]
+        print(f"{name:42}{duration:6.1f} s   median {median:7.1f} ms   max {in_ms[-1]:8.1f} ms")
     print(f"longest {worst:.0f} ms, limit {LIMIT_MS:g}, ratio {worst / LIMIT_MS:.2f}")
     sys.exit(worst > LIMIT_MS)
 

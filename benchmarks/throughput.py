@@ -1,10 +1,10 @@
-"""How much time the worker adds between two jobs: through the SDK and a stand-in for RunPod's platform.
+"""The time that the worker adds between two jobs, with the RunPod SDK and a fake of RunPod's platform.
 
-    python -m benchmarks.throughput
+    python -m benchmarks.throughput [--rounds N]
 
-Ten jobs of 0.2 s and six of 2.3 s of GPU work wait in the platform's queue; measured is the time from their submission
-to the last one's result, against the sum of the work. Then two workers share a platform, and a job comes while one of
-them is in the middle of a run: measured is how long that job takes.
+Ten jobs of 0.2 s and six jobs of 2.3 s of GPU work are queued at once, in each mode of `WORKER_PREFETCH`. The table has
+the seconds from their submission to the last result (median of N rounds), and the ratio to the sum of the work. The
+limits apply to the default mode. Then one of two workers is busy when a short job comes; its seconds are printed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _colours = itertools.count(1)
 
 
 def job(seconds: float) -> dict[str, Any]:
-    """Return a job that keeps the GPU busy for `seconds` and that is like no other."""
+    """Return the input of a new job with `seconds` of GPU work."""
     steps = max(1, round(seconds / 0.05))
     return {
         "workflow": {
@@ -50,7 +50,7 @@ def job(seconds: float) -> dict[str, Any]:
 
 @contextmanager
 def worker(platform: Platform, worker_id: str, settings: Mapping[str, str]) -> Iterator[None]:
-    """Run a worker with a ComfyUI of its own until the end of the block; it waits for a job when the block begins."""
+    """Run a worker with its own emulator until the end of the block; it waits for jobs when the block starts."""
     with ExitStack() as stack:
         url = stack.enter_context(emulator())
         environment = {**platform.environment(worker_id), "COMFYUI_URL": url, "LOG_LEVEL": "WARNING", **settings}
@@ -60,9 +60,9 @@ def worker(platform: Platform, worker_id: str, settings: Mapping[str, str]) -> I
 
 
 def queue_of_jobs(count: int, seconds: float, mode: PrefetchMode) -> float:
-    """Return how long `count` jobs take that all wait in the queue, from the first one's start."""
+    """Return the seconds that `count` jobs take, all of them queued at once."""
     with Platform() as platform, worker(platform, "worker-1", {"WORKER_PREFETCH": mode.value}):
-        platform.run(job(0.05))  # connections are open then
+        platform.run(job(0.05))  # opens connections
         began = time.perf_counter()
         jobs = [platform.submit(job(seconds)) for _ in range(count)]
         for job_id in tqdm(jobs, desc=f"{count} jobs of {seconds} s, {mode.value}", leave=False, disable=None):
@@ -72,9 +72,9 @@ def queue_of_jobs(count: int, seconds: float, mode: PrefetchMode) -> float:
 
 
 def wait_beside_a_busy_worker(busy_s: float) -> float:
-    """Return how long a job takes to start that comes while one of two workers is in the middle of a run."""
+    """Return the seconds of a short job that comes while one of two workers is busy."""
     with Platform() as platform, worker(platform, "worker-1", {}), worker(platform, "worker-2", {}):
-        for _ in range(8):  # both know by now how long such a job takes
+        for _ in range(8):  # both workers learn the run time
             platform.run(job(busy_s / 4))
         running = platform.submit(job(busy_s))
         platform.wait_for_state(running, "IN_PROGRESS")
@@ -88,7 +88,7 @@ def wait_beside_a_busy_worker(busy_s: float) -> float:
 
 
 def main() -> int:
-    """Print the tables; return 1 if the default mode is slower than it may be."""
+    """Print the table; return 1 if a limit is exceeded."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
@@ -102,7 +102,7 @@ def main() -> int:
         shown = limit if is_default else ""
         print(f"{count:3} jobs of {seconds} s   {mode.value:>14}{taken:8.2f} s{ratio:13.3f}   {shown}")
     waited = wait_beside_a_busy_worker(4.0)
-    print(f"\na job that comes while one of two workers is busy for 2 s more: done after {waited:.2f} s")
+    print(f"\na short job while one of two workers is busy for 2 s: done after {waited:.2f} s, limit 1")
     return int(over or waited > 1.0)
 
 

@@ -1,1 +1,1 @@
-"""A fleet under load, all of whose parts are killed and cut off from each other: what it accepted ends, once."""
+"""A fleet under load whose parts are killed and disconnected: each accepted job must end once."""

@@ -1,8 +1,9 @@
-"""Kill and cut off every part of a fleet under load, at random.
+"""Kill and disconnect random parts of a fleet under load, and count lost and doubled jobs, outputs and webhooks.
 
     python -m benchmarks.fleet_chaos [--jobs N] [--faults N] [--seed N] [--output FOLDER]
 
-Exit code 1 if a job was lost, doubled or not told, or an output was not whole. The folder gets the table and the logs.
+The exit code is 1 if a job was lost or doubled, an output was incomplete, or a webhook was missing or repeated without
+a kill. The folder gets the table and the logs.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ import signal
 import sys
 from pathlib import Path
 
-from benchmarks.fleet_chaos.found import as_markdown
+from benchmarks.fleet_chaos.report import as_markdown
 from benchmarks.fleet_chaos.run import run
 
 
 def main() -> int:
-    """Run it and print a table."""
+    """Run it, and print the table."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.fleet_chaos",
         description=__doc__,
@@ -28,17 +29,17 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--output", type=Path, default=Path("output/fleet_chaos"))
     options = parser.parse_args()
-    # Ended as by Ctrl-C: what it started ends with it.
+    # Like Ctrl-C, so that all processes that it started end too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    found = run(options.jobs, options.faults, options.seed)
+    report = run(options.jobs, options.faults, options.seed)
     options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "fleet_chaos.md").write_text(as_markdown(found), encoding="utf-8")
-    for name, log in found.logs.items():
+    (options.output / "fleet_chaos.md").write_text(as_markdown(report), encoding="utf-8")
+    for name, log in report.logs.items():
         (options.output / f"{name}.log").write_text(log, encoding="utf-8")
-    print(as_markdown(found))
-    for violation in found.violations:
+    print(as_markdown(report))
+    for violation in report.violations:
         print(f"- {violation}")
-    return int(bool(found.violations))
+    return int(bool(report.violations))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What befalls the fleet, by lot."""
+"""The faults of a fleet, and their random order."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from benchmarks.fleet_chaos.site import Member, Site
+from benchmarks.fleet_chaos.fleet import ChaosFleet, Member
 from tests.support.network.links import Link, LinkState
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Something that befalls a part, and is over some time later.
+    """A fault of one part of the fleet.
 
     Attributes:
-        name: its kind.
-        part: whom it befalls; of two faults at a time each has another.
-        begin: lets it happen.
-        end: makes it good.
+        name: the kind of fault.
+        part: the part; two simultaneous faults have different ones.
+        begin: starts the fault.
+        end: ends it.
     """
 
     name: str
@@ -29,61 +29,61 @@ class Fault:
     end: Callable[[], None]
 
 
-_Draw = Callable[[Site, random.Random], Fault]
+_FaultFactory = Callable[[ChaosFleet, random.Random], Fault]
 
 
 _GATEWAY_KILLED = "gateway killed"
 
 
-def _killed(what: str) -> _Draw:
-    def draw(site: Site, lot: random.Random) -> Fault:
-        member = lot.choice(site.gateways if what == "gateway" else site.workers)
+def _killed(what: str) -> _FaultFactory:
+    def draw(fleet: ChaosFleet, rng: random.Random) -> Fault:
+        member = rng.choice(fleet.gateways if what == "gateway" else fleet.workers)
         return Fault(f"{what} killed", member.name, member.kill, member.launch)
 
     return draw
 
 
-def _redis_killed(site: Site, _lot: random.Random) -> Fault:
-    return Fault("Redis killed", "Redis", lambda: site.redis.stop(signal.SIGKILL), site.redis.start)
+def _redis_killed(fleet: ChaosFleet, _rng: random.Random) -> Fault:
+    return Fault("Redis killed", "Redis", lambda: fleet.redis.stop(signal.SIGKILL), fleet.redis.start)
 
 
-def _redis_emptied(site: Site, _lot: random.Random) -> Fault:
+def _redis_emptied(fleet: ChaosFleet, _rng: random.Random) -> Fault:
     def end() -> None:
-        site.redis.forget()
-        site.redis.start()
+        fleet.redis.forget()
+        fleet.redis.start()
 
-    return Fault("Redis killed, back empty", "Redis", lambda: site.redis.stop(signal.SIGKILL), end)
+    return Fault("Redis killed, back empty", "Redis", lambda: fleet.redis.stop(signal.SIGKILL), end)
 
 
-def _postgres_ended(name: str, number: signal.Signals) -> _Draw:
-    def draw(site: Site, _lot: random.Random) -> Fault:
-        return Fault(name, "PostgreSQL", lambda: site.postgres.stop(number), site.postgres.start)
+def _postgres_ended(name: str, number: signal.Signals) -> _FaultFactory:
+    def draw(fleet: ChaosFleet, _rng: random.Random) -> Fault:
+        return Fault(name, "PostgreSQL", lambda: fleet.postgres.stop(number), fleet.postgres.start)
 
     return draw
 
 
-def _weather(what: str, server: str, weather: LinkState) -> _Draw:
-    """Return what draws whose links to a server change: those of one process, or of all."""
+def _link_state(what: str, server: str, state: LinkState) -> _FaultFactory:
+    """Return a factory of faults of links to a server, either of one process or of all."""
 
     def links_of(members: list[Member]) -> list[Link]:
         return [member.to_redis if server == "Redis" else member.to_postgres for member in members]
 
-    def draw(site: Site, lot: random.Random) -> Fault:
-        members = lot.choice([site.members, [lot.choice(site.members)]])
+    def draw(fleet: ChaosFleet, rng: random.Random) -> Fault:
+        members = rng.choice([fleet.members, [rng.choice(fleet.members)]])
         links = links_of(members)
-        whose = "of all" if len(members) > 1 else "of one"
+        scope = "of all" if len(members) > 1 else "of one"
 
-        def turn(weather: LinkState) -> None:
+        def set_state(state: LinkState) -> None:
             for link in links:
-                link.turn(weather)
+                link.turn(state)
 
-        name = f"links {whose} to {server} {what}"
-        return Fault(name, f"links to {server}", lambda: turn(weather), lambda: turn(LinkState.FAIR))
+        name = f"links {scope} to {server} {what}"
+        return Fault(name, f"links to {server}", lambda: set_state(state), lambda: set_state(LinkState.FAIR))
 
     return draw
 
 
-_KINDS: tuple[_Draw, ...] = (
+_KINDS: tuple[_FaultFactory, ...] = (
     _killed("worker"),
     _killed("gateway"),
     _redis_killed,
@@ -91,9 +91,9 @@ _KINDS: tuple[_Draw, ...] = (
     _postgres_ended("PostgreSQL killed", signal.SIGKILL),
     _postgres_ended("PostgreSQL crashed", signal.SIGQUIT),
     *(
-        _weather(what, server, weather)
+        _link_state(what, server, state)
         for server in ("Redis", "PostgreSQL")
-        for what, weather in (
+        for what, state in (
             ("cut", LinkState.CUT),
             ("silent", LinkState.SILENT),
             ("without answers", LinkState.ANSWERLESS),
@@ -101,37 +101,37 @@ _KINDS: tuple[_Draw, ...] = (
     ),
 )
 KINDS = len(_KINDS)
-_TWO_AT_A_TIME = 0.3
+_TWO_AT_ONCE = 0.3
 
 
 @dataclass(frozen=True)
-class Misfortune:
-    """One fault or two at a time, how long the fleet has had peace before, and how long it lasts, in seconds."""
+class FaultGroup:
+    """One fault, or two at once, after a pause; times in seconds."""
 
     faults: tuple[Fault, ...]
-    peace_s: float
-    lasts_s: float
+    pause_s: float
+    duration_s: float
 
-    def strike(self, killed_at: list[float]) -> None:
-        """Let it happen; return when it is made good. When a gateway is killed is noted, on the monotonic clock."""
-        time.sleep(self.peace_s)
+    def apply(self, killed_at: list[float]) -> None:
+        """Start and end the faults, and add the monotonic times of gateway kills to `killed_at`."""
+        time.sleep(self.pause_s)
         for fault in self.faults:
             fault.begin()
             if fault.name == _GATEWAY_KILLED:
                 killed_at.append(time.monotonic())
-        time.sleep(self.lasts_s)
+        time.sleep(self.duration_s)
         for fault in self.faults:
             fault.end()
 
 
-def misfortunes(site: Site, count: int, lot: random.Random, longest_s: float) -> Iterator[Misfortune]:
-    """Yield so many faults, each kind as often as the others; none lasts for longer than `longest_s`."""
+def fault_groups(fleet: ChaosFleet, count: int, rng: random.Random, longest_s: float) -> Iterator[FaultGroup]:
+    """Yield `count` faults, all kinds equally often, of at most `longest_s` seconds."""
     drawn: list[Fault] = []
     while len(drawn) < count:
-        drawn += [draw(site, lot) for draw in lot.sample(_KINDS, len(_KINDS))]
+        drawn += [draw(fleet, rng) for draw in rng.sample(_KINDS, len(_KINDS))]
     left = drawn[:count]
     while left:
         faults = [left.pop(0)]
-        if left and left[0].part != faults[0].part and lot.random() < _TWO_AT_A_TIME:
+        if left and left[0].part != faults[0].part and rng.random() < _TWO_AT_ONCE:
             faults.append(left.pop(0))
-        yield Misfortune(tuple(faults), lot.uniform(0.0, longest_s / 2), lot.uniform(0.2, longest_s))
+        yield FaultGroup(tuple(faults), rng.uniform(0.0, longest_s / 2), rng.uniform(0.2, longest_s))

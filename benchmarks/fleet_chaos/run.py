@@ -1,4 +1,4 @@
-"""One run: a fleet, jobs that are sent to it all the time, and faults drawn by lot."""
+"""One run: a fleet under load, and random faults."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
-from benchmarks.fleet_chaos.clients import Clients, make_order
-from benchmarks.fleet_chaos.faults import Misfortune, misfortunes
-from benchmarks.fleet_chaos.found import Found
-from benchmarks.fleet_chaos.judge import Judge
-from benchmarks.fleet_chaos.site import site
+from benchmarks.fleet_chaos.clients import Clients, make_job
+from benchmarks.fleet_chaos.faults import FaultGroup, fault_groups
+from benchmarks.fleet_chaos.fleet import chaos_fleet
+from benchmarks.fleet_chaos.invariants import InvariantChecker
+from benchmarks.fleet_chaos.report import ChaosReport
 from tests.support.network.webhook_receiver import Receiver
 
 _LONGEST_S = 5.0
 _LONGEST_JOB = 0.9
-"""How long a job takes at most, in longest faults: so many are at work at the same time."""
+"""The longest job as a multiple of the longest fault."""
 
 
 def run(
@@ -32,52 +32,52 @@ def run(
     longest_s: float = _LONGEST_S,
     settle_s: float = 240.0,
     show_progress: bool = True,
-) -> Found:
-    """Let so many faults befall a fleet while it is sent so many jobs; return what came of these.
+) -> ChaosReport:
+    """Inject faults into a fleet under load, and return the report.
 
     Args:
-        jobs: how many.
-        faults: how many.
-        seed: of all lots.
-        longest_s: no fault lasts for longer.
-        settle_s: how long the fleet may take for what is left when the last fault is over.
+        jobs: number of jobs.
+        faults: number of faults.
+        seed: of all random numbers.
+        longest_s: the longest fault, in seconds.
+        settle_s: seconds for the remaining jobs after the last fault.
         show_progress: draw a progress bar.
     """
-    began, found = time.monotonic(), Found(seed)
+    began, report = time.monotonic(), ChaosReport(seed)
     with (
         tempfile.TemporaryDirectory(prefix="fleet-", ignore_cleanup_errors=True) as folder,
         Receiver() as receiver,
-        site(Path(folder)) as fleet,
+        chaos_fleet(Path(folder)) as fleet,
     ):
         clients = Clients(fleet.urls(), seed)
-        orders = random.Random(f"{seed} jobs")
+        job_rng = random.Random(f"{seed} jobs")
         killed_at: list[float] = []
-        drawn = misfortunes(fleet, faults, random.Random(seed), longest_s)
+        drawn = fault_groups(fleet, faults, random.Random(seed), longest_s)
         bar: tqdm[NoReturn]
         with tqdm(total=faults, unit="fault", disable=not show_progress) as bar:
             ordered = 0
-            for misfortune in drawn:
-                bar.set_postfix_str(" and ".join(fault.name for fault in misfortune.faults))
-                wanted = jobs * (found.faults.total() + len(misfortune.faults)) // faults
+            for group in drawn:
+                bar.set_postfix_str(" and ".join(fault.name for fault in group.faults))
+                wanted = jobs * (report.faults.total() + len(group.faults)) // faults
                 for number in range(ordered, wanted):
-                    clients.order(make_order(number, receiver.url, longest_s * _LONGEST_JOB, orders))
+                    clients.submit(make_job(number, receiver.url, longest_s * _LONGEST_JOB, job_rng))
                 ordered = wanted
-                _strike(misfortune, found, killed_at)
-                _blame(found, fleet.revive(), bar)
-                bar.update(len(misfortune.faults))
+                _apply(group, report, killed_at)
+                _add_violations(report, fleet.revive(), bar)
+                bar.update(len(group.faults))
         clients.wait(settle_s)
-        Judge(fleet, clients, receiver, found, settle_s).judge(killed_at)
-    found.seconds = round(time.monotonic() - began, 1)
-    return found
+        InvariantChecker(fleet, clients, receiver, report, settle_s).check(killed_at)
+    report.seconds = round(time.monotonic() - began, 1)
+    return report
 
 
-def _strike(misfortune: Misfortune, found: Found, killed_at: list[float]) -> None:
-    for fault in misfortune.faults:
-        found.faults[fault.name] += 1
-    misfortune.strike(killed_at)
+def _apply(group: FaultGroup, report: ChaosReport, killed_at: list[float]) -> None:
+    for fault in group.faults:
+        report.faults[fault.name] += 1
+    group.apply(killed_at)
 
 
-def _blame(found: Found, violations: Sequence[str], bar: tqdm[NoReturn]) -> None:
+def _add_violations(report: ChaosReport, violations: Sequence[str], bar: tqdm[NoReturn]) -> None:
     for violation in violations:
-        found.violations.append(violation)
+        report.violations.append(violation)
         bar.write(violation, file=sys.stderr)

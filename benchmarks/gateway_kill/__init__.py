@@ -1,1 +1,1 @@
-"""The gateway, killed again and again under load: what it accepted must end all the same, once."""
+"""A gateway that is killed repeatedly under load: each accepted job must end once."""

@@ -1,1 +1,1 @@
-"""Thousands of small jobs through the real worker while everything around it goes wrong, by lot and by seed."""
+"""A soak test: thousands of small jobs through the real worker while random faults are injected."""

@@ -1,9 +1,10 @@
-"""Soak the worker: thousands of jobs, faults by lot, and what must be true of every job all the same.
+"""Run thousands of jobs through the worker under random faults, and check each job.
 
     python -m benchmarks.soak [--jobs N] [--seed N] [--remote] [--output FOLDER]
 
-Exit code 1 if anything was wrong. The folder gets `soak.json` with all figures, `soak.md` with the tables,
-`soak.png` with the worker's memory and handles over time, and `worker.log`.
+It counts lost, doubled and mixed-up jobs, leftover prompts and files, and the growth of the worker's memory (MB), open
+files and threads. The exit code is 1 if anything was wrong. The folder gets `soak.json` with all figures, `soak.md`
+with the tables, `soak.png` with memory and handles over the number of jobs, and `worker.log`.
 """
 
 from __future__ import annotations
@@ -19,16 +20,18 @@ from benchmarks.soak.run import soak
 
 
 def main() -> int:
-    """Run the soak and print what it found."""
+    """Run the soak test, and print the report."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--jobs", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--remote", action="store_true", help="ComfyUI is somebody else's: no pid file, no folders")
+    parser.add_argument(
+        "--remote", action="store_true", help="no access to ComfyUI's process and folders"
+    )
     parser.add_argument("--output", type=Path, default=Path("output/soak"))
     options = parser.parse_args()
-    # Ended as by Ctrl-C: what it started ends with it.
+    # Like Ctrl-C, so that all processes that it started end too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     found = soak(options.jobs, options.seed, remote=options.remote)
     options.output.mkdir(parents=True, exist_ok=True)

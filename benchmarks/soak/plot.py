@@ -1,4 +1,4 @@
-"""A picture of what the worker's process took during a soak."""
+"""A chart of the worker's memory, open files and threads."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from PIL import Image, ImageDraw
 
-from benchmarks.soak.measure import Sample
+from benchmarks.soak.process_samples import Sample
 
 _WIDTH, _HEIGHT, _MARGIN, _LABELS = 900, 220, 16, 70
 _BLACK, _GRAY, _WHITE = (20, 20, 20), (205, 205, 205), (255, 255, 255)
@@ -26,12 +26,12 @@ _PANELS: Sequence[tuple[str, Sequence[tuple[str, tuple[int, int, int], _Measure]
 
 
 def plot(samples: Sequence[Sample]) -> bytes:
-    """Return a PNG: memory, open files and threads over the number of jobs done, each axis from 0."""
+    """Return a PNG of memory, open files and threads over the number of jobs."""
     image = Image.new("RGB", (_WIDTH, _HEIGHT * len(_PANELS)), _WHITE)
     draw = ImageDraw.Draw(image)
-    for place, (unit, lines) in enumerate(_PANELS):
+    for index, (unit, lines) in enumerate(_PANELS):
         top = max(measure(sample) for _, _, measure in lines for sample in samples) * 1.2 or 1.0
-        panel = _Panel(draw, place * _HEIGHT, samples[-1].jobs, top)
+        panel = _Panel(draw, index * _HEIGHT, samples[-1].jobs, top)
         panel.frame(unit)
         for number, (name, color, measure) in enumerate(lines):
             panel.line(color, [(sample.jobs, measure(sample)) for sample in samples])
@@ -65,9 +65,9 @@ class _Panel:
             self._draw.text((x, y + 6), f"{jobs} jobs", _BLACK, anchor="mt" if jobs < self._right else "rt")
 
     def line(self, color: tuple[int, int, int], points: Sequence[tuple[float, float]]) -> None:
-        """Draw one measure."""
+        """Draw one line."""
         self._draw.line([self._at(*point) for point in points], color, width=2)
 
     def legend(self, number: int, name: str, color: tuple[int, int, int]) -> None:
-        """Name a line by its colour."""
+        """Add a line to the legend."""
         self._draw.text((_LABELS + 10 + 150 * number, self._y + _MARGIN + 4), name, color)

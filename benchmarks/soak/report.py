@@ -1,4 +1,4 @@
-"""What a soak found, for programs and for people."""
+"""The report of a soak test as JSON and as Markdown."""
 
 from __future__ import annotations
 
@@ -7,33 +7,33 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict
 
-from benchmarks.soak.run import Soak
+from benchmarks.soak.run import SoakReport
 
 
-def as_json(found: Soak) -> str:
-    """Return all figures, and a sample of the worker's process for each round."""
-    figures = {name: value for name, value in vars(found).items() if name != "worker_log"}
-    figures |= {"samples": [asdict(sample) for sample in found.samples], "trend": asdict(found.trend)}
+def as_json(report: SoakReport) -> str:
+    """Return all figures, with a sample of the worker's process for each round."""
+    figures = {name: value for name, value in vars(report).items() if name != "worker_log"}
+    figures |= {"samples": [asdict(sample) for sample in report.samples], "trend": asdict(report.trend)}
     return json.dumps(figures, indent=1)
 
 
-def as_markdown(found: Soak) -> str:
+def as_markdown(report: SoakReport) -> str:
     """Return the tables for docs/development/soak.md."""
-    start, end = found.trend.start, found.trend.end
+    start, end = report.trend.start, report.trend.end
     summary = [
-        ("jobs", found.jobs),
-        ("seed", found.seed),
-        ("ComfyUI is", "somebody else's" if found.remote else "the worker's own"),
-        ("minutes", round(found.seconds / 60, 1)),
-        ("rounds", found.rounds),
-        ("jobs during which a fault was on", found.touched),
-        ("faults met", found.fault_counts.total()),
-        ("starts of ComfyUI", found.comfyui_starts),
-        ("most jobs in the worker's hands at once", found.peak_in_flight),
-        ("jobs lost (no final state)", found.jobs - found.ended_jobs),
-        ("prompts left in ComfyUI", found.prompts_left),
-        ("files left in ComfyUI's folders", found.files_left),
-        ("violations", len(found.violations)),
+        ("jobs", report.jobs),
+        ("seed", report.seed),
+        ("ComfyUI", "remote" if report.remote else "local"),
+        ("minutes", round(report.seconds / 60, 1)),
+        ("rounds", report.rounds),
+        ("jobs under a fault", report.touched),
+        ("faults met", report.fault_counts.total()),
+        ("starts of ComfyUI", report.comfyui_starts),
+        ("most jobs in the worker at once", report.peak_in_flight),
+        ("jobs lost (no final state)", report.jobs - report.ended_jobs),
+        ("prompts left in ComfyUI", report.prompts_left),
+        ("files left in ComfyUI's folders", report.files_left),
+        ("violations", len(report.violations)),
     ]
     handles = [
         ("memory (RSS), MB", start.rss_mb, end.rss_mb),
@@ -44,14 +44,14 @@ def as_markdown(found: Soak) -> str:
     parts = [
         _table(("soak", ""), summary),
         _table(("the worker's process", "after the warm-up", "at the end"), handles),
-        f"Memory grows by {found.trend.rss_kb_per_job:.2f} KB a job (least squares after the warm-up).\n",
-        _table(("outcome", "jobs"), _sorted(found.outcomes)),
-        _table(("shape of job", "jobs"), _sorted(found.shapes)),
+        f"Memory grows by {report.trend.rss_kb_per_job:.2f} KB per job (least squares after the warm-up).\n",
+        _table(("outcome", "jobs"), _sorted(report.outcomes)),
+        _table(("shape of job", "jobs"), _sorted(report.shapes)),
         _table(
             ("fault", "met", "set in vain"),
             [
-                (name, found.fault_counts[name], found.unmet[name])
-                for name in sorted({*found.fault_counts, *found.unmet})
+                (name, report.fault_counts[name], report.unmet[name])
+                for name in sorted({*report.fault_counts, *report.unmet})
             ],
         ),
     ]

@@ -1,4 +1,4 @@
-"""The jobs of a soak: small, of many shapes, each with a picture that no other job has; and what must come back."""
+"""The jobs of a soak test: small, of many shapes, each with its own colours, and their expected results."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from tests.support.comfyui.graphs import Color, Graph, node
 
 _COLORS_PER_JOB = 4
 _SPREAD = 0x9E3779B1
-"""Odd, so that no two numbers below 2**24 share a colour; neighbours get colours far apart."""
+"""Odd, so that all numbers below 2**24 get different colours; those of neighbours differ much."""
 _PICTURE_TOLERANCE = 1
-"""Steps by which a channel may be off: ComfyUI's pictures are floats, and inverting one rounds."""
+"""Tolerance of a channel, because ComfyUI's images are floats and inverting rounds."""
 _VIDEO_TOLERANCE = 16
-"""Steps by which H.264 may miss a channel."""
+"""Tolerance of a channel after H.264."""
 _WORK_S = (0.01, 0.03, 0.06, 0.1)
-"""Few, so that the worker learns how long such a job takes, and takes the next one ahead."""
+"""Few values, so that the worker learns the run times and prefetches jobs."""
 _LONG_S = 30.0
-"""Work that only a cancel or a timeout ends in time."""
+"""Work that only a cancel or a timeout ends."""
 
 
 Colored = tuple[str, Color]
-"""A node's id and the colour of what it made."""
+"""A node id and the colour of its output."""
 
 
 class Cancel(str, Enum):
-    """When a job is cancelled by its client."""
+    """The state in which the client cancels a job."""
 
     QUEUED = "queued"
     RUNNING = "running"
@@ -39,7 +39,7 @@ class Cancel(str, Enum):
 
 @dataclass(frozen=True)
 class Expected:
-    """What a job's answer must have, in order; or a code to fail with."""
+    """The expected files and texts of a job, in order, or its error code."""
 
     files: tuple[Colored, ...] = ()
     texts: tuple[str, ...] = ()
@@ -51,11 +51,12 @@ class SoakJob:
     """One job.
 
     Attributes:
-        number: its place among all jobs; its colours come from it.
-        shape: the name of its kind.
+        number: its index among all jobs, which decides its colours.
+        shape: the name of its shape.
         input: RunPod's `input`.
         policy: RunPod's `policy`.
-        cancel: when the client cancels it, and how many seconds after it began (for a running one).
+        cancel: the state in which the client cancels it.
+        cancel_after_s: how many seconds after its start (only for a running job).
     """
 
     number: int
@@ -68,7 +69,7 @@ class SoakJob:
 
 
 def color(number: int, index: int = 0) -> Color:
-    """Return a colour that only this job has."""
+    """Return a colour of this job."""
     value = ((number * _COLORS_PER_JOB + index + 1) * _SPREAD) & 0xFFFFFF
     return value >> 16, value >> 8 & 0xFF, value & 0xFF
 
@@ -77,7 +78,7 @@ def color(number: int, index: int = 0) -> Color:
 
 
 def _worked(number: int, rng: Random, seconds: float | None = None, fail_at: int = 0) -> Graph:
-    """Return nodes 1 and 3: a picture of the job's colour, and some work on it."""
+    """Return nodes 1 and 3: an image of the job's colour, and work on it."""
     red, green, blue = color(number)
     seconds = rng.choice(_WORK_S) if seconds is None else seconds
     work = {"seconds": seconds, "steps": max(2, round(seconds / 0.02)), "fail_at": fail_at}
@@ -157,7 +158,7 @@ def _video(number: int, rng: Random) -> SoakJob:
     return SoakJob(number, "video", {"workflow": graph}, Expected(files=(("9", color(number)),)))
 
 
-# --------------------------------------------------------------------------- jobs that fail by themselves
+# --------------------------------------------------------------------------- jobs that fail
 
 
 def _out_of_memory(number: int, rng: Random) -> SoakJob:
@@ -207,7 +208,7 @@ def _cancel_queued(number: int, rng: Random) -> SoakJob:
 
 
 def cancel_running(number: int, rng: Random) -> SoakJob:
-    """Return a job that its client cancels shortly after it was taken."""
+    """Return a job that is cancelled shortly after its start."""
     graph = {**_worked(number, rng, _LONG_S), "9": _save()}
     return SoakJob(
         number,
@@ -241,19 +242,19 @@ SHAPES: Mapping[Shape, int] = {
     _cancel_queued: 2,
     cancel_running: 3,
 }
-"""How often each shape occurs, in about a hundred."""
+"""The weight of each shape."""
 
 
 # ------------------------------------------------------------------------------------------------- checks
 
 
 def problems_of(job: SoakJob, output: Mapping[str, Any], *, may_lack_files: bool) -> list[str]:
-    """Return what is wrong with the answer of a job that completed.
+    """Return what is wrong with the output of a completed job.
 
     Args:
-        job: what was asked for.
+        job: the job.
         output: RunPod's `output`.
-        may_lack_files: a file may be missing if a warning says so.
+        may_lack_files: whether a file may be missing with a warning.
     """
     expected = job.expected
     if expected.code is not None:

@@ -1,4 +1,4 @@
-"""Every part of a fleet is killed or cut off at moments drawn by lot, under load: every accepted job ends once.
+"""Every part of a fleet is killed or cut off at moments drawn by rng, under load: every accepted job ends once.
 
 `python -m benchmarks.fleet_chaos` does so more often, and for longer at a time.
 """
@@ -16,11 +16,11 @@ SETTLE_S = 120.0
 
 
 def test_nothing_is_lost_or_doubled() -> None:
-    found = run(JOBS, KINDS, SEED, longest_s=LONGEST_S, settle_s=SETTLE_S, show_progress=False)
+    report = run(JOBS, KINDS, SEED, longest_s=LONGEST_S, settle_s=SETTLE_S, show_progress=False)
 
-    assert found.violations == []
-    assert (found.accepted, found.lost, found.doubled) == (JOBS, 0, 0)
-    assert found.states.keys() <= {"COMPLETED", "CANCELLED"}
-    assert found.outputs == found.states["COMPLETED"] > 0
-    assert (found.webhooks, found.webhooks_missing, found.webhooks_repeated) == (JOBS, 0, 0)
-    assert found.faults.total() == len(found.faults) == KINDS, "each kind of fault befell the fleet"
+    assert report.violations == []
+    assert (report.accepted, report.lost, report.doubled) == (JOBS, 0, 0)
+    assert report.states.keys() <= {"COMPLETED", "CANCELLED"}
+    assert report.outputs == report.states["COMPLETED"] > 0
+    assert (report.webhooks, report.webhooks_missing, report.webhooks_repeated) == (JOBS, 0, 0)
+    assert report.faults.total() == len(report.faults) == KINDS, "each kind of fault befell the fleet"

@@ -1,4 +1,4 @@
-"""The gateway is killed at moments drawn by lot, under load: every accepted job ends once, with its output, told once.
+"""The gateway is killed at moments drawn by rng, under load: every accepted job ends once, with its output, told once.
 
 `python -m benchmarks.gateway_kill` does so more often.
 """
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from benchmarks.gateway_kill.run import Found, run
+from benchmarks.gateway_kill.run import KillReport, run
 from tests.support.databases.postgres import postgres
 
 KILLS = 10
@@ -17,7 +17,7 @@ SEED = 7
 
 
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])
-def found(request: pytest.FixtureRequest) -> Iterator[Found]:
+def report(request: pytest.FixtureRequest) -> Iterator[KillReport]:
     if request.param == "sqlite":
         yield run(KILLS, SEED)
         return
@@ -25,12 +25,12 @@ def found(request: pytest.FixtureRequest) -> Iterator[Found]:
         yield run(KILLS, SEED, server.new_database())
 
 
-def test_nothing_is_lost_or_doubled(found: Found) -> None:
-    assert found.violations == []
-    assert found.states == {"COMPLETED": found.accepted}
+def test_nothing_is_lost_or_doubled(report: KillReport) -> None:
+    assert report.violations == []
+    assert report.states == {"COMPLETED": report.accepted}
 
 
-def test_kills_met_the_gateway_at_work(found: Found) -> None:
-    assert found.kills == KILLS
-    assert found.accepted >= KILLS
-    assert found.resumed > 0
+def test_kills_met_the_gateway_at_work(report: KillReport) -> None:
+    assert report.kills == KILLS
+    assert report.accepted >= KILLS
+    assert report.resumed > 0

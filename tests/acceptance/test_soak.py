@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.soak.kinds import OWN_KINDS
-from benchmarks.soak.run import Soak, soak
+from benchmarks.soak.fault_kinds import OWN_KINDS
+from benchmarks.soak.run import SoakReport, soak
 from benchmarks.soak.schedule import rounds
 from benchmarks.soak.shapes import SHAPES
 
@@ -17,23 +17,23 @@ SEED = 11
 
 
 @pytest.fixture(scope="module")
-def found() -> Soak:
+def report() -> SoakReport:
     return soak(JOBS, SEED, show_progress=False)
 
 
-def test_nothing_is_lost_doubled_or_mixed_up(found: Soak) -> None:
-    assert found.violations == []
-    assert found.outcomes.total() == found.ended_jobs == JOBS
+def test_nothing_is_lost_doubled_or_mixed_up(report: SoakReport) -> None:
+    assert report.violations == []
+    assert report.outcomes.total() == report.ended_jobs == JOBS
 
 
-def test_nothing_is_left_in_comfyui(found: Soak) -> None:
-    assert found.prompts_left == found.files_left == 0
+def test_nothing_is_left_in_comfyui(report: SoakReport) -> None:
+    assert report.prompts_left == report.files_left == 0
 
 
-def test_there_were_faults_and_jobs_that_met_none(found: Soak) -> None:
-    assert found.fault_counts.total() > 10
-    assert 0 < found.touched < JOBS
-    assert found.outcomes["COMPLETED"] > JOBS / 2
+def test_there_were_faults_and_jobs_that_met_none(report: SoakReport) -> None:
+    assert report.fault_counts.total() > 10
+    assert 0 < report.touched < JOBS
+    assert report.outcomes["COMPLETED"] > JOBS / 2
 
 
 def test_a_seed_gives_the_same_jobs_and_faults_again() -> None:

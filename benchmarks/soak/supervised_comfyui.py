@@ -1,4 +1,4 @@
-"""A ComfyUI (the emulator, as a process) that is kept up as start.sh does it, and that can be hurt."""
+"""The emulator as a process, restarted like ComfyUI by start.sh, and with faults."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from tests.support.processes.process import Process
 _TIMEOUT_S = 10.0
 _START_TIMEOUT_S = 30.0
 _RETRY_INTERVAL_S = 0.05
-"""Until the supervisor has seen that the process is dead."""
+"""The supervisor needs a moment to notice a dead process."""
 _FOLDERS = ("input", "output", "temp")
-_FOR_EVER_S = 10.0**6
+_FOREVER_S = 10.0**6
 
 
-class KeptComfyUI:
-    """Starts ComfyUI again on the same port and folder whenever it ends; a context manager.
+class SupervisedComfyUI:
+    """Restarts the emulator on the same port and folder whenever it ends; a context manager.
 
     Attributes:
-        url: where it listens.
-        base: holds its input, output and temp folders.
-        starts: how often it was started.
-        restart_after_s: how long the next death lasts before it is started again.
+        url: its base URL.
+        base: its base directory.
+        starts: number of starts.
+        restart_after_s: seconds from its end to the next start.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -48,11 +48,11 @@ class KeptComfyUI:
         self._process: Process | None = None
         self._up = threading.Event()
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._keep_up, name="supervisor", daemon=True)
+        self._thread = threading.Thread(target=self._supervise, name="supervisor", daemon=True)
         self._session = requests.Session()
         self._session.trust_env = False
 
-    def __enter__(self) -> KeptComfyUI:
+    def __enter__(self) -> SupervisedComfyUI:
         self._thread.start()
         self.wait_until_up()
         return self
@@ -66,17 +66,17 @@ class KeptComfyUI:
         self._thread.join(_TIMEOUT_S)
         self._session.close()
 
-    def _keep_up(self) -> None:
+    def _supervise(self) -> None:
         command = [sys.executable, "-m", "comfy_emulator", "--port", str(self.port), "--allow-faults"]
         while not self._stopping.is_set():
             self._process = process = Process([*command, "--base-directory", str(self.base)])
             self._write_pid(process.pid)
             self.starts += 1
-            # One that is killed while it starts never says where it listens.
+            # Not printed by an emulator that is killed during its start.
             with suppress(TimeoutError):
                 process.wait_for_line(r"at (http://\S+\d)", _START_TIMEOUT_S)
                 self._up.set()
-            process.wait(_FOR_EVER_S)
+            process.wait(_FOREVER_S)
             self._up.clear()
             self.pid_file.unlink()
             with self.log_file.open("a", encoding="utf-8") as log:
@@ -89,7 +89,7 @@ class KeptComfyUI:
         new.replace(self.pid_file)
 
     def environment(self) -> dict[str, str]:
-        """Return what start.sh tells the worker of its own ComfyUI."""
+        """Return the worker's variables for a local ComfyUI, as start.sh sets them."""
         return {
             "COMFYUI_PID_FILE": str(self.pid_file),
             "COMFYUI_LOG_FILE": str(self.log_file),
@@ -97,15 +97,15 @@ class KeptComfyUI:
         }
 
     def wait_until_up(self) -> None:
-        """Return when it answers."""
+        """Wait until it accepts connections."""
         if not self._up.wait(_START_TIMEOUT_S):
             raise TimeoutError("ComfyUI did not start")
 
-    # -------------------------------------------------------------------------------------------- questions
+    # -------------------------------------------------------------------------------------------- requests
 
     def queue(self) -> list[str]:
-        """Return the ids of the prompts that run or wait."""
-        queue = self._ask("GET", "/queue").json()
+        """Return the ids of running and pending prompts."""
+        queue = self._request("GET", "/queue").json()
         return [item[1] for part in ("queue_running", "queue_pending") for item in queue[part]]
 
     def files(self) -> list[str]:
@@ -119,33 +119,33 @@ class KeptComfyUI:
             shutil.rmtree(self.base / name)
             (self.base / name).mkdir()
 
-    def tidy(self) -> None:
-        """Empty queue and folders, so that what one round left is not counted again."""
+    def reset(self) -> None:
+        """Empty the queue and the folders."""
         self.remove_files()
-        self._ask("POST", "/queue", {"clear": True})
+        self._request("POST", "/queue", {"clear": True})
         self.interrupt()
 
     # ----------------------------------------------------------------------------------------------- faults
 
     def faults(self) -> dict[str, Any]:
-        """Return the faults as they are set."""
-        faults: dict[str, Any] = self._ask("GET", "/_emulator/faults").json()
+        """Return all faults."""
+        faults: dict[str, Any] = self._request("GET", "/_emulator/faults").json()
         return faults
 
     def set_faults(self, faults: Mapping[str, Any]) -> None:
-        """Set the faults that are named, and leave the others."""
-        self._ask("POST", "/_emulator/faults", faults)
+        """Set some faults, and leave the others."""
+        self._request("POST", "/_emulator/faults", faults)
 
     def drop_websockets(self) -> None:
-        """Cut all open websockets."""
-        self._ask("POST", "/_emulator/drop_websockets")
+        """Drop all WebSockets."""
+        self._request("POST", "/_emulator/drop_websockets")
 
     def interrupt(self) -> None:
-        """Stop whatever runs, as a person at the editor does."""
-        self._ask("POST", "/interrupt", {})
+        """Interrupt the running prompt."""
+        self._request("POST", "/interrupt", {})
 
-    def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> requests.Response:
-        """Return an answer; one that dies meanwhile is asked again when it is back."""
+    def _request(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> requests.Response:
+        """Send a request, and send it again if the emulator dies meanwhile."""
         deadline = time.monotonic() + _START_TIMEOUT_S
         while True:
             self.wait_until_up()
@@ -160,6 +160,6 @@ class KeptComfyUI:
             return response
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal to the process, if there is one."""
+        """Send a signal to the process, if it runs."""
         if self._process is not None and self._process.is_running:
             os.kill(self._process.pid, number)

@@ -1,4 +1,4 @@
-"""What each part of a fleet can do alone, without a worker: submissions, events, transactions, and looks at many."""
+"""The capacity of each part of a fleet without workers; `benchmarks.scale` prints it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from benchmarks.fleet import Fleet, redis_server
 from benchmarks.overhead import workflow
-from comfy_worker.gateway.engines.celery.fleet import Fleet as Known
+from comfy_worker.gateway.engines.celery.fleet import Fleet as FleetRegistry
 from comfy_worker.gateway.events.bus import PROGRESS
 from comfy_worker.gateway.events.redis_bus import RedisEventBus
 from comfy_worker.gateway.store.database import connect
@@ -28,22 +28,22 @@ from comfy_worker.types import JobState
 from tests.support.databases.postgres import Postgres
 
 MANY = 10_000
-"""Workers and jobs of the looks."""
+"""The number of workers and of jobs in the scans."""
 _CLIENTS = 8
-_TRANSACTIONS_A_JOB = 4
+_TRANSACTIONS_PER_JOB = 4
 _EVENTS = 5_000
 _WINDOW = 200
-"""Events on their way at a time: a listener that is further behind is not told all."""
+"""Events in flight; the bus drops events of a subscriber that is further behind."""
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """What a part can do.
+    """The rate of an operation.
 
     Attributes:
-        name: of what it does.
-        rate: how often a second, as it was measured here.
-        cpu_ms: CPU milliseconds of each part for one.
+        name: the operation.
+        rate: operations per second.
+        cpu_ms: CPU milliseconds per operation, by part.
     """
 
     name: str
@@ -56,8 +56,8 @@ class Capacity:
 
 
 @dataclass(frozen=True)
-class Look:
-    """How long a look at everything takes, at a number of workers or jobs."""
+class Duration:
+    """The duration of one operation on many workers or jobs."""
 
     name: str
     seconds: float
@@ -67,7 +67,7 @@ class Look:
 
 
 def submissions(fleet: Fleet, seconds: float) -> Capacity:
-    """Let clients submit to a gateway for so long; no worker takes the jobs."""
+    """Submit jobs to a gateway without workers for some seconds."""
     before, end = fleet.read(), time.monotonic() + seconds
     with ThreadPoolExecutor(_CLIENTS) as threads:
         parts = [threads.submit(_submit_until, fleet.url, end) for _ in range(_CLIENTS)]
@@ -85,67 +85,67 @@ def _submit_until(url: str, end: float) -> int:
         connection.request("POST", "/run", body, {"Content-Type": "application/json"})
         answer = connection.getresponse()
         if answer.read() and answer.status != 200:
-            raise SystemExit(f"the gateway took no job: {answer.status}")
+            raise SystemExit(f"the gateway refused a job: {answer.status}")
         count += 1
     connection.close()
     return count
 
 
 def events() -> Capacity:
-    """Let one process tell events of a job and hear them, through a Redis."""
+    """Publish and receive events of a job in one process, over Redis."""
     with redis_server() as url:
-        known = Known(url, 10.0)
+        registry = FleetRegistry(url, 10.0)
         bus = RedisEventBus(url)
-        before = _redis_cpu(known)
+        before = _redis_cpu(registry)
         began, own = time.perf_counter(), time.process_time()
-        asyncio.run(_hear(bus))
+        asyncio.run(_publish_and_receive(bus))
         took, own = time.perf_counter() - began, time.process_time() - own
-        spent = _redis_cpu(known) - before
+        spent = _redis_cpu(registry) - before
         bus.close()
-        known.close()
-    cpu = {"Redis": 1000 * spent / _EVENTS, "teller and listener": 1000 * own / _EVENTS}
-    return Capacity("events told and heard, one process each way", _EVENTS / took, cpu)
+        registry.close()
+    cpu = {"Redis": 1000 * spent / _EVENTS, "publisher and subscriber": 1000 * own / _EVENTS}
+    return Capacity("events published and received, one process", _EVENTS / took, cpu)
 
 
-async def _hear(bus: RedisEventBus) -> None:
-    job_id, room = str(uuid.uuid4()), threading.Semaphore(_WINDOW)
+async def _publish_and_receive(bus: RedisEventBus) -> None:
+    job_id, window = str(uuid.uuid4()), threading.Semaphore(_WINDOW)
 
-    def tell() -> None:
+    def publish() -> None:
         for number in range(_EVENTS):
-            room.acquire()
+            window.acquire()
             bus.publish(job_id, PROGRESS, {"progress": number, "node_id": "3", "stage": "running"})
 
-    with bus.subscribe(job_id) as listening:
-        telling = asyncio.get_running_loop().run_in_executor(None, tell)
-        heard = 0
-        async for event in listening:
+    with bus.subscribe(job_id) as subscription:
+        publishing = asyncio.get_running_loop().run_in_executor(None, publish)
+        received = 0
+        async for event in subscription:
             if event.type == PROGRESS:
-                heard += 1
-                room.release()
-            if heard == _EVENTS:
+                received += 1
+                window.release()
+            if received == _EVENTS:
                 break
-        await telling
+        await publishing
 
 
-def _redis_cpu(known: Known) -> float:
-    info: dict[str, Any] = known._redis.info("cpu")
+def _redis_cpu(registry: FleetRegistry) -> float:
+    info: dict[str, Any] = registry._redis.info("cpu")
     return float(info["used_cpu_user"] + info["used_cpu_sys"])
 
 
 def transactions(fleet: Fleet, postgres: Postgres, seconds: float) -> Iterator[Capacity]:
-    """Bring jobs through all their states with nothing but the store; once more with many jobs that wait."""
+    """Take jobs through all states in the store; once more with many waiting jobs."""
     store = JobStore(connect(postgres.new_database()), b"a secret")
-    yield _transactions(fleet, store, seconds, "store transactions, no job waits")
+    yield _transactions(fleet, store, seconds, "store transactions, no waiting jobs")
     _fill(store)
-    yield _transactions(fleet, store, seconds, f"store transactions, {MANY} jobs wait")
+    yield _transactions(fleet, store, seconds, f"store transactions, {MANY} waiting jobs")
     store.close()
 
 
 def _transactions(fleet: Fleet, store: JobStore, seconds: float, name: str) -> Capacity:
     before, own, end = fleet.read(), time.process_time(), time.monotonic() + seconds
     with ThreadPoolExecutor(_CLIENTS) as threads:
-        parts = [threads.submit(_live_until, store, end) for _ in range(_CLIENTS)]
-        count = _TRANSACTIONS_A_JOB * sum(part.result() for part in parts)
+        parts = [threads.submit(_run_jobs_until, store, end) for _ in range(_CLIENTS)]
+        count = _TRANSACTIONS_PER_JOB * sum(part.result() for part in parts)
     after, own = fleet.read(), time.process_time() - own
     cpu = {
         "PostgreSQL": 1000 * (after.cpu["PostgreSQL"] - before.cpu["PostgreSQL"]) / count,
@@ -154,7 +154,7 @@ def _transactions(fleet: Fleet, store: JobStore, seconds: float, name: str) -> C
     return Capacity(name, count / (after.at - before.at), cpu)
 
 
-def _live_until(store: JobStore, end: float) -> int:
+def _run_jobs_until(store: JobStore, end: float) -> int:
     count = 0
     while time.monotonic() < end:
         record = _job()
@@ -177,24 +177,24 @@ def _job() -> JobRecord:
     return JobRecord(str(uuid.uuid4()), "local", JobState.IN_QUEUE, time.time(), request=request)
 
 
-def looks(postgres: Postgres) -> Iterator[Look]:
-    """Look at as many workers and jobs as a large fleet has, as gateways do twice a second."""
+def scans(postgres: Postgres) -> Iterator[Duration]:
+    """Read all workers and jobs of a large fleet, as gateways do twice per second."""
     with redis_server() as url:
-        known = Known(url, 600.0)
+        registry = FleetRegistry(url, 600.0)
         report = {"healthy": True, "jobs": 1, "load": 1, "idle": True}
         for number in tqdm(range(MANY), desc=f"{MANY} workers", leave=False, disable=None):
-            known.report(f"http://worker-{number}:8188", report)
-        yield Look(f"a look at the reports of {MANY} workers", _seconds(known.workers))
+            registry.report(f"http://worker-{number}:8188", report)
+        yield Duration(f"read the reports of {MANY} workers", _seconds(registry.workers))
         ids = [str(uuid.uuid4()) for _ in range(MANY)]
-        yield Look(f"a look at who has {MANY} jobs in hand", _seconds(lambda: known.held(ids)))
-        known.close()
+        yield Duration(f"read the leases of {MANY} jobs", _seconds(lambda: registry.held(ids)))
+        registry.close()
     store = JobStore(connect(postgres.new_database()), b"a secret")
     _fill(store)
-    yield Look(f"a look at {MANY} open jobs in the database", _seconds(store.unfinished))
+    yield Duration(f"read {MANY} open jobs from the database", _seconds(store.unfinished))
     store.close()
 
 
-def _seconds(look: Any) -> float:
+def _seconds(operation: Any) -> float:
     began = time.perf_counter()
-    look()
+    operation()
     return time.perf_counter() - began

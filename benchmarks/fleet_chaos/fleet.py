@@ -1,4 +1,4 @@
-"""The fleet that everything is done to: two gateways, three workers, and a way of its own from each to each server."""
+"""The fleet of a run: two gateways and three workers, each with its own links to Redis and PostgreSQL."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.waiting import wait_until
 GATEWAYS = 2
 WORKERS = 3
 LOST_S = 2.0
-"""After how much silence a worker is lost."""
+"""Seconds without a sign of life after which a worker is lost."""
 _NOWHERE = "http://127.0.0.1:1"
 _SETTINGS = {
     "ENGINE": "celery",
@@ -34,15 +34,15 @@ _SETTINGS = {
 
 @dataclass
 class Member:
-    """A process of the fleet, and its ways to the two servers.
+    """A process of the fleet, and its links to the two servers.
 
     Attributes:
-        name: for people.
+        name: for the report.
         program: starts and kills it.
-        to_redis: its way to the Redis.
-        to_postgres: its way to the database.
-        logs: what its processes have written, but for the last.
-        is_down: whether it was killed, and is to stay so for the time being.
+        to_redis: its link to Redis.
+        to_postgres: its link to the database.
+        logs: output of its earlier processes.
+        is_down: whether it is killed on purpose.
     """
 
     name: str
@@ -54,32 +54,32 @@ class Member:
 
     @property
     def process(self) -> Process:
-        """The process that was started last."""
+        """The current process."""
         return self.program.process
 
     @property
-    def has_ended_by_itself(self) -> bool:
-        """Whether nobody has killed it, and it is not there any more."""
+    def has_died(self) -> bool:
+        """Whether it ended without being killed."""
         return not self.is_down and not self.process.is_running
 
     def kill(self) -> None:
-        """End it by SIGKILL."""
+        """Kill it with SIGKILL."""
         self.is_down = True
         self.program.kill()
         self.logs.append(self.process.output)
 
     def launch(self) -> None:
-        """Begin to start it again."""
+        """Start it again, without waiting."""
         self.program.launch()
         self.is_down = False
 
 
 @dataclass
-class Site:
-    """All that runs.
+class ChaosFleet:
+    """All parts of the fleet.
 
     Attributes:
-        database_url: straight to the database, whatever is done to the members' ways.
+        database_url: the database without a link in between.
     """
 
     redis: RedisServer
@@ -95,24 +95,24 @@ class Site:
         return [*self.gateways, *self.workers]
 
     def urls(self) -> list[str]:
-        """Return where the gateways listen."""
+        """Return the URLs of the gateways."""
         return [gateway.program.url for gateway in self.gateways if isinstance(gateway.program, RestartableGateway)]
 
     def revive(self) -> list[str]:
-        """Start those again that have ended by themselves; return a sentence about each."""
-        said = []
+        """Start members that died again, and return a sentence about each."""
+        violations = []
         for member in self.members:
-            if member.has_ended_by_itself:
+            if member.has_died:
                 code = member.process.wait()
                 member.logs.append(member.process.output)
-                said.append(f"{member.name} ended by itself with exit code {code}: {member.logs[-1][-300:]!r}")
+                violations.append(f"{member.name} ended by itself with exit code {code}: {member.logs[-1][-300:]!r}")
                 member.launch()
-        return said
+        return violations
 
 
 @contextmanager
-def site(folder: Path) -> Iterator[Site]:
-    """Run a fleet until the end of the block; it begins when all are at work."""
+def chaos_fleet(folder: Path) -> Iterator[ChaosFleet]:
+    """Run a fleet until the end of the block, which starts when all members are ready."""
     with ExitStack() as stack:
         database, redis = stack.enter_context(postgres()), stack.enter_context(redis_server())
         network = stack.enter_context(Network())
@@ -120,10 +120,10 @@ def site(folder: Path) -> Iterator[Site]:
             stack.enter_context(EmulatedComfyUI(base_directory=folder / f"comfyui-{n}")) for n in range(WORKERS)
         ]
         url = database.new_database()
-        running = Site(redis, database, url, [], [], comfyuis)
+        running = ChaosFleet(redis, database, url, [], [], comfyuis)
         folder.joinpath("data").mkdir()
 
-        def ways() -> tuple[dict[str, str], Link, Link]:
+        def links() -> tuple[dict[str, str], Link, Link]:
             to_redis, to_postgres = network.link(redis.port), network.link(database.port)
             environment = {
                 **_SETTINGS,
@@ -134,11 +134,11 @@ def site(folder: Path) -> Iterator[Site]:
             return environment, to_redis, to_postgres
 
         for number in range(GATEWAYS):
-            environment, to_redis, to_postgres = ways()
+            environment, to_redis, to_postgres = links()
             gateway = RestartableGateway(folder / "data", _NOWHERE, **environment)
             running.gateways.append(Member(f"gateway {number}", gateway, to_redis, to_postgres))
         for number, comfyui in enumerate(comfyuis):
-            environment, to_redis, to_postgres = ways()
+            environment, to_redis, to_postgres = links()
             running.workers.append(
                 Member(f"worker {number}", WorkerProcess(comfyui.url, environment), to_redis, to_postgres)
             )

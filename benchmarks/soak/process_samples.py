@@ -1,4 +1,4 @@
-"""What the worker's process takes of the machine, and whether it takes more and more."""
+"""Samples of the worker's memory, open files and threads, and their growth."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _WARM_UP = 0.15
-"""Part of the run that does not count: pools and caches fill, modules are loaded."""
+"""The share of the run that is ignored, while caches fill and modules are imported."""
 MORE_HANDLES = 3
-"""How many more open files or threads at the end than after the warm-up are no trend."""
+"""Allowed growth of open files and threads after the warm-up."""
 _MOST_KB_PER_JOB = 4.0
 _FEWEST_JOBS_FOR_A_SLOPE = 300
 _MOST_MB = 40.0
-"""How much a short run may add, before a slope says anything."""
+"""Allowed growth of memory; short runs have no meaningful slope."""
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class Sample:
     """The worker's process between two rounds.
 
     Attributes:
-        jobs: how many jobs had ended by then.
+        jobs: number of ended jobs.
         rss_mb: resident memory.
-        fds: open file descriptors; `sockets` are those of them that are sockets.
+        fds: open file descriptors, including `sockets`.
     """
 
     jobs: int
@@ -36,7 +36,7 @@ class Sample:
 
 
 def sample(pid: int, jobs: int, seconds: float) -> Sample:
-    """Look at a process, as Linux' /proc shows it."""
+    """Sample a process (Linux only)."""
     status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines())
     handles = _handles(pid)
     return Sample(
@@ -50,7 +50,7 @@ def sample(pid: int, jobs: int, seconds: float) -> Sample:
 
 
 def _handles(pid: int) -> list[str]:
-    """Return what the open file descriptors are; one that is closed meanwhile is left out."""
+    """Return the targets of the open file descriptors."""
     found = []
     for link in Path(f"/proc/{pid}/fd").iterdir():
         try:
@@ -62,14 +62,14 @@ def _handles(pid: int) -> list[str]:
 
 @dataclass(frozen=True)
 class Trend:
-    """The worker's process after the warm-up and at the end: medians over several samples each."""
+    """The worker's process after the warm-up and at the end, as medians of several samples."""
 
     start: Sample
     end: Sample
     rss_kb_per_job: float
 
     def violations(self) -> list[str]:
-        """Return a sentence for everything that grew."""
+        """Return a sentence on each figure that grew too much."""
         found = [
             f"the worker's {name} grew from {before} to {after}"
             for name, before, after in (
@@ -79,7 +79,7 @@ class Trend:
             if after > before + MORE_HANDLES
         ]
         if self.end.jobs >= _FEWEST_JOBS_FOR_A_SLOPE and self.rss_kb_per_job > _MOST_KB_PER_JOB:
-            found.append(f"the worker's memory grows by {self.rss_kb_per_job:.2f} KB a job")
+            found.append(f"the worker's memory grows by {self.rss_kb_per_job:.2f} KB per job")
         if self.end.rss_mb > self.start.rss_mb + _MOST_MB:
             found.append(f"the worker's memory grew from {self.start.rss_mb} to {self.end.rss_mb} MB")
         return found

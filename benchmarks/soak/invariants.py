@@ -1,4 +1,4 @@
-"""What must be true of every job, whatever went wrong around it."""
+"""What must be true of each job, whatever faults were injected."""
 
 from __future__ import annotations
 
@@ -11,88 +11,88 @@ from tests.support.runpod.platform_state import FINAL_STATES, PlatformJob
 
 
 @dataclass
-class Running:
+class JobRun:
     """A job on the platform.
 
     Attributes:
-        faults: those that were on while it ran.
-        codes: what else it may fail with.
+        faults: the faults while it ran.
+        codes: further error codes that it may have.
     """
 
     job: SoakJob
-    on_platform: PlatformJob
+    platform_job: PlatformJob
     faults: list[Fault] = field(default_factory=list)
     codes: frozenset[str] = frozenset()
 
     @property
     def end(self) -> tuple[str, int]:
-        """How it ended, and with how many results: what must not change any more."""
-        # A result may have been on its way when the platform ended the job.
-        was_aborted = self.on_platform.state in ("CANCELLED", "TIMED_OUT")
+        """Its outcome and number of results, which must not change any more."""
+        # A result may have been in flight when the platform ended the job.
+        was_aborted = self.platform_job.state in ("CANCELLED", "TIMED_OUT")
         return self.outcome, 0 if was_aborted else self.posts
 
     @property
     def posts(self) -> int:
-        """How many results the platform was given; the same one once more does not count if its answer may be lost."""
-        results = self.on_platform.results
+        """The number of results that the worker posted, without repetitions of one whose response may be lost."""
+        results = self.platform_job.results
         if any(fault.loses_answers_to_results for fault in self.faults):
             results = [result for number, result in enumerate(results) if result not in results[:number]]
         return len(results)
 
     @property
     def outcome(self) -> str:
-        """Its state, and the code of a failure."""
+        """Its state, with the error code if it failed."""
         code = self.code
-        return self.on_platform.state if code is None else f"{self.on_platform.state} {code}"
+        return self.platform_job.state if code is None else f"{self.platform_job.state} {code}"
 
     @property
     def code(self) -> str | None:
-        """The code of its failure, None if it has not failed."""
-        if self.on_platform.state != "FAILED":
+        """Its error code; None if it has not failed."""
+        if self.platform_job.state != "FAILED":
             return None
-        output = self.on_platform.answer.get("output")
+        output = self.platform_job.answer.get("output")
         return str(output.get("code")) if isinstance(output, dict) else "none"
 
 
-def violations_of(running: Running) -> Iterator[str]:
-    """Yield a sentence for each thing that is wrong with a job that has ended."""
+def violations_of(running: JobRun) -> Iterator[str]:
+    """Yield a sentence on each thing that is wrong with an ended job."""
     for problem in (*_wrong_state(running), *_wrong_posts(running), *_wrong_content(running)):
         names = ", ".join(fault.name for fault in running.faults) or "no fault"
         job = running.job
         yield f"job {job.number} ({job.shape}; {names}): {problem}"
 
 
-def _wrong_state(running: Running) -> Iterator[str]:
-    job, state = running.job, running.on_platform.state
+def _wrong_state(running: JobRun) -> Iterator[str]:
+    job, state = running.job, running.platform_job.state
     if state not in FINAL_STATES:
         yield f"never ended, it is {state}"
     if state == "CANCELLED" and job.cancel is None:
-        yield "CANCELLED, and nobody cancelled it"
+        yield "CANCELLED, but was not cancelled"
     if state == "TIMED_OUT" and job.shape != EXECUTION_TIMEOUT:
         yield "TIMED_OUT without a limit"
     if state == "FAILED" and running.code not in allowed_codes(running):
-        yield f"failed with {running.code}: {running.on_platform.answer.get('error')}"
+        yield f"failed with {running.code}: {running.platform_job.answer.get('error')}"
 
 
-def allowed_codes(running: Running) -> set[str | None]:
-    """Return what a job may fail with: what it asks for itself, and what the faults that it met may do to it."""
+def allowed_codes(running: JobRun) -> set[str | None]:
+    """Return the error codes that a job may have by its shape and its faults."""
     by_faults = [fault.codes_for(running.job) for fault in running.faults]
     own = {running.job.expected.code} - {None}
     return set(own.union(running.codes, *by_faults))
 
 
-def _wrong_posts(running: Running) -> Iterator[str]:
-    state, posts = running.on_platform.state, running.posts
-    # A result may be on its way while the platform ends the job.
+def _wrong_posts(running: JobRun) -> Iterator[str]:
+    state, posts = running.platform_job.state, running.posts
+    # A result may be in flight while the platform ends the job.
     expected: Sequence[int] = (0, 1) if state in ("CANCELLED", "TIMED_OUT") else (1,)
     if posts not in expected:
         yield f"{posts} results were posted for a job that is {state}"
 
 
-def _wrong_content(running: Running) -> Iterator[str]:
-    if running.on_platform.state != "COMPLETED":
+def _wrong_content(running: JobRun) -> Iterator[str]:
+    if running.platform_job.state != "COMPLETED":
         return
-    output = running.on_platform.answer.get("output")
+    output = running.platform_job.answer.get("output")
     if not isinstance(output, dict):
         yield "completed without an output"
         return

@@ -1,4 +1,4 @@
-"""What the soak's judge lets pass, and what not."""
+"""What the soak's invariants allow, and what they report."""
 
 from __future__ import annotations
 
@@ -7,46 +7,46 @@ from typing import Any
 
 import pytest
 
-from benchmarks.soak.faults import Fault, PlatformDown, PlatformMischief
-from benchmarks.soak.judge import Running, violations_of
-from benchmarks.soak.kinds import OWN_KINDS
+from benchmarks.soak.fault_kinds import OWN_KINDS
+from benchmarks.soak.faults import BadPlatformResponse, Fault, PlatformDown
+from benchmarks.soak.invariants import JobRun, violations_of
 from benchmarks.soak.shapes import Expected, SoakJob
 from tests.support.runpod.platform_state import PlatformJob
 
 DOWN = PlatformDown(name="platform down", seconds=1.0)
-CUT = PlatformMischief(name="job-done cut", kind="job-done", mischief="cut")
+CUT = BadPlatformResponse(name="job-done cut", kind="job-done", response="cut")
 RESULT: dict[str, Any] = {"output": {"texts": []}}
 OTHER: dict[str, Any] = {"output": {"texts": ["something else"]}}
 
 
-def _running(results: list[dict[str, Any]], *faults: Fault) -> Running:
+def _running(results: list[dict[str, Any]], *faults: Fault) -> JobRun:
     job = SoakJob(0, "text", input={}, expected=Expected())
-    on_platform = PlatformJob("job", {}, 1, state="COMPLETED", results=results, answer={"output": {}})
-    return Running(job, on_platform, list(faults))
+    platform_job = PlatformJob("job", {}, 1, state="COMPLETED", results=results, answer={"output": {}})
+    return JobRun(job, platform_job, list(faults))
 
 
-def _posts_blamed(running: Running) -> list[str]:
+def _post_violations(running: JobRun) -> list[str]:
     return [problem for problem in violations_of(running) if "posted" in problem]
 
 
 def test_one_result_is_right() -> None:
-    assert _posts_blamed(_running([RESULT], DOWN)) == []
+    assert _post_violations(_running([RESULT], DOWN)) == []
 
 
 @pytest.mark.parametrize("faults", [(), (CUT,)], ids=["no fault", "a post that was cut before it was taken"])
 def test_the_same_result_twice_is_wrong_where_no_answer_was_lost(faults: tuple[Fault, ...]) -> None:
-    assert len(_posts_blamed(_running([RESULT, RESULT], *faults))) == 1
+    assert len(_post_violations(_running([RESULT, RESULT], *faults))) == 1
 
 
 def test_the_same_result_may_come_again_when_the_platform_went_away_before_it_answered() -> None:
     running = _running([RESULT, dict(RESULT)], DOWN)
 
-    assert _posts_blamed(running) == []
+    assert _post_violations(running) == []
     assert running.end == ("COMPLETED", 1)
 
 
 def test_two_different_results_are_wrong_whatever_happened() -> None:
-    assert len(_posts_blamed(_running([RESULT, OTHER], DOWN))) == 1
+    assert len(_post_violations(_running([RESULT, OTHER], DOWN))) == 1
 
 
 def test_answers_to_results_get_lost_where_the_platform_goes_down_and_nowhere_else() -> None:

@@ -1,4 +1,4 @@
-"""Every kind of fault that a soak draws from: how its details are drawn, and what it may do to a job."""
+"""The kinds of faults of a soak test: their random details, and the errors that they may cause."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from random import Random
 from typing import Any
 
 from benchmarks.soak.faults import (
+    BadPlatformResponse,
     Death,
     DeathAtEvent,
+    EmulatorFault,
     Fault,
     Freeze,
     Hang,
     Interrupt,
     PlatformDown,
-    PlatformMischief,
-    Wire,
 )
 from benchmarks.soak.shapes import INPUT_IMAGE, WEBSOCKET_PICTURE, Shape, cancel_running
 from tests.support.runpod.platform_http import PlatformFault
 
 REQUEST_TIMEOUT_S = 1.5
-"""How long the worker of a soak waits for an answer of ComfyUI."""
+"""How long the worker waits for a response of ComfyUI."""
 
-Draw = Callable[[Random], Fault]
+FaultFactory = Callable[[Random], Fault]
 _PICTURE = "preview"
-"""The emulator's name for every frame with a picture in it."""
+"""The emulator's name for binary messages with an image."""
 _EVENTS = (
     "status",
     "execution_start",
@@ -50,7 +50,7 @@ _REQUESTS: Mapping[str, tuple[str, str, Shape | None]] = {
     "GET /queue": ("GET", "/queue", cancel_running),
     "POST /interrupt": ("POST", "/interrupt", cancel_running),
 }
-"""What the worker asks of ComfyUI: method, path, and a shape of job that asks it for certain."""
+"""The worker's requests: method, path, and a shape of job that certainly makes the request."""
 
 
 def _soon(rng: Random) -> float:
@@ -58,7 +58,7 @@ def _soon(rng: Random) -> float:
 
 
 def _event(rng: Random) -> tuple[str, Shape | None]:
-    """Return an event, and a shape of job that sends it if others do not."""
+    """Return an event, and the shape of job that it needs."""
     event = rng.choice(_EVENTS)
     return event, WEBSOCKET_PICTURE if event == _PICTURE else None
 
@@ -67,34 +67,34 @@ def _event(rng: Random) -> tuple[str, Shape | None]:
 
 
 def _websocket_cut(rng: Random) -> Fault:
-    return Wire(name="websocket cut", cut_first=True, about_websocket=True, delay_s=_soon(rng))
+    return EmulatorFault(name="websocket cut", cut_first=True, about_websocket=True, delay_s=_soon(rng))
 
 
 def _websocket_cut_at_event(rng: Random) -> Fault:
     event, needs = _event(rng)
     fields = {"drop_websocket_at_event": event, "drop_websocket_times": rng.randint(1, 2)}
-    return Wire(name="websocket cut at an event", fields=fields, about_websocket=True, needs=needs)
+    return EmulatorFault(name="websocket cut at an event", fields=fields, about_websocket=True, needs=needs)
 
 
 def _websocket_cut_often(rng: Random) -> Fault:
     fields = {"drop_websocket_after": rng.randint(0, 6), "drop_websocket_times": rng.randint(2, 8)}
-    return Wire(name="websocket cut again and again", fields=fields, cut_first=True, about_websocket=True)
+    return EmulatorFault(name="websocket cut again and again", fields=fields, cut_first=True, about_websocket=True)
 
 
 def _websocket_refused(rng: Random) -> Fault:
     delay_s = rng.choice((None, _soon(rng)))
     fields = {"websocket": "refuse"}
-    return Wire(name="websocket refused", fields=fields, cut_first=True, about_websocket=True, delay_s=delay_s)
+    return EmulatorFault(name="websocket refused", fields=fields, cut_first=True, about_websocket=True, delay_s=delay_s)
 
 
 def _websocket_hanging(rng: Random) -> Fault:
     delay_s = rng.choice((None, _soon(rng)))
     fields = {"websocket": "hang"}
-    return Wire(name="websocket hanging", fields=fields, cut_first=True, about_websocket=True, delay_s=delay_s)
+    return EmulatorFault(name="websocket hanging", fields=fields, cut_first=True, about_websocket=True, delay_s=delay_s)
 
 
 def _websocket_silent(rng: Random) -> Fault:
-    return Wire(
+    return EmulatorFault(
         name="websocket silent", fields={"silent": True}, about_websocket=True, delay_s=rng.choice((None, 0.05))
     )
 
@@ -102,22 +102,22 @@ def _websocket_silent(rng: Random) -> Fault:
 def _websocket_silent_from_event(rng: Random) -> Fault:
     event, needs = _event(rng)
     fields = {"silent_from_event": event, "silent": False}
-    return Wire(name="websocket silent from an event on", fields=fields, about_websocket=True, needs=needs)
+    return EmulatorFault(name="websocket silent from an event on", fields=fields, about_websocket=True, needs=needs)
 
 
 # ---------------------------------------------------------------------------------------- history and queue
 
 
 def _history_late(rng: Random) -> Fault:
-    return Wire(name="history late", fields={"history_delay_s": round(rng.uniform(0.1, 2.0), 3)})
+    return EmulatorFault(name="history late", fields={"history_delay_s": round(rng.uniform(0.1, 2.0), 3)})
 
 
 def _history_lost(_rng: Random) -> Fault:
-    return Wire(name="history lost", fields={"history_lost": True})
+    return EmulatorFault(name="history lost", fields={"history_lost": True})
 
 
 def _prompt_deleted(_rng: Random) -> Fault:
-    return Wire(name="prompt deleted while pending", fields={"delete_pending": 1}, codes=_CANCELLED)
+    return EmulatorFault(name="prompt deleted while pending", fields={"delete_pending": 1}, codes=_CANCELLED)
 
 
 def _interrupted(rng: Random) -> Fault:
@@ -126,7 +126,7 @@ def _interrupted(rng: Random) -> Fault:
 
 def _interrupt_ignored(rng: Random) -> Fault:
     fields = {"ignore_interrupts": rng.randint(1, 3)}
-    return Wire(name="interrupt without effect", fields=fields, needs=cancel_running)
+    return EmulatorFault(name="interrupt without effect", fields=fields, needs=cancel_running)
 
 
 # ------------------------------------------------------------------------------------------------- requests
@@ -137,39 +137,39 @@ def _request(name: str, **details: Any) -> dict[str, Any]:
     return {"method": method, "path": path, **details}
 
 
-def _answers_500(request: str, codes: frozenset[str] = frozenset(), times: tuple[int, int] = (1, 1)) -> Draw:
+def _answers_500(request: str, codes: frozenset[str] = frozenset(), times: tuple[int, int] = (1, 1)) -> FaultFactory:
     def draw(rng: Random) -> Fault:
         rule = _request(request, status=500, times=rng.randint(*times))
         name = f"{request} answered 500"
-        return Wire(name=name, fields={"answer_status": [rule]}, codes=codes, needs=_REQUESTS[request][2])
+        return EmulatorFault(name=name, fields={"answer_status": [rule]}, codes=codes, needs=_REQUESTS[request][2])
 
     return draw
 
 
 def _view_broken(rng: Random) -> Fault:
     fields = {"answer_status": [_request("GET /view", status=500, times=rng.randint(3, 6))]}
-    return Wire(name="GET /view answered 500 often", fields=fields, codes=_UNREACHABLE, lacks_files=True)
+    return EmulatorFault(name="GET /view answered 500 often", fields=fields, codes=_UNREACHABLE, lacks_files=True)
 
 
 def _slow_answers(rng: Random) -> Fault:
     request = rng.choice(list(_REQUESTS))
     rule = _request(request, seconds=round(rng.uniform(0.2, 1.0), 3), times=rng.randint(1, 3))
-    return Wire(name="answers slow", fields={"slow_answers": [rule]}, needs=_REQUESTS[request][2])
+    return EmulatorFault(name="answers slow", fields={"slow_answers": [rule]}, needs=_REQUESTS[request][2])
 
 
-def _answer_too_slow(request: str) -> Draw:
+def _answer_too_slow(request: str) -> FaultFactory:
     def draw(rng: Random) -> Fault:
         rule = _request(request, seconds=REQUEST_TIMEOUT_S + round(rng.uniform(0.2, 1.0), 3), times=1)
         name = f"{request} answered after the timeout"
-        return Wire(name=name, fields={"slow_answers": [rule]}, needs=_REQUESTS[request][2])
+        return EmulatorFault(name=name, fields={"slow_answers": [rule]}, needs=_REQUESTS[request][2])
 
     return draw
 
 
-def _answer_lost(request: str) -> Draw:
+def _answer_lost(request: str) -> FaultFactory:
     def draw(_rng: Random) -> Fault:
         fields = {"lost_answers": [_request(request, times=1)]}
-        return Wire(name=f"answer to {request} lost", fields=fields, needs=_REQUESTS[request][2])
+        return EmulatorFault(name=f"answer to {request} lost", fields=fields, needs=_REQUESTS[request][2])
 
     return draw
 
@@ -220,11 +220,13 @@ def _frozen(rng: Random) -> Fault:
 # ------------------------------------------------------------------------------------------------- platform
 
 
-def _platform(kind: str, mischief: PlatformFault, times: tuple[int, int] = (1, 1), needs: Shape | None = None) -> Draw:
+def _platform(
+    kind: str, response: PlatformFault, times: tuple[int, int] = (1, 1), needs: Shape | None = None
+) -> FaultFactory:
     def draw(rng: Random) -> Fault:
-        how = "cut" if mischief == "cut" else f"answered {mischief}"
-        return PlatformMischief(
-            name=f"{kind} {how}", kind=kind, mischief=mischief, times=rng.randint(*times), needs=needs
+        outcome = "cut" if response == "cut" else f"answered {response}"
+        return BadPlatformResponse(
+            name=f"{kind} {outcome}", kind=kind, response=response, times=rng.randint(*times), needs=needs
         )
 
     return draw
@@ -234,7 +236,7 @@ def _platform_down(rng: Random) -> Fault:
     return PlatformDown(name="platform down", delay_s=_soon(rng), seconds=round(rng.uniform(0.2, 1.0), 3))
 
 
-_KINDS: Mapping[Draw, int] = {
+_KINDS: Mapping[FaultFactory, int] = {
     _websocket_cut: 4,
     _websocket_cut_at_event: 4,
     _websocket_cut_often: 3,
@@ -276,13 +278,13 @@ _KINDS: Mapping[Draw, int] = {
     _platform("job-stop", 500, needs=cancel_running): 1,
     _platform_down: 2,
 }
-OWN_KINDS: Mapping[Draw, int] = {**_KINDS, _hangs: 1}
-"""How often each kind occurs, in about a hundred, where ComfyUI is the worker's own."""
-REMOTE_KINDS: Mapping[Draw, int] = {
+OWN_KINDS: Mapping[FaultFactory, int] = {**_KINDS, _hangs: 1}
+"""The weight of each kind if the worker has access to ComfyUI's process and files."""
+REMOTE_KINDS: Mapping[FaultFactory, int] = {
     **_KINDS,
     _answers_500("GET /view"): 2,
     _view_broken: 2,
     _answer_too_slow("GET /view"): 1,
     _answer_lost("GET /view"): 2,
 }
-"""The same where it is somebody else's: the worker cannot restart it, and fetches outputs instead of reading them."""
+"""The weights if it has not: it cannot restart ComfyUI, and downloads outputs."""
