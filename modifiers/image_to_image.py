@@ -1,16 +1,16 @@
-"""A picture painted anew after a text: an example of a modifier that takes a file."""
+"""Repaints an image after a text: an example of a modifier with a file."""
 
 from comfy_worker.modifiers import BaseModifier
 
 
 class ImageToImage(BaseModifier):
-    """Needs an `input_image` and a `prompt`; what else is not given stays as it is in the workflow's file."""
+    """Requires `input_image` and `prompt`; other values default to those in the workflow's file."""
 
     WORKFLOW_JSON = "workflows/image-to-image.json"
     PROMPT: str | None = None
 
     async def apply_modifications(self) -> None:
-        """Put the values into the nodes of the workflow; a URL as `input_image` is fetched by the worker."""
+        """Set the values in the nodes of the workflow; the worker downloads a URL in `input_image`."""
         picture, size, checkpoint, prompt, negative = (self.workflow[node]["inputs"] for node in "12345")
         sampler = self.workflow["7"]["inputs"]
         picture["image"] = await self.modify_workflow_value("input_image")
@@ -28,6 +28,6 @@ class ImageToImage(BaseModifier):
 
 
 class Image2Image(ImageToImage):
-    """The same by the name that AI-Dock's wrapper gives it, where no prompt is required."""
+    """The same under the name in AI-Dock's wrapper, where the prompt is optional."""
 
     PROMPT = ""

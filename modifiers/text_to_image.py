@@ -1,16 +1,16 @@
-"""A picture from a text: an example of a modifier."""
+"""Generates an image from a text: an example of a modifier."""
 
 from comfy_worker.modifiers import BaseModifier
 
 
 class TextToImage(BaseModifier):
-    """Needs a `prompt`; what else is not given stays as it is in the workflow's file, and the seed is a random one."""
+    """Requires `prompt`; other values default to those in the workflow's file, the seed to a random number."""
 
     WORKFLOW_JSON = "workflows/text-to-image-sd15.json"
     PROMPT: str | None = None
 
     async def apply_modifications(self) -> None:
-        """Put the values into the nodes of the workflow."""
+        """Set the values in the nodes of the workflow."""
         checkpoint, prompt, negative, size, sampler = (self.workflow[node]["inputs"] for node in "12345")
         prompt["text"] = await self.modify_workflow_value("prompt", self.PROMPT)
         negative["text"] = await self.modify_workflow_value("negative_prompt", negative["text"])
@@ -26,6 +26,6 @@ class TextToImage(BaseModifier):
 
 
 class Text2Image(TextToImage):
-    """The same by the name that AI-Dock's wrapper gives it, where no value is required."""
+    """The same under the name in AI-Dock's wrapper, where the prompt is optional."""
 
     PROMPT = ""
