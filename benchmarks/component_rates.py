@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from tqdm import tqdm
 
 from benchmarks.fleet import Fleet, redis_server
-from benchmarks.overhead import workflow
+from benchmarks.workflows import images
 from comfy_worker.gateway.engines.celery.fleet import Fleet as FleetRegistry
 from comfy_worker.gateway.events.bus import PROGRESS
 from comfy_worker.gateway.events.redis_bus import RedisEventBus
@@ -79,7 +79,7 @@ def submissions(fleet: Fleet, seconds: float) -> Capacity:
 
 def _submit_until(url: str, end: float) -> int:
     connection = http.client.HTTPConnection(urlsplit(url).netloc)
-    body = json.dumps({"input": {"workflow": workflow(1, 64)}})
+    body = json.dumps({"input": {"workflow": images(1, 64)}})
     count = 0
     while time.monotonic() < end:
         connection.request("POST", "/run", body, {"Content-Type": "application/json"})
@@ -173,7 +173,7 @@ def _fill(store: JobStore) -> None:
 
 
 def _job() -> JobRecord:
-    request = {"input": {"workflow": workflow(1, 64)}}
+    request = {"input": {"workflow": images(1, 64)}}
     return JobRecord(str(uuid.uuid4()), "local", JobState.IN_QUEUE, time.time(), request=request)
 
 

@@ -11,7 +11,6 @@ one round trip more than on services that do not. Without a URL, the emulator is
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import statistics
 import subprocess
@@ -22,12 +21,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import boto3
 from tqdm import tqdm
 
 from benchmarks.servers import emulator, wait_until_up
+from benchmarks.workflows import images
 from comfy_worker.settings import load_settings
 from comfy_worker.types import JobEvent, Stage, StageStarted
 from comfy_worker.worker import Worker
@@ -44,7 +43,6 @@ BASE64_LIMIT = 2.5
 """Memory above idle as a multiple of the size, for a file of 64 MB."""
 MB = 1024 * 1024
 KEYS = {"bucket_access_key_id": "benchmark", "bucket_secret_access_key": "benchmark-secret"}
-_colours = itertools.count(int(time.time()) % 1_000_000 * 10)
 
 
 @dataclass(frozen=True)
@@ -123,15 +121,6 @@ class DeliveryClock:
             self.finished = time.perf_counter()
 
 
-def workflow(count: int, side: int) -> dict[str, Any]:
-    """Return a workflow that makes `count` new images."""
-    size = {"width": side, "height": side, "batch_size": count, "color": next(_colours) % 0xFFFFFF}
-    return {
-        "1": {"class_type": "EmptyImage", "inputs": size},
-        "9": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "delivery/picture"}},
-    }
-
-
 def pictures(setup: Setup, count: int, side: int, rounds: int, *, on_disk: bool) -> Row:
     """Return the seconds from the end of the workflow to the response, for `count` images."""
     disk = {"comfyui_base_directory": str(setup.base)} if on_disk else {}
@@ -141,7 +130,7 @@ def pictures(setup: Setup, count: int, side: int, rounds: int, *, on_disk: bool)
     with closing(Worker(settings)) as worker:
         for _ in tqdm(range(rounds + 1), desc=name, leave=False, disable=None):
             clock = DeliveryClock()
-            output = worker.run({"id": "delivery", "input": {"workflow": workflow(count, side)}}, clock.on_event)
+            output = worker.run({"id": "delivery", "input": {"workflow": images(count, side)}}, clock.on_event)
             walls.append(time.perf_counter() - clock.finished)
             if [image["type"] for image in output.get("images", [])] != ["s3_url"] * count:
                 raise SystemExit(f"the worker did not deliver {count} pictures: {output}")

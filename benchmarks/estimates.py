@@ -23,7 +23,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from benchmarks.servers import emulator
-from tests.support.comfyui.graphs import work
+from benchmarks.workflows import work
 from tests.support.gateway.process import GatewayProcess, gateway_process
 
 LIMIT = 0.25
@@ -97,8 +97,8 @@ def main() -> int:
         url = stack.enter_context(_comfyui(arguments.comfyui))
         gateway = stack.enter_context(gateway_process(url, Path(stack.enter_context(tempfile.TemporaryDirectory()))))
         threads = stack.enter_context(ThreadPoolExecutor(arguments.jobs))
-        gateway.ended(gateway.run(work(arguments.seconds)))
-        job_ids = [gateway.run(work(arguments.seconds)) for _ in range(arguments.jobs)]
+        gateway.ended(gateway.run(work(arguments.seconds, 10)))
+        job_ids = [gateway.run(work(arguments.seconds, 10)) for _ in range(arguments.jobs)]
         followed = list(threads.map(lambda job_id: follow(gateway, job_id), job_ids))
     print(f"{'job':4}{'waited s':>10}{'off by':>9}{'rises':>7}{'took s':>10}{'off by':>9}{'rises':>7}{'last':>6}")
     off = []

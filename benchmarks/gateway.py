@@ -27,8 +27,9 @@ from typing import Any
 import requests
 from tqdm import tqdm
 
-from benchmarks.overhead import run_worker, seconds, workflow
+from benchmarks.overhead import run_worker, seconds
 from benchmarks.servers import emulator, wait_until_up
+from benchmarks.workflows import images, work
 from comfy_worker.settings import load_settings
 from comfy_worker.worker import Worker
 from tests.support.network.ports import free_port
@@ -125,12 +126,12 @@ def gateway(comfyui_url: str, jobs: int) -> Iterator[str]:
 
 
 def measure_added(comfyui_url: str, url: str, rounds: int) -> Iterator[Row]:
-    """Let the handler and `/runsync` take turns at one small picture."""
+    """Run the handler and `/runsync` alternately with one small image."""
     worker, client = Worker(load_settings(comfyui_url=comfyui_url)), Client(url)
     pairs = []
     for number in tqdm(range(rounds + _WARM_UP), desc="/runsync", leave=False, disable=None):
-        alone = seconds(lambda: run_worker(worker, workflow(1, 64), 1))
-        through = seconds(lambda: client.runsync(workflow(1, 64)))
+        alone = seconds(lambda: run_worker(worker, images(1, 64), 1))
+        through = seconds(lambda: client.runsync(images(1, 64)))
         if number >= _WARM_UP:
             pairs.append((alone, through))
     worker.close()
@@ -145,25 +146,15 @@ def measure_events(url: str, rounds: int) -> Iterator[Row]:
     client = Client(url)
     delays: list[float] = []
     for _ in tqdm(range(max(1, rounds // 10)), desc="events", leave=False, disable=None):
-        delays += client.event_delays(client.run(_work(0.5, 20)))
+        delays += client.event_delays(client.run(work(0.5, 20)))
     yield Row(f"event to client, median of {len(delays)}", 1000 * statistics.median(delays), "ms", EVENT_MS_LIMIT)
     yield Row("event to client, p99", 1000 * _p99(delays), "ms")
-
-
-def _work(seconds: float, steps: int) -> dict[str, Any]:
-    graph = workflow(1, 64)
-    graph["3"] = {
-        "class_type": "TestWork",
-        "inputs": {"image": ["1", 0], "seconds": seconds, "steps": steps, "preview": False, "fail_at": 0},
-    }
-    graph["9"]["inputs"]["images"] = ["3", 0]
-    return graph
 
 
 def measure_load(url: str, jobs: int) -> Iterator[Row]:
     """Submit many jobs at once, and poll the status of random ones while they run."""
     clients = [Client(url) for _ in range(_CLIENTS)]
-    graphs = [_work(0.01, 1) for _ in range(jobs)]
+    graphs = [work(0.01, 1) for _ in range(jobs)]
     with ThreadPoolExecutor(_CLIENTS) as threads:
         began = time.perf_counter()
         parts = [threads.submit(_submit, client, graphs[index::_CLIENTS]) for index, client in enumerate(clients)]

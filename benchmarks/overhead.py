@@ -11,7 +11,6 @@ the emulator is ComfyUI.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import statistics
 import sys
@@ -27,6 +26,7 @@ import websocket
 from tqdm import tqdm
 
 from benchmarks.servers import emulator
+from benchmarks.workflows import images
 from comfy_worker.settings import load_settings
 from comfy_worker.worker import Worker
 
@@ -36,16 +36,6 @@ CASES = {
     "16 small pictures (64x64)": (16, 64),
     "8 pictures of 1024x1024": (8, 1024),
 }
-_colours = itertools.count(int(time.time()) % 1_000_000 * 10)
-
-
-def workflow(count: int, side: int) -> dict[str, Any]:
-    """Return a workflow without a model that makes `count` new images."""
-    size = {"width": side, "height": side, "batch_size": count, "color": next(_colours) % 0xFFFFFF}
-    return {
-        "1": {"class_type": "EmptyImage", "inputs": size},
-        "9": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "overhead/picture"}},
-    }
 
 
 class BareClient:
@@ -126,8 +116,8 @@ def measure(url: str, name: str, count: int, side: int, rounds: int) -> tuple[st
     pairs = []
     for round_number in tqdm(range(rounds + 2), desc=name, leave=False, disable=None):
         pair = (
-            seconds(lambda: bare.run(workflow(count, side))),
-            seconds(lambda: run_worker(worker, workflow(count, side), count)),
+            seconds(lambda: bare.run(images(count, side))),
+            seconds(lambda: run_worker(worker, images(count, side), count)),
         )
         if round_number >= 2:  # the first two open connections
             pairs.append(pair)

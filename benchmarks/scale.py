@@ -12,7 +12,6 @@ transactions. Then come the costs of an idle worker per second, and rates and du
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 import sys
 import threading
@@ -22,14 +21,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import requests
 from tqdm import tqdm
 
 from benchmarks.component_rates import events, scans, submissions, transactions
 from benchmarks.fleet import Fleet, Reading, fleet
-from benchmarks.overhead import workflow
+from benchmarks.workflows import work
 from tests.support.databases.postgres import Postgres, postgres
 
 LIMIT = 0.95
@@ -40,7 +38,6 @@ _OPEN_JOBS_PER_WORKER = 4
 """One runs, one is being prepared, two wait."""
 _PART_S = 4.0
 _IDLE_S = 4.0
-_colours = itertools.count(1)
 
 
 @dataclass(frozen=True)
@@ -115,25 +112,10 @@ class Load:
         with requests.Session() as session:
             session.trust_env = False
             while not self._end.is_set():
-                body = {"input": {"workflow": _work(self._seconds)}}
+                body = {"input": {"workflow": work(self._seconds, max(1, round(self._seconds / 0.1)), preview=True)}}
                 answer = session.post(f"{self._url}/runsync", json=body).json()
                 if answer.get("status") != "COMPLETED":
                     raise SystemExit(f"a job failed: {answer}")
-
-
-def _work(seconds: float) -> dict[str, Any]:
-    graph = workflow(1, 64)
-    inputs = {
-        "image": ["1", 0],
-        "seconds": seconds,
-        "steps": max(1, round(seconds / 0.1)),
-        "preview": True,
-        "fail_at": 0,
-    }
-    graph["3"] = {"class_type": "TestWork", "inputs": inputs}
-    graph["9"]["inputs"]["images"] = ["3", 0]
-    graph["1"]["inputs"]["color"] = next(_colours)
-    return graph
 
 
 def measure(running: Fleet, workers: int, seconds: float, one: float | None) -> Row:

@@ -29,7 +29,7 @@ from typing import Any
 import requests
 
 from benchmarks.servers import emulator, wait_until_up
-from tests.support.comfyui.graphs import work
+from benchmarks.workflows import work
 from tests.support.network.ports import free_port
 
 LIMIT_MS = 100.0
@@ -156,7 +156,7 @@ async def _play(url: str, port: int, streams: int, keys: Sequence[str], phases: 
     def run(seconds: float) -> str:
         response = requests.post(
             f"{url}/run",
-            json={"input": {"workflow": work(seconds, steps=_STEPS)}},
+            json={"input": {"workflow": work(seconds, _STEPS)}},
             headers={"Authorization": f"Bearer {keys[0]}"},
             timeout=_TIMEOUT_S,
         )

@@ -22,30 +22,17 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.servers import emulator
+from benchmarks.workflows import work
 from comfy_worker.settings import PrefetchMode
 from tests.support.processes.process import start_handler
 from tests.support.runpod.platform import Platform
 
 CASES = ((10, 0.2, 1.15), (6, 2.3, 1.03))
-_colours = itertools.count(1)
 
 
 def job(seconds: float) -> dict[str, Any]:
     """Return the input of a new job with `seconds` of GPU work."""
-    steps = max(1, round(seconds / 0.05))
-    return {
-        "workflow": {
-            "1": {
-                "class_type": "EmptyImage",
-                "inputs": {"width": 64, "height": 64, "batch_size": 1, "color": next(_colours)},
-            },
-            "2": {
-                "class_type": "TestWork",
-                "inputs": {"image": ["1", 0], "seconds": seconds, "steps": steps, "preview": False, "fail_at": 0},
-            },
-            "9": {"class_type": "SaveImage", "inputs": {"images": ["2", 0], "filename_prefix": "throughput"}},
-        }
-    }
+    return {"workflow": work(seconds, max(1, round(seconds / 0.05)))}
 
 
 @contextmanager

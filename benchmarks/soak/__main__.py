@@ -26,9 +26,7 @@ def main() -> int:
     )
     parser.add_argument("--jobs", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument(
-        "--remote", action="store_true", help="no access to ComfyUI's process and folders"
-    )
+    parser.add_argument("--remote", action="store_true", help="no access to ComfyUI's process and folders")
     parser.add_argument("--output", type=Path, default=Path("output/soak"))
     options = parser.parse_args()
     # Like Ctrl-C, so that all processes that it started end too.
