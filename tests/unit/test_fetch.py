@@ -28,7 +28,7 @@ from comfy_worker.errors import Cancelled, DiskFull, InputFetchFailed
 from comfy_worker.net.errors import FetchError
 from comfy_worker.net.fetcher import Fetcher
 from comfy_worker.net.public_addresses import is_public
-from comfy_worker.net.urls import read_url, shown
+from comfy_worker.net.urls import display_url, parse_url
 from comfy_worker.settings import Settings, load_settings
 from comfy_worker.stop import Stop
 from tests.support.network.fake_internet import FakeInternet
@@ -143,7 +143,7 @@ def test_what_is_no_public_address(address: str) -> None:
     ],
 )
 def test_where_a_url_leads(url: str, host: str, port: int) -> None:
-    target = read_url(url)
+    target = parse_url(url)
     assert (target.url, target.host, target.port) == (url, host, port)
 
 
@@ -151,7 +151,7 @@ def test_where_a_url_leads(url: str, host: str, port: int) -> None:
 def test_any_text_is_a_url_or_a_problem(text: str) -> None:
     for url in (text, f"http://{text}", f"http://{text}/a.png"):
         try:
-            read_url(url)
+            parse_url(url)
         except FetchError as problem:
             assert problem.reason.startswith("its ")
 
@@ -169,7 +169,7 @@ def test_any_text_is_a_url_or_a_problem(text: str) -> None:
     ],
 )
 def test_how_a_sentence_names_a_url(url: str, name: str) -> None:
-    assert shown(url) == name
+    assert display_url(url) == name
 
 
 # ------------------------------------------------------------------------------------------------ fetching

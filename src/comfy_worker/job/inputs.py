@@ -37,7 +37,7 @@ from comfy_worker.graph.node_inputs import InputConfig
 from comfy_worker.graph.workflow import Graph
 from comfy_worker.job.input_files import UPLOAD_FAILED, decode_base64, too_many_files
 from comfy_worker.media.file_type import HEAD_BYTES, content_mismatch, content_type, is_medium, with_true_extension
-from comfy_worker.net.fetcher import Fetcher, UnwantedContent, Wants
+from comfy_worker.net.fetcher import ContentFilter, Fetcher, UnwantedContent
 from comfy_worker.stop import Deadline, Stop
 from comfy_worker.storage.signed_urls import Signer
 from comfy_worker.types import InputFile, Job
@@ -271,9 +271,9 @@ class _Staging:
     def _open(self, item: _Item) -> BinaryIO:
         file = item.file
         if file.url is not None:
-            # What may be no file at all is only looked at, until it turns out to be a medium.
-            wants = None if item.is_needed or item.folder is None else _wants_medium(file.name)
-            return self._fetcher.fetch(file.url, self._hurry, wants)
+            # A URL in a text may lead to a web page; only media are fetched.
+            content_filter = None if item.is_needed or item.folder is None else _media_filter(file.name)
+            return self._fetcher.fetch(file.url, self._hurry, content_filter)
         content = file.content or b""
         limit_mb = self._client.settings.input_max_mb
         if len(content) > limit_mb * _MB:
@@ -322,8 +322,8 @@ def _folders_of(name: str) -> Iterator[str]:
     return ("/".join(parts[:depth]) for depth in range(1, len(parts)))
 
 
-def _wants_medium(name: str) -> Wants:
-    return lambda head, declared: is_medium(head, name, declared)
+def _media_filter(name: str) -> ContentFilter:
+    return lambda head, content_type: is_medium(head, name, content_type)
 
 
 def _where(item: _Item) -> str:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 
 class FetchError(Exception):
-    """Ends a fetch, or one try of it.
+    """Ends a fetch, or one attempt of it.
 
     Attributes:
         reason: completes the sentence "… could not be fetched: …".
-        passing: whether the next try may go better.
+        retryable: whether another attempt may succeed.
     """
 
-    def __init__(self, reason: str, *, passing: bool = False) -> None:
+    def __init__(self, reason: str, *, retryable: bool = False) -> None:
         super().__init__(reason)
         self.reason = reason
-        self.passing = passing
+        self.retryable = retryable

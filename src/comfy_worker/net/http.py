@@ -1,242 +1,148 @@
-"""HTTP to addresses that were checked: pinned, every redirect checked again, and all of it within one deadline."""
+"""HTTP GET with every address checked and pinned, on each redirect anew."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-import socket
 import ssl
-import threading
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
-from urllib.parse import urljoin
+from pathlib import Path
+from urllib.parse import unquote, urljoin, urlsplit
 
-import requests
-from requests.adapters import HTTPAdapter
+from requests.certs import where
 from requests.utils import get_environ_proxies, select_proxy
-from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
-from urllib3.exceptions import HTTPError
-from urllib3.util.ssl_match_hostname import CertificateError
+from urllib3 import BaseHTTPResponse, HTTPConnectionPool, HTTPSConnectionPool, Timeout
+from urllib3.exceptions import ConnectTimeoutError, DecodeError, HTTPError, LocationParseError, SSLError
+from urllib3.util import make_headers
+from urllib3.util import parse_url as parse_request_url
 
+from comfy_worker.net.deadline import FetchDeadline
 from comfy_worker.net.errors import FetchError
-from comfy_worker.net.urls import Target, read_url, resolve, shown
-from comfy_worker.stop import Stop
+from comfy_worker.net.public_addresses import resolve
+from comfy_worker.net.sockets import hooked_pool
+from comfy_worker.net.urls import DEFAULT_PORTS, Target, display_url, parse_url
 
 _CONNECT_TIMEOUT_S = 10.0
 _REDIRECTS = (301, 302, 303, 307, 308)
 _MAX_REDIRECTS = 5
 _HEADERS = {"User-Agent": "comfy-worker", "Accept": "*/*", "Accept-Encoding": "identity"}
-"""Nothing is asked for that would have to be inflated."""
-_HOSTNAME_MISMATCH = 62
-"""X509_V_ERR_HOSTNAME_MISMATCH, in OpenSSL's x509_vfy.h."""
-
-
-class FetchDeadline:
-    """A fetch's connections, which are cut when its time is over or its job is cancelled.
-
-    A timeout between two bytes does not help against a server that sends one byte after another for ever, in its
-    headers even.
-    """
-
-    def __init__(self, limit_s: float, stop: Stop) -> None:
-        self._deadline = time.monotonic() + limit_s
-        self._limit_s = limit_s
-        self._stop = stop
-        self._lock = threading.Lock()
-        self._sockets: list[socket.socket] = []
-        self._is_cut = False
-
-    @contextmanager
-    def held(self) -> Iterator[FetchDeadline]:
-        """Watch over everything that is connected inside this block."""
-        timer = threading.Timer(self._limit_s, self._cut)
-        timer.daemon = True
-        timer.start()
-        try:
-            with self._stop.calling(self._cut):
-                yield self
-        finally:
-            timer.cancel()
-            with self._lock:
-                for connected in self._sockets:
-                    connected.close()
-                self._sockets.clear()
-
-    def seconds_left(self) -> float:
-        """Return how long the fetch may still take."""
-        return max(0.001, self._deadline - time.monotonic())
-
-    def check(self) -> None:
-        """Raise what ended the fetch, if anything did: `Cancelled` or `FetchError`."""
-        self._stop.check()
-        if self._is_cut or time.monotonic() >= self._deadline:
-            raise FetchError(f"it took longer than {self._limit_s:g} seconds")
-
-    def wait(self, seconds: float) -> None:
-        """Sleep, for no longer than the fetch may take."""
-        self._stop.wait(min(seconds, self.seconds_left()))
-        self.check()
-
-    def watch(self, connected: socket.socket) -> None:
-        """Take a socket that is to be cut with the others; TLS takes it away from whoever made it, hence a copy."""
-        copy = connected.dup()
-        with self._lock:
-            self._sockets.append(copy)
-            if self._is_cut:
-                _shut(copy)
-
-    def _cut(self) -> None:
-        with self._lock:
-            self._is_cut = True
-            for connected in self._sockets:
-                _shut(connected)
-
-
-def _shut(connected: socket.socket) -> None:
-    # It may have been closed by its other end.
-    with contextlib.suppress(OSError):
-        connected.shutdown(socket.SHUT_RDWR)
+_MISMATCHES = (62, 64)
+"""X509_V_ERR_HOSTNAME_MISMATCH and X509_V_ERR_IP_ADDRESS_MISMATCH in OpenSSL's x509_vfy.h."""
 
 
 @contextmanager
 def get(
-    url: str, headers: Mapping[str, str], line: FetchDeadline, *, allow_private: bool
-) -> Iterator[requests.Response]:
-    """Yield the answer to a GET, after redirects, with its body still to be read.
+    url: str, headers: Mapping[str, str], deadline: FetchDeadline, *, allow_private: bool
+) -> Iterator[BaseHTTPResponse]:
+    """Follow redirects and yield the final response; its body is not read yet.
 
     Raises:
-        FetchError: there is none, or the URL or one that it redirects to may not be fetched.
+        FetchError: there is no response, or the URL or a redirect's target must not be fetched.
     """
-    with ExitStack() as open_ones:
+    with ExitStack() as stack:
         for hop in range(_MAX_REDIRECTS + 1):
             try:
-                target = read_url(url)
-                response = open_ones.enter_context(_get_once(target, headers, line, allow_private))
-            except FetchError as problem:
-                where = f"it redirects to {shown(url)}, and of that: " if hop else ""
-                raise FetchError(where + problem.reason, passing=problem.passing) from problem
+                response = stack.enter_context(_get_once(parse_url(url), headers, deadline, allow_private))
+            except FetchError as error:
+                prefix = f"it redirects to {display_url(url)}, and of that: " if hop else ""
+                raise FetchError(prefix + error.reason, retryable=error.retryable) from error
             location = response.headers.get("Location")
-            if response.status_code not in _REDIRECTS or not location:
+            if response.status not in _REDIRECTS or not location:
                 yield response
                 return
-            open_ones.close()
+            stack.close()
             url = urljoin(url, location)
         raise FetchError(f"it redirects more than {_MAX_REDIRECTS} times")
 
 
 @contextmanager
 def _get_once(
-    target: Target, headers: Mapping[str, str], line: FetchDeadline, allow_private: bool
-) -> Iterator[requests.Response]:
+    target: Target, headers: Mapping[str, str], deadline: FetchDeadline, allow_private: bool
+) -> Iterator[BaseHTTPResponse]:
+    """Yield the response of the first of the host's addresses that gives one."""
     if select_proxy(target.url, get_environ_proxies(target.url)):
         raise FetchError("the environment sends it through a proxy, where no address can be checked")
-    addresses = resolve(target, allow_private=allow_private)
-    for address, is_last in zip(addresses, [False] * (len(addresses) - 1) + [True], strict=True):
-        with _session(address, line) as session:
+    *others, last = resolve(target.host, target.port, allow_private=allow_private)
+    for address in (*others, last):
+        with _pool(target, address, deadline) as pool:
             try:
-                response = _send(session, target.url, headers, line)
+                response = _send(pool, target, headers, deadline)
             except FetchError:
-                if is_last:
+                if address == last:
                     raise
                 continue
-            with response:
+            try:
                 yield response
+            finally:
+                response.close()
             return
 
 
-def _send(session: requests.Session, url: str, headers: Mapping[str, str], line: FetchDeadline) -> requests.Response:
-    line.check()
+def _pool(target: Target, address: str, deadline: FetchDeadline) -> HTTPConnectionPool:
+    """Return a pool that connects to `address` only; the certificate must be the host's."""
+    if target.scheme == "http":
+        return hooked_pool(HTTPConnectionPool, deadline.watch)(address, target.port)
+    bundle = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or where()
+    certificates = {"ca_cert_dir" if Path(bundle).is_dir() else "ca_certs": bundle}
+    return hooked_pool(HTTPSConnectionPool, deadline.watch)(
+        address, target.port, server_hostname=target.host, **certificates
+    )
+
+
+def _send(
+    pool: HTTPConnectionPool, target: Target, headers: Mapping[str, str], deadline: FetchDeadline
+) -> BaseHTTPResponse:
+    deadline.check()
+    seconds_left = deadline.seconds_left()
     try:
-        return session.get(
-            url,
-            headers={**_HEADERS, **headers},
-            stream=True,
-            allow_redirects=False,
-            timeout=(min(_CONNECT_TIMEOUT_S, line.seconds_left()), line.seconds_left()),
+        return pool.urlopen(
+            "GET",
+            parse_request_url(target.url).request_uri,
+            headers={**_HEADERS, "Host": _host_header(target), **_credentials(target.url), **headers},
+            retries=False,
+            redirect=False,
+            timeout=Timeout(connect=min(_CONNECT_TIMEOUT_S, seconds_left), read=seconds_left),
+            preload_content=False,
         )
-    except (requests.RequestException, HTTPError, OSError, ValueError) as error:
-        line.check()
-        raise problem_of(error) from error
+    except (HTTPError, OSError, ValueError) as error:
+        deadline.check()
+        raise connection_error(error) from error
 
 
-@contextmanager
-def _session(address: str, line: FetchDeadline) -> Iterator[requests.Session]:
-    """Yield a session that connects to this address only, whatever the URL's host is."""
-    adapter = HTTPAdapter()
-    adapter.poolmanager.pool_classes_by_scheme = _pinned_pools(address, line)
-    with requests.Session() as session:
-        # Neither a .netrc nor a proxy of the environment has to do with a caller's URL; its CAs do.
-        session.trust_env = False
-        session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or True
-        session.mount("http://", adapter)
-        session.mount("https://", adapter)
-        yield session
+def _host_header(target: Target) -> str:
+    host = f"[{target.host}]" if ":" in target.host else target.host
+    return host if target.port == DEFAULT_PORTS[target.scheme] else f"{host}:{target.port}"
 
 
-def _pinned_pools(address: str, line: FetchDeadline) -> dict[str, Any]:
-    """Return urllib3's pools by scheme, whose connections lead to the address and tell the line of their sockets.
-
-    The URL stays as it is: the `Host` header and the certificate are those of its host.
-    """
-
-    class PinnedHTTPConnection(HTTPConnection):
-        def _new_conn(self) -> socket.socket:
-            # For the connection alone: TLS checks the certificate against this same attribute.
-            host, self._dns_host = self._dns_host, address
-            try:
-                connected = super()._new_conn()
-            finally:
-                self._dns_host = host
-            line.watch(connected)
-            return connected
-
-    class PinnedHTTPSConnection(PinnedHTTPConnection, HTTPSConnection):
-        pass
-
-    class PinnedHTTPPool(HTTPConnectionPool):
-        ConnectionCls = PinnedHTTPConnection
-
-    class PinnedHTTPSPool(HTTPSConnectionPool):
-        ConnectionCls = PinnedHTTPSConnection
-
-    return {"http": PinnedHTTPPool, "https": PinnedHTTPSPool}
+def _credentials(url: str) -> dict[str, str]:
+    """Return the header for the user and password in a URL, if it has any."""
+    parts = urlsplit(url)
+    if parts.username is None:
+        return {}
+    return make_headers(basic_auth=f"{unquote(parts.username)}:{unquote(parts.password or '')}")
 
 
-# ----------------------------------------------------------------------------------------------- problems
-
-
-def problem_of(error: BaseException) -> FetchError:
-    """Return in a sentence what went wrong with a connection."""
+def connection_error(error: BaseException) -> FetchError:
+    """Return a sentence for an error of urllib3."""
     causes = list(_causes(error))
-    if any(isinstance(cause, CertificateError) for cause in causes):
-        return FetchError("its TLS certificate was not accepted: it is for another host")
     for cause in causes:
         if isinstance(cause, ssl.SSLCertVerificationError):
-            is_another = cause.verify_code == _HOSTNAME_MISMATCH
-            why = "it is for another host" if is_another else cause.verify_message
+            why = "it is for another host" if cause.verify_code in _MISMATCHES else cause.verify_message
             return FetchError(f"its TLS certificate was not accepted: {why}")
-    if any(isinstance(cause, (ssl.SSLError, requests.exceptions.SSLError)) for cause in causes):
+    if any(isinstance(cause, (ssl.SSLError, SSLError)) for cause in causes):
         return FetchError("no TLS connection could be made to its server")
     if any(isinstance(cause, ConnectionRefusedError) for cause in causes):
         return FetchError("its server refused the connection")
-    if any(isinstance(cause, requests.exceptions.ConnectTimeout) for cause in causes):
-        return FetchError("its server did not take the connection in time", passing=True)
-    if any(isinstance(cause, requests.exceptions.InvalidURL) for cause in causes):
+    if isinstance(error, ConnectTimeoutError):
+        return FetchError("its server did not take the connection in time", retryable=True)
+    if isinstance(error, DecodeError):
+        return FetchError("it came compressed, and that is broken")
+    if isinstance(error, LocationParseError):
         return FetchError("its URL cannot be read")
-    return FetchError("its server broke off the connection", passing=True)
+    return FetchError("its server broke off the connection", retryable=True)
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield an exception and all that it stands for; urllib3 and requests hide the first one deep inside."""
-    waiting, seen = [error], set[int]()
-    while waiting:
-        current = waiting.pop()
-        if id(current) in seen:
-            continue
-        seen.add(id(current))
-        yield current
-        related = (current.__cause__, current.__context__, getattr(current, "reason", None), *current.args)
-        waiting += [other for other in related if isinstance(other, BaseException)]
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

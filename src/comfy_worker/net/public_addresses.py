@@ -1,7 +1,7 @@
-"""What a public address is: one policy for inputs, webhooks and buckets alike.
+"""Which addresses are public: one policy for inputs, webhooks and buckets.
 
-The lists are those of IANA's registries of special-purpose addresses, and what clouds serve their own machines on. They
-are written down here because Python's own (`is_global`) and the RunPod SDK's differ from version to version.
+The ranges are those of IANA's registries of special-purpose addresses, and the addresses at which clouds serve their
+own machines. They are listed here because Python's `is_global` and the RunPod SDK's check differ between versions.
 """
 
 from __future__ import annotations
@@ -9,47 +9,48 @@ from __future__ import annotations
 import ipaddress
 import socket
 
+from comfy_worker.net.errors import FetchError
+
 _NOT_PUBLIC = tuple(
     ipaddress.ip_network(network)
     for network in (
         "0.0.0.0/8",  # this network
         "10.0.0.0/8",
-        "100.64.0.0/10",  # behind a carrier's NAT; 100.100.100.200 serves Alibaba's machines
+        "100.64.0.0/10",  # carrier-grade NAT; Alibaba's metadata service is 100.100.100.200
         "127.0.0.0/8",
-        "168.63.129.16/32",  # serves Azure's machines
-        "169.254.0.0/16",  # one link; 169.254.169.254 serves the machines of most clouds
+        "168.63.129.16/32",  # Azure's platform services
+        "169.254.0.0/16",  # link-local; the metadata service of most clouds is 169.254.169.254
         "172.16.0.0/12",
-        "192.0.0.0/24",  # protocol assignments; 192.0.0.192 serves Oracle's machines
-        "192.0.2.0/24",  # documentation, so the two below
-        "192.31.196.0/24",  # AS112, one's own name server
-        "192.52.193.0/24",  # relays of multicast
-        "192.88.99.0/24",  # relays of 6to4
+        "192.0.0.0/24",  # protocol assignments; Oracle's metadata service is 192.0.0.192
+        "192.0.2.0/24",  # documentation, as are 198.51.100.0/24 and 203.0.113.0/24
+        "192.31.196.0/24",  # AS112
+        "192.52.193.0/24",  # AMT relays
+        "192.88.99.0/24",  # 6to4 relays
         "192.168.0.0/16",
         "192.175.48.0/24",  # AS112
-        "198.18.0.0/15",  # benchmarks
+        "198.18.0.0/15",  # benchmarking
         "198.51.100.0/24",
         "203.0.113.0/24",
         "224.0.0.0/4",  # multicast
         "240.0.0.0/4",  # reserved, broadcast
-        "2001::/23",  # protocol assignments: Teredo, ORCHID, benchmarks
+        "2001::/23",  # protocol assignments: Teredo, ORCHID, benchmarking
         "2001:4:112::/48",  # AS112
         "2001:db8::/32",  # documentation
-        "2002::/16",  # 6to4 carries an IPv4 address
+        "2002::/16",  # 6to4, which embeds an IPv4 address
         "2620:4f:8000::/48",  # AS112
         "3fff::/20",  # documentation
     )
 )
 _GLOBAL_IPV6 = ipaddress.ip_network("2000::/3")
-"""The only part of IPv6 that is global. What carries an IPv4 address for a translator (NAT64), unique local, site-local
-and link-local addresses and multicast are outside of it."""
+"""The only global part of IPv6. NAT64, unique local, site-local, link-local and multicast addresses are outside of it."""
 _ISATAP_MARK = 0x5EFE
-"""Upper half of an IPv6 address' interface id whose lower half is an IPv4 address (RFC 5214)."""
+"""Upper half of an IPv6 interface id whose lower half is an IPv4 address (RFC 5214)."""
 _ISATAP_FLAGS = 0x0300_0000
-"""Bits of that half that may be set beside the mark."""
+"""Bits of that half that may be set besides the mark."""
 
 
 def is_public(address: str) -> bool:
-    """Return whether an address is one of the internet's and leads nowhere else; False for what is no address."""
+    """Return whether an address belongs to the public internet; False for text that is not an address."""
     try:
         parsed = ipaddress.ip_address(address)
     except ValueError:
@@ -66,12 +67,19 @@ def _is_isatap(address: ipaddress.IPv6Address) -> bool:
     return (int(address) >> 32 & 0xFFFF_FFFF & ~_ISATAP_FLAGS) == _ISATAP_MARK
 
 
-def addresses_of(host: str, port: int) -> list[str]:
-    """Return the addresses of a host, each once; it is looked up.
+def resolve(host: str, port: int, *, allow_private: bool) -> list[str]:
+    """Look up a host and return its addresses, each once.
 
     Raises:
-        OSError: there are none.
-        UnicodeError: the host is no name.
+        FetchError: the host has no address, or one that is not public although `allow_private` is false.
     """
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return list(dict.fromkeys(str(info[4][0]) for info in found))
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        retryable = isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN
+        raise FetchError("its host could not be resolved", retryable=retryable) from error
+    addresses = list(dict.fromkeys(str(info[4][0]) for info in found))
+    # A host that has both kinds of addresses is suspicious, so one private address is enough to refuse it.
+    if not allow_private and not all(map(is_public, addresses)):
+        raise FetchError("it leads to an address that is not public")
+    return addresses

@@ -1,8 +1,8 @@
-"""Inputs that were fetched before, kept for later jobs; several threads and processes may share one folder.
+"""Keeps fetched inputs for later jobs; several threads and processes may share one folder.
 
-Of each URL there are three files, named by its hash: the `body`, `about` it (what its server said, and the body's own
-hash) and a `lock`, without which neither is touched. A body is written as a `part` and renamed, so what is there under
-its name is whole; one that is not what `about` says is thrown away. Who has a body open keeps it when it is removed.
+Each URL has three files, named by its hash: the `body`, what is known `about` it, and a `lock` that guards both. A body
+is written as a `part` and renamed when it is complete. A body whose hash is not the recorded one is discarded. A body
+that is open stays readable after its eviction.
 """
 
 from __future__ import annotations
@@ -26,171 +26,163 @@ from comfy_worker.settings import Settings
 
 _MB = 1024 * 1024
 _CHUNK = 256 * 1024
-_POLL_INTERVAL_S = 0.05
 
 
 @dataclass(frozen=True)
-class About:
-    """What is known of a body.
-
-    Attributes:
-        sha256: of the body, in hex.
-        size: in bytes.
-        etag: as its server gave it, quotes and all; so `last_modified` and `content_type`.
-    """
+class Metadata:
+    """What is known about a body: its hash, and three headers of the response."""
 
     sha256: str
-    size: int
     etag: str | None = None
     last_modified: str | None = None
     content_type: str = ""
 
     @property
     def conditions(self) -> Mapping[str, str]:
-        """The headers with which the body is only sent if it is another by now."""
-        # Not both: some servers go by the date even so, which does not tell two versions of one second apart.
+        """The request headers with which a server sends the body only if it has changed."""
+        # Never both: some servers then go by the date alone, which does not tell two versions of one second apart.
         if self.etag:
             return {"If-None-Match": self.etag}
         return {"If-Modified-Since": self.last_modified} if self.last_modified else {}
 
 
 class UrlCache:
-    """A folder of bodies, of which the least recently used go first."""
+    """A folder of bodies; the least recently used are evicted first."""
 
     def __init__(self, folder: Path, limit_bytes: float) -> None:
         self._folder = folder
         self._limit_bytes = limit_bytes
 
     @classmethod
-    def of(cls, settings: Settings) -> UrlCache | None:
-        """Return the cache that the settings tell of, None for none.
+    def from_settings(cls, settings: Settings) -> UrlCache | None:
+        """Return the cache, or None if the settings turn it off.
 
         Raises:
-            FetchError: its folder cannot be made, or somebody else may write into it.
+            FetchError: its folder cannot be created, or another user may write into it.
         """
         if not settings.input_cache_mb:
             return None
-        own = Path(tempfile.gettempdir()) / f"comfy-worker-inputs-{os.getuid()}"
-        folder = Path(settings.input_cache_dir) if settings.input_cache_dir else own
+        default = Path(tempfile.gettempdir()) / f"comfy-worker-inputs-{os.getuid()}"
+        folder = Path(settings.input_cache_dir) if settings.input_cache_dir else default
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            about = folder.lstat() if folder == own else folder.stat()
+            status = folder.lstat() if folder == default else folder.stat()
         except OSError as error:
             raise FetchError(f"the worker's folder for inputs cannot be made: {error.strerror}") from error
-        if not stat.S_ISDIR(about.st_mode):
+        if not stat.S_ISDIR(status.st_mode):
             raise FetchError("the worker's folder for inputs is no folder")
-        if folder == own and (about.st_uid != os.getuid() or about.st_mode & 0o022):
-            # Anyone may have made it there before us.
+        if folder == default and (status.st_uid != os.getuid() or status.st_mode & 0o022):
+            # In a shared temporary folder, another user may have created it first.
             raise FetchError("the worker's folder for inputs belongs to somebody else; set INPUT_CACHE_DIR")
         return cls(folder, settings.input_cache_mb * _MB)
 
     @contextmanager
-    def entry(self, identity: str, check: Callable[[], None]) -> Iterator[CachedUrl]:
-        """Yield what is known of `identity`, for this thread alone; `check` raises when the wait is to end."""
+    def locked(self, identity: str, check: Callable[[], None]) -> Iterator[CacheEntry]:
+        """Lock and yield the entry of `identity`; while the lock is awaited, `check` may raise to give up."""
         key = hashlib.sha256(identity.encode("utf-8", errors="surrogatepass")).hexdigest()
-        lock = FileLock(self._folder / f"{key}.lock")
-        while True:
+        entry = CacheEntry(self._folder / key)
+        while not entry.lock.is_locked:
             check()
             with contextlib.suppress(Timeout):
-                lock.acquire(timeout=0.5, poll_interval=_POLL_INTERVAL_S)
-                break
+                entry.lock.acquire(timeout=0.5, poll_interval=0.05)
         try:
-            yield CachedUrl(self._folder, key)
+            yield entry
         finally:
-            lock.release()
+            entry.lock.release()
 
     def evict(self, limit_bytes: float | None = None) -> None:
-        """Remove what was used least recently until the rest is within the limit, and what nobody writes any more."""
+        """Remove the least recently used bodies beyond the limit, and what killed processes left."""
         limit = self._limit_bytes if limit_bytes is None else limit_bytes
-        # One that is too large on its own would drive out all the others first.
-        bodies = sorted(self._files(".body"), key=lambda file: (file[1].st_size <= limit, file[1].st_mtime_ns))
-        excess = sum(about.st_size for _key, about in bodies) - limit
-        for key, about in bodies:
-            if excess <= 0:
-                break
-            if self._remove(key):
-                excess -= about.st_size
-        for key, _about in self._files(".lock"):
-            if not self._body(key).exists():
-                self._remove(key, unless_kept=True)
+        entries = [CacheEntry(path.with_suffix("")) for path in self._folder.glob("*.lock")]
+        found = [(entry, *entry.size_and_last_use()) for entry in entries]
+        # A body that exceeds the limit on its own goes first: it would evict all others.
+        found.sort(key=lambda one: (one[1] <= limit, one[2]))
+        excess = sum(size for _entry, size, _last_use in found) - limit
+        for entry, size, _last_use in found:
+            if entry.remove(only_if_empty=excess <= 0):
+                excess -= size
 
-    def _files(self, suffix: str) -> list[tuple[str, os.stat_result]]:
-        found = []
-        for path in self._folder.glob(f"*{suffix}"):
-            # Another process may remove it meanwhile.
-            with contextlib.suppress(FileNotFoundError):
-                found.append((path.name.removesuffix(suffix), path.stat()))
-        return found
 
-    def _body(self, key: str) -> Path:
-        return self._folder / f"{key}.body"
+class CacheEntry:
+    """The files of one URL; all methods but `size_and_last_use` and `remove` require the lock."""
 
-    def _remove(self, key: str, *, unless_kept: bool = False) -> bool:
-        """Remove an entry unless somebody is at work on it, or it got a body meanwhile; return whether it is gone."""
-        lock = FileLock(self._folder / f"{key}.lock")
+    def __init__(self, stem: Path) -> None:
+        self.lock = FileLock(stem.with_suffix(".lock"))
+        self._body = stem.with_suffix(".body")
+        self._about = stem.with_suffix(".about")
+        self._part = stem.with_suffix(".part")
+
+    def metadata(self) -> Metadata | None:
+        """Return what is known about the body, or None if there is none; a broken one is discarded."""
         try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            return False
-        try:
-            if unless_kept and self._body(key).exists():
-                return False
-            CachedUrl(self._folder, key).discard()
-            # Held until it is gone: who waits for it finds out that it is no longer there, and makes another.
-            (self._folder / f"{key}.lock").unlink(missing_ok=True)
-        finally:
-            lock.release()
-        return True
-
-
-class CachedUrl:
-    """One URL's files, while they are locked."""
-
-    def __init__(self, folder: Path, key: str) -> None:
-        self._body = folder / f"{key}.body"
-        self._about = folder / f"{key}.about"
-        self._part = folder / f"{key}.part"
-
-    def open_known(self) -> tuple[BinaryIO, About] | None:
-        """Return the body with what is known of it, None if there is none; a broken one is thrown away."""
-        with contextlib.suppress(FileNotFoundError, ValueError, TypeError):
-            about = About(**json.loads(self._about.read_text(encoding="utf-8")))
-            body = self._body.open("rb")
-            if _hash(body) == about.sha256:
-                return body, about
-            body.close()
+            metadata = Metadata(**json.loads(self._about.read_text(encoding="utf-8")))
+            if _sha256(self._body) == metadata.sha256:
+                return metadata
+        except (FileNotFoundError, ValueError, TypeError):
+            pass
         self.discard()
         return None
 
-    def touch(self) -> None:
-        """Note that the body was used."""
+    def open(self) -> BinaryIO:
+        """Return the body, open for reading, and record its use."""
         os.utime(self._body)
+        return self._body.open("rb")
 
-    def create(self) -> BinaryIO:
-        """Return an empty file to write a new body into, and to read it from."""
-        return self._part.open("w+b")
+    @contextmanager
+    def new_body(self) -> Iterator[BinaryIO]:
+        """Yield a file for the next body; unless it is committed, it is removed."""
+        try:
+            with closed_on_error(self._part.open("w+b")) as file:
+                yield file
+        finally:
+            self._part.unlink(missing_ok=True)
 
-    def keep(self, about: About) -> None:
-        """Let what was written be the body."""
-        note = self._about.with_suffix(".note")
-        note.write_text(json.dumps(asdict(about)), encoding="utf-8")
-        # Ended between the two, this leaves a body that is not what `about` says: it is fetched anew.
+    def commit(self, metadata: Metadata) -> None:
+        """Keep the new body, unless a server could not tell later whether it has changed."""
+        if not metadata.conditions:
+            self.discard()
+            return
+        # If the process dies between these two steps, the hash does not match, and the body is fetched again.
+        self._about.write_text(json.dumps(asdict(metadata)), encoding="utf-8")
         self._part.replace(self._body)
-        note.replace(self._about)
-
-    def drop_part(self) -> None:
-        """Remove what was written, if it did not become the body."""
-        self._part.unlink(missing_ok=True)
 
     def discard(self) -> None:
-        """Remove everything that is known."""
-        for path in (self._about, self._body, self._part, self._about.with_suffix(".note")):
+        """Remove the body, what is known about it, and the part."""
+        for path in (self._about, self._body, self._part):
             path.unlink(missing_ok=True)
 
+    def size_and_last_use(self) -> tuple[int, int]:
+        """Return the body's size in bytes and its last use in nanoseconds; zeros if there is none."""
+        try:
+            status = self._body.stat()
+        except FileNotFoundError:
+            return 0, 0
+        return status.st_size, status.st_mtime_ns
 
-def _hash(body: BinaryIO) -> str:
+    def remove(self, *, only_if_empty: bool) -> bool:
+        """Remove all files of an entry that nobody uses; return whether they are gone."""
+        with contextlib.suppress(Timeout), self.lock.acquire(timeout=0):
+            if not (only_if_empty and self._body.exists()):
+                self.discard()
+                # Removed while it is held: whoever waits for it notices and creates a new one.
+                Path(self.lock.lock_file).unlink(missing_ok=True)
+                return True
+        return False
+
+
+@contextmanager
+def closed_on_error(file: BinaryIO) -> Iterator[BinaryIO]:
+    """Yield a file that is closed if the block raises."""
+    try:
+        yield file
+    except BaseException:
+        file.close()
+        raise
+
+
+def _sha256(path: Path) -> str:
     sha256 = hashlib.sha256()
-    while chunk := body.read(_CHUNK):
-        sha256.update(chunk)
-    body.seek(0)
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            sha256.update(chunk)
     return sha256.hexdigest()

@@ -6,7 +6,8 @@ import re
 from urllib.parse import urlsplit
 
 from comfy_worker.errors import InvalidInput
-from comfy_worker.net.public_addresses import addresses_of, is_public
+from comfy_worker.net.errors import FetchError
+from comfy_worker.net.public_addresses import resolve
 from comfy_worker.settings import Settings
 from comfy_worker.storage.endpoint import Bucket, EndpointTerms, check_header_value, known_service, parse_endpoint
 from comfy_worker.storage.object_keys import bucket_of_the_month
@@ -65,10 +66,8 @@ def _pattern(listed: str) -> re.Pattern[str]:
 def _check_public(bucket: Bucket) -> None:
     """Refuse a host that has, or hides, an address of a private network or of this machine."""
     try:
-        has_public_only = all(map(is_public, addresses_of(bucket.host, bucket.port)))
-    except (OSError, UnicodeError):
-        has_public_only = False
-    if not has_public_only:
+        resolve(bucket.host, bucket.port, allow_private=False)
+    except FetchError:
         raise InvalidInput(
             f"The job's S3 endpoint has the host {bucket.host}, which is not known to have a public address"
-        )
+        ) from None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 from comfy_worker.net.errors import FetchError
-from comfy_worker.net.fetcher import SignedUrl
+from comfy_worker.net.fetcher import Source
 from comfy_worker.settings import Settings
 from comfy_worker.storage.job_bucket import is_listed, permitted_bucket
 from comfy_worker.storage.worker_bucket import worker_bucket
@@ -33,7 +33,7 @@ class Signer:
         self._lock = threading.Lock()
         self._connections: dict[str, S3Connection] = {}
 
-    def sign(self, url: str, lifetime_s: int) -> SignedUrl:
+    def sign(self, url: str, lifetime_s: int) -> Source:
         """Return where `s3://bucket/key` can be fetched; nothing is sent.
 
         Raises:
@@ -47,7 +47,7 @@ class Signer:
             connection = self._connections[bucket]
             signed = connection.presigned(key, lifetime_s)
         whose = self._job_bucket.access_key_id if self._job_bucket else ""
-        return SignedUrl(
+        return Source(
             signed,
             identity="\n".join((connection.bucket.endpoint_url, whose, bucket, key)),
             is_trusted=self._job_bucket is None or is_listed(self._settings),

@@ -15,7 +15,7 @@ from typing import Any
 
 from comfy_worker.errors import Cancelled, InvalidInput, TimedOut
 from comfy_worker.net.errors import FetchError
-from comfy_worker.net.urls import read_url
+from comfy_worker.net.urls import parse_url
 from comfy_worker.types import JobState, Kind, Webhook
 
 _PREFIX = "whsec_"
@@ -35,7 +35,7 @@ def check_webhook(webhook: Webhook | None, url_name: str = "input.webhook.url") 
     if not re.match(r"https?://", webhook.url, re.IGNORECASE):
         raise InvalidInput(f"{url_name} must be a URL of http or https")
     try:
-        read_url(webhook.url)
+        parse_url(webhook.url)
     except FetchError as problem:
         raise InvalidInput(f"{url_name} is refused: {problem.reason}") from None
     secret_name = url_name.replace("url", "secret").replace("URL", "SECRET")

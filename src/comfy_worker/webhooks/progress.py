@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from comfy_worker.logs import where_it_broke
-from comfy_worker.net.urls import shown_host
+from comfy_worker.net.urls import display_origin
 from comfy_worker.redact import redact
 from comfy_worker.settings import Settings
 from comfy_worker.throttled_sender import ThrottledSender
@@ -66,7 +66,7 @@ class ProgressWebhook:
         try:
             await post(message, self._settings, min(_TIMEOUT_S, self._settings.webhook_timeout_s))
         except NotAccepted as error:
-            host = shown_host(self._webhook.url)
+            host = display_origin(self._webhook.url)
             log.debug("progress of job %s was not accepted by %s: %s", self._job_id, host, error)
         return True
 
@@ -77,7 +77,7 @@ class ProgressWebhook:
 @contextlib.contextmanager
 def logged_errors(job_id: str, webhook: Webhook) -> Iterator[None]:
     """Log any error in this block in one line, without the path of the URL and the secret, and suppress it."""
-    host = shown_host(webhook.url)
+    host = display_origin(webhook.url)
     try:
         yield
     except NotAccepted as error:

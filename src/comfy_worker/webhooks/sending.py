@@ -7,8 +7,8 @@ import socket
 from typing import Any
 
 from comfy_worker.net.errors import FetchError
-from comfy_worker.net.public_addresses import is_public
-from comfy_worker.net.urls import read_url, resolve
+from comfy_worker.net.public_addresses import is_public, resolve
+from comfy_worker.net.urls import parse_url
 from comfy_worker.settings import Settings
 from comfy_worker.webhooks.message import Message
 
@@ -52,7 +52,7 @@ async def post(message: Message, settings: Settings, timeout_s: float) -> None:
     try:
         status = await asyncio.wait_for(_send(message, allow_private=settings.allow_private_urls), timeout_s)
     except FetchError as problem:
-        raise (TryAgain if problem.passing else NotAccepted)(problem.reason) from None
+        raise (TryAgain if problem.retryable else NotAccepted)(problem.reason) from None
     except asyncio.TimeoutError:
         raise TryAgain(f"it did not answer within {timeout_s:g} s") from None
     except (aiohttp.ClientError, OSError) as error:
@@ -67,7 +67,8 @@ async def _send(message: Message, *, allow_private: bool) -> int:
     import aiohttp
 
     url = message.webhook.url
-    await asyncio.to_thread(resolve, read_url(url), allow_private=allow_private)
+    target = parse_url(url)
+    await asyncio.to_thread(resolve, target.host, target.port, allow_private=allow_private)
     connector = aiohttp.TCPConnector(socket_factory=None if allow_private else socket_to_public)
     async with (
         # A proxy resolves the host itself, so it is used only where every address is allowed.

@@ -23,7 +23,7 @@ from comfy_worker.gateway.jobs.webhook_receivers import webhook_of_request
 from comfy_worker.gateway.store.job_store import JobStore
 from comfy_worker.gateway.store.records import WebhookDelivery
 from comfy_worker.logs import where_it_broke
-from comfy_worker.net.urls import shown_host
+from comfy_worker.net.urls import display_origin
 from comfy_worker.redact import redact
 from comfy_worker.settings import Settings
 from comfy_worker.types import Webhook
@@ -216,7 +216,7 @@ class WebhookDeliveries:
         except DatabaseUnavailable:
             raise
         except (NotAccepted, WorkerError) as error:
-            where = f" by {shown_host(webhook.url)}" if webhook else ""
+            where = f" by {display_origin(webhook.url)}" if webhook else ""
             return f"it was not accepted{where}: {error}", isinstance(error, TryAgain)
         except Exception as error:  # noqa: BLE001 - one webhook's bug must not end all others
             secrets = [webhook.secret, webhook.url] if webhook else []
