@@ -6,6 +6,7 @@ A field is read from the variable of its name in capitals, unless it lists other
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -19,9 +20,22 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from comfy_worker.errors import InvalidInput
 from comfy_worker.types import DeliveryType
 
+CannedAcl = Literal[
+    "private",
+    "public-read",
+    "public-read-write",
+    "authenticated-read",
+    "aws-exec-read",
+    "bucket-owner-read",
+    "bucket-owner-full-control",
+]
+"""From the documentation of S3's PutObject."""
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
 AboveZero = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
+
+_BASE_URL = re.compile(r"https?://([^\x00- /?#@:\[\]\\]+|\[[0-9a-fA-F:.]+\])(:[1-9]\d{0,4})?(/[^\x00- ?#\\]*)?")
+"""A URL to which a path can be appended."""
 
 AnySettings = TypeVar("AnySettings", bound="Settings")
 
@@ -126,7 +140,7 @@ class Settings(BaseSettings):
     """Key of an output, with `{job_id}`, `{filename}`, `{node_id}`, `{index}`, `{date}` and `{prefix}`."""
     bucket_public_url: str | None = None
     """Public URL of the bucket; outputs then get this URL and their key instead of a presigned URL."""
-    bucket_acl: str | None = None
+    bucket_acl: CannedAcl | None = None
     """Canned ACL of outputs, such as `public-read`."""
     bucket_url_expires_s: Annotated[int, Field(ge=1, le=7 * 24 * 3600)] = 7 * 24 * 3600
     """Seconds until a presigned URL expires; S3 allows at most seven days."""
@@ -172,6 +186,13 @@ class Settings(BaseSettings):
     @classmethod
     def _complete_url(cls, value: str) -> str:
         return complete_url(value)
+
+    @field_validator("bucket_public_url", "local_delivery_url")
+    @classmethod
+    def _base_url(cls, value: str | None) -> str | None:
+        if value is not None and not _BASE_URL.fullmatch(value):
+            raise ValueError("must be an http or https URL without a user, '?' and '#'")
+        return value
 
     @field_validator("log_level", mode="before")
     @classmethod

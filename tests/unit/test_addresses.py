@@ -10,15 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from runpod.serverless.utils.rp_ssrf import is_safe_address
-from urllib3.exceptions import NewConnectionError
 
 from comfy_worker.errors import InputFetchFailed, InvalidInput
 from comfy_worker.net.fetcher import Fetcher
 from comfy_worker.net.public_addresses import is_public
+from comfy_worker.net.sockets import check_public_peer
 from comfy_worker.settings import load_settings
 from comfy_worker.stop import Stop
 from comfy_worker.storage import StorageFactory
-from comfy_worker.storage.public_connections import _checked
 from comfy_worker.types import Delivery, JobBucket, Webhook
 from comfy_worker.webhooks.message import Message
 from comfy_worker.webhooks.sending import NotAccepted, post, socket_to_public
@@ -71,11 +70,9 @@ def test_no_bucket_is_there(environment: pytest.MonkeyPatch, address: str) -> No
     endpoint = url_of(address).removesuffix("/a.png")
     with pytest.raises(InvalidInput, match="not known to have a public address"):
         StorageFactory(load_settings()).choose(Delivery(), None, JobBucket(endpoint, "shop", "key", "secret"))
-    closed: list[bool] = []
-    connected: Any = SimpleNamespace(getpeername=lambda: (address, 80), close=lambda: closed.append(True))
-    with pytest.raises(NewConnectionError):
-        _checked(None, connected)
-    assert closed == [True]
+    connected: Any = SimpleNamespace(getpeername=lambda: (address, 80))
+    with pytest.raises(OSError, match="the host has no public address"):
+        check_public_peer(connected)
 
 
 @given(st.ip_addresses())

@@ -251,7 +251,7 @@ def test_what_is_no_endpoint(url: str) -> None:
 def test_an_endpoint_without_a_bucket(url: str) -> None:
     with pytest.raises(InvalidInput, match="No bucket is named: set BUCKET_NAME"):
         parse_endpoint(url)
-    bucket = parse_endpoint(url, unnamed="11-26")
+    bucket = parse_endpoint(url, default_name="11-26")
     assert (bucket.name, bucket.endpoint_url) == ("11-26", url.rstrip("/"))
 
 

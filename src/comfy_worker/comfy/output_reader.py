@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -13,7 +12,7 @@ import requests
 from urllib3.exceptions import HTTPError
 
 from comfy_worker.errors import ComfyUnreachable
-from comfy_worker.storage.content import Content, InMemory, OnDisk, Stream
+from comfy_worker.storage.content import Content, InMemory, OnDisk
 from comfy_worker.types import OutputFile
 
 if TYPE_CHECKING:
@@ -99,14 +98,8 @@ class Viewed:
     file: OutputFile
     size: int
 
-    @contextmanager
-    def open(self) -> Iterator[Stream]:
-        """Ask for the file from its beginning."""
-        with closing(self.client.view(self.file)) as stream:
-            yield stream
-
-    def open_seekable(self) -> BinaryIO:
-        """Return the file as one that can be read anywhere, with a request for each place."""
+    def open(self) -> BinaryIO:
+        """Return the file; each jump to another position is a request of its own."""
         return io.BufferedReader(_Ranges(self.client, self.file, self.size), 64 * 1024)
 
 

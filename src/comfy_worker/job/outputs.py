@@ -211,10 +211,16 @@ class _Delivery:
         return self._client.patiently(lambda: self._deliver(file, path), self._stop)
 
     def _deliver(self, file: OutputFile, path: str) -> tuple[Artifact, tuple[str, ...]]:
+        try:
+            return self._deliver_readable(file, path)
+        except OSError as error:
+            raise OutputMissing(f"{file.filename} could not be read: {error.strerror}") from error
+
+    def _deliver_readable(self, file: OutputFile, path: str) -> tuple[Artifact, tuple[str, ...]]:
         received = self._received.get(file)
         content = content_of(file, self._client) if received is None else InMemory(received)
         item = self._converted(_Item(file, path, content, _look_at(file.filename, content)))
-        parcel = DeliverableFile(
+        deliverable = DeliverableFile(
             job_id=self._job.id,
             path=item.path,
             mime_type=item.media.mime_type,
@@ -225,7 +231,7 @@ class _Delivery:
         artifact = Artifact(
             file=item.file,
             folder=_folder(file, self._job.prompt_id),
-            delivered=self._storage.deliver(parcel),
+            delivered=self._storage.deliver(deliverable),
             mime_type=item.media.mime_type,
             size_bytes=item.content.size,
             width=item.media.width,
@@ -275,11 +281,8 @@ def _bare(item: _Item) -> _Item:
 
 
 def _look_at(filename: str, content: Content) -> Media:
-    try:
-        with content.open_seekable() as opened:
-            return inspect(filename, opened)
-    except OSError as error:
-        raise OutputMissing(f"{filename} could not be read: {error.strerror}") from error
+    with content.open() as opened:
+        return inspect(filename, opened)
 
 
 def _paths(files: Sequence[OutputFile], prompt_id: str) -> list[str]:

@@ -9,8 +9,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from urllib.parse import unquote, urljoin, urlsplit
 
-from requests.certs import where
-from requests.utils import get_environ_proxies, select_proxy
+from requests.utils import DEFAULT_CA_BUNDLE_PATH, get_environ_proxies, select_proxy
 from urllib3 import BaseHTTPResponse, HTTPConnectionPool, HTTPSConnectionPool, Timeout
 from urllib3.exceptions import ConnectTimeoutError, DecodeError, HTTPError, LocationParseError, SSLError
 from urllib3.util import make_headers
@@ -82,10 +81,14 @@ def _pool(target: Target, address: str, deadline: FetchDeadline) -> HTTPConnecti
     """Return a pool that connects to `address` only; the certificate must be the host's."""
     if target.scheme == "http":
         return hooked_pool(HTTPConnectionPool, deadline.watch)(address, target.port)
-    bundle = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or where()
-    certificates = {"ca_cert_dir" if Path(bundle).is_dir() else "ca_certs": bundle}
+    bundle = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or DEFAULT_CA_BUNDLE_PATH
+    is_folder = Path(bundle).is_dir()
     return hooked_pool(HTTPSConnectionPool, deadline.watch)(
-        address, target.port, server_hostname=target.host, **certificates
+        address,
+        target.port,
+        server_hostname=target.host,
+        ca_certs=None if is_folder else bundle,
+        ca_cert_dir=bundle if is_folder else None,
     )
 
 

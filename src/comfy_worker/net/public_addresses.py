@@ -42,7 +42,7 @@ _NOT_PUBLIC = tuple(
     )
 )
 _GLOBAL_IPV6 = ipaddress.ip_network("2000::/3")
-"""The only global part of IPv6. NAT64, unique local, site-local, link-local and multicast addresses are outside of it."""
+"""The only global part of IPv6. NAT64, unique local, site-local, link-local and multicast addresses are outside."""
 _ISATAP_MARK = 0x5EFE
 """Upper half of an IPv6 interface id whose lower half is an IPv4 address (RFC 5214)."""
 _ISATAP_FLAGS = 0x0300_0000

@@ -1,4 +1,4 @@
-"""Where outputs go: one seam, an implementation a module."""
+"""Where outputs go: into the response, a bucket, or a folder that somebody serves."""
 
 from comfy_worker.storage.base import DeliverableFile, Storage
 from comfy_worker.storage.content import Content, InMemory, OnDisk, Stream, Watched, read_all

@@ -1,4 +1,4 @@
-"""Chooses a storage for each job, by its wish and the worker's settings."""
+"""Chooses the storage of each job, by the job's wish and the worker's settings."""
 
 from __future__ import annotations
 
@@ -12,37 +12,34 @@ from typing import TYPE_CHECKING
 from comfy_worker.errors import InvalidInput, WorkerError
 from comfy_worker.settings import Settings
 from comfy_worker.storage.base import Storage
-from comfy_worker.storage.endpoint import Bucket
+from comfy_worker.storage.buckets import BucketAccess, job_bucket, worker_bucket
 from comfy_worker.storage.inline import BothStorage, InlineStorage
-from comfy_worker.storage.job_bucket import is_listed, permitted_bucket
 from comfy_worker.storage.local import LocalStorage
 from comfy_worker.storage.object_keys import check_template
-from comfy_worker.storage.worker_bucket import headers_of, public_url_of, served_url_of, worker_bucket
-from comfy_worker.types import Delivery, DeliveryType, JobBucket
+from comfy_worker.types import Delivery, JobBucket
 
 if TYPE_CHECKING:
     from comfy_worker.storage.s3 import S3Connection
 
 log = logging.getLogger(__name__)
 
-_KEPT_JOB_BUCKETS = 4
+_MAX_BUCKETS = 5
+"""The number of buckets to which connections are kept."""
 _CONNECTIONS = 8
-"""For the small files of as many threads as deliver outputs."""
-_NO_BUCKET_HINT = "Set BUCKET_ENDPOINT_URL, BUCKET_ACCESS_KEY_ID and BUCKET_SECRET_ACCESS_KEY"
+"""The number of small files that are uploaded to one bucket at the same time, as many as threads deliver outputs."""
 
 
 class StorageFactory:
-    """The storages of one worker's settings; clients that cost time to make are made once."""
+    """Makes storages; keeps connections to buckets from job to job."""
 
     def __init__(
-        self, settings: Settings, inline: Callable[[int | None, Storage | None], Storage] | None = None
+        self, settings: Settings, inline: Callable[[int | None, Storage | None], Storage] = InlineStorage
     ) -> None:
-        """Take the settings; `inline` makes what holds outputs for the answer, out of a budget and an overflow."""
+        """`inline` makes the storage for outputs in the response, from a budget and a storage for what exceeds it."""
         self._settings = settings
-        self._inline = inline or InlineStorage
+        self._inline = inline
         self._lock = threading.Lock()
-        self._own: S3Connection | None = None
-        self._of_jobs: OrderedDict[tuple[JobBucket, Bucket], S3Connection] = OrderedDict()
+        self._connections: OrderedDict[BucketAccess, S3Connection] = OrderedDict()
         self._preparation: threading.Thread | None = None
 
     def check(self) -> None:
@@ -53,8 +50,6 @@ class StorageFactory:
         """
         if self._settings.has_bucket:
             worker_bucket(self._settings)
-            headers_of(self._settings)
-            public_url_of(self._settings)
         check_template(self._settings.bucket_key_template)
 
     def prepare(self) -> None:
@@ -66,134 +61,91 @@ class StorageFactory:
     def _prepare(self) -> None:
         try:
             self.check()
-            self._own_connection()
+            self._connection(worker_bucket(self._settings))
         except WorkerError as error:
-            # Each job that wants the bucket will meet it again, and say so to its caller.
-            log.error("outputs cannot be delivered to S3: %s", error.message)  # noqa: TRY400 - the sentence says it all
+            # Each job that uses the bucket fails with the same error.
+            log.error("outputs cannot be delivered to S3: %s", error.message)  # noqa: TRY400 - no traceback needed
 
     def close(self) -> None:
         """Close the connections."""
         if self._preparation is not None:
             self._preparation.join()
         with self._lock:
-            connections = [*self._of_jobs.values(), *([self._own] if self._own else [])]
-            self._own = None
-            self._of_jobs.clear()
-        for connection in connections:
-            connection.close()
+            for connection in self._connections.values():
+                connection.close()
+            self._connections.clear()
 
-    # --------------------------------------------------------------------------------------------- choice
-
-    def choose(
-        self, delivery: Delivery, inline_budget: int | None = None, job_bucket: JobBucket | None = None
-    ) -> Storage:
+    def choose(self, delivery: Delivery, inline_budget: int | None = None, brought: JobBucket | None = None) -> Storage:
         """Return the storage for one job.
 
         Args:
             delivery: what the job asks for.
-            inline_budget: how many characters its answer has room for; None for no limit.
-            job_bucket: the job's own, in place of the worker's.
+            inline_budget: how many characters its outputs may take in the response; None for no limit.
+            brought: the job's own bucket, which replaces the worker's.
 
         Raises:
-            InvalidInput: it asks for what this worker does not have, or brings a bucket that it does not take.
+            InvalidInput: the worker does not have what the job asks for, or does not accept its bucket.
         """
-        kind = self._kind(delivery, job_bucket)
-        permitted = None if job_bucket is None else permitted_bucket(job_bucket, self._settings)
+        settings = self._settings
+        access = None if brought is None else job_bucket(brought, settings)
+        has_bucket = settings.has_bucket or access is not None
+        # Whoever brings a bucket wants the outputs in it.
+        default = "s3" if access else settings.delivery or ("s3" if has_bucket else "base64")
+        kind = delivery.type or default
         if kind == "local":
             return self._local(delivery)
-        has_bucket = self._settings.has_bucket or job_bucket is not None
-        if kind in ("auto", "base64") and (inline_budget is None or not has_bucket):
-            return self._inline(inline_budget, None)
-        if not has_bucket:
-            whose = "input.delivery.type" if delivery.type else "DELIVERY"
-            raise InvalidInput(f"{whose} is '{kind}', but this worker has no bucket", hint=_NO_BUCKET_HINT)
-        bucket = self._bucket(delivery, job_bucket, permitted)
         if kind in ("auto", "base64"):
-            # Also where base64 was asked for: a result in the bucket is better than one that is lost.
-            return self._inline(inline_budget, bucket)
+            # A file in the bucket is better than one that is lost, even if base64 was asked for.
+            overflows = inline_budget is not None and has_bucket
+            return self._inline(inline_budget, self._bucket(delivery, access) if overflows else None)
+        if not has_bucket:
+            raise InvalidInput(
+                f"{_source(delivery)} is '{kind}', but this worker has no bucket",
+                hint="Set BUCKET_ENDPOINT_URL, BUCKET_ACCESS_KEY_ID and BUCKET_SECRET_ACCESS_KEY",
+            )
+        bucket = self._bucket(delivery, access)
         return BothStorage(InlineStorage(inline_budget), bucket) if kind == "both" else bucket
 
-    def _kind(self, delivery: Delivery, job_bucket: JobBucket | None) -> DeliveryType:
-        if delivery.type is not None:
-            return delivery.type
-        if job_bucket is not None:
-            # Whoever brings a bucket wants the outputs in it.
-            return "s3"
-        return self._settings.delivery or ("s3" if self._settings.has_bucket else "base64")
-
     def _local(self, delivery: Delivery) -> Storage:
-        settings = self._settings
-        if not (settings.local_delivery_dir and settings.local_delivery_url):
-            whose = "input.delivery.type" if delivery.type else "DELIVERY"
+        folder, url = self._settings.local_delivery_dir, self._settings.local_delivery_url
+        if not (folder and url):
             raise InvalidInput(
-                f"{whose} is 'local', but this worker has no folder that is served",
+                f"{_source(delivery)} is 'local', but this worker has no folder that is served",
                 hint="Set LOCAL_DELIVERY_DIR and LOCAL_DELIVERY_URL",
             )
-        return LocalStorage(Path(settings.local_delivery_dir), served_url_of(settings), delivery.prefix)
+        return LocalStorage(Path(folder), url, delivery.prefix)
 
-    # -------------------------------------------------------------------------------------------- buckets
-
-    def _bucket(self, delivery: Delivery, job_bucket: JobBucket | None, permitted: Bucket | None) -> Storage:
-        # Loaded late: boto3 takes longer to import than everything else, and most workers have no bucket.
-        from comfy_worker.storage.s3 import S3Storage, Shape
+    def _bucket(self, delivery: Delivery, jobs_access: BucketAccess | None) -> Storage:
+        # Loaded late: boto3 takes long to import, and most workers have no bucket.
+        from comfy_worker.storage.s3 import S3Storage
 
         settings = self._settings
         check_template(settings.bucket_key_template)
-        if job_bucket is None or permitted is None:
-            connection, public_url, headers = self._own_connection(), public_url_of(settings), headers_of(settings)
-        else:
-            # What the worker's bucket is like says nothing about the job's.
-            connection, public_url, headers = self._connection_of(job_bucket, permitted), None, {}
-        shape = Shape(
-            key_template=settings.bucket_key_template,
-            prefix=delivery.prefix,
-            expires_s=delivery.expires_s or settings.bucket_url_expires_s,
-            public_url=public_url,
-            headers=headers,
+        is_own = jobs_access is None
+        return S3Storage(
+            self._connection(jobs_access or worker_bucket(settings)),
+            settings.bucket_key_template,
+            delivery.prefix,
+            delivery.expires_s or settings.bucket_url_expires_s,
+            # These describe the worker's bucket only.
+            public_url=settings.bucket_public_url if is_own else None,
+            acl=settings.bucket_acl if is_own else None,
         )
-        return S3Storage(connection, shape)
 
-    def _own_connection(self) -> S3Connection:
-        from comfy_worker.storage.s3 import Access, S3Connection
+    def _connection(self, access: BucketAccess) -> S3Connection:
+        from comfy_worker.storage.s3 import S3Connection
 
-        settings = self._settings
-        assert settings.bucket_access_key_id, "checked when the settings are loaded"  # noqa: S101
-        assert settings.bucket_secret_access_key, "checked when the settings are loaded"  # noqa: S101
-        # Where it has no name, another month is another bucket.
-        bucket = worker_bucket(settings)
         with self._lock:
-            if self._own is None or self._own.bucket != bucket:
-                log.info("outputs that go to S3 go to the bucket %s", bucket.name)
-                self._own = S3Connection(
-                    Access(
-                        bucket,
-                        settings.bucket_access_key_id.get_secret_value(),
-                        settings.bucket_secret_access_key.get_secret_value(),
-                        public_only=False,
-                        connections=_CONNECTIONS,
-                    )
-                )
-            return self._own
+            if access not in self._connections:
+                log.info("outputs are delivered to the bucket %s", access.bucket.name)
+                self._connections[access] = S3Connection(access, _CONNECTIONS)
+            self._connections.move_to_end(access)
+            if len(self._connections) > _MAX_BUCKETS:
+                # Not closed: another job may still use it.
+                self._connections.popitem(last=False)
+            return self._connections[access]
 
-    def _connection_of(self, job_bucket: JobBucket, permitted: Bucket) -> S3Connection:
-        """Return the connection to a job's bucket; the ones used last are kept."""
-        from comfy_worker.storage.s3 import Access, S3Connection
 
-        settings = self._settings
-        with self._lock:
-            connection = self._of_jobs.pop((job_bucket, permitted), None)
-            if connection is None:
-                connection = S3Connection(
-                    Access(
-                        permitted,
-                        job_bucket.access_key_id,
-                        job_bucket.secret_access_key,
-                        public_only=not (settings.allow_private_urls or is_listed(settings)),
-                        connections=_CONNECTIONS,
-                    )
-                )
-            self._of_jobs[job_bucket, permitted] = connection
-            if len(self._of_jobs) > _KEPT_JOB_BUCKETS:
-                # Another job may still use it; it is gone when nobody does.
-                self._of_jobs.popitem(last=False)
-            return connection
+def _source(delivery: Delivery) -> str:
+    """Return where the kind of delivery was chosen."""
+    return "input.delivery.type" if delivery.type else "DELIVERY"

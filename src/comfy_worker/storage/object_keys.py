@@ -1,4 +1,4 @@
-"""What a delivered file is called: the keys of objects and the paths of files. No I/O."""
+"""Names of delivered files: keys of objects and paths of files. No I/O."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ _FIELDS = ("job_id", "filename", "node_id", "index", "date", "prefix")
 _SETTING = "BUCKET_KEY_TEMPLATE"
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]")
-_LONGEST_KEY = 1024
-"""Bytes, from the documentation of S3."""
+MAX_KEY_BYTES = 1024
+"""From the documentation of S3."""
 
 
 def safe_path(path: str) -> str:
-    """Return a relative path that stays in its folder and that S3, URLs and file systems can all take.
+    """Return a relative path that stays in its folder and is valid in S3, URLs and file systems.
 
-    Parts that lead elsewhere are left out. A node may report any name.
+    Nodes may report any name; segments that lead elsewhere are left out.
     """
     text = _CONTROL.sub("_", path.encode("utf-8", "replace").decode("utf-8"))
     return "/".join(part for part in text.split("/") if part not in ("", ".", "..")) or "_"
 
 
 def safe_name(text: str) -> str:
-    """Return a name for one folder, from an id that may be any text."""
+    """Return the name of a folder for an id, which may be any text."""
     name = _UNSAFE.sub("-", text)
     return name if name.strip(".") else "-"
 
 
 def check_template(template: str) -> None:
-    """Refuse a template whose keys could overwrite each other or would be no paths.
+    """Refuse a template whose keys would be invalid or could overwrite each other.
 
     Raises:
-        InvalidInput: the sentence says what is wrong with it.
+        InvalidInput: the sentence says what is wrong.
     """
     fields = set(_fields(template))
     if not fields & {"job_id", "prefix"}:
@@ -55,7 +55,7 @@ def _fields(template: str) -> Iterator[str]:
     try:
         parts = list(string.Formatter().parse(template))
     except ValueError:
-        raise InvalidInput(f"{_SETTING} has a single brace; one that is meant is written twice") from None
+        raise InvalidInput(f"{_SETTING} has a single brace; a literal brace is written twice") from None
     for _literal, field, form, conversion in parts:
         if field is None:
             continue
@@ -66,35 +66,35 @@ def _fields(template: str) -> Iterator[str]:
 
 
 def bucket_of_the_month() -> str:
-    """Return the bucket that RunPod's own uploader takes where none is named: `11-26` in November 2026."""
+    """Return the bucket that RunPod's uploader uses if none is named: `11-26` in November 2026."""
     return time.strftime("%m-%y")
 
 
-def object_key(template: str, parcel: DeliverableFile, prefix: str | None, today: date) -> str:
+def object_key(template: str, file: DeliverableFile, prefix: str | None, today: date) -> str:
     """Return the key of a job's file in a bucket.
 
     Args:
-        template: one that `check_template` took.
-        parcel: the file.
-        prefix: the folder that the job asks for; it stands where the template has `{prefix}`, else in place of
-            `{job_id}`. A job that asks for none gets its id.
-        today: for `{date}`.
+        template: one that `check_template` accepts.
+        file: the file.
+        prefix: the folder that the job asks for. It replaces `{prefix}` if the template has it, else `{job_id}`;
+            without a prefix, both are the job's id.
+        today: the value of `{date}`.
 
     Raises:
         DeliveryFailed: the key is longer than S3 allows.
     """
-    job_id = safe_name(parcel.job_id)
+    job_id = safe_name(file.job_id)
     folder = prefix or job_id
     key = safe_path(
         template.format(
             job_id=job_id if "{prefix}" in template else folder,
             prefix=folder,
-            filename=parcel.path,
-            node_id=safe_name(parcel.node_id),
-            index=parcel.index,
+            filename=file.path,
+            node_id=safe_name(file.node_id),
+            index=file.index,
             date=today.isoformat(),
         )
     )
-    if len(key.encode()) > _LONGEST_KEY:
-        raise DeliveryFailed(f"The key of {parcel.path[:40]}… would be longer than {_LONGEST_KEY} bytes")
+    if len(key.encode()) > MAX_KEY_BYTES:
+        raise DeliveryFailed(f"The key of {file.path[:40]}… would be longer than {MAX_KEY_BYTES} bytes")
     return key

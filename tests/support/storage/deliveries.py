@@ -113,32 +113,32 @@ def resolve(monkeypatch: pytest.MonkeyPatch, addresses: dict[str, str]) -> None:
 
 @dataclass(frozen=True)
 class GeneratedContent:
-    """Zeros that are made as they are read; somebody is told when the last of them are about to be."""
+    """Zeros that are made while they are read; calls `before_last` before it makes the last ones."""
 
     size: int
     before_last: Callable[[], None]
 
-    @contextmanager
-    def open(self) -> Iterator[GeneratedStream]:
-        yield GeneratedStream(self)
-
-    def open_seekable(self) -> io.BytesIO:
-        return io.BytesIO(bytes(self.size))
+    def open(self) -> io.BufferedReader:
+        return io.BufferedReader(GeneratedFile(self))
 
 
-class GeneratedStream:
-    """Trickle on its way."""
+class GeneratedFile(io.RawIOBase):
+    """Generated content that is being read."""
 
     def __init__(self, source: GeneratedContent) -> None:
         self._source = source
         self._left = source.size
 
-    def read(self, size: int = -1, /) -> bytes:
-        size = self._left if size < 0 else min(size, self._left)
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        size = min(self._left, len(buffer))
         self._left -= size
         if self._left < 4 * 1024 * 1024:
             self._source.before_last()
-        return bytes(size)
+        buffer[:size] = bytes(size)
+        return size
 
 
 class RecordingS3:
