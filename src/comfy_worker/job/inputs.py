@@ -36,7 +36,8 @@ from comfy_worker.graph.file_references import Reference, find_strings, name_of_
 from comfy_worker.graph.node_inputs import InputConfig
 from comfy_worker.graph.workflow import Graph
 from comfy_worker.job.input_files import UPLOAD_FAILED, decode_base64, too_many_files
-from comfy_worker.media.file_type import HEAD_BYTES, content_mismatch, content_type, is_medium, with_true_extension
+from comfy_worker.media.file_type import content_mismatch, content_type, is_medium, with_true_extension
+from comfy_worker.media.probe import HEAD_BYTES
 from comfy_worker.net.fetcher import ContentFilter, Fetcher, UnwantedContent
 from comfy_worker.stop import Deadline, Stop
 from comfy_worker.storage.signed_urls import Signer

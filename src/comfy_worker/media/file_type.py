@@ -1,4 +1,4 @@
-"""What a file is by its first bytes, where its name may lie."""
+"""Recognises files by their first bytes, because names may be wrong."""
 
 from __future__ import annotations
 
@@ -8,17 +8,14 @@ import filetype
 
 from comfy_worker.media.probe import mime_type_of_name
 
-HEAD_BYTES = 8192
-"""How much of a file is looked at; a tar archive is known by what stands 257 bytes into it."""
-
 _MEDIA = ("image", "audio", "video")
-_OTHERWISE_PACKED = ("image/openraster", "image/svg+xml")
-"""Pictures that are archives or pages by their nature."""
+_NOT_BINARY = ("image/openraster", "image/svg+xml")
+"""Pictures whose format is an archive or a page."""
 _PLAIN_MODELS = ("model/gltf-binary", "model/gltf+json", "model/obj", "model/stl")
-"""Models that are not; others (USDZ, 3MF) are archives."""
+"""Models whose format is neither; others (USDZ, 3MF) are archives."""
 _GLB = b"glTF"
 _WEB_PAGE = re.compile(rb"\s*(<!--.*?-->\s*)*<(!doctype html|html|head|body)\b", re.IGNORECASE | re.DOTALL)
-_KIN = (
+_RELATED = (
     frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"}),
     frozenset({".tif", ".tiff", ".dng", ".cr2", ".nef", ".arw"}),
     frozenset({".png", ".apng"}),
@@ -30,16 +27,16 @@ _KIN = (
     frozenset({".aif", ".aiff"}),
     frozenset({".mid", ".midi"}),
 )
-"""Extensions between which the first bytes do not decide, or need not."""
+"""Extensions that the first bytes do not tell apart, or need not."""
 
 
 def is_medium(head: bytes, name: str, declared: str) -> bool:
-    """Return whether a file is a picture, sound, video or 3D model: by its content or else by what it is called.
+    """Return whether a file is a picture, audio, video or 3D model, by its content or else by its name.
 
     Args:
         head: its first bytes.
-        name: by which it goes.
-        declared: its `Content-Type`, as its server says.
+        name: its name.
+        declared: its `Content-Type`, as its server sent it.
     """
     if _WEB_PAGE.match(head):
         return False
@@ -59,13 +56,13 @@ def content_type(head: bytes, name: str) -> str:
 
 
 def with_true_extension(name: str, head: bytes) -> str:
-    """Return `name` with the extension that a medium's content wants; what is not recognised keeps its own."""
+    """Return `name` with the extension of a medium's content; unchanged if the content is not recognised."""
     true = _extension(head)
     stem, dot, given = name.rpartition(".")
     own = f".{given.lower()}" if dot and stem else ""
-    if true is None or own == true or any({own, true} <= kin for kin in _KIN):
+    if true is None or own == true or any({own, true} <= group for group in _RELATED):
         return name
-    # "v1.5" and "photo.php" end in something, but in no extension of a medium.
+    # The ends of "v1.5" and "photo.php" are not extensions of media.
     return f"{stem}{true}" if own and mime_type_of_name(name).partition("/")[0] in (*_MEDIA, "model") else name + true
 
 
@@ -77,12 +74,12 @@ def _extension(head: bytes) -> str | None:
 
 
 def content_mismatch(head: bytes, name: str) -> str | None:
-    """Return what a file is that calls itself a picture, sound, video or model and is none, or None if it may be one.
+    """Return what a file is if its name is that of a picture, audio, video or model but its content is not.
 
-    Only what is recognised for sure is told; a format that is not known may be one that a node knows.
+    Unknown content returns None: a node may know the format.
     """
     pretended = mime_type_of_name(name)
-    is_medium = pretended.partition("/")[0] in _MEDIA and pretended not in _OTHERWISE_PACKED
+    is_medium = pretended.partition("/")[0] in _MEDIA and pretended not in _NOT_BINARY
     if not is_medium and pretended not in _PLAIN_MODELS:
         return None
     if _WEB_PAGE.match(head):

@@ -1,6 +1,7 @@
-"""Takes texts, EXIF and XMP out of pictures without touching a pixel: ComfyUI writes the prompt and the workflow there.
+"""Removes texts, EXIF and XMP from pictures without changing a pixel: ComfyUI writes the prompt and the workflow there.
 
-The layouts are those of PNG (chunks), JPEG (segments), the WebP container (RIFF chunks) and TIFF 6.0, which EXIF is.
+The layouts are from the specifications of PNG (chunks), JPEG (segments), the WebP container (RIFF chunks) and TIFF 6.0,
+which is the format of EXIF.
 """
 
 from __future__ import annotations
@@ -8,29 +9,25 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Callable, Iterator
-from typing import TypeAlias
 
 WRITTEN_INTO = ("image/png", "image/apng", "image/jpeg", "image/webp")
-"""Types of the pictures that metadata is taken out of."""
+"""The types of pictures from which `without_metadata` removes metadata."""
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"comf")
-"""`comf` is where ComfyUI writes the prompt into an animated PNG."""
+"""`comf` is where ComfyUI writes the prompt of an animated PNG."""
 _JPEG_METADATA = (0xE1, 0xED, 0xFE)
 """APP1 (EXIF, XMP), APP13 (IPTC) and comments."""
 _JPEG_SCAN = 0xDA
 _EXIF_HEADER = b"Exif\0\0"
 _WEBP_FLAGS = {b"EXIF": 0x08, b"XMP ": 0x04}
-"""What the first chunk, VP8X, says is there."""
-_ORIENTATION_TAG = 0x0112
+"""The flags of these chunks in the first chunk, VP8X."""
+ORIENTATION_TAG = 0x0112
 _SHORT = 3
-"""EXIF's number for a whole number of two bytes."""
-
-Part: TypeAlias = tuple[bytes, bytes, memoryview]
-"""A part's kind, its own content and the whole of it as it stands in the file."""
+"""EXIF's type for an integer of two bytes."""
 
 
 def without_metadata(content: bytes) -> bytes:
-    """Return a PNG, JPEG or WebP without metadata, but for which side is up; anything else as it is."""
+    """Return a PNG, JPEG or WebP without metadata except its orientation; any other content unchanged."""
     if content.startswith(_PNG):
         return _rewritten(content, _png)
     if content.startswith(b"\xff\xd8\xff"):
@@ -44,7 +41,7 @@ def _rewritten(content: bytes, parts: Callable[[memoryview], Iterator[bytes | me
     try:
         rewritten = b"".join(parts(memoryview(content)))
     except (struct.error, IndexError):
-        # It breaks off; whoever reads it finds no metadata behind that either.
+        # The file is truncated; a reader finds no metadata behind that point either.
         return content
     return content if rewritten == content else rewritten
 
@@ -81,7 +78,7 @@ def _jpeg(content: memoryview) -> Iterator[bytes | memoryview]:
     yield content[:at]
     while content[at] == 0xFF and content[at + 1] != _JPEG_SCAN:
         marker = content[at + 1]
-        # A marker may be filled up with more 0xFF in front; some stand alone.
+        # A marker may be padded with more 0xFF in front; some markers have no length.
         alone = marker in (0xFF, 0x01) or 0xD0 <= marker <= 0xD9
         length = 1 if marker == 0xFF else 2 if alone else 2 + struct.unpack_from(">H", content, at + 2)[0]
         whole = content[at : at + length]
@@ -122,7 +119,7 @@ def _webp(content: memoryview) -> Iterator[bytes | memoryview]:
 
 
 def _orientation(exif: bytes) -> bytes | None:
-    """Return EXIF that says which side is up and nothing else; None where that goes without saying."""
+    """Return EXIF with nothing but the orientation; None if the picture is upright."""
     order = {b"II": "<", b"MM": ">"}.get(exif[:2])
     if order is None:
         return None
@@ -131,8 +128,8 @@ def _orientation(exif: bytes) -> bytes | None:
         (count,) = struct.unpack_from(f"{order}H", exif, at)
         for entry in range(at + 2, at + 2 + 12 * count, 12):
             tag, _kind, _count, side = struct.unpack_from(f"{order}HHIH", exif, entry)
-            if tag == _ORIENTATION_TAG and 2 <= side <= 8:
-                return struct.pack(">2sHIHHHIHHI", b"MM", 42, 8, 1, _ORIENTATION_TAG, _SHORT, 1, side, 0, 0)
+            if tag == ORIENTATION_TAG and 2 <= side <= 8:
+                return struct.pack(">2sHIHHHIHHI", b"MM", 42, 8, 1, ORIENTATION_TAG, _SHORT, 1, side, 0, 0)
     except struct.error:
-        pass  # it is no EXIF, or breaks off
+        pass  # not EXIF, or truncated
     return None

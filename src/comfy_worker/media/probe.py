@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import mimetypes
 import struct
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO
 
 from comfy_worker.types import Kind
 
 log = logging.getLogger(__name__)
-
-Content: TypeAlias = bytes | Path | BinaryIO
-"""A file's content: the bytes, where they lie, or a file that can be read and sought in."""
 
 _MORE_TYPES = {
     ".avif": "image/avif",
@@ -41,40 +36,21 @@ _MORE_TYPES = {
     ".latent": "application/octet-stream",
     ".safetensors": "application/octet-stream",
 }
-"""Types that the system's own table lacks on some machines or names differently on others."""
+"""Types that the system's table lacks, or names differently, on some machines."""
 
 _MAIN_TYPES = {"image": Kind.IMAGE, "video": Kind.VIDEO, "audio": Kind.AUDIO}
 
-_DEMUXERS = {
-    "video/mp4": "mov",
-    "video/x-m4v": "mov",
-    "video/quicktime": "mov",
-    "video/3gpp": "mov",
-    "audio/mp4": "mov",
-    "video/webm": "matroska",
-    "video/x-matroska": "matroska",
-    "video/x-msvideo": "avi",
-    "video/x-flv": "flv",
-    "video/mpeg": "mpeg",
-    "audio/aac": "aac",
-    "audio/aiff": "aiff",
-    "audio/amr": "amr",
-    "audio/mpeg": "mp3",
-    "audio/ogg": "ogg",
-    "audio/x-flac": "flac",
-    "audio/x-wav": "wav",
-}
-"""What filetype recognises to FFmpeg's name of who reads it. FFmpeg may not choose by itself: it would take a text for
-a playlist and fetch what that names."""
+_DEMUXERS = "aac,aiff,amr,avi,flac,flv,matroska,mov,mp3,mpeg,ogg,wav"
+"""FFmpeg's names of the formats that it may read. It must not read others: it would take a text for a playlist, and
+fetch what the playlist names."""
 _USUAL_SUBTYPES = {"x-m4v": "mp4", "x-flac": "flac", "x-wav": "wav"}
 _MORE_EXACT_NAMES = {"audio/opus": "audio/ogg"}
-"""What a name may tell beyond the content's container."""
-_HEAD_BYTES = 8192
-"""How much of a file filetype looks at."""
+"""Types that a name may show where the content shows only the container."""
+HEAD_BYTES = 8192
+"""How much of a file the library filetype needs; a tar archive is recognised by its bytes from 257 on."""
 
 BROKEN_PICTURE = (OSError, ValueError, RuntimeError, SyntaxError, EOFError, LookupError, struct.error)
-"""What Pillow's readers raise for a broken file. TypeError and AttributeError are not here: a changed Pillow raises
-those."""
+"""What Pillow's readers raise for a broken file; TypeError and AttributeError would mean that Pillow has changed."""
 _FIRST_PYAV_THAT_TAKES_ALL_TAGS = 19
 
 
@@ -83,9 +59,9 @@ class Media:
     """What a file is.
 
     Attributes:
-        mime_type: by its content, or else by its name.
-        width: in pixels, for a picture or a video; None otherwise. So `height`.
-        duration_s: of a video or a sound, in seconds; None where it does not say.
+        mime_type: its type by its content, or else by its name.
+        width: of a picture or a video, in pixels; `height` likewise.
+        duration_s: of a video or an audio file, in seconds, if the file says.
     """
 
     mime_type: str
@@ -95,49 +71,33 @@ class Media:
 
 
 def mime_type_of_name(filename: str) -> str:
-    """Return the MIME type that a file's name stands for; `application/octet-stream` if it tells nothing."""
-    return _told_by_name(filename) or "application/octet-stream"
+    """Return the MIME type of a file's extension, `application/octet-stream` for an unknown one."""
+    return _known_type(filename) or "application/octet-stream"
 
 
-def _told_by_name(filename: str) -> str | None:
+def _known_type(filename: str) -> str | None:
     extension = "." + filename.rpartition(".")[2].lower() if "." in filename else ""
     return _MORE_TYPES.get(extension) or mimetypes.guess_type(filename)[0]
 
 
 def kind_of(filename: str) -> Kind:
-    """Return which list of the answer a file belongs into, by its name."""
+    """Return the kind of output that a file is, by its name."""
     return _MAIN_TYPES.get(mime_type_of_name(filename).partition("/")[0], Kind.FILE)
 
 
-def inspect(filename: str, content: Content) -> Media:
-    """Return what a file is; headers are read, never all of its pixels or sounds.
-
-    A file that is open already is at its beginning afterwards. Content that cannot be made out goes by its name.
-    """
-    if isinstance(content, bytes):
-        return _inspect(filename, io.BytesIO(content))
-    if isinstance(content, Path):
-        with content.open("rb") as file:
-            return _inspect(filename, file)
-    try:
-        return _inspect(filename, content)
-    finally:
-        content.seek(0)
-
-
-def _inspect(filename: str, file: BinaryIO) -> Media:
-    # Loaded late, as all that recognises: a worker's start is paid for.
+def inspect(filename: str, file: BinaryIO) -> Media:
+    """Return what a file is, by its headers or else by its name."""
+    # Loaded late, like all libraries for media, so that a worker starts quickly.
     import filetype
 
     by_name = mime_type_of_name(filename)
-    file.seek(0)
-    by_head: str = filetype.guess_mime(file.read(_HEAD_BYTES)) or ""
-    # Two letters may make a head ("BM"), so it is only believed where a reader agrees.
+    by_head: str = filetype.guess_mime(file.read(HEAD_BYTES)) or ""
+    # A head may have only two letters ("BM"), so it is believed only if the format's reader agrees.
     if "image" in (_main_type(by_name), _main_type(by_head)) and (picture := _inspect_picture(by_name, file)):
         return picture
-    if by_head in _DEMUXERS and (recording := _inspect_recording(by_name, by_head, file)):
+    if _main_type(by_head) in ("audio", "video") and (recording := _inspect_recording(by_name, by_head, file)):
         return recording
-    return Media(by_head if not _told_by_name(filename) and _main_type(by_head) == "application" else by_name)
+    return Media(by_head if not _known_type(filename) and _main_type(by_head) == "application" else by_name)
 
 
 def _main_type(mime_type: str) -> str:
@@ -145,7 +105,7 @@ def _main_type(mime_type: str) -> str:
 
 
 def _inspect_picture(by_name: str, file: BinaryIO) -> Media | None:
-    """Return what Pillow says; None if it says that this is no picture."""
+    """Return what Pillow says about the file; None if it is not a picture."""
     pillow = load_pillow()
     file.seek(0)
     try:
@@ -155,31 +115,26 @@ def _inspect_picture(by_name: str, file: BinaryIO) -> Media | None:
     except BROKEN_PICTURE:
         return None
     except Exception:
-        log.exception("Pillow could not inspect a %s because of a bug; the file is delivered by its name", by_name)
+        log.exception("Pillow could not inspect a %s because of a bug; its type is taken from its name", by_name)
         return None
 
 
 def _inspect_recording(by_name: str, by_head: str, file: BinaryIO) -> Media | None:
-    """Return what FFmpeg says of a video or a sound; None if it says that this is neither."""
+    """Return what FFmpeg says about the file; None if it is neither video nor audio."""
     import av
 
     file.seek(0)
+    # Without this option, older versions refuse files whose tags are not UTF-8.
+    is_old = int(av.__version__.partition(".")[0]) < _FIRST_PYAV_THAT_TAKES_ALL_TAGS
+    options: dict[str, Any] = {"metadata_errors": "ignore"} if is_old else {}
     try:
-        with av.open(file, format=_DEMUXERS[by_head], **_ignored_tags()) as container:
+        with av.open(file, options={"format_whitelist": _DEMUXERS}, **options) as container:
             return _media_of(container, by_name, by_head)
     except av.FFmpegError:
         return None
     except Exception:
-        log.exception("PyAV could not inspect a %s because of a bug; the file is delivered by its name", by_head)
+        log.exception("PyAV could not inspect a %s because of a bug; its type is taken from its name", by_head)
         return None
-
-
-def _ignored_tags() -> dict[str, Any]:
-    """Return the option of `av.open` for tags that are not UTF-8: older versions refuse the file without it."""
-    import av
-
-    major = int(av.__version__.partition(".")[0])
-    return {"metadata_errors": "ignore"} if major < _FIRST_PYAV_THAT_TAKES_ALL_TAGS else {}
 
 
 def _media_of(container: Any, by_name: str, by_head: str) -> Media | None:
@@ -190,10 +145,10 @@ def _media_of(container: Any, by_name: str, by_head: str) -> Media | None:
         return None
     subtype = by_head.partition("/")[2]
     subtype = _USUAL_SUBTYPES.get(subtype, subtype)
-    # One container is for both: only its streams tell whether this one is a video.
+    # A container may hold either; its streams decide.
     main_type = "video" if videos else "audio"
     by_content = f"{main_type}/{subtype}"
-    # A stream has no codec context if FFmpeg does not know its codec.
+    # The codec context is None if FFmpeg does not know the codec.
     codec = videos[0].codec_context if videos else None
     return Media(
         by_name if _MORE_EXACT_NAMES.get(by_name) == by_content else by_content,
@@ -215,9 +170,9 @@ def _duration_s(container: Any) -> float | None:
 
 
 def load_pillow() -> ModuleType:
-    """Return Pillow's `Image`. Loaded late, too.
+    """Import and return Pillow's `Image`.
 
-    Its guard against large pictures is off: a header cannot explode, and whoever decodes has a limit of his own.
+    Its limit of pixels is switched off: reading a header needs none, and `convert` has its own.
     """
     from PIL import Image
 

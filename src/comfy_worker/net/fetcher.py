@@ -17,7 +17,7 @@ from urllib3 import BaseHTTPResponse
 from urllib3.exceptions import HTTPError
 
 from comfy_worker.errors import DiskFull, InputFetchFailed
-from comfy_worker.media.file_type import HEAD_BYTES
+from comfy_worker.media.probe import HEAD_BYTES
 from comfy_worker.net.deadline import FetchDeadline
 from comfy_worker.net.errors import FetchError
 from comfy_worker.net.http import connection_error, get
