@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from comfy_worker.media.metadata import ORIENTATION_TAG, without_metadata
+from comfy_worker.media.metadata import without_metadata
 from comfy_worker.media.probe import BROKEN_PICTURE, load_pillow
 from comfy_worker.types import Conversion
 
@@ -34,6 +34,7 @@ _PROMPT_TAG = 0x0110
 _OTHER_TAGS = (0x010F, 0x010E, 0x010D, 0x010C, 0x010B)
 """Where ComfyUI writes the metadata of a WebP: EXIF "Model" has `prompt:<JSON>`; "Make" and the tags counted down from
 it have one `<key>:<JSON>` each, in the order of `extra_pnginfo`. The tags below these must be numbers."""
+_ORIENTATION_TAG = 0x0112
 
 
 class ConversionFailed(Exception):
@@ -211,7 +212,7 @@ def _metadata_of(image: Image.Image) -> tuple[dict[str, str], Image.Exif]:
     """Return the texts in the picture, mostly ComfyUI's, and its other EXIF without the orientation."""
     exif = load_pillow().Exif()
     exif.load(image.getexif().tobytes())
-    exif.pop(ORIENTATION_TAG, None)
+    exif.pop(_ORIENTATION_TAG, None)
     texts = {str(key): str(text) for key, text in getattr(image, "text", {}).items()}
     for tag in (_PROMPT_TAG, *_OTHER_TAGS):
         key, _colon, value = str(exif.get(tag, "")).partition(":")
