@@ -63,16 +63,14 @@ class UrlCache:
         if not settings.input_cache_mb:
             return None
         default = Path(tempfile.gettempdir()) / f"comfy-worker-inputs-{os.getuid()}"
-        folder = Path(settings.input_cache_dir) if settings.input_cache_dir else default
+        folder = Path(settings.input_cache_dir or default)
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            status = folder.lstat() if folder == default else folder.stat()
         except OSError as error:
             raise FetchError(f"the worker's folder for inputs cannot be made: {error.strerror}") from error
-        if not stat.S_ISDIR(status.st_mode):
-            raise FetchError("the worker's folder for inputs is no folder")
-        if folder == default and (status.st_uid != os.getuid() or status.st_mode & 0o022):
-            # In a shared temporary folder, another user may have created it first.
+        # In the system's temporary folder, another user may have created it first.
+        status = default.lstat() if folder == default else None
+        if status and (not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022):
             raise FetchError("the worker's folder for inputs belongs to somebody else; set INPUT_CACHE_DIR")
         return cls(folder, settings.input_cache_mb * _MB)
 
