@@ -193,7 +193,7 @@ def test_a_worker_that_warms_up_ends_at_once_and_takes_its_prompt_along(platform
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
 
-    assert "told to end before the first job was taken" in process.output
+    assert "the worker ends because of a signal before its first job" in process.output
     assert "Traceback" not in process.output
     assert comfy.queue() == []
     assert platform.calls() == []
