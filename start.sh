@@ -1,13 +1,12 @@
 #!/usr/bin/env bash
-# Container entry: starts ComfyUI, keeps it up, and runs the worker beside it: one that takes jobs from RunPod, one that
-# takes them from a gateway's queue, or the gateway, which serves an HTTP API. The variables and the exit codes are
-# described in docs/how-to/deploy.md.
-# shellcheck disable=SC2329  # it does not count what `trap` calls as called
+# The entry point of the container. Runs ComfyUI, restarts it when it dies, and runs one of these beside it: a worker of
+# RunPod, a worker of a gateway's queue, or the gateway. docs/how-to/deploy.md describes the variables and exit codes.
+# shellcheck disable=SC2329  # functions that only `trap` calls
 set -euo pipefail
 
 readonly EXIT_NO_GPU=1 EXIT_CONFIG=2 EXIT_COMFYUI=3
 readonly MAX_BACKOFF_S=30 STABLE_S=60 STOP_GRACE_S=10 GIVE_UP_GRACE_S=60
-readonly LOG_BYTES=1048576 # what is kept of ComfyUI's log for the worker to quote from
+readonly LOG_BYTES=1048576 # kept of ComfyUI's log, from which the worker quotes
 
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 readonly here
@@ -23,7 +22,7 @@ fail() { # EXIT_CODE SENTENCE
 
 is_true() { [[ ${1,,} =~ ^(1|true|yes|on)$ ]]; }
 
-# --- what is to run -------------------------------------------------------------------------------------------
+# --- settings -------------------------------------------------------------------------------------------------
 
 check_bash() {
   ((BASH_VERSINFO[0] >= 5)) || fail "$EXIT_CONFIG" "bash 5 or newer is needed, this one is $BASH_VERSION."
@@ -35,11 +34,11 @@ check_port() { # NAME VALUE
   fi
 }
 
-absolute() { # PATH, which is relative to where start.sh was called
+absolute() { # PATH, relative to the working directory
   [[ $1 == /* ]] && printf '%s' "$1" || printf '%s/%s' "$PWD" "$1"
 }
 
-program() { # NAME that is looked up in PATH, or a path
+program() { # NAME of a program in PATH, or a path
   [[ $1 == */* ]] && absolute "$1" || printf '%s' "$1"
 }
 
@@ -60,8 +59,8 @@ find_comfyui_python() {
     "that ComfyUI's requirements are installed for."
 }
 
-# What .env says is set like the rest of the environment, which goes before it; the worker's python reads the file, as
-# it does where there is no start.sh.
+# Sets the variables of .env that the environment does not have. The worker's Python reads the file, as it does without
+# start.sh.
 read_env_file() {
   local python assignments
   [[ -n ${ENV_FILE-.env} && (-n ${ENV_FILE:-} || -f .env) ]] || return 0
@@ -69,7 +68,7 @@ read_env_file() {
   assignments=$(env "$(python_path)" "$python" -m comfy_worker.env_file) ||
     fail "$EXIT_CONFIG" "The settings in ${ENV_FILE-.env} cannot be read by $python."
   eval "$assignments"
-  export ENV_FILE= # the worker, which runs in another folder, looks for no other
+  export ENV_FILE= # so that the worker, which runs in another folder, reads no other file
 }
 
 read_worker_settings() {
@@ -101,7 +100,7 @@ build_gateway_command() {
   else
     check_port PORT "${PORT:-8000}"
   fi
-  # Nobody reaches a container's loopback.
+  # The loopback address of a container cannot be reached from outside.
   worker_command=(env "API_HOST=${API_HOST:-0.0.0.0}" "$(data_dir)" "$(python_path)" "$worker_python"
     -m comfy_worker serve)
 }
@@ -114,16 +113,16 @@ data_dir() {
   printf 'DATA_DIR=%s' "$(absolute "${DATA_DIR:-$(find_data_dir)}")"
 }
 
-python_path() { # the folder `src` is what handler.py adds for itself
+python_path() { # handler.py adds the folder `src` itself
   printf 'PYTHONPATH=%s/src%s' "$here" "${PYTHONPATH:+:$PYTHONPATH}"
 }
 
-runs_jobs_elsewhere() { # a gateway whose GPUs are at other machines
+runs_jobs_elsewhere() { # a gateway whose jobs run on other machines
   local engine=${ENGINE:-local}
   is_true "${SERVE_API_LOCALLY:-false}" && [[ ${engine,,} =~ ^(celery|runpod)$ ]]
 }
 
-# On the volume, if there is one: what is written elsewhere in a container goes with it.
+# On the volume, if there is one, because all other files are lost with the container.
 find_data_dir() {
   local volume
   for volume in /workspace /runpod-volume; do
@@ -132,7 +131,7 @@ find_data_dir() {
   printf 'data'
 }
 
-# Where ComfyUI comes from: `emulator` and `installed` are started here, `elsewhere` is somebody else's, or nobody's.
+# Sets `comfyui`: `emulator` and `installed` are started here; `elsewhere` is not, or is not needed.
 choose_comfyui() {
   comfyui_port=${COMFYUI_PORT:-8188}
   check_port COMFYUI_PORT "$comfyui_port"
@@ -157,8 +156,8 @@ check_gpu() {
   [[ $(nvidia-smi -L 2>/dev/null) == *"GPU "* ]] ||
     fail "$EXIT_NO_GPU" "nvidia-smi finds no GPU: start the container with one (docker run --gpus all, or a GPU for" \
       "the RunPod endpoint or pod), or set COMFY_CPU=true to go without."
-  # nvidia-smi also answers on a host whose driver can no longer open CUDA; the driver's own first call tells,
-  # and takes a fraction of the time that importing torch would.
+  # nvidia-smi also works on a host whose driver can no longer open CUDA. A call of the driver shows that, in a
+  # fraction of the time of `import torch`.
   "$worker_python" -I -S -c '
 import ctypes, sys
 try:
@@ -169,8 +168,8 @@ except (OSError, AttributeError):
     "COMFY_CPU=true to go without."
 }
 
-# Each container of several on one machine sees all of its GPUs. It takes the first that no other has, and has it until
-# the last process ends that holds the lock's file open, which is this shell or one of its children.
+# Several containers on one machine see all of its GPUs. Each takes the first one that is not locked, until the last
+# process that holds the lock file open ends: this shell or one of its children.
 take_gpu() {
   local gpu gpus gpu_lock
   [[ -d $GPU_LOCK_DIR && -w $GPU_LOCK_DIR ]] ||
@@ -221,12 +220,12 @@ build_comfyui_command() {
   [[ -z $tcmalloc ]] || comfyui_command+=("LD_PRELOAD=$tcmalloc${LD_PRELOAD:+:$LD_PRELOAD}")
   comfyui_command+=("$python" main.py --listen "${COMFYUI_LISTEN:-127.0.0.1}" --port "$comfyui_port"
     --verbose "$log_level"
-    --max-upload-size "${INPUT_MAX_MB:-1024}") # what the worker takes as an input, ComfyUI takes too
+    --max-upload-size "${INPUT_MAX_MB:-1024}") # the worker's limit
   is_true "${COMFY_CPU:-false}" && comfyui_command+=(--cpu)
   is_true "${KEEP_METADATA:-false}" || comfyui_command+=(--disable-metadata)
   read -r -d '' -a extra <<<"${COMFYUI_ARGS:-}" || true # read ends with 1 at the end of its text
-  comfyui_command+=("${extra[@]}")                      # last, so that it can take back what is above
-  # Where the worker removes a job's files; with folders of one's own it has to be told.
+  comfyui_command+=("${extra[@]}")                      # last, so that they override the others
+  # The worker removes jobs' files there; if COMFYUI_ARGS names other folders, COMFYUI_BASE_DIRECTORY must be set.
   [[ " ${extra[*]:-} " == *-directory* ]] || comfyui_base=$comfyui_dir
 }
 
@@ -236,12 +235,12 @@ read_max_deaths() {
     fail "$EXIT_CONFIG" "COMFYUI_MAX_DEATHS must be a number from 1 to 9999, not '$max_deaths'."
 }
 
-# --- ComfyUI, kept up -----------------------------------------------------------------------------------------
+# --- ComfyUI --------------------------------------------------------------------------------------------------
 
 keep_log_small() {
   [[ -f $COMFYUI_LOG_FILE ]] && (($(stat -c %s "$COMFYUI_LOG_FILE") > LOG_BYTES)) || return 0
   tail -c "$LOG_BYTES" "$COMFYUI_LOG_FILE" >"$COMFYUI_LOG_FILE.tail"
-  cat "$COMFYUI_LOG_FILE.tail" >"$COMFYUI_LOG_FILE" # in place: tee goes on appending to the same file
+  cat "$COMFYUI_LOG_FILE.tail" >"$COMFYUI_LOG_FILE" # in place, because tee appends to the same file
   rm -f "$COMFYUI_LOG_FILE.tail"
 }
 
@@ -249,8 +248,8 @@ keep_log_small_always() {
   while sleep 60; do keep_log_small; done
 }
 
-# Starts a job in the background; job_pid is its process id and leads a group of its own. So Ctrl-C reaches only this
-# shell, which passes it on, and the job does not come to life with SIGINT ignored, as without job control it would.
+# Starts a background job in a process group of its own and sets job_pid. Ctrl-C then reaches only this shell, which
+# passes it on. Without job control (set -m), the job would start with SIGINT ignored.
 start_job() { # COMMAND ARGUMENT…
   set -m
   "$@" &
@@ -258,19 +257,19 @@ start_job() { # COMMAND ARGUMENT…
   set +m
 }
 
-# A child's exit status, however often a signal interrupts the wait for it.
+# Returns the exit status of a child, even if signals interrupt the wait.
 wait_for() { # PID
   local status ended
   while :; do
     interrupted=no ended=no status=0
     kill -0 "$1" 2>/dev/null || ended=yes
-    wait "$1" 2>/dev/null || status=$? # without what bash says of a child that a signal ended
-    # After two signals at once bash may end the next wait as well, with the code of the signal, though the child lives.
+    wait "$1" 2>/dev/null || status=$? # without bash's message about a child that a signal ended
+    # After two signals at once, bash may also end the next wait with the code of the signal while the child lives.
     [[ $interrupted == yes || ($status -gt 128 && $ended == no) ]] || return "$status"
   done
 }
 
-kill_group() { # PID of the job that leads it; what is left of it goes
+kill_group() { # PID of the group's leader
   kill -KILL -- "-$1" 2>/dev/null || true
 }
 
@@ -279,7 +278,7 @@ end_job() { # PID
   wait_for "$1" || true
 }
 
-# Until the job is the program that it is to become: a signal that comes before gets lost in the shell it still is.
+# Waits until the job has executed its program: the shell that it is before loses signals.
 wait_for_program() { # PID
   while [[ -e /proc/$1 ]] && cmp -s "/proc/$1/cmdline" "/proc/$BASHPID/cmdline"; do sleep 0.01; done
 }
@@ -291,20 +290,20 @@ become_comfyui() {
   exec "${comfyui_command[@]}" </dev/null >&"$log_pipe" 2>&1 {log_pipe}>&-
 }
 
-# Runs ComfyUI once; comfyui_status is how it ended. The pid file is there exactly while it lives.
+# Runs ComfyUI once and sets comfyui_status. The pid file exists exactly as long as the process.
 run_comfyui() {
   start_job become_comfyui
   wait_for_program "$job_pid"
   comfyui_pid=$job_pid
-  [[ $stopping == no ]] || on_stop # the order came while ComfyUI was being started
+  [[ $stopping == no ]] || on_stop # the signal came while ComfyUI was started
   comfyui_status=0
   wait_for "$comfyui_pid" || comfyui_status=$?
   rm -f "$COMFYUI_PID_FILE"
-  kill_group "$comfyui_pid" # processes that custom nodes started, and that may hold GPU memory
+  kill_group "$comfyui_pid" # processes that custom nodes started and that may use GPU memory
   comfyui_pid=
 }
 
-# Traps start no processes here: bash may lose track of the child that it was waiting for.
+# Traps must not start processes here: bash may lose track of the child that it is waiting for.
 on_stop() {
   stopping=yes
   interrupted=yes
@@ -312,7 +311,7 @@ on_stop() {
   [[ -z $pause_pid ]] || kill_group "$pause_pid"
 }
 
-pause() { # SECONDS, fewer when the order to stop comes
+pause() { # SECONDS, fewer if a signal comes
   start_job sleep "$1"
   pause_pid=$job_pid
   [[ $stopping == no ]] || kill_group "$pause_pid"
@@ -320,22 +319,22 @@ pause() { # SECONDS, fewer when the order to stop comes
   pause_pid=
 }
 
-# The worker reads the reason in place of a process id, tells RunPod and ends; one that serves an API is told to.
+# The worker reads the reason in the pid file, reports it to RunPod and ends. A gateway gets a signal instead.
 give_up() { # REASON
   printf '%s\n' "$1" >"$COMFYUI_PID_FILE.new"
   mv -f "$COMFYUI_PID_FILE.new" "$COMFYUI_PID_FILE"
   say "$1; it is not started again." 2>&"$log_pipe"
   pause "$GIVE_UP_GRACE_S"
-  [[ $stopping == yes ]] || kill -TERM "$$" # which in here is still the shell that waits for the worker
+  [[ $stopping == yes ]] || kill -TERM "$$" # in a subshell, too, the shell that waits for the worker
   while [[ $stopping == no ]]; do pause 60; done
 }
 
-# Runs in a process of its own; SIGTERM ends it together with ComfyUI.
+# Runs in a process of its own; SIGTERM ends both it and ComfyUI.
 supervise_comfyui() {
   local backoff=1 deaths=0 started tee_pid keeper_pid
   stopping=no interrupted=no comfyui_pid='' pause_pid=''
   trap on_stop TERM
-  : >"$COMFYUI_LOG_FILE" # from here on SIGTERM is not lost
+  : >"$COMFYUI_LOG_FILE" # tells start_comfyui that SIGTERM is handled from here on
   start_job keep_log_small_always
   keeper_pid=$job_pid
   exec {log_pipe}> >(exec tee -a "$COMFYUI_LOG_FILE")
@@ -357,7 +356,7 @@ supervise_comfyui() {
   done
   end_job "$keeper_pid"
   exec {log_pipe}>&-
-  wait "$tee_pid" || true # what ComfyUI said last is still on its way
+  wait "$tee_pid" || true # until the last lines of ComfyUI are written
 }
 
 start_comfyui() {
@@ -391,7 +390,7 @@ on_signal() { # SIGNAL
 }
 
 become_worker() { # ARGUMENT…
-  cd -- "$here" # where it looks for test_input.json
+  cd -- "$here" # where the worker reads test_input.json
   exec "${worker_command[@]}" "$@" </dev/null
 }
 
@@ -400,13 +399,13 @@ run_worker() { # ARGUMENT…
   start_job become_worker "$@"
   wait_for_program "$job_pid"
   worker_pid=$job_pid
-  [[ -z $stop_signal ]] || on_signal "$stop_signal" # it came while the worker was being started
+  [[ -z $stop_signal ]] || on_signal "$stop_signal" # it came while the worker was started
   wait_for "$worker_pid"
 }
 
 clean_up() {
   trap - EXIT
-  [[ -z $worker_pid ]] || kill_group "$worker_pid" # what the worker left behind
+  [[ -z $worker_pid ]] || kill_group "$worker_pid" # processes that the worker left behind
   stop_comfyui
   [[ -z $run_dir ]] || rm -rf -- "$run_dir"
 }
@@ -446,7 +445,7 @@ main() {
   fi
   run_worker "$@" || status=$?
   if [[ $status == 0 && $comfyui != elsewhere && -e $COMFYUI_PID_FILE && ! $(<"$COMFYUI_PID_FILE") =~ ^[0-9]+$ ]]; then
-    status=$EXIT_COMFYUI # it ended in good order, but because ComfyUI could not be kept up
+    status=$EXIT_COMFYUI # the worker ended in good order, but because start.sh gave up on ComfyUI
   fi
   clean_up
   exit "$status"
