@@ -78,7 +78,7 @@ def test_a_folder_of_ones_own(comfyui: ComfyUI, tmp_path: Path) -> None:
     assert code == 0, answer
     code, answer, _shown = at_desk(comfyui, tmp_path, {"template": "red"}, WORKFLOWS_DIR=str(own))
     assert (code, answer["code"]) == (1, "invalid_input")
-    assert answer["error"] == "There is no template 'red': there is 'blue'"
+    assert answer["error"] == "There is no template 'red': the templates are 'blue'"
 
 
 # -------------------------------------------------------------------------------------------------- worker

@@ -209,7 +209,7 @@ def test_null_and_nothing_count_as_left_out() -> None:
 
 
 def test_a_version_that_is_missing_is_said_to_be() -> None:
-    with pytest.raises(InvalidInput, match="The version is missing behind solid-color@"):
+    with pytest.raises(InvalidInput, match="The version is missing after solid-color@"):
         expand({"template": "solid-color@"}, LIBRARY)
 
 

@@ -91,8 +91,8 @@ def test_all_problems_are_in_one_sentence(entry: CatalogEntry) -> None:
     sentence = refusal(entry, {"promt": "x", "steps": 0, "cfg": "7", "zzz": 1, "image": 5})
     assert sentence == (
         "The inputs of the template 'example' are refused: 'promt' is unknown, did you mean 'prompt'?; 'zzz' is "
-        "unknown, there is 'image', 'prompt', 'steps', 'cfg', 'tiling', 'seed'; image must be a file: base64, a data "
-        "URI or a URL; prompt is missing; steps must be at least 1; cfg must be a number"
+        "unknown, the parameters are 'image', 'prompt', 'steps', 'cfg', 'tiling', 'seed'; image must be a file: base64, a "
+        "data URI or a URL; prompt is missing; steps must be at least 1; cfg must be a number"
     )
 
 
@@ -120,7 +120,7 @@ def test_a_graph_without_a_manifest_is_an_entry_without_parameters() -> None:
     bare = make_entry("bare", {"prompt": GRAPH})
     assert (bare.manifest.title, bare.manifest.parameters) == ("bare", {})
     assert fill(bare, {}, Random()) == Filled(GRAPH, [])
-    assert "'steps' is unknown, there is no parameter" in refusal(bare, {"steps": 1})
+    assert "'steps' is unknown, there are no parameters" in refusal(bare, {"steps": 1})
 
 
 def test_what_is_no_graph_is_no_entry() -> None:

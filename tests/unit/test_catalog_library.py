@@ -78,7 +78,7 @@ def test_entries_are_sorted_and_have_their_manifests(shelf: Shelf) -> None:
 def test_a_folder_that_is_not_there_is_an_empty_library(tmp_path: Path) -> None:
     shelf = Shelf(tmp_path / "later")
     assert shelf.names() == []
-    assert refusal(shelf.library, "red") == "There is no template 'red': there is none at all"
+    assert refusal(shelf.library, "red") == "There is no template 'red': there are none"
     shelf.folder.mkdir()
     shelf.write("red.json", picture(RED))
     assert shelf.names() == ["red"]
@@ -96,7 +96,7 @@ def test_an_unknown_name_hears_of_the_nearest_or_of_all(shelf: Shelf) -> None:
     shelf.write("upscale.json", picture(BLUE))
     library = shelf.later()
     assert refusal(library, "TextToImage") == "There is no template 'TextToImage': did you mean 'text-to-image'?"
-    assert refusal(library, "zzz") == "There is no template 'zzz': there is 'text-to-image', 'upscale'"
+    assert refusal(library, "zzz") == "There is no template 'zzz': the templates are 'text-to-image', 'upscale'"
     assert len(refusal(library, "z" * 100_000)) < 200
     assert refusal(library, "../upscale").startswith("There is no template")
 
@@ -193,7 +193,7 @@ def test_versions_are_kept_by_their_content(shelf: Shelf) -> None:
     assert shelf.names() == []
     assert shelf.library.get("red", second.version) == second
     assert refusal(shelf.library, "red", "0" * 12) == (
-        f"The template 'red' has no version '000000000000' (any more), but {first.version!r}"
+        f"The template 'red' has no version '000000000000' (any more); the latest is {first.version!r}"
     )
     assert "There is no template 'blue'" in refusal(shelf.library, "blue", first.version)
     assert shelf.library.versions("blue") == []

@@ -118,7 +118,8 @@ def _unknown(name: str, known: Sequence[str]) -> str:
     near = get_close_matches(name, known, n=1)
     if near:
         return f"{shown(name)} is unknown, did you mean {near[0]!r}?"
-    return f"{shown(name)} is unknown, there is {', '.join(map(repr, known)) if known else 'no parameter'}"
+    names = f"the parameters are {', '.join(map(repr, known))}" if known else "there are no parameters"
+    return f"{shown(name)} is unknown, {names}"
 
 
 def _value(name: str, parameter: Parameter, given: Mapping[str, Any], random: Random) -> Any:

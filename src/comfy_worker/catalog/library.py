@@ -76,7 +76,7 @@ class Catalog:
             InvalidInput: there is no such entry or version, or its files are invalid.
         """
         if version == "":
-            raise InvalidInput(f"The version is missing behind {name}@", hint=f"Say {name}, or {name}@<version>")
+            raise InvalidInput(f"The version is missing after {name}@", hint=f"Use {name} or {name}@<version>")
         with self._lock:
             self._refresh()
             if version is not None:
@@ -112,7 +112,9 @@ class Catalog:
             raise self._unknown(name)
         if version not in versions:
             latest = next(reversed(versions))
-            raise InvalidInput(f"The template {name!r} has no version {shown(version)} (any more), but {latest!r}")
+            raise InvalidInput(
+                f"The template {name!r} has no version {shown(version)} (any more); the latest is {latest!r}"
+            )
         return versions[version]
 
     def _unknown(self, name: str) -> InvalidInput:
@@ -121,7 +123,7 @@ class Catalog:
                 return InvalidInput(f"The template {name!r} cannot be used: {self._problems[file]}")
         near = get_close_matches(name.lower(), self._entries, n=1, cutoff=0.5)
         known = ", ".join(map(repr, sorted(self._entries)))
-        advice = f"did you mean {near[0]!r}?" if near else f"there is {known or 'none at all'}"
+        advice = f"did you mean {near[0]!r}?" if near else f"the templates are {known}" if known else "there are none"
         return InvalidInput(f"There is no template {shown(name)}: {advice}")
 
     def _refresh(self) -> None:
