@@ -111,10 +111,8 @@ class Catalog:
         if versions is None:
             raise self._unknown(name)
         if version not in versions:
-            latest = next(reversed(versions))
-            raise InvalidInput(
-                f"The template {name!r} has no version {shown(version)} (any more); the latest is {latest!r}"
-            )
+            sentence = f"The template {name!r} has no version {shown(version)} (any more)"
+            raise InvalidInput(f"{sentence}; the latest is {next(reversed(versions))!r}")
         return versions[version]
 
     def _unknown(self, name: str) -> InvalidInput:
