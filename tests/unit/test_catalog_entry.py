@@ -91,8 +91,8 @@ def test_all_problems_are_in_one_sentence(entry: CatalogEntry) -> None:
     sentence = refusal(entry, {"promt": "x", "steps": 0, "cfg": "7", "zzz": 1, "image": 5})
     assert sentence == (
         "The inputs of the template 'example' are refused: 'promt' is unknown, did you mean 'prompt'?; 'zzz' is "
-        "unknown, the parameters are 'image', 'prompt', 'steps', 'cfg', 'tiling', 'seed'; image must be a file: base64, "
-        "a data URI or a URL; prompt is missing; steps must be at least 1; cfg must be a number"
+        "unknown, the parameters are 'image', 'prompt', 'steps', 'cfg', 'tiling', 'seed'; image must be a file: "
+        "base64, a data URI or a URL; prompt is missing; steps must be at least 1; cfg must be a number"
     )
 
 
