@@ -1,4 +1,4 @@
-"""Entry of the worker: RunPod's job loop, its local API, or one job on a desk. See README.md."""
+"""The entry point of the worker: RunPod's job loop, its local API, or one job on this machine. See README.md."""
 
 import os
 import sys
@@ -20,7 +20,7 @@ __all__ = ["handler"]
 
 
 def main() -> int:
-    """Start what the environment and the arguments ask for; return the exit code."""
+    """Run what the environment and the arguments select, and return the exit code."""
     from comfy_worker.cli.handler import run
 
     return run(sys.argv[1:], os.environ)

@@ -1,6 +1,6 @@
-"""The gateway for `uvicorn main:app`; `python -m comfy_worker serve` starts the same. See docs/how-to/gateway.md.
+"""The gateway for `uvicorn main:app`, the same as that of `comfy-worker serve`. See docs/how-to/gateway.md.
 
-`app` is made when a server asks for it, so that importing this file makes and opens nothing.
+`app` is created when a server reads it, so that importing this file opens nothing.
 """
 
 from __future__ import annotations
@@ -22,5 +22,5 @@ def __getattr__(name: str) -> Application:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from comfy_worker.gateway.serve import make_application
 
-    globals()["app"] = made = make_application()
-    return made
+    globals()["app"] = application = make_application()
+    return application

@@ -14,7 +14,7 @@ from comfy_worker.strict_json import parse_json
 log = logging.getLogger(__name__)
 
 _DELIVERY = {"delivery": {"type": "base64"}}
-"""Nobody wants the outputs; in a bucket they would add up with every start."""
+"""The outputs are discarded; in a bucket, each start would add more."""
 
 
 def warm_up(stop: Stop) -> None:
@@ -34,10 +34,10 @@ def warm_up(stop: Stop) -> None:
 
 
 def read_warm_up(text_or_file: str) -> dict[str, Any]:
-    """Return the job input of a warm-up: a workflow, or a whole `{"input": …}` or `{"workflow": …}` with images.
+    """Return the input of a warm-up job, from JSON or a file: a workflow, an `{"input": …}` or a `{"workflow": …}`.
 
     Raises:
-        InvalidInput: it is neither JSON nor the name of a file with JSON.
+        InvalidInput: the text is neither JSON nor the name of a JSON file.
     """
     try:
         text = text_or_file if text_or_file.lstrip().startswith("{") else Path(text_or_file).read_text(encoding="utf-8")
