@@ -7,14 +7,13 @@ from collections.abc import Iterator
 
 import pytest
 from fastapi import FastAPI
-from fastapi.routing import APIRoute
-from starlette.routing import WebSocketRoute
 
 from comfy_worker.gateway.api_keys import Keys
 from comfy_worker.gateway.app import create_app
 from comfy_worker.gateway.settings import load_gateway_settings
 from tests.support.docs.api_table import Row, is_existing_test, page, rows
 from tests.support.paths import ROOT
+from tests.unit.test_routes_need_keys import paths_of
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +39,10 @@ def test_no_two_rows_say_the_same() -> None:
 
 def test_every_route_of_the_gateway_is_in_the_table(app: FastAPI) -> None:
     named = " ".join(re.sub(r"\{[^}]*\}|…", "{}", row.what) for row in rows() if row.kind == "endpoint")
-    missing = [path for path in paths_of(app) if not stands_in(path, named)]
-    assert missing == []
-
-
-def paths_of(app: FastAPI) -> Iterator[str]:
-    for route in app.routes:
-        if isinstance(route, (APIRoute, WebSocketRoute)) and not route.path.startswith("/v2/"):
-            yield re.sub(r"\{[^}]*\}", "{}", route.path)
+    websockets = [re.sub(r"/x(?=/|$)", "/{}", path) for path, is_websocket in paths_of(app.routes) if is_websocket]
+    paths = [re.sub(r"\{[^}]*\}", "{}", path) for path in app.openapi()["paths"] if not path.startswith("/v2/")]
+    assert len(websockets) == 3
+    assert [path for path in (*paths, *websockets) if not stands_in(path, named)] == []
 
 
 def stands_in(path: str, named: str) -> bool:

@@ -1,4 +1,4 @@
-"""What a caller sets in a graph with a text, a seed or the name of an input: pure functions, the graph given stays."""
+"""Sets the prompt, the seeds or single inputs of a graph. Pure functions: they return a changed copy."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from comfy_worker.graph.workflow import Graph, copy_graph, is_link
 from comfy_worker.types import Workflow
 
 _ENCODER = "TextEncode"
-"""In the name of every class that turns a text into conditioning."""
+"""Part of the name of every node class that turns a text into conditioning."""
 _TEXTS = ("text", "prompt", "text_g", "text_l", "clip_g", "clip_l", "t5xxl", "llama", "bert", "mt5xl")
-"""The inputs of such classes that take the text; some take it once for each of their encoders."""
+"""The text inputs of these classes; some have one for each of their encoders."""
 _SEEDS = ("seed", "noise_seed")
-_MOST_EXPLAINED = 10
-_MOST_NAMES = 200
-_LONGEST_NAME = 100
+_MAX_PROBLEMS = 10
+_MAX_SUGGESTIONS = 200
+_MAX_NAME = 100
 
 
 def with_prompt(workflow: Workflow, text: str) -> Graph:
-    """Return the graph with another positive prompt: the texts that a sampler's or guider's positive input leads to.
+    """Return the graph with another positive prompt: the texts at the positive input of samplers and guiders.
 
-    In a graph in which none leads to a text, the only text there is.
+    If there are none, the only text encoder of the graph.
 
     Raises:
-        InvalidInput: it cannot be told which text that is.
+        InvalidInput: no text can be identified as the positive prompt.
     """
     graph = copy_graph(workflow)
     encoders = [node_id for node_id in graph if _texts_of(graph[node_id])]
     positive = set(_positive_encoders(graph)) or set(encoders if len(encoders) == 1 else ())
     if not positive:
         raise InvalidInput(
-            "It cannot be told which text of the workflow the prompt is to replace: no sampler's positive input leads "
-            f"to a text, and the workflow has {len(encoders) or 'no'} text encoders",
+            "It is unclear which text of the workflow the prompt replaces: no sampler's positive input leads to a "
+            f"text, and the workflow has {len(encoders) or 'no'} text encoders",
             hint="Leave out prompt and put the text into the workflow",
         )
     for node_id in positive:
@@ -44,8 +44,8 @@ def with_prompt(workflow: Workflow, text: str) -> Graph:
 
 
 def _positive_encoders(graph: Graph) -> Iterator[str]:
-    """Yield the nodes with a text that stand before the positive input of a sampler or a guider."""
-    waiting = [value[0] for node in graph.values() for value in _begins(node)]
+    """Yield the text encoders upstream of the positive input of a sampler or guider."""
+    waiting = [value[0] for node in graph.values() for value in _positive_links(node)]
     seen: set[str] = set()
     while waiting:
         node_id = waiting.pop()
@@ -56,17 +56,17 @@ def _positive_encoders(graph: Graph) -> Iterator[str]:
         if _texts_of(node):
             yield node_id
         else:
-            waiting += [value[0] for value in _conditioning(node)]
+            waiting += [value[0] for value in _conditioning_links(node)]
 
 
-def _begins(node: Mapping[str, Any]) -> Iterable[Any]:
-    """Return the links through which a sampler or guider takes what is to be seen."""
+def _positive_links(node: Mapping[str, Any]) -> Iterable[Any]:
+    """Return the links at the positive input of a sampler or guider."""
     names = ("positive", "conditioning") if "Guider" in node["class_type"] else ("positive",)
     return [value for name, value in node["inputs"].items() if name in names and is_link(value)]
 
 
-def _conditioning(node: Mapping[str, Any]) -> Iterable[Any]:
-    """Return the links through which a node takes the conditioning that it hands on."""
+def _conditioning_links(node: Mapping[str, Any]) -> Iterable[Any]:
+    """Return the links of the conditioning that a node passes on."""
     links = {name: value for name, value in node["inputs"].items() if is_link(value)}
     if "positive" in links:
         return [links["positive"]]
@@ -74,7 +74,7 @@ def _conditioning(node: Mapping[str, Any]) -> Iterable[Any]:
 
 
 def _texts_of(node: Mapping[str, Any]) -> list[str]:
-    """Return the inputs of a text encoder that take the text, whether it stands there or comes from another node."""
+    """Return the text inputs of a text encoder, whether they have a value or a link."""
     if _ENCODER not in node["class_type"]:
         return []
     return [
@@ -83,10 +83,10 @@ def _texts_of(node: Mapping[str, Any]) -> list[str]:
 
 
 def with_seed(workflow: Workflow, seed: int) -> Graph:
-    """Return the graph with a seed in every `seed` and `noise_seed` that is a number.
+    """Return the graph with every `seed` and `noise_seed` that is a number set to a seed.
 
     Raises:
-        InvalidInput: there is none.
+        InvalidInput: the graph has none.
     """
     graph = copy_graph(workflow)
     found = [
@@ -103,32 +103,32 @@ def with_seed(workflow: Workflow, seed: int) -> Graph:
 
 
 def with_inputs(workflow: Workflow, values: Mapping[str, Any]) -> Graph:
-    """Return the graph with other values for inputs that it has; `{"6.text": …}` is the input `text` of node 6.
+    """Return the graph with other values of existing inputs; `{"6.text": …}` sets the input `text` of node 6.
 
     Raises:
-        InvalidInput: there is no such node or input; the sentence names the first ten of them.
+        InvalidInput: a node or input does not exist; the sentence names the first ten.
     """
     graph = copy_graph(workflow)
-    problems = []
-    for place, value in values.items():
-        node_id, _, name = place.rpartition(".")
+    unknown = []
+    for key, value in values.items():
+        node_id, _, name = key.rpartition(".")
         if node_id in graph and name in graph[node_id]["inputs"]:
             graph[node_id]["inputs"][name] = value
         else:
-            problems.append(place)
-    if problems:
-        # Only these are explained: to look for the nearest name takes its time.
-        words = [_misplaced(graph, place) for place in problems[:_MOST_EXPLAINED]]
-        rest = len(problems) - len(words)
-        raise InvalidInput("; ".join([*words, *([f"and {rest} more"] if rest else [])]))
+            unknown.append(key)
+    if unknown:
+        # The nearest name is only looked for in these: that takes its time.
+        problems = [_unknown_input(graph, key) for key in unknown[:_MAX_PROBLEMS]]
+        rest = len(unknown) - len(problems)
+        raise InvalidInput("; ".join([*problems, *([f"and {rest} more"] if rest else [])]))
     return graph
 
 
-def _misplaced(graph: Graph, place: str) -> str:
-    """Return what is wrong with the name of an input that is not there."""
-    node_id, _, name = place.rpartition(".")
+def _unknown_input(graph: Graph, key: str) -> str:
+    """Return what is wrong with `<node id>.<input>`."""
+    node_id, _, name = key.rpartition(".")
     if node_id not in graph:
-        return f"{shown(place)} names no node of the workflow; write it as <node id>.<input>"
-    near = get_close_matches(name[:_LONGEST_NAME], list(graph[node_id]["inputs"])[:_MOST_NAMES], n=1)
+        return f"{shown(key)} names no node of the workflow; write it as <node id>.<input>"
+    near = get_close_matches(name[:_MAX_NAME], list(graph[node_id]["inputs"])[:_MAX_SUGGESTIONS], n=1)
     advice = f", did you mean {shown(near[0])}?" if near else ""
     return f"node {shown(node_id)} has no input {shown(name)}{advice}"
