@@ -483,7 +483,7 @@ def test_whatever_runpods_input_takes_goes_with_a_request(gateway: GatewayProces
         ({"input": {"modifier": "Image2Image", "modifications": {}}}, "needs the value 'prompt'"),
         ({"input": {"workflow_json": {"1": {}}, "request_id": "../x"}}, "input.request_id"),
         ({"input": {"workflow_json": {"1": {}}, "request_id": ".."}}, "id"),
-        ({"input": {"workflow_json": {"1": {}}, "s3": {"bucket_name": "mine"}}}, "input.s3 is only half there"),
+        ({"input": {"workflow_json": {"1": {}}, "s3": {"bucket_name": "mine"}}}, "input.s3 is incomplete"),
         ({"input": {"workflow_json": {"1": {}}, "return_outputs_as_base64": "yes"}}, "return_outputs_as_base64"),
     ],
 )
@@ -691,7 +691,7 @@ def test_a_gateway_that_ends_says_so_to_a_stream(comfyui: ComfyUI, tmp_path: Pat
             comfyui.wait_until_running()
             gateway.process.send_signal(signal.SIGTERM)
             last = [json.loads(event.data) for event in events][-1]
-        assert last["message"] == f"The stream ends before the job: ask GET /result/{request_id}"
+        assert last["message"] == f"The stream ends before the job; see GET /result/{request_id}"
         assert gateway.process.wait() == 0
     with gateway_process(comfyui.url, tmp_path) as again:
         assert again.get(f"/result/{request_id}").json()["status"] in ("queued", "processing", "generating")

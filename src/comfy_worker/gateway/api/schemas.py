@@ -120,8 +120,13 @@ def error_responses(*statuses: int, model: type[BaseModel] = ErrorResponse) -> d
     They refer to the model's schema. If they had the model itself, FastAPI would prepare its validation for each status
     of each route, which takes a sixth of a gateway's start.
     """
-    content = {"application/json": {"schema": {"$ref": _SCHEMAS + model.__name__}}}
+    content = {"application/json": {"schema": reference(model)}}
     return {status: {"description": _ERRORS[status], "content": content} for status in statuses}
+
+
+def reference(model: type[BaseModel]) -> dict[str, str]:
+    """Return a reference to the schema of a model in the OpenAPI description."""
+    return {"$ref": _SCHEMAS + model.__name__}
 
 
 def schemas_of(model: type[BaseModel]) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from comfy_worker.gateway.api.generate.schemas import (
 )
 from comfy_worker.gateway.api.job_updates import job_updates
 from comfy_worker.gateway.api.queue_sizes import queue_sizes
-from comfy_worker.gateway.api.schemas import COMMON_ERRORS, JOB_ID, DetailedErrorResponse, error_responses
+from comfy_worker.gateway.api.schemas import COMMON_ERRORS, JOB_ID, DetailedErrorResponse, error_responses, reference
 from comfy_worker.gateway.errors import DatabaseUnavailable, DuplicateRequest, NotFound
 from comfy_worker.gateway.http.client_disconnect import while_connected
 from comfy_worker.gateway.http.event_stream import EventStream
@@ -67,8 +67,9 @@ _FAILED = {
     504: "The job took too long.",
     507: "ComfyUI's disk is full.",
 }
+_RESULT_OR_ERROR = {"anyOf": [reference(GenerateResponse), reference(DetailedErrorResponse)]}
 _RESULTS: dict[int | str, dict[str, Any]] = {
-    status: {"model": GenerateResponse | DetailedErrorResponse, "description": description}
+    status: {"description": description, "content": {"application/json": {"schema": _RESULT_OR_ERROR}}}
     for status, description in _FAILED.items()
 }
 _EVENTS = {
