@@ -7,22 +7,24 @@ $(if $(VERSION),,$(error PYTHON=$(PYTHON) is no Python 3.10 or newer))
 VENV := .venv$(if $(filter-out file,$(origin PYTHON)),-$(VERSION))
 BIN := $(VENV)/bin
 
-.PHONY: help install setup demo serve test test-fast test-real test-newest test-unlocked lint format lock bench soak clean
+.PHONY: help install setup demo serve test test-fast test-real test-newest test-unlocked coverage lint format lock bench soak clean
 
 help:
 	@echo "make demo         run test_input.json on the emulator; saves an image in output/"
 	@echo "make serve        serve the HTTP API on the emulator until Ctrl-C; API_PORT=8001 selects another port than 8000"
 	@echo "make install      install worker, gateway and emulator into $(VENV)"
 	@echo "make setup        install what the tests need, too"
-	@echo "make format       format the code and sort imports"
+	@echo "make format       format the code and apply safe fixes"
 	@echo "make lint         ruff, mypy, import-linter, shellcheck, hadolint"
-	@echo "make test-fast    run the unit tests"
+	@echo "make test-fast    run the unit tests: no processes, no network"
 	@echo "make test         lint, type check and run all tests; PYTHON=python3.12 selects another Python, in .venv-3.12"
 	@echo "make test-newest  run all tests with the newest versions within the bounds, not those of locks/"
-	@echo "make test-real    run the tests that need a real ComfyUI at COMFYUI_URL"
-	@echo "make bench        measure what docs/development/benchmarks.md reports; about ten minutes"
+	@echo "make test-real    run the tests that can use a real ComfyUI on the one at COMFYUI_URL"
+	@echo "make coverage     run the unit tests and report coverage; TESTS=tests runs all tests"
+	@echo "make bench        the measurements of docs/development/benchmarks.md except many streams; about ten minutes"
 	@echo "make soak         break worker, gateways and a fleet at random; about 20 minutes; figures in output/"
 	@echo "make lock         update locks/ after a change of requirements; UPGRADE=1 selects the newest versions"
+	@echo "make clean        remove environments, caches and output/"
 
 # A Debian or Ubuntu Python may come without venv: install it where that is allowed, say so where it is not.
 $(BIN)/python:
@@ -86,24 +88,30 @@ lint: $(VENV)/.dev-ready
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(if $(filter 3.10,$(VERSION)),echo "Types are checked on Python 3.11 or newer",$(BIN)/mypy)
-	@$(BIN)/lint-imports
+	@$(BIN)/lint-imports --no-cache --no-logo
 	@$(BIN)/shellcheck start.sh .ci/run
 	@$(BIN)/hadolint Dockerfile
 
 # One real ComfyUI has one queue: its tests take turns.
-PYTEST = $(BIN)/python -m pytest -n $(if $(COMFYUI_URL),0,3) --dist loadfile
+# The files run in the order of their folders: those with processes, which take longest, come first.
+PYTEST = $(BIN)/python -m pytest -n $(if $(COMFYUI_URL),0,3) --dist loadfile --no-loadscope-reorder
 
 test: lint $(VENV)/.clients-ready
 	@$(PYTEST)
 
 test-fast: $(VENV)/.dev-ready
-	@$(PYTEST) tests/unit
+	@$(BIN)/python -m pytest -q -n 2 tests/unit
 
-test-real: $(VENV)/.dev-ready
+test-real:
+	@test -n "$(COMFYUI_URL)" || { echo "Set COMFYUI_URL to the address of a running ComfyUI" >&2; exit 1; }
+	@$(MAKE) --no-print-directory setup
 	@$(PYTEST) -m real
 
+coverage: $(VENV)/.dev-ready
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile --cov --cov-report=term:skip-covered $(or $(TESTS),tests/unit)
+
 format: $(VENV)/.dev-ready
-	@$(BIN)/ruff check --select I --fix .
+	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
 test-newest:

@@ -11,6 +11,11 @@ from hypothesis import HealthCheck, settings
 
 from comfy_worker.gateway.callers import ANYONE, acting_as
 from comfy_worker.settings import Settings, list_settings
+from tests.support.comfyui.instance import comfyui
+from tests.support.processes import forked
+
+# Programs that tests start share the imports of one server.
+forked.is_enabled = True
 
 # A developer's .env is no part of a test.
 os.environ["ENV_FILE"] = ""
@@ -19,10 +24,18 @@ settings.register_profile(
     "project",
     # A machine's speed is no property of the code.
     deadline=None,
-    max_examples=100,
+    max_examples=40,
     suppress_health_check=[HealthCheck.too_slow],
 )
-settings.load_profile("project")
+settings.register_profile("thorough", settings.get_profile("project"), max_examples=1000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "project"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what runs on the ComfyUI at COMFYUI_URL: the tests of every file that takes its ComfyUI from there."""
+    for item in items:
+        if isinstance(item, pytest.Function) and comfyui in vars(item.module).values():
+            item.add_marker("real")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -30,6 +43,14 @@ def leftovers() -> Iterator[None]:
     """Have what a file's tests left open complained of with that file, not in whichever test the collector runs."""
     yield
     gc.collect()
+
+
+@pytest.fixture(scope="module")
+def whole_programs() -> Iterator[None]:
+    """Start the programs of a file's tests as a user does, without the server that has imported their modules."""
+    forked.is_enabled = False
+    yield
+    forked.is_enabled = True
 
 
 @pytest.fixture(autouse=True)

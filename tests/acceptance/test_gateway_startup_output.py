@@ -18,6 +18,8 @@ from tests.support.gateway.process import KEY, gateway_process
 from tests.support.processes.process import clean_environment
 from tests.support.waiting import TIMEOUT_S
 
+pytestmark = pytest.mark.usefixtures("whole_programs")
+
 ORANGE = (255, 128, 0)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from tests.support.comfyui.instance import comfyui as running_comfyui
 from tests.support.gateway.process import GatewayProcess, gateway_process
 from tests.support.network.ports import closed_port
 from tests.support.network.webhook_receiver import Receiver
-from tests.support.processes.process import Process
+from tests.support.processes.process import start_python
 from tests.support.storage.s3_server import ACCESS_KEY, SECRET_KEY, s3_server
 from tests.support.waiting import TIMEOUT_S, wait_until
 
@@ -73,7 +72,7 @@ def test_a_gateway_that_is_set_up_as_described(comfyui: ComfyUI, tmp_path: Path)
 @pytest.mark.parametrize(("name", "value"), [("API_WORKERS", "2"), ("API_CACHE", "disk")])
 def test_what_is_not_supported_ends_the_start_with_a_sentence(tmp_path: Path, name: str, value: str) -> None:
     environment = {"DATA_DIR": str(tmp_path / "data"), "PYTHONPATH": "src", "API_PORT": "0", name: value}
-    with Process([sys.executable, "-m", "comfy_worker", "serve"], environment=environment) as process:
+    with start_python("-m", "comfy_worker", "serve", environment=environment) as process:
         assert process.wait() == 2
         assert process.stderr.startswith(f"Invalid settings: {name}: ")
         assert len(process.stderr.splitlines()) == 1

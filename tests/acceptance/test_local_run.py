@@ -27,6 +27,8 @@ from tests.support.paths import ROOT
 from tests.support.processes.process import Process, start_handler
 from tests.support.storage.s3_server import SECRET_KEY
 
+pytestmark = pytest.mark.usefixtures("whole_programs")
+
 ORANGE = (255, 128, 0)
 GREEN = (0, 200, 40)
 

@@ -18,6 +18,8 @@ from tests.support.runpod.platform_http import CLIENT_KEY
 from tests.support.storage.s3_server import ACCESS_KEY, SECRET_KEY, S3Server, s3_server
 from tests.support.waiting import TIMEOUT_S
 
+pytestmark = pytest.mark.usefixtures("whole_programs")
+
 ORANGE = (255, 128, 0)
 GREEN = (0, 200, 40)
 

@@ -22,6 +22,8 @@ from tests.support.paths import ROOT
 from tests.support.processes.process import Process, clean_environment
 from tests.support.waiting import TIMEOUT_S, wait_until
 
+pytestmark = pytest.mark.usefixtures("whole_programs")
+
 UVICORN = ("uvicorn", "main:app", "--port", "0")
 LONG_S = 600.0
 

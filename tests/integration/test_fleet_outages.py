@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +23,7 @@ from tests.support.databases.postgres import Postgres, postgres
 from tests.support.databases.redis import redis_server
 from tests.support.gateway.webhook_rows import delivery_of
 from tests.support.network.webhook_receiver import Receiver
-from tests.support.processes.process import Process
+from tests.support.processes.process import start_python
 from tests.support.waiting import wait_until
 
 
@@ -68,7 +67,7 @@ def is_done(url: str) -> bool:
 def test_a_worker_that_is_told_twice_to_end_before_it_takes_jobs_ends(server: Postgres, tmp_path: Path) -> None:
     nowhere = {"REDIS_URL": "redis://127.0.0.1:9/0", "COMFYUI_URL": "http://127.0.0.1:9"}
     environment = {"DATABASE_URL": server.new_database(), "DATA_DIR": str(tmp_path), "PYTHONPATH": "src", **nowhere}
-    with Process([sys.executable, "-m", "comfy_worker", "worker"], environment=environment) as process:
+    with start_python("-m", "comfy_worker", "worker", environment=environment) as process:
         process.wait_for_line("Redis cannot be used")
         # As a shell and its group do that end at the same time.
         process.send_signal(signal.SIGTERM)

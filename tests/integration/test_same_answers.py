@@ -158,6 +158,7 @@ def test_emulator_answers_as_comfyui_did(emulated: Worker, expected: dict[str, A
     assert answer(emulated, name) == expected[name]
 
 
+@pytest.mark.real
 @pytest.mark.skipif("COMFYUI_URL" not in os.environ, reason="COMFYUI_URL names no real ComfyUI")
 @pytest.mark.parametrize("name", WORKFLOWS)
 def test_comfyui_answers_as_it_did(real: Worker, expected: dict[str, Any], name: str) -> None:

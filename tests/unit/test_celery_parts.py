@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from comfy_worker.gateway.settings import load_gateway_settings
 from comfy_worker.gateway.store.database import connect
 from comfy_worker.gateway.store.records import LOW_PRIORITY, NORMAL_PRIORITY, JobRecord
 from comfy_worker.types import JobState
-from tests.support.processes.process import Process
+from tests.support.processes.process import start_python
 
 PRIORITIES = st.integers(min_value=-(2**31), max_value=2**31)
 
@@ -78,7 +77,7 @@ def test_messages_are_sent_again_only_after_the_longest_job() -> None:
 @pytest.mark.parametrize("url", ["", "sqlite:///jobs.db", "sqlite+pysqlite:///jobs.db"])
 def test_a_fleet_without_a_database_that_it_can_share_is_refused(tmp_path: Path, command: str, url: str) -> None:
     environment = {"ENGINE": "celery", "DATABASE_URL": url, "DATA_DIR": str(tmp_path / "data"), "PYTHONPATH": "src"}
-    with Process([sys.executable, "-m", "comfy_worker", command], environment=environment) as process:
+    with start_python("-m", "comfy_worker", command, environment=environment) as process:
         assert process.wait() == 2
         assert process.stderr.startswith("Invalid settings: DATABASE_URL: a fleet")
         assert "a fleet (ENGINE=celery) needs a PostgreSQL in DATABASE_URL" in process.stderr

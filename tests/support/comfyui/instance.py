@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from urllib.parse import urlsplit
 import requests
 import websocket
 
-from tests.support.processes.process import Process
+from tests.support.processes.process import Process, start_python
 from tests.support.waiting import TIMEOUT_S
 
 
@@ -94,6 +93,6 @@ def comfyui() -> Iterator[ComfyUI]:
 @contextmanager
 def emulator() -> Iterator[ComfyUI]:
     """Run the emulator until the end of the block."""
-    with Process([sys.executable, "-m", "comfy_emulator", "--port", "0", "--allow-faults"]) as process:
+    with start_python("-m", "comfy_emulator", "--port", "0", "--allow-faults") as process:
         url = process.wait_for_line(r"at (http://\S+\d)").group(1)
         yield ComfyUI(url, process)

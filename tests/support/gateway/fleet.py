@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -17,7 +16,7 @@ from tests.support.comfyui.controllable import EmulatedComfyUI
 from tests.support.databases.postgres import Postgres
 from tests.support.databases.redis import RedisServer
 from tests.support.gateway.restartable import RestartableGateway
-from tests.support.processes.process import Process
+from tests.support.processes.process import Process, start_python
 from tests.support.waiting import TIMEOUT_S, wait_until
 
 LOST_S = 2.0
@@ -41,7 +40,7 @@ class WorkerProcess:
 
     def launch(self) -> None:
         """Begin to start it."""
-        self._process = Process([sys.executable, "-m", "comfy_worker", "worker"], environment=self._environment)
+        self._process = start_python("-m", "comfy_worker", "worker", environment=self._environment)
 
     def wait_until_at_work(self) -> None:
         """Return when it takes jobs."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import Any
 import requests
 
 from tests.support.databases.postgres import Postgres, postgres
-from tests.support.processes.process import Process
+from tests.support.processes.process import Process, start_python
 from tests.support.waiting import TIMEOUT_S, wait_until
 
 KEY = "a-key-for-tests"
@@ -96,6 +95,6 @@ def gateway_process(comfyui_url: str, data: Path, *module: str, **settings: str)
         "PYTHONPATH": "src",
         **settings,
     }
-    with Process([sys.executable, "-m", *(module or ("comfy_worker", "serve"))], environment=environment) as process:
+    with start_python("-m", *(module or ("comfy_worker", "serve")), environment=environment) as process:
         url = process.wait_for_line(r"running on (http://\S+:\d+)").group(1)
         yield GatewayProcess(url.replace("0.0.0.0", "127.0.0.1"), process)

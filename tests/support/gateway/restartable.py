@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import requests
 
 from tests.support.network.ports import free_port
-from tests.support.processes.process import Process
+from tests.support.processes.process import Process, start_python
 from tests.support.waiting import TIMEOUT_S, wait_until
 
 Body = dict[str, Any]
@@ -45,7 +44,7 @@ class RestartableGateway:
 
     def launch(self) -> None:
         """Begin to start it; it may be killed before it listens."""
-        self._process = Process([sys.executable, "-m", "comfy_worker", "serve"], environment=self._environment)
+        self._process = start_python("-m", "comfy_worker", "serve", environment=self._environment)
 
     def start(self) -> None:
         """Start it, and return when it answers."""

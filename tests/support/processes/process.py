@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from tests.support.paths import ROOT
+from tests.support.processes import forked
 from tests.support.waiting import TIMEOUT_S
 
 _KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "TERM")
@@ -35,6 +36,7 @@ class Process:
         environment: Mapping[str, str] | None = None,
         cwd: Path = ROOT,
         stderr: int | None = None,
+        is_forked: bool = False,
     ) -> None:
         """Start it.
 
@@ -43,23 +45,14 @@ class Process:
             environment: added to a bare one.
             cwd: its current folder.
             stderr: a file descriptor to write errors to (a pseudo-terminal, say), instead of keeping them here.
+            is_forked: whether this Python's modules come from a server that has imported them; see `forked.py`.
         """
         self._changed = threading.Condition()
         self._lines: list[tuple[str, str]] = []
         self._listeners: list[Callable[[], None]] = []
         self._open_streams = 1 if stderr is not None else 2
-        self._process = subprocess.Popen(
-            [str(argument) for argument in arguments],
-            env=clean_environment(environment or {}),
-            cwd=cwd,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE if stderr is None else stderr,
-            text=True,
-            encoding="utf-8",
-            errors="replace",
-            start_new_session=True,
-        )
+        command = [str(argument) for argument in arguments]
+        self._process = (_fork if is_forked else _start)(command, clean_environment(environment or {}), cwd, stderr)
         self.pid = self._process.pid
         self._group_ended = False
         self._readers = list(self._read())
@@ -190,14 +183,44 @@ class Process:
             os.killpg(self.pid, signal.SIGKILL)
 
 
+def _start(command: list[str], environment: Mapping[str, str], cwd: Path, stderr: int | None) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command,
+        env=environment,
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE if stderr is None else stderr,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        start_new_session=True,
+    )
+
+
+def _fork(command: list[str], environment: Mapping[str, str], cwd: Path, stderr: int | None) -> forked.ForkedProgram:
+    assert command[0] == sys.executable, command
+    return forked.ForkedProgram(command[1:], environment=environment, cwd=cwd, stderr=stderr)
+
+
 def clean_environment(added: Mapping[str, str]) -> dict[str, str]:
     """Return a bare environment with `added`: Python unbuffered and in UTF-8, no settings, no `.env`."""
     kept = {name: os.environ[name] for name in _KEPT if name in os.environ}
     return {**kept, "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1", "ENV_FILE": "", **added}
 
 
+def start_python(
+    *arguments: str, environment: Mapping[str, str] | None = None, cwd: Path = ROOT, stderr: int | None = None
+) -> Process:
+    """Start `python ARGUMENTS…`: `-m MODULE …` or `FILE …`; forked from a server if `forked.is_enabled`."""
+    # Gateways with several processes start these themselves.
+    is_forked = forked.is_enabled and "API_WORKERS" not in (environment or {})
+    command = [sys.executable, *arguments]
+    return Process(command, environment=environment, cwd=cwd, stderr=stderr, is_forked=is_forked)
+
+
 def start_handler(
     environment: Mapping[str, str], *arguments: str, cwd: Path = ROOT, stderr: int | None = None
 ) -> Process:
     """Start `python handler.py` with the given variables and arguments."""
-    return Process([sys.executable, ROOT / "handler.py", *arguments], environment=environment, cwd=cwd, stderr=stderr)
+    return start_python(str(ROOT / "handler.py"), *arguments, environment=environment, cwd=cwd, stderr=stderr)
