@@ -8,7 +8,7 @@ from __future__ import annotations
 from benchmarks.fleet_chaos.faults import KINDS
 from benchmarks.fleet_chaos.run import run
 
-JOBS = 60
+JOBS = 40
 SEED = 7
 LONGEST_S = 1.0
 SETTLE_S = 120.0

@@ -20,10 +20,10 @@ from tests.support.gateway.restartable import RestartableGateway
 from tests.support.network.webhook_receiver import Receiver
 from tests.support.waiting import TIMEOUT_S, wait_until
 
-OUTAGES = 8
+OUTAGES = 6
 SEED = 11
 CLIENTS = 3
-LONGEST_S = 1.5
+LONGEST_S = 1.0
 WAYS = (signal.SIGINT, signal.SIGQUIT, signal.SIGKILL)
 
 

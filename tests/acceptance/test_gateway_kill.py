@@ -12,7 +12,7 @@ import pytest
 from benchmarks.gateway_kill.run import KillReport, run
 from tests.support.databases.postgres import postgres
 
-KILLS = 10
+KILLS = 6
 SEED = 7
 
 
