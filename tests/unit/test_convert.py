@@ -215,8 +215,18 @@ def test_orientation_is_applied_once(form: Literal["png", "jpeg", "webp"]) -> No
 # -------------------------------------------------------------------------------------------------- metadata
 
 
-@pytest.mark.parametrize("source", ["PNG", "WEBP"])
-@pytest.mark.parametrize("form", ["png", "jpeg", "webp", None])
+@pytest.mark.parametrize(
+    ("source", "form"),
+    [
+        ("PNG", "png"),
+        ("PNG", "jpeg"),
+        ("PNG", "webp"),
+        ("PNG", None),
+        ("WEBP", "jpeg"),
+        ("WEBP", "webp"),
+        ("WEBP", None),
+    ],
+)
 def test_the_workflow_stays_in_the_picture(
     source: Literal["PNG", "WEBP"], form: Literal["png", "jpeg", "webp"] | None
 ) -> None:

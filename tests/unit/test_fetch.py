@@ -429,53 +429,62 @@ def test_a_server_that_fails_does_not_cost_what_is_known(server: FileServer, set
     assert server.bodies["/failing.bin"] == 2, "the 404 is one"
 
 
-def _truncate(body: Path, about: Path) -> None:
+def _truncate(body: Path, metadata: Path) -> None:
     os.truncate(body, 10)
 
 
-def _overwrite(body: Path, about: Path) -> None:
+def _overwrite(body: Path, metadata: Path) -> None:
     body.write_bytes(bytes(len(CONTENT)))
 
 
-def _lose_body(body: Path, about: Path) -> None:
+def _lose_body(body: Path, metadata: Path) -> None:
     body.unlink()
 
 
-def _lose_about(body: Path, about: Path) -> None:
-    about.unlink()
+def _lose_metadata(body: Path, metadata: Path) -> None:
+    metadata.unlink()
 
 
-def _garble_about(body: Path, about: Path) -> None:
-    about.write_bytes(b"\xff{")
+def _garble_metadata(body: Path, metadata: Path) -> None:
+    metadata.write_bytes(b"\xff{")
 
 
-def _empty_about(body: Path, about: Path) -> None:
-    about.write_text("")
+def _empty_metadata(body: Path, metadata: Path) -> None:
+    metadata.write_text("")
 
 
-def _foreign_about(body: Path, about: Path) -> None:
-    about.write_text(json.dumps(["something", "else"]))
+def _foreign_metadata(body: Path, metadata: Path) -> None:
+    metadata.write_text(json.dumps(["something", "else"]))
 
 
-def _leave_part(body: Path, about: Path) -> None:
+def _leave_part(body: Path, metadata: Path) -> None:
     body.with_suffix(".part").write_bytes(b"begun by a process that was killed")
-    about.unlink()
+    metadata.unlink()
 
 
 @pytest.mark.parametrize(
     "harm",
-    [_truncate, _overwrite, _lose_body, _lose_about, _garble_about, _empty_about, _foreign_about, _leave_part],
+    [
+        _truncate,
+        _overwrite,
+        _lose_body,
+        _lose_metadata,
+        _garble_metadata,
+        _empty_metadata,
+        _foreign_metadata,
+        _leave_part,
+    ],
 )
 def test_a_broken_entry_heals_itself(server: FileServer, settings: Settings, cache_dir: Path, harm: Any) -> None:
     url = server.put("/healing.bin", CONTENT)
     fetch(url, settings)
     [body] = bodies(cache_dir)
-    harm(body, body.with_suffix(".about"))
+    harm(body, body.with_suffix(".json"))
 
     assert fetch(url, settings) == CONTENT
     assert fetch(url, settings) == CONTENT
     assert server.bodies["/healing.bin"] == 2
-    assert sorted(path.suffix for path in cache_dir.iterdir()) == [".about", ".body", ".lock"]
+    assert sorted(path.suffix for path in cache_dir.iterdir()) == [".body", ".json", ".lock"]
 
 
 def test_the_least_recently_used_goes_first(server: FileServer, settings: Settings, cache_dir: Path) -> None:

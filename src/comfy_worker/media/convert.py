@@ -177,8 +177,11 @@ class _Conversion:
         return self._filename if suffix.lower() in extensions else self._filename.removesuffix(suffix) + extensions[0]
 
     def _metadata_options(self) -> dict[str, Any]:
-        """Return the arguments with which `save` writes the metadata: texts of their own in a PNG, else EXIF."""
-        texts, exif = _metadata_of(self._image)
+        """Return the arguments with which `save` writes EXIF and the texts, which have their own chunks in a PNG."""
+        exif = load_pillow().Exif()
+        exif.load(self._image.getexif().tobytes())
+        exif.pop(_ORIENTATION_TAG, None)
+        texts = {str(key): str(text) for key, text in getattr(self._image, "text", {}).items()}
         if self._target == "PNG":
             return {"pnginfo": _png_texts(texts), "exif": exif.tobytes() if len(exif) else None}
         if len(texts) > 1 + len(_OTHER_TAGS):
@@ -206,28 +209,6 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 def _has_metadata(image: Image.Image) -> bool:
     return bool(len(image.getexif()) or getattr(image, "text", None) or {"comment", "xmp"} & image.info.keys())
-
-
-def _metadata_of(image: Image.Image) -> tuple[dict[str, str], Image.Exif]:
-    """Return the texts in the picture, mostly ComfyUI's, and its other EXIF without the orientation."""
-    exif = load_pillow().Exif()
-    exif.load(image.getexif().tobytes())
-    exif.pop(_ORIENTATION_TAG, None)
-    texts = {str(key): str(text) for key, text in getattr(image, "text", {}).items()}
-    for tag in (_PROMPT_TAG, *_OTHER_TAGS):
-        key, _colon, value = str(exif.get(tag, "")).partition(":")
-        if _is_json(value):
-            texts[key] = value
-            del exif[tag]
-    return texts, exif
-
-
-def _is_json(text: str) -> bool:
-    """Return whether a text is a JSON object or list, unlike the name of a camera."""
-    try:
-        return isinstance(json.loads(text), (dict, list))
-    except (ValueError, RecursionError):
-        return False
 
 
 def _png_texts(texts: Mapping[str, str]) -> Any:

@@ -1,6 +1,6 @@
 """Keeps fetched inputs for later jobs; several threads and processes may share one folder.
 
-Each URL has three files, named by its hash: the `body`, what is known `about` it, and a `lock` that guards both. A body
+Each URL has three files, named by its hash: the `body`, its metadata as `json`, and a `lock` that guards both. A body
 is written as a `part` and renamed when it is complete. A body whose hash is not the recorded one is discarded. A body
 that is open stays readable after its eviction.
 """
@@ -30,7 +30,7 @@ _CHUNK = 256 * 1024
 
 @dataclass(frozen=True)
 class Metadata:
-    """What is known about a body: its hash, and three headers of the response."""
+    """The hash of a body and three headers of its response."""
 
     sha256: str
     etag: str | None = None
@@ -107,13 +107,13 @@ class CacheEntry:
     def __init__(self, stem: Path) -> None:
         self.lock = FileLock(stem.with_suffix(".lock"))
         self._body = stem.with_suffix(".body")
-        self._about = stem.with_suffix(".about")
+        self._metadata = stem.with_suffix(".json")
         self._part = stem.with_suffix(".part")
 
     def metadata(self) -> Metadata | None:
-        """Return what is known about the body, or None if there is none; a broken one is discarded."""
+        """Return the metadata of the body, or None if there is no body; a broken one is discarded."""
         try:
-            metadata = Metadata(**json.loads(self._about.read_text(encoding="utf-8")))
+            metadata = Metadata(**json.loads(self._metadata.read_text(encoding="utf-8")))
             if _sha256(self._body) == metadata.sha256:
                 return metadata
         except (FileNotFoundError, ValueError, TypeError):
@@ -136,17 +136,17 @@ class CacheEntry:
             self._part.unlink(missing_ok=True)
 
     def commit(self, metadata: Metadata) -> None:
-        """Keep the new body, unless a server could not tell later whether it has changed."""
+        """Keep the new body, unless nothing shows a server later whether it has changed."""
         if not metadata.conditions:
             self.discard()
             return
         # If the process dies between these two steps, the hash does not match, and the body is fetched again.
-        self._about.write_text(json.dumps(asdict(metadata)), encoding="utf-8")
+        self._metadata.write_text(json.dumps(asdict(metadata)), encoding="utf-8")
         self._part.replace(self._body)
 
     def discard(self) -> None:
-        """Remove the body, what is known about it, and the part."""
-        for path in (self._about, self._body, self._part):
+        """Remove the body, its metadata and the part."""
+        for path in (self._metadata, self._body, self._part):
             path.unlink(missing_ok=True)
 
     def size_and_last_use(self) -> tuple[int, int]:

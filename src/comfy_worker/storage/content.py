@@ -34,7 +34,7 @@ class Readable(Protocol):
 
 
 class Content(Readable, Protocol):
-    """The bytes of one file, at whose headers one can look, too."""
+    """The bytes of one file that can also be read at any position, to inspect its headers."""
 
     def open(self) -> BinaryIO:
         """Open the file; it is seekable."""

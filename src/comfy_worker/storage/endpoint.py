@@ -170,7 +170,7 @@ def _segments(path: str, fields: FieldNames) -> Sequence[str]:
 
 
 def _split_host(host: str, name: str | None) -> tuple[str | None, str, str | None, bool]:
-    """Return the bucket in a host, the service's host, its region, and whether it wants the bucket in the host."""
+    """Return the bucket in a host, the service's host, its region, and whether the bucket belongs into the host."""
     for pattern, region, virtual_hosted in _SERVICES:
         if match := pattern.match(host):
             found = match.groupdict()
