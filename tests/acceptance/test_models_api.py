@@ -119,7 +119,7 @@ def test_links_are_left_alone(gateway: GatewayProcess, base: Path, tmp_path: Pat
 
 def test_a_file_that_lies_elsewhere_is_not_deleted(gateway: GatewayProcess) -> None:
     status, answer = delete(gateway, f"checkpoints/{CLAIMED}", ADMIN)
-    assert (status, answer["error"]) == (409, f"{CLAIMED} does not lie on a disk that the gateway can reach")
+    assert (status, answer["error"]) == (409, f"{CLAIMED} is not on a disk that the gateway can reach")
 
 
 def test_without_comfyuis_disk_nothing_is_deleted(base: Path, tmp_path: Path) -> None:

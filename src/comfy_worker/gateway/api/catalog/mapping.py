@@ -186,9 +186,9 @@ def _end(record: JobRecord, parts: WebhookParts) -> dict[str, Any]:
     return response_of(record, execution_of(record, percent, output))
 
 
-def _progress(record: JobRecord, told: Mapping[str, Any]) -> dict[str, Any]:
+def _progress(record: JobRecord, progress: Mapping[str, Any]) -> dict[str, Any]:
     open_record = replace(record, state=JobState.IN_PROGRESS)
-    return response_of(open_record, execution_of(open_record, told.get("percent", 0.0), None, time.time()))
+    return response_of(open_record, execution_of(open_record, progress.get("percent", 0.0), None, time.time()))
 
 
 WEBHOOK = WebhookFormat(_end, _progress)

@@ -230,8 +230,8 @@ def _end(record: JobRecord, parts: WebhookParts) -> dict[str, Any]:
     return result
 
 
-def _progress(record: JobRecord, told: Mapping[str, Any]) -> dict[str, Any]:
-    return result_of(record, open_status(record.state, told, None), [])
+def _progress(record: JobRecord, progress: Mapping[str, Any]) -> dict[str, Any]:
+    return result_of(record, open_status(record.state, progress, None), [])
 
 
 def _extra(extra_params: Mapping[str, Any]) -> Mapping[str, Any]:

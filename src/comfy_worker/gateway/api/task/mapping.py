@@ -66,8 +66,8 @@ def _end(record: JobRecord, parts: WebhookParts) -> dict[str, Any]:
     return {**summary_of(record, percent), **outcome_of(record, output)}
 
 
-def _progress(record: JobRecord, told: Mapping[str, Any]) -> dict[str, Any]:
-    return summary_of(record, float(told.get("percent", 0.0)))
+def _progress(record: JobRecord, progress: Mapping[str, Any]) -> dict[str, Any]:
+    return summary_of(record, float(progress.get("percent", 0.0)))
 
 
 WEBHOOK = WebhookFormat(_end, _progress)

@@ -179,7 +179,7 @@ def _delete(client: ComfyClient, folder: str, name: str) -> None:
     facts = next((fact for fact in client.model_facts(folder) if fact.get("name") == name), None)
     roots = client.model_roots().get(folder, ())
     if facts is None or not 0 <= int(facts.get("pathIndex", -1)) < len(roots):
-        raise NotPossible(f"ComfyUI does not tell where {name} lies")
+        raise NotPossible(f"ComfyUI does not report where {name} is")
     root = FilePath(roots[int(facts["pathIndex"])])
     try:
         found = (root / name).stat()
@@ -187,7 +187,7 @@ def _delete(client: ComfyClient, folder: str, name: str) -> None:
             raise NotPossible(f"{name} is another file on this machine's disk than ComfyUI's")
         remove_file(root, name)
     except FileNotFoundError:
-        raise NotPossible(f"{name} does not lie on a disk that the gateway can reach") from None
+        raise NotPossible(f"{name} is not on a disk that the gateway can reach") from None
     except ValueError as error:
         raise NotPossible(f"{name} is not deleted: {error}") from None
     except OSError as error:

@@ -87,8 +87,8 @@ def _end(record: JobRecord, parts: WebhookParts) -> dict[str, Any]:
     return status_body(record, record.progress, None, parts.linked(record))
 
 
-def _progress_of(record: JobRecord, told: Mapping[str, Any]) -> dict[str, Any]:
-    return status_body(record, told, None, None)
+def _progress_of(record: JobRecord, progress: Mapping[str, Any]) -> dict[str, Any]:
+    return status_body(record, progress, None, None)
 
 
 WEBHOOK = WebhookFormat(_end, _progress_of)
