@@ -248,12 +248,12 @@ def test_a_request_that_was_accepted_before_is_found_in_a_full_queue(store: JobS
 
 
 def test_waiting_jobs_are_cancelled_and_running_ones_are_not(store: JobStore) -> None:
-    running, waiting, other = add(store), add(store), add(store, endpoint_id="other")
+    running, waiting = add(store), add(store)
     store.start(running, "p", "http://comfyui", NOW)
 
-    assert store.cancel_waiting("local", NOW) == [waiting]
+    assert store.finish(waiting, JobState.CANCELLED, NOW, only_waiting=True)
     assert get(store, waiting).state is JobState.CANCELLED
-    assert store.cancel_waiting(None, NOW) == [other]
+    assert not store.finish(running, JobState.CANCELLED, NOW, only_waiting=True)
     assert get(store, running).state is JobState.IN_PROGRESS
 
 
@@ -521,7 +521,7 @@ def test_jobs_of_the_first_version_are_kept(url: str, opened: Open) -> None:
     assert store.retried() == 1
 
 
-def test_jobs_are_listed_counted_and_cancelled_by_owner(store: JobStore) -> None:
+def test_jobs_are_listed_and_counted_by_owner(store: JobStore) -> None:
     for number, owner in enumerate(["alice", "bob", "", "alice"]):
         store.add(replace(job(), id=f"batch-{number}", owner=owner, created_at=NOW + number))
     hers = ["batch-0", "batch-3"]
@@ -529,9 +529,6 @@ def test_jobs_are_listed_counted_and_cancelled_by_owner(store: JobStore) -> None
     assert [record.id for record in store.latest(None, 1, {"alice", "bob"})] == ["batch-3"]
     assert [record.owner for record in store.latest(None, 9, {"", "bob"})] == ["", "bob"]
     assert store.counts_by_owner()["alice"] == {JobState.IN_QUEUE: 2}
-    assert sorted(store.cancel_waiting(None, NOW, {"alice"})) == hers
-    assert store.cancel_waiting("elsewhere", NOW, {"bob"}) == []
-    assert sorted(store.cancel_waiting(None, NOW)) == ["batch-1", "batch-2"]
 
 
 def test_tables_are_as_their_migrations_make_them(store: JobStore, url: str) -> None:

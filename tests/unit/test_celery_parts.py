@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from comfy_worker.errors import InvalidInput
-from comfy_worker.gateway.engines.celery.app import make_app, priority_of, queue_of, task_of
+from comfy_worker.gateway.engines.celery.app import make_app, priority_of, queue_of
 from comfy_worker.gateway.engines.celery.worker import worker_name
 from comfy_worker.gateway.settings import load_gateway_settings
 from comfy_worker.gateway.store.database import connect
@@ -41,12 +40,6 @@ def test_the_priorities_that_doors_give_differ() -> None:
     numbers = [priority_of(record(priority)) for priority in range(-4, 5)]
     assert numbers == sorted(set(numbers), reverse=True)
     assert priority_of(record(NORMAL_PRIORITY)) < priority_of(record(LOW_PRIORITY))
-
-
-def test_what_was_revoked_under_an_id_is_not_what_is_sent_under_it_later() -> None:
-    first, again = (JobRecord("a", "local", JobState.IN_QUEUE, at) for at in (1_700_000_000.0, 1_700_000_000.5))
-    assert task_of(first) != task_of(again)
-    assert task_of(first) == task_of(replace(first, state=JobState.IN_PROGRESS, retries=1))
 
 
 def test_each_worker_has_a_queue_of_its_own() -> None:

@@ -311,7 +311,7 @@ def test_of_a_job_that_did_not_end_well_it_is_known_how_long_it_waited(
 def test_all_that_are_cancelled_while_they_wait_are_measured(store: JobStore) -> None:
     for job_id in ("a", "b"):
         waits(store, job_id)
-    store.cancel_waiting(None, NOW + 3)
+        store.finish(job_id, JobState.CANCELLED, NOW + 3, only_waiting=True)
     assert figure(collect(store), "comfy_job_stage_seconds_sum", stage="waiting") == 6
 
 

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 
 _MOST_PLACES = 1000
 """How many jobs' places are published to other gateways."""
+_CANCELS_AT_ONCE = 8
+"""Threads that a purge takes; the others are left for requests."""
 _SYNC_RETENTION_S = 60.0
 _RUN_RETENTION_S = 1800.0
 _LONGEST_ID = 128
@@ -65,7 +67,7 @@ class Engine(Protocol):
         """Let a job that the store has wait for its turn."""
 
     def cancel(self, job_id: str) -> None:
-        """Drop a job whose end the store has already; return when it is off the GPU."""
+        """Stop working on a job that is CANCELLED in the store; return when it is off the GPU."""
 
     def positions(self) -> Mapping[str, QueuePosition]:
         """Return where every job stands that waits or runs, by its id."""
@@ -109,7 +111,7 @@ class JobService:
         self._webhook_url = webhook_url
         self._library = library
         self._peers = peers
-        self._cancelling: dict[str, asyncio.Future[None]] = {}
+        self._cancelling: dict[str, asyncio.Future[bool]] = {}
 
     async def submit(
         self,
@@ -293,7 +295,7 @@ class JobService:
         caller = current_caller()
         record = await run_in_threadpool(self._find, job_id)
         if record is None or not caller.sees(record.owner):
-            raise NotFound(f"There is no job {job_id!r} (any more)")
+            raise _no_such_job(job_id)
         return record
 
     def _find(self, job_id: str) -> JobRecord | None:
@@ -303,8 +305,8 @@ class JobService:
         copy = self._peers.find(job_id)
         return None if copy is None else copy.record
 
-    async def _told_peer(self, job_id: str, what: str) -> bool:
-        """Have another gateway do something with a job of its own; return whether it is another's."""
+    async def _ask_peer(self, job_id: str, what: str) -> bool:
+        """Have the gateway of a job do something with it if that is another one; return whether it is."""
         if self._peers is None or await run_in_threadpool(self._store.get, job_id) is not None:
             return False
         copy = await run_in_threadpool(self._peers.find, job_id)
@@ -341,30 +343,39 @@ class JobService:
     async def cancel(self, job_id: str) -> JobRecord:
         """End a job; when this returns, it is off the GPU. One that has ended stays as it is.
 
+        docs/explanation/cancel.md follows a cancel from here to ComfyUI.
+
         Raises:
             NotFound: there is none with this id (any more).
         """
         await self.get(job_id)
-        if await self._told_peer(job_id, "cancel"):
-            return await self.get(job_id)
-        now = time.time()
-        changed = await run_in_threadpool(self._store.finish, job_id, JobState.CANCELLED, now)
-        # Also for one that was cancelled a moment ago: its prompt may be on its way out still.
-        await self._take_off_gpu(job_id)
-        record = await self.get(job_id)
-        if changed:
-            self._publish(record, now)
-        return record
+        if not await self._ask_peer(job_id, "cancel"):
+            await self._cancel_once(job_id)
+        return await self.get(job_id)
 
-    async def _take_off_gpu(self, job_id: str) -> None:
-        """Have a job dropped; however many ask for it, one thread waits for the end of its node."""
+    async def _cancel_once(self, job_id: str) -> None:
+        """Cancel a job of this gateway; however many clients ask for it, one thread waits for the GPU."""
         cancelling = self._cancelling.get(job_id)
         if cancelling is None:
-            cancelling = asyncio.ensure_future(run_in_threadpool(self._engine.cancel, job_id))
+            cancelling = asyncio.ensure_future(run_in_threadpool(self._cancel_own, job_id))
             self._cancelling[job_id] = cancelling
             cancelling.add_done_callback(lambda _: self._cancelling.pop(job_id, None))
-        # A client that leaves does not take the others' answer with it.
+        # A client that disconnects must not end the cancel for the others.
         await asyncio.shield(cancelling)
+
+    def _cancel_own(self, job_id: str, *, only_waiting: bool = False) -> bool:
+        """Cancel a job of this gateway, and return when it is off the GPU; return whether that ended it."""
+        now = time.time()
+        changed = self._store.finish(job_id, JobState.CANCELLED, now, only_waiting=only_waiting)
+        record = self._store.get(job_id)
+        if record is None:
+            raise _no_such_job(job_id)
+        if record.state is JobState.CANCELLED:
+            # Also if it was cancelled before: its prompt may still be in ComfyUI.
+            self._engine.cancel(job_id)
+        if changed:
+            self._publish(record, now)
+        return changed
 
     async def retry(self, job_id: str) -> JobRecord:
         """Run a job again that failed or timed out.
@@ -374,36 +385,40 @@ class JobService:
             NotPossible: it did neither.
         """
         await self.get(job_id)
-        if await self._told_peer(job_id, "retry"):
-            return await self.get(job_id)
+        if not await self._ask_peer(job_id, "retry"):
+            await run_in_threadpool(self._retry_own, job_id)
+        return await self.get(job_id)
+
+    def _retry_own(self, job_id: str) -> None:
         now = time.time()
-        if not await run_in_threadpool(self._store.retry, job_id, now):
+        if not self._store.retry(job_id, now):
             raise NotPossible("Only a job that FAILED or TIMED_OUT can be retried")
-        record = await self.get(job_id)
-        self._publish(record, now)
-        self._engine.submit(record)
-        return record
+        record = self._store.get(job_id)
+        if record is not None:
+            self._publish(record, now)
+            self._engine.submit(record)
 
     async def purge(self, endpoint_id: str | None = None) -> int:
-        """Cancel the caller's jobs that no ComfyUI runs, an administrator's everybody's; return how many they were."""
-        now = time.time()
-        cancelled = await run_in_threadpool(self._store.cancel_waiting, endpoint_id, now, current_caller().owners)
-        await asyncio.gather(*map(self._take_off_gpu, cancelled))
-        for job_id in cancelled:
-            self._bus.publish(job_id, STATUS, {"status": JobState.CANCELLED.value}, event_number(now))
-        return len(cancelled) + await self._purge_others(endpoint_id)
+        """Cancel the caller's waiting jobs, an administrator's everybody's; return how many were cancelled."""
+        caller = current_caller()
+        own = await run_in_threadpool(self._store.unfinished)
+        own_ids = {record.id for record in own}
+        limit = asyncio.Semaphore(_CANCELS_AT_ONCE)
 
-    async def _purge_others(self, endpoint_id: str | None) -> int:
-        """Cancel the caller's jobs that wait at other gateways."""
-        found = [] if self._peers is None else await run_in_threadpool(self._peers.all)
+        async def cancel(record: JobRecord) -> bool:
+            async with limit:
+                if record.id in own_ids:
+                    return await run_in_threadpool(self._cancel_own, record.id, only_waiting=True)
+                return (await self.cancel(record.id)).state is JobState.CANCELLED
+
         waiting = [
-            record.id
-            for record in found
+            record
+            for record in (*own, *await self._of_peers())
             if record.state is JobState.IN_QUEUE
             and endpoint_id in (None, record.endpoint_id)
-            and current_caller().sees(record.owner)
+            and caller.sees(record.owner)
         ]
-        return [(await self.cancel(job_id)).state for job_id in waiting].count(JobState.CANCELLED)
+        return sum(await asyncio.gather(*map(cancel, waiting)))
 
     async def counts(self) -> Mapping[JobState, int]:
         """Return how many jobs are in each state, those of all callers."""
@@ -519,34 +534,18 @@ class JobService:
         }
 
     def act(self, asked: Mapping[str, Any]) -> Any:
-        """Do what another gateway asks for with a job of this one, for a caller whom that has looked at.
+        """Do what another gateway asks for with a job of this one; that gateway has checked its caller.
 
         Raises:
             NotFound: there is no such job (any more).
             NotPossible: it is in a state in which this cannot be done.
         """
-        job_id, now = str(asked["id"]), time.time()
+        job_id = str(asked["id"])
         if asked["what"] == "give_up":
             return self._store.delete_ended(job_id, str(asked["owner"]))
-        changed = {"cancel": self._cancel_here, "retry": self._retry_here}[asked["what"]](job_id, now)
-        record = self._store.get(job_id)
-        if record is None:
-            raise NotFound(f"There is no job {job_id!r} (any more)")
-        if changed:
-            self._publish(record, now)
-        if changed and record.state is JobState.IN_QUEUE:
-            self._engine.submit(record)
-        return None
-
-    def _cancel_here(self, job_id: str, now: float) -> bool:
-        changed = self._store.finish(job_id, JobState.CANCELLED, now)
-        self._engine.cancel(job_id)
-        return changed
-
-    def _retry_here(self, job_id: str, now: float) -> bool:
-        if not self._store.retry(job_id, now):
-            raise NotPossible("Only a job that FAILED or TIMED_OUT can be retried")
-        return True
+        if asked["what"] == "cancel":
+            return self._cancel_own(job_id)
+        return self._retry_own(job_id)
 
     # --------------------------------------------------------------------------------------------- events
 
@@ -643,6 +642,10 @@ class JobService:
 
     def _publish(self, record: JobRecord, now: float) -> None:
         self._bus.publish(record.id, STATUS, {"status": record.state.value}, event_number(now))
+
+
+def _no_such_job(job_id: str) -> NotFound:
+    return NotFound(f"There is no job {job_id!r} (any more)")
 
 
 def _is_end(event: Event) -> bool:

@@ -376,22 +376,6 @@ class JobStore:
         condition = None if accepted_at is None else jobs.c.created_at == accepted_at
         return self._change(job_id, [JobState.IN_QUEUE.value] if only_waiting else _OPEN, state, values, now, condition)
 
-    def cancel_waiting(
-        self, endpoint_id: str | None, now: float, owners: Collection[str] | None = None
-    ) -> Sequence[str]:
-        """Cancel all waiting jobs; return their ids; `owners` as in `with_prefix`."""
-        condition = (jobs.c.state == JobState.IN_QUEUE.value) & _is_of(owners)
-        if endpoint_id is not None:
-            condition &= jobs.c.endpoint_id == endpoint_id
-        with self._reading() as connection:
-            waiting = list(connection.execute(select(jobs.c.id).where(condition)).scalars())
-        values = {"ended_at": now}
-        return [
-            job_id
-            for job_id in waiting
-            if self._change(job_id, [JobState.IN_QUEUE.value], JobState.CANCELLED, values, now)
-        ]
-
     def retry(self, job_id: str, now: float) -> bool:
         """Put a job that failed or timed out into the queue again; return whether it had."""
         values = dict.fromkeys(("started_at", "ended_at", "prompt_id", "backend", "output", "error"))

@@ -9,7 +9,6 @@ from urllib.parse import parse_qsl, urlsplit
 from celery import Celery
 
 from comfy_worker.gateway.settings import GatewaySettings
-from comfy_worker.gateway.store.job_store import event_number
 from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.types import JobState
 
@@ -72,14 +71,6 @@ def priority_of(record: JobRecord) -> int:
     return min(_LAST, max(_FIRST + 1, _NORMAL - record.priority))
 
 
-def task_of(record: JobRecord) -> str:
-    """Return the id of a job's message; another one once its caller has it run again, or has its id used anew.
-
-    Celery's workers throw away what was revoked under an id, for hours.
-    """
-    return f"{record.id}.{event_number(record.created_at)}"
-
-
 def publish(
     app: Celery, record: JobRecord, *, queue: str = QUEUE, attempts: int = 0, was_passed_on: bool = False
 ) -> None:
@@ -100,5 +91,4 @@ def publish(
     was_taken = bool(more) or record.state is JobState.IN_PROGRESS
     # What was taken out of the queue once has had its turn.
     priority = _FIRST if was_taken else priority_of(record)
-    task_id = task_of(record)
-    app.send_task(TASK, args=[record.id], kwargs=more, queue=queue, task_id=task_id, priority=priority, retry=False)
+    app.send_task(TASK, args=[record.id], kwargs=more, queue=queue, task_id=record.id, priority=priority, retry=False)

@@ -21,7 +21,7 @@ from redis import RedisError
 from comfy_worker.comfy.client import ComfyClient
 from comfy_worker.errors import ComfyUnreachable, TimedOut
 from comfy_worker.gateway.engines.backends import EXPIRED
-from comfy_worker.gateway.engines.celery.app import QUEUE, make_app, publish, queue_of, task_of
+from comfy_worker.gateway.engines.celery.app import QUEUE, make_app, publish, queue_of
 from comfy_worker.gateway.engines.celery.fleet import Fleet
 from comfy_worker.gateway.engines.queue_estimates import InHand, SmoothedEstimates, estimate_positions, has_moved
 from comfy_worker.gateway.engines.run_times import RunTimes
@@ -144,35 +144,27 @@ class CeleryEngine:
         return QUEUE
 
     def cancel(self, job_id: str) -> None:
-        """Drop a job whose end the store has already; return when it is off the GPU, or a minute later."""
+        """Have the worker of a cancelled job stop it; return when it is off the GPU, or a minute later.
+
+        Without Redis this does not wait: the worker sees in the database that the job was cancelled.
+        """
         with self._lock:
             self._queue.remove(job_id)
             self._new.pop(job_id, None)
-        record = self._store.get(job_id)
-        if record is None or record.state is not JobState.CANCELLED:
-            return  # it had ended by itself, and what is said of it now would hit its next attempt
         try:
             if self._is_redis_away:
-                raise RedisConnectionError  # who cancels many does not wait for it with each of them
-            # This waits 5 s at most. Celery sends its own word again and again, for as long as a Redis hangs.
-            self._fleet.ask_to_stop(job_id)
-            self._revoke(record)
+                raise RedisConnectionError  # many cancels wait for a hanging Redis once, not each
+            self._fleet.announce_cancel(job_id)
             self._wait_until_off(job_id)
         except RedisError as error:
             self._is_redis_away = True
             log.warning("job %s may still be in a ComfyUI, Redis cannot be used: %s", job_id, type(error).__name__)
 
-    def _revoke(self, record: JobRecord) -> None:
-        try:
-            self._app.control.revoke(task_of(record))
-        except OperationalError as error:
-            log.warning("the message of job %s is not revoked: %s", record.id, type(error).__name__)
-
     def _wait_until_off(self, job_id: str) -> None:
         deadline = time.monotonic() + _OFF_THE_GPU_S
         while self._fleet.held([job_id]):
             if time.monotonic() >= deadline or self._stopping.wait(_OFF_LOOK_S):
-                log.warning("job %s may still be in a ComfyUI: its worker has not said that it is not", job_id)
+                log.warning("job %s may still be in a ComfyUI: its worker has not confirmed the cancel", job_id)
                 return
 
     # -------------------------------------------------------------------------------------------- questions

@@ -13,7 +13,6 @@ from typing import Any
 import redis
 
 _PREFIX = "comfy:fleet"
-_STOP_KEPT_S = 60
 _HOLD = """
 local holder = redis.call('get', KEYS[1])
 if holder == false or holder == ARGV[1] then
@@ -99,20 +98,15 @@ class Fleet:
 
     # --------------------------------------------------------------------------------------------- cancels
 
-    def ask_to_stop(self, job_id: str) -> None:
-        """Have whoever has a job in hand stop it."""
-        self._redis.set(f"{_PREFIX}:stop:{job_id}", "1", ex=_STOP_KEPT_S)
-        self._redis.publish(f"{_PREFIX}:stop", job_id)
+    def announce_cancel(self, job_id: str) -> None:
+        """Have the worker of a job look at once whether the job was cancelled."""
+        self._redis.publish(f"{_PREFIX}:cancel", job_id)
 
-    def asked_to_stop(self, job_ids: Iterable[str]) -> set[str]:
-        """Return those of these jobs that are to be stopped."""
-        return set(self._many("stop", list(job_ids)))
-
-    def stops(self) -> redis.client.PubSub:
-        """Return what hears of each job that is to be stopped, the moment it is asked for."""
-        listening: redis.client.PubSub = self._redis.pubsub(ignore_subscribe_messages=True)
-        listening.subscribe(f"{_PREFIX}:stop")
-        return listening
+    def cancels(self) -> redis.client.PubSub:
+        """Return a subscription to the ids of jobs that are cancelled."""
+        subscription: redis.client.PubSub = self._redis.pubsub(ignore_subscribe_messages=True)
+        subscription.subscribe(f"{_PREFIX}:cancel")
+        return subscription
 
     # --------------------------------------------------------------------------------------------- prompts
 

@@ -121,7 +121,7 @@ class FleetWorker:
         self._threads = [
             threading.Thread(target=self._backend.probe, args=(self.mark, self._stopping), name="probe"),
             threading.Thread(target=self._keep_time, name="clock"),
-            threading.Thread(target=self._listen, name="stops"),
+            threading.Thread(target=self._watch_cancels, name="cancels"),
         ]
 
     # ------------------------------------------------------------------------------------------------- life
@@ -335,7 +335,7 @@ class FleetWorker:
                 self._quietly(partial(self._keep, in_hand))
             self._report(again=is_time)
             if tick % _TICKS_A_LOOK == 0:
-                self._stop_ended(in_hand)
+                self._cancel_ended(running_jobs)
                 self._host.take_messages(self._backend.healthy)
 
     def _keep(self, in_hand: Mapping[str, RunningJob | None]) -> None:
@@ -344,23 +344,21 @@ class FleetWorker:
                 log.warning("job %s is with another worker now: this one was silent for too long", job_id)
                 self._lost.add(job_id)
                 running.stop.set(detach=True)
-        for job_id in self._fleet.asked_to_stop(in_hand):
-            self._stop(job_id)
 
     def _keep_one(self, job_id: str) -> bool:
         """Hold a job for a while longer if it is in hand still; return False if another worker holds it."""
         with self._holding:
             return job_id not in self._in_hand or self._fleet.hold(job_id, self._holder)
 
-    def _stop_ended(self, in_hand: Iterable[str]) -> None:
-        """Stop what the store says has ended: nobody could say so while Redis was away."""
+    def _cancel_ended(self, in_hand: Iterable[RunningJob]) -> None:
+        """Stop the jobs that have ended in the database: they were cancelled, or a gateway ended them."""
         try:
-            for job_id in in_hand:
-                record = self._store.get(job_id)
+            for running in in_hand:
+                record = self._store.get(running.job.id)
                 if record is None or record.state.is_terminal:
-                    self._stop(job_id)
+                    running.stop.set()
         except DatabaseUnavailable:
-            pass  # it has been logged, and the next look comes
+            pass  # logged already; the clock tries again
 
     def _report(self, *, again: bool = True) -> None:
         """Say how this worker is; only if that has changed, unless it is said `again`."""
@@ -381,22 +379,18 @@ class FleetWorker:
             self._reported = report
             self._quietly(lambda: self._fleet.report(self._backend.url, report))
 
-    def _listen(self) -> None:
-        """Hear of jobs that are to be stopped the moment it is asked for."""
+    def _watch_cancels(self) -> None:
+        """Look at a job at once when its cancel is announced."""
         while not self._stopping.is_set():
             try:
-                with self._fleet.stops() as stops:
+                with self._fleet.cancels() as cancels:
                     while not self._stopping.is_set():
-                        if message := stops.get_message(timeout=_LISTEN_S):
-                            self._stop(message["data"])
+                        message = cancels.get_message(timeout=_LISTEN_S)
+                        running = self._in_hand.get(message["data"]) if message else None
+                        if running is not None:
+                            self._cancel_ended([running])
             except RedisError:
                 self._stopping.wait(_LISTEN_S)  # the clock logs it
-
-    def _stop(self, job_id: str) -> None:
-        with self._lock:
-            running = self._in_hand.get(job_id)
-        if running is not None:
-            running.stop.set()
 
     def _quietly(self, do: Callable[[], object]) -> None:
         """Do what can be missed while Redis is away."""

@@ -207,29 +207,28 @@ class RunpodEngine:
     # ------------------------------------------------------------------------------------------------ cancel
 
     def cancel(self, job_id: str) -> None:
-        """Drop a job whose end the store has already; return when RunPod says that it is cancelled.
+        """Cancel a job at RunPod; return when RunPod confirms, a moment before the worker stops.
 
-        RunPod says so a moment before the worker has it off the GPU. If RunPod does not answer within 20 s, it is asked
-        on in the background.
+        If RunPod does not answer within 20 s, the cancel is repeated in the background.
         """
         loop = self._loop
         if loop is None or self._stopping.is_set():
             return
-        dropping = self._drop(job_id)
+        cancelling = self._cancel(job_id)
         try:
-            dropped = asyncio.run_coroutine_threadsafe(dropping, loop)
+            cancelled = asyncio.run_coroutine_threadsafe(cancelling, loop)
         except RuntimeError:  # the engine has ended
-            dropping.close()
+            cancelling.close()
             return
-        while not (wait((dropped,), _LOOK_S).done or self._stopping.is_set()):
+        while not (wait((cancelled,), _LOOK_S).done or self._stopping.is_set()):
             pass
-        if dropped.done() and not dropped.cancelled():
-            dropped.result()
+        if cancelled.done() and not cancelled.cancelled():
+            cancelled.result()
 
-    async def _drop(self, job_id: str) -> None:
+    async def _cancel(self, job_id: str) -> None:
         job = self._jobs.get(job_id)
         if job is not None:
-            job.is_dropped = True
+            job.is_cancelled = True
             job.tell()
             remote_id, is_sent = job.remote_id, job.sending
         else:

@@ -37,7 +37,7 @@ class RemoteJob:
         started_at: when it was seen to run, in seconds since the epoch.
         taken_at: when a worker was first seen to have it, on the monotonic clock.
         is_own: whether this gateway is the one to follow it.
-        is_dropped: its caller cancelled it.
+        is_cancelled: its caller cancelled it.
         sending: its submission is under way: not to be broken off.
         rumours: ids under which RunPod said that it ended, and which nobody here noted.
         progress: what was told of it last.
@@ -50,7 +50,7 @@ class RemoteJob:
     started_at: float | None = None
     taken_at: float | None = None
     is_own: bool = True
-    is_dropped: bool = False
+    is_cancelled: bool = False
     sending: bool = False
     rumours: list[str] = field(default_factory=list)
     progress: Mapping[str, Any] | None = None

@@ -198,7 +198,7 @@ class RemoteJobRunner:
 
     async def _until_may_be_sent(self, job: RemoteJob) -> bool:
         """Wait until RunPod may be asked; return whether the job still waits by then."""
-        while not (job.is_dropped or self._stopping.is_set()):
+        while not (job.is_cancelled or self._stopping.is_set()):
             if overdue := job.overdue(is_answered=True):
                 await self._finish(job, _late(overdue))
                 return False
@@ -234,7 +234,7 @@ class RemoteJobRunner:
 
     async def _follow(self, job: RemoteJob, tell: Tell) -> None:
         misses = 0
-        while not (job.is_dropped or self._stopping.is_set()):
+        while not (job.is_cancelled or self._stopping.is_set()):
             is_answered = False
             try:
                 if not self._client.pause.seconds:
