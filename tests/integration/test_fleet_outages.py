@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from comfy_worker.gateway.container import Gateway
+from comfy_worker.gateway.container import WEBHOOK_FORMATS, Gateway
 from comfy_worker.gateway.jobs.assets import AssetStore
 from comfy_worker.gateway.jobs.signed_links import AssetLinks
 from comfy_worker.gateway.jobs.webhook_deliveries import WebhookDeliveries
@@ -56,7 +56,8 @@ def end_a_job(url: str, webhook: str) -> None:
 
 def sender(store: JobStore, tmp_path: Path) -> WebhookDeliveries:
     settings = load_gateway_settings(allow_private_urls=True)
-    return WebhookDeliveries(store, AssetStore(tmp_path / "assets"), settings, AssetLinks("secret", 60), is_shared=True)
+    assets, links = AssetStore(tmp_path / "assets"), AssetLinks("secret", 60)
+    return WebhookDeliveries(store, assets, settings, links, WEBHOOK_FORMATS, is_shared=True)
 
 
 def is_done(url: str) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from comfy_worker.gateway.container import WEBHOOK_FORMATS
 from comfy_worker.gateway.jobs.progress_webhooks import ProgressWebhooks
 from comfy_worker.gateway.settings import load_gateway_settings
 from comfy_worker.gateway.store.records import JobRecord
@@ -167,7 +168,7 @@ def test_a_failed_job_that_is_run_again_tells_on(bench: EngineGateway, tmp_path:
 
 @pytest.fixture
 def webhooks() -> Iterator[ProgressWebhooks]:
-    made = ProgressWebhooks(load_gateway_settings(allow_private_urls=True))
+    made = ProgressWebhooks(load_gateway_settings(allow_private_urls=True), WEBHOOK_FORMATS)
     yield made
     made.close()
 
@@ -178,7 +179,7 @@ def job_of(receiver: Receiver) -> Job:
 
 def test_a_slow_receiver_gets_the_latest_and_no_pile(webhooks: ProgressWebhooks) -> None:
     with Receiver("hang") as receiver:
-        with webhooks.told(job_of(receiver), RECORD) as tell:
+        with webhooks.sending(job_of(receiver), RECORD) as tell:
             tell({"step": 0})
             receiver.wait_for(1)
             for step in range(1, 10_000):
@@ -192,7 +193,7 @@ def test_a_slow_receiver_gets_the_latest_and_no_pile(webhooks: ProgressWebhooks)
 
 def test_who_waits_for_the_end_of_progress_waits_for_what_is_under_way(webhooks: ProgressWebhooks) -> None:
     with Receiver("hang") as receiver:
-        with webhooks.told(job_of(receiver), RECORD) as tell:
+        with webhooks.sending(job_of(receiver), RECORD) as tell:
             tell({"step": 0})
             receiver.wait_for(1)
             waiting = threading.Thread(target=lambda: asyncio.run(webhooks.end("job")))
@@ -211,14 +212,14 @@ def test_who_waits_for_the_end_of_progress_waits_for_what_is_under_way(webhooks:
 def test_a_report_is_forgotten_with_its_job(webhooks: ProgressWebhooks) -> None:
     with Receiver() as receiver:
         for _ in range(3):
-            with webhooks.told(job_of(receiver), RECORD) as tell, webhooks.told(job_of(receiver), RECORD):
+            with webhooks.sending(job_of(receiver), RECORD) as tell, webhooks.sending(job_of(receiver), RECORD):
                 tell({"step": 0})
     wait_until(lambda: not webhooks._reports)
 
 
 def test_nothing_runs_where_nobody_is_to_be_told(webhooks: ProgressWebhooks) -> None:
     before = set(threading.enumerate())
-    with webhooks.told(Job("job", "prompt", {}), RECORD) as tell:
+    with webhooks.sending(Job("job", "prompt", {}), RECORD) as tell:
         tell({"step": 0})
     asyncio.run(webhooks.end("job"))
     # Those of earlier tests may end meanwhile.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from comfy_worker.gateway.container import Gateway
+from comfy_worker.gateway.container import WEBHOOK_FORMATS, Gateway
 from comfy_worker.gateway.errors import NotFound
 from comfy_worker.gateway.events.bus import LocalEventBus
 from comfy_worker.gateway.jobs.assets import AssetStore
@@ -197,7 +197,7 @@ def sender(store: JobStore, tmp_path: Path, **settings: object) -> WebhookDelive
     values = {"allow_private_urls": True, **settings}
     return WebhookDeliveries(
         store, AssetStore(tmp_path / "assets"), load_gateway_settings(**values), AssetLinks("secret", 60),
-        first_back_off_s=0.01,
+        WEBHOOK_FORMATS, first_back_off_s=0.01,
     )  # fmt: skip
 
 

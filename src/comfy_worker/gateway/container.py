@@ -11,6 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from comfy_worker.catalog.library import Catalog
+from comfy_worker.gateway.api.catalog import mapping as catalog_mapping
+from comfy_worker.gateway.api.generate import mapping as generate_mapping
+from comfy_worker.gateway.api.runpod import mapping as runpod_mapping
+from comfy_worker.gateway.api.task import mapping as task_mapping
+from comfy_worker.gateway.api.workflow import status as workflow_status
 from comfy_worker.gateway.api_keys import stored_secret
 from comfy_worker.gateway.engines.local import LocalEngine
 from comfy_worker.gateway.events.bus import EventBus, LocalEventBus
@@ -19,6 +24,7 @@ from comfy_worker.gateway.jobs.retention import Retention
 from comfy_worker.gateway.jobs.service import JobService
 from comfy_worker.gateway.jobs.signed_links import AssetLinks, CallbackLinks
 from comfy_worker.gateway.jobs.webhook_deliveries import WebhookDeliveries
+from comfy_worker.gateway.jobs.webhook_formats import WebhookFormats
 from comfy_worker.gateway.settings import GatewaySettings
 from comfy_worker.gateway.store.database import connect, wait_for_database
 from comfy_worker.gateway.store.gateway_lock import gateway_lock, leader_lock
@@ -32,6 +38,15 @@ if TYPE_CHECKING:
     from comfy_worker.gateway.jobs.peers import Peers
 
 log = logging.getLogger(__name__)
+
+WEBHOOK_FORMATS: WebhookFormats = {
+    "runpod": runpod_mapping.WEBHOOK,
+    "generate": generate_mapping.WEBHOOK,
+    "workflow": workflow_status.WEBHOOK,
+    "task": task_mapping.WEBHOOK,
+    "catalog": catalog_mapping.WEBHOOK,
+}
+"""The format of each API's webhooks, by the `api` of its jobs."""
 
 
 class Gateway:
@@ -76,7 +91,13 @@ class Gateway:
             self.links = AssetLinks(_links_key(settings), settings.asset_url_expires_s)
             is_shared = settings.engine != "local"
             self._deliveries = WebhookDeliveries(
-                self.store, self.assets, settings, self.links, public_url=settings.public_url, is_shared=is_shared
+                self.store,
+                self.assets,
+                settings,
+                self.links,
+                WEBHOOK_FORMATS,
+                public_url=settings.public_url,
+                is_shared=is_shared,
             )
             self.callbacks = CallbackLinks(own_key, settings.public_url)
             self._progress_writer = ProgressWriter(self.store)

@@ -168,6 +168,7 @@ def _announce(settings: GatewaySettings, url: str) -> None:
 
 def work() -> int:
     """Run a fleet's jobs until a signal; return the exit code."""
+    from comfy_worker.gateway.container import WEBHOOK_FORMATS
     from comfy_worker.gateway.engines.celery.worker import FleetWorker
     from comfy_worker.gateway.json_logs import configure_gateway_logs
     from comfy_worker.gateway.settings import load_gateway_settings
@@ -175,7 +176,7 @@ def work() -> int:
     settings = load_gateway_settings(engine="celery")
     _make_data_dir(settings)
     configure_gateway_logs(settings.log_level, settings.secrets(), settings.log_format)
-    return FleetWorker(settings).serve()
+    return FleetWorker(settings, WEBHOOK_FORMATS).serve()
 
 
 def _check_database(settings: GatewaySettings) -> None:

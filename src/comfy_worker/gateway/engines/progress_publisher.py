@@ -12,7 +12,7 @@ from comfy_worker.gateway.engines.backends import RunningJob
 from comfy_worker.gateway.engines.run_times import RunRecorder, RunTimes
 from comfy_worker.gateway.errors import DatabaseUnavailable
 from comfy_worker.gateway.events.bus import PREVIEW, PROGRESS, STATUS, EventBus
-from comfy_worker.gateway.jobs.progress_webhooks import Tell
+from comfy_worker.gateway.jobs.progress_webhooks import SendProgress
 from comfy_worker.gateway.store.job_store import JobStore, event_number
 from comfy_worker.gateway.store.progress_writer import ProgressWriter
 from comfy_worker.gateway.store.records import ProgressRecord
@@ -48,8 +48,8 @@ class ProgressPublisher:
         self._changed = changed
         self._standing = standing
 
-    def listener(self, running: RunningJob, job: Job, tell: Tell) -> Callable[[JobEvent], None]:
-        """Return what is to get the events of a job; `tell` gets where it stands after each."""
+    def listener(self, running: RunningJob, job: Job, send_progress: SendProgress) -> Callable[[JobEvent], None]:
+        """Return what is to get the events of a job; `send_progress` is called with the progress after each."""
         following = _JobProgress(running, job)
 
         def listen(event: JobEvent) -> None:
@@ -61,7 +61,7 @@ class ProgressPublisher:
                 self._enter(following, event.stage)
             following.apply(event)
             self._note_start(following)
-            tell(self._publish(following))
+            send_progress(self._publish(following))
 
         return listen
 

@@ -27,7 +27,7 @@ from comfy_worker.gateway.engines.store_retry import StoreRetry
 from comfy_worker.gateway.engines.waiting_jobs import WaitingJob
 from comfy_worker.gateway.errors import DatabaseUnavailable
 from comfy_worker.gateway.events.bus import STATUS, EventBus
-from comfy_worker.gateway.jobs.progress_webhooks import ProgressWebhooks, Tell
+from comfy_worker.gateway.jobs.progress_webhooks import ProgressWebhooks, SendProgress
 from comfy_worker.gateway.settings import GatewaySettings
 from comfy_worker.gateway.store.job_store import JobStore, event_number
 from comfy_worker.gateway.store.records import JobRecord
@@ -109,8 +109,8 @@ class Runner:
         if isinstance(job, WorkerError):
             self._finish(running.job, JobState.FAILED, error=job.as_output(self._settings.secrets()))
             return
-        with self._progress.told(job, running.job.record) as tell:
-            self._follow(running, job, tell)
+        with self._progress.sending(job, running.job.record) as send_progress:
+            self._follow(running, job, send_progress)
 
     def _prepare(self, running: RunningJob) -> Job | WorkerError:
         try:
@@ -121,7 +121,7 @@ class Runner:
         except WorkerError as error:
             return error
 
-    def _follow(self, running: RunningJob, job: Job, tell: Tell) -> None:
+    def _follow(self, running: RunningJob, job: Job, send_progress: SendProgress) -> None:
         try:
             prompt_id = self._prompt_to_resume(running, job)
         except ComfyUnreachable:
@@ -144,7 +144,7 @@ class Runner:
         # How long it may run is the engine's to watch: waiting for others in ComfyUI's queue does not count.
         limit_s = running.job.record.execution_timeout_s
         job = replace(job, prompt_id=prompt_id, resumed=is_resumed, execution_timeout_s=None, staging_timeout_s=limit_s)
-        listen = self._telling.listener(running, job, tell)
+        listen = self._telling.listener(running, job, send_progress)
         output = running.backend.worker.run_parsed(job, listen, running.stop, limits=turns)
         self._around.note_over(running)
         self._settle(running, json_safe(output), is_resumed=is_resumed)

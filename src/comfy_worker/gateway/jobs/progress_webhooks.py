@@ -1,4 +1,4 @@
-"""Tells receivers that asked for it how their jobs get on: not kept, not repeated, never after the job's end."""
+"""Progress webhooks of running jobs: not stored, not repeated, and never sent after the job's end."""
 
 from __future__ import annotations
 
@@ -7,47 +7,46 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
-from comfy_worker.gateway.jobs.webhook_formats import webhook_format_of
+from comfy_worker.gateway.jobs.webhook_formats import WebhookFormats
 from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.settings import Settings
 from comfy_worker.types import Job
 from comfy_worker.webhooks import Webhooks
 from comfy_worker.webhooks.progress import ProgressWebhook
 
-Tell = Callable[[dict[str, Any]], None]
+SendProgress = Callable[[dict[str, Any]], None]
 
 
 class ProgressWebhooks:
-    """The reports on jobs in hand, sent in a thread of their own that begins with the first."""
+    """Sends the progress of running jobs in one thread, which the first of them starts."""
 
-    def __init__(self, settings: Settings) -> None:
-        """Take the settings."""
+    def __init__(self, settings: Settings, formats: WebhookFormats) -> None:
+        """Take the settings, and the format of each API."""
         self._webhooks = Webhooks(settings)
+        self._formats = formats
         self._lock = threading.Lock()
         self._reports: dict[str, set[ProgressWebhook]] = {}
 
     @contextmanager
-    def told(self, job: Job, record: JobRecord) -> Iterator[Tell]:
-        """Yield what is to be called with where the job stands; it never waits, and tells nobody after this block.
+    def sending(self, job: Job, record: JobRecord) -> Iterator[SendProgress]:
+        """Yield a function that sends a job's progress, in the format of its API; it never blocks.
 
-        To be entered before the job is known to be open: then `end` finds it, whoever ends the job meanwhile. What is
-        told is in the words of the record's door.
+        Enter this before the job is known to be open: then `end` finds it, whoever ends the job.
         """
         if job.webhook is None or not job.webhook.progress:
-            yield _tell_nobody
+            yield _ignore
             return
-        extra_params, words = job.webhook.extra_params, webhook_format_of(record.api)
-        report = ProgressWebhook(
-            job.webhook, job.id, self._webhooks.settings, lambda told: words.progress_body(record, told, extra_params)
-        )
+        body = partial(self._formats[record.api].progress_body, record, extra_params=job.webhook.extra_params)
+        report = ProgressWebhook(job.webhook, job.id, self._webhooks.settings, body)
         with self._lock:
             self._reports.setdefault(job.id, set()).add(report)
         sending = self._webhooks.submit(report.run())
         sending.add_done_callback(lambda _sending: self._forget(job.id, report))
         try:
-            yield lambda value: self._webhooks.call(report.update, value)
+            yield lambda progress: self._webhooks.call(report.update, progress)
         finally:
             self._webhooks.submit(report.close())
 
@@ -59,7 +58,7 @@ class ProgressWebhooks:
                 self._reports.pop(job_id, None)
 
     async def end(self, job_id: str) -> None:
-        """Return when no progress of a job can come any more: at once, or when what is under way has arrived."""
+        """Send no more progress of a job; return when the request under way is answered."""
         with self._lock:
             closing: list[Future[None]] = [
                 self._webhooks.submit(report.close()) for report in self._reports.get(job_id, ())
@@ -72,5 +71,5 @@ class ProgressWebhooks:
         self._webhooks.close()
 
 
-def _tell_nobody(_value: dict[str, Any]) -> None:
-    """Be told of a job whose progress nobody wants to know."""
+def _ignore(_progress: dict[str, Any]) -> None:
+    """Send nothing."""

@@ -18,7 +18,7 @@ from comfy_worker.gateway.errors import DatabaseUnavailable
 from comfy_worker.gateway.jobs.assets import AssetStore
 from comfy_worker.gateway.jobs.progress_webhooks import ProgressWebhooks
 from comfy_worker.gateway.jobs.signed_links import AssetLinks
-from comfy_worker.gateway.jobs.webhook_formats import WebhookParts, webhook_format_of
+from comfy_worker.gateway.jobs.webhook_formats import WebhookFormats, WebhookParts
 from comfy_worker.gateway.jobs.webhook_receivers import webhook_of_request
 from comfy_worker.gateway.store.job_store import JobStore
 from comfy_worker.gateway.store.records import WebhookDelivery
@@ -60,6 +60,7 @@ class WebhookDeliveries:
         assets: AssetStore,
         settings: Settings,
         links: AssetLinks,
+        formats: WebhookFormats,
         *,
         public_url: str = "",
         first_back_off_s: float = _FIRST_BACK_OFF_S,
@@ -72,6 +73,7 @@ class WebhookDeliveries:
             assets: the outputs' files.
             settings: the settings.
             links: makes the links to the files.
+            formats: the format of each API.
             public_url: where clients find the gateway; what each job's caller used if empty.
             first_back_off_s: how long to wait before a second attempt.
             is_shared: whether other processes use the same store, too.
@@ -79,10 +81,11 @@ class WebhookDeliveries:
         Raises:
             InvalidInput: WEBHOOK_URL or WEBHOOK_SECRET is not sound.
         """
-        self.progress = ProgressWebhooks(settings)
+        self.progress = ProgressWebhooks(settings, formats)
         self._store = store
         self._assets = assets
         self._links = links
+        self._formats = formats
         self._public_url = public_url
         self._settings = settings
         self._first_back_off_s = first_back_off_s
@@ -233,7 +236,7 @@ class WebhookDeliveries:
         limit_mb = settings.runsync_result_limit_mb if record.is_sync else settings.run_result_limit_mb
         limit = int(limit_mb * _MB)
         parts = WebhookParts(self._assets, self._links, self._public_url, limit)
-        body = webhook_format_of(record.api).end_body(record, parts, webhook.extra_params)
+        body = self._formats[record.api].end_body(record, parts, webhook.extra_params)
         return Message.of(webhook, delivery.id, body, limit)
 
     def _receiver(self, request: Mapping[str, Any]) -> Webhook | None:

@@ -1,35 +1,26 @@
-"""In whose words a webhook tells of a job: those of the API that took it."""
+"""The bodies of a gateway's webhooks: each API defines its own format, and the container hands all of them in."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from importlib import import_module
 from typing import Any
 
 from comfy_worker.gateway.jobs.assets import AssetStore, with_urls, without_files
 from comfy_worker.gateway.jobs.signed_links import PATH, AssetLinks
-from comfy_worker.gateway.store.records import JobRecord, status_body
+from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.types import JobState, Kind, Stage
-
-_DOORS = {
-    "generate": "generate.mapping",
-    "task": "task.mapping",
-    "workflow": "workflow.status",
-    "catalog": "catalog.mapping",
-}
-"""The modules that have a door's `WEBHOOK`; loaded late, because a fleet's worker needs few of them."""
 
 
 @dataclass(frozen=True)
 class WebhookParts:
-    """What the end of a job is told with.
+    """What a format needs to describe a job's outputs.
 
     Attributes:
         assets: the outputs' files.
         links: makes the links to them.
-        public_url: the gateway's, before the one that the job's caller used.
-        limit: bytes that a message may have.
+        public_url: the gateway's URL; if empty, the one that the job's caller used.
+        limit: the largest message, in bytes.
     """
 
     assets: AssetStore
@@ -54,45 +45,30 @@ class WebhookParts:
 
 @dataclass(frozen=True)
 class WebhookFormat:
-    """What a door has its webhooks say.
+    """The format of an API's webhooks.
 
     Attributes:
-        end: returns the body that tells of a job's end.
-        progress: returns the body that tells how far a job is, given what was told of it last.
-        beside: returns what the caller's `extra_params` add to either, beside the field of this name.
+        end: returns the body that reports a job's end.
+        progress: returns the body that reports a job's progress.
+        extra_fields: returns the fields that both have for the caller's `extra_params`.
     """
 
     end: Callable[[JobRecord, WebhookParts], dict[str, Any]]
     progress: Callable[[JobRecord, Mapping[str, Any]], dict[str, Any]]
-    beside: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda _extra_params: {}
+    extra_fields: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda _extra_params: {}
 
     def end_body(self, record: JobRecord, parts: WebhookParts, extra_params: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the body that tells of a job's end; no parameter of the caller's takes the place of a field."""
-        return {**self.beside(extra_params), **self.end(record, parts)}
+        """Return the body that reports a job's end; the caller's extra fields overwrite none of it."""
+        return {**self.extra_fields(extra_params), **self.end(record, parts)}
 
     def progress_body(
-        self, record: JobRecord, told: Mapping[str, Any], extra_params: Mapping[str, Any]
+        self, record: JobRecord, progress: Mapping[str, Any], extra_params: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Return the body that tells how far a job is; its `type` sets it apart from the end, in every API."""
-        waits = told.get("stage") in (Stage.STAGING.value, Stage.QUEUED.value)
+        """Return the body that reports a job's progress; in every API, `type` distinguishes it from the end."""
+        waits = progress.get("stage") in (Stage.STAGING.value, Stage.QUEUED.value)
         record = replace(record, state=JobState.IN_QUEUE if waits else JobState.IN_PROGRESS)
-        return {**self.beside(extra_params), "type": "progress", **self.progress(record, told)}
+        return {**self.extra_fields(extra_params), "type": "progress", **self.progress(record, progress)}
 
 
-def webhook_format_of(door: str) -> WebhookFormat:
-    """Return the words of a door; RunPod's for one that has none of its own."""
-    if door not in _DOORS:
-        return RUNPOD
-    words: WebhookFormat = import_module(f"comfy_worker.gateway.api.{_DOORS[door]}").WEBHOOK
-    return words
-
-
-def _runpods_end(record: JobRecord, parts: WebhookParts) -> dict[str, Any]:
-    return status_body(record, parts.inlined(record))
-
-
-def _runpods_progress(record: JobRecord, told: Mapping[str, Any]) -> dict[str, Any]:
-    return {"id": record.id, "status": record.state.value, "output": told}
-
-
-RUNPOD = WebhookFormat(_runpods_end, _runpods_progress)
+WebhookFormats = Mapping[str, WebhookFormat]
+"""The format of each API, by the `api` of its jobs."""

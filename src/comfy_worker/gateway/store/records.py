@@ -89,33 +89,6 @@ class JobRecord:
         return max(0, round((self.ended_at - self.started_at) * 1000))
 
 
-def status_body(record: JobRecord, output: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return a job in the shape of RunPod's `/status`.
-
-    The error stands in the output too: the `output()` of RunPod's client shows nothing else of a failed job.
-
-    Args:
-        record: the job.
-        output: its output as the reader can use it, with the bytes of its files or URLs in place of references.
-    """
-    body: dict[str, Any] = {"id": record.id, "status": record.state.value}
-    if record.delay_ms is not None:
-        body["delayTime"] = record.delay_ms
-    if record.execution_ms is not None:
-        body["executionTime"] = record.execution_ms
-    if output is not None:
-        body["output"] = output
-    if record.error is not None:
-        body["error"] = record.error["error"]
-        body["output"] = {**(output or {}), **record.error}
-    return body
-
-
-def has_output(record: JobRecord) -> bool:
-    """Return whether `/status` shows an output that stays: what the job made, or why it failed."""
-    return record.output is not None or record.error is not None
-
-
 @dataclass(frozen=True)
 class WebhookDelivery:
     """A webhook that is to be sent, once, for the end of a job.

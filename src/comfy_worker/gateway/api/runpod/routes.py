@@ -14,6 +14,7 @@ from starlette.concurrency import run_in_threadpool
 from comfy_worker import __version__
 from comfy_worker.gateway.api.dependencies import Assets, Jobs, Links
 from comfy_worker.gateway.api.queue_sizes import queue_sizes
+from comfy_worker.gateway.api.runpod.mapping import has_output
 from comfy_worker.gateway.api.runpod.schemas import (
     ComfyUIState,
     HealthResponse,
@@ -37,7 +38,7 @@ from comfy_worker.gateway.http.json_response import SafeJSONResponse
 from comfy_worker.gateway.http.strict_json_route import StrictJSONRoute
 from comfy_worker.gateway.jobs.queue_position import iso_time
 from comfy_worker.gateway.jobs.service import JobService
-from comfy_worker.gateway.store.records import JobRecord, has_output
+from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.types import JobState
 
 ENDPOINT_PREFIX = "/v2/{endpoint_id}"

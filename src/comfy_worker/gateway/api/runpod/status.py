@@ -9,11 +9,12 @@ from starlette.concurrency import run_in_threadpool
 
 from comfy_worker.errors import OutputTooLarge
 from comfy_worker.gateway.api.dependencies import OutputLinks
+from comfy_worker.gateway.api.runpod.mapping import status_body
 from comfy_worker.gateway.http.json_response import SafeJSONResponse
 from comfy_worker.gateway.http.limits import MB, RUN_LIMIT, RUNSYNC_LIMIT
 from comfy_worker.gateway.jobs.assets import AssetStore
 from comfy_worker.gateway.jobs.service import JobService
-from comfy_worker.gateway.store.records import JobRecord, status_body
+from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.types import Kind
 
 FileFormat = Literal["base64", "url"]

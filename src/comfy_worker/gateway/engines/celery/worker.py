@@ -35,6 +35,7 @@ from comfy_worker.gateway.errors import DatabaseUnavailable
 from comfy_worker.gateway.events.redis_bus import RedisEventBus
 from comfy_worker.gateway.jobs.assets import AssetStore
 from comfy_worker.gateway.jobs.progress_webhooks import ProgressWebhooks
+from comfy_worker.gateway.jobs.webhook_formats import WebhookFormats
 from comfy_worker.gateway.json_logs import about_job
 from comfy_worker.gateway.settings import GatewaySettings
 from comfy_worker.gateway.store.database import connect as connect_database
@@ -74,8 +75,8 @@ class FleetWorker:
     the job to another worker, or to the next one beside the same ComfyUI.
     """
 
-    def __init__(self, settings: GatewaySettings) -> None:
-        """Open the database and connect to Redis.
+    def __init__(self, settings: GatewaySettings, formats: WebhookFormats) -> None:
+        """Open the database and connect to Redis; `formats` are those of the APIs' webhooks.
 
         Raises:
             InvalidInput: a setting is not sound or missing.
@@ -112,7 +113,7 @@ class FleetWorker:
         self._stopping = threading.Event()
         run_times = RunTimes()
         run_times.learn(reversed(wait_for_database(lambda: self._store.latest(limit=_LEARNED_FROM))))
-        self._progress = ProgressWebhooks(settings)
+        self._progress = ProgressWebhooks(settings, formats)
         self._notes = ProgressWriter(self._store)
         self._run_times = run_times
         telling = ProgressPublisher(self._store, self._notes, self._bus, run_times, self._lock, self._standing)

@@ -29,7 +29,7 @@ from comfy_worker.gateway.engines.store_retry import StoreRetry
 from comfy_worker.gateway.errors import DatabaseUnavailable
 from comfy_worker.gateway.events.bus import PROGRESS, STATUS, EventBus
 from comfy_worker.gateway.jobs.assets import AssetStore
-from comfy_worker.gateway.jobs.progress_webhooks import ProgressWebhooks, Tell
+from comfy_worker.gateway.jobs.progress_webhooks import ProgressWebhooks, SendProgress
 from comfy_worker.gateway.json_logs import about_job
 from comfy_worker.gateway.store.job_store import JobStore, event_number
 from comfy_worker.gateway.store.progress_writer import ProgressWriter
@@ -124,9 +124,9 @@ class RemoteJobRunner:
             await self._fail(job, prepared)
             return
         job.warnings = prepared.warnings
-        with self._progress.told(prepared, job.record) as tell:
+        with self._progress.sending(prepared, job.record) as send_progress:
             if job.remote_id is not None or await self._send(job):
-                await self._follow(job, tell)
+                await self._follow(job, send_progress)
 
     def _prepare(self, job: RemoteJob) -> Job | WorkerError:
         """Return the job without its files, which may be large, or why it can only fail."""
@@ -232,13 +232,13 @@ class RemoteJobRunner:
 
     # ------------------------------------------------------------------------------------------------ follow
 
-    async def _follow(self, job: RemoteJob, tell: Tell) -> None:
+    async def _follow(self, job: RemoteJob, send_progress: SendProgress) -> None:
         misses = 0
         while not (job.is_cancelled or self._stopping.is_set()):
             is_answered = False
             try:
                 if not self._client.pause.seconds:
-                    if await self._ask(job, tell):
+                    if await self._ask(job, send_progress):
                         return
                     is_answered, misses = True, 0
             except PlatformAway as away:
@@ -268,7 +268,7 @@ class RemoteJobRunner:
             return False
         return True
 
-    async def _ask(self, job: RemoteJob, tell: Tell) -> bool:
+    async def _ask(self, job: RemoteJob, send_progress: SendProgress) -> bool:
         """Ask where a job stands, and take it in; return whether it has ended."""
         while job.rumours:
             status = await self._client.status(job.rumours[0])
@@ -291,7 +291,7 @@ class RemoteJobRunner:
             job.progress = progress
             job.changed()
             self._notes.note(await self._publish_progress(job, progress))
-            tell(dict(progress))
+            send_progress(dict(progress))
         return False
 
     async def _publish_progress(self, job: RemoteJob, progress: Mapping[str, Any]) -> ProgressRecord:
