@@ -197,7 +197,7 @@ def sender(store: JobStore, tmp_path: Path, **settings: object) -> WebhookDelive
     values = {"allow_private_urls": True, **settings}
     return WebhookDeliveries(
         store, AssetStore(tmp_path / "assets"), load_gateway_settings(**values), AssetLinks("secret", 60),
-        WEBHOOK_FORMATS, first_back_off_s=0.01,
+        WEBHOOK_FORMATS, first_backoff_s=0.01,
     )  # fmt: skip
 
 

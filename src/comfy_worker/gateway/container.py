@@ -145,24 +145,24 @@ class Gateway:
         if settings.engine != "local" or settings.api_cache != "redis":
             return None
         # Imported late: Redis's client is an optional dependency.
-        from comfy_worker.gateway.jobs.peer_files import lend
+        from comfy_worker.gateway.jobs.peer_files import open_file
         from comfy_worker.gateway.jobs.peers import Peers
 
         name = stored_secret(data / "gateway.id", lambda: uuid.uuid4().hex)
         peers = Peers(settings.broker_url.get_secret_value(), name, self.store)
-        self.store.on_change = peers.note
-        self.assets.elsewhere = partial(lend, peers)
+        self.store.on_change = peers.copy
+        self.assets.open_peer_file = partial(open_file, peers)
         return peers
 
-    def _act_for_peer(self, asked: Mapping[str, Any]) -> Any:
-        from comfy_worker.gateway.jobs.peer_files import WHAT, piece
+    def _handle_peer_request(self, request: Mapping[str, Any]) -> Any:
+        from comfy_worker.gateway.jobs.peer_files import READ_FILE, read_chunk
 
-        if asked["what"] == WHAT:
-            return piece(self.assets, asked)
-        done = self.service.act(asked)
-        if asked["what"] == "give_up" and done:
+        if request["what"] == READ_FILE:
+            return read_chunk(self.assets, request)
+        done = self.service.handle_peer_request(request)
+        if request["what"] == "delete_ended" and done:
             # A file of the same name now belongs to the new job.
-            self.assets.remove(str(asked["id"]))
+            self.assets.remove(str(request["id"]))
         return done
 
     def start(self) -> None:
@@ -176,7 +176,7 @@ class Gateway:
         self._deliveries.start()
         self._retention.start()
         if self._peers is not None:
-            self._peers.start(self.service.snapshot, self._act_for_peer)
+            self._peers.start(self.service.queue_state, self._handle_peer_request)
 
     def end_streams(self) -> None:
         """End all event streams, and all responses that wait for a job, because the gateway is about to stop."""

@@ -169,7 +169,7 @@ class LocalEngine:
             take_out(waiting, own)
 
     def backends(self) -> Sequence[Mapping[str, Any]]:
-        """Return how each ComfyUI is doing; see `service.Engine`."""
+        """Return how each ComfyUI is doing; see `Engine.backends`."""
         with self._lock:
             return [
                 {

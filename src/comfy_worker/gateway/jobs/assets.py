@@ -1,4 +1,4 @@
-"""The outputs' bytes, in a folder beside the database: one folder a job."""
+"""The files of outputs, in a folder next to the database: one folder for each job."""
 
 from __future__ import annotations
 
@@ -18,90 +18,90 @@ from comfy_worker.storage.local import LocalStorage
 from comfy_worker.storage.object_keys import safe_name
 from comfy_worker.types import Kind
 
-_LENT_S = 3600
+_PEER_FILES_KEPT_S = 3600
 _SCHEME = "asset:"
-"""Of the URL under which an output is noted in the store; the rest is `/<job>/<path>`."""
+"""The scheme of an output's URL in the store; the rest is `/<job>/<path>`."""
 
 
 @dataclass(frozen=True)
-class Loan:
-    """An asset that another gateway has: which run of its job made it, and its content."""
+class PeerFile:
+    """A file of another gateway: which run of its job made it, and its content."""
 
     version: str
-    pieces: Iterable[bytes]
+    chunks: Iterable[bytes]
 
 
 class AssetStore:
-    """Keeps outputs until their job expires.
+    """Keeps output files until their job expires.
 
     Attributes:
-        elsewhere: returns an asset that is not here, None if it is nowhere.
+        open_peer_file: returns a file that another gateway has, None if none has it.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.elsewhere: Callable[[str], Loan | None] | None = None
+        self.open_peer_file: Callable[[str], PeerFile | None] | None = None
         self._folder = folder
-        self._loans = folder.with_name(f"{folder.name}_of_others")
+        self._peer_files = folder.with_name(f"{folder.name}_of_others")
         folder.mkdir(parents=True, exist_ok=True)
-        # Other users of the machine have no key. A folder that belongs to somebody else is for them to protect.
+        # Only for this user. If the folder belongs to somebody else, they have to protect it.
         with suppress(PermissionError):
             folder.chmod(0o700)
 
     def storage(self) -> LocalStorage:
-        """Return the storage that puts outputs here."""
+        """Return the storage that delivers outputs here."""
         return LocalStorage(self._folder, _SCHEME)
 
     def path_of(self, path: str) -> Path:
-        """Return where the asset `<job>/<path>` lies.
+        """Return the path of the file `<job>/<path>`.
 
         Raises:
-            NotFound: there is none of this name (any more), or the name leads elsewhere.
+            NotFound: there is no such file (any more), or the path leads out of the job's folder.
         """
-        found = _inside(self._folder, path)
+        found = _below(self._folder, path)
         if found is not None and not found.is_file():
-            found = self._borrowed(path)
+            found = self._fetch_from_peer(path)
         if found is None:
             raise no_such_file()
         return found
 
-    def _borrowed(self, path: str) -> Path | None:
-        """Return where a copy of an asset lies that is not ours; it is made if it is not there."""
-        loan = None if self.elsewhere is None else self.elsewhere(path)
-        if loan is None:
+    def _fetch_from_peer(self, path: str) -> Path | None:
+        """Return the path of a copy of another gateway's file, which is fetched if there is none yet."""
+        file = None if self.open_peer_file is None else self.open_peer_file(path)
+        if file is None:
             return None
         job_id, _, rest = path.partition("/")
-        target = _inside(self._loans, f"{job_id}@{loan.version}/{rest}")
+        target = _below(self._peer_files, f"{job_id}@{file.version}/{rest}")
         if target is None or target.is_file():
             return target
-        self._forget_old_loans()
+        self._remove_old_peer_files()
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_name(f".{uuid.uuid4().hex}.part")
         try:
-            with part.open("xb") as file:
-                file.writelines(loan.pieces)
+            with part.open("xb") as copy:
+                copy.writelines(file.chunks)
             part.replace(target)
         finally:
             part.unlink(missing_ok=True)
         return target
 
-    def _forget_old_loans(self) -> None:
-        for job in self._loans.glob("*"):
-            if job.stat().st_mtime < time.time() - _LENT_S:
+    def _remove_old_peer_files(self) -> None:
+        for job in self._peer_files.glob("*"):
+            if job.stat().st_mtime < time.time() - _PEER_FILES_KEPT_S:
                 shutil.rmtree(job, ignore_errors=True)
 
     def remove(self, job_id: str) -> None:
-        """Remove all assets of a job."""
+        """Remove all files of a job."""
         shutil.rmtree(self._folder / safe_name(job_id), ignore_errors=True)
 
     def as_base64(self, output: Mapping[str, Any]) -> dict[str, Any]:
-        """Return an output with the bytes of its files in it, as a worker's answer has them."""
+        """Return an output with the content of its files in it, like the result of a worker."""
         return _replaced(output, self._inline)
 
     def _inline(self, item: dict[str, Any], path: str) -> dict[str, Any]:
         try:
             content = self.path_of(path).read_bytes()
         except (NotFound, FileNotFoundError):
-            # Not a 404: whoever asks about a job would take it for one that is not there.
+            # Not a 404: it would say that the job does not exist.
             raise FileMissing(
                 f"The job's file {item.get('filename')!r} is not where this gateway keeps outputs",
                 hint="All gateways and workers need the same DATA_DIR, or a bucket",
@@ -111,17 +111,17 @@ class AssetStore:
 
 
 def no_such_file() -> NotFound:
-    """Return the error that says that a file is not there; of a file that its caller may not see, too."""
+    """Return the error for a file that does not exist, or that its caller may not see."""
     return NotFound("There is no such file (any more)")
 
 
-def _inside(folder: Path, path: str) -> Path | None:
-    """Return where `<job>/<path>` lies below a folder, if it is in its job's own; None if it leads elsewhere."""
+def _below(folder: Path, path: str) -> Path | None:
+    """Return the path of `<job>/<path>` below a folder; None if it leads out of the job's folder."""
     try:
         found = (folder / path).resolve()
         of_job = (folder / path.partition("/")[0]).resolve()
         is_in_its_folder = of_job.parent == folder.resolve() and found.is_relative_to(of_job)
-        # No file can have a name that is too long or has a zero byte.
+        # Raises if a name is too long or has a zero byte.
         found.is_file()
     except (OSError, ValueError):
         return None
@@ -129,12 +129,12 @@ def _inside(folder: Path, path: str) -> Path | None:
 
 
 def with_urls(output: Mapping[str, Any], url_of: Callable[[str], str]) -> dict[str, Any]:
-    """Return an output with a URL for each of its files; `url_of` makes it out of `<job>/<path>`."""
+    """Return an output with a URL for each of its files; `url_of` makes the URL for `<job>/<path>`."""
     return _replaced(output, lambda item, path: {**item, "type": "url", "data": url_of(path)})
 
 
 def without_files(output: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an output that tells of its files and has neither their bytes nor where they are."""
+    """Return an output that describes its files, without their content or URLs."""
     return _replaced(output, lambda item, _path: {key: value for key, value in item.items() if key != "data"})
 
 

@@ -1,4 +1,4 @@
-"""What Prometheus is told: jobs, queue, seconds by stage, ComfyUI and its GPU."""
+"""Metrics for Prometheus: jobs, queue, seconds by stage, ComfyUIs and their GPUs."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ Value = TypeVar("Value")
 
 
 class Cached(Generic[Value]):
-    """A value that is asked for again only when it is older than `age_s`, by one caller at a time."""
+    """A value that is computed again when it is older than `age_s`, by one caller at a time."""
 
-    def __init__(self, ask: Callable[[], Value], age_s: float) -> None:
-        """Take how to ask, and how long an answer is good."""
-        self._ask = ask
+    def __init__(self, compute: Callable[[], Value], age_s: float) -> None:
+        """Take the function that computes the value, and how long a value is valid."""
+        self._compute = compute
         self._age_s = age_s
         self._lock = threading.Lock()
-        self._kept: tuple[float, Value] | None = None
+        self._cached: tuple[float, Value] | None = None
 
     def get(self) -> Value:
         """Return the value."""
         with self._lock:
-            if self._kept is None or time.monotonic() - self._kept[0] > self._age_s:
-                self._kept = (time.monotonic(), self._ask())
-            return self._kept[1]
+            if self._cached is None or time.monotonic() - self._cached[0] > self._age_s:
+                self._cached = (time.monotonic(), self._compute())
+            return self._cached[1]
 
 
 class _Device(BaseModel):
@@ -55,29 +55,29 @@ class _Device(BaseModel):
 
 
 class _SystemStats(BaseModel):
-    """What is wanted of ComfyUI's `/system_stats`; of several devices the first is its own."""
+    """The part of ComfyUI's `/system_stats` that is used; the first of several devices is its own."""
 
     devices: list[_Device] = Field(default_factory=list)
 
 
 class GatewayCollector(Collector):
-    """What is looked up when it is asked for: jobs in the store, ComfyUIs and their GPUs."""
+    """Metrics that are computed when they are collected: jobs in the store, ComfyUIs and their GPUs."""
 
     def __init__(
         self, store: JobStore, backends: Callable[[], Sequence[Mapping[str, Any]]], urls: Sequence[str] = ()
     ) -> None:
-        """Take where to look; `urls` are those of ComfyUIs with their passwords, which `backends` leaves out."""
+        """Take the parts; `urls` are those of ComfyUIs with their passwords, which `backends` leaves out."""
         self._store = store
         self._backends = backends
         self._urls = {without_credentials(url): url for url in urls}
-        self._stats = Cached(self._ask_all, _STATS_AGE_S)
+        self._stats = Cached(self._all_system_stats, _STATS_AGE_S)
 
     def describe(self) -> Iterator[Metric]:
-        """Return nothing: registering is to look nothing up."""
+        """Return nothing, so that registering collects nothing."""
         return iter(())
 
     def collect(self) -> Iterator[Metric]:
-        """Look everything up."""
+        """Compute all metrics."""
         by_owner = self._store.counts_by_owner()
         counts = sum((Counter(counts) for counts in by_owner.values()), Counter[JobState]())
         jobs = GaugeMetricFamily("comfy_jobs", "Jobs that the gateway keeps, by state.", labels=["state"])
@@ -99,34 +99,34 @@ class GatewayCollector(Collector):
         yield from self._memory()
 
     def _stages(self) -> Metric:
-        told = HistogramMetricFamily(
+        seconds = HistogramMetricFamily(
             "comfy_job_stage_seconds", "Seconds that jobs spent in each stage.", labels=["stage"]
         )
         for stage, times in self._store.seconds_by_stage().items():
             limits = sorted(times.jobs)
             up_to = accumulate(times.jobs[limit] for limit in limits)
             buckets = [(_as_label(limit), float(count)) for limit, count in zip(limits, up_to, strict=True)]
-            told.add_metric([stage], buckets, times.seconds)
-        return told
+            seconds.add_metric([stage], buckets, times.seconds)
+        return seconds
 
     def _memory(self) -> Iterator[Metric]:
         labels = ["backend", "device"]
         total = GaugeMetricFamily("comfy_gpu_memory_total_bytes", "Memory of a GPU.", labels=labels)
         free = GaugeMetricFamily("comfy_gpu_memory_free_bytes", "Free memory of a GPU.", labels=labels)
         for number, stats in enumerate(self._stats.get()):
-            for place, device in enumerate(stats.devices):
-                total.add_metric([str(number), str(place)], device.vram_total)
-                free.add_metric([str(number), str(place)], device.vram_free)
+            for index, device in enumerate(stats.devices):
+                total.add_metric([str(number), str(index)], device.vram_total)
+                free.add_metric([str(number), str(index)], device.vram_free)
         yield total
         yield free
 
-    def _ask_all(self) -> list[_SystemStats]:
+    def _all_system_stats(self) -> list[_SystemStats]:
         backends = self._backends()
         with ThreadPoolExecutor(max(1, len(backends)), "system_stats") as threads:
             return list(threads.map(self._system_stats, backends))
 
     def _system_stats(self, backend: Mapping[str, Any]) -> _SystemStats:
-        """Return a ComfyUI's `/system_stats`; nothing for one that does not answer, or not in its usual form."""
+        """Return a ComfyUI's `/system_stats`; empty if it does not answer, or not in the usual form."""
         if not backend["healthy"]:
             return _SystemStats()
         url = backend["url"]
@@ -135,20 +135,20 @@ class GatewayCollector(Collector):
             answer.raise_for_status()
             return _SystemStats.model_validate_json(answer.content)
         except (requests.RequestException, ValidationError) as error:
-            log.info("ComfyUI %s told nothing of its memory: %s", url, type(error).__name__)
+            log.info("ComfyUI %s did not report its memory: %s", url, type(error).__name__)
             return _SystemStats()
 
 
 def _jobs_by_key(by_owner: Mapping[str, Mapping[JobState, int]]) -> Metric:
-    """Return how many jobs each key has, of those keys whose jobs the caller may see."""
-    told = GaugeMetricFamily(
+    """Return the number of jobs of each key whose jobs the caller may see."""
+    jobs = GaugeMetricFamily(
         "comfy_key_jobs", "Jobs that the gateway keeps, by key and state.", labels=["key", "state"]
     )
     for owner, counts in sorted(by_owner.items()):
         if owner != NOBODY and current_caller().sees(owner):
             for state in JobState:
-                told.add_metric([owner, state.value], counts.get(state, 0))
-    return told
+                jobs.add_metric([owner, state.value], counts.get(state, 0))
+    return jobs
 
 
 def _as_label(limit: float) -> str:
@@ -156,7 +156,7 @@ def _as_label(limit: float) -> str:
 
 
 def make_registry() -> CollectorRegistry:
-    """Return a registry of one gateway, with the process's own figures in it."""
+    """Return a registry for one gateway, with the metrics of its process."""
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     return registry

@@ -1,7 +1,7 @@
 """Gateways that share a Redis and nothing else: each runs jobs of its own, and any of them answers for all.
 
-A gateway keeps a copy of each of its jobs in Redis, without what was sent, and tells there how its queue is. What only
-the job's own gateway can do (cancel it, run it again, hand out its files) it is asked for in a list of its own.
+A gateway keeps a copy of each of its jobs in Redis, without the request, and publishes the state of its queue there.
+What only the job's own gateway can do (cancel it, run it again, read its files) is requested through a list in Redis.
 """
 
 from __future__ import annotations
@@ -31,37 +31,37 @@ log = logging.getLogger(__name__)
 
 _KEYS = "comfy:gateways"
 _OPEN_KEPT_S = 86_400
-_BEAT_S = 0.5
+_INTERVAL_S = 0.5
 _ALIVE_S = 5
-"""After so many seconds without a word a gateway counts as away."""
-_PATIENCE_S = 60.0
-"""How long an answer is waited for: a cancel waits for the end of a node."""
+"""A gateway that has published nothing for so many seconds counts as away."""
+_REPLY_TIMEOUT_S = 60.0
+"""How long to wait for a reply: a cancel waits for the end of a node."""
 _LISTEN_S = 1
 _REPLY_KEPT_S = 120
-_MOST_COPIES = 5000
+_MAX_COPIES = 5000
 _AT_ONCE = 8
 _FIELDS = {field.name for field in fields(JobRecord)}
 
-Act = Callable[[Mapping[str, Any]], Any]
+Handler = Callable[[Mapping[str, Any]], Any]
 
 
 class PeerAway(DatabaseUnavailable):
-    """A job is another gateway's, and that, or the Redis between the two, does not answer."""
+    """A job belongs to another gateway, and that gateway or the shared Redis does not answer."""
 
 
 @dataclass(frozen=True)
-class Copy:
-    """A job of another gateway: its name, and the job as it told of it last."""
+class PeerJob:
+    """A job of another gateway: the gateway's name, and its latest copy of the job."""
 
     gateway: str
     record: JobRecord
 
 
 class Peers:
-    """The other gateways; methods may be called from any thread, and wait for Redis no longer than a second."""
+    """The other gateways; methods may be called from any thread, and wait for Redis for at most a second."""
 
     def __init__(self, url: str, name: str, store: JobStore) -> None:
-        """Take the URL of the Redis, this gateway's name, the same after a restart, and its jobs."""
+        """Take the URL of the Redis, this gateway's jobs, and its name, which stays the same over restarts."""
         self._url = url
         self._name = name
         self._store = store
@@ -72,25 +72,25 @@ class Peers:
         self._stopping = threading.Event()
         self._threads: list[threading.Thread] = []
 
-    # ------------------------------------------------------------------------------------------------ life
+    # -------------------------------------------------------------------------------------- start and stop
 
-    def start(self, snapshot: Callable[[], Mapping[str, Any]], act: Act) -> None:
-        """Begin to tell of this gateway, and to do what others ask for.
+    def start(self, queue_state: Callable[[], Mapping[str, Any]], handle: Handler) -> None:
+        """Begin to publish this gateway's state, and to handle the requests of others.
 
         Args:
-            snapshot: returns how this gateway's queue is, as JSON.
-            act: does what was asked for, and returns the answer, as JSON; it raises errors of ours.
+            queue_state: returns the state of this gateway's queue, as JSON.
+            handle: handles a request, and returns the reply, as JSON; it raises a `WorkerError` to refuse it.
         """
-        self._dirty |= {record.id for record in self._store.latest(limit=_MOST_COPIES)}
+        self._dirty |= {record.id for record in self._store.latest(limit=_MAX_COPIES)}
         self._threads = [
-            threading.Thread(target=self._tell, args=(snapshot,), name="peers"),
-            threading.Thread(target=self._serve, args=(act,), name="peers-asked"),
+            threading.Thread(target=self._publish, args=(queue_state,), name="peers"),
+            threading.Thread(target=self._serve, args=(handle,), name="peer-requests"),
         ]
         for thread in self._threads:
             thread.start()
 
     def stop(self) -> None:
-        """End; the copies stay, and others see that this gateway is away."""
+        """End; the copies stay, and the others see that this gateway is away."""
         self._stopping.set()
         for thread in self._threads:
             thread.join()
@@ -100,8 +100,8 @@ class Peers:
 
     # -------------------------------------------------------------------------------------------- own jobs
 
-    def note(self, job_id: str) -> None:
-        """Copy a job that changed, or forget one that is gone; while that cannot be done it is put off."""
+    def copy(self, job_id: str) -> None:
+        """Update the copy of a job that has changed or is gone; if Redis is away, do it later."""
         try:
             self._copy(job_id)
         except (RedisAway, DatabaseUnavailable):
@@ -122,36 +122,36 @@ class Peers:
             pipeline = client.pipeline(transaction=True)
             pipeline.set(key, packed, ex=kept_s)
             pipeline.zadd(index, {job_id: record.created_at})
-            pipeline.zremrangebyrank(index, 0, -_MOST_COPIES - 1)
+            pipeline.zremrangebyrank(index, 0, -_MAX_COPIES - 1)
             pipeline.expire(index, _OPEN_KEPT_S)
             pipeline.execute()
 
         self._link.call(write)
 
-    def _tell(self, snapshot: Callable[[], Mapping[str, Any]]) -> None:
+    def _publish(self, queue_state: Callable[[], Mapping[str, Any]]) -> None:
         while True:
-            # An outage has been logged by whoever met it.
+            # An outage is logged where it is met first.
             with contextlib.suppress(RedisAway, DatabaseUnavailable):
-                self._copy_put_off()
-                state = json.dumps(snapshot())
+                self._copy_dirty()
+                state = json.dumps(queue_state())
                 self._others = self._link.call(partial(self._exchange, state))
-            if self._stopping.wait(_BEAT_S):
+            if self._stopping.wait(_INTERVAL_S):
                 return
 
-    def _copy_put_off(self) -> None:
+    def _copy_dirty(self) -> None:
         with self._lock:
-            put_off, self._dirty = self._dirty, set()
-        while put_off:
-            job_id = put_off.pop()
+            dirty, self._dirty = self._dirty, set()
+        while dirty:
+            job_id = dirty.pop()
             try:
                 self._copy(job_id)
             except (RedisAway, DatabaseUnavailable):
                 with self._lock:
-                    self._dirty |= {job_id, *put_off}
+                    self._dirty |= {job_id, *dirty}
                 raise
 
     def _exchange(self, state: str, client: Redis) -> dict[str, Mapping[str, Any]]:
-        """Tell how our queue is, and return how those of the others are."""
+        """Publish the state of our queue, and return the states of the others."""
         client.set(f"{_KEYS}:state:{self._name}", state, ex=_ALIVE_S)
         client.sadd(_KEYS, self._name)
         names = sorted(name.decode() for name in cast("set[bytes]", client.smembers(_KEYS)))
@@ -161,7 +161,7 @@ class Peers:
 
     # ----------------------------------------------------------------------------------------- others' jobs
 
-    def find(self, job_id: str) -> Copy | None:
+    def find(self, job_id: str) -> PeerJob | None:
         """Return another gateway's job, None if there is none with this id.
 
         Raises:
@@ -170,8 +170,8 @@ class Peers:
         packed = self._call(lambda client: cast("bytes | None", client.get(f"{_KEYS}:job:{job_id}")))
         return self._unpacked(packed)
 
-    def all(self) -> list[JobRecord]:
-        """Return the jobs of all others, newest first; those that are known while the Redis is away: none."""
+    def jobs(self) -> list[JobRecord]:
+        """Return the jobs of all other gateways, newest first; none while Redis is away."""
         try:
             return self._link.call(self._read_all)
         except RedisAway:
@@ -180,52 +180,51 @@ class Peers:
     def _read_all(self, client: Redis) -> list[JobRecord]:
         ids = [job_id.decode() for job_id in cast("list[bytes]", client.zrevrange(f"{_KEYS}:jobs", 0, -1))]
         packed = cast("list[bytes | None]", client.mget([f"{_KEYS}:job:{job_id}" for job_id in ids])) if ids else []
-        return [copy.record for copy in map(self._unpacked, packed) if copy is not None]
+        return [job.record for job in map(self._unpacked, packed) if job is not None]
 
-    def _unpacked(self, packed: bytes | None) -> Copy | None:
+    def _unpacked(self, packed: bytes | None) -> PeerJob | None:
         if packed is None:
             return None
-        told = json.loads(packed)
-        if told["gateway"] == self._name:
+        copy = json.loads(packed)
+        if copy["gateway"] == self._name:
             return None
         # A gateway of another version may have other fields.
-        known = {name: value for name, value in told["record"].items() if name in _FIELDS}
-        return Copy(told["gateway"], JobRecord(**{**known, "state": JobState(known["state"])}))
+        known = {name: value for name, value in copy["record"].items() if name in _FIELDS}
+        return PeerJob(copy["gateway"], JobRecord(**{**known, "state": JobState(known["state"])}))
 
     def states(self) -> Sequence[Mapping[str, Any]]:
-        """Return how the queue of each other gateway is that answers, as it told a moment ago."""
+        """Return the latest state of the queue of each other gateway that answers."""
         return list(self._others.values())
 
-    # ------------------------------------------------------------------------------------------------ asking
+    # ---------------------------------------------------------------------------------------------- requests
 
-    def ask(self, gateway: str, what: str, **about: Any) -> Any:
-        """Have another gateway do something, and return its answer; one that is away does it when it is back.
+    def ask(self, gateway: str, what: str, **parameters: Any) -> Any:
+        """Send a request to another gateway, and return its reply; one that is away handles it when it is back.
 
         Raises:
             PeerAway: it does not answer.
-            WorkerError: it refused, and says why.
+            WorkerError: it refused the request.
         """
-        answer = self._answer(gateway, {"what": what, **about})
-        if "error" in answer:
-            raise _refusal(answer["error"])
-        return answer["value"]
+        reply = self._request(gateway, {"what": what, **parameters})
+        if "error" in reply:
+            raise _refusal(reply["error"])
+        return reply["value"]
 
-    def _answer(self, gateway: str, request: Mapping[str, Any]) -> Mapping[str, Any]:
-        reply, asked = f"{_KEYS}:reply:{uuid.uuid4().hex}", f"{_KEYS}:asked:{gateway}"
+    def _request(self, gateway: str, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        reply, requests = f"{_KEYS}:reply:{uuid.uuid4().hex}", f"{_KEYS}:asked:{gateway}"
 
         def send(client: Redis) -> bool:
             pipeline = client.pipeline(transaction=True)
-            pipeline.rpush(asked, json.dumps({**request, "reply": reply}))
-            pipeline.expire(asked, _OPEN_KEPT_S)
+            pipeline.rpush(requests, json.dumps({**request, "reply": reply}))
+            pipeline.expire(requests, _OPEN_KEPT_S)
             pipeline.exists(f"{_KEYS}:state:{gateway}")
             return bool(pipeline.execute()[-1])
 
-        is_there = self._call(send)
-        if not is_there:
+        if not self._call(send):
             raise _away(gateway)
         client = connect(self._url, _LISTEN_S + 5)
         try:
-            found = self._awaited(client, reply, gateway)
+            found = self._wait_for_reply(client, reply, gateway)
         except RedisError:
             found = None
         finally:
@@ -235,9 +234,9 @@ class Peers:
         answer: Mapping[str, Any] = json.loads(found)
         return answer
 
-    def _awaited(self, client: Redis, reply: str, gateway: str) -> bytes | None:
-        """Return an answer; None if it takes too long, or if its gateway goes away before."""
-        deadline = time.monotonic() + _PATIENCE_S
+    def _wait_for_reply(self, client: Redis, reply: str, gateway: str) -> bytes | None:
+        """Return a reply; None if it takes too long, or if its gateway goes away."""
+        deadline = time.monotonic() + _REPLY_TIMEOUT_S
         while time.monotonic() < deadline:
             found = cast("tuple[bytes, bytes] | None", client.blpop([reply], _LISTEN_S))
             if found is not None:
@@ -252,9 +251,9 @@ class Peers:
         except RedisAway:
             raise PeerAway("Redis does not answer, and only it knows the jobs of other gateways") from None
 
-    def _serve(self, act: Act) -> None:
+    def _serve(self, handle: Handler) -> None:
         client = connect(self._url, _LISTEN_S + 5)
-        with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="peers-asked") as doing:
+        with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="peer-requests") as threads:
             while not self._stopping.is_set():
                 try:
                     found = cast("tuple[bytes, bytes] | None", client.blpop([f"{_KEYS}:asked:{self._name}"], _LISTEN_S))
@@ -262,16 +261,16 @@ class Peers:
                     self._stopping.wait(_LISTEN_S)
                     continue
                 if found is not None:
-                    doing.submit(self._do, act, json.loads(found[1]))
+                    threads.submit(self._answer, handle, json.loads(found[1]))
         client.close()
 
-    def _do(self, act: Act, request: Mapping[str, Any]) -> None:
+    def _answer(self, handle: Handler, request: Mapping[str, Any]) -> None:
         try:
-            answer: dict[str, Any] = {"value": act(request)}
+            answer: dict[str, Any] = {"value": handle(request)}
         except WorkerError as error:
             answer = {"error": error.as_output()}
         except Exception:
-            log.exception("what another gateway asked for met a bug")
+            log.exception("a request of another gateway failed with an unexpected error")
             answer = {
                 "error": {"error": "The job's gateway failed because of a bug of its own", "code": InternalError.code}
             }
@@ -286,12 +285,12 @@ class Peers:
 
 def _away(gateway: str) -> PeerAway:
     return PeerAway(
-        "The job is another gateway's, which does not answer",
-        hint=f"What was asked for is done when that gateway ({gateway[:8]}) is back",
+        "The job belongs to another gateway, which does not answer",
+        hint=f"That gateway ({gateway[:8]}) handles the request when it is back",
     )
 
 
-def _refusal(told: Mapping[str, Any]) -> WorkerError:
-    """Return what another gateway raised."""
-    kind = next((error for error in all_errors() if error.code == told["code"]), InternalError)
-    return kind(str(told["error"]), details=told.get("details"), hint=told.get("hint"))
+def _refusal(error: Mapping[str, Any]) -> WorkerError:
+    """Return the error that another gateway raised."""
+    kind = next((kind for kind in all_errors() if kind.code == error["code"]), InternalError)
+    return kind(str(error["error"]), details=error.get("details"), hint=error.get("hint"))

@@ -1,4 +1,4 @@
-"""Where a job stands in the queue: data, and how it is told."""
+"""The position of a job in the queue, its estimates, and how both appear in its progress."""
 
 from __future__ import annotations
 
@@ -9,16 +9,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class QueuePosition:
-    """Where a job stands that has not ended its run, and how long it will take.
+    """The position of a job that has not ended its run, and estimates.
 
     Attributes:
-        position: of a job that waits, counted from 1: how many jobs will have run when it has its turn, itself
-            included; 0 of one that runs; None where nobody can tell.
-        wait_s: how long it will wait, in seconds, by what jobs like those before it took; None if that is not known.
-        run_s: how long it will run then, or run on; None likewise.
-        stage: of a job that waits: `waiting`, or what the ComfyUI that it was given does with it: `staging` its inputs,
-            or having it `queued`.
-        notice: why it does not get on, as a sentence; empty if it does.
+        position: 1 is next; 0 of a job that runs; None if it is not known.
+        wait_s: how long it will wait, in seconds, by how long such jobs as those ahead ran; None if not known.
+        run_s: how long it will then run, or continue to run, in seconds; None if not known.
+        stage: of a job that waits: `waiting`, or `staging` or `queued` once a ComfyUI was chosen for it.
+        notice: a sentence that says why it does not advance; empty if it does.
     """
 
     position: int | None
@@ -29,11 +27,11 @@ class QueuePosition:
 
     @property
     def remaining_s(self) -> float | None:
-        """In how many seconds its run will have ended; None if that is not known."""
+        """In how many seconds its run ends; None if not known."""
         return None if self.wait_s is None or self.run_s is None else self.wait_s + self.run_s
 
     def with_notice(self, notice: str) -> QueuePosition:
-        """Return the place of a job that does not get on, and of which nobody can tell when it will."""
+        """Return the position of a job that does not advance, without estimates."""
         return replace(self, wait_s=None, run_s=None, notice=notice)
 
     def as_progress(self) -> dict[str, Any]:
@@ -41,7 +39,7 @@ class QueuePosition:
         return {"stage": self.stage, **self.progress_fields()}
 
     def progress_fields(self) -> dict[str, Any]:
-        """Return what is said of where a job stands beside how far it is."""
+        """Return the fields that the progress of a running job has in addition, as JSON."""
         if self.position == 0:
             known = {"estimated_s": self.run_s if self.run_s is None else round(self.run_s, 1)}
         else:
@@ -50,5 +48,5 @@ class QueuePosition:
 
 
 def iso_time(seconds: float) -> str:
-    """Return a moment, in seconds since the epoch, as callers read it: ISO 8601 in UTC."""
+    """Return a time, in seconds since the epoch, as ISO 8601 in UTC."""
     return f"{datetime.fromtimestamp(seconds, timezone.utc):%Y-%m-%dT%H:%M:%SZ}"

@@ -1,4 +1,4 @@
-"""Removes what has been kept for long enough, and has jobs taken up that the database's outages left lying."""
+"""Removes expired jobs and their files, and regularly has the engine take up orphaned jobs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _INTERVAL_S = 10.0
 
 
 class Retention:
-    """Removes jobs and their files when their retention is over, in a thread of its own."""
+    """Removes jobs and their files when their retention time is over, in a thread of its own."""
 
     def __init__(
         self,
@@ -31,11 +31,11 @@ class Retention:
         """Take the parts.
 
         Args:
-            store: says which jobs have been kept for long enough.
-            bus: is to remember nothing of them either.
+            store: has the jobs.
+            bus: forgets their events.
             assets: has their files.
-            recover_orphans: is done in the same rhythm.
-            leader_lock: says whether it is ours to remove, where several gateways share a store; always if not given.
+            recover_orphans: called in each round, too.
+            leader_lock: says which of several gateways that share a store removes jobs; if not given, this one.
             interval_s: seconds between two rounds.
         """
         self._store = store
@@ -45,7 +45,7 @@ class Retention:
         self._assets = assets
         self._interval_s = interval_s
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="upkeep")
+        self._thread = threading.Thread(target=self._run, name="retention")
 
     def start(self) -> None:
         """Begin."""
@@ -66,11 +66,11 @@ class Retention:
                 if self._recover_orphans is not None:
                     self._recover_orphans()
             except DatabaseUnavailable:
-                pass  # it has been logged, and the next round comes
+                pass  # logged already; the next round tries again
             self._stopping.wait(self._interval_s)
 
     def remove_expired(self, now: float) -> None:
-        """Remove the files of jobs that are expired, and then the jobs: a kill in between leaves no file behind."""
+        """Remove the files of expired jobs, then the jobs: a kill in between leaves no file behind."""
         expired = self._store.expired(now)
         for job_id in expired:
             self._assets.remove(job_id)

@@ -1,6 +1,6 @@
-"""Sends the webhooks that the store says are to be sent; what a crash interrupts is sent again, under the same id.
+"""Sends the webhooks that are due in the store; one that a crash interrupts is sent again, under the same id.
 
-Of several gateways at one database each claims what it sends, for longer than an attempt takes.
+Several gateways may share a database: each claims a webhook before it sends it, for longer than an attempt takes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from tenacity import AsyncRetrying, retry_if_exception_type, wait_fixed
 
 from comfy_worker.errors import InvalidInput, WorkerError
 from comfy_worker.gateway.errors import DatabaseUnavailable
@@ -34,24 +36,24 @@ log = logging.getLogger(__name__)
 
 _MB = 1_000_000
 _AT_ONCE = 32
-_DATABASE_AGAIN_S = 1.0
-_LONGEST_LOOK_S = 30.0
-"""Between two looks at the store: one that is due may be announced by nobody, if the database lost an answer."""
-_LOOK_FOR_OTHERS_S = 1.0
-"""The same where jobs end in other processes, which cannot announce it here."""
+_DATABASE_RETRY_S = 1.0
+_POLL_S = 30.0
+"""Between two reads of the store: `wake` is not called if the database's reply to a job's end is lost."""
+_SHARED_POLL_S = 1.0
+"""The same where jobs end in other processes, which cannot call `wake`."""
 _CLAIM_S = 60.0
-"""How much longer than one attempt a claim lasts."""
-_FIRST_BACK_OFF_S = 10.0
+"""How much longer a claim lasts than one attempt."""
+_FIRST_BACKOFF_S = 10.0
 """RunPod's pause between two attempts; here it doubles each time."""
-_LONGEST_BACK_OFF_S = 600.0
-_LAST_WAIT_S = 5.0
+_LONGEST_BACKOFF_S = 600.0
+_END_TIMEOUT_S = 5.0
 
 
 class WebhookDeliveries:
     """Sends webhooks in a thread of its own, a few at a time, each until it is accepted or given up.
 
     Attributes:
-        progress: tells how jobs get on that have not ended.
+        progress: sends the progress of jobs that have not ended.
     """
 
     def __init__(
@@ -63,23 +65,23 @@ class WebhookDeliveries:
         formats: WebhookFormats,
         *,
         public_url: str = "",
-        first_back_off_s: float = _FIRST_BACK_OFF_S,
+        first_backoff_s: float = _FIRST_BACKOFF_S,
         is_shared: bool = False,
     ) -> None:
         """Take the parts.
 
         Args:
-            store: has the jobs, and what is to be sent.
+            store: has the jobs, and the webhooks that are due.
             assets: the outputs' files.
             settings: the settings.
             links: makes the links to the files.
             formats: the format of each API.
-            public_url: where clients find the gateway; what each job's caller used if empty.
-            first_back_off_s: how long to wait before a second attempt.
-            is_shared: whether other processes use the same store, too.
+            public_url: the gateway's URL; if empty, the one that each job's caller used.
+            first_backoff_s: seconds before a second attempt.
+            is_shared: whether other processes use the same store.
 
         Raises:
-            InvalidInput: WEBHOOK_URL or WEBHOOK_SECRET is not sound.
+            InvalidInput: WEBHOOK_URL or WEBHOOK_SECRET is invalid.
         """
         self.progress = ProgressWebhooks(settings, formats)
         self._store = store
@@ -88,32 +90,32 @@ class WebhookDeliveries:
         self._formats = formats
         self._public_url = public_url
         self._settings = settings
-        self._first_back_off_s = first_back_off_s
+        self._first_backoff_s = first_backoff_s
         self._is_shared = is_shared
-        self._longest_look_s = _LOOK_FOR_OTHERS_S if is_shared else _LONGEST_LOOK_S
+        self._poll_s = _SHARED_POLL_S if is_shared else _POLL_S
         secret = settings.webhook_secret
-        # The operator's secret signs for the operator's receiver alone: what a job names could use it to forge.
-        self._own = (
+        # The operator's secret signs only for the operator's receiver: a receiver that a job names could misuse it.
+        self._default = (
             Webhook(settings.webhook_url, secret.get_secret_value() if secret else None)
             if settings.webhook_url
             else None
         )
-        check_webhook(self._own, "WEBHOOK_URL")
+        check_webhook(self._default, "WEBHOOK_URL")
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._news = asyncio.Event()
+        self._wake_up = asyncio.Event()
         self._stopping = False
         self._under_way: dict[str, asyncio.Task[None]] = {}
         self._lost_claims: set[float] = set()
-        """When claims end of which is not known what they took, or whose webhooks could not be made."""
+        """When claims end whose webhooks are unknown, because the database's reply was lost."""
         self._thread = threading.Thread(target=lambda: asyncio.run(self._send_all()), name="webhooks")
 
     def start(self) -> None:
-        """Send what is due, and from now on what will be."""
+        """Begin to send what is due."""
         self._store.on_webhook_due = self.wake
         self._thread.start()
 
     def stop(self) -> None:
-        """Let what is under way arrive, for a few seconds; the rest is sent after the next start."""
+        """End; give requests under way a few seconds. The rest is sent after the next start."""
         self._stopping = True
         self.wake()
         if self._thread.ident is not None:
@@ -121,39 +123,39 @@ class WebhookDeliveries:
         self.progress.close()
 
     def wake(self) -> None:
-        """Look at once what is due; may be called from any thread."""
+        """Send at once what is due; may be called from any thread."""
         loop = self._loop
         if loop is not None:
-            # Its loop may end just now, when nothing is sent any more.
+            # The loop may be closed by now.
             with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(self._news.set)
+                loop.call_soon_threadsafe(self._wake_up.set)
 
     # ----------------------------------------------------------------------------------------------- loop
 
     async def _send_all(self) -> None:
         self._loop = asyncio.get_running_loop()
         while not self._stopping:
-            self._news.clear()
+            self._wake_up.clear()
             try:
-                look_again_s = await self._begin_due()
+                pause_s = await self._begin_due()
             except DatabaseUnavailable:
-                look_again_s = _DATABASE_AGAIN_S
+                pause_s = _DATABASE_RETRY_S
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._news.wait(), look_again_s)
+                await asyncio.wait_for(self._wake_up.wait(), pause_s)
         if self._under_way:
-            await asyncio.wait(self._under_way.values(), timeout=_LAST_WAIT_S)
+            await asyncio.wait(self._under_way.values(), timeout=_END_TIMEOUT_S)
         for task in list(self._under_way.values()):
             task.cancel()
 
     async def _begin_due(self) -> float:
-        """Begin to send what is due; return in how many seconds there may be more."""
+        """Begin to send what is due; return in how many seconds to do so again."""
         now = time.time()
         for delivery in await asyncio.to_thread(self._due, now):
-            has_room = self._is_shared or len(self._under_way) < _AT_ONCE
-            if has_room and delivery.id not in self._under_way:
-                self._under_way[delivery.id] = asyncio.create_task(self._send_and_note(delivery))
+            is_free = self._is_shared or len(self._under_way) < _AT_ONCE
+            if is_free and delivery.id not in self._under_way:
+                self._under_way[delivery.id] = asyncio.create_task(self._attempt(delivery))
         due_at = await asyncio.to_thread(self._store.next_delivery_at, now)
-        return self._longest_look_s if due_at is None else min(max(0.0, due_at - time.time()), self._longest_look_s)
+        return self._poll_s if due_at is None else min(max(0.0, due_at - time.time()), self._poll_s)
 
     def _due(self, now: float) -> Sequence[WebhookDelivery]:
         if not self._is_shared:
@@ -161,58 +163,57 @@ class WebhookDeliveries:
         until = now + self._settings.webhook_timeout_s + _CLAIM_S
         claims = {*self._lost_claims, until}
         lost = {claim for claim in claims - {until} if claim > now}
-        self._lost_claims.add(until)  # unless it is answered
+        self._lost_claims.add(until)  # until the database has replied
         found = [*self._store.claimed_deliveries(lost)] if lost else []
         found += self._store.claim_deliveries(now, until, max(0, _AT_ONCE - len(self._under_way) - len(found)))
         self._lost_claims -= claims
         return found
 
-    async def _send_and_note(self, delivery: WebhookDelivery) -> None:
+    async def _attempt(self, delivery: WebhookDelivery) -> None:
         try:
             error, may_try_again = await self._send(delivery)
             retry_at = self._retry_at(delivery) if error and may_try_again else None
-            await self._note(delivery, retry_at, error or "")
+            await self._record(delivery, retry_at, error or "")
             if error:
                 what = "is given up" if retry_at is None else "will be sent again"
                 log.warning("the webhook of job %s %s: %s", delivery.job_id, what, error)
         except DatabaseUnavailable:
-            # Not sent or not noted, so it is due still, and sent again under the same id.
+            # Not sent or not recorded: it is still due, and is sent again under the same id.
             self._lost_claims |= {delivery.due_at} if self._is_shared else set()
-            await asyncio.sleep(_DATABASE_AGAIN_S)
+            await asyncio.sleep(_DATABASE_RETRY_S)
         finally:
             del self._under_way[delivery.id]
-            self._news.set()
+            self._wake_up.set()
 
-    async def _note(self, delivery: WebhookDelivery, retry_at: float | None, error: str) -> None:
-        """Note what came of an attempt, as soon as the database takes it: what it does not know is sent again."""
-        while True:
-            try:
+    async def _record(self, delivery: WebhookDelivery, retry_at: float | None, error: str) -> None:
+        """Record the result of an attempt, however long the database is away: otherwise it would be sent again."""
+        async for attempt in AsyncRetrying(
+            retry=retry_if_exception_type(DatabaseUnavailable),
+            stop=lambda _state: self._stopping,
+            wait=wait_fixed(_DATABASE_RETRY_S),
+            reraise=True,
+        ):
+            with attempt:
                 await asyncio.to_thread(
                     self._store.record_attempt, delivery.id, time.time(), retry_at=retry_at, error=error
                 )
-            except DatabaseUnavailable:
-                if self._stopping:
-                    raise
-                await asyncio.sleep(_DATABASE_AGAIN_S)
-            else:
-                return
 
     def _retry_at(self, delivery: WebhookDelivery) -> float | None:
-        """Return when to try again, None if that was the last attempt."""
+        """Return the time of the next attempt, None if that was the last one."""
         if delivery.attempts + 1 >= self._settings.webhook_attempts:
             return None
-        back_off_s: float = self._first_back_off_s * 2**delivery.attempts
-        return time.time() + min(back_off_s, _LONGEST_BACK_OFF_S)
+        backoff_s: float = self._first_backoff_s * 2**delivery.attempts
+        return time.time() + min(backoff_s, _LONGEST_BACKOFF_S)
 
     # -------------------------------------------------------------------------------------------- message
 
     async def _send(self, delivery: WebhookDelivery) -> tuple[str | None, bool]:
-        """Make one attempt; return why it was not accepted, None if it was, and whether another may be."""
+        """Send a webhook once; return why it was not accepted, None if it was, and whether to try again."""
         webhook: Webhook | None = None
         try:
             message = await asyncio.to_thread(self._message, delivery)
             if message is None:
-                return "it names nobody who could be told", False
+                return "it has no receiver", False
             webhook = message.webhook
             await self.progress.end(delivery.job_id)
             await post(message, self._settings, self._settings.webhook_timeout_s)
@@ -223,7 +224,7 @@ class WebhookDeliveries:
             return f"it was not accepted{where}: {error}", isinstance(error, TryAgain)
         except Exception as error:  # noqa: BLE001 - one webhook's bug must not end all others
             secrets = [webhook.secret, webhook.url] if webhook else []
-            return redact(f"it met a bug: {where_it_broke(error)}", secrets), True
+            return redact(f"it failed with an unexpected error: {where_it_broke(error)}", secrets), True
         return None, False
 
     def _message(self, delivery: WebhookDelivery) -> Message | None:
@@ -240,10 +241,10 @@ class WebhookDeliveries:
         return Message.of(webhook, delivery.id, body, limit)
 
     def _receiver(self, request: Mapping[str, Any]) -> Webhook | None:
-        """Return the job's own receiver if it can be told anything; the settings' one otherwise."""
+        """Return the job's own webhook if it can be sent, otherwise that of the settings."""
         webhook = webhook_of_request(request)
         try:
             check_webhook(webhook)
         except InvalidInput:
             webhook = None
-        return webhook or self._own
+        return webhook or self._default

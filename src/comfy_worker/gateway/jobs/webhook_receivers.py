@@ -1,4 +1,4 @@
-"""Who is to be told of a job, by what was sent."""
+"""The webhook that a request names."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from comfy_worker.webhooks.message import check_webhook
 
 
 def webhook_of_request(request: Mapping[str, Any]) -> Webhook | None:
-    """Return who is to be told of a job: its `input.webhook`, or RunPod's `webhook`, a URL beside the input."""
+    """Return the webhook of a job: its `input.webhook`, or RunPod's `webhook`, a URL next to the input."""
     try:
         webhook = webhook_of(request)
     except InvalidInput:
         webhook = None
-    return webhook or _beside_input(request, "webhook")
+    return webhook or _next_to_input(request, "webhook")
 
 
 def check_receiver(request: Mapping[str, Any]) -> None:
-    """Refuse a job whose webhook could never be sent, before anything of it runs.
+    """Refuse a job whose webhook could never be sent, before it runs.
 
     Raises:
         InvalidInput: the sentence says what is wrong with the webhook.
     """
     check_webhook(webhook_of(request))
-    # The one that does not count where both are there is checked, too: a caller's mistake is not left for later.
+    # Also the one that is not used if both are given.
     for name in ("webhookV2", "webhook"):
-        check_webhook(_beside_input(request, name), name)
+        check_webhook(_next_to_input(request, name), name)
 
 
-def _beside_input(request: Mapping[str, Any], name: str) -> Webhook | None:
+def _next_to_input(request: Mapping[str, Any], name: str) -> Webhook | None:
     plain = request.get(name)
     return Webhook(plain) if isinstance(plain, str) and plain else None
