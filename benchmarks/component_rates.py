@@ -186,7 +186,7 @@ def scans(postgres: Postgres) -> Iterator[Duration]:
             registry.report(f"http://worker-{number}:8188", report)
         yield Duration(f"read the reports of {MANY} workers", _seconds(registry.workers))
         ids = [str(uuid.uuid4()) for _ in range(MANY)]
-        yield Duration(f"read the leases of {MANY} jobs", _seconds(lambda: registry.held(ids)))
+        yield Duration(f"read the leases of {MANY} jobs", _seconds(lambda: registry.leased(ids)))
         registry.close()
     store = JobStore(connect(postgres.new_database()), b"a secret")
     _fill(store)

@@ -157,7 +157,7 @@ def _kill_repeatedly(gateway: RestartableGateway, receiver: Receiver, kills: int
     finally:
         gateway.stop()
         report.logs = gateway.logs
-        report.resumed = sum(log.count("is taken up again") for log in report.logs)
+        report.resumed = sum(log.count("is resumed") for log in report.logs)
     return report
 
 

@@ -42,7 +42,7 @@ def test_a_worker_that_comes_back_takes_its_prompt_up_again(sites: FleetStarter,
     (worker,) = site.fleet.workers
     worker.kill()
     worker.start()
-    worker.process.wait_for_line("is taken up again")
+    worker.process.wait_for_line("is resumed")
     gate.open()
 
     site.wait_until_ended(job_id)

@@ -104,7 +104,7 @@ class TestSignals:
         assert answer["status"] == "IN_PROGRESS"
         assert_ended_well(gateway.process)
         with gateway_process(comfyui.url, data) as again:
-            again.process.wait_for_line(f"job {answer['id']} is taken up again")
+            again.process.wait_for_line(f"job {answer['id']} is resumed")
             assert comfyui.queue() == [prompt_id]
             assert again.post(f"/cancel/{answer['id']}").json()["status"] == "CANCELLED"
             assert comfyui.queue() == []

@@ -174,34 +174,34 @@ def test_a_job_that_is_run_again_is_given_its_whole_time(tmp_path: Path, comfyui
 def running() -> Iterator[RunningJob]:
     worker = Worker(load_settings())
     record = JobRecord("job", "local", JobState.IN_QUEUE, time.time(), execution_timeout_s=100.0)
-    yield RunningJob(WaitingJob(record), Backend(worker, PrioritySemaphore(1), places=1))
+    yield RunningJob(WaitingJob(record), Backend(worker, PrioritySemaphore(1), capacity=1))
     worker.close()
 
 
 def test_a_clock_begins_with_the_run_and_never_again(running: RunningJob) -> None:
     for stage in (Stage.STAGING, Stage.QUEUED):
-        running.entered(stage)
+        running.enter(stage)
         assert (running.started_at, running.deadline) == (None, None)
-    running.entered(Stage.RUNNING)
+    running.enter(Stage.RUNNING)
     started_at, deadline = running.started_at, running.deadline
     assert deadline is not None
     assert 0 < deadline - time.monotonic() <= 100
     for stage in (Stage.QUEUED, Stage.RUNNING, Stage.DELIVERING):
-        running.entered(stage)
+        running.enter(stage)
     assert (running.started_at, running.deadline) == (started_at, deadline)
 
 
 def test_a_clock_goes_on_from_what_an_earlier_gateway_noted(running: RunningJob) -> None:
     running.started_at = time.time() - 90
-    running.entered(Stage.QUEUED)
+    running.enter(Stage.QUEUED)
     assert running.deadline is None
-    running.entered(Stage.RUNNING)
+    running.enter(Stage.RUNNING)
     assert running.deadline is not None
     assert 0 < running.deadline - time.monotonic() <= 10
 
 
 def test_a_clock_that_was_set_back_gives_no_more_than_the_whole_time(running: RunningJob) -> None:
     running.started_at = time.time() + 5000
-    running.entered(Stage.RUNNING)
+    running.enter(Stage.RUNNING)
     assert running.deadline is not None
     assert running.deadline - time.monotonic() <= 100

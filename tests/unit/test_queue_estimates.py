@@ -10,7 +10,7 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from comfy_worker.gateway.engines.queue_estimates import InHand, SmoothedEstimates, estimate_positions
+from comfy_worker.gateway.engines.queue_estimates import AssignedJob, SmoothedEstimates, estimate_positions
 from comfy_worker.gateway.engines.run_times import RunRecorder, RunTimes
 from comfy_worker.gateway.engines.waiting_jobs import Queue, WaitingJob
 from comfy_worker.gateway.jobs.queue_position import QueuePosition
@@ -36,14 +36,14 @@ def queue_of(*signatures: str) -> Queue:
     return queue
 
 
-def running(seconds: float | None, backend: str = HERE) -> InHand:
+def running(seconds: float | None, backend: str = HERE) -> AssignedJob:
     """Return a job that runs on for so long."""
-    return InHand(waiting("runs"), backend, Stage.RUNNING, seconds)
+    return AssignedJob(waiting("runs"), backend, Stage.RUNNING, seconds)
 
 
-def given(job_id: str, stage: Stage, signature: str = "a", priority: int = 0, backend: str = HERE) -> InHand:
+def given(job_id: str, stage: Stage, signature: str = "a", priority: int = 0, backend: str = HERE) -> AssignedJob:
     """Return a job that a ComfyUI was given and does not run yet."""
-    return InHand(waiting(job_id, signature, priority), backend, stage)
+    return AssignedJob(waiting(job_id, signature, priority), backend, stage)
 
 
 def times(**seconds: float) -> RunTimes:
@@ -95,7 +95,7 @@ def test_of_two_that_are_staged_the_one_of_higher_priority_is_next() -> None:
 
 def test_who_was_given_to_a_comfyui_ahead_of_jobs_that_came_earlier_still_waits_for_them() -> None:
     """Of each key, one job may be staged beyond the others, so that none waits for another key's files."""
-    in_hand = [given("alices", Stage.STAGING), InHand(waiting("bobs", created_at=9.0), HERE, Stage.STAGING)]
+    in_hand = [given("alices", Stage.STAGING), AssignedJob(waiting("bobs", created_at=9.0), HERE, Stage.STAGING)]
     places = estimate_positions(queue_of("a", "a"), in_hand, times(a=10.0), [HERE])
     assert positions(places) == {"alices": 1, "0": 2, "1": 3, "bobs": 4}
     assert waits(places) == [0.0, 10.0, 20.0, 30.0]
@@ -131,18 +131,18 @@ def test_without_any_comfyui_nobody_knows_how_long_it_takes() -> None:
 
 def test_an_estimate_does_not_rise_while_what_runs_takes_longer_than_expected() -> None:
     steady = SmoothedEstimates()
-    assert steady.steady({"job": QueuePosition(1, 5.0, 2.0)}, 1)["job"].wait_s == 5.0
-    assert steady.steady({"job": QueuePosition(1, 7.0, 2.0)}, 1)["job"].wait_s == 5.0
-    assert steady.steady({"job": QueuePosition(1, 3.0, 2.0)}, 1)["job"].wait_s == 3.0
-    assert steady.steady({"job": QueuePosition(0, 0.0, 2.0)}, 1)["job"].run_s == 2.0
-    assert steady.steady({"job": QueuePosition(0, 0.0, 4.0)}, 1)["job"].run_s == 2.0
+    assert steady.smooth({"job": QueuePosition(1, 5.0, 2.0)}, 1)["job"].wait_s == 5.0
+    assert steady.smooth({"job": QueuePosition(1, 7.0, 2.0)}, 1)["job"].wait_s == 5.0
+    assert steady.smooth({"job": QueuePosition(1, 3.0, 2.0)}, 1)["job"].wait_s == 3.0
+    assert steady.smooth({"job": QueuePosition(0, 0.0, 2.0)}, 1)["job"].run_s == 2.0
+    assert steady.smooth({"job": QueuePosition(0, 0.0, 4.0)}, 1)["job"].run_s == 2.0
 
 
 def test_an_estimate_rises_when_a_job_gets_in_front_and_when_a_comfyui_goes_away() -> None:
     steady = SmoothedEstimates()
-    steady.steady({"job": QueuePosition(1, 5.0, 2.0)}, 2)
-    assert steady.steady({"job": QueuePosition(2, 9.0, 2.0)}, 2)["job"].wait_s == 9.0
-    assert steady.steady({"job": QueuePosition(2, 18.0, 2.0)}, 1)["job"].wait_s == 18.0
+    steady.smooth({"job": QueuePosition(1, 5.0, 2.0)}, 2)
+    assert steady.smooth({"job": QueuePosition(2, 9.0, 2.0)}, 2)["job"].wait_s == 9.0
+    assert steady.smooth({"job": QueuePosition(2, 18.0, 2.0)}, 1)["job"].wait_s == 18.0
 
 
 # ------------------------------------------------------------------------------------------ how long a run goes on

@@ -157,8 +157,8 @@ def test_files_are_kept_apart_and_links_stay(tmp_path: Path) -> None:
 
 def test_a_claim_lapses_at_once_when_its_maker_is_seen_to_be_gone(tmp_path: Path) -> None:
     maker, other = Claims(tmp_path, 60.0), Claims(tmp_path, 60.0)
-    maker.begin()
-    other.begin()
+    maker.acquire()
+    other.acquire()
     claim = maker.new()
 
     assert is_claim(claim)
@@ -166,12 +166,12 @@ def test_a_claim_lapses_at_once_when_its_maker_is_seen_to_be_gone(tmp_path: Path
     assert not is_claim("5e1f-u1")
     assert not is_claim(None)
     assert 50 < other.remaining_s(claim) <= 60
-    maker.end()
+    maker.release()
     # As a kill leaves it: the file is there, and nobody holds it.
     (tmp_path / f"{claim.split(':')[2]}.lock").touch()
     assert other.remaining_s(claim) == 0
     assert other.remaining_s(claim) == 0
-    other.end()
+    other.release()
 
 
 def test_a_claim_of_another_machine_lapses_with_its_time(tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ class Gateway:
             from comfy_worker.gateway.engines.runpod.engine import RunpodEngine
 
             engine = RunpodEngine(*parts, self.callbacks.url)
-            self.on_runpod_webhook = engine.hear
+            self.on_runpod_webhook = engine.on_webhook
             return engine
         return LocalEngine(*parts)
 

@@ -1,11 +1,11 @@
-"""The ComfyUIs of an engine, and what each has to do."""
+"""The ComfyUIs of an engine, and the jobs that each has."""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,23 +28,23 @@ _PROBE_INTERVAL_S = 2.0
 _SICK_PROBE_INTERVAL_S = 0.5
 EXPIRED = "The job waited in the queue for longer than its ttl"
 _FAILURES = 2
-"""Probes in a row that fail before a ComfyUI is taken out: one that is busy may miss one."""
+"""Failed probes in a row after which a ComfyUI counts as away: a busy one may miss one."""
 
 
 @dataclass(eq=False)
 class RunningJob:
-    """A job that an engine has in hand.
+    """A job that an engine works on.
 
     Attributes:
-        stage: which part of its way it is on.
-        started_at: when ComfyUI began to run it, in seconds since the epoch; None before. A gateway before this one may
-            have noted it.
-        run: what its run tells of how long such runs take; None before.
-        deadline: until when it may run, on the monotonic clock; None as long as it was not heard or seen to run.
+        stage: its present stage.
+        started_at: when ComfyUI began to run it, in seconds since the epoch, perhaps before a restart of the gateway;
+            None before.
+        run: records how long it runs, for later estimates; None before it runs.
+        deadline: until when it may run, on the monotonic clock; None before it runs.
         stopped_by: the error with which it was stopped because it waited or ran for too long; None if it was not.
-        prompt_id: under which it runs; None before it is noted to.
-        progress: how far it is.
-        done: set when it is out of hand.
+        prompt_id: its prompt in ComfyUI; None before it is claimed.
+        progress: its latest progress.
+        done: set when the engine has released it.
     """
 
     job: WaitingJob
@@ -61,11 +61,11 @@ class RunningJob:
 
     @property
     def may_be_in_comfyui(self) -> bool:
-        """Whether its prompt may be in ComfyUI; once its stop is set, a False stays so."""
+        """Whether its prompt may be in ComfyUI; once its stop is set, False does not change any more."""
         return self.job.may_be_in_comfyui or self.stage in (Stage.QUEUED, Stage.RUNNING)
 
-    def entered(self, stage: Stage) -> None:
-        """Note that it entered a stage; its time runs from when ComfyUI begins it, once."""
+    def enter(self, stage: Stage) -> None:
+        """Enter a stage; its execution time begins when ComfyUI first runs it."""
         self.stage = stage
         if stage is Stage.RUNNING and self.deadline is None:
             now = time.time()
@@ -80,17 +80,17 @@ class Backend:
     """One ComfyUI, and the jobs that it has.
 
     Attributes:
-        gate: lets so many jobs into its queue.
-        places: how many jobs it may have that are not being delivered yet; beyond them, one of each owner that has
+        queue_limit: limits how many jobs are in ComfyUI's queue.
+        capacity: how many jobs it may have that are not being delivered yet; in addition, one of each owner that has
             none.
-        healthy: whether it answers; not before it was asked.
-        away_since: when it answered last, in seconds since the epoch, if it does not now; None while it does.
-        name: the URL under which it is known to others, if that is not where it is found from here.
+        healthy: whether it answers; False before the first probe.
+        away_since: when it answered last, in seconds since the epoch; None while it answers.
+        name: the URL by which others know it, if that differs from the one used here.
     """
 
     worker: Worker
-    gate: PrioritySemaphore
-    places: int
+    queue_limit: PrioritySemaphore
+    capacity: int
     healthy: bool = False
     away_since: float | None = field(default_factory=time.time)
     jobs: set[RunningJob] = field(default_factory=set)
@@ -99,76 +99,87 @@ class Backend:
 
     @property
     def url(self) -> str:
-        """Where it listens, without a password: jobs are kept with it."""
+        """Its URL without a password; it is stored with its jobs."""
         return self.name or without_credentials(self.worker.client.url)
 
     @property
     def load(self) -> int:
-        """How many jobs it has that are not being delivered yet."""
+        """The number of its jobs that are not being delivered yet."""
         return sum(running.stage is not Stage.DELIVERING for running in self.jobs)
 
     @property
     def running(self) -> int:
-        """How many jobs it runs right now."""
+        """The number of its jobs that run."""
         return sum(running.stage is Stage.RUNNING for running in self.jobs)
 
-    def mark(self, healthy: bool) -> bool:
-        """Note whether it answers; return whether that has changed."""
+    def set_healthy(self, healthy: bool) -> bool:
+        """Set whether it answers; return whether that has changed."""
         has_changed = healthy is not self.healthy
         self.healthy = healthy
         if has_changed:
             self.away_since = None if healthy else self._answered_at
         return has_changed
 
-    def has_room_for(self, owner: str) -> bool:
-        """Return whether it can take a job of an owner."""
-        return self.healthy and (self.load < self.places or not self._has_load_of(owner))
+    def can_take(self, owner: str) -> bool:
+        """Return whether it can take another job of an owner."""
+        return self.healthy and (self.load < self.capacity or not self._has_load_of(owner))
 
     def _has_load_of(self, owner: str) -> bool:
         return any(running.job.record.owner == owner and running.stage is not Stage.DELIVERING for running in self.jobs)
 
-    def probe(self, mark: Callable[[Backend, bool], None], stopping: threading.Event) -> None:
-        """Ask it again and again whether it answers, until the engine stops."""
+    def probe(self, set_healthy: Callable[[Backend, bool], None], stopping: threading.Event) -> None:
+        """Check regularly whether it answers, until the engine stops."""
         failures = 0
         while not stopping.is_set():
-            asked_at = time.time()
+            probed_at = time.time()
             is_ready = self.worker.client.is_ready()
             if is_ready:
-                self._answered_at = asked_at
+                self._answered_at = probed_at
             failures = 0 if is_ready else failures + 1
             if is_ready or failures >= _FAILURES:
-                mark(self, is_ready)
+                set_healthy(self, is_ready)
             stopping.wait(_PROBE_INTERVAL_S if self.healthy and is_ready else _SICK_PROBE_INTERVAL_S)
 
 
-def connect(url: str, settings: GatewaySettings, assets: AssetStore, places: int, name: str = "") -> Backend:
-    """Return a ComfyUI that may have so many jobs, whose outputs go where the settings say.
+def connect(url: str, settings: GatewaySettings, assets: AssetStore, capacity: int, name: str = "") -> Backend:
+    """Return a ComfyUI whose outputs go where the settings say.
 
     Raises:
-        InvalidInput: a setting of the bucket is not sound.
+        InvalidInput: a setting of the bucket is invalid.
     """
     own: dict[str, Any] = {"comfyui_url": url}
     if settings.delivery == "local" and not settings.local_delivery_dir:
-        # Nothing is inline in a gateway: such outputs go to its assets, and these are served.
+        # A gateway stores inline outputs as assets, and serves them.
         own["delivery"] = "base64"
     settings = settings.model_copy(update=own)
     storages = StorageFactory(settings, inline=lambda _budget, _overflow: assets.storage())
-    # What can only fail later is refused now, before a job has been run for nothing.
+    # Refuse invalid settings now, before a job has run in vain.
     storages.check()
-    return Backend(Worker(settings, storages), PrioritySemaphore(settings.generation_workers), places, name=name)
+    return Backend(Worker(settings, storages), PrioritySemaphore(settings.generation_workers), capacity, name=name)
 
 
-def stop_late(in_hand: Iterable[RunningJob]) -> None:
-    """Stop the jobs that have waited or run for too long; what is being delivered was in time."""
-    for running in in_hand:
+def away_since(job: WaitingJob, backends: Sequence[Backend]) -> float | None:
+    """Return since when none of the ComfyUIs that may run a job has answered, in seconds since the epoch.
+
+    None if one of them answers.
+    """
+    only = job.record.only_backend
+    able = [backend for backend in backends if only in (None, backend.url)] or list(backends)
+    since = [backend.away_since for backend in able]
+    return None if None in since else max((at for at in since if at is not None), default=None)
+
+
+def stop_late(jobs: Iterable[RunningJob]) -> None:
+    """Stop the jobs that have waited or run for too long, but not those that are being delivered."""
+    for running in jobs:
         sentence = _too_late(running)
         if sentence is not None:
             _stop(running, TimedOut(sentence))
 
 
-def stop_unreachable(in_hand: Iterable[RunningJob], limit_s: float) -> None:
-    """Stop the jobs that have waited too long for a ComfyUI that does not answer; one that runs finds out itself."""
-    for running in in_hand:
+def stop_unreachable(jobs: Iterable[RunningJob], limit_s: float) -> None:
+    """Stop the jobs that have waited too long for a ComfyUI that does not answer; running ones find out themselves."""
+    for running in jobs:
         since = running.backend.away_since
         is_waiting = running.stage in (Stage.STAGING, Stage.QUEUED)
         if is_waiting and since is not None and time.time() - max(since, running.job.since) >= limit_s:
@@ -182,7 +193,7 @@ def _stop(running: RunningJob, error: WorkerError) -> None:
 
 
 def _too_late(running: RunningJob) -> str | None:
-    """Return why a job is to be stopped, as a sentence; None if it is not."""
+    """Return a sentence that says why a job is too late; None if it is not."""
     if running.stage is Stage.DELIVERING:
         return None
     if running.deadline is None:
@@ -193,11 +204,11 @@ def _too_late(running: RunningJob) -> str | None:
 
 
 def choose(job: WaitingJob, backends: list[Backend]) -> Backend | None:
-    """Return the ComfyUI for a job: the one that has it already, or else the least loaded; None if it has to wait."""
+    """Return the ComfyUI for a job: the one that has it already, or the least loaded; None if the job has to wait."""
     if job.may_be_in_comfyui:
         own = next((backend for backend in backends if backend.url == job.record.backend), None)
         if own is not None and (own.healthy or len(backends) == 1):
             return own if own.healthy else None
     only, owner = job.record.only_backend, job.record.owner
-    free = [backend for backend in backends if backend.has_room_for(owner) and only in (None, backend.url)]
+    free = [backend for backend in backends if backend.can_take(owner) and only in (None, backend.url)]
     return min(free, key=lambda backend: backend.load, default=None)

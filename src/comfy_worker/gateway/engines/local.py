@@ -1,4 +1,4 @@
-"""Runs a gateway's jobs in threads of its own process, against one ComfyUI or several."""
+"""Runs a gateway's jobs in threads of its own process, on one ComfyUI or several."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from comfy_worker.gateway.engines.backends import (
     EXPIRED,
     Backend,
     RunningJob,
+    away_since,
     choose,
     connect,
     stop_late,
     stop_unreachable,
 )
 from comfy_worker.gateway.engines.progress_publisher import ProgressPublisher
-from comfy_worker.gateway.engines.queue_estimates import InHand, SmoothedEstimates, estimate_positions, has_moved
+from comfy_worker.gateway.engines.queue_estimates import AssignedJob, SmoothedEstimates, estimate_positions, has_moved
 from comfy_worker.gateway.engines.run_times import RunTimes
-from comfy_worker.gateway.engines.runner import Runner, take_out
+from comfy_worker.gateway.engines.runner import Runner, remove_prompt
 from comfy_worker.gateway.engines.store_retry import StoreRetry
-from comfy_worker.gateway.engines.unreachable import away_since, notice_of
 from comfy_worker.gateway.engines.waiting_jobs import Queue, WaitingJob
 from comfy_worker.gateway.errors import DatabaseUnavailable
 from comfy_worker.gateway.events.bus import PROGRESS, STATUS, EventBus
 from comfy_worker.gateway.jobs.assets import AssetStore
 from comfy_worker.gateway.jobs.progress_webhooks import ProgressWebhooks
-from comfy_worker.gateway.jobs.queue_position import QueuePosition
+from comfy_worker.gateway.jobs.queue_position import QueuePosition, unreachable_notice
 from comfy_worker.gateway.json_logs import about_job
 from comfy_worker.gateway.settings import GatewaySettings
 from comfy_worker.gateway.store.database import wait_for_database
@@ -43,17 +43,17 @@ from comfy_worker.types import JobState
 log = logging.getLogger(__name__)
 
 _TICK_S = 0.5
-_PLACES_AGE_S = 0.1
-"""How long places are good for: many streams ask for them at once."""
+_POSITIONS_AGE_S = 0.1
+"""How long positions are cached: many streams need them at once."""
 _LEARNED_FROM = 256
-"""The latest jobs, of which the start takes in how long they ran."""
+"""How many of the latest jobs the start learns run times from."""
 
 
 class LocalEngine:
-    """Takes the waiting jobs in their order, stages, runs and delivers them, and notes their ends in the store.
+    """Runs the waiting jobs in their order, each in a thread of its own.
 
-    A job's prompt_id is noted before anything of it is sent: after a kill at any moment, `start` finds out from the
-    store and from ComfyUI where each job stands.
+    A job's prompt_id is stored before anything of it is sent: after a kill at any moment, `start` finds out from the
+    store and from ComfyUI what became of each job.
     """
 
     def __init__(
@@ -74,24 +74,24 @@ class LocalEngine:
         self._run_times = RunTimes()
         self._running: dict[str, RunningJob] = {}
         self._stopping = threading.Event()
-        self._steady = SmoothedEstimates()
-        self._known_places: tuple[float, Mapping[str, QueuePosition]] = (-_PLACES_AGE_S, {})
-        telling = ProgressPublisher(store, notes, bus, self._run_times, self._lock, self._standing)
-        patience = StoreRetry(store, self._stopping)
-        self._runner = Runner(store, bus, settings, progress, telling, patience, self)
+        self._estimates = SmoothedEstimates()
+        self._cached_positions: tuple[float, Mapping[str, QueuePosition]] = (-_POSITIONS_AGE_S, {})
+        publisher = ProgressPublisher(store, notes, bus, self._run_times, self._lock, self._position_fields)
+        store_retry = StoreRetry(store, self._stopping)
+        self._runner = Runner(store, bus, settings, progress, publisher, store_retry, self)
         self._unknown: set[str] = set()
         self._threads = [
-            threading.Thread(target=self._work, name="turns"),
+            threading.Thread(target=self._start_jobs, name="scheduler"),
             threading.Thread(target=self._keep_time, name="clock"),
         ]
         for backend in self._backends:
-            arguments = (self.mark, self._stopping)
+            arguments = (self.set_healthy, self._stopping)
             self._threads.append(threading.Thread(target=backend.probe, args=arguments, name="probe"))
 
     def _connect(self, url: str, assets: AssetStore) -> Backend:
         settings = self._settings
-        places = settings.generation_workers + max(1, settings.preprocess_workers // len(settings.backends))
-        return connect(url, settings, assets, places)
+        staged_ahead = max(1, settings.preprocess_workers // len(settings.backends))
+        return connect(url, settings, assets, settings.generation_workers + staged_ahead)
 
     # --------------------------------------------------------------------------------------- start and stop
 
@@ -104,17 +104,17 @@ class LocalEngine:
             thread.start()
 
     def stop(self) -> None:
-        """End; jobs in hand go on in ComfyUI and are taken up by the next start."""
+        """End; running jobs continue in ComfyUI, and the next start resumes them."""
         self._stopping.set()
         with self._lock:
             self._lock.notify_all()
-            in_hand = list(self._running.values())
-        for running in in_hand:
+            jobs = list(self._running.values())
+        for running in jobs:
             running.stop.set(detach=True)
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join()
-        for running in in_hand:
+        for running in jobs:
             running.done.wait()
         for backend in self._backends:
             backend.worker.close()
@@ -122,13 +122,13 @@ class LocalEngine:
     # ------------------------------------------------------------------------------------------------- jobs
 
     def submit(self, record: JobRecord) -> None:
-        """Let a job that the store has wait for its turn."""
-        self.wait_again(WaitingJob(replace(record, request={})))
+        """Queue a job that is in the store."""
+        self.enqueue(WaitingJob(replace(record, request={})))
 
     def recover_orphans(self) -> None:
-        """Take up jobs that the store has and nobody here knows, those that were so at the last call already.
+        """Take up unfinished jobs of the store that this engine does not know, if it did not at the last call either.
 
-        The database accepted them, or noted them as running, and its answer got lost.
+        The database accepted them, or stored that they run, and its reply was lost.
 
         Raises:
             DatabaseUnavailable: it is away.
@@ -137,39 +137,39 @@ class LocalEngine:
         with self._lock:
             unknown = found.keys() - self._running.keys() - {job.id for job in self._queue}
         for job_id in unknown & self._unknown:
-            log.warning("job %s is taken up, which the database has and nobody worked on", job_id)
+            log.warning("job %s is taken up: it is in the database, and was not worked on", job_id)
             self.submit(found[job_id])
         self._unknown = unknown
 
-    def wait_again(self, job: WaitingJob) -> None:
-        """Let a job wait for its turn, or for another one."""
+    def enqueue(self, job: WaitingJob) -> None:
+        """Put a job into the queue, for the first time or again."""
         with self._lock:
-            position = self._queue.add(job)
-            self._known_places = (-_PLACES_AGE_S, {})
-            has_to_wait = position > 0 or choose(job, self._backends) is None
+            ahead = self._queue.add(job)
+            self._cached_positions = (-_POSITIONS_AGE_S, {})
+            has_to_wait = ahead > 0 or choose(job, self._backends) is None
             self._lock.notify()
-        if has_to_wait and (place := self._look_at_places().get(job.id)) is not None:
-            self._bus.publish(job.id, PROGRESS, place.as_progress())
+        if has_to_wait and (position := self._compute_positions().get(job.id)) is not None:
+            self._bus.publish(job.id, PROGRESS, position.as_progress())
 
     def cancel(self, job_id: str) -> None:
-        """Drop a job whose end the store has already; return when it is out of ComfyUI.
+        """Stop working on a cancelled job; return when it is out of ComfyUI.
 
-        What it still uploads or downloads then ends by itself: nobody has to wait for that.
+        Uploads and downloads end by themselves; this does not wait for them.
         """
         with self._lock:
             waiting = self._queue.remove(job_id)
             running = self._running.get(job_id)
-            self._known_places = (-_PLACES_AGE_S, {})
+            self._cached_positions = (-_POSITIONS_AGE_S, {})
         if running is not None:
             running.stop.set()
             if running.may_be_in_comfyui:
                 running.done.wait()
         if waiting is not None and waiting.may_be_in_comfyui:
             own = next((backend for backend in self._backends if backend.url == waiting.record.backend), None)
-            take_out(waiting, own)
+            remove_prompt(waiting, own)
 
     def backends(self) -> Sequence[Mapping[str, Any]]:
-        """Return how each ComfyUI is doing; see `Engine.backends`."""
+        """Return the state of each ComfyUI; see `Engine.backends`."""
         with self._lock:
             return [
                 {
@@ -196,56 +196,56 @@ class LocalEngine:
         return healthy.worker.client
 
     def positions(self) -> Mapping[str, QueuePosition]:
-        """Return where every job stands that waits or runs, by its id; as it was a moment ago, if nothing has moved."""
+        """Return the position of every job that waits or runs, by its id; cached for a moment if nothing has moved."""
         with self._lock:
-            at, places = self._known_places
-            return places if time.monotonic() - at < _PLACES_AGE_S else self._look_at_places()
+            at, positions = self._cached_positions
+            return positions if time.monotonic() - at < _POSITIONS_AGE_S else self._compute_positions()
 
-    def _look_at_places(self) -> Mapping[str, QueuePosition]:
+    def _compute_positions(self) -> Mapping[str, QueuePosition]:
         with self._lock:
-            in_hand = [self._in_hand(running) for running in self._running.values()]
+            assigned = [self._assigned(running) for running in self._running.values()]
             healthy = [backend.url for backend in self._backends if backend.healthy]
-            places = estimate_positions(self._queue, in_hand, self._run_times, healthy)
+            positions = estimate_positions(self._queue, assigned, self._run_times, healthy)
             away = {job.id: away_since(job, self._backends) for job in self._queue}
             away |= {running.job.id: running.backend.away_since for running in self._running.values()}
-            for job_id in away.keys() & places.keys():
-                if notice := notice_of(away[job_id]):
-                    places[job_id] = places[job_id].with_notice(notice)
-            steady = self._steady.steady(places, len(healthy))
-            self._known_places = time.monotonic(), steady
-            return steady
+            for job_id in away.keys() & positions.keys():
+                if notice := unreachable_notice(away[job_id]):
+                    positions[job_id] = positions[job_id].with_notice(notice)
+            smoothed = self._estimates.smooth(positions, len(healthy))
+            self._cached_positions = time.monotonic(), smoothed
+            return smoothed
 
-    def _in_hand(self, running: RunningJob) -> InHand:
+    def _assigned(self, running: RunningJob) -> AssignedJob:
         signature = running.job.record.signature
         remaining_s = None if running.run is None else self._run_times.remaining(signature, running.run)
-        return InHand(running.job, running.backend.url, running.stage, remaining_s)
+        return AssignedJob(running.job, running.backend.url, running.stage, remaining_s)
 
-    def _standing(self, job_id: str) -> Mapping[str, Any]:
-        """Return what the progress of a job in hand says besides."""
-        place = self._look_at_places().get(job_id)
-        return {} if place is None else place.progress_fields()
+    def _position_fields(self, job_id: str) -> Mapping[str, Any]:
+        """Return the fields that the progress of a running job has in addition."""
+        position = self._compute_positions().get(job_id)
+        return {} if position is None else position.progress_fields()
 
     # ------------------------------------------------------------------------------------------------- clock
 
     def _keep_time(self) -> None:
-        """End what has waited or run too long, and publish how the queue moves to those who listen."""
+        """End jobs that have waited or run for too long, and publish positions that have changed."""
         published: dict[str, QueuePosition] = {}
         while not self._stopping.wait(_TICK_S):
             self._stop_late()
             self._end_expired()
             self._end_unreachable()
-            places = self._look_at_places()
-            for job_id, place in places.items():
-                if has_moved(place, published.get(job_id)) and self._bus.has_subscribers(job_id):
-                    self._bus.publish(job_id, PROGRESS, place.as_progress())
-            published = dict(places)
+            positions = self._compute_positions()
+            for job_id, position in positions.items():
+                if has_moved(position, published.get(job_id)) and self._bus.has_subscribers(job_id):
+                    self._bus.publish(job_id, PROGRESS, position.as_progress())
+            published = dict(positions)
 
     def _stop_late(self) -> None:
         with self._lock:
-            in_hand = list(self._running.values())
-        stop_late(in_hand)
+            jobs = list(self._running.values())
+        stop_late(jobs)
         if not self._settings.wait_for_comfyui:
-            stop_unreachable(in_hand, self._settings.ready_timeout_s)
+            stop_unreachable(jobs, self._settings.ready_timeout_s)
 
     def _end_expired(self) -> None:
         with self._lock:
@@ -264,7 +264,7 @@ class LocalEngine:
         self._end_waiting(unreachable, JobState.FAILED, self._backends[0].worker.client.unreachable())
 
     def _has_waited(self, job: WaitingJob) -> float:
-        """Return for how long a job has waited while no ComfyUI that may run it has answered, in seconds."""
+        """Return for how many seconds a job has waited while no ComfyUI that may run it has answered."""
         since = away_since(job, self._backends)
         return 0.0 if since is None else time.time() - max(since, job.since)
 
@@ -276,21 +276,21 @@ class LocalEngine:
                 if self._store.finish(job.id, state, now, error=output):
                     self._bus.publish(job.id, STATUS, {"status": state.value}, event_number(now))
             except DatabaseUnavailable:
-                # Not waited for: the clock is there for the jobs that run, too.
+                # Try again at the next tick: the clock must not block for the database.
                 with self._lock:
                     self._queue.add(job)
 
     # ------------------------------------------------------------------------------------------------- work
 
-    def _work(self) -> None:
-        """Give each job that is taken a thread: how many there are, the rooms of the ComfyUIs and the gates limit."""
+    def _start_jobs(self) -> None:
+        """Start a thread for each job that a ComfyUI can take; the capacities of the ComfyUIs limit their number."""
         while (running := self._take()) is not None:
             try:
                 threading.Thread(target=self._run, args=(running,), name=f"job {running.job.id}").start()
-            except RuntimeError:  # the system has no more
-                log.exception("job %s waits again: it was given no thread", running.job.id)
-                self._let_go(running)
-                self.wait_again(running.job)
+            except RuntimeError:  # the system has no more threads
+                log.exception("job %s goes back to the queue: no thread could be started", running.job.id)
+                self._release(running)
+                self.enqueue(running.job)
                 self._stopping.wait(_TICK_S)
 
     def _run(self, running: RunningJob) -> None:
@@ -298,22 +298,22 @@ class LocalEngine:
             try:
                 self._runner.run(running)
             finally:
-                self._let_go(running)
+                self._release(running)
 
     def _take(self) -> RunningJob | None:
-        """Wait for a job and a ComfyUI that can take it; None when the engine stops."""
+        """Wait for a job and a ComfyUI that can take it; return None when the engine stops."""
         with self._lock:
             while not self._stopping.is_set():
                 if (chosen := self._choose()) is not None:
-                    return self._take_in_hand(*chosen)
+                    return self._assign(*chosen)
                 self._lock.wait()
             return None
 
     def _choose(self) -> tuple[WaitingJob, Backend] | None:
-        """Return the next job that a ComfyUI can take, and that; the jobs of a key keep their order."""
+        """Return the next job that a ComfyUI can take, and the ComfyUI; the jobs of a key keep their order."""
         refused = set()
         for job in self._queue:
-            # Where one gets in nowhere, none like it gets in either; one that a ComfyUI has is like no other.
+            # If no ComfyUI can take a job, none can take another one of its kind.
             kind = (job.record.owner, job.record.only_backend, job.record.prompt_id)
             if kind in refused:
                 continue
@@ -323,37 +323,37 @@ class LocalEngine:
             refused.add(kind)
         return None
 
-    def _take_in_hand(self, job: WaitingJob, backend: Backend) -> RunningJob:
+    def _assign(self, job: WaitingJob, backend: Backend) -> RunningJob:
         self._queue.remove(job.id)
         running = self._running[job.id] = RunningJob(job, backend)
         backend.jobs.add(running)
         return running
 
-    def _let_go(self, running: RunningJob) -> None:
+    def _release(self, running: RunningJob) -> None:
         with self._lock:
             running.backend.jobs.discard(running)
-            # A job that failed may be in hand again already, because its caller had it retried.
+            # After a retry, the same job may run again already.
             if self._running.get(running.job.id) is running:
                 del self._running[running.job.id]
             self._lock.notify_all()
         running.done.set()
 
-    # ------------------------------------------------------------------------------------ what a runner needs
+    # ------------------------------------------------------------------------------------------- RunnerHost
 
-    def note_sending(self, running: RunningJob) -> None:
-        """Note nothing: the store says what may be in ComfyUI."""
+    def before_submit(self, running: RunningJob) -> None:
+        """Do nothing: the store knows what may be in ComfyUI."""
 
-    def note_over(self, running: RunningJob) -> None:
-        """Note nothing: this process sends the webhooks, and knows which of a job are under way."""
+    def before_end(self, running: RunningJob) -> None:
+        """Do nothing: this process sends the webhooks, and knows which are under way."""
 
-    def has_others(self) -> bool:
+    def has_other_backends(self) -> bool:
         """Return whether there are several ComfyUIs."""
         return len(self._backends) > 1
 
-    def mark(self, backend: Backend, healthy: bool) -> None:
-        """Note whether a ComfyUI answers."""
+    def set_healthy(self, backend: Backend, healthy: bool) -> None:
+        """Set whether a ComfyUI answers."""
         with self._lock:
-            has_changed = backend.mark(healthy)
+            has_changed = backend.set_healthy(healthy)
             self._lock.notify_all()
         if has_changed:
             level = logging.INFO if healthy else logging.WARNING

@@ -1,4 +1,4 @@
-"""What a job in hand tells: to those who listen, to its receiver, to the store and to the clocks."""
+"""Publishes the progress of running jobs: to the event bus, webhooks, the store and the statistics of run times."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from comfy_worker.types import Job, JobEvent, JobState, Preview, Stage, StageSta
 
 log = logging.getLogger(__name__)
 
-_NOTE_AGAIN_S = 1.0
-"""Between two attempts to note a job's start while the database is away: whoever follows a job must not wait."""
+_START_RETRY_S = 1.0
+"""Between two attempts to store a job's start while the database is away; the job's thread does not wait for it."""
 
-Standing = Callable[[str], Mapping[str, Any]]
-"""Returns what is to be told of where a job stands, by its id, besides its own progress."""
+PositionFields = Callable[[str], Mapping[str, Any]]
+"""Returns the fields that the progress of a running job has in addition, by its id."""
 
 
 class ProgressPublisher:
-    """Takes in what happens to the jobs in hand."""
+    """Turns the events of running jobs into progress."""
 
     def __init__(
         self,
@@ -38,19 +38,19 @@ class ProgressPublisher:
         bus: EventBus,
         run_times: RunTimes,
         changed: threading.Condition,
-        standing: Standing,
+        position_fields: PositionFields,
     ) -> None:
-        """Take the parts; `changed` guards the run times and is notified when a ComfyUI has room for another job."""
+        """Take the parts; `changed` guards the run times, and is notified when a ComfyUI can take another job."""
         self._store = store
         self._notes = notes
         self._bus = bus
         self._run_times = run_times
         self._changed = changed
-        self._standing = standing
+        self._position_fields = position_fields
 
     def listener(self, running: RunningJob, job: Job, send_progress: SendProgress) -> Callable[[JobEvent], None]:
-        """Return what is to get the events of a job; `send_progress` is called with the progress after each."""
-        following = _JobProgress(running, job)
+        """Return the listener for a job's events; after each it calls `send_progress` with the progress."""
+        tracked = _JobProgress(running, job)
 
         def listen(event: JobEvent) -> None:
             if isinstance(event, Preview):
@@ -58,85 +58,85 @@ class ProgressPublisher:
                 self._bus.publish(running.job.id, PREVIEW, data)
                 return
             if isinstance(event, StageStarted):
-                self._enter(following, event.stage)
-            following.apply(event)
-            self._note_start(following)
-            send_progress(self._publish(following))
+                self._enter(tracked, event.stage)
+            tracked.apply(event)
+            self._store_start(tracked)
+            send_progress(self._publish(tracked))
 
         return listen
 
-    def _publish(self, following: _JobProgress) -> dict[str, Any]:
-        """Publish where a job stands, and return it."""
-        running = following.running
-        output = following.output()
+    def _publish(self, tracked: _JobProgress) -> dict[str, Any]:
+        """Publish the progress of a job, and return it."""
+        running = tracked.running
+        output = tracked.output()
         if running.started_at is None:
-            # Where it stands in ComfyUI's queue says nothing of the jobs that other ComfyUIs have.
+            # The position in one ComfyUI's queue ignores the jobs of the other ComfyUIs.
             output.pop("queue_position", None)
-        data = {**output, **self._standing(running.job.id)}
+        data = {**output, **self._position_fields(running.job.id)}
         event = self._bus.publish(running.job.id, PROGRESS, data)
-        running.progress = ProgressRecord(running.job.id, following.prompt_id, event.number, data)
+        running.progress = ProgressRecord(running.job.id, tracked.prompt_id, event.number, data)
         self._notes.note(running.progress)
         return output
 
-    def _enter(self, following: _JobProgress, stage: Stage) -> None:
-        running = following.running
+    def _enter(self, tracked: _JobProgress, stage: Stage) -> None:
+        running = tracked.running
         with self._changed:
-            # A run that ended before anybody could see it has begun at the latest now.
+            # A run that was too short to be seen has begun by now.
             if stage is Stage.DELIVERING and running.started_at is None:
-                running.entered(Stage.RUNNING)
-            running.entered(stage)
+                running.enter(Stage.RUNNING)
+            running.enter(stage)
             if running.started_at is not None and running.run is None:
-                running.run = RunRecorder.of(following.workflow, running.started_at)
+                running.run = RunRecorder.of(tracked.workflow, running.started_at)
             if stage is Stage.DELIVERING:
                 self._remember(running)
-                self._changed.notify_all()  # its ComfyUI has room for another
+                self._changed.notify_all()  # its ComfyUI can take another job
 
     def _remember(self, running: RunningJob) -> None:
-        """Remember how long a run took; one that was taken up again also took as long as nobody watched."""
+        """Remember how long a run took, unless it was resumed: the time before the restart is not known."""
         run = running.run
         if run is not None and not running.job.may_be_in_comfyui and not run.is_from_cache:
             self._run_times.remember(running.job.record.signature, time.time() - run.started_at, run.profile)
 
-    def _note_start(self, following: _JobProgress) -> None:
-        """Note that ComfyUI runs a job, once, and publish that it does."""
-        running, at = following.running, following.running.started_at
-        if at is None or following.is_start_noted or time.monotonic() < following.note_start_at:
+    def _store_start(self, tracked: _JobProgress) -> None:
+        """Store once that ComfyUI runs a job, and publish it."""
+        running, at = tracked.running, tracked.running.started_at
+        if at is None or tracked.is_start_stored or time.monotonic() < tracked.store_start_at:
             return
         try:
-            is_noted = self._store.start(running.job.id, following.prompt_id, running.backend.url, at)
+            is_stored = self._store.start(running.job.id, tracked.prompt_id, running.backend.url, at)
         except DatabaseUnavailable:
-            log.warning("job %s runs, and the database, which is away, still has it as waiting", running.job.id)
-            following.note_start_at = time.monotonic() + _NOTE_AGAIN_S
+            log.warning("job %s runs, but is IN_QUEUE in the database, which is away", running.job.id)
+            tracked.store_start_at = time.monotonic() + _START_RETRY_S
             return
-        following.is_start_noted = True
-        if is_noted:
+        tracked.is_start_stored = True
+        if is_stored:
             self._bus.publish(running.job.id, STATUS, {"status": JobState.IN_PROGRESS.value}, event_number(at))
 
 
 class _JobProgress:
-    """One job in hand, and what is known of how it gets on.
+    """The progress of one running job.
 
     Attributes:
-        is_start_noted: whether the store has that ComfyUI runs it.
-        note_start_at: when it is next tried to note that, on the monotonic clock.
+        is_start_stored: whether it is IN_PROGRESS in the store.
+        store_start_at: when to try to store that next, on the monotonic clock.
     """
 
     def __init__(self, running: RunningJob, job: Job) -> None:
         self.running = running
         self.prompt_id = job.prompt_id
         self.workflow = job.workflow
-        self.is_start_noted = running.job.record.state is JobState.IN_PROGRESS and job.resumed
-        self.note_start_at = 0.0
+        self.is_start_stored = running.job.record.state is JobState.IN_PROGRESS and job.resumed
+        self.store_start_at = 0.0
         self._progress = Progress(frozenset(job.workflow))
 
     def apply(self, event: JobEvent) -> None:
-        """Take in what happened."""
+        """Apply an event."""
         self._progress.apply(event)
         if self.running.run is not None and self.running.stage is Stage.RUNNING:
             self.running.run.record(event, self._progress.percent, time.time())
 
     def output(self) -> dict[str, Any]:
-        """Return how far the job is, as JSON."""
+        """Return the progress, as JSON."""
         output = self._progress.as_output()
         run = self.running.run
         if run is not None and run.is_from_cache and self.running.stage is Stage.DELIVERING:

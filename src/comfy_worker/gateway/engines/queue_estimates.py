@@ -1,4 +1,4 @@
-"""Where each job stands that ComfyUI does not run yet, and how long it will wait and run."""
+"""The queue position of each job, and estimates of how long it will wait and run."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from comfy_worker.types import Stage
 
 
 @dataclass(frozen=True)
-class InHand:
-    """A job that a ComfyUI was given, here or beside a worker elsewhere.
+class AssignedJob:
+    """A job that was given to a ComfyUI, here or next to a worker elsewhere.
 
     Attributes:
-        job: what it was before.
+        job: the job as it waited.
         backend: the URL of its ComfyUI.
-        stage: which part of its way it is on.
-        remaining_s: how much longer it will run, in seconds; None if that is not known, or it does not run yet.
+        stage: its present stage.
+        remaining_s: how much longer it will run, in seconds; None if not known, or if it does not run yet.
     """
 
     job: WaitingJob
@@ -30,45 +30,49 @@ class InHand:
 
     @property
     def order(self) -> Order:
-        """What jobs that do not run yet are sorted by: what is in ComfyUI's queue goes first."""
+        """The sort key of a job that does not run yet: those in ComfyUI's queue come first."""
         return self.job.order_if(is_in_comfyui=self.stage is Stage.QUEUED)
 
 
 def estimate_positions(
-    waiting: Iterable[WaitingJob], in_hand: Iterable[InHand], run_times: RunTimes, backends: Sequence[str]
+    waiting: Iterable[WaitingJob], assigned: Iterable[AssignedJob], run_times: RunTimes, backends: Sequence[str]
 ) -> dict[str, QueuePosition]:
-    """Return where every job stands that has not been run yet, and how long each of the others runs on, by id.
+    """Return the position of every job that has not ended its run, by id.
 
-    How long files take to come is not known: a job that waits for its own lets those behind it pass.
+    The estimates assume that all input files arrive at once.
 
     Args:
-        waiting: the jobs that no ComfyUI was given yet, the next one in front.
-        in_hand: the jobs that one was given.
-        run_times: how long jobs like these took.
+        waiting: the jobs that no ComfyUI has, the next one first.
+        assigned: the jobs that a ComfyUI has.
+        run_times: how long such jobs ran.
         backends: the URLs of the ComfyUIs that answer.
     """
-    in_hand = list(in_hand)
-    places = {item.job.id: QueuePosition(0, 0.0, item.remaining_s) for item in in_hand if item.stage is Stage.RUNNING}
-    free_at = _when_free(in_hand, backends)
-    for position, (job, item) in enumerate(_in_turn(waiting, in_hand), 1):
+    assigned = list(assigned)
+    positions = {
+        item.job.id: QueuePosition(0, 0.0, item.remaining_s) for item in assigned if item.stage is Stage.RUNNING
+    }
+    free_at = _when_free(assigned, backends)
+    for position, (job, item) in enumerate(_in_order(waiting, assigned), 1):
         own = run_times.expected(job.record.signature)
-        backend = _free_first(free_at) if item is None else item.backend
+        backend = _first_free(free_at) if item is None else item.backend
         wait_s = None if backend is None else free_at.get(backend)
         stage = "waiting" if item is None else item.stage.value
-        places[job.id] = QueuePosition(position, _rounded(wait_s), own, stage)
+        positions[job.id] = QueuePosition(position, _rounded(wait_s), own, stage)
         if backend in free_at:
             free_at[backend] = _sum(wait_s, own)
-    return places
+    return positions
 
 
-def _in_turn(waiting: Iterable[WaitingJob], in_hand: Iterable[InHand]) -> Iterator[tuple[WaitingJob, InHand | None]]:
-    """Yield the jobs that do not run yet in the order in which they will, those that a ComfyUI was given with that.
+def _in_order(
+    waiting: Iterable[WaitingJob], assigned: Iterable[AssignedJob]
+) -> Iterator[tuple[WaitingJob, AssignedJob | None]]:
+    """Yield the jobs that do not run yet in the order in which they will run, each with its assignment if it has one.
 
-    With each that begins to run, the next one is given to a ComfyUI, and goes before those there that came after it.
+    Each time a job begins to run, the next waiting one is given to a ComfyUI, where the queue is sorted like here.
     """
-    ahead: list[tuple[Order, int, WaitingJob, InHand | None]] = [
+    ahead: list[tuple[Order, int, WaitingJob, AssignedJob | None]] = [
         (item.order, number, item.job, item)
-        for number, item in enumerate(in_hand)
+        for number, item in enumerate(assigned)
         if item.stage in (Stage.STAGING, Stage.QUEUED)
     ]
     heapq.heapify(ahead)
@@ -82,16 +86,16 @@ def _in_turn(waiting: Iterable[WaitingJob], in_hand: Iterable[InHand]) -> Iterat
         yield heapq.heappop(ahead)[2:]
 
 
-def _free_first(free_at: Mapping[str, float | None]) -> str | None:
-    """Return which ComfyUI will be free first; None if that is not known of each."""
+def _first_free(free_at: Mapping[str, float | None]) -> str | None:
+    """Return the ComfyUI that will be free first; None unless that is known for all."""
     known = {url: seconds for url, seconds in free_at.items() if seconds is not None}
     return min(known, key=known.__getitem__, default=None) if len(known) == len(free_at) else None
 
 
-def _when_free(in_hand: Iterable[InHand], backends: Sequence[str]) -> dict[str, float | None]:
-    """Return in how many seconds each ComfyUI will have run what it runs now."""
+def _when_free(assigned: Iterable[AssignedJob], backends: Sequence[str]) -> dict[str, float | None]:
+    """Return in how many seconds each ComfyUI will have finished what it runs now."""
     free_at: dict[str, float | None] = dict.fromkeys(backends, 0.0)
-    for item in in_hand:
+    for item in assigned:
         if item.stage is Stage.RUNNING and item.backend in free_at:
             free_at[item.backend] = _sum(free_at[item.backend], item.remaining_s)
     return free_at
@@ -106,34 +110,34 @@ def _rounded(seconds: float | None) -> float | None:
 
 
 class SmoothedEstimates:
-    """Keeps a job's estimates from rising where there is no reason for it; the caller holds a lock.
+    """Keeps estimates from rising without a reason that callers can understand; the caller holds a lock.
 
-    A reason is a job that got in front, or a ComfyUI that went away. That the jobs in front take longer than those like
-    them did is none: the estimate then stays as it is until they are done.
+    A reason is that another job got ahead, or that a ComfyUI went away. If the jobs ahead merely run longer than
+    expected, the estimate stays as it is until they are done.
     """
 
     def __init__(self) -> None:
         self._shown: dict[str, QueuePosition] = {}
         self._backends = 0
 
-    def steady(self, places: Mapping[str, QueuePosition], backends: int) -> dict[str, QueuePosition]:
-        """Return the places to be shown now; jobs that are not among them are forgotten."""
+    def smooth(self, positions: Mapping[str, QueuePosition], backends: int) -> dict[str, QueuePosition]:
+        """Return the positions to show now; other jobs are forgotten."""
         has_lost = backends < self._backends
         self._backends = backends
         self._shown = {
-            job_id: place if has_lost else _not_above(place, self._shown.get(job_id))
-            for job_id, place in places.items()
+            job_id: position if has_lost else _not_above(position, self._shown.get(job_id))
+            for job_id, position in positions.items()
         }
         return dict(self._shown)
 
 
-def _not_above(place: QueuePosition, before: QueuePosition | None) -> QueuePosition:
-    if before is None or place.position is None or before.position is None or place.position > before.position:
-        return place
-    wait_s, run_s = _least(place.wait_s, before.wait_s), place.run_s
-    if place.position == 0 == before.position:
+def _not_above(now: QueuePosition, before: QueuePosition | None) -> QueuePosition:
+    if before is None or now.position is None or before.position is None or now.position > before.position:
+        return now
+    wait_s, run_s = _least(now.wait_s, before.wait_s), now.run_s
+    if now.position == 0 == before.position:
         run_s = _least(run_s, before.run_s)
-    return replace(place, wait_s=wait_s, run_s=run_s)
+    return replace(now, wait_s=wait_s, run_s=run_s)
 
 
 def _least(seconds: float | None, before: float | None) -> float | None:
@@ -142,8 +146,8 @@ def _least(seconds: float | None, before: float | None) -> float | None:
     return min(seconds, before)
 
 
-def has_moved(place: QueuePosition, before: QueuePosition | None) -> bool:
-    """Return whether there is news of a job that waits, beside the passing of time."""
-    if place.position == 0:
+def has_moved(now: QueuePosition, before: QueuePosition | None) -> bool:
+    """Return whether a waiting job has another position or notice."""
+    if now.position == 0:
         return False
-    return before is None or (place.position, place.notice) != (before.position, before.notice)
+    return before is None or (now.position, now.notice) != (before.position, before.notice)

@@ -1,4 +1,4 @@
-"""How long workflows ran before, and by that how much longer one runs."""
+"""How long workflows ran, to estimate how long such workflows will run."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from comfy_worker.types import JobEvent, JobState, NodesCached, NodeStarted, Wor
 _RUNS_REMEMBERED = 5
 _SIGNATURES_REMEMBERED = 256
 _LONGEST_PROFILE = 256
-"""Points of a run's progress that are remembered; a sampler of many steps reports more."""
+"""How many points of a run's progress are remembered; a sampler with many steps reports more."""
 
 Profile = Sequence[tuple[float, float]]
-"""How far a run was, in percent, after so many seconds."""
+"""Points of a run's progress: percent, and the seconds after which it was reached."""
 
 
 @dataclass
 class RunRecorder:
-    """Takes in the events of one run, to be remembered as a measure for the next.
+    """Records the progress of one run, for estimates of later ones.
 
     Attributes:
         started_at: when ComfyUI began to run the prompt, in seconds since the epoch.
-        percent: how far it is.
-        changed_at: since when it has been that far.
+        percent: its progress.
+        changed_at: when it reached that, in seconds since the epoch.
     """
 
     outputs: frozenset[str]
@@ -38,7 +38,7 @@ class RunRecorder:
     changed_at: float = 0.0
     _profile: list[tuple[float, float]] = field(default_factory=list)
     _has_cached: bool = False
-    _has_worked: bool = False
+    _has_computed: bool = False
 
     @classmethod
     def of(cls, workflow: Workflow, started_at: float) -> RunRecorder:
@@ -46,11 +46,11 @@ class RunRecorder:
         return cls(_output_nodes(workflow), started_at, changed_at=started_at)
 
     def record(self, event: JobEvent, percent: float, now: float) -> None:
-        """Take in an event, and how far the run was after it."""
+        """Record an event, and the progress after it."""
         if isinstance(event, NodesCached):
             self._has_cached = self._has_cached or bool(event.node_ids)
         elif isinstance(event, NodeStarted):
-            self._has_worked = self._has_worked or event.node_id not in self.outputs
+            self._has_computed = self._has_computed or event.node_id not in self.outputs
         if percent > self.percent:
             self.percent, self.changed_at = percent, now
             if len(self._profile) < _LONGEST_PROFILE:
@@ -58,24 +58,24 @@ class RunRecorder:
 
     @property
     def is_from_cache(self) -> bool:
-        """Whether ComfyUI had all but the last nodes in its cache: such a run tells nothing of the next one."""
-        return self._has_cached and not self._has_worked
+        """Whether ComfyUI had all but the output nodes in its cache: such a run is no measure for others."""
+        return self._has_cached and not self._has_computed
 
     @property
     def profile(self) -> Profile:
-        """How far it was when."""
+        """Its progress over time."""
         return tuple(self._profile)
 
 
 class RunTimes:
-    """How long workflows ran before, by their signature; the caller holds a lock."""
+    """How long workflows ran, by their signature; the caller holds a lock."""
 
     def __init__(self) -> None:
         self._by_signature: dict[str, deque[float]] = {}
         self._profiles: dict[str, tuple[Profile, float]] = {}
 
     def remember(self, signature: str, seconds: float, profile: Profile = ()) -> None:
-        """Take in how long a run took, and how far it was when."""
+        """Remember how long a run took, and its progress over time."""
         runs = self._by_signature.pop(signature, None) or deque(maxlen=_RUNS_REMEMBERED)
         runs.append(seconds)
         self._by_signature[signature] = runs
@@ -87,22 +87,22 @@ class RunTimes:
             self._profiles.pop(longest_ago, None)
 
     def learn(self, records: Iterable[JobRecord]) -> None:
-        """Take in how long jobs ran before a restart, the oldest first; their delivery counts too."""
+        """Learn from jobs that ended before a restart, oldest first; the time includes their delivery."""
         for record in records:
             is_measure = record.state is JobState.COMPLETED and not (record.progress or {}).get("from_cache")
             if is_measure and record.started_at is not None and record.ended_at is not None:
                 self.remember(record.signature, max(0.0, record.ended_at - record.started_at))
 
     def expected(self, signature: str) -> float | None:
-        """Return how long one will run, by those like it; None if none like it ran yet.
+        """Return how long a workflow will run; None if no workflow of the same signature has run yet.
 
-        Others tell nothing of it: a video does not take as long as the pictures before it.
+        Other workflows are no measure: a video does not take as long as the images before it.
         """
         runs = self._by_signature.get(signature)
         return statistics.median(runs) if runs else None
 
     def remaining(self, signature: str, run: RunRecorder, now: float | None = None) -> float | None:
-        """Return how long a run will go on, in seconds; None if none like it ran yet."""
+        """Return how much longer a run will take, in seconds; None if no workflow of the same signature has run yet."""
         expected = self.expected(signature)
         if expected is None:
             return None
@@ -111,12 +111,12 @@ class RunTimes:
         if known is None or known[1] <= 0 or run.percent <= 0:
             return max(0.0, expected - (now - run.started_at))
         profile, seconds = known
-        left, left_at_next = _left(profile, seconds, run.percent)
-        return max(0.0, left * expected - (now - run.changed_at), left_at_next * expected)
+        remaining, remaining_at_next = _remaining_parts(profile, seconds, run.percent)
+        return max(0.0, remaining * expected - (now - run.changed_at), remaining_at_next * expected)
 
 
-def _left(profile: Profile, seconds: float, percent: float) -> tuple[float, float]:
-    """Return what part of a remembered run was left when it was so far, and when it got further next: 1 to 0."""
+def _remaining_parts(profile: Profile, seconds: float, percent: float) -> tuple[float, float]:
+    """Return which part of a remembered run remained at this progress, and at its next point: 1 to 0."""
     index = bisect.bisect_right(profile, percent, key=lambda point: point[0])
     before = profile[index - 1] if index else (0.0, 0.0)
     after = profile[index] if index < len(profile) else (100.0, seconds)

@@ -1,4 +1,4 @@
-"""Runs one job that an engine has in hand at one ComfyUI, and notes in the store what becomes of it."""
+"""Runs a job of an engine on one ComfyUI, and stores its result."""
 
 from __future__ import annotations
 
@@ -39,37 +39,37 @@ from comfy_worker.worker import json_safe
 log = logging.getLogger(__name__)
 
 _MOST_ATTEMPTS = 3
-"""How many ComfyUIs are given a job; after that its last failure is its own."""
-_NOT_ITS_FAULT = {ComfyUnreachable.code, ComfyCrashed.code, UploadFailed.code}
-"""Failures after which another ComfyUI may do better."""
-_LOST_MEANWHILE = {OutputMissing.code, DeliveryFailed.code, Cancelled.code}
-"""Failures of a job that was taken up again whose files or prompt went while nobody watched."""
+"""How many ComfyUIs get a job; then its last failure is final."""
+_MAY_PASS_ELSEWHERE = {ComfyUnreachable.code, ComfyCrashed.code, UploadFailed.code}
+"""Failures that may not occur on another ComfyUI."""
+_LOST_ON_RESTART = {OutputMissing.code, DeliveryFailed.code, Cancelled.code}
+"""Failures of a resumed job whose files or prompt were lost while no process followed it."""
 
 
 class RunnerHost(Protocol):
-    """What a runner needs of whoever gives it jobs."""
+    """What a runner needs of the engine or worker that gives it jobs."""
 
-    def mark(self, backend: Backend, healthy: bool) -> None:
-        """Note whether a ComfyUI answers."""
+    def set_healthy(self, backend: Backend, healthy: bool) -> None:
+        """Set whether a ComfyUI answers."""
 
-    def wait_again(self, job: WaitingJob) -> None:
-        """Let a job that is open still wait for another turn."""
+    def enqueue(self, job: WaitingJob) -> None:
+        """Put a job that has not ended back into the queue."""
 
-    def note_sending(self, running: RunningJob) -> None:
-        """Note that a job's prompt may be in ComfyUI from now on."""
+    def before_submit(self, running: RunningJob) -> None:
+        """Take notice that a job's prompt may be in ComfyUI from now on."""
 
-    def note_over(self, running: RunningJob) -> None:
-        """Note that a job's end, or that it waits again, is about to be noted."""
+    def before_end(self, running: RunningJob) -> None:
+        """Take notice that a job is about to end, or to be put back into the queue."""
 
-    def has_others(self) -> bool:
-        """Return whether there are other ComfyUIs, with which a job may do better."""
+    def has_other_backends(self) -> bool:
+        """Return whether there are other ComfyUIs that could run a job."""
 
 
 class Runner:
-    """Stages, runs and delivers jobs, and notes their ends in the store.
+    """Stages, runs and delivers jobs, and stores their results.
 
-    A job's prompt_id and its ComfyUI are noted before anything of it is sent: after a kill at any moment the store and
-    ComfyUI say where it stands. It waits until ComfyUI runs it; `ProgressPublisher` notes that.
+    A job's prompt_id and ComfyUI are stored before anything of it is sent: after a kill at any moment, the store and
+    ComfyUI together say what became of it. It is IN_QUEUE until ComfyUI runs it (`ProgressPublisher`).
     """
 
     def __init__(
@@ -78,29 +78,29 @@ class Runner:
         bus: EventBus,
         settings: GatewaySettings,
         progress: ProgressWebhooks,
-        telling: ProgressPublisher,
-        patience: StoreRetry,
-        around: RunnerHost,
+        publisher: ProgressPublisher,
+        store_retry: StoreRetry,
+        host: RunnerHost,
     ) -> None:
         self._store = store
         self._bus = bus
         self._settings = settings
         self._progress = progress
-        self._telling = telling
-        self._patience = patience
-        self._around = around
-        # Both wait for servers that callers name.
-        self._staging = PrioritySemaphore(settings.preprocess_workers, one_of_each=True)
-        self._delivering = PrioritySemaphore(settings.postprocess_workers, one_of_each=True)
+        self._publisher = publisher
+        self._store_retry = store_retry
+        self._host = host
+        # Both stages wait for servers that callers name.
+        self._staging = PrioritySemaphore(settings.preprocess_workers, extra_for_each_owner=True)
+        self._delivering = PrioritySemaphore(settings.postprocess_workers, extra_for_each_owner=True)
 
     def run(self, running: RunningJob) -> None:
-        """Run a job to its end, or until it waits again; of one that ended meanwhile nothing is done."""
+        """Run a job until it ends or is put back into the queue; if it has ended meanwhile, do nothing."""
         try:
             self._run(running)
         except DatabaseUnavailable:
-            log.warning("job %s stays as the database has it: that does not answer", running.job.id)
+            log.warning("job %s is left as it is: the database does not answer", running.job.id)
         except Exception:
-            log.exception("job %s met a bug", running.job.id)
+            log.exception("job %s failed with an unexpected error", running.job.id)
             error = InternalError("The gateway failed because of a bug of its own; its log says where")
             self._finish(running.job, JobState.FAILED, error=error.as_output())
 
@@ -114,7 +114,7 @@ class Runner:
 
     def _prepare(self, running: RunningJob) -> Job | WorkerError:
         try:
-            request = self._patience.surely(lambda: self._store.request_of(running.job.id)) or {}
+            request = self._store_retry.call(lambda: self._store.request_of(running.job.id)) or {}
             return parse_job({**request, "id": running.job.id}, self._settings.input_max_files)
         except DatabaseUnavailable:
             raise
@@ -125,59 +125,61 @@ class Runner:
         try:
             prompt_id = self._prompt_to_resume(running, job)
         except ComfyUnreachable:
-            self._around.mark(running.backend, False)
+            self._host.set_healthy(running.backend, False)
             if not running.stop.is_set():
-                self._around.wait_again(running.job)
+                self._host.enqueue(running.job)
             return
         if running.job.may_be_in_comfyui and not self._is_open(running.job.id):
-            take_out(running.job, running.backend)
+            remove_prompt(running.job, running.backend)
             return
         is_resumed = prompt_id is not None
         prompt_id = prompt_id or self._claim(running)
         if prompt_id is None:
             return
         running.prompt_id = prompt_id
-        self._around.note_sending(running)
-        # In the order in which they were accepted, whichever is staged first.
+        self._host.before_submit(running)
+        # Jobs enter ComfyUI in the order in which they were accepted, whichever is staged first.
         order, owner = running.job.order_if(is_in_comfyui=is_resumed), running.job.record.owner
-        turns = JobStageLimits(self._staging, running.backend.gate, self._delivering, order, owner, running.stop)
-        # How long it may run is the engine's to watch: waiting for others in ComfyUI's queue does not count.
+        limits = JobStageLimits(
+            self._staging, running.backend.queue_limit, self._delivering, order, owner, running.stop
+        )
+        # The engine limits the execution time, because waiting in ComfyUI's queue does not count.
         limit_s = running.job.record.execution_timeout_s
         job = replace(job, prompt_id=prompt_id, resumed=is_resumed, execution_timeout_s=None, staging_timeout_s=limit_s)
-        listen = self._telling.listener(running, job, send_progress)
-        output = running.backend.worker.run_parsed(job, listen, running.stop, limits=turns)
-        self._around.note_over(running)
+        listen = self._publisher.listener(running, job, send_progress)
+        output = running.backend.worker.run_parsed(job, listen, running.stop, limits=limits)
+        self._host.before_end(running)
         self._settle(running, json_safe(output), is_resumed=is_resumed)
 
     def _is_open(self, job_id: str) -> bool:
-        record = self._patience.surely(lambda: self._store.get(job_id))
+        record = self._store_retry.call(lambda: self._store.get(job_id))
         return record is not None and not record.state.is_terminal
 
     # ------------------------------------------------------------------------------------- resume or begin
 
     def _prompt_to_resume(self, running: RunningJob, job: Job) -> str | None:
-        """Return the prompt of a job that ComfyUI still has, from before the process that follows it was started."""
+        """Return the prompt of a job that ComfyUI has since before a restart; None if the job has to begin anew."""
         record, client = running.job.record, running.backend.worker.client
         if record.prompt_id is None:
             return None
         is_here = record.backend == running.backend.url
         if is_here and client.knows(record.prompt_id):
             if not any(node["class_type"] == WEBSOCKET_OUTPUT_NODE for node in job.workflow.values()):
-                log.info("job %s is taken up again", record.id)
+                log.info("job %s is resumed", record.id)
                 running.started_at = record.started_at
                 return record.prompt_id
-            # Its pictures were sent to the process that ended, and to nobody else.
+            # Its images were sent only to the process that has ended.
             client.remove(record.prompt_id)
         if is_here and client.disk is not None:
             client.disk.clean_up(record.prompt_id, {})
         return None
 
     def _claim(self, running: RunningJob) -> str | None:
-        """Note under which prompt_id a job goes to which ComfyUI; return None if it does not wait any more."""
+        """Claim a job for a new prompt_id on this ComfyUI; return None if the job does not wait any more."""
         job, url, prompt_id = running.job, running.backend.url, str(uuid.uuid4())
         before = job.record.prompt_id
         if job.record.state is JobState.IN_PROGRESS:
-            # ComfyUI does not have it any more.
+            # ComfyUI has lost it.
             if not self._requeue(job, before):
                 return None
             before = None
@@ -185,23 +187,23 @@ class Runner:
         def claim() -> bool:
             return self._store.set_prompt_id(job.id, prompt_id, url, expected=before)
 
-        is_ours = self._patience.change(job.id, claim, lambda record: record.prompt_id == prompt_id)
+        is_ours = self._store_retry.change(job.id, claim, lambda record: record.prompt_id == prompt_id)
         return prompt_id if is_ours else None
 
     def _requeue(self, job: WaitingJob, prompt_id: str | None) -> bool:
-        """Let a job wait that was given to a ComfyUI under a prompt_id; return whether it was still open."""
+        """Release the claim of a job, and have it wait; return whether it had not ended."""
         now, was_running = time.time(), False
 
         def requeue() -> bool:
             nonlocal was_running
             was_running = self._store.requeue(job.id, now)
-            # One that ComfyUI had not begun to run waits already.
+            # If ComfyUI has not begun to run it, it is still waiting.
             return was_running or self._store.set_prompt_id(job.id, None, None, expected=prompt_id)
 
         def was_made(record: JobRecord) -> bool:
             return record.state is JobState.IN_QUEUE and record.prompt_id is None
 
-        if not self._patience.change(job.id, requeue, was_made):
+        if not self._store_retry.change(job.id, requeue, was_made):
             return False
         if was_running:
             self._bus.publish(job.id, STATUS, {"status": JobState.IN_QUEUE.value}, event_number(now))
@@ -210,42 +212,42 @@ class Runner:
     # -------------------------------------------------------------------------------------------------- end
 
     def _settle(self, running: RunningJob, output: dict[str, Any], *, is_resumed: bool) -> None:
-        """Note how a job ended, or let it wait again where that is better."""
+        """Store how a job ended, or put it back into the queue if another attempt may succeed."""
         job = running.job
         code = output.get("code") if "error" in output else None
         if running.stop.detached and code == Cancelled.code:
-            return  # it goes on in ComfyUI, and the next start takes it up
+            return  # it continues in ComfyUI, and the next start resumes it
         if (stopped_by := running.stopped_by) is not None and code == Cancelled.code:
             code, output = stopped_by.code, {**output, **stopped_by.as_output(self._settings.secrets())}
         was_lost = is_resumed and not running.stop.is_set() and _has_lost_something(output)
-        again = was_lost or self._may_do_better_again(running, code)
-        if again and self._again(running, "its files went while nobody watched" if was_lost else output["error"]):
+        again = was_lost or self._may_pass_elsewhere(running, code)
+        if again and self._put_back(running, "its files were lost during a restart" if was_lost else output["error"]):
             return
         if code is None:
-            self._finish(job, JobState.COMPLETED, output=output, ran=running)
+            self._finish(job, JobState.COMPLETED, output=output, running=running)
         else:
             states = {Cancelled.code: JobState.CANCELLED, TimedOut.code: JobState.TIMED_OUT}
             state = states.get(str(code), JobState.FAILED)
             made, error = split_failure(output)
-            self._finish(job, state, output=made, error=error, ran=running)
+            self._finish(job, state, output=made, error=error, running=running)
 
-    def _may_do_better_again(self, running: RunningJob, code: str | None) -> bool:
-        if code not in _NOT_ITS_FAULT:
+    def _may_pass_elsewhere(self, running: RunningJob, code: str | None) -> bool:
+        if code not in _MAY_PASS_ELSEWHERE:
             return False
         if not running.backend.worker.client.is_ready():
-            self._around.mark(running.backend, False)
+            self._host.set_healthy(running.backend, False)
         if code == ComfyUnreachable.code and self._settings.wait_for_comfyui:
             return True
-        return self._around.has_others() and running.job.attempts + 1 < _MOST_ATTEMPTS
+        return self._host.has_other_backends() and running.job.attempts + 1 < _MOST_ATTEMPTS
 
-    def _again(self, running: RunningJob, why: str) -> bool:
-        """Put a job back into the queue; return whether it was still open."""
+    def _put_back(self, running: RunningJob, why: str) -> bool:
+        """Put a job back into the queue; return whether it had not ended."""
         job = running.job
         if not self._requeue(job, running.prompt_id):
             return False
-        log.warning("job %s waits again: %s", job.id, why)
+        log.warning("job %s goes back to the queue: %s", job.id, why)
         record = replace(job.record, state=JobState.IN_QUEUE, prompt_id=None, backend=None, started_at=None)
-        self._around.wait_again(WaitingJob(record, job.attempts + 1))
+        self._host.enqueue(WaitingJob(record, job.attempts + 1))
         return True
 
     def _finish(
@@ -255,22 +257,22 @@ class Runner:
         *,
         output: Mapping[str, Any] | None = None,
         error: Mapping[str, Any] | None = None,
-        ran: RunningJob | None = None,
+        running: RunningJob | None = None,
     ) -> None:
         now = time.time()
-        started_at, progress = (None, None) if ran is None else (ran.started_at, ran.progress)
+        started_at, progress = (None, None) if running is None else (running.started_at, running.progress)
 
         def finish() -> bool:
             return self._store.finish(
                 job.id, state, now, output=output, error=error, ran_from=started_at, progress=progress
             )
 
-        if self._patience.change(job.id, finish, lambda record: (record.state, record.ended_at) == (state, now)):
+        if self._store_retry.change(job.id, finish, lambda record: (record.state, record.ended_at) == (state, now)):
             self._bus.publish(job.id, STATUS, {"status": state.value}, event_number(now))
 
 
-def take_out(job: WaitingJob, backend: Backend | None) -> None:
-    """Take out the prompt of a job that was not taken up again since a process that followed it ended."""
+def remove_prompt(job: WaitingJob, backend: Backend | None) -> None:
+    """Remove the prompt of a job from ComfyUI, which it has since before a restart."""
     if backend is None or job.record.backend != backend.url or job.record.prompt_id is None:
         return
     try:
@@ -280,7 +282,7 @@ def take_out(job: WaitingJob, backend: Backend | None) -> None:
 
 
 def _has_lost_something(output: Mapping[str, Any]) -> bool:
-    """Return whether a job that was taken up again lacks what it had made: a kill may fall into the clean-up."""
+    """Return whether a resumed job lacks files that it had made: a kill may interrupt the clean-up."""
     if "error" in output:
-        return output.get("code") in _LOST_MEANWHILE
+        return output.get("code") in _LOST_ON_RESTART
     return any(warning.startswith("Output ") for warning in output.get("errors", []))

@@ -1,4 +1,4 @@
-"""How many jobs may do the same thing at the same time, and who is next."""
+"""How many jobs may be in the same stage at a time, and which is next."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from comfy_worker.stop import Stop
 
 
 class _Ticket(NamedTuple):
-    """Who waits at a gate; the smallest is next."""
+    """A job that waits for a slot; the smallest is next."""
 
     order: Order
     number: int
@@ -23,20 +23,20 @@ class _Ticket(NamedTuple):
 
 
 class PrioritySemaphore:
-    """Lets so many in at a time; of those who wait, the one of the smallest order is next."""
+    """A semaphore whose free slots go to the waiting job with the smallest order."""
 
-    def __init__(self, places: int, *, one_of_each: bool = False) -> None:
-        """Take how many; `one_of_each` lets in, beyond them, one of each owner that has none inside."""
-        self._free = places
-        self._one_of_each = one_of_each
-        self._inside: Counter[str] = Counter()
+    def __init__(self, slots: int, *, extra_for_each_owner: bool = False) -> None:
+        """Take the number of slots; `extra_for_each_owner` admits one more job of each owner that has no slot."""
+        self._free = slots
+        self._extra_for_each_owner = extra_for_each_owner
+        self._holding: Counter[str] = Counter()
         self._waiting: list[_Ticket] = []
         self._numbers = itertools.count()
         self._changed = threading.Condition()
 
     @contextmanager
-    def inside(self, order: Order, owner: str, stop: Stop) -> Iterator[None]:
-        """Wait for a place and hold it.
+    def slot(self, order: Order, owner: str, stop: Stop) -> Iterator[None]:
+        """Wait for a slot and hold it.
 
         Raises:
             Cancelled: `stop` was set while this waited.
@@ -61,13 +61,13 @@ class PrioritySemaphore:
     def _is_next(self, ticket: _Ticket) -> bool:
         if self._free > 0:
             return ticket == min(self._waiting)
-        if not self._one_of_each or self._inside[ticket.owner]:
+        if not self._extra_for_each_owner or self._holding[ticket.owner]:
             return False
         return ticket == min(other for other in self._waiting if other.owner == ticket.owner)
 
     def _count(self, owner: str, more: int) -> None:
         self._free -= more
-        self._inside[owner] += more
+        self._holding[owner] += more
 
     def _wake(self) -> None:
         with self._changed:
@@ -75,7 +75,7 @@ class PrioritySemaphore:
 
 
 class JobStageLimits(StageLimits):
-    """One job's turns at the gates of its engine and its backend."""
+    """The limits of one job: those of its engine for staging and delivery, that of its ComfyUI for generation."""
 
     def __init__(
         self,
@@ -86,17 +86,17 @@ class JobStageLimits(StageLimits):
         owner: str,
         stop: Stop,
     ) -> None:
-        self._gates = (staging, generating, delivering)
+        self._staging, self._generating, self._delivering = staging, generating, delivering
         self._ticket = (order, owner, stop)
 
     def staging(self) -> AbstractContextManager[None]:
-        """Wait for the job's turn to upload its inputs."""
-        return self._gates[0].inside(*self._ticket)
+        """Wait until the job may upload its inputs."""
+        return self._staging.slot(*self._ticket)
 
     def generating(self) -> AbstractContextManager[None]:
-        """Wait for the job's turn in ComfyUI's queue."""
-        return self._gates[1].inside(*self._ticket)
+        """Wait until the job may enter ComfyUI's queue."""
+        return self._generating.slot(*self._ticket)
 
     def delivering(self) -> AbstractContextManager[None]:
-        """Wait for the job's turn to hand its outputs over."""
-        return self._gates[2].inside(*self._ticket)
+        """Wait until the job may deliver its outputs."""
+        return self._delivering.slot(*self._ticket)

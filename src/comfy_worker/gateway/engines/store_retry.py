@@ -1,4 +1,4 @@
-"""What an engine asks of the store, as often as it takes while the database is away."""
+"""Calls of the store by an engine, repeated while the database is away."""
 
 from __future__ import annotations
 
@@ -6,43 +6,46 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
+from tenacity import Retrying, retry_if_exception_type, sleep_using_event, stop_when_event_set, wait_fixed
+
 from comfy_worker.gateway.errors import DatabaseUnavailable
 from comfy_worker.gateway.store.job_store import JobStore
 from comfy_worker.gateway.store.records import JobRecord
 
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
-_AGAIN_S = 0.5
+_PAUSE_S = 0.5
 
 
 class StoreRetry:
-    """Outlasts a database that is away; gives up only when the engine stops."""
+    """Repeats calls of the store until the database is back, or the engine stops."""
 
     def __init__(self, store: JobStore, stopping: threading.Event) -> None:
-        """Take the store, and what says that the engine stops."""
+        """Take the store, and the event that is set when the engine stops."""
         self._store = store
-        self._stopping = stopping
+        self._retrying = Retrying(
+            retry=retry_if_exception_type(DatabaseUnavailable),
+            stop=stop_when_event_set(stopping),
+            wait=wait_fixed(_PAUSE_S),
+            sleep=sleep_using_event(stopping),
+            reraise=True,
+        )
 
-    def surely(self, action: Callable[[], Answer]) -> Answer:
-        """Do something with the store, and return what came of it.
+    def call(self, action: Callable[[], Result]) -> Result:
+        """Return the result of a call of the store.
 
         Raises:
             DatabaseUnavailable: the database is away, and the engine stops.
         """
-        while True:
-            try:
-                return action()
-            except DatabaseUnavailable:
-                if self._stopping.wait(_AGAIN_S):
-                    raise
+        return self._retrying(action)
 
     def change(self, job_id: str, change: Callable[[], bool], was_made: Callable[[JobRecord], bool]) -> bool:
-        """Change a job's state; return whether it was changed, perhaps by an attempt whose answer got lost.
+        """Change a job's state; return whether it was changed, also by an attempt whose reply was lost.
 
         Args:
             job_id: the job.
             change: makes the change, and returns whether it could be made.
-            was_made: whether a job is as only this change makes it.
+            was_made: returns whether a job is in the state in which only this change leaves it.
 
         Raises:
             DatabaseUnavailable: the database is away, and the engine stops.
@@ -57,7 +60,7 @@ class StoreRetry:
                 has_failed = True
                 raise
 
-        return self.surely(attempt)
+        return self.call(attempt)
 
     def _is(self, job_id: str, was_made: Callable[[JobRecord], bool]) -> bool:
         record = self._store.get(job_id)

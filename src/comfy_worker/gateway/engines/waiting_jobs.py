@@ -1,4 +1,4 @@
-"""The jobs that wait for their turn."""
+"""The jobs that wait for a ComfyUI."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from comfy_worker.gateway.store.records import JobRecord
 _numbers = itertools.count()
 
 Order = tuple[bool, int, float, int]
-"""What jobs are sorted by that wait for the same thing: the smallest is next."""
+"""The sort key of jobs that wait for the same thing: the smallest is next."""
 
 
 @dataclass(frozen=True)
 class WaitingJob:
-    """A job that waits; of its request, which may be large, the store is asked when its turn has come.
+    """A job that waits; its request, which may be large, is read from the store when it is needed.
 
     Attributes:
-        record: as it was when it began to wait. One with a `prompt_id` was given to a ComfyUI by the gateway before
-            this one.
+        record: as it was when it began to wait. If it has a `prompt_id`, it was given to a ComfyUI before a restart.
         attempts: how many ComfyUIs have had it.
         since: when it began to wait here, in seconds since the epoch.
     """
@@ -44,21 +43,21 @@ class WaitingJob:
 
     @property
     def expires_at(self) -> float:
-        """When it has waited too long."""
+        """When it has waited too long, in seconds since the epoch."""
         return self.record.created_at + self.record.queue_ttl_s
 
     @property
     def order(self) -> Order:
-        """What it is sorted by: first what ComfyUI has already, then by priority, then who came first."""
+        """Its sort key: first what ComfyUI has already, then by priority, then by age."""
         return self.order_if(is_in_comfyui=self.may_be_in_comfyui)
 
     def order_if(self, *, is_in_comfyui: bool) -> Order:
-        """Return what it is sorted by if ComfyUI has it, or has not."""
+        """Return the sort key that it has if ComfyUI has it, or does not have it."""
         return (not is_in_comfyui, -self.record.priority, self.record.created_at, self.number)
 
 
 class Queue:
-    """Waiting jobs in the order of their turns; whoever uses it holds a lock."""
+    """Waiting jobs in the order in which they run; its users hold a lock."""
 
     def __init__(self) -> None:
         self._jobs: list[WaitingJob] = []
@@ -70,19 +69,19 @@ class Queue:
         return iter(list(self._jobs))
 
     def add(self, job: WaitingJob) -> int:
-        """Let a job wait; return how many are in front of it."""
+        """Add a job; return how many are ahead of it."""
         bisect.insort(self._jobs, job, key=lambda waiting: waiting.order)
         return bisect.bisect_left(self._jobs, job.order, key=lambda waiting: waiting.order)
 
     def remove(self, job_id: str) -> WaitingJob | None:
-        """Take a job out and return it, None if it is not there."""
+        """Remove a job and return it, None if it is not in the queue."""
         found = next((job for job in self._jobs if job.id == job_id), None)
         if found is not None:
             self._jobs.remove(found)
         return found
 
     def take_expired(self, now: float) -> list[WaitingJob]:
-        """Take out what has waited too long; what ComfyUI has already waits no more."""
+        """Remove and return the jobs that have waited too long; one that ComfyUI has already does not wait."""
         expired = [job for job in self._jobs if job.expires_at <= now and not job.may_be_in_comfyui]
         if expired:
             self._jobs = [job for job in self._jobs if job.expires_at > now or job.may_be_in_comfyui]

@@ -47,6 +47,11 @@ class QueuePosition:
         return {name: value for name, value in {**known, "notice": self.notice or None}.items() if value is not None}
 
 
+def unreachable_notice(away_since: float | None) -> str:
+    """Return the notice for jobs whose ComfyUI has not answered since then; empty if it answers."""
+    return "" if away_since is None else f"ComfyUI has not answered since {iso_time(away_since)}"
+
+
 def iso_time(seconds: float) -> str:
     """Return a time, in seconds since the epoch, as ISO 8601 in UTC."""
     return f"{datetime.fromtimestamp(seconds, timezone.utc):%Y-%m-%dT%H:%M:%SZ}"

@@ -20,9 +20,7 @@ _FIRST, _LAST, _NORMAL = 0, 9, 5
 
 def make_app(settings: GatewaySettings) -> Celery:
     """Return the application; it connects to nothing yet."""
-    app = Celery(
-        "comfy_worker", broker=_as_kombu_reads_it(settings.broker_url.get_secret_value()), set_as_current=False
-    )
+    app = Celery("comfy_worker", broker=_kombu_url(settings.broker_url.get_secret_value()), set_as_current=False)
     app.conf.update(
         broker_connection_retry_on_startup=True,
         broker_transport_options={
@@ -50,8 +48,8 @@ def make_app(settings: GatewaySettings) -> Celery:
     return app
 
 
-def _as_kombu_reads_it(url: str) -> str:
-    """Return the URL of a Redis in kombu's words: a socket has another scheme, and TLS wants to be told twice."""
+def _kombu_url(url: str) -> str:
+    """Return the URL of a Redis as kombu expects it: other schemes for sockets, and a parameter for TLS."""
     parts = urlsplit(url)
     if parts.scheme == "unix":
         number = dict(parse_qsl(parts.query)).get("db", "0")
@@ -62,26 +60,26 @@ def _as_kombu_reads_it(url: str) -> str:
 
 
 def queue_of(backend: str) -> str:
-    """Return the queue of one worker alone, by the URL under which it is known."""
+    """Return the queue of a single worker, by the URL by which it is known."""
     return f"{QUEUE}_{hashlib.sha256(backend.encode()).hexdigest()[:16]}"
 
 
 def priority_of(record: JobRecord) -> int:
-    """Return Celery's number for a job's priority; those of ours from -4 to 4 differ."""
+    """Return Celery's number for a job's priority; ours are distinct from -4 to 4."""
     return min(_LAST, max(_FIRST + 1, _NORMAL - record.priority))
 
 
 def publish(
     app: Celery, record: JobRecord, *, queue: str = QUEUE, attempts: int = 0, was_passed_on: bool = False
 ) -> None:
-    """Have a job run: a message with its id, and nothing else of it.
+    """Send the message that has a job run; it holds only the job's id.
 
     Args:
         app: the application.
         record: the job.
-        queue: who may take it: any worker, or only that of `queue_of`.
+        queue: that of all workers, or of a single one (`queue_of`).
         attempts: how many ComfyUIs have had it.
-        was_passed_on: a worker that was at work left it to one that was not.
+        was_passed_on: whether a busy worker passed it on to an idle one.
 
     Raises:
         kombu.exceptions.OperationalError: Redis does not answer.
@@ -89,6 +87,6 @@ def publish(
     more: dict[str, Any] = {"attempts": attempts} if attempts else {}
     more |= {"was_passed_on": True} if was_passed_on else {}
     was_taken = bool(more) or record.state is JobState.IN_PROGRESS
-    # What was taken out of the queue once has had its turn.
+    # A job that a worker had already comes first.
     priority = _FIRST if was_taken else priority_of(record)
     app.send_task(TASK, args=[record.id], kwargs=more, queue=queue, task_id=record.id, priority=priority, retry=False)

@@ -1,4 +1,4 @@
-"""Celery's own part of a worker: it takes messages, hands them to threads, and ends in good order at a signal."""
+"""The Celery worker within a fleet worker: it consumes messages in threads, and ends gracefully at a signal."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from comfy_worker.gateway.settings import GatewaySettings
 
 log = logging.getLogger(__name__)
 
-_ANEW_S = 1.0
-"""Between a Celery worker that broke down and the next."""
+_RESTART_S = 1.0
+"""Between a Celery worker that failed and the next."""
 
 
-def ask_to_end(*_about: object) -> None:
-    """Note a signal that comes while Celery does not listen to signals yet."""
+def request_end(*_args: object) -> None:
+    """Handle a signal that comes before Celery handles signals."""
     state.should_stop = 0
 
 
-def was_asked_to_end() -> bool:
-    """Return whether a signal has told Celery to end."""
-    # What is noted there is the exit code that is wanted, which may be 0.
+def is_ending() -> bool:
+    """Return whether a signal was received."""
+    # The values are exit codes, which may be 0.
     return any(asked is not None and asked is not False for asked in (state.should_stop, state.should_terminate))
 
 
@@ -38,48 +38,48 @@ class CeleryConsumer:
     """A Celery worker within this process.
 
     Attributes:
-        app: the application; another one after each break-down.
-        is_taking: whether messages are taken, or would be if the ComfyUI answered.
+        app: the application; a new one after each failure.
+        is_consuming: whether messages are consumed, or would be if the ComfyUI answered.
     """
 
     def __init__(self, settings: GatewaySettings, url: str, run: Callable[..., None]) -> None:
-        """Take what runs a message, in one of as many threads as a ComfyUI may have jobs; `url` is the worker's."""
+        """Take the function that runs a message, in as many threads as ComfyUI may have jobs; `url` is the worker's."""
         self._settings = settings
         self._run = run
         self._queues = [QUEUE, queue_of(url)]
         parts = urlsplit(url)
         self._node = f"comfyui-{parts.port or parts.scheme}@{parts.hostname}"
         self.app = make_app(settings)
-        self.is_taking = False
+        self.is_consuming = False
         self._worker: Worker | None = None
 
     def serve(self, wait_until_ready: Callable[[], None]) -> int:
-        """Take messages until a signal; return the process's exit code.
+        """Consume messages until a signal; return the process's exit code.
 
-        Celery's worker ends when it loses Redis with messages in hand (kombu cannot give them back then). It is started
-        again; gateways send again what got lost.
+        Celery's worker ends when it loses Redis while it has messages, because kombu cannot return them then. It is
+        started again, and gateways send lost messages again.
 
         Args:
-            wait_until_ready: returns when jobs can be run, or a signal came.
+            wait_until_ready: returns when jobs can be run, or when a signal was received.
         """
         while True:
             wait_until_ready()
-            if was_asked_to_end():
+            if is_ending():
                 return 0
             exit_code = self._serve_once()
-            self.is_taking = False
-            if exit_code == 0 or was_asked_to_end():
+            self.is_consuming = False
+            if exit_code == 0 or is_ending():
                 # Celery counts a SIGINT as a failure.
                 return 0
-            log.warning("the Celery worker broke down, and is started again")
+            log.warning("the Celery worker failed, and is started again")
             self.app.close()
-            time.sleep(_ANEW_S)
+            time.sleep(_RESTART_S)
             self.app = make_app(self._settings)
 
     def _serve_once(self) -> int:
-        """Take messages; the first SIGTERM ends it when the jobs in hand have ended."""
+        """Consume messages; after the first SIGTERM it ends when its jobs have ended."""
         self.app.task(self._run, name=TASK, shared=False)
-        # Messages are JSON, and a container's own user is root.
+        # Messages are JSON, so running as root, as in a container, is safe.
         warnings.filterwarnings("ignore", category=SecurityWarning)
         worker = self.app.Worker(
             hostname=self._node,
@@ -92,31 +92,31 @@ class CeleryConsumer:
             quiet=True,
         )
         self._worker = worker
-        worker_ready.connect(self._begin_to_take, weak=False)
+        worker_ready.connect(self._set_ready, weak=False)
         try:
             worker.start()
         finally:
-            worker_ready.disconnect(self._begin_to_take)
+            worker_ready.disconnect(self._set_ready)
         self._worker = None
         return int(worker.exitcode or 0)
 
-    def _begin_to_take(self, **_about: object) -> None:
-        """Say so not before it is so: other workers pass jobs on to one that says it."""
-        self.is_taking = True
+    def _set_ready(self, **_kwargs: object) -> None:
+        """Report that it consumes; other workers pass jobs on to it from then on."""
+        self.is_consuming = True
         log.info("the worker takes jobs")
 
-    def take_messages(self, wanted: bool) -> None:
-        """Go on to take messages, or take none for the time being.
+    def set_consuming(self, wanted: bool) -> None:
+        """Consume messages, or stop consuming for the time being.
 
-        To be said again now and then: what connects to Redis just now does not hear it.
+        Repeat this regularly: a consumer that is just connecting to Redis ignores it.
         """
         consumer = None if self._worker is None else self._worker.consumer
         if consumer is not None:
-            # Not by Celery's remote control, which Redis may lose.
-            consumer.call_soon(self._take_messages, consumer, wanted)
+            # Celery's remote control could get lost in Redis.
+            consumer.call_soon(self._set_consuming, consumer, wanted)
 
-    def _take_messages(self, consumer: Consumer, wanted: bool) -> None:
-        """Do so, in Celery's own thread."""
+    def _set_consuming(self, consumer: Consumer, wanted: bool) -> None:
+        """The same, in Celery's own thread."""
         change = consumer.add_task_queue if wanted else consumer.cancel_task_queue
         for queue in self._queues:
             if consumer.task_consumer is not None and consumer.task_consumer.consuming_from(queue) is not wanted:

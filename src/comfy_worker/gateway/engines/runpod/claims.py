@@ -1,7 +1,7 @@
-"""Who submits a job to RunPod: noted before it is done, so that of several gateways one does it.
+"""Claims to submit a job to RunPod, so that only one of several gateways does it.
 
-RunPod has no idempotency key. A job's `prompt_id` is a claim from just before its submission until RunPod's id is
-known; a claim that has lapsed was left by a gateway that was killed in between, or that lost its database.
+RunPod has no idempotency key. From just before a submission until RunPod's id is known, a job's `prompt_id` is a claim.
+A claim that has expired was left by a gateway that was killed in between, or that lost its database.
 """
 
 from __future__ import annotations
@@ -16,40 +16,40 @@ _SCHEME = "sending:"
 
 
 class Claims:
-    """The claims of this gateway, and what it knows of those of others.
+    """Makes claims, and knows how long those of other gateways are valid.
 
-    As long as its process lives it holds a lock on a file of its own in the data folder: another process there, its
-    successor after a kill above all, sees at once whether a claim's maker is gone.
+    A gateway's process holds a lock on a file of its own in the data folder as long as it lives. So another process
+    there, above all its successor after a kill, sees at once whether the gateway that made a claim is gone.
     """
 
-    def __init__(self, folder: Path, lapse_after_s: float) -> None:
-        """Take the folder for the locks, and how long a claim holds whose maker cannot be seen from here."""
+    def __init__(self, folder: Path, valid_s: float) -> None:
+        """Take the folder for the locks, and how long the claims of gateways without a lock here are valid."""
         self._name = uuid.uuid4().hex[:12]
         self._folder = folder
-        self._lapse_after_s = lapse_after_s
+        self._valid_s = valid_s
         self._gone: set[str] = set()
-        # Taken and given back by different threads.
+        # Acquired and released by different threads.
         self._lock = FileLock(self._file_of(self._name), thread_local=False)
 
-    def begin(self) -> None:
-        """Be seen to live, from now on."""
+    def acquire(self) -> None:
+        """Acquire this gateway's lock."""
         self._folder.mkdir(parents=True, exist_ok=True)
         self._lock.acquire()
 
-    def end(self) -> None:
-        """Be seen to be gone."""
+    def release(self) -> None:
+        """Release this gateway's lock."""
         self._lock.release()
 
     def new(self) -> str:
-        """Return a claim that nobody else makes."""
+        """Return a new unique claim."""
         return f"{_SCHEME}{time.time():.3f}:{self._name}:{uuid.uuid4().hex[:6]}"
 
     def remaining_s(self, claim: str) -> float:
-        """Return for how many seconds nobody else may submit the job, however the clocks of machines differ."""
+        """Return for how many seconds a claim is still valid, at most its full time if machines' clocks differ."""
         _scheme, claimed_at, name, *_ = claim.split(":")
         if self._is_gone(name):
             return 0.0
-        return max(0.0, min(self._lapse_after_s, float(claimed_at) + self._lapse_after_s - time.time()))
+        return max(0.0, min(self._valid_s, float(claimed_at) + self._valid_s - time.time()))
 
     def _is_gone(self, name: str) -> bool:
         file = self._file_of(name)
@@ -67,5 +67,5 @@ class Claims:
 
 
 def is_claim(prompt_id: str | None) -> bool:
-    """Return whether a job's `prompt_id` is a claim, and no id of RunPod's."""
+    """Return whether a job's `prompt_id` is a claim and not RunPod's id."""
     return prompt_id is not None and prompt_id.startswith(_SCHEME)

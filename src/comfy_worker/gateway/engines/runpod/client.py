@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 _ASK_S = 30.0
 SEND_S = 45.0
-"""How long a submission may take, 10 MB on a slow line included."""
+"""How long a submission may take, including 10 MB over a slow connection."""
 _AT_ONCE = 16
 _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 30.0
@@ -25,11 +25,11 @@ _SENTENCE = 500
 
 
 class PlatformAway(Exception):
-    """RunPod cannot be reached, fails, refuses the key or says that it is asked too often: it is to be asked again.
+    """RunPod cannot be reached, fails, refuses the key or limits the rate: try again later.
 
     Attributes:
-        never_accepted: a submission that met this has certainly had no effect.
-        retry_after_s: when RunPod wants to be asked again, if it says so.
+        never_accepted: whether a submission certainly had no effect.
+        retry_after_s: seconds after which RunPod allows the next request, if it says so.
     """
 
     def __init__(self, why: str, *, never_accepted: bool = False, retry_after_s: float = 0.0) -> None:
@@ -39,7 +39,7 @@ class PlatformAway(Exception):
 
 
 class PlatformRefused(Exception):
-    """RunPod does not take this request, however often it is sent."""
+    """RunPod refuses this request; repeating it does not help."""
 
     def __init__(self, status: int, sentence: str) -> None:
         super().__init__(sentence)
@@ -51,7 +51,7 @@ class UnknownRemoteJob(Exception):
 
 
 class Pause:
-    """How long RunPod is left alone after a failure: longer after each round of failures, up to half a minute."""
+    """The pause after a failure of RunPod: longer after each round of failures, up to half a minute."""
 
     def __init__(self) -> None:
         self._rounds = 0
@@ -59,11 +59,11 @@ class Pause:
 
     @property
     def seconds(self) -> float:
-        """How long it still lasts; 0 if RunPod may be asked."""
+        """How long it still lasts; 0 if requests may be sent."""
         return max(0.0, self._until - time.monotonic())
 
     def lengthen(self, retry_after_s: float = 0.0) -> None:
-        """Begin one, because of a failure; those that were asked in the same round count once."""
+        """Begin a pause after a failure; several failures of the same round count once."""
         if self.seconds:
             return
         seconds = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** min(self._rounds, 10))
@@ -71,19 +71,19 @@ class Pause:
         self._until = time.monotonic() + min(_LONGEST_PAUSE_S, max(seconds, retry_after_s))
 
     def end(self) -> None:
-        """End it: RunPod has answered."""
+        """End it, because RunPod has answered."""
         self._rounds, self._until = 0, 0.0
 
 
 class RunPodClient:
-    """Asks one endpoint; used within `async with`, in one event loop.
+    """Sends requests to one endpoint; used within `async with`, in one event loop.
 
     Attributes:
-        pause: whoever asks waits for its end before.
+        pause: callers wait for its end before a request.
     """
 
     def __init__(self, base_url: str, endpoint_id: str, key: str) -> None:
-        """Take the API's base URL, the endpoint's id and the key, which is in no log and no message."""
+        """Take the API's base URL, the endpoint's id and the key, which is never logged."""
         self.pause = Pause()
         self._base = f"{base_url.rstrip('/')}/{endpoint_id}"
         self._headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
@@ -105,10 +105,10 @@ class RunPodClient:
         """Submit a job; return RunPod's id of it.
 
         Raises:
-            PlatformAway: it is to be sent again; it may have been accepted nevertheless.
-            PlatformRefused: it is not to be sent again.
+            PlatformAway: it has to be sent again, but may have been accepted.
+            PlatformRefused: RunPod does not accept it.
         """
-        answer = await self._ask("POST", "run", body, SEND_S)
+        answer = await self._request("POST", "run", body, SEND_S)
         remote_id = answer.get("id")
         if not isinstance(remote_id, str) or not remote_id:
             raise PlatformAway("RunPod answered a submission without an id")
@@ -121,7 +121,7 @@ class RunPodClient:
             PlatformAway: it does not answer.
             UnknownRemoteJob: it has no such job.
         """
-        return await self._ask("GET", f"status/{quote(remote_id, safe='')}")
+        return await self._request("GET", f"status/{quote(remote_id, safe='')}")
 
     async def cancel(self, remote_id: str) -> str:
         """Cancel a job; return its state.
@@ -131,7 +131,7 @@ class RunPodClient:
             PlatformRefused: a job in its state cannot be cancelled.
             UnknownRemoteJob: it has no such job.
         """
-        return str((await self._ask("POST", f"cancel/{quote(remote_id, safe='')}")).get("status"))
+        return str((await self._request("POST", f"cancel/{quote(remote_id, safe='')}")).get("status"))
 
     async def health(self) -> dict[str, Any]:
         """Return the body of `/health`.
@@ -139,9 +139,9 @@ class RunPodClient:
         Raises:
             PlatformAway: it does not answer.
         """
-        return await self._ask("GET", "health")
+        return await self._request("GET", "health")
 
-    async def _ask(
+    async def _request(
         self, method: str, path: str, body: bytes | None = None, timeout_s: float = _ASK_S
     ) -> dict[str, Any]:
         timeout = aiohttp.ClientTimeout(total=timeout_s)
@@ -151,7 +151,7 @@ class RunPodClient:
                 if response.status == 200:
                     self.pause.end()
                     return _object_in(answer)
-                raise _problem(path, response, answer)
+                raise _error(path, response, answer)
         except aiohttp.ClientConnectorError as error:
             away = PlatformAway(f"no connection ({error.os_error.strerror})", never_accepted=True)
         except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
@@ -163,15 +163,15 @@ class RunPodClient:
             raise
         if not self.pause.seconds:
             self.pause.lengthen(away.retry_after_s)
-            log.warning("RunPod is left alone for %.1f s: %s", self.pause.seconds, away)
+            log.warning("no requests to RunPod for %.1f s: %s", self.pause.seconds, away)
         raise away
 
 
-def _problem(path: str, response: aiohttp.ClientResponse, answer: bytes) -> Exception:
+def _error(path: str, response: aiohttp.ClientResponse, answer: bytes) -> Exception:
     status, is_about_a_job = response.status, "/" in path
     if status == 429:
         wait_s = _seconds(response.headers.get("Retry-After"))
-        return PlatformAway("it is asked too often (429)", never_accepted=True, retry_after_s=wait_s)
+        return PlatformAway("it limits the rate of requests (429)", never_accepted=True, retry_after_s=wait_s)
     if status in (401, 403):
         return PlatformAway(f"it refuses RUNPOD_API_KEY ({status})", never_accepted=True)
     if status == 404:
@@ -195,9 +195,9 @@ def _object_in(answer: bytes) -> dict[str, Any]:
     try:
         value = json.loads(answer)
     except ValueError:
-        raise PlatformAway("its answer is no JSON") from None
+        raise PlatformAway("its answer is not JSON") from None
     if not isinstance(value, dict):
-        raise PlatformAway("its answer is no JSON object")
+        raise PlatformAway("its answer is not a JSON object")
     return value
 
 
@@ -206,6 +206,6 @@ def _sentence_in(answer: bytes) -> str:
         value = json.loads(answer)
     except ValueError:
         value = None
-    told = value.get("error") if isinstance(value, dict) else None
-    text = told if isinstance(told, str) and told else answer.decode("utf-8", "replace")
+    error = value.get("error") if isinstance(value, dict) else None
+    text = error if isinstance(error, str) and error else answer.decode("utf-8", "replace")
     return text[:_SENTENCE].strip() or "no reason is given"

@@ -1,7 +1,4 @@
-"""Has a gateway's jobs run by the workers of a RunPod Serverless endpoint.
-
-All of it happens in one event loop in a thread of its own.
-"""
+"""Runs a gateway's jobs on the workers of a RunPod Serverless endpoint, in an event loop in a thread of its own."""
 
 from __future__ import annotations
 
@@ -34,18 +31,18 @@ from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.types import JobState
 
 _CLAIM_S = SEND_S + 15.0
-"""How long a claim keeps everybody else from submitting a job: longer than a submission can take."""
+"""How long a claim is valid: longer than a submission can take."""
 _CANCEL_S = 20.0
-"""How long a cancel waits for RunPod; it is repeated in the background after that."""
-_LAST_WAIT_S = 10.0
+"""How long a cancel waits for RunPod; then it is repeated in the background."""
+_END_TIMEOUT_S = 10.0
 _START_S = 10.0
-_LOOK_S = 0.5
+_POLL_S = 0.5
 
 
 class RunpodEngine:
-    """Submits jobs to an endpoint, asks about them until they have ended, and notes their ends in the store.
+    """Submits jobs to an endpoint, polls their status until they have ended, and stores their results.
 
-    Several gateways may share a database: a job is claimed in it before it is submitted.
+    Several gateways may share a database: a job is claimed there before it is submitted.
     """
 
     def __init__(
@@ -62,12 +59,12 @@ class RunpodEngine:
 
         Args:
             store: has the jobs.
-            bus: is told what happens to them.
+            bus: gets their events.
             assets: gets the outputs' files.
-            settings: say which endpoint, and have its key.
-            progress: tells receivers that asked for it how their jobs get on.
-            notes: keeps in the store how they get on.
-            webhook_of: returns the URL at which RunPod tells the end of a job, None if it cannot reach the gateway.
+            settings: name the endpoint, and have its key.
+            progress: sends progress webhooks.
+            notes: stores the progress.
+            webhook_of: returns the URL for RunPod's webhook of a job, None if RunPod cannot reach the gateway.
 
         Raises:
             InvalidInput: the endpoint or the key is missing.
@@ -99,45 +96,45 @@ class RunpodEngine:
     def start(self) -> None:
         """Take up every job that has not ended, and begin to work."""
         unfinished = wait_for_database(self._store.unfinished)
-        self._claims.begin()
+        self._claims.acquire()
         self._thread.start()
         self._ready.result(_START_S)
         for record in unfinished:
             self.submit(record)
 
     def stop(self) -> None:
-        """End; jobs go on at RunPod and are taken up by the next start."""
+        """End; jobs continue at RunPod, and the next start follows them."""
         self._stopping.set()
         self._call(self._end.set)
         if self._thread.ident is not None:
             self._thread.join()
         self._runner.close()
-        self._claims.end()
+        self._claims.release()
 
     async def _main(self) -> None:
         self._loop = asyncio.get_running_loop()
         async with self._client:
-            asking = asyncio.create_task(self._health.watch())
+            watching = asyncio.create_task(self._health.watch())
             self._ready.set_result(None)
             await self._end.wait()
-            asking.cancel()
-            await self._let_go()
+            watching.cancel()
+            await self._end_tasks()
 
-    async def _let_go(self) -> None:
-        """End all that is under way; what is being submitted or cancelled gets a few seconds to arrive."""
+    async def _end_tasks(self) -> None:
+        """End all tasks; submissions and cancels under way get a few seconds to complete."""
         arriving = [task for task, job in self._tasks.items() if job is None or job.sending]
         for task, job in list(self._tasks.items()):
             if job is not None and not job.sending:
                 task.cancel()
         if arriving:
-            await asyncio.wait(arriving, timeout=_LAST_WAIT_S)
+            await asyncio.wait(arriving, timeout=_END_TIMEOUT_S)
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def _call(self, action: Callable[..., object], *arguments: Any) -> None:
-        """Have something done in the event loop; nothing is once the engine has ended: the next start does it."""
+        """Call something in the event loop; once the engine has ended, do nothing: the next start does it."""
         loop = self._loop
         if loop is not None:
             with contextlib.suppress(RuntimeError):
@@ -152,13 +149,13 @@ class RunpodEngine:
     # ------------------------------------------------------------------------------------------------- jobs
 
     def submit(self, record: JobRecord) -> None:
-        """Have a job that the store has run."""
+        """Run a job that is in the store."""
         self._call(self._begin, replace(record, request={}), True)
 
     def recover_orphans(self) -> None:
-        """Take up jobs that the store has and nobody here knows, those that were so at the last call already.
+        """Take up unfinished jobs of the store that this engine does not know, if it did not at the last call either.
 
-        Another gateway accepted them, or the database did while its answer got lost.
+        Another gateway accepted them, or the database's reply was lost.
 
         Raises:
             DatabaseUnavailable: it is away.
@@ -169,26 +166,26 @@ class RunpodEngine:
             self._call(self._begin, found[job_id], False)
         self._unknown = unknown
 
-    def hear(self, job_id: str, remote_id: str | None) -> None:
-        """Be told by RunPod that a job has ended, under an id that may not have been noted; any thread."""
-        self._call(self._hear, job_id, remote_id)
+    def on_webhook(self, job_id: str, remote_id: str | None) -> None:
+        """Handle RunPod's webhook: a job has ended, under an id that may not be stored; from any thread."""
+        self._call(self._on_webhook, job_id, remote_id)
 
-    def _hear(self, job_id: str, remote_id: str | None) -> None:
+    def _on_webhook(self, job_id: str, remote_id: str | None) -> None:
         job = self._jobs.get(job_id)
         if job is None:
             self._begin_task(self._take_up(job_id, remote_id))
             return
         if remote_id is not None and remote_id != job.prompt_id:
-            job.rumours.append(remote_id)
-        job.tell()
+            job.reported_ids.append(remote_id)
+        job.wake()
 
     async def _take_up(self, job_id: str, remote_id: str | None) -> None:
-        """Follow a job that another gateway submitted: RunPod called this one back."""
+        """Follow a job that another gateway submitted, but of which RunPod has sent this one the webhook."""
         with contextlib.suppress(DatabaseUnavailable):
             record = await self._runner.get(job_id)
             if record is not None and not record.state.is_terminal and job_id not in self._jobs:
                 self._begin(record, False)
-                self._hear(job_id, remote_id)
+                self._on_webhook(job_id, remote_id)
 
     def _begin(self, record: JobRecord, is_own: bool) -> None:
         if self._end.is_set() or (not is_own and record.id in self._jobs):
@@ -198,7 +195,7 @@ class RunpodEngine:
 
     async def _run_job(self, job: RemoteJob) -> None:
         try:
-            await self._runner.carry(job)
+            await self._runner.run(job)
         finally:
             if self._jobs.get(job.id) is job:
                 del self._jobs[job.id]
@@ -220,7 +217,7 @@ class RunpodEngine:
         except RuntimeError:  # the engine has ended
             cancelling.close()
             return
-        while not (wait((cancelled,), _LOOK_S).done or self._stopping.is_set()):
+        while not (wait((cancelled,), _POLL_S).done or self._stopping.is_set()):
             pass
         if cancelled.done() and not cancelled.cancelled():
             cancelled.result()
@@ -229,7 +226,7 @@ class RunpodEngine:
         job = self._jobs.get(job_id)
         if job is not None:
             job.is_cancelled = True
-            job.tell()
+            job.wake()
             remote_id, is_sent = job.remote_id, job.sending
         else:
             record = await self._runner.get(job_id)
@@ -239,22 +236,22 @@ class RunpodEngine:
         if remote_id is not None:
             await asyncio.wait({self._begin_task(self._runner.cancel_remote(remote_id))}, timeout=_CANCEL_S)
         elif job is not None and is_sent:
-            # Whoever submits it cancels it when its id is known.
+            # The submitting task cancels it when its id is known.
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(job.ended.wait(), _CANCEL_S)
 
-    # ------------------------------------------------------------------------------------------------ answers
+    # ----------------------------------------------------------------------------------------------- state
 
     def positions(self) -> Mapping[str, QueuePosition]:
-        """Return why jobs wait while RunPod does not answer; where in its queue one stands, RunPod does not say."""
+        """Return a notice for waiting jobs while RunPod does not answer; RunPod does not report queue positions."""
         since = self._health.away_since
         if since is None:
             return {}
-        place = QueuePosition(None, None, notice=f"RunPod has not answered since {iso_time(since)}")
-        return {job.id: place for job in list(self._jobs.values()) if job.state is JobState.IN_QUEUE}
+        position = QueuePosition(None, None, notice=f"RunPod has not answered since {iso_time(since)}")
+        return {job.id: position for job in list(self._jobs.values()) if job.state is JobState.IN_QUEUE}
 
     def backends(self) -> Sequence[Mapping[str, Any]]:
-        """Return the endpoint as one, with its `workers` as RunPod counts them; see `Engine.backends`."""
+        """Return the endpoint as a single backend, with its `workers` as RunPod counts them; see `Engine.backends`."""
         jobs = list(self._jobs.values())
         running = sum(job.state is JobState.IN_PROGRESS for job in jobs)
         taken = sum(job.state is JobState.IN_PROGRESS or job.taken_at is not None for job in jobs)
@@ -272,5 +269,5 @@ class RunpodEngine:
         ]
 
     def comfyui(self) -> ComfyClient:
-        """Raise `NoComfyUI`: each worker has its own, and none can be asked from here."""
+        """Raise `NoComfyUI`: the workers' ComfyUIs cannot be reached from here."""
         raise NoComfyUI("This gateway has no ComfyUI beside it: its jobs run on RunPod's workers")

@@ -14,27 +14,27 @@ log = logging.getLogger(__name__)
 
 _INTERVAL_S = 5.0
 _FAILURES = 2
-"""Answers in a row that are missing before the endpoint counts as away: a busy RunPod may miss one."""
+"""Failed requests in a row after which the endpoint counts as away: a busy RunPod may miss one."""
 
 
 class Health:
-    """What RunPod said of an endpoint last.
+    """The latest state of an endpoint.
 
     Attributes:
         is_healthy: whether it answers; an endpoint that has scaled down to no worker is healthy.
         away_since: since when it has not answered, in seconds since the epoch; None while it does.
-        workers: how many of them do what, in RunPod's words (`idle`, `running`, `throttled`, …).
+        workers: how many workers are in each of RunPod's states (`idle`, `running`, `throttled`, …).
     """
 
     def __init__(self, client: RunPodClient) -> None:
-        """Take who asks."""
+        """Take the client."""
         self.is_healthy = False
         self.away_since: float | None = time.time()
         self.workers: Mapping[str, int] = {}
         self._client = client
 
     async def watch(self) -> None:
-        """Ask again and again, until this is cancelled."""
+        """Request the state regularly, until this is cancelled."""
         failures = 0
         while True:
             try:
@@ -42,22 +42,23 @@ class Health:
             except (PlatformAway, PlatformRefused):
                 failures += 1
                 if failures >= _FAILURES:
-                    self._mark(False)
+                    self._set_healthy(False)
                 await asyncio.sleep(min(_INTERVAL_S, max(0.5, self._client.pause.seconds)))
                 continue
             failures = 0
             self.workers = _counts(answer.get("workers"))
-            self._mark(True)
+            self._set_healthy(True)
             await asyncio.sleep(_INTERVAL_S)
 
-    def _mark(self, is_healthy: bool) -> None:
+    def _set_healthy(self, is_healthy: bool) -> None:
         if is_healthy is not self.is_healthy:
-            log.log(logging.INFO if is_healthy else logging.WARNING, "RunPod %s", _WORDS[is_healthy])
+            log.log(
+                logging.INFO if is_healthy else logging.WARNING,
+                "RunPod %s",
+                "answers" if is_healthy else "does not answer any more",
+            )
             self.away_since = None if is_healthy else time.time()
         self.is_healthy = is_healthy
-
-
-_WORDS = {True: "answers", False: "does not answer any more"}
 
 
 def _counts(workers: Any) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""A job of the gateway in RunPod's words, and RunPod's answer in the gateway's."""
+"""Maps a job of the gateway to RunPod's format, and RunPod's status to the gateway's."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ class Outcome:
     """How a job ended at RunPod.
 
     Attributes:
-        state: one that is terminal.
-        output: what the worker returned, its files as they came; of one that failed, what it had made.
-        error: `{error, code, …}` of one that did not complete; None of one that was cancelled without a word.
+        state: a terminal state.
+        output: what the worker returned, with its files as RunPod sent them; partial outputs if it failed.
+        error: `{error, code, …}` if it did not complete; None if it was cancelled.
         ran_s: how long it ran, in seconds; None if RunPod does not say.
     """
 
@@ -62,10 +62,10 @@ class Outcome:
 def submission(record: JobRecord, request: Mapping[str, Any], webhook: str | None) -> bytes:
     """Return the body of `/run`.
 
-    The caller's webhook is not in it: the gateway tells of the job's end itself.
+    The caller's webhook is not in it: the gateway sends that itself.
 
     Raises:
-        RequestTooLarge: RunPod would not take it.
+        RequestTooLarge: it is larger than RunPod allows.
     """
     body: dict[str, Any] = {"input": _without_webhook(request["input"]), "policy": _policy(record)}
     if request.get("s3Config") is not None:
@@ -87,7 +87,7 @@ def _without_webhook(job_input: Any) -> dict[str, Any]:
 
 def _policy(record: JobRecord) -> dict[str, Any]:
     run_ms = max(_SHORTEST_RUN_MS, round(record.execution_timeout_s * 1000))
-    # RunPod's counts from the submission to the end, ours until the run begins.
+    # RunPod's ttl is from the submission to the end, ours until the run begins.
     ttl_ms = run_ms + max(_SHORTEST_TTL_MS, round(record.queue_ttl_s * 1000))
     return {
         "executionTimeout": run_ms,
@@ -100,9 +100,9 @@ def _policy(record: JobRecord) -> dict[str, Any]:
 
 
 def state_in(status: Mapping[str, Any]) -> JobState:
-    """Return where a job stands by the body of `/status`; a word that RunPod may add one day is one of a job at work.
+    """Return the state of a job by the body of `/status`; a state that RunPod may add later counts as running.
 
-    What is running or waiting by another name ends by its time limits, if it does not by itself.
+    Such a job ends by its time limits, if it does not end by itself.
     """
     try:
         return JobState(status.get("status"))
@@ -118,18 +118,18 @@ def outcome_of(status: Mapping[str, Any], secrets: Iterable[str | None]) -> Outc
     if state is JobState.COMPLETED and "error" not in status:
         if isinstance(output, Mapping):
             return Outcome(state, output, None, ran_s)
-        # As RunPod does with a result that it found too large.
+        # RunPod does so if a result is too large.
         lost = OutputMissing("RunPod calls the job completed, and has no output of it")
         return Outcome(JobState.FAILED, None, lost.as_output(), ran_s)
     made, error = split_failure(_error_in(status, state))
     error = redact_all(error, list(secrets))
     if state in (JobState.COMPLETED, JobState.FAILED):
-        state = status_of(error)  # a worker that met its own time limit fails, in RunPod's words
+        state = status_of(error)  # for RunPod, a worker that reached its own time limit has failed
     return Outcome(state, made, None if state is JobState.CANCELLED else error, ran_s)
 
 
 def _error_in(status: Mapping[str, Any], state: JobState) -> dict[str, Any]:
-    """Return the error record: the worker's own, or one made of what RunPod or another worker says."""
+    """Return the error record: the worker's own, or one with the message of RunPod or of another image's worker."""
     output = status.get("output")
     beside = {key: value for key, value in output.items() if key != "error"} if isinstance(output, Mapping) else {}
     code = TimedOut.code if state is JobState.TIMED_OUT else ExecutionFailed.code
@@ -139,20 +139,20 @@ def _error_in(status: Mapping[str, Any], state: JobState) -> dict[str, Any]:
 
 
 def _sentence(error: Any) -> str:
-    """Return what went wrong: a text, or what RunPod's SDK makes of an exception, without its traceback."""
+    """Return the error message: a text, or that of an exception as RunPod's SDK reports it, without traceback."""
     if not isinstance(error, str):
         return "" if error is None else json.dumps(error)
     try:
-        told = json.loads(error)
+        parsed = json.loads(error)
     except ValueError:
         return error
-    if isinstance(told, dict) and isinstance(told.get("error_message"), str):
-        return told["error_message"] or str(told.get("error_type", ""))
+    if isinstance(parsed, dict) and isinstance(parsed.get("error_message"), str):
+        return parsed["error_message"] or str(parsed.get("error_type", ""))
     return error
 
 
 def progress_in(status: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return how far a job is that runs, None if that is not told."""
+    """Return the progress of a running job, None if its worker reports none."""
     output = status.get("output")
     if state_in(status) is not JobState.IN_PROGRESS or not isinstance(output, Mapping):
         return None
@@ -163,10 +163,10 @@ def progress_in(status: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def keep_files(job_id: str, output: Mapping[str, Any], storage: Storage) -> dict[str, Any]:
-    """Return an output with the files that came as base64 put into a storage; links stay as they are.
+    """Return an output whose base64 files are delivered to a storage; links stay as they are.
 
     Raises:
-        DeliveryFailed: a file could not be kept, or is no base64.
+        DeliveryFailed: a file could not be stored, or is not base64.
     """
     kept, taken = dict(output), set[str]()
     for kind in Kind:
@@ -185,7 +185,7 @@ def _kept(job_id: str, item: Mapping[str, Any], storage: Storage, taken: set[str
     try:
         content = base64.b64decode(str(item.get("data", "")), validate=True)
     except ValueError as error:
-        raise DeliveryFailed("An output came from RunPod in a form that is no base64") from error
+        raise DeliveryFailed("RunPod returned an output that is not base64") from error
     path = safe_path(f"{item.get('subfolder') or ''}/{described['filename']}")
     if path in taken:
         path = f"node_{safe_name(str(item.get('node_id', '')))}_{len(taken)}/{path}"
@@ -195,15 +195,15 @@ def _kept(job_id: str, item: Mapping[str, Any], storage: Storage, taken: set[str
 
 
 def with_warnings(output: Mapping[str, Any], warnings: Iterable[str]) -> Mapping[str, Any]:
-    """Return an output with the warnings that its worker could not give: it saw the job as the gateway submitted it."""
-    told = output.get("errors")
-    errors = list(told) if isinstance(told, list) else []
+    """Return an output with the warnings about the caller's request, which the worker did not see."""
+    found = output.get("errors")
+    errors = list(found) if isinstance(found, list) else []
     errors[:0] = [warning for warning in warnings if warning not in errors]
     return {**output, "errors": errors} if errors else output
 
 
-def lost() -> WorkerError:
-    """Return the failure of a job that RunPod does not know any more."""
+def unknown_job() -> WorkerError:
+    """Return the error of a job that RunPod does not know any more."""
     return OutputMissing(
         "RunPod does not know the job any more: it was purged there, or its result was kept no longer",
         hint="Retry it",

@@ -1,4 +1,4 @@
-"""One job's way through a RunPod endpoint: claimed, submitted, asked about, and its end noted."""
+"""Runs jobs at a RunPod endpoint: claims, submits and polls them, and stores their results."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from comfy_worker.gateway.engines.runpod.client import PlatformAway, PlatformRef
 from comfy_worker.gateway.engines.runpod.mapping import (
     Outcome,
     keep_files,
-    lost,
     outcome_of,
     progress_in,
     state_in,
     submission,
+    unknown_job,
     with_warnings,
 )
 from comfy_worker.gateway.engines.runpod.remote_job import RemoteJob
@@ -39,15 +39,15 @@ from comfy_worker.types import Job, JobState, Stage
 
 log = logging.getLogger(__name__)
 
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 WebhookOf = Callable[[str], str | None]
-"""Returns the URL at which RunPod tells the end of a job, None if it cannot reach the gateway."""
+"""Returns the URL for RunPod's webhook of a job, None if RunPod cannot reach the gateway."""
 
-_SENT_AT_ONCE = 8
+_SUBMISSIONS_AT_ONCE = 8
 _MISSES = 3
-"""How often RunPod has to say that it does not know a job: it may be a moment behind."""
+"""How often RunPod has to report a job as unknown: its status may be a moment late."""
 _THREADS = 8
-_CANCEL_AGAIN_S = 0.5
+_CANCEL_RETRY_S = 0.5
 
 
 class RemoteJobRunner:
@@ -67,7 +67,7 @@ class RemoteJobRunner:
         claims: Claims,
         stopping: threading.Event,
     ) -> None:
-        """Take the parts; `name` is what a job's `backend` is, and `stopping` says that the engine ends."""
+        """Take the parts; `name` is the `backend` of its jobs, and `stopping` is set when the engine ends."""
         self._name = name
         self._client = client
         self._store = store
@@ -79,47 +79,47 @@ class RemoteJobRunner:
         self._webhook_of = webhook_of
         self._claims = claims
         self._stopping = stopping
-        self._patience = StoreRetry(store, stopping)
-        self._sending = asyncio.Semaphore(_SENT_AT_ONCE)
+        self._store_retry = StoreRetry(store, stopping)
+        self._sending = asyncio.Semaphore(_SUBMISSIONS_AT_ONCE)
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="runpod")
 
     def close(self) -> None:
-        """End the threads, when what they do is done."""
+        """End the threads when they have finished."""
         self._pool.shutdown()
 
     async def get(self, job_id: str) -> JobRecord | None:
-        """Return a job as the store has it.
+        """Return a job of the store.
 
         Raises:
             DatabaseUnavailable: the database is away, and the engine ends.
         """
-        return await self._surely(lambda: self._store.get(job_id))
+        return await self._retry(lambda: self._store.get(job_id))
 
-    async def _do(self, action: Callable[[], Answer]) -> Answer:
-        """Do in another thread what waits."""
+    async def _in_thread(self, action: Callable[[], Result]) -> Result:
+        """Run a blocking action in another thread."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, action)
 
-    async def _surely(self, action: Callable[[], Answer]) -> Answer:
-        return await self._do(lambda: self._patience.surely(action))
+    async def _retry(self, action: Callable[[], Result]) -> Result:
+        return await self._in_thread(lambda: self._store_retry.call(action))
 
-    async def carry(self, job: RemoteJob) -> None:
-        """Bring a job to its end, or as far as it comes before the engine ends or somebody else has it."""
+    async def run(self, job: RemoteJob) -> None:
+        """Run a job until it ends, the engine ends, or another gateway has it."""
         with about_job(job.id):
             try:
-                await self._carry(job)
+                await self._run(job)
             except DatabaseUnavailable:
-                log.warning("job %s stays as the database has it: that does not answer", job.id)
+                log.warning("job %s is left as it is: the database does not answer", job.id)
             except WorkerError as error:
                 await self._fail(job, error)
             except Exception:
-                log.exception("job %s met a bug", job.id)
+                log.exception("job %s failed with an unexpected error", job.id)
                 await self._fail(job, InternalError("The gateway failed because of a bug of its own; see its log"))
 
-    async def _carry(self, job: RemoteJob) -> None:
-        await self._take_back(job)
-        if is_claim(job.prompt_id) and not await self._outlast_claim(job):
+    async def _run(self, job: RemoteJob) -> None:
+        await self._reclaim(job)
+        if is_claim(job.prompt_id) and not await self._wait_for_claim(job):
             return
-        prepared = await self._do(lambda: self._prepare(job))
+        prepared = await self._in_thread(lambda: self._prepare(job))
         if isinstance(prepared, WorkerError):
             await self._fail(job, prepared)
             return
@@ -129,7 +129,7 @@ class RemoteJobRunner:
                 await self._follow(job, send_progress)
 
     def _prepare(self, job: RemoteJob) -> Job | WorkerError:
-        """Return the job without its files, which may be large, or why it can only fail."""
+        """Return the job without its files, which may be large; an error if it cannot run."""
         try:
             request = self._request_of(job)
             return replace(parse_job({**request, "id": job.id}), files=())
@@ -139,54 +139,56 @@ class RemoteJobRunner:
             return error
 
     def _request_of(self, job: RemoteJob) -> Mapping[str, Any]:
-        return self._patience.surely(lambda: self._store.request_of(job.id)) or {}
+        return self._store_retry.call(lambda: self._store.request_of(job.id)) or {}
 
-    async def _take_back(self, job: RemoteJob) -> None:
-        """Take a job back that was given to a ComfyUI or to another endpoint, before the settings were changed."""
+    async def _reclaim(self, job: RemoteJob) -> None:
+        """Release a job from the ComfyUI or endpoint that it was given to before the settings were changed."""
         if job.record.backend in (None, self._name):
             return
-        log.warning("job %s was with %s, and is submitted anew", job.id, job.record.backend)
+        log.warning("job %s was given to %s, and is submitted anew", job.id, job.record.backend)
         if job.state is JobState.IN_PROGRESS:
             now = time.time()
             await self._change(job, JobState.IN_QUEUE, now, lambda: self._store.requeue(job.id, now))
         else:
-            await self._surely(lambda: self._store.set_prompt_id(job.id, None, None, expected=job.prompt_id))
+            await self._retry(lambda: self._store.set_prompt_id(job.id, None, None, expected=job.prompt_id))
         job.prompt_id, job.state, job.started_at = None, JobState.IN_QUEUE, None
 
     # ------------------------------------------------------------------------------------------- submission
 
-    async def _outlast_claim(self, job: RemoteJob) -> bool:
-        """Wait until somebody's submission is noted or has lapsed; return whether there is something left to do."""
+    async def _wait_for_claim(self, job: RemoteJob) -> bool:
+        """Wait until another gateway's claim is a submission or has expired; return whether the job is still open."""
         while is_claim(job.prompt_id) and (seconds := self._claims.remaining_s(str(job.prompt_id))) > 0:
-            if job.rumours:
-                # RunPod took it, and it has ended there.
-                return await self._note(job, job.rumours.pop(0))
+            if job.reported_ids:
+                # RunPod accepted it, and it has ended there.
+                return await self._set_prompt_id(job, job.reported_ids.pop(0))
             await job.wait(min(seconds, 1.0))
             if self._stopping.is_set():
                 return False
-            record = await self._surely(lambda: self._store.get(job.id))
+            record = await self._retry(lambda: self._store.get(job.id))
             if record is None or record.state.is_terminal:
                 return False
             job.prompt_id, job.state, job.started_at = record.prompt_id, record.state, record.started_at
         if is_claim(job.prompt_id):
-            log.warning("job %s is submitted again: nobody noted whether it was before", job.id)
+            log.warning("job %s is submitted again: the result of an earlier submission is not known", job.id)
         return True
 
     async def _send(self, job: RemoteJob) -> bool:
-        """Hand a job over to RunPod; return whether it is there and still wanted."""
+        """Submit a job to RunPod; return whether it is there and has not been cancelled."""
         while await self._until_may_be_sent(job):
             async with self._sending:
                 if self._client.pause.seconds:
                     continue
-                body = await self._do(lambda: submission(job.record, self._request_of(job), self._webhook_of(job.id)))
-                if not await self._note(job, self._claims.new()):
+                body = await self._in_thread(
+                    lambda: submission(job.record, self._request_of(job), self._webhook_of(job.id))
+                )
+                if not await self._set_prompt_id(job, self._claims.new()):
                     return False
                 job.sending = True
                 try:
                     return await self._send_once(job, body)
                 except PlatformAway as away:
                     if away.never_accepted:
-                        await self._note(job, None)
+                        await self._set_prompt_id(job, None)
                     else:
                         log.warning("job %s is submitted again (%s); RunPod may have it already", job.id, away)
                 except PlatformRefused as refused:
@@ -197,7 +199,7 @@ class RemoteJobRunner:
         return False
 
     async def _until_may_be_sent(self, job: RemoteJob) -> bool:
-        """Wait until RunPod may be asked; return whether the job still waits by then."""
+        """Wait for the end of RunPod's pause; return whether the job still waits then."""
         while not (job.is_cancelled or self._stopping.is_set()):
             if overdue := job.overdue(is_answered=True):
                 await self._finish(job, _late(overdue))
@@ -209,14 +211,14 @@ class RemoteJobRunner:
 
     async def _send_once(self, job: RemoteJob, body: bytes) -> bool:
         remote_id = await self._client.run(body)
-        if await self._note(job, remote_id):
+        if await self._set_prompt_id(job, remote_id):
             return True
-        # It was cancelled while it was on its way.
+        # It was cancelled during its submission.
         await self.cancel_remote(remote_id)
         return False
 
-    async def _note(self, job: RemoteJob, prompt_id: str | None) -> bool:
-        """Note a claim or RunPod's id with a waiting job; return whether it still waits as it did here."""
+    async def _set_prompt_id(self, job: RemoteJob, prompt_id: str | None) -> bool:
+        """Store a claim or RunPod's id with a waiting job; return whether it waited with the previous one."""
         before, backend = job.prompt_id, None if prompt_id is None else self._name
 
         def change() -> bool:
@@ -225,7 +227,7 @@ class RemoteJobRunner:
         def was_made(record: JobRecord) -> bool:
             return record.prompt_id == prompt_id
 
-        if not await self._do(lambda: self._patience.change(job.id, change, was_made)):
+        if not await self._in_thread(lambda: self._store_retry.change(job.id, change, was_made)):
             return False
         job.prompt_id = prompt_id
         return True
@@ -238,17 +240,17 @@ class RemoteJobRunner:
             is_answered = False
             try:
                 if not self._client.pause.seconds:
-                    if await self._ask(job, send_progress):
+                    if await self._poll(job, send_progress):
                         return
                     is_answered, misses = True, 0
             except PlatformAway as away:
-                log.debug("job %s is asked about again: %s", job.id, away)
+                log.debug("the status of job %s is polled again: %s", job.id, away)
             except PlatformRefused as refused:
-                log.warning("RunPod does not say where job %s stands (%d): %s", job.id, refused.status, refused)
+                log.warning("RunPod refuses the status of job %s (%d): %s", job.id, refused.status, refused)
             except UnknownRemoteJob:
                 misses += 1
                 if misses >= _MISSES and await self._knows_endpoint():
-                    await self._fail(job, lost())
+                    await self._fail(job, unknown_job())
                     return
             if overdue := job.overdue(is_answered=is_answered):
                 await self._finish(job, _late(overdue))
@@ -258,23 +260,23 @@ class RemoteJobRunner:
             await job.wait(self._client.pause.seconds or job.next_pause_s(is_called_back=is_called_back))
 
     async def _has_listeners(self, job: RemoteJob) -> bool:
-        return await self._do(lambda: self._bus.has_subscribers(job.id))
+        return await self._in_thread(lambda: self._bus.has_subscribers(job.id))
 
     async def _knows_endpoint(self) -> bool:
-        """Return whether it is the job that RunPod does not know, and not the whole endpoint."""
+        """Return whether RunPod knows the endpoint, so that only the job is unknown."""
         try:
             await self._client.health()
         except (PlatformAway, PlatformRefused):
             return False
         return True
 
-    async def _ask(self, job: RemoteJob, send_progress: SendProgress) -> bool:
-        """Ask where a job stands, and take it in; return whether it has ended."""
-        while job.rumours:
-            status = await self._client.status(job.rumours[0])
-            job.rumours.pop(0)
+    async def _poll(self, job: RemoteJob, send_progress: SendProgress) -> bool:
+        """Request the status of a job, and apply it; return whether the job has ended."""
+        while job.reported_ids:
+            status = await self._client.status(job.reported_ids[0])
+            job.reported_ids.pop(0)
             if state_in(status) is JobState.COMPLETED:
-                # An earlier submission, whose answer got lost, was quicker.
+                # An earlier submission, whose response was lost, was faster.
                 await self._end_with(job, status)
                 await self.cancel_remote(str(job.remote_id))
                 return True
@@ -295,11 +297,11 @@ class RemoteJobRunner:
         return False
 
     async def _publish_progress(self, job: RemoteJob, progress: Mapping[str, Any]) -> ProgressRecord:
-        event = await self._do(lambda: self._bus.publish(job.id, PROGRESS, progress))
+        event = await self._in_thread(lambda: self._bus.publish(job.id, PROGRESS, progress))
         return ProgressRecord(job.id, str(job.prompt_id), event.number, progress)
 
     async def _move(self, job: RemoteJob, state: JobState) -> None:
-        """Note that a job began to run, or waits again because its worker was lost."""
+        """Store that a job began to run, or waits again because its worker was lost."""
         now, prompt_id = time.time(), str(job.prompt_id)
 
         def change() -> bool:
@@ -312,16 +314,16 @@ class RemoteJobRunner:
         job.changed()
 
     async def _change(self, job: RemoteJob, state: JobState, now: float, change: Callable[[], bool]) -> None:
-        """Bring a job into a state in the store, and tell whoever listens if this gateway was the one that did."""
+        """Change a job's state in the store, and publish that if this gateway made the change."""
 
         def was_made(record: JobRecord) -> bool:
             return record.state is state and (not state.is_terminal or record.ended_at == now)
 
-        def change_and_tell() -> None:
-            if self._patience.change(job.id, change, was_made):
+        def change_and_publish() -> None:
+            if self._store_retry.change(job.id, change, was_made):
                 self._bus.publish(job.id, STATUS, {"status": state.value}, event_number(now))
 
-        await self._do(change_and_tell)
+        await self._in_thread(change_and_publish)
 
     async def _end_with(self, job: RemoteJob, status: Mapping[str, Any]) -> None:
         outcome = outcome_of(status, self._secrets)
@@ -330,10 +332,10 @@ class RemoteJobRunner:
         if outcome.output is not None:
             output = with_warnings(outcome.output, job.warnings)
             try:
-                kept = await self._do(lambda: keep_files(job.id, output, self._assets.storage()))
+                kept = await self._in_thread(lambda: keep_files(job.id, output, self._assets.storage()))
                 outcome = replace(outcome, output=kept)
             except WorkerError as error:
-                log.warning("what RunPod made of job %s could not be kept: %s", job.id, error)
+                log.warning("the outputs of job %s could not be stored: %s", job.id, error)
                 failure = outcome.error or error.as_output(self._secrets)
                 state = JobState.FAILED if outcome.state is JobState.COMPLETED else outcome.state
                 outcome = Outcome(state, None, failure, outcome.ran_s)
@@ -345,7 +347,7 @@ class RemoteJobRunner:
     async def _finish(self, job: RemoteJob, outcome: Outcome) -> None:
         progress = None
         if outcome.state is JobState.COMPLETED:
-            # A worker's last progress is seldom seen: its result comes right behind it.
+            # The last progress is seldom polled, because the result follows at once.
             progress = await self._publish_progress(job, {"stage": Stage.DELIVERING.value, "percent": 100.0})
         now = time.time()
         ran_from = None if outcome.ran_s is None else max(job.record.created_at, now - outcome.ran_s)
@@ -367,7 +369,7 @@ class RemoteJobRunner:
     # ------------------------------------------------------------------------------------------------ cancel
 
     async def cancel_remote(self, remote_id: str) -> None:
-        """Cancel a job at RunPod, as often as it takes."""
+        """Cancel a job at RunPod; repeat that until RunPod confirms."""
         while not self._stopping.is_set():
             if pause_s := self._client.pause.seconds:
                 await asyncio.sleep(pause_s)
@@ -381,7 +383,7 @@ class RemoteJobRunner:
                 continue
             except (PlatformRefused, UnknownRemoteJob, ValueError):
                 return  # it has ended
-            await asyncio.sleep(_CANCEL_AGAIN_S)
+            await asyncio.sleep(_CANCEL_RETRY_S)
 
 
 def _late(sentence: str) -> Outcome:
