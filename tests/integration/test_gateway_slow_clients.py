@@ -72,7 +72,7 @@ class Hall:
 
     def behind(self, job_id: str) -> list[int]:
         """Return how many events each listener of a job has not taken yet."""
-        listeners = list(self.bus._listeners.get(job_id, ()))
+        listeners = list(self.bus._queues.get(job_id, ()))
 
         async def count() -> list[int]:
             return [len(listener._waiting) for listener in listeners]
@@ -82,7 +82,7 @@ class Hall:
 
     @property
     def listeners(self) -> int:
-        return sum(len(listeners) for listeners in list(self.bus._listeners.values()))
+        return sum(len(listeners) for listeners in list(self.bus._queues.values()))
 
     def flood(self, job_id: str) -> None:
         """Tell of more than any buffer between here and a client holds, of changes of state in between."""
@@ -277,7 +277,7 @@ def test_many_streams_leave_no_listener_behind(hall: Hall) -> None:
         assert client.heard()[-1] == (STATUS, {"status": "CANCELLED"})
         client.close()
     wait_until(lambda: hall.listeners == 0)
-    assert hall.bus._listeners == {}
+    assert hall.bus._queues == {}
 
 
 # ------------------------------------------------------------------------------------------------- who waits and leaves

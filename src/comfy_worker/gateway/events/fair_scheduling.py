@@ -1,4 +1,4 @@
-"""Lets many streams take turns in an event loop: whoever else asks something waits for a few of them at most."""
+"""Schedules many streams fairly in an event loop: other requests wait for only a few of them."""
 
 from __future__ import annotations
 
@@ -8,50 +8,50 @@ from typing import Protocol
 from weakref import WeakKeyDictionary
 
 _AT_ONCE = 10
-"""How many streams are served before the loop looks after everybody else."""
+"""How many streams are served before the loop handles other requests."""
 _AT_A_TIME = 2
-"""How many streams ask the store at a time; all others have the rest of its threads."""
+"""How many streams read from the store at a time; the other threads are left for other requests."""
 
 
 class Schedulable(Protocol):
-    """Who is to be told when its turn has come."""
+    """A stream that can do one step."""
 
     def run_next(self) -> None:
-        """Wake up, to do one step."""
+        """Do one step."""
 
 
 class FairScheduler:
-    """The queue of those who have a step to do; its methods are to be called in its loop.
+    """The queue of the streams that have a step to do; its methods are called in its loop.
 
     Attributes:
-        openings: held while a stream is opened.
-        questions: held while the store is asked for what a stream has missed.
+        open_limit: held while a stream is opened.
+        store_limit: held while a stream reads from the store.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         """Take the loop."""
         self._call_soon = loop.call_soon
-        # In the order in which they asked.
-        self._asking: dict[Schedulable, None] = {}
+        # A dict, because it keeps the order and has no duplicates.
+        self._scheduled: dict[Schedulable, None] = {}
         self._is_running = False
-        # Threads that ask the store take the interpreter from the loop, the more of them the longer.
+        # Threads that read from the store take the interpreter from the loop.
         self.open_limit = asyncio.Semaphore(_AT_A_TIME)
         self.store_limit = asyncio.Semaphore(_AT_A_TIME)
 
-    def ask(self, stream: Schedulable) -> None:
-        """Give a stream a turn soon; asked twice before it comes, it is one turn."""
-        self._asking[stream] = None
+    def schedule(self, stream: Schedulable) -> None:
+        """Have a stream do one step soon; scheduled twice before that, it does one step."""
+        self._scheduled[stream] = None
         if not self._is_running:
             self._is_running = True
             self._call_soon(self._run)
 
     def _run(self) -> None:
-        for stream in list(islice(self._asking, _AT_ONCE)):
-            del self._asking[stream]
+        for stream in list(islice(self._scheduled, _AT_ONCE)):
+            del self._scheduled[stream]
             stream.run_next()
-        self._is_running = bool(self._asking)
+        self._is_running = bool(self._scheduled)
         if self._is_running:
-            # What those who were woken do comes before the next ones.
+            # Callbacks of these streams come before the next streams.
             self._call_soon(self._run)
 
 
@@ -59,5 +59,5 @@ _of_loops: WeakKeyDictionary[asyncio.AbstractEventLoop, FairScheduler] = WeakKey
 
 
 def scheduler_of(loop: asyncio.AbstractEventLoop) -> FairScheduler:
-    """Return the one queue of a loop; to be called in it."""
+    """Return the scheduler of an event loop; call it in that loop."""
     return _of_loops.setdefault(loop, FairScheduler(loop))

@@ -1,4 +1,4 @@
-"""A Redis that may be away: nobody waits for it longer than once, and who needs it is told when it is back."""
+"""A connection to a Redis that may be away: one command waits for it, later ones fail at once until it is back."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from redis.retry import Retry
 
 log = logging.getLogger(__name__)
 
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
-PATIENCE_S = 1.0
-"""How long one command may take; after that the Redis is away."""
+TIMEOUT_S = 1.0
+"""How long one command may take; after that, Redis counts as away."""
 _PROBE_S = 0.25
-"""Between two looks whether it is back."""
+"""Between two checks whether it is back."""
 _PROBE_KEY = "comfy:probe"
 _PROBE_KEPT_S = 60
 
 
 class RedisAway(Exception):
-    """The Redis does not answer, or refuses to be written to."""
+    """Redis does not answer, or refuses writes."""
 
 
-def connect(url: str, timeout_s: float = PATIENCE_S) -> Redis:
-    """Return a client that connects when it is used first, and tries each command once.
+def connect(url: str, timeout_s: float = TIMEOUT_S) -> Redis:
+    """Return a client that connects with its first command, and tries each command once.
 
     Raises:
-        ValueError: it is no URL of a Redis.
+        ValueError: it is not the URL of a Redis.
     """
     return Redis.from_url(
         url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, retry=Retry(NoBackoff(), 0), protocol=2
@@ -40,29 +40,29 @@ def connect(url: str, timeout_s: float = PATIENCE_S) -> Redis:
 
 
 class RedisConnection:
-    """Commands to a Redis, from any thread. While it is away they fail at once, and a thread looks when it is back."""
+    """Commands to a Redis, from any thread. While it is away they fail at once, and a thread checks for its return."""
 
-    def __init__(self, url: str, when_back: Callable[[Redis], None], what: str) -> None:
+    def __init__(self, url: str, on_return: Callable[[Redis], None], consequence: str) -> None:
         """Take the parts.
 
         Args:
             url: of the Redis.
-            when_back: does what was put off, before anybody else uses the Redis again; it may raise `RedisError`.
-            what: the Redis is missed for, for the log.
+            on_return: called before other commands use it again; it may raise `RedisError`.
+            consequence: what its absence means, for the log.
         """
         self._client = connect(url)
-        self._when_back = when_back
-        self._what = what
+        self._on_return = on_return
+        self._consequence = consequence
         self._lock = threading.Lock()
         self._is_away = False
         self._closing = threading.Event()
 
     @property
     def is_away(self) -> bool:
-        """Whether it did not answer lately."""
+        """Whether it did not answer the last command."""
         return self._is_away
 
-    def call(self, command: Callable[[Redis], Answer]) -> Answer:
+    def call(self, command: Callable[[Redis], Result]) -> Result:
         """Return what a command returns.
 
         Raises:
@@ -76,15 +76,15 @@ class RedisConnection:
             self._note_away(error)
             raise RedisAway from None
         finally:
-            self._let_connections_go()
+            self._close_idle_connections()
 
     def close(self) -> None:
-        """Look for it no more if it is away, and keep no connection: each further command has one of its own."""
+        """Stop checking for its return, and close all connections; each further command opens its own."""
         self._closing.set()
-        self._let_connections_go()
+        self._close_idle_connections()
 
-    def _let_connections_go(self) -> None:
-        """Close what nobody uses at the moment, if this is closed."""
+    def _close_idle_connections(self) -> None:
+        """Close the connections that no thread uses, if this is closed."""
         if self._closing.is_set():
             self._client.connection_pool.disconnect(inuse_connections=False)
 
@@ -93,27 +93,27 @@ class RedisConnection:
             if self._is_away or self._closing.is_set():
                 return
             self._is_away = True
-        # Its text may have the address, and what was sent.
-        log.warning("Redis cannot be used (%s): %s", type(error).__name__, self._what)
-        threading.Thread(target=self._look_for_it, name="redis-away", daemon=True).start()
+        # Without its text, which may contain the address and the data.
+        log.warning("Redis cannot be used (%s): %s", type(error).__name__, self._consequence)
+        threading.Thread(target=self._wait_for_return, name="redis-away", daemon=True).start()
 
-    def _look_for_it(self) -> None:
+    def _wait_for_return(self) -> None:
         try:
-            self._look_until_back()
+            self._probe_until_back()
         finally:
-            self._let_connections_go()
+            self._close_idle_connections()
 
-    def _look_until_back(self) -> None:
+    def _probe_until_back(self) -> None:
         while not self._closing.wait(_PROBE_S):
             try:
-                # Written, not only asked: one that is full or a replica is of no use.
+                # A write: a Redis that is full or a replica is of no use.
                 self._client.set(_PROBE_KEY, 1, ex=_PROBE_KEPT_S)
-                self._when_back(self._client)
+                self._on_return(self._client)
             except RedisError:
                 continue
             self._is_away = False
             log.info("Redis can be used again")
             with contextlib.suppress(RedisAway):
-                # What was put off while the rest was done.
-                self.call(self._when_back)
+                # Again, for what has become pending meanwhile.
+                self.call(self._on_return)
             return

@@ -1,4 +1,4 @@
-"""How events lie in Redis and travel through it: two streams a job, and a channel."""
+"""Events in Redis: two streams and a channel for each job."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from redis import Redis
 from comfy_worker.gateway.events.bus import PREVIEW, STATUS, Event
 
 _REMEMBERED = 64
-"""Of the events of a job that are no changes of state; those are few, and the store has them all."""
+"""How many events of a job that are not changes of state are remembered."""
 _STATES_REMEMBERED = 256
 _KEPT_S = 86_400
 
@@ -36,9 +36,9 @@ end
 redis.call('PUBLISH', ARGV[1], number .. ':' .. kind .. ':' .. ARGV[4])
 return number
 """
-"""One step for Redis, so that numbers grow and arrive in their order, whoever else tells of the same job.
+"""A script, so that numbers increase and arrive in their order, even if several processes publish for one job.
 
-Its numbers are those of doubles: exact for microseconds until the year 2255.
+Lua's numbers are doubles: exact for microseconds until the year 2255.
 """
 
 
@@ -46,7 +46,7 @@ class RedisStreams:
     """The events of all jobs in one database of a Redis."""
 
     def __init__(self, client: Redis) -> None:
-        """Take a client of it, which is not used."""
+        """Take a client, of which only the settings are used."""
         # Channels, unlike keys, are the same in all databases of a server.
         database = client.connection_pool.connection_kwargs.get("db") or 0
         self._channels = f"comfy:{database}:events:"
@@ -57,17 +57,17 @@ class RedisStreams:
         return f"{self._channels}{job_id}"
 
     def job_of(self, channel: bytes) -> str:
-        """Return whose channel it is."""
+        """Return the job of a channel."""
         return channel.decode()[len(self._channels) :]
 
     def publish(self, client: Redis, job_id: str, kind: str, data: Mapping[str, Any], number: int | None) -> Event:
-        """Tell of an event, remember it if it is no preview, and return it with its number."""
+        """Publish an event, remember it unless it is a preview, and return it with its number."""
         values = [self.channel(job_id), kind, "" if number is None else number, _packed(data)]
         given = cast("bytes", self._publish(keys=self._keys(job_id), args=values, client=client))
         return Event(int(given), job_id, kind, data)
 
     def recent(self, client: Redis, job_id: str, after: int) -> list[Event]:
-        """Return what is remembered of a job after a number."""
+        """Return the remembered events of a job after a number."""
         pipeline = client.pipeline(transaction=False)
         for key in self._keys(job_id):
             pipeline.xrange(key, min=str(max(0, after + 1)))
@@ -78,28 +78,28 @@ class RedisStreams:
         ]
         return sorted(found, key=lambda event: event.number)
 
-    def listeners(self, client: Redis, job_id: str) -> int:
-        """Return how many processes listen to a job."""
+    def subscribers(self, client: Redis, job_id: str) -> int:
+        """Return how many processes subscribe to a job."""
         [(_channel, count)] = cast("list[tuple[bytes, int]]", client.pubsub_numsub(self.channel(job_id)))
         return count
 
     def forget(self, client: Redis, job_id: str) -> None:
-        """Remember nothing of a job any more."""
+        """Forget the events of a job."""
         client.delete(*self._keys(job_id))
 
     def received(self, channel: bytes, message: bytes) -> Event:
-        """Return the event that a message in a channel tells of."""
+        """Return the event in a message."""
         number, kind, packed = message.split(b":", 2)
         return Event(int(number), self.job_of(channel), kind.decode(), _unpacked(packed))
 
     @staticmethod
     def _keys(job_id: str) -> tuple[str, str]:
-        # In braces what they share: a cluster keeps them in one place.
+        # The part in braces has a cluster keep both keys on one node.
         return f"comfy:events:{{{job_id}}}:states", f"comfy:events:{{{job_id}}}:others"
 
 
 def _packed(data: Mapping[str, Any]) -> bytes:
-    """Return data as one line of JSON, and behind it the bytes that it has, such as a picture."""
+    """Return data as one line of JSON, followed by its bytes, such as an image."""
     raw = {name: value for name, value in data.items() if isinstance(value, bytes)}
     plain = {name: value for name, value in data.items() if name not in raw}
     sizes = {name: len(value) for name, value in raw.items()}
