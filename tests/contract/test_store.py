@@ -568,7 +568,7 @@ def test_how_long_jobs_were_in_each_stage_is_added_up_whoever_ends_them(opened: 
 
 def test_who_has_given_the_database_up_touches_it_no_more(store: JobStore) -> None:
     job_id = add(store)
-    store.give_up()
+    store.disable()
 
     for touch in (
         lambda: store.get(job_id),

@@ -45,7 +45,7 @@ def test_a_job_that_waits_again_elsewhere_keeps_its_name_there(store: JobStore) 
     store.set_prompt_id(job_id, "id-u1", HERE, expected=None)
     store.start(job_id, "id-u1", HERE, NOW)
 
-    assert store.requeue(job_id, NOW + 1, elsewhere=True)
+    assert store.requeue(job_id, NOW + 1, keep_claim=True)
     waiting = get(store, job_id)
     assert (waiting.state, waiting.prompt_id, waiting.backend, waiting.retries) == (JobState.IN_QUEUE, "id-u1", HERE, 1)
     assert waiting.started_at is None

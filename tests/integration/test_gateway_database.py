@@ -369,7 +369,7 @@ def test_a_lost_lock_is_taken_again(tmp_path: Path, comfyui: EmulatedComfyUI, se
     url = server.new_database()
     with gateway_process(comfyui.url, tmp_path / "data", DATABASE_URL=url) as gateway:
         cut_lock(url)
-        gateway.process.wait_for_line("the lock on the database is ours again")
+        gateway.process.wait_for_line("the lock on the database is held again")
         check_lock_is_held(url)
         assert gateway.ended(gateway.run(graphs.picture((1, 2, 3))))["status"] == "COMPLETED"
 

@@ -102,7 +102,7 @@ def began_long_ago(bench: EngineGateway, job_id: str) -> None:
     """Note that a job that runs has run for longer than any job may."""
     wait_until(lambda: bench.get(job_id).state is JobState.IN_PROGRESS)
     record, store = bench.get(job_id), bench.gateway.store
-    assert store.requeue(job_id, time.time(), elsewhere=True)
+    assert store.requeue(job_id, time.time(), keep_claim=True)
     assert store.start(job_id, str(record.prompt_id), str(record.backend), time.time() - 1000)
 
 

@@ -84,7 +84,7 @@ class Gateway:
             engine = connect(database)
             stack.callback(engine.dispose)
             if settings.engine == "local":
-                stack.enter_context(gateway_lock(engine, when_lost=self._stop_after_takeover))
+                stack.enter_context(gateway_lock(engine, on_lost=self._stop_after_takeover))
             self.store = wait_for_database(lambda: JobStore(engine, own_key.encode()))
             self.library = Catalog(settings.workflows_dir, history=StoredVersions(data / "workflow_versions"))
             self.bus, self.assets = bus or make_bus(settings), AssetStore(data / "assets")
@@ -185,7 +185,7 @@ class Gateway:
     def _stop_after_takeover(self) -> None:
         """Stop all work: another gateway has the database, and resumes the jobs of this one."""
         log.critical("another gateway has taken over the database while it was away: this one stops")
-        self.store.give_up()
+        self.store.disable()
         self._engine.stop()
         self.on_takeover()
 

@@ -34,7 +34,7 @@ class ProgressPublisher:
     def __init__(
         self,
         store: JobStore,
-        notes: ProgressWriter,
+        progress_writer: ProgressWriter,
         bus: EventBus,
         run_times: RunTimes,
         changed: threading.Condition,
@@ -42,7 +42,7 @@ class ProgressPublisher:
     ) -> None:
         """Take the parts; `changed` guards the run times, and is notified when a ComfyUI can take another job."""
         self._store = store
-        self._notes = notes
+        self._progress_writer = progress_writer
         self._bus = bus
         self._run_times = run_times
         self._changed = changed
@@ -75,7 +75,7 @@ class ProgressPublisher:
         data = {**output, **self._position_fields(running.job.id)}
         event = self._bus.publish(running.job.id, PROGRESS, data)
         running.progress = ProgressRecord(running.job.id, tracked.prompt_id, event.number, data)
-        self._notes.note(running.progress)
+        self._progress_writer.update(running.progress)
         return output
 
     def _enter(self, tracked: _JobProgress, stage: Stage) -> None:

@@ -1,6 +1,7 @@
-"""One gateway at a time: two at the same database would run every job twice, where the gateway itself runs them.
+"""Locks between gateways of the same database.
 
-Where others run them several gateways may use a database, and take turns at what one of them has to do.
+With ENGINE=local only one gateway may use a database, because two would run every job twice. With the other engines
+several gateways share one, and a leader does what only one of them has to do.
 """
 
 from __future__ import annotations
@@ -14,28 +15,29 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from sqlalchemy import Connection, Engine, text
+from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from comfy_worker.errors import InvalidInput
 from comfy_worker.gateway.errors import DatabaseUnavailable
-from comfy_worker.gateway.store.database import START_PATIENCE_S, raises_database_unavailable
+from comfy_worker.gateway.store.database import START_TIMEOUT_S, raises_database_unavailable
 
 log = logging.getLogger(__name__)
 
-_OWNER_LOCK = 0x636F6D67
-"""Any number that nobody else locks in PostgreSQL."""
-_TURN_LOCK = 0x636F6D69
+_GATEWAY_LOCK = 0x636F6D67
+"""A number that nothing else locks in PostgreSQL."""
+_LEADER_LOCK = 0x636F6D69
 """Another one."""
-_TAKE_OVER_S = START_PATIENCE_S
+_TAKE_OVER_S = START_TIMEOUT_S
 """How long a gateway that starts waits for one that ends."""
-_LOOK_S = 0.1
-_GUARD_S = 1.0
-"""Between two looks whether the lock is still ours."""
-_LEAVING_S = 3.0
-"""How long our own lost connection may still hold the lock; who holds it longer is somebody else."""
+_RETRY_S = 0.1
+_CHECK_S = 1.0
+"""Between two checks whether the lock is still held."""
+_OWN_SESSION_S = 3.0
+"""How long our own lost connection may still hold the lock; after that, another gateway holds it."""
 
-_TAKE = text(f"SELECT pg_try_advisory_lock({_OWNER_LOCK})")
-_TAKE_YOUR_TIME = text("SET LOCAL idle_in_transaction_session_timeout = 0")
-_TAKE_TURN = text(f"SELECT pg_try_advisory_xact_lock({_TURN_LOCK})")
+_TRY_LOCK = text(f"SELECT pg_try_advisory_lock({_GATEWAY_LOCK})")
+_NO_IDLE_TIMEOUT = text("SET LOCAL idle_in_transaction_session_timeout = 0")
+_TRY_LEADER_LOCK = text(f"SELECT pg_try_advisory_xact_lock({_LEADER_LOCK})")
 _SESSION = text("SELECT pid, backend_start FROM pg_stat_activity WHERE pid = pg_backend_pid()")
 _END_SESSION = text(
     "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid = :pid AND backend_start = :backend_start"
@@ -44,16 +46,16 @@ _END_SESSION = text(
 
 @contextmanager
 def gateway_lock(
-    engine: Engine, take_over_s: float = _TAKE_OVER_S, when_lost: Callable[[], None] | None = None
+    engine: Engine, take_over_s: float = _TAKE_OVER_S, on_lost: Callable[[], None] | None = None
 ) -> Iterator[None]:
-    """Be the only gateway of a database within this block.
+    """Hold the lock of the only gateway of a database.
 
-    PostgreSQL's lock goes with its connection; it is taken again when that was lost.
+    PostgreSQL's lock belongs to a connection; when that is lost, the lock is acquired again.
 
     Args:
         engine: of the database.
         take_over_s: how long to wait for a gateway that ends, or for a database that starts.
-        when_lost: called, in a thread of its own, if another gateway was quicker to take the lock again.
+        on_lost: called, in a thread of its own, if another gateway acquired the lock first.
 
     Raises:
         InvalidInput: another gateway uses it and does not end.
@@ -63,13 +65,13 @@ def gateway_lock(
         with _locked_file(engine, take_over_s):
             yield
     else:
-        with _locked(engine, take_over_s, when_lost or _nothing):
+        with _locked(engine, take_over_s, on_lost or _nothing):
             yield
 
 
 @contextmanager
 def leader_lock(engine: Engine) -> Iterator[bool]:
-    """Yield whether this gateway has the lock that all gateways of a database share; it holds it within this block.
+    """Try to hold the lock of the leader of the gateways of a database; yield whether this gateway holds it.
 
     Raises:
         DatabaseUnavailable: it does not answer.
@@ -86,13 +88,13 @@ def leader_lock(engine: Engine) -> Iterator[bool]:
         finally:
             lock.release()
         return
-    # PostgreSQL lets it go with the transaction, and so with a connection that is lost.
+    # PostgreSQL releases it at the end of the transaction, also if the connection is lost.
     with ExitStack() as stack:
         with raises_database_unavailable():
             connection = stack.enter_context(engine.connect())
-            # What is done meanwhile is done by other connections. This transaction locks no rows.
-            connection.execute(_TAKE_YOUR_TIME)
-            is_ours = bool(connection.execute(_TAKE_TURN).scalar_one())
+            # The leader works with other connections; this transaction locks no rows.
+            connection.execute(_NO_IDLE_TIMEOUT)
+            is_ours = bool(connection.execute(_TRY_LEADER_LOCK).scalar_one())
         yield is_ours
 
 
@@ -110,43 +112,41 @@ def _locked_file(engine: Engine, take_over_s: float) -> Iterator[None]:
 
 
 @contextmanager
-def _locked(engine: Engine, take_over_s: float, when_lost: Callable[[], None]) -> Iterator[None]:
+def _locked(engine: Engine, take_over_s: float, on_lost: Callable[[], None]) -> Iterator[None]:
     lock = _Lock(engine)
-    _take_within(lock, take_over_s)
-    guard = _Guard(lock, when_lost)
-    guard.start()
+    _acquire(lock, take_over_s)
+    monitor = _LockMonitor(lock, on_lost)
+    monitor.start()
     try:
         yield
     finally:
-        guard.stop()
-        lock.let_go()
+        monitor.stop()
+        lock.release()
 
 
-def _take_within(lock: _Lock, seconds: float) -> None:
-    """Take the lock, waiting for whoever holds it and for the database itself."""
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            if lock.take():
-                return
-            refusal: InvalidInput | DatabaseUnavailable = _in_use()
-        except DatabaseUnavailable as error:
-            refusal = error
-        if time.monotonic() >= deadline:
-            raise refusal
-        time.sleep(_LOOK_S)
+def _acquire(lock: _Lock, seconds: float) -> None:
+    """Acquire the lock; wait for the gateway that holds it, and for the database."""
+    for attempt in Retrying(
+        retry=retry_if_exception_type((InvalidInput, DatabaseUnavailable)),
+        stop=stop_after_delay(seconds),
+        wait=wait_fixed(_RETRY_S),
+        reraise=True,
+    ):
+        with attempt:
+            if not lock.acquire():
+                raise _in_use()
 
 
 class _Lock:
-    """PostgreSQL's lock, held by a connection of its own for as long as that lives; one thread at a time uses it."""
+    """PostgreSQL's lock, held by a connection of its own; one thread at a time uses it."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine.execution_options(isolation_level="AUTOCOMMIT")
         self._connection: Connection | None = None
         self._session: dict[str, Any] | None = None
 
-    def take(self) -> bool:
-        """Return whether it is ours now.
+    def acquire(self) -> bool:
+        """Try to acquire it; return whether it is held now.
 
         Raises:
             DatabaseUnavailable: the database does not answer.
@@ -155,7 +155,7 @@ class _Lock:
             connection = self._engine.connect()
             try:
                 self._end_lost_session(connection)
-                is_ours = bool(connection.execute(_TAKE).scalar_one())
+                is_ours = bool(connection.execute(_TRY_LOCK).scalar_one())
                 if is_ours:
                     self._session = dict(connection.execute(_SESSION).mappings().one())
                     self._connection = connection
@@ -165,42 +165,42 @@ class _Lock:
         return is_ours
 
     def _end_lost_session(self, connection: Connection) -> None:
-        """End our own session of before, which a server that did not notice its loss would keep for hours."""
+        """End our own lost session, which a server that has not noticed the loss would keep for hours."""
         if self._session is not None:
             connection.execute(_END_SESSION, self._session)
 
     def is_held(self) -> bool:
-        """Return whether the connection that holds it still lives."""
+        """Return whether the connection that holds it still works."""
         if self._connection is None:
             return False
         try:
             with raises_database_unavailable():
                 self._connection.execute(text("SELECT 1"))
         except DatabaseUnavailable:
-            # Used once more, it would connect anew and hold nothing.
-            self.let_go()
+            # Another use would reconnect, without the lock.
+            self.release()
             return False
         return True
 
-    def let_go(self) -> None:
-        """Give it up."""
+    def release(self) -> None:
+        """Release it."""
         if self._connection is not None:
             _close(self._connection)
             self._connection = None
 
 
 def _close(connection: Connection) -> None:
-    # Closed instead of given back: the lock lasts as long as the connection.
+    # Invalidated, not returned to the pool: the lock lasts as long as the connection.
     connection.invalidate()
     connection.close()
 
 
-class _Guard:
-    """Looks after a lock that was taken, and takes it again when its connection was lost."""
+class _LockMonitor:
+    """Checks a lock that is held, and acquires it again when its connection is lost."""
 
-    def __init__(self, lock: _Lock, when_lost: Callable[[], None]) -> None:
+    def __init__(self, lock: _Lock, on_lost: Callable[[], None]) -> None:
         self._lock = lock
-        self._when_lost = when_lost
+        self._on_lost = on_lost
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="lock", daemon=True)
 
@@ -215,31 +215,31 @@ class _Guard:
             self._thread.join()
 
     def _watch(self) -> None:
-        while not self._ending.wait(_GUARD_S):
+        while not self._ending.wait(_CHECK_S):
             if self._lock.is_held():
                 continue
             log.warning("the connection that holds the lock on the database was lost")
-            if not self._take_again():
-                self._when_lost()
+            if not self._acquire_again():
+                self._on_lost()
                 return
             if not self._ending.is_set():
-                log.info("the lock on the database is ours again")
+                log.info("the lock on the database is held again")
 
-    def _take_again(self) -> bool:
-        """Take the lock again; return False if somebody else has it."""
+    def _acquire_again(self) -> bool:
+        """Acquire the lock again; return False if another gateway holds it."""
         refused_at: float | None = None
-        while not self._ending.wait(_LOOK_S):
+        while not self._ending.wait(_RETRY_S):
             try:
-                if self._lock.take():
+                if self._lock.acquire():
                     return True
             except DatabaseUnavailable:
                 refused_at = None
                 continue
             refused_at = time.monotonic() if refused_at is None else refused_at
-            if time.monotonic() - refused_at >= _LEAVING_S:
+            if time.monotonic() - refused_at >= _OWN_SESSION_S:
                 return False
         return True
 
 
 def _nothing() -> None:
-    """Be told of a lost lock without doing anything about it."""
+    """Ignore that the lock is lost."""

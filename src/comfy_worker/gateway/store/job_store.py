@@ -1,8 +1,8 @@
-"""The gateway's memory: jobs, their events and their webhooks, in SQLite or PostgreSQL.
+"""Stores jobs, their changes of state and their webhooks in SQLite or PostgreSQL.
 
-Every change of a job's state is one conditional statement, so that of two who would change it at the same time one
-finds it changed already; a terminal state never changes, but for a retry that its caller asks for. The event that tells
-of a change, and the webhook that is to tell of an end, are noted in the same transaction.
+Every change of a job's state is one conditional statement, so that of two concurrent changes one fails. A terminal
+state never changes, except by a retry. The event of a change, and the webhook of an end, are stored in the same
+transaction.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ from comfy_worker.gateway.errors import (
     QueueFull,
     UnreadableRequest,
 )
-from comfy_worker.gateway.store.database import WRITES, WriteQueue, connect, raises_database_unavailable
+from comfy_worker.gateway.store.database import WRITES, WriteLock, connect, raises_database_unavailable
 from comfy_worker.gateway.store.migrate import bring_up_to_date
 from comfy_worker.gateway.store.records import JobRecord, ProgressRecord, WebhookDelivery
-from comfy_worker.gateway.store.stage_seconds import StageTimes, note_seconds, read_seconds, seconds_by_stage
+from comfy_worker.gateway.store.stage_seconds import StageTimes, add_seconds, read_seconds, seconds_by_stage
 from comfy_worker.gateway.store.tables import events, idempotency_keys, jobs, webhook_deliveries
 from comfy_worker.types import JobState
 
@@ -58,23 +58,23 @@ _TIMES = select(jobs.c.created_at, jobs.c.started_at)
 _NO_PROGRESS = dict.fromkeys(("progress", "progress_number"))
 _SHOWN = [column for column in jobs.c if column.name != "request"]
 _QUEUE_LOCK = 0x636F6D68
-"""Any number that nobody else locks in PostgreSQL."""
+"""A number that nothing else locks in PostgreSQL."""
 
 
 def event_number(at: float) -> int:
-    """Return the number of an event that happened then: microseconds since the epoch."""
+    """Return the number of an event at a time: microseconds since the epoch."""
     return int(at * 1_000_000)
 
 
 class JobStore:
-    """Keeps jobs; methods may be called from any thread, and return when what they did is safe.
+    """Stores jobs; methods may be called from any thread, and return when their changes are durable.
 
-    Each raises `DatabaseUnavailable` while the database cannot be used. What it was to change may be changed even so:
-    the answer, too, can get lost.
+    Each raises `DatabaseUnavailable` while the database cannot be used. Its change may have been made even so, because
+    the database's reply can get lost.
 
     Attributes:
-        on_webhook_due: called, in the thread of whoever ended a job, when its webhook was noted.
-        on_change: called likewise with the id of a job that was added, is in another state, or is gone.
+        on_webhook_due: called when a job has ended and its webhook is due, in the thread that ended it.
+        on_change: called likewise with the id of a job that was added, changed its state, or was deleted.
     """
 
     def __init__(self, engine: Engine, secret: bytes) -> None:
@@ -82,18 +82,18 @@ class JobStore:
 
         Args:
             engine: made by `connect`.
-            secret: requests are encrypted with it; all who use the database need the same.
+            secret: requests are encrypted with it; all processes that use the database need the same.
 
         Raises:
             DatabaseUnavailable: it cannot be used.
         """
         self._engine = engine
         self._writer = engine.execution_options(**WRITES)
-        self._writers = WriteQueue(engine)
+        self._write_lock = WriteLock(engine)
         self._cipher = Fernet(base64.urlsafe_b64encode(hashlib.sha256(secret).digest()))
         self.on_webhook_due: Callable[[], None] = _nothing
-        self.on_change: Callable[[str], None] = _nothing_of
-        self._is_given_up = False
+        self.on_change: Callable[[str], None] = _nothing
+        self._is_disabled = False
         with raises_database_unavailable():
             bring_up_to_date(self._writer)
 
@@ -101,25 +101,25 @@ class JobStore:
         """Close the connections."""
         self._engine.dispose()
 
-    def give_up(self) -> None:
-        """Touch the database no more, because it belongs to another gateway now: all else raises from here on."""
-        self._is_given_up = True
+    def disable(self) -> None:
+        """Make all methods raise from now on, because another gateway has taken over the database."""
+        self._is_disabled = True
 
     @contextmanager
     def _reading(self) -> Iterator[Connection]:
-        self._check_is_ours()
+        self._check_enabled()
         with raises_database_unavailable(), self._engine.connect() as connection:
             yield connection
 
     @contextmanager
     def _writing(self) -> Iterator[Connection]:
-        """Make what is done within the block one transaction."""
-        self._check_is_ours()
-        with raises_database_unavailable(), self._writers.one_at_a_time(), self._writer.begin() as connection:
+        """Run the block in one transaction."""
+        self._check_enabled()
+        with raises_database_unavailable(), self._write_lock.held(), self._writer.begin() as connection:
             yield connection
 
-    def _check_is_ours(self) -> None:
-        if self._is_given_up:
+    def _check_enabled(self) -> None:
+        if self._is_disabled:
             raise DatabaseUnavailable("Another gateway has taken over the database, and this one ends")
 
     # ---------------------------------------------------------------------------------------------- jobs
@@ -135,16 +135,17 @@ class JobStore:
         renew: bool = False,
         replace_ended: bool = False,
     ) -> JobRecord:
-        """Keep a new job; return it, or the job that was accepted under the same key before.
+        """Add a job; return it, or the job that was accepted under the same key before.
 
         Args:
             record: the job, with its request.
-            idempotency_key: the caller's own name for this request.
-            body_hash: of what was sent under that key.
+            idempotency_key: the caller's key for this request.
+            body_hash: the hash of the request.
             max_waiting: how many jobs may be waiting at most, this one included.
             max_waiting_of_owner: how many of them may be its owner's.
-            renew: whether a job that ended without a result gives its key away.
-            replace_ended: whether one that ended gives its id away, to the same owner and when its webhook was sent.
+            renew: whether the key of a job that ended without a result may be used again.
+            replace_ended: whether the id of a job that has ended may be used again, by the same owner and after its
+                webhook.
 
         Raises:
             DuplicateKey: the key was used with another body.
@@ -159,16 +160,16 @@ class JobStore:
                     connection.execute(delete(idempotency_keys).where(idempotency_keys.c.key == idempotency_key))
                 elif earlier is not None:
                     return earlier
-                _check_room(connection, [record], max_waiting, max_waiting_of_owner)
+                _check_queue_size(connection, [record], max_waiting, max_waiting_of_owner)
                 if replace_ended:
                     connection.execute(delete(jobs).where(_is_replaceable(record.id, record.owner)))
                 connection.execute(insert(jobs).values(**columns))
-                _note(connection, record.id, record.state, record.created_at)
+                _add_event(connection, record.id, record.state, record.created_at)
                 if idempotency_key is not None:
                     row = {"key": idempotency_key, "body_hash": body_hash, "job_id": record.id}
                     connection.execute(insert(idempotency_keys).values(**row))
         except IntegrityError:
-            # Somebody else was quicker, with the same key or with the same id.
+            # A job with the same key or id was added at the same time.
             with self._reading() as connection:
                 earlier = self._accepted_before(connection, idempotency_key, body_hash)
             if earlier is None:
@@ -186,19 +187,19 @@ class JobStore:
         max_waiting: int | None = None,
         max_waiting_of_owner: int | None = None,
     ) -> None:
-        """Keep new jobs of one owner, all of them or none; the limits are as in `add`.
+        """Add several jobs of one owner, all of them or none; the limits are as in `add`.
 
         Raises:
             DuplicateRequest: there is a job with one of their ids.
-            QueueFull: so many jobs may not wait.
+            QueueFull: too many jobs would wait.
         """
         rows = [self._columns(record) for record in records]
         try:
             with self._writing() as connection:
-                _check_room(connection, records, max_waiting, max_waiting_of_owner)
+                _check_queue_size(connection, records, max_waiting, max_waiting_of_owner)
                 connection.execute(insert(jobs), rows)
                 for record in records:
-                    _note(connection, record.id, record.state, record.created_at)
+                    _add_event(connection, record.id, record.state, record.created_at)
         except IntegrityError:
             raise DuplicateRequest("There is a job with one of these ids already") from None
         for record in records:
@@ -224,7 +225,7 @@ class JobStore:
         return None if row is None else _record(row)
 
     def request_of(self, job_id: str) -> Mapping[str, Any] | None:
-        """Return what was sent, None if there is no such job (any more).
+        """Return the request of a job, None if there is no such job (any more).
 
         Raises:
             UnreadableRequest: it was encrypted with another key.
@@ -251,28 +252,28 @@ class JobStore:
         return self._records(query)
 
     def with_prefix(self, prefix: str, owners: Collection[str] | None = None) -> Sequence[JobRecord]:
-        """Return the jobs whose ids begin so, without their requests, the one that was accepted first in front.
+        """Return the jobs whose ids begin with a prefix, without their requests, oldest first.
 
         Args:
             prefix: of the ids.
-            owners: whose jobs are meant; everybody's if None.
+            owners: only their jobs; all jobs if None.
         """
         query = select(*_SHOWN).where(jobs.c.id.startswith(prefix, autoescape=True), _is_of(owners))
         return self._records(query.order_by(jobs.c.created_at, jobs.c.id))
 
     def unfinished(self) -> Sequence[JobRecord]:
-        """Return all jobs that have not ended, without their requests, the one to run first in front."""
+        """Return all jobs that have not ended, without their requests, the next to run first."""
         query = select(*_SHOWN).where(jobs.c.state.in_(_OPEN))
         return self._records(query.order_by(jobs.c.priority.desc(), jobs.c.created_at))
 
     def counts(self) -> Mapping[JobState, int]:
-        """Return how many jobs are in each state."""
+        """Return the number of jobs in each state."""
         query = select(jobs.c.state, func.count()).group_by(jobs.c.state)
         with self._reading() as connection:
             return {JobState(state): count for state, count in connection.execute(query)}
 
     def counts_by_owner(self) -> Mapping[str, Mapping[JobState, int]]:
-        """Return how many jobs of each owner are in each state that any of them is in."""
+        """Return the number of jobs of each owner in each state."""
         query = select(jobs.c.owner, jobs.c.state, func.count()).group_by(jobs.c.owner, jobs.c.state)
         found: dict[str, dict[JobState, int]] = {}
         with self._reading() as connection:
@@ -281,12 +282,12 @@ class JobStore:
         return found
 
     def seconds_by_stage(self) -> Mapping[str, StageTimes]:
-        """Return how long the jobs that have ended were in each stage, those too that are not kept any more."""
+        """Return how long the jobs that have ended were in each stage, including jobs that are deleted."""
         with self._reading() as connection:
             return read_seconds(connection)
 
     def retried(self) -> int:
-        """Return how many of the jobs were put back into the queue, by their caller or by the gateway."""
+        """Return the number of jobs that were put back into the queue, by their caller or by the gateway."""
         query = select(func.count()).select_from(jobs).where(jobs.c.retries > 0)
         with self._reading() as connection:
             count: int = connection.execute(query).scalar_one()
@@ -295,13 +296,13 @@ class JobStore:
     # --------------------------------------------------------------------------------------------- states
 
     def start(self, job_id: str, prompt_id: str, backend: str, now: float) -> bool:
-        """Note that ComfyUI runs a waiting job under this prompt_id; return whether it was still waiting."""
+        """Set a waiting job IN_PROGRESS, as ComfyUI runs it under this prompt_id; return whether it was waiting."""
         values = {"prompt_id": prompt_id, "backend": backend, "started_at": now}
         is_its_own = jobs.c.prompt_id.is_(None) | (jobs.c.prompt_id == prompt_id)
         return self._change(job_id, [JobState.IN_QUEUE.value], JobState.IN_PROGRESS, values, now, is_its_own)
 
     def save_progress(self, notes: Sequence[ProgressRecord]) -> None:
-        """Note how far jobs are, or were when they ended, under this prompt_id; what is known later stays."""
+        """Store the progress of jobs in their present attempt, unless a later one is stored."""
         if not notes:
             return
         condition = (jobs.c.id == bindparam("of_job")) & (jobs.c.prompt_id == bindparam("of_prompt"))
@@ -314,23 +315,23 @@ class JobStore:
                 "progress": note.data,
                 "progress_number": note.number,
             }
-            # In the same order by all who do this at the same time.
+            # Always in the same order, because transactions wait for each other's rows.
             for note in sorted(notes, key=lambda note: note.job_id)
         ]
         with self._writing() as connection:
             connection.execute(update(jobs).where(condition), rows)
 
     def set_prompt_id(self, job_id: str, prompt_id: str | None, backend: str | None, *, expected: str | None) -> bool:
-        """Note what a waiting job is called in the queue that it is sent to, before it is.
+        """Claim a waiting job for a backend, before it is sent there, or release the claim.
 
         Args:
             job_id: the job.
-            prompt_id: its name there; None: it is not in that queue (any more).
-            backend: whose queue that is.
-            expected: the name that it has had so far.
+            prompt_id: its id at the backend; None if it is not there (any more).
+            backend: the URL of the ComfyUI, or the name of the endpoint.
+            expected: the prompt_id that it has so far.
 
         Returns:
-            Whether it waited, and was called `expected`.
+            Whether it was waiting, with the prompt_id `expected`.
         """
         condition = (jobs.c.id == job_id) & (jobs.c.state == JobState.IN_QUEUE.value)
         condition &= jobs.c.prompt_id.is_(None) if expected is None else jobs.c.prompt_id == expected
@@ -338,9 +339,9 @@ class JobStore:
         with self._writing() as connection:
             return bool(connection.execute(update(jobs).where(condition).values(**values)).rowcount)
 
-    def requeue(self, job_id: str, now: float, *, elsewhere: bool = False) -> bool:
-        """Put a running job back into the queue, perhaps one `elsewhere`; return whether it was running."""
-        values = {"started_at": None, **_NO_PROGRESS, **({} if elsewhere else dict.fromkeys(("prompt_id", "backend")))}
+    def requeue(self, job_id: str, now: float, *, keep_claim: bool = False) -> bool:
+        """Put a running job back into the queue, with or without its claim; return whether it was running."""
+        values = {"started_at": None, **_NO_PROGRESS, **({} if keep_claim else dict.fromkeys(("prompt_id", "backend")))}
         values["retries"] = jobs.c.retries + 1
         return self._change(job_id, [JobState.IN_PROGRESS.value], JobState.IN_QUEUE, values, now)
 
@@ -357,7 +358,7 @@ class JobStore:
         only_waiting: bool = False,
         accepted_at: float | None = None,
     ) -> bool:
-        """End a job, and in the same transaction note that its webhook is to be sent; return whether it was open.
+        """End a job, and store its webhook in the same transaction; return whether the job had not ended.
 
         Args:
             job_id: the job.
@@ -365,10 +366,10 @@ class JobStore:
             now: when.
             output: what it made.
             error: why it failed.
-            ran_from: when ComfyUI began it, if it did; it counts as the job's start from then on.
-            progress: how far it was when it ended.
-            only_waiting: whether a job that runs is left alone.
-            accepted_at: if given, it is ended only if it was not retried since.
+            ran_from: when ComfyUI began to run it, if it did; this replaces `started_at`.
+            progress: its last progress.
+            only_waiting: whether to leave a running job alone.
+            accepted_at: if given, leave a job alone that was retried since.
         """
         values = {"ended_at": now, "output": output, "error": error}
         values |= {} if ran_from is None else {"started_at": ran_from}
@@ -377,7 +378,7 @@ class JobStore:
         return self._change(job_id, [JobState.IN_QUEUE.value] if only_waiting else _OPEN, state, values, now, condition)
 
     def retry(self, job_id: str, now: float) -> bool:
-        """Put a job that failed or timed out into the queue again; return whether it had."""
+        """Put a job that failed or timed out back into the queue; return whether it had."""
         values = dict.fromkeys(("started_at", "ended_at", "prompt_id", "backend", "output", "error"))
         changed = {**values, **_NO_PROGRESS, "created_at": now, "retries": jobs.c.retries + 1}
         return self._change(job_id, [JobState.FAILED.value, JobState.TIMED_OUT.value], JobState.IN_QUEUE, changed, now)
@@ -391,23 +392,23 @@ class JobStore:
         now: float,
         only_if: ColumnElement[bool] | None = None,
     ) -> bool:
-        """Bring a job that is in one of `states` into another; return whether it was."""
+        """Change the state of a job that is in one of `states`; return whether it was."""
         condition = (jobs.c.id == job_id) & jobs.c.state.in_(list(states))
         if only_if is not None:
             condition &= only_if
         with self._writing() as connection:
-            # Read before it is changed: of a job that ends, its start is noted anew.
+            # Read before the update, which may change `started_at`.
             times = connection.execute(_TIMES.where(condition).with_for_update()).one_or_none()
             if times is None:
                 return False
             connection.execute(update(jobs).where(condition).values(state=state.value, **values))
-            _note(connection, job_id, state, now)
+            _add_event(connection, job_id, state, now)
             if state is JobState.IN_QUEUE:
-                # A new end will be told in place of one that has not been told yet.
+                # The webhook of the new end replaces one that is not sent yet.
                 connection.execute(delete(webhook_deliveries).where(webhook_deliveries.c.job_id == job_id))
-            is_due = state.is_terminal and _note_webhook(connection, job_id, now)
+            is_due = state.is_terminal and _add_webhook(connection, job_id, now)
             if state.is_terminal:
-                note_seconds(connection, seconds_by_stage(*times, now, values.get("output")))
+                add_seconds(connection, seconds_by_stage(*times, now, values.get("output")))
         self.on_change(job_id)
         if is_due:
             self.on_webhook_due()
@@ -416,12 +417,12 @@ class JobStore:
     # --------------------------------------------------------------------------------------------- expiry
 
     def expired(self, now: float) -> Sequence[str]:
-        """Return jobs that ended longer ago than they are kept, unless their webhook is yet to be sent."""
+        """Return the jobs whose retention time is over, unless their webhook is still to be sent."""
         with self._reading() as connection:
             return list(connection.execute(select(jobs.c.id).where(_has_expired(now))).scalars())
 
     def remove_expired(self, job_ids: Iterable[str], now: float) -> Sequence[str]:
-        """Remove those of these jobs that are expired still; return them."""
+        """Delete those of these jobs that are still expired; return their ids."""
         removed = []
         for job_id in job_ids:
             with self._writing() as connection:
@@ -432,7 +433,7 @@ class JobStore:
         return removed
 
     def delete_ended(self, job_id: str, owner: str) -> bool:
-        """Forget a job of an owner that has ended and whose webhook was sent; return whether there was one."""
+        """Delete a job of an owner that has ended and whose webhook was sent; return whether there was one."""
         with self._writing() as connection:
             is_gone = bool(connection.execute(delete(jobs).where(_is_replaceable(job_id, owner))).rowcount)
         if is_gone:
@@ -442,7 +443,7 @@ class JobStore:
     # --------------------------------------------------------------------------------------------- events
 
     def events_of(self, job_id: str, after: int = 0) -> Sequence[tuple[int, str, Mapping[str, Any]]]:
-        """Return `(number, type, data)` of each change of a job's state that came after a number."""
+        """Return `(number, type, data)` of each change of a job's state after a number."""
         query = select(events).where(events.c.job_id == job_id, events.c.number > after).order_by(events.c.number)
         with self._reading() as connection:
             return [(row.number, row.type, row.data) for row in connection.execute(query)]
@@ -450,7 +451,7 @@ class JobStore:
     # ------------------------------------------------------------------------------------------- webhooks
 
     def due_deliveries(self, now: float, limit: int = 100) -> Sequence[WebhookDelivery]:
-        """Return webhooks that are to be sent now, the one that has waited longest in front."""
+        """Return webhooks that are due, the oldest first."""
         table = webhook_deliveries
         query = select(table).where(table.c.done_at.is_(None), table.c.due_at <= now).order_by(table.c.due_at)
         with self._reading() as connection:
@@ -458,15 +459,14 @@ class JobStore:
             return [WebhookDelivery(row.id, row.job_id, row.attempts, row.due_at) for row in rows]
 
     def claim_deliveries(self, now: float, until: float, limit: int) -> Sequence[WebhookDelivery]:
-        """Take webhooks that are to be sent now, so that nobody else does until a moment; return those taken.
+        """Claim webhooks that are due, so that no other gateway sends them until a time; return those claimed.
 
-        `record_attempt` ends the claim. A claim that its gateway left behind ends with its time: the webhook is due
-        then again.
+        `record_attempt` ends the claim. If it is not called, the webhook is due again when the claim expires.
         """
         table = webhook_deliveries
         taken = []
         for delivery in self.due_deliveries(now, limit):
-            # Whoever was quicker has moved it.
+            # Another gateway may have claimed it first.
             condition = (table.c.id == delivery.id) & table.c.done_at.is_(None) & (table.c.due_at == delivery.due_at)
             with self._writing() as connection:
                 if connection.execute(update(table).where(condition).values(due_at=until)).rowcount:
@@ -474,7 +474,7 @@ class JobStore:
         return taken
 
     def claimed_deliveries(self, until: Collection[float]) -> Sequence[WebhookDelivery]:
-        """Return the webhooks that were claimed until one of these moments, and are not done."""
+        """Return the webhooks that were claimed until one of these times and are not done."""
         table = webhook_deliveries
         query = select(table).where(table.c.done_at.is_(None), table.c.due_at.in_(until)).order_by(table.c.due_at)
         with self._reading() as connection:
@@ -482,14 +482,14 @@ class JobStore:
             return [WebhookDelivery(row.id, row.job_id, row.attempts, row.due_at) for row in rows]
 
     def pending_deliveries(self) -> int:
-        """Return how many webhooks are neither accepted nor given up."""
+        """Return the number of webhooks that are neither accepted nor given up."""
         query = select(func.count()).where(webhook_deliveries.c.done_at.is_(None))
         with self._reading() as connection:
             count: int = connection.execute(query).scalar_one()
         return count
 
     def next_delivery_at(self, after: float) -> float | None:
-        """Return when the next webhook becomes due after a moment, None if none does."""
+        """Return when the next webhook becomes due after a time, None if none does."""
         table = webhook_deliveries
         query = select(func.min(table.c.due_at)).where(table.c.done_at.is_(None), table.c.due_at > after)
         with self._reading() as connection:
@@ -497,7 +497,7 @@ class JobStore:
         return at
 
     def record_attempt(self, delivery_id: str, now: float, *, retry_at: float | None = None, error: str = "") -> None:
-        """Note that a webhook was tried: done (accepted, or given up), or to be tried again at `retry_at`."""
+        """Record that a webhook was sent: it is done (accepted or given up), or due again at `retry_at`."""
         table = webhook_deliveries
         values: dict[str, Any] = {"attempts": table.c.attempts + 1, "last_error": error or None}
         values |= {"done_at": now} if retry_at is None else {"due_at": retry_at}
@@ -522,7 +522,7 @@ def _record(row: Row[Any]) -> JobRecord:
 
 
 def _is_of(owners: Collection[str] | None) -> ColumnElement[bool]:
-    """Return the condition for the jobs of these owners; of all if None."""
+    """Return the condition for the jobs of these owners; for all jobs if None."""
     return true() if owners is None else jobs.c.owner.in_(owners)
 
 
@@ -540,10 +540,10 @@ def _has_webhook_to_send() -> ColumnElement[bool]:
     return jobs.c.id.in_(waiting)
 
 
-def _check_room(
+def _check_queue_size(
     connection: Connection, new: Sequence[JobRecord], max_waiting: int | None, max_of_owner: int | None
 ) -> None:
-    """Raise `QueueFull` if these may not wait, too; nobody else adds a job until the transaction ends."""
+    """Raise `QueueFull` if these jobs cannot wait too; no other job is added until the transaction ends."""
     if not new or (max_waiting is None and max_of_owner is None):
         return
     if connection.dialect.name == "postgresql":
@@ -553,40 +553,36 @@ def _check_room(
 
 
 def _check_limit(
-    connection: Connection, wanted: int, limit: int | None, whose: str, are_these: ColumnElement[bool]
+    connection: Connection, wanted: int, limit: int | None, what: str, condition: ColumnElement[bool]
 ) -> None:
     if limit is None:
         return
-    query = select(func.count()).select_from(jobs).where(jobs.c.state == JobState.IN_QUEUE.value, are_these)
+    query = select(func.count()).select_from(jobs).where(jobs.c.state == JobState.IN_QUEUE.value, condition)
     waiting = connection.execute(query).scalar_one()
     if waiting >= limit:
-        raise QueueFull(f"{waiting} {whose} are waiting already", hint="Try again in a while")
+        raise QueueFull(f"{waiting} {what} are waiting already", hint="Try again in a while")
     if waiting + wanted > limit:
         raise QueueFull(
-            f"{waiting} {whose} are waiting already, and with these {wanted} there would be more than {limit}",
+            f"{waiting} {what} are waiting already, and with these {wanted} there would be more than {limit}",
             hint="Try again in a while, or with fewer",
         )
 
 
-def _note(connection: Connection, job_id: str, state: JobState, now: float) -> None:
-    """Note the event of a change; its number is larger than that of the job's last one, whatever the clock says."""
+def _add_event(connection: Connection, job_id: str, state: JobState, now: float) -> None:
+    """Add the event of a change; its number is larger than the job's last one, whatever the clock says."""
     last = select(func.max(events.c.number)).where(events.c.job_id == job_id)
     number = max(event_number(now), (connection.execute(last).scalar_one() or 0) + 1)
     row = {"job_id": job_id, "number": number, "type": STATUS, "data": {"status": state.value}}
     connection.execute(insert(events).values(**row))
 
 
-def _note_webhook(connection: Connection, job_id: str, now: float) -> bool:
-    """Note that the end of a job is to be told, if somebody wants to know; return whether somebody does."""
+def _add_webhook(connection: Connection, job_id: str, now: float) -> bool:
+    """Add the webhook for the end of a job, if it has one; return whether it has."""
     columns = [literal(f"msg_{uuid.uuid4().hex}"), jobs.c.id, literal(0), literal(now)]
     wanted = select(*columns).where(jobs.c.id == job_id, jobs.c.webhook)
     names = ["id", "job_id", "attempts", "due_at"]
     return bool(connection.execute(insert(webhook_deliveries).from_select(names, wanted)).rowcount)
 
 
-def _nothing() -> None:
-    """Be the callback of a store whose webhooks nobody sends."""
-
-
-def _nothing_of(_job_id: str) -> None:
-    """Be the callback of a store whose jobs nobody else wants to know."""
+def _nothing(*_args: object) -> None:
+    """Ignore a callback."""

@@ -9,18 +9,18 @@ from sqlalchemy import Engine, inspect, text
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _alone = threading.Lock()
-"""Alembic keeps what it does in variables of its modules."""
+"""Alembic keeps state in variables of its modules."""
 
 
 def bring_up_to_date(engine: Engine, version: str | None = None) -> None:
     """Run every migration up to a version, or the newest, that the database has not seen.
 
-    Of several who start at once, one does.
+    If several processes start at once, one of them does it.
     """
     version = version or newest_version()
     if _version_of(engine) == version:
         return
-    # Loaded late: it takes a tenth of the time that a gateway takes to start, and most find nothing to do.
+    # Imported late: it takes a tenth of a gateway's start, and is seldom needed.
     from alembic import command
     from alembic.config import Config
 
@@ -32,12 +32,12 @@ def bring_up_to_date(engine: Engine, version: str | None = None) -> None:
 
 
 def newest_version() -> str:
-    """Return the version of the last migration; their files are named by it."""
+    """Return the version of the last migration, by the names of their files."""
     return max(file.name.partition("_")[0] for file in (_MIGRATIONS / "versions").glob("[0-9]*.py"))
 
 
 def _version_of(engine: Engine) -> str | None:
-    """Return what Alembic noted last; None of a new database."""
+    """Return the database's version; None for a new database."""
     with engine.connect() as connection:
         if not inspect(connection).has_table("alembic_version"):
             return None

@@ -1,4 +1,4 @@
-"""Keeps in the database how far running jobs are: without Redis, or after a restart, it is known from there."""
+"""Stores the progress of running jobs in the database, for when Redis is away and after a restart."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ INTERVAL_S = 0.5
 
 
 class ProgressWriter:
-    """Notes the latest progress of all jobs at a time, in a thread of its own: who follows a job never waits for it."""
+    """Stores the latest progress of all jobs at intervals, in a thread of its own."""
 
     def __init__(self, store: JobStore, interval_s: float = INTERVAL_S) -> None:
-        """Take the store, and the seconds between two writes."""
+        """Take the store, and the interval in seconds."""
         self._store = store
         self._interval_s = interval_s
         self._lock = threading.Lock()
         self._latest: dict[str, ProgressRecord] = {}
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="progress notes")
+        self._thread = threading.Thread(target=self._run, name="progress writer")
 
     def start(self) -> None:
         """Begin."""
         self._thread.start()
 
     def stop(self) -> None:
-        """End; what was not noted yet is left out."""
+        """End; progress that is not stored yet is dropped."""
         self._stopping.set()
         if self._thread.ident is not None:
             self._thread.join()
 
-    def note(self, progress: ProgressRecord) -> None:
-        """Take in how far a job is; the next round has it noted."""
+    def update(self, progress: ProgressRecord) -> None:
+        """Set the latest progress of a job, to be stored in the next round."""
         with self._lock:
             self._latest[progress.job_id] = progress
 
@@ -43,6 +43,6 @@ class ProgressWriter:
         while not self._stopping.wait(self._interval_s):
             with self._lock:
                 latest, self._latest = self._latest, {}
-            # An outage has been logged, and jobs go on to tell how far they are.
+            # The outage is logged already, and jobs continue to report progress.
             with contextlib.suppress(DatabaseUnavailable):
                 self._store.save_progress(list(latest.values()))

@@ -1,4 +1,4 @@
-"""A job as the gateway keeps it: data without behaviour."""
+"""What the store returns: jobs, webhook deliveries and progress, as data."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ LOW_PRIORITY = -1
 
 @dataclass(frozen=True)
 class JobRecord:
-    """One accepted job and what has become of it.
+    """An accepted job and its state.
 
-    Times are seconds since the epoch; None for what has not happened.
+    Times are seconds since the epoch, None for what has not happened.
 
     Attributes:
         id: RunPod's form of an id, `sync-<uuid>` or `<uuid>-u1`, or the caller's own.
@@ -25,21 +25,21 @@ class JobRecord:
         execution_timeout_s: how long it may run, once ComfyUI runs it.
         queue_ttl_s: how long it may wait in the queue.
         retention_s: how long it is kept after its end.
-        request: what was sent: `input` and what stands beside it (`webhook`, `policy`, `s3Config`). Empty in what the
-            store returns: it is large and secret, and whoever needs it asks `Store.request_of`.
-        signature: of its workflow, the same for those that take about as long.
-        webhook: whether somebody is to be told of its end.
+        request: `input`, and next to it `webhook`, `policy`, `s3Config`. Empty in records that the store returns,
+            because it is large and secret; `JobStore.request_of` returns it.
+        signature: of its workflow, the same for workflows that take about as long.
+        webhook: whether a webhook is sent at its end.
         started_at: when ComfyUI was first seen to run it.
         prompt_id: its name in ComfyUI, from before it is sent there; a job that has one may still wait.
         backend: the URL of the ComfyUI that it was given to.
-        progress: how far it was when that was noted last, in its present attempt.
-        progress_number: of the event that told it.
+        progress: the latest stored progress of its present attempt.
+        progress_number: the number of that event.
         output: what it made; files are references (`type: "url"`, `asset:/…`) to the asset store.
         error: `{error, code, …}` of one that failed.
         api: which of the APIs it came through.
-        details: what that API has to remember of it; no secret, and nothing that the caller wrote at length.
+        details: what that API has to remember of it; short, and no secrets.
         retries: how often it was put back into the queue, by its caller or by the gateway.
-        owner: the name of the key that it came with; empty for nobody in particular.
+        owner: the name of the API key that it came with; empty without one.
     """
 
     id: str
@@ -73,7 +73,7 @@ class JobRecord:
 
     @property
     def is_sync(self) -> bool:
-        """Whether its caller waited for it: RunPod lets such an answer be larger."""
+        """Whether its caller waited for it: RunPod allows such a response to be larger."""
         return self.details.get("sync") is True
 
     @property
@@ -91,11 +91,11 @@ class JobRecord:
 
 @dataclass(frozen=True)
 class WebhookDelivery:
-    """A webhook that is to be sent, once, for the end of a job.
+    """The webhook for the end of a job.
 
     Attributes:
-        id: stays the same over all attempts, so that a receiver can tell a repetition.
-        attempts: how often it was tried.
+        id: the same in all attempts, so that a receiver recognizes a repetition.
+        attempts: how often it was sent.
     """
 
     id: str
@@ -106,13 +106,13 @@ class WebhookDelivery:
 
 @dataclass(frozen=True)
 class ProgressRecord:
-    """How far one attempt of a job is.
+    """The progress of one attempt of a job.
 
     Attributes:
         job_id: the job.
-        prompt_id: the attempt's; another attempt's progress is left as it is.
-        number: of the event that told it.
-        data: what it told.
+        prompt_id: the attempt; the progress of another attempt is not overwritten.
+        number: the number of the event.
+        data: its content.
     """
 
     job_id: str

@@ -1,4 +1,4 @@
-"""The tables of the gateway's database; `migrations/` brings an older database up to them."""
+"""The tables of the gateway's database; `migrations/` updates older databases."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ jobs = Table(
     Column("door", String(32), key="api", nullable=False, server_default="runpod"),
     Column("details", JSON, nullable=False, server_default="{}"),
     Column("retries", Integer, nullable=False, server_default="0"),
-    # Empty for nobody in particular.
+    # Empty without an API key.
     Column("owner", String(64), nullable=False, server_default=""),
     Index("jobs_state", "state", "created_at"),
     Index("jobs_ended", "ended_at"),
@@ -65,7 +65,7 @@ events = Table(
     "events",
     metadata,
     Column("job_id", String(128), ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
-    # The microsecond in which it happened.
+    # Its time in microseconds.
     Column("number", BigInteger, primary_key=True, autoincrement=False),
     Column("type", String(32), nullable=False),
     Column("data", JSON, nullable=False),
@@ -86,7 +86,7 @@ webhook_deliveries = Table(
 stage_seconds = Table(
     "stage_seconds",
     metadata,
-    # Each count is the sum of its parts.
+    # A count is the sum of its parts.
     Column("part", Integer, primary_key=True, autoincrement=False),
     Column("stage", String(16), primary_key=True),
     # Infinity for the longest.

@@ -292,7 +292,7 @@ class RemoteJobRunner:
         if progress is not None and progress != job.progress:
             job.progress = progress
             job.changed()
-            self._notes.note(await self._publish_progress(job, progress))
+            self._notes.update(await self._publish_progress(job, progress))
             send_progress(dict(progress))
         return False
 
@@ -307,7 +307,7 @@ class RemoteJobRunner:
         def change() -> bool:
             if state is JobState.IN_PROGRESS:
                 return self._store.start(job.id, prompt_id, self._name, now)
-            return self._store.requeue(job.id, now, elsewhere=True)
+            return self._store.requeue(job.id, now, keep_claim=True)
 
         await self._change(job, state, now, change)
         job.state, job.started_at = state, now if state is JobState.IN_PROGRESS else None
