@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from comfy_worker.errors import DeliveryFailed
 from comfy_worker.gateway.engines.runpod.claims import Claims, is_claim
 from comfy_worker.gateway.engines.runpod.client import Pause
-from comfy_worker.gateway.engines.runpod.mapping import keep_files, outcome_of, progress_in, submission
+from comfy_worker.gateway.engines.runpod.mapping import outcome_of, progress_in, store_files, submission
 from comfy_worker.gateway.engines.runpod.remote_job import RemoteJob
 from comfy_worker.gateway.errors import RequestTooLarge, Unauthorized
 from comfy_worker.gateway.jobs.signed_links import CallbackLinks
@@ -140,7 +140,7 @@ def test_files_are_kept_apart_and_links_stay(tmp_path: Path) -> None:
 
     link = {"filename": "b.png", "type": "s3_url", "data": "https://bucket/b.png"}
     output = {"images": [item("one"), item("two"), link], "videos": [item("")], "texts": [{"text": "t"}]}
-    kept = keep_files("a-u1", output, LocalStorage(tmp_path, "asset:"))
+    kept = store_files("a-u1", output, LocalStorage(tmp_path, "asset:"))
 
     paths = [tmp_path / found["data"].removeprefix("asset:/") for found in (*kept["images"][:2], *kept["videos"])]
     assert [path.read_text() for path in paths] == ["one", "two", ""]
@@ -149,7 +149,7 @@ def test_files_are_kept_apart_and_links_stay(tmp_path: Path) -> None:
     assert kept["images"][2]["data"] == link["data"]
     assert kept["texts"] == output["texts"]
     with pytest.raises(DeliveryFailed):
-        keep_files("a-u1", {"images": [{**item("x"), "data": "@@"}]}, LocalStorage(tmp_path, "asset:"))
+        store_files("a-u1", {"images": [{**item("x"), "data": "@@"}]}, LocalStorage(tmp_path, "asset:"))
 
 
 # ------------------------------------------------------------------------------------------- claims, times

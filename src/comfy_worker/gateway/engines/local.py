@@ -63,7 +63,7 @@ class LocalEngine:
         assets: AssetStore,
         settings: GatewaySettings,
         progress: ProgressWebhooks,
-        notes: ProgressWriter,
+        progress_writer: ProgressWriter,
     ) -> None:
         self._store = store
         self._bus = bus
@@ -76,7 +76,7 @@ class LocalEngine:
         self._stopping = threading.Event()
         self._estimates = SmoothedEstimates()
         self._cached_positions: tuple[float, Mapping[str, QueuePosition]] = (-_POSITIONS_AGE_S, {})
-        publisher = ProgressPublisher(store, notes, bus, self._run_times, self._lock, self._position_fields)
+        publisher = ProgressPublisher(store, progress_writer, bus, self._run_times, self._lock, self._position_fields)
         store_retry = StoreRetry(store, self._stopping)
         self._runner = Runner(store, bus, settings, progress, publisher, store_retry, self)
         self._unknown: set[str] = set()

@@ -112,9 +112,11 @@ class FleetWorker:
         run_times = RunTimes()
         run_times.learn(reversed(wait_for_database(lambda: self._store.latest(limit=_LEARNED_FROM))))
         self._progress = ProgressWebhooks(settings, formats)
-        self._notes = ProgressWriter(self._store)
+        self._progress_writer = ProgressWriter(self._store)
         self._run_times = run_times
-        publisher = ProgressPublisher(self._store, self._notes, self._bus, run_times, self._lock, self._position_fields)
+        publisher = ProgressPublisher(
+            self._store, self._progress_writer, self._bus, run_times, self._lock, self._position_fields
+        )
         self._store_retry = StoreRetry(self._store, self._stopping)
         self._runner = Runner(self._store, self._bus, settings, self._progress, publisher, self._store_retry, self)
         self._threads = [
@@ -129,7 +131,7 @@ class FleetWorker:
         """Take jobs until a signal, finish them, and return the process's exit code."""
         for number in END_SIGNALS:
             signal.signal(number, request_end)
-        self._notes.start()
+        self._progress_writer.start()
         for thread in self._threads:
             thread.start()
         try:
@@ -149,7 +151,7 @@ class FleetWorker:
         self._stopping.set()
         for thread in self._threads:
             thread.join()
-        self._notes.stop()
+        self._progress_writer.stop()
         self._ignoring_redis_errors(lambda: self._fleet.leave(self._backend.url))
         self._progress.close()
         self._backend.worker.close()

@@ -52,7 +52,7 @@ class RunpodEngine:
         assets: AssetStore,
         settings: GatewaySettings,
         progress: ProgressWebhooks,
-        notes: ProgressWriter,
+        progress_writer: ProgressWriter,
         webhook_of: WebhookOf,
     ) -> None:
         """Take the parts.
@@ -63,7 +63,7 @@ class RunpodEngine:
             assets: gets the outputs' files.
             settings: name the endpoint, and have its key.
             progress: sends progress webhooks.
-            notes: stores the progress.
+            progress_writer: stores the progress.
             webhook_of: returns the URL for RunPod's webhook of a job, None if RunPod cannot reach the gateway.
 
         Raises:
@@ -80,8 +80,8 @@ class RunpodEngine:
         self._health = Health(client)
         self._claims = Claims(Path(settings.data_dir) / "runpod", _CLAIM_S)
         self._runner = RemoteJobRunner(
-            self._name, client, store, bus, assets, settings.secrets(), progress, notes, webhook_of, self._claims,
-            self._stopping,
+            self._name, client, store, bus, assets, settings.secrets(), progress, progress_writer, webhook_of,
+            self._claims, self._stopping,
         )  # fmt: skip
         self._jobs: dict[str, RemoteJob] = {}
         self._unknown: set[str] = set()

@@ -131,11 +131,11 @@ def outcome_of(status: Mapping[str, Any], secrets: Iterable[str | None]) -> Outc
 def _error_in(status: Mapping[str, Any], state: JobState) -> dict[str, Any]:
     """Return the error record: the worker's own, or one with the message of RunPod or of another image's worker."""
     output = status.get("output")
-    beside = {key: value for key, value in output.items() if key != "error"} if isinstance(output, Mapping) else {}
+    extra = {key: value for key, value in output.items() if key != "error"} if isinstance(output, Mapping) else {}
     code = TimedOut.code if state is JobState.TIMED_OUT else ExecutionFailed.code
-    if not isinstance(beside.get("code"), str):
-        beside = {"code": code}
-    return {"error": _sentence(status.get("error")) or _SENTENCES.get(state, _SENTENCES[JobState.FAILED]), **beside}
+    if not isinstance(extra.get("code"), str):
+        extra = {"code": code}
+    return {"error": _sentence(status.get("error")) or _SENTENCES.get(state, _SENTENCES[JobState.FAILED]), **extra}
 
 
 def _sentence(error: Any) -> str:
@@ -162,22 +162,24 @@ def progress_in(status: Mapping[str, Any]) -> dict[str, Any] | None:
 # --------------------------------------------------------------------------------------------------- files
 
 
-def keep_files(job_id: str, output: Mapping[str, Any], storage: Storage) -> dict[str, Any]:
+def store_files(job_id: str, output: Mapping[str, Any], storage: Storage) -> dict[str, Any]:
     """Return an output whose base64 files are delivered to a storage; links stay as they are.
 
     Raises:
         DeliveryFailed: a file could not be stored, or is not base64.
     """
-    kept, taken = dict(output), set[str]()
+    stored, taken = dict(output), set[str]()
     for kind in Kind:
         items = output.get(kind.value)
         if isinstance(items, list):
-            kept[kind.value] = [_kept(job_id, item, storage, taken) for item in items if isinstance(item, Mapping)]
-    kept.setdefault(Kind.IMAGE.value, [])
-    return kept
+            stored[kind.value] = [
+                _stored_item(job_id, item, storage, taken) for item in items if isinstance(item, Mapping)
+            ]
+    stored.setdefault(Kind.IMAGE.value, [])
+    return stored
 
 
-def _kept(job_id: str, item: Mapping[str, Any], storage: Storage, taken: set[str]) -> dict[str, Any]:
+def _stored_item(job_id: str, item: Mapping[str, Any], storage: Storage, taken: set[str]) -> dict[str, Any]:
     described = {"filename": "file", "size_bytes": 0, **item}
     described.setdefault("mime_type", mime_type_of_name(str(described["filename"])))
     if item.get("type") != "base64":
@@ -205,6 +207,6 @@ def with_warnings(output: Mapping[str, Any], warnings: Iterable[str]) -> Mapping
 def unknown_job() -> WorkerError:
     """Return the error of a job that RunPod does not know any more."""
     return OutputMissing(
-        "RunPod does not know the job any more: it was purged there, or its result was kept no longer",
+        "RunPod does not know the job any more: it was purged there, or its result has expired",
         hint="Retry it",
     )

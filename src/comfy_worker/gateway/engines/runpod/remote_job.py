@@ -17,7 +17,7 @@ _SHORTEST_S = 0.25
 _GROWTH = 1.5
 _LONGEST_S = 2.0
 _LONGEST_CALLED_S = 15.0
-"""If RunPod sends a webhook at the end, and nobody follows the job."""
+"""If RunPod sends a webhook at the end and no client follows the job."""
 _SHORTEST_OTHERS_S = 5.0
 """For a job that another gateway submitted and most likely polls itself."""
 _BEFORE_RUN = (Stage.STAGING.value, Stage.QUEUED.value)

@@ -16,10 +16,10 @@ from comfy_worker.gateway.engines.runpod.claims import Claims, is_claim
 from comfy_worker.gateway.engines.runpod.client import PlatformAway, PlatformRefused, RunPodClient, UnknownRemoteJob
 from comfy_worker.gateway.engines.runpod.mapping import (
     Outcome,
-    keep_files,
     outcome_of,
     progress_in,
     state_in,
+    store_files,
     submission,
     unknown_job,
     with_warnings,
@@ -62,7 +62,7 @@ class RemoteJobRunner:
         assets: AssetStore,
         secrets: list[str],
         progress: ProgressWebhooks,
-        notes: ProgressWriter,
+        progress_writer: ProgressWriter,
         webhook_of: WebhookOf,
         claims: Claims,
         stopping: threading.Event,
@@ -75,7 +75,7 @@ class RemoteJobRunner:
         self._assets = assets
         self._secrets = secrets
         self._progress = progress
-        self._notes = notes
+        self._progress_writer = progress_writer
         self._webhook_of = webhook_of
         self._claims = claims
         self._stopping = stopping
@@ -292,7 +292,7 @@ class RemoteJobRunner:
         if progress is not None and progress != job.progress:
             job.progress = progress
             job.changed()
-            self._notes.update(await self._publish_progress(job, progress))
+            self._progress_writer.update(await self._publish_progress(job, progress))
             send_progress(dict(progress))
         return False
 
@@ -332,8 +332,8 @@ class RemoteJobRunner:
         if outcome.output is not None:
             output = with_warnings(outcome.output, job.warnings)
             try:
-                kept = await self._in_thread(lambda: keep_files(job.id, output, self._assets.storage()))
-                outcome = replace(outcome, output=kept)
+                stored = await self._in_thread(lambda: store_files(job.id, output, self._assets.storage()))
+                outcome = replace(outcome, output=stored)
             except WorkerError as error:
                 log.warning("the outputs of job %s could not be stored: %s", job.id, error)
                 failure = outcome.error or error.as_output(self._secrets)
