@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Annotated, Any, ClassVar, Literal
 
+from fastapi import Body
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool
 
 from comfy_worker.gateway.http.error_responses import shortened
@@ -183,9 +184,9 @@ def _unknown_field(prefix: str, name: str, known: Sequence[str]) -> str:
     return f"{prefix + shortened(name)!r} is unknown and was ignored{advice}"
 
 
-def named_examples(*examples: Mapping[str, Any]) -> dict[str, Any]:
-    """Return examples of a request body for `fastapi.Body`."""
-    return {f"example {number}": {"value": example} for number, example in enumerate(examples, 1)}
+def body_examples(*examples: Mapping[str, Any]) -> Any:
+    """Return FastAPI's annotation of a request body, with examples for the OpenAPI description."""
+    return Body(openapi_examples={f"example {n}": {"value": example} for n, example in enumerate(examples, 1)})
 
 
 def _no_text(value: Any) -> Any:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from fastapi import Body
 from pydantic import BaseModel, Field
 
-from comfy_worker.gateway.api.schemas import CatalogErrorResponse, RequestModel, named_examples
+from comfy_worker.gateway.api.schemas import CatalogErrorResponse, RequestModel, body_examples
 
 
 class ExecuteRequest(RequestModel):
@@ -21,7 +20,7 @@ class ExecuteRequest(RequestModel):
     )
 
 
-ExecuteBody = Annotated[ExecuteRequest, Body(openapi_examples=named_examples({"inputs": {}}))]
+ExecuteBody = Annotated[ExecuteRequest, body_examples({"inputs": {}})]
 
 
 class Success(BaseModel):

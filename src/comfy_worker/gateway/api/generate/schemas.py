@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from fastapi import Body
 from pydantic import BaseModel, Field, StrictBool
 
-from comfy_worker.gateway.api.schemas import EXAMPLE_JOB, BucketConfig, Policy, RequestModel, named_examples
+from comfy_worker.gateway.api.schemas import EXAMPLE_JOB, BucketConfig, Policy, RequestModel, body_examples
 
 Status = Literal["queued", "processing", "generating", "completed", "failed", "cancelled"]
 AWS_ENDPOINT = "https://s3.amazonaws.com"
@@ -70,7 +69,7 @@ class GenerateRequest(RequestModel):
 
 GenerateBody = Annotated[
     GenerateRequest,
-    Body(openapi_examples=named_examples({"input": {"workflow_json": EXAMPLE_JOB["input"]["workflow"]}})),
+    body_examples({"input": {"workflow_json": EXAMPLE_JOB["input"]["workflow"]}}),
 ]
 
 

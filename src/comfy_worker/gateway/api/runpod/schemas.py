@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from fastapi import Body
 from pydantic import BaseModel, Field, WithJsonSchema
 
 from comfy_worker.gateway.api.schemas import (
@@ -14,7 +13,7 @@ from comfy_worker.gateway.api.schemas import (
     BucketConfig,
     Policy,
     RequestModel,
-    named_examples,
+    body_examples,
 )
 from comfy_worker.types import JobState
 
@@ -42,7 +41,7 @@ class RunRequest(RequestModel):
         return job if self.webhook or not self.webhookV2 else {**job, "webhook": self.webhookV2}
 
 
-RunBody = Annotated[RunRequest, Body(openapi_examples=named_examples(EXAMPLE_JOB, EXAMPLE_WITH_INPUT, EXAMPLE_IN_FULL))]
+RunBody = Annotated[RunRequest, body_examples(EXAMPLE_JOB, EXAMPLE_WITH_INPUT, EXAMPLE_IN_FULL)]
 
 
 class JobResponse(BaseModel):

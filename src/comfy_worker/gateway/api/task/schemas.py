@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from fastapi import Body
 from pydantic import BaseModel, Field
 
-from comfy_worker.gateway.api.schemas import EXAMPLE_JOB, BucketConfig, Policy, RequestModel, named_examples
+from comfy_worker.gateway.api.schemas import EXAMPLE_JOB, BucketConfig, Policy, RequestModel, body_examples
 
 TaskStatus = Literal["pending", "processing", "completed", "failed", "cancelled"]
 
@@ -44,9 +43,7 @@ class TaskRequest(RequestModel):
 
 TaskBody = Annotated[
     TaskRequest,
-    Body(
-        openapi_examples=named_examples({"task_type": "comfyui", "params": EXAMPLE_JOB["input"], "priority": "normal"})
-    ),
+    body_examples({"task_type": "comfyui", "params": EXAMPLE_JOB["input"], "priority": "normal"}),
 ]
 
 

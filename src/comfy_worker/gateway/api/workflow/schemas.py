@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from fastapi import Body
 from pydantic import BaseModel, Field, StrictBool, StrictInt
 
-from comfy_worker.gateway.api.schemas import EXAMPLE_JOB, RequestModel, named_examples
+from comfy_worker.gateway.api.schemas import EXAMPLE_JOB, RequestModel, body_examples
 from comfy_worker.types import JobState
 
 MAX_BATCH_RUNS = 100
@@ -83,27 +82,21 @@ class VideoRequest(RequestModel):
     extra_params: dict[str, Any] | None = Field(None, description="The named workflow's other parameters.")
 
 
-SubmitBody = Annotated[SubmitRequest, Body(openapi_examples=named_examples({"workflow": {"prompt": _EXAMPLE_GRAPH}}))]
+SubmitBody = Annotated[SubmitRequest, body_examples({"workflow": {"prompt": _EXAMPLE_GRAPH}})]
 BatchBody = Annotated[
     BatchRequest,
-    Body(
-        openapi_examples=named_examples(
-            {"workflow": {"prompt": _EXAMPLE_GRAPH}, "sets": [{"1.color": 255}, {"1.color": 65280}]}
-        )
-    ),
+    body_examples({"workflow": {"prompt": _EXAMPLE_GRAPH}, "sets": [{"1.color": 255}, {"1.color": 65280}]}),
 ]
 VideoBody = Annotated[
     VideoRequest,
-    Body(
-        openapi_examples=named_examples(
-            {
-                "prompt": "A beautiful sunset over mountains",
-                "duration": 1,
-                "resolution": "128x128",
-                "style": "cinematic",
-                "extra_params": {"steps": 2},
-            }
-        )
+    body_examples(
+        {
+            "prompt": "A beautiful sunset over mountains",
+            "duration": 1,
+            "resolution": "128x128",
+            "style": "cinematic",
+            "extra_params": {"steps": 2},
+        }
     ),
 ]
 
