@@ -51,7 +51,7 @@ def test_one_bad_answer_does_not_leave_a_prompt_behind(
     server: EmulatorServer, client: ComfyClient, path: str, fault: str
 ) -> None:
     prompt_id = submit(client)
-    wait_until(lambda: client.place(prompt_id) == PromptPosition(running=True, ahead=0))
+    wait_until(lambda: client.position(prompt_id) == PromptPosition(running=True, ahead=0))
     if fault == "error":
         server.faults.answer_with(500, path)
     else:

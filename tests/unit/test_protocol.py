@@ -108,7 +108,7 @@ def test_the_table_has_every_scenario(version: str) -> None:
 @each_prompt(CASES)
 def test_the_websocket_tells_how_a_prompt_ended(taped: Recording, prompt: Prompt, expected: type | None) -> None:
     protocol, _events = hear(prompt, taped.frames())
-    assert type(protocol.heard) is (expected or type(None))
+    assert type(protocol.reported_outcome) is (expected or type(None))
     assert protocol.ended is (expected is not None)
 
 
@@ -120,7 +120,7 @@ def test_the_history_tells_what_the_websocket_told(taped: Recording, prompt: Pro
     if expected is None:
         assert isinstance(told, Succeeded), "the websocket was away and the prompt ran on"
     else:
-        assert protocol.heard == told
+        assert protocol.reported_outcome == told
 
 
 @each_prompt(CASES)
@@ -142,15 +142,15 @@ def test_a_node_ends_once_and_only_if_it_was_done(taped: Recording, prompt: Prom
     assert cached.isdisjoint(finished)
     if expected is Succeeded:
         assert cached | set(finished) == set(prompt.workflow)
-    if isinstance(protocol.heard, (NodeFailed, WasInterrupted)):
-        assert protocol.heard.node_id not in finished
+    if isinstance(protocol.reported_outcome, (NodeFailed, WasInterrupted)):
+        assert protocol.reported_outcome.node_id not in finished
 
 
 @each_prompt(CASES)
 def test_frames_of_other_prompts_tell_nothing(taped: Recording, prompt: Prompt, expected: type | None) -> None:
     stranger = Prompt("00000000-0000-4000-8000-000000000000", prompt.workflow, None)
     protocol, events = hear(stranger, taped.frames())
-    assert (protocol.heard, protocol.ended, protocol.images) == (None, False, [])
+    assert (protocol.reported_outcome, protocol.ended, protocol.images) == (None, False, [])
     named_after_a_reconnect = taped.scenario == "websocket_reconnect_mid_run"
     assert protocol.started is named_after_a_reconnect
     assert bool(events) is named_after_a_reconnect
@@ -161,7 +161,7 @@ def test_a_failed_node_is_named_with_its_error(version: str) -> None:
     taped = recording(version, "execution_error")
     [prompt] = taped.prompts()
     protocol, _events = hear(prompt, taped.frames())
-    assert protocol.heard == NodeFailed(
+    assert protocol.reported_outcome == NodeFailed(
         node_id="2",
         node_type="TestWork",
         message="CUDA out of memory. Tried to allocate 20.00 MiB (simulated)",
@@ -251,7 +251,7 @@ def test_frames_lost_doubled_mixed_up_or_strange_never_invent_an_outcome(data: s
     protocol, events = hear(prompt, arrived)
 
     told = [TERMINAL[kind] for kind in _kinds(arrived, prompt.prompt_id) if kind in TERMINAL]
-    assert type(protocol.heard) is (told[-1] if told else type(None))
+    assert type(protocol.reported_outcome) is (told[-1] if told else type(None))
     assert protocol.ended is (None in _nodes(arrived, prompt.prompt_id))
     assert all(isinstance(event, EVENTS) for event in events)
     finished = Counter(event.node_id for event in events if isinstance(event, NodeFinished))
@@ -287,7 +287,7 @@ def _nodes(frames: list[str | bytes], prompt_id: str) -> list[str | None]:
 def test_a_message_that_is_not_as_comfyuis_are_tells_nothing(frame: str) -> None:
     protocol = PromptProtocol("p", {"1": {"class_type": "EmptyImage", "inputs": {}}})
     assert protocol.receive(frame) == []
-    assert protocol.heard is None
+    assert protocol.reported_outcome is None
 
 
 # --------------------------------------------------------------------------------------------- by example
@@ -359,7 +359,7 @@ def test_outputs_of_the_websocket_are_those_of_the_nodes_that_ran() -> None:
         message("executed", node="8", prompt_id="p", output=None),
         message("execution_success", prompt_id="p"),
     )
-    assert protocol.heard == Succeeded({"7": {"images": [{"filename": "a.png"}]}, "8": {}})
+    assert protocol.reported_outcome == Succeeded({"7": {"images": [{"filename": "a.png"}]}, "8": {}})
     assert not protocol.ended, "the history is not written yet"
 
 

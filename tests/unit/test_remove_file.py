@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comfy_worker.comfy.disk import remove_file
+from comfy_worker.gateway.api.workflow.remove_file import remove_file
 
 
 def test_a_file_in_a_subfolder(tmp_path: Path) -> None:

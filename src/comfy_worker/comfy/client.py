@@ -1,10 +1,9 @@
-"""ComfyUI's HTTP API: one method a request, foreign errors made ours."""
+"""A client of ComfyUI's HTTP API: one method a request, with errors of this project."""
 
 from __future__ import annotations
 
 import contextlib
 import io
-import itertools
 import math
 import socket
 import time
@@ -21,7 +20,7 @@ from urllib3.util import Retry
 
 from comfy_worker.comfy.disk import ComfyDisk
 from comfy_worker.comfy.output_reader import ViewStream
-from comfy_worker.comfy.process import ComfyProcess, Hang
+from comfy_worker.comfy.process import ComfyProcess, HangDetector
 from comfy_worker.comfy.protocol import PromptPosition, prompt_position
 from comfy_worker.comfy.socket import SocketPool
 from comfy_worker.comfy.validation import refusal
@@ -33,35 +32,34 @@ from comfy_worker.types import OutputFile, Workflow
 TRANSFER_THREADS = 8
 """How many files of one job are staged at the same time, and how many of all jobs are delivered."""
 _CONNECT_TIMEOUT_S = 5.0
-_QUESTION_TIMEOUT_S = 5.0
-"""For questions that ComfyUI answers from memory; files take as long as they take."""
-_READY_INTERVAL_S = 0.05
+_QUERY_TIMEOUT_S = 5.0
+"""For requests that ComfyUI answers from memory."""
+_POLL_INTERVAL_S = 0.05
 _ATTEMPTS = 3
-_LOOK_UP_S = 2.0
-"""How long it is asked again whether a prompt arrived whose answer got lost, where the question is not answered."""
-_LATE_PROMPT_S = 5.0
-"""How long a prompt is looked for that ComfyUI did not answer in time, before it is sent again."""
-_NO_MODELS = "custom_nodes"
+_SUBMIT_CHECK_TIMEOUT_S = 2.0
+"""How long to ask whether a prompt arrived whose response was lost, while ComfyUI does not answer."""
+_LATE_PROMPT_TIMEOUT_S = 5.0
+"""How long to look for a prompt whose submission timed out, before it is submitted again."""
 _REMOVE_TIMEOUT_S = 10.0
-_REMOVE_INTERVALS_S = (0.02, 0.05, 0.1, 0.25)
 
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 
 class ComfyClient:
-    """Speaks HTTP to one ComfyUI over kept-open connections; safe to use from several threads.
+    """Speaks HTTP to one ComfyUI over persistent connections; safe to use from several threads.
 
     Attributes:
-        process: ComfyUI's own process, where start.sh keeps it up.
-        disk: its folders, where they can be reached.
-        sockets: its websockets, one a job.
-        transfers: the threads in which files go to and fro.
+        settings: the settings that the client was made with.
+        url: ComfyUI's URL.
+        process: ComfyUI's process, if start.sh runs it.
+        disk: ComfyUI's folders, if this process can access them.
+        sockets: websockets to ComfyUI, one per job.
+        transfers: the threads that deliver files.
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._session = _open_session(TRANSFER_THREADS)
-        self._node_inputs: dict[str, Mapping[str, Any]] = {}
+        self.settings = settings
+        self.url = settings.comfyui_url
         self.process = ComfyProcess.of(settings)
         self.disk = ComfyDisk.of(settings)
         self.sockets = SocketPool(
@@ -71,16 +69,8 @@ class ComfyClient:
             connect_timeout_s=min(_CONNECT_TIMEOUT_S, settings.comfyui_request_timeout_s),
         )
         self.transfers = ThreadPoolExecutor(TRANSFER_THREADS, thread_name_prefix="transfer")
-
-    @property
-    def url(self) -> str:
-        """Where ComfyUI listens."""
-        return self._settings.comfyui_url
-
-    @property
-    def settings(self) -> Settings:
-        """What the client was made with."""
-        return self._settings
+        self._session = _open_session()
+        self._node_inputs: dict[str, Mapping[str, Any]] = {}
 
     def close(self) -> None:
         """Close the connections and end the threads."""
@@ -91,7 +81,7 @@ class ComfyClient:
     # ---------------------------------------------------------------------------------------------- state
 
     def is_ready(self) -> bool:
-        """Return whether ComfyUI answers; touches nothing that could keep its GPU busy."""
+        """Return whether ComfyUI answers a request that costs it nothing."""
         try:
             self._get_json("/prompt")
         except ComfyUnreachable:
@@ -99,7 +89,7 @@ class ComfyClient:
         return True
 
     def is_listening(self) -> bool:
-        """Return whether anything takes connections where ComfyUI should; one that hangs still does."""
+        """Return whether anything accepts connections at ComfyUI's address; a ComfyUI that hangs still does."""
         parts = urlsplit(self.url)
         address = (parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
         try:
@@ -109,28 +99,28 @@ class ComfyClient:
         return True
 
     def wait_until_ready(self, stop: Stop, limit_s: float = math.inf) -> None:
-        """Return as soon as ComfyUI answers; one of our own that hangs is restarted meanwhile.
+        """Return as soon as ComfyUI answers; restart it meanwhile if it hangs and start.sh runs it.
 
         Raises:
-            ComfyUnreachable: it did not within `ready_timeout_s`, or within `limit_s` if that is less.
+            ComfyUnreachable: it did not answer within `ready_timeout_s`, or within `limit_s` if that is less.
             Cancelled: the job was cancelled meanwhile.
         """
-        deadline = time.monotonic() + min(limit_s, self._settings.ready_timeout_s)
-        hang = Hang(self.process, self._settings.comfyui_lost_after_s) if self.process else None
+        deadline = time.monotonic() + min(limit_s, self.settings.ready_timeout_s)
+        hang = HangDetector(self.process, self.settings.comfyui_lost_after_s) if self.process else None
         while not self.is_ready():
             if time.monotonic() >= deadline or (self.process and self.process.given_up()):
                 raise self.unreachable()
             if hang is not None:
-                hang.went_on(is_listening=self.is_listening())
-            stop.wait(_READY_INTERVAL_S)
+                hang.note_no_answer(is_listening=self.is_listening())
+            stop.wait(_POLL_INTERVAL_S)
             stop.check()
 
-    def patiently(self, request: Callable[[], Answer], stop: Stop) -> Answer:
-        """Return what a request returns that may be repeated; before each repetition, wait for ComfyUI to be back.
+    def retrying(self, request: Callable[[], Result], stop: Stop) -> Result:
+        """Make an idempotent request, up to three times; before each repetition, wait until ComfyUI is ready.
 
         Raises:
-            ComfyUnreachable: it did not answer, or not in time.
-            Cancelled: `stop` was set meanwhile; nothing is repeated then.
+            ComfyUnreachable: ComfyUI did not answer.
+            Cancelled: `stop` was set meanwhile.
         """
         for _attempt in range(1, _ATTEMPTS):
             try:
@@ -141,15 +131,11 @@ class ComfyClient:
         return request()
 
     def unreachable(self) -> ComfyUnreachable:
-        """Return the error for a ComfyUI that was tried again and again."""
+        """Return the error about a ComfyUI that did not answer for too long."""
         return ComfyUnreachable(
-            f"ComfyUI server ({self._settings.comfyui_address}) not reachable after multiple retries",
+            f"ComfyUI server ({self.settings.comfyui_address}) not reachable after multiple retries",
             hint="Is ComfyUI running there? COMFYUI_URL says where it is looked for",
         )
-
-    def system_stats(self) -> Mapping[str, Any]:
-        """Return `/system_stats`: version, memory, devices."""
-        return self._get_json("/system_stats")
 
     # --------------------------------------------------------------------------------------------- prompt
 
@@ -158,7 +144,7 @@ class ComfyClient:
     ) -> Mapping[str, Any]:
         """Queue a prompt under our own id; return ComfyUI's `node_errors`, the parts that it will skip.
 
-        An answer that got lost is looked up by that id; the prompt is never queued twice.
+        If the response is lost, the prompt is looked up by its id, so it is never queued twice.
 
         Raises:
             InvalidWorkflow: ComfyUI refused it.
@@ -168,29 +154,24 @@ class ComfyClient:
         for attempt in range(1, _ATTEMPTS + 1):
             try:
                 response = self._request("POST", "/prompt", json=body)
+                break
             except ComfyUnreachable as error:
-                # One that was sent before may have arrived, whatever became of this one.
+                # An earlier attempt may have arrived, even if this one was never sent.
                 error.never_sent = error.never_sent and attempt == 1
                 if error.never_sent or attempt == _ATTEMPTS:
                     raise
-                is_late = isinstance(error.__cause__, requests.ReadTimeout)
-                if self._took(prompt_id, _LATE_PROMPT_S if is_late else 0.0):
+                timed_out = isinstance(error.__cause__, requests.ReadTimeout)
+                if self._has_arrived(prompt_id, _LATE_PROMPT_TIMEOUT_S if timed_out else 0.0):
                     return {}
-                continue
-            if response.status_code == requests.codes.bad_request:
-                raise refusal(_json(response), graph, self.object_info)
-            _check(response)
-            return _json(response).get("node_errors") or {}
-        raise AssertionError("every attempt returns or raises")
+        if response.status_code == requests.codes.bad_request:
+            raise refusal(_json(response), graph, self.object_info)
+        _check(response)
+        return _json(response).get("node_errors") or {}
 
-    def knows(self, prompt_id: str) -> bool:
-        """Return whether the prompt is waiting, running or done."""
-        return self.place(prompt_id) is not None or self.history(prompt_id) is not None
-
-    def _took(self, prompt_id: str, patience_s: float) -> bool:
-        """Return whether a prompt arrived whose answer got lost; a busy ComfyUI may take it a little later."""
-        deadline = time.monotonic() + patience_s
-        give_up_at = max(deadline, time.monotonic() + _LOOK_UP_S)
+    def _has_arrived(self, prompt_id: str, timeout_s: float) -> bool:
+        """Return whether a prompt is in ComfyUI; a busy ComfyUI may queue it a little later."""
+        deadline = time.monotonic() + timeout_s
+        give_up_at = max(deadline, time.monotonic() + _SUBMIT_CHECK_TIMEOUT_S)
         while True:
             try:
                 if self.knows(prompt_id):
@@ -198,130 +179,111 @@ class ComfyClient:
                 if time.monotonic() >= deadline:
                     return False
             except ComfyUnreachable as error:
-                # One answer that is wrong or lost says nothing of the prompt.
+                # A single wrong or lost response says nothing about the prompt.
                 if time.monotonic() >= give_up_at or not self.is_listening():
                     error.never_sent = False
                     raise
-            time.sleep(_READY_INTERVAL_S)
+            time.sleep(_POLL_INTERVAL_S)
+
+    def knows(self, prompt_id: str) -> bool:
+        """Return whether the prompt is waiting, running or done."""
+        return self.position(prompt_id) is not None or self.history(prompt_id) is not None
 
     def history(self, prompt_id: str) -> Mapping[str, Any] | None:
-        """Return the entry of a prompt that has ended, None for one that has not (or is not known)."""
+        """Return the history entry of a prompt, None if it has not ended or is not known."""
         entry = self._get_json(f"/history/{prompt_id}").get(prompt_id)
         return entry if isinstance(entry, Mapping) else None
 
-    def place(self, prompt_id: str) -> PromptPosition | None:
-        """Return where the prompt stands in the queue, None if it does not."""
+    def position(self, prompt_id: str) -> PromptPosition | None:
+        """Return the position of a prompt in the queue, None if it is not there."""
         return prompt_position(self._get_json("/queue"), prompt_id)
 
     def remove(self, prompt_id: str) -> bool:
-        """Take a prompt out of ComfyUI, whether it waits or runs; return whether it is out.
+        """Remove a prompt from ComfyUI, whether it waits or runs; return whether it is out within ten seconds.
 
         `/interrupt` is only sent while our own prompt is the running one: older ComfyUIs ignore the id in it and
         interrupt whatever runs.
         """
-        deadline = time.monotonic() + min(_REMOVE_TIMEOUT_S, self._settings.comfyui_lost_after_s)
-        for interval_s in itertools.chain(_REMOVE_INTERVALS_S, itertools.repeat(_REMOVE_INTERVALS_S[-1])):
+        deadline = time.monotonic() + min(_REMOVE_TIMEOUT_S, self.settings.comfyui_lost_after_s)
+        while True:
             is_last = time.monotonic() >= deadline
             try:
-                if self._is_out(prompt_id):
+                if self._try_to_remove(prompt_id):
                     return True
             except ComfyUnreachable:
-                # One answer that is lost or wrong must not leave a prompt in for hours.
+                # A single wrong or lost response must not leave a prompt running for hours.
                 if is_last or not self.is_listening():
                     raise
             if is_last:
                 return False
-            time.sleep(interval_s)
-        raise AssertionError("the loop ends by returning")
+            time.sleep(_POLL_INTERVAL_S)
 
-    def _is_out(self, prompt_id: str) -> bool:
-        """Return whether a prompt is out of ComfyUI; ask for it to be taken out if it is not."""
-        place = self.place(prompt_id)
-        if place is None:
+    def _try_to_remove(self, prompt_id: str) -> bool:
+        """Return whether a prompt is out of ComfyUI; ask ComfyUI to remove it if it is not."""
+        position = self.position(prompt_id)
+        if position is None:
             return True
-        if place.running:
+        if position.running:
             _check(self._request("POST", "/interrupt", json={"prompt_id": prompt_id}))
         else:
             _check(self._request("POST", "/queue", json={"delete": [prompt_id]}))
         return False
 
     def free_memory(self) -> None:
-        """Have ComfyUI unload its models and empty its caches, before it runs the next prompt."""
+        """Make ComfyUI unload its models and empty its caches before it runs the next prompt."""
         _check(self._request("POST", "/free", json={"unload_models": True, "free_memory": True}))
 
-    # ---------------------------------------------------------------------------------------------- nodes
+    # ---------------------------------------------------------------------------------- nodes and models
 
     def node_inputs(self, class_type: str) -> Mapping[str, Any] | None:
-        """Return the inputs of a node class, name to `[type, options]`; None for a class that is not there.
+        """Return the inputs of a node class, name to `[type, options]`; None if ComfyUI does not have the class.
 
-        The values that a combo offers change, types and options do not: they are remembered.
+        They are cached: the values of a combo may change, types and options do not.
         """
-        known = self._node_inputs.get(class_type)
-        if known is None:
-            known = self._fetch_inputs(class_type)
-            if known is not None:
-                self._node_inputs[class_type] = known
-        return known
+        if class_type not in self._node_inputs:
+            found = self._get_json(f"/object_info/{quote(class_type, safe='')}").get(class_type)
+            if found is None:
+                return None
+            inputs = found.get("input", {})
+            self._node_inputs[class_type] = {**inputs.get("optional", {}), **inputs.get("required", {})}
+        return self._node_inputs[class_type]
 
     def object_info(self) -> Mapping[str, Any]:
-        """Return what ComfyUI says of all its node classes: megabytes on a machine with many custom nodes."""
-        return self._get_json("/object_info", timeout_s=self._settings.comfyui_request_timeout_s)
+        """Return the definitions of all node classes: megabytes with many custom nodes."""
+        return self._get_json("/object_info", timeout_s=self.settings.comfyui_request_timeout_s)
 
     def models(self, folders: Iterable[str] | None = None) -> Mapping[str, Sequence[str]]:
         """Return the files in ComfyUI's model folders, by folder: `/models` and `/models/{folder}`.
 
         Args:
-            folders: those that are wanted, empty for one that there is not; all if None, but for `custom_nodes`, in
-                which each file of each package counts as a model.
+            folders: an unknown folder is empty; None for all but `custom_nodes`, which lists every source file.
         """
-        wanted = self._get_names("/models") if folders is None else folders
+        wanted = self._get_list("/models") if folders is None else folders
         return {
-            folder: self._get_names(f"/models/{quote(folder, safe='')}") for folder in wanted if folder != _NO_MODELS
+            str(folder): [str(name) for name in self._get_list(f"/models/{quote(str(folder), safe='')}")]
+            for folder in wanted
+            if folder != "custom_nodes"
         }
 
     def model_facts(self, folder: str) -> Sequence[Mapping[str, Any]]:
-        """Return `name`, `pathIndex`, `size` (bytes) and `modified` of a folder's models; nothing if it is old."""
+        """Return `name`, `pathIndex`, `size` (bytes) and `modified` of a folder's models; empty in old ComfyUIs."""
         return self._get_list(f"/experiment/models/{quote(folder, safe='')}")
 
     def model_roots(self) -> Mapping[str, Sequence[str]]:
-        """Return where on ComfyUI's disk the models of each folder lie, in the order that `pathIndex` counts."""
+        """Return the paths of each model folder on ComfyUI's disk; `pathIndex` is an index into them."""
         return {str(root["name"]): list(root["folders"]) for root in self._get_list("/experiment/models")}
-
-    def _get_names(self, path: str) -> Sequence[str]:
-        """Return a list of names; an empty one where ComfyUI has nothing at the path."""
-        return [str(name) for name in self._get_list(path)]
-
-    def _get_list(self, path: str) -> Sequence[Any]:
-        """Return a list; an empty one where ComfyUI has nothing at the path."""
-        response = self._request("GET", path)
-        if response.status_code == requests.codes.not_found:
-            return []
-        _check(response)
-        with contextlib.suppress(ValueError):
-            found = response.json()
-            if isinstance(found, list):
-                return found
-        raise ComfyUnreachable(f"ComfyUI answered GET {_endpoint(path)} with something that is not a list")
-
-    def _fetch_inputs(self, class_type: str) -> Mapping[str, Any] | None:
-        path = f"/object_info/{quote(class_type, safe='')}"
-        found = self._get_json(path).get(class_type)
-        if found is None:
-            return None
-        inputs = found.get("input", {})
-        return {**inputs.get("optional", {}), **inputs.get("required", {})}
 
     # ---------------------------------------------------------------------------------------------- files
 
     def upload(self, content: BinaryIO, name: str, folder: str, content_type: str) -> str:
-        """Put a file into a folder of ComfyUI's input folder; return the name by which a node loads it.
+        """Upload a file into a folder of ComfyUI's input folder; return the name by which a node loads it.
 
-        It is read from `content`, from its start, as it is sent.
+        `content` is read from its start while it is sent.
 
         Raises:
-            UploadFailed: ComfyUI did not take it.
-            DiskFull: ComfyUI's disk has no room for it.
-            ComfyUnreachable: it does not answer.
+            UploadFailed: ComfyUI did not accept it.
+            DiskFull: ComfyUI's disk is too full for it.
+            ComfyUnreachable: ComfyUI does not answer.
         """
         size = content.seek(0, io.SEEK_END)
         content.seek(0)
@@ -339,18 +301,14 @@ class ComfyClient:
         return "/".join(part for part in (stored.get("subfolder", ""), stored["name"]) if part)
 
     def view(self, file: OutputFile, start: int = 0) -> ViewStream:
-        """Return the content of an output, on its way; close it.
-
-        Args:
-            file: as ComfyUI reported it.
-            start: the first byte that is wanted.
+        """Return a stream of an output file, from byte `start` on; the caller closes it.
 
         Raises:
             OutputMissing: ComfyUI does not have the file that it reported.
-            ComfyUnreachable: it does not answer.
+            ComfyUnreachable: ComfyUI does not answer.
         """
         params = {"filename": file.filename, "subfolder": file.subfolder, "type": file.type}
-        # Compressed by a proxy, it would have another length than it says.
+        # If a proxy compressed the file, Content-Length would not be its size.
         headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={start}-"} if start else {})}
         response = self._request("GET", "/view", params=params, headers=headers, stream=True)
         if not response.ok:
@@ -362,13 +320,25 @@ class ComfyClient:
 
     # ------------------------------------------------------------------------------------------- requests
 
-    def _get_json(self, path: str, timeout_s: float = _QUESTION_TIMEOUT_S) -> Mapping[str, Any]:
-        response = self._request("GET", path, timeout_s=min(timeout_s, self._settings.comfyui_request_timeout_s))
+    def _get_json(self, path: str, timeout_s: float = _QUERY_TIMEOUT_S) -> Mapping[str, Any]:
+        response = self._request("GET", path, timeout_s=min(timeout_s, self.settings.comfyui_request_timeout_s))
         _check(response)
         return _json(response)
 
+    def _get_list(self, path: str) -> Sequence[Any]:
+        """Return a list; an empty one if ComfyUI answers 404."""
+        response = self._request("GET", path)
+        if response.status_code == requests.codes.not_found:
+            return []
+        _check(response)
+        with contextlib.suppress(ValueError):
+            found = response.json()
+            if isinstance(found, list):
+                return found
+        raise ComfyUnreachable(f"ComfyUI answered GET {_endpoint(path)} with something that is not a list")
+
     def _request(self, method: str, path: str, timeout_s: float | None = None, **arguments: Any) -> requests.Response:
-        timeout = (_CONNECT_TIMEOUT_S, timeout_s or self._settings.comfyui_request_timeout_s)
+        timeout = (_CONNECT_TIMEOUT_S, timeout_s or self.settings.comfyui_request_timeout_s)
         try:
             return self._session.request(method, f"{self.url}{path}", timeout=timeout, **arguments)
         except requests.exceptions.InvalidJSONError:
@@ -377,19 +347,19 @@ class ComfyClient:
             ) from None
         except requests.RequestException as error:
             unreachable = ComfyUnreachable(
-                f"ComfyUI server ({self._settings.comfyui_address}) did not answer {method} {_endpoint(path)}"
+                f"ComfyUI server ({self.settings.comfyui_address}) did not answer {method} {_endpoint(path)}"
             )
             cause = error.args[0] if error.args else None
             unreachable.never_sent = isinstance(getattr(cause, "reason", None), NewConnectionError)
             raise unreachable from error
 
 
-def _open_session(connections: int) -> requests.Session:
+def _open_session() -> requests.Session:
     session = requests.Session()
-    # A proxy of the environment is for the world outside; looking for one costs time on every request.
+    # ComfyUI is never behind the environment's proxy, and looking for one costs time on every request.
     session.trust_env = False
     retry = Retry(connect=2, read=1, status=0, backoff_factor=0.05, allowed_methods={"GET"}, raise_on_status=False)
-    adapter = HTTPAdapter(pool_maxsize=connections + 2, max_retries=retry)
+    adapter = HTTPAdapter(pool_maxsize=TRANSFER_THREADS + 2, max_retries=retry)
     session.mount("http://", adapter)
     session.mount("https://", adapter)
     return session
@@ -402,7 +372,7 @@ def _check(response: requests.Response) -> None:
 
 
 def _endpoint(path: str) -> str:
-    """Return the part of a path that names the endpoint; what follows may be taken for a local path."""
+    """Return the first part of a path; with the rest it would be redacted as a local path."""
     return "/" + path.strip("/").partition("/")[0].partition("?")[0]
 
 

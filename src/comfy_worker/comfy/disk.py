@@ -1,14 +1,11 @@
-"""ComfyUI's folders, where the worker can reach them: room before a job, nothing left behind after it."""
+"""ComfyUI's folders on this machine: checks free space before a job, and removes the job's files after it."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import shutil
-import stat
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from comfy_worker.comfy.protocol import NodeOutputs
 from comfy_worker.errors import ComfyUnreachable, DiskFull
@@ -16,8 +13,8 @@ from comfy_worker.settings import Settings
 
 log = logging.getLogger(__name__)
 
-LISTED_FOLDERS = ("", "3d")
-"""Folders of the input folder whose files ComfyUI's nodes offer as a list."""
+_LISTED_FOLDERS = ("", "3d")
+"""Folders below the input folder whose files nodes offer in a combo; `job/inputs.py` uploads to them."""
 _MB = 1024 * 1024
 
 
@@ -30,13 +27,13 @@ class ComfyDisk:
 
     @classmethod
     def of(cls, settings: Settings) -> ComfyDisk | None:
-        """Return the folders that the settings tell of, None where ComfyUI's disk cannot be reached."""
+        """Return the folders in COMFYUI_BASE_DIRECTORY, None if that is not set."""
         if settings.comfyui_base_directory is None:
             return None
         return cls(Path(settings.comfyui_base_directory), min_free_mb=settings.min_free_disk_mb)
 
     def check_free(self, file_bytes: int = 0) -> None:
-        """Raise `DiskFull` if there is too little room for a job's outputs, or for a file of this size."""
+        """Raise `DiskFull` if there is too little space for a job's outputs, or for a file of this size."""
         try:
             free = shutil.disk_usage(self._base).free
         except OSError as error:
@@ -49,10 +46,10 @@ class ComfyDisk:
             )
 
     def clean_up(self, folder: str, reported: NodeOutputs) -> None:
-        """Remove a job's own folders, its inputs beside them, and the previews that its nodes reported."""
-        for place in ("input", "output", "temp"):
-            _remove(self._base / place / folder)
-        for listed in (self._base / "input" / name for name in LISTED_FOLDERS):
+        """Remove a job's folders, its files in listed folders, and the previews that its nodes reported."""
+        for root in ("input", "output", "temp"):
+            _remove(self._base / root / folder)
+        for listed in (self._base / "input" / name for name in _LISTED_FOLDERS):
             for file in listed.glob(f"{folder}_*"):
                 _unlink(file)
         for preview in self._previews(reported):
@@ -80,30 +77,6 @@ def _remove(folder: Path) -> None:
     try:
         shutil.rmtree(folder)
     except FileNotFoundError:
-        # The job had no files there.
         return
     except OSError as error:
         log.warning("%s could not be removed: %s", folder.name, error.strerror)
-
-
-def remove_file(root: Path, name: str) -> None:
-    """Remove a file below a folder; no part of its name is followed out of there.
-
-    Raises:
-        OSError: it is not there, or may not be removed.
-        ValueError: it is no file in that folder, but a link, say, or below one.
-    """
-    parts = PurePosixPath(name).parts
-    if not parts or ".." in parts or PurePosixPath(name).is_absolute():
-        raise ValueError("the name leads out of the folder")
-    with contextlib.ExitStack() as stack:
-        at = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
-        stack.callback(os.close, at)
-        for part in parts[:-1]:
-            if not stat.S_ISDIR(os.stat(part, dir_fd=at, follow_symlinks=False).st_mode):
-                raise ValueError("it lies below a link")
-            at = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=at)
-            stack.callback(os.close, at)
-        if not stat.S_ISREG(os.stat(parts[-1], dir_fd=at, follow_symlinks=False).st_mode):
-            raise ValueError("it is a link or no file")
-        os.unlink(parts[-1], dir_fd=at)

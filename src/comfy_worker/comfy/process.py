@@ -1,6 +1,6 @@
-"""The ComfyUI that start.sh keeps up beside the worker: whether it lives, what it said last, how to have it restarted.
+"""The ComfyUI process that start.sh runs next to the worker: whether it lives, the end of its log, how to restart it.
 
-start.sh writes the pid of the running ComfyUI into COMFYUI_PID_FILE, removes the file when it ends and starts it again.
+start.sh writes the pid of ComfyUI into COMFYUI_PID_FILE, removes the file when the process ends, and starts it again.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from comfy_worker.settings import Settings
 log = logging.getLogger(__name__)
 
 _GIVEN_UP = "ComfyUI died"
-"""How start.sh begins the sentence that it writes in place of a process id when it gives up."""
+"""The beginning of the sentence that start.sh writes instead of a pid when it gives up."""
 _LAST_LINES = 20
-_LONGEST_LINE = 500
+_MAX_LINE_LENGTH = 500
 _KILL_TIMEOUT_S = 5.0
 _KILL_INTERVAL_S = 0.01
 
 
 class ComfyProcess:
-    """A ComfyUI of our own, as far as start.sh tells of it; all questions are answered at once."""
+    """A ComfyUI that start.sh runs; no method but `kill` blocks."""
 
     def __init__(self, pid_file: Path, log_file: Path | None) -> None:
         self._pid_file = pid_file
@@ -34,14 +34,14 @@ class ComfyProcess:
 
     @classmethod
     def of(cls, settings: Settings) -> ComfyProcess | None:
-        """Return the process that the settings tell of, None where ComfyUI is somebody else's."""
+        """Return the process of COMFYUI_PID_FILE, None if start.sh does not run ComfyUI."""
         if settings.comfyui_pid_file is None:
             return None
         log_file = Path(settings.comfyui_log_file) if settings.comfyui_log_file else None
         return cls(Path(settings.comfyui_pid_file), log_file)
 
     def pid(self) -> int | None:
-        """Return the process id, None while there is no process."""
+        """Return the process id, None if no process runs."""
         try:
             pid = int(self._pid_file.read_text(encoding="ascii"))
             os.kill(pid, 0)
@@ -58,11 +58,11 @@ class ComfyProcess:
         return text.strip() if text.startswith(_GIVEN_UP) else None
 
     def kill(self) -> None:
-        """End the process and return when it is gone; start.sh starts a new one."""
+        """Kill the process and return when it is gone; start.sh starts a new one."""
         pid = self.pid()
         if pid is None:
             return
-        with contextlib.suppress(ProcessLookupError):  # it has ended by itself meanwhile
+        with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
         deadline = time.monotonic() + _KILL_TIMEOUT_S
         while self.pid() == pid and time.monotonic() < deadline:
@@ -74,34 +74,25 @@ class ComfyProcess:
             return []
         try:
             with self._log_file.open(encoding="utf-8", errors="replace") as lines:
-                return [line.rstrip()[:_LONGEST_LINE] for line in deque(lines, _LAST_LINES)]
+                return [line.rstrip()[:_MAX_LINE_LENGTH] for line in deque(lines, _LAST_LINES)]
         except OSError:
             return []
 
 
-class Hang:
-    """Ends a ComfyUI of our own that takes connections and has answered nothing for too long."""
+class HangDetector:
+    """Kills a ComfyUI that accepts connections and has answered nothing for `limit_s` seconds."""
 
     def __init__(self, process: ComfyProcess, limit_s: float) -> None:
-        """Begin to watch.
-
-        Args:
-            process: what is to be ended.
-            limit_s: for how many seconds the same process may go on without an answer.
-        """
         self._process = process
         self._limit_s = limit_s
         self._pid: int | None = None
         self._since = 0.0
 
-    def went_on(self, *, is_listening: bool) -> None:
-        """Note that ComfyUI did not answer this time either, and end it if that is enough.
-
-        One that does not even listen is dead or starting, and not to be disturbed.
-        """
+    def note_no_answer(self, *, is_listening: bool) -> None:
+        """Note that ComfyUI did not answer; a process that does not listen is starting and is left alone."""
         now, pid = time.monotonic(), self._process.pid() if is_listening else None
         if pid is None or pid != self._pid:
             self._pid, self._since = pid, now
         elif now - self._since >= self._limit_s:
-            log.error("ComfyUI takes connections and does not answer for %g s: it is restarted", self._limit_s)
+            log.error("ComfyUI has accepted connections and not answered for %g s: it is restarted", self._limit_s)
             self._process.kill()

@@ -1,7 +1,7 @@
-"""What ComfyUI says about one prompt, turned into events and an outcome: a state machine without I/O.
+"""Turns ComfyUI's messages about one prompt into events and an outcome: a state machine without I/O.
 
-Two sources tell the same story. The websocket is quick and may miss its end; the history is written once and is the
-truth. `PromptProtocol` reads the first, `outcome_from_history` the second.
+There are two sources. The websocket is quick and may miss the end of a prompt; the history has the final outcome.
+`PromptProtocol` reads the first, `outcome_from_history` the second.
 
 The order at a prompt's end, as recorded from ComfyUI 0.3.64 and 0.8.0: `execution_success`, `execution_error` or
 `execution_interrupted`, then the history is written, then `executing` with `node: null`.
@@ -32,7 +32,7 @@ from comfy_worker.types import (
 log = logging.getLogger(__name__)
 
 FEATURE_FLAGS = json.dumps({"type": "feature_flags", "data": {"supports_preview_metadata": True}})
-"""Said first on a websocket, it makes ComfyUI name node and prompt in each picture frame; older ones ignore it."""
+"""Sent first on a websocket, it makes ComfyUI add node and prompt to each picture frame; older ones ignore it."""
 
 _PREVIEW_IMAGE = 1
 _PREVIEW_IMAGE_WITH_METADATA = 4
@@ -75,7 +75,7 @@ class Deleted:
 
 @dataclass(frozen=True)
 class Lost:
-    """ComfyUI died, and the prompt with it; `had_started` tells whether it may have begun to run."""
+    """ComfyUI died, and the prompt with it; `had_started` if it may have begun to run."""
 
     had_started: bool
 
@@ -96,34 +96,33 @@ class PromptProtocol:
     """Reads the websocket frames of one `client_id` for one prompt.
 
     Attributes:
-        started: whether ComfyUI was heard, or seen, to begin.
-        ended: whether the last frame of the prompt was heard; the history has it by then.
-        heard: the outcome as far as the websocket told it; None while it has not.
+        started: whether a frame or the queue showed that the prompt began to run.
+        ended: whether the last frame of the prompt was received; the history has the prompt by then.
+        reported_outcome: the outcome according to the websocket; None until it reports one.
         images: pictures of SaveImageWebsocket nodes so far.
         outputs: what the nodes reported so far.
-        awaits_pictures: whether the workflow has nodes whose pictures come over the websocket alone.
+        expects_pictures: whether the workflow has nodes whose pictures come over the websocket alone.
     """
 
     def __init__(self, prompt_id: str, workflow: Workflow) -> None:
         self.prompt_id = prompt_id
         self.started = False
         self.ended = False
-        self.heard: Succeeded | NodeFailed | WasInterrupted | None = None
+        self.reported_outcome: Succeeded | NodeFailed | WasInterrupted | None = None
         self.images: list[WebsocketImage] = []
-        self.awaits_pictures = any(nodes_of_class(workflow, WEBSOCKET_OUTPUT_NODE))
+        self.expects_pictures = any(nodes_of_class(workflow, WEBSOCKET_OUTPUT_NODE))
         self._workflow = workflow
         self._node_id: str | None = None
         self._finished: set[str] = set()
         self.outputs: dict[str, Mapping[str, Any]] = {}
 
     def receive(self, frame: str | bytes) -> list[JobEvent]:
-        """Return what a frame tells; frames of other prompts and unknown types tell nothing."""
+        """Return the events of a frame; frames of other prompts and of unknown types have none."""
         if isinstance(frame, bytes):
             return list(self._receive_binary(frame))
         try:
             message = json.loads(frame)
         except ValueError:
-            # Not ComfyUI's; the history does not need it.
             return []
         data = message.get("data") if isinstance(message, dict) else None
         # A custom node may send messages of its own, with data of any kind.
@@ -132,7 +131,7 @@ class PromptProtocol:
         try:
             return list(self._receive_message(str(message.get("type")), data))
         except (KeyError, TypeError, AttributeError) as error:
-            log.warning("a websocket message of type %s is not as ComfyUI's are: %r", message.get("type"), error)
+            log.warning("a websocket message of type %s has an unexpected form: %r", message.get("type"), error)
             return []
 
     # ------------------------------------------------------------------------------------------- messages
@@ -154,14 +153,14 @@ class PromptProtocol:
         elif kind == "executed":
             self.outputs[str(data["node"])] = data.get("output") or {}
         elif kind == "execution_success":
-            self.heard = Succeeded(dict(self.outputs))
+            self.reported_outcome = Succeeded(dict(self.outputs))
         elif kind == "execution_error":
-            self.heard = _node_failed(data)
+            self.reported_outcome = _node_failed(data)
         elif kind == "execution_interrupted":
-            self.heard = _was_interrupted(data)
+            self.reported_outcome = _was_interrupted(data)
 
     def seen_running(self) -> list[JobEvent]:
-        """Return what it tells that the queue shows the prompt as running: its beginning, if that was not heard."""
+        """Return the events of a prompt that the queue shows as running: its start, if no frame had it."""
         return list(self._start())
 
     def _start(self) -> Iterator[JobEvent]:
@@ -170,13 +169,13 @@ class PromptProtocol:
             yield StageStarted(Stage.RUNNING)
 
     def _executing(self, data: Mapping[str, Any]) -> Iterator[JobEvent]:
-        # After a reconnect ComfyUI names the running node without a prompt_id, before anything else is heard.
+        # After a reconnect, ComfyUI first sends the running node, without a prompt_id.
         yield from self._start()
         node = data.get("node")
         node_id = None if node is None else str(node)
         if node_id is not None and node_id == self._node_id:
             return
-        if self._node_id is not None and not isinstance(self.heard, (NodeFailed, WasInterrupted)):
+        if self._node_id is not None and not isinstance(self.reported_outcome, (NodeFailed, WasInterrupted)):
             yield from self._finish([self._node_id])
         self._node_id = node_id
         if self._node_id is None:
@@ -216,7 +215,7 @@ class PromptProtocol:
 
 
 def _picture_metadata(encoded: bytes) -> Mapping[str, Any] | None:
-    """Return what a picture frame says about itself, None for a frame that is not ComfyUI's."""
+    """Return the metadata of a picture frame, None if it is not JSON."""
     try:
         metadata = json.loads(encoded)
     except ValueError:
@@ -261,19 +260,19 @@ def _was_interrupted(data: Mapping[str, Any]) -> WasInterrupted:
 
 @dataclass(frozen=True)
 class PromptPosition:
-    """Where a prompt stands in ComfyUI's `/queue`: running, or behind `ahead` others."""
+    """A prompt's position in ComfyUI's `/queue`: running, or behind `ahead` others."""
 
     running: bool
     ahead: int
 
 
 def prompt_position(queue: Mapping[str, Any], prompt_id: str) -> PromptPosition | None:
-    """Return where the prompt stands, or None if it does not; pending prompts run by their number, smallest first."""
+    """Return the position of a prompt, None if it is not queued; pending prompts run in the order of their numbers."""
     running = queue.get("queue_running") or []
     if any(item[1] == prompt_id for item in running):
         return PromptPosition(running=True, ahead=0)
     pending = sorted(queue.get("queue_pending") or [], key=lambda item: item[0])
-    for place, item in enumerate(pending):
+    for index, item in enumerate(pending):
         if item[1] == prompt_id:
-            return PromptPosition(running=False, ahead=place + len(running))
+            return PromptPosition(running=False, ahead=index + len(running))
     return None

@@ -1,4 +1,4 @@
-"""ComfyUI's websocket for one client_id: a hint that may come, be late or be lost."""
+"""ComfyUI's websocket for one client_id."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ import websocket
 
 from comfy_worker.comfy.protocol import FEATURE_FLAGS
 
-_LONGEST_IDLE_S = 60.0
+_MAX_IDLE_S = 60.0
 _REST_OF_FRAME_S = 0.1
-"""How long the rest of a frame may take that has begun to arrive while nobody listened."""
+"""How long to wait for the rest of a frame that began to arrive while the socket was idle."""
 
 
 class EventSocket:
-    """Opened when possible, reopened a few times when lost, then left alone.
+    """Reconnects a few times when lost, then stays closed.
 
-    Nothing here raises for a socket that does not work: who listens has the history to ask.
+    No method raises if the connection fails: the history has the outcome.
 
     Attributes:
-        client_id: ComfyUI sends the events of a prompt to the socket of the same client_id only.
+        client_id: ComfyUI sends the events of a prompt only to the socket with the prompt's client_id.
         was_lost: whether frames may have been missed.
     """
 
@@ -45,7 +45,7 @@ class EventSocket:
 
     @property
     def is_open(self) -> bool:
-        """Whether frames can come."""
+        """Whether the socket is connected."""
         return self._socket is not None
 
     def open(self) -> bool:
@@ -64,13 +64,13 @@ class EventSocket:
         return self.is_open
 
     def renew(self) -> None:
-        """Make ready for another prompt: connected if possible, with nothing missed so far."""
+        """Prepare for another prompt: connect if necessary and possible."""
         if not self.is_open:
             self.open()
         self.was_lost = not self.is_open
 
     def reopen(self) -> bool:
-        """Try to connect again if that is due; return whether the socket is open."""
+        """Reconnect if an attempt is due; return whether the socket is open."""
         if self._attempts_left > 0 and time.monotonic() >= self._next_attempt:
             self._attempts_left -= 1
             self._next_attempt = time.monotonic() + self._delay_s
@@ -78,7 +78,7 @@ class EventSocket:
         return self.is_open
 
     def seconds_to_next_attempt(self) -> float | None:
-        """Return how long it is until `reopen` does something, None if it never will."""
+        """Return the seconds until `reopen` makes an attempt, None if none is left."""
         return max(0.0, self._next_attempt - time.monotonic()) if self._attempts_left > 0 else None
 
     def receive(self, timeout_s: float) -> str | bytes | None:
@@ -101,35 +101,31 @@ class EventSocket:
         return None
 
     def is_usable(self) -> bool:
-        """Return whether an open socket that nobody listened to for a while is still connected.
-
-        What ComfyUI told everybody meanwhile is thrown away; the end of the connection may lie behind it.
-        """
+        """Return whether an idle socket is still connected; discard the frames that came meanwhile."""
         while self._has_unread_frames():
             if self.receive(_REST_OF_FRAME_S) is None:
                 return False
         return self.is_open
 
     def _has_unread_frames(self) -> bool:
-        """Return whether something has arrived, be it the end of the connection."""
+        """Return whether data, or the end of the connection, can be read."""
         connection = None if self._socket is None else self._socket.sock
         return connection is not None and bool(select.select([connection], [], [], 0)[0])
 
     def abort(self) -> None:
-        """Wake up whoever is in `receive`; for another thread."""
-        # The thread that listens may lose the socket at this very moment.
+        """Make a `receive` in another thread return."""
+        # The other thread may close the socket at the same time.
         socket = self._socket
         if socket is not None:
             socket.abort()
 
     def close(self) -> None:
-        """Hang up without waiting for ComfyUI to agree."""
+        """Close the connection without a closing handshake."""
         if self._socket is not None:
             self._socket.shutdown()
             self._socket = None
 
     def _lose(self) -> None:
-        """Give the socket up as one that frames may have been missed on."""
         self.was_lost = True
         self.close()
 
@@ -137,8 +133,8 @@ class EventSocket:
 class SocketPool:
     """Keeps one open socket from job to job: connecting costs as much as a small job does.
 
-    A socket serves one job at a time, so that the frames of two jobs cannot meet. One that nobody used for a while is
-    closed instead of lent: ComfyUI sends every client its queue's length, and must not wait for one that never reads.
+    A socket serves one job at a time, so that the frames of two jobs cannot mix. A socket that was idle for a minute is
+    closed: ComfyUI sends its queue's length to every client, and must not block on one that never reads.
     """
 
     def __init__(
@@ -157,18 +153,18 @@ class SocketPool:
 
     @contextmanager
     def lend(self) -> Iterator[EventSocket]:
-        """Yield a socket, tried to be open; take it back if it is as good as new."""
+        """Yield a socket, connected if possible; keep it afterwards if it missed nothing."""
         socket = self._take() or self._open()
         try:
             yield socket
         except BaseException:
-            # Frames of this job may still be on their way.
+            # Frames of this job may still arrive.
             socket.close()
             raise
         self._put_back(socket)
 
     def close(self) -> None:
-        """Close the kept socket."""
+        """Close the idle socket."""
         if socket := self._take():
             socket.close()
 
@@ -177,7 +173,7 @@ class SocketPool:
             socket, self._idle = self._idle, None
         if socket is None:
             return None
-        if time.monotonic() - self._idle_since < _LONGEST_IDLE_S and socket.is_usable():
+        if time.monotonic() - self._idle_since < _MAX_IDLE_S and socket.is_usable():
             return socket
         socket.close()
         return None

@@ -1,7 +1,7 @@
-"""Follows one prompt to its end: the websocket is a hint, history and queue are the truth, the clock has the last word.
+"""Follows one prompt to its end. The websocket is a hint; history and queue decide how the prompt ended.
 
-ComfyUI is asked on every lost and reopened socket, whenever the socket says nothing of this prompt for a few seconds,
-and at the end.
+ComfyUI is asked whenever the socket was lost or reopened, when it sent nothing about the prompt for a few seconds, and
+at the end.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _FIRST_FRAME_S = 2.0
 """How long after the end of a prompt its first frame may come on a websocket that has missed nothing."""
 _DOWN_GRACE_S = 0.5
 """How long nothing may listen at ComfyUI's port before it counts as dead."""
-_HURRIED_INTERVAL_S = 0.25
-"""Between two questions while something is wrong; without a socket there is nothing else to go by."""
+_SHORT_POLL_INTERVAL_S = 0.25
+"""Between two polls while something is wrong, for example without a socket."""
 
 
 @dataclass
 class Watch:
-    """One prompt being followed."""
+    """Follows one prompt."""
 
     client: ComfyClient
     socket: EventSocket
@@ -45,31 +45,31 @@ class Watch:
     stop: Stop
     deadline: Deadline
 
-    _ask_at: float = field(default=0.0, init=False)
+    _poll_at: float = field(default=0.0, init=False)
     _last_sign: float = field(default=0.0, init=False)
-    """When the prompt was last seen to get on, or to wait behind another, or could not be heard."""
-    _last_place: PromptPosition | None = field(default=None, init=False)
+    """When the prompt last made progress, waited behind another, or could not be observed."""
+    _last_position: PromptPosition | None = field(default=None, init=False)
     _pid: int | None = field(default=None, init=False)
     _unanswered_since: float | None = field(default=None, init=False)
     _down_since: float | None = field(default=None, init=False)
     _missing_since: float | None = field(default=None, init=False)
     _was_down: bool = field(default=False, init=False)
     _listened_from_start: bool = field(default=False, init=False)
-    _heard_frames: bool = field(default=False, init=False)
-    _hears_prompt: bool = field(default=False, init=False)
-    """Whether this socket, since it was opened, has told of the prompt: then its silence means something."""
+    _got_frames: bool = field(default=False, init=False)
+    _gets_events: bool = field(default=False, init=False)
+    """Whether this socket, since it was opened, has delivered events of the prompt: then its silence is a sign."""
 
     def follow(self, *, joined_late: bool = False) -> Outcome:
-        """Return how the prompt ended; `joined_late` if it was in ComfyUI before this listened.
+        """Return how the prompt ended; `joined_late` if it was submitted before this socket listened.
 
         Raises:
             Cancelled: `stop` was set; the prompt is still in ComfyUI.
             TimedOut: it took too long, or nothing happened for too long; the prompt is still in ComfyUI.
-            ComfyUnreachable: ComfyUI takes connections and gave no answer for `comfyui_lost_after_s`.
+            ComfyUnreachable: ComfyUI accepts connections and did not answer for `comfyui_lost_after_s`.
         """
         self._last_sign = time.monotonic()
-        # Soon for the first time: one that has to wait is told its place, one of which nothing is heard is found.
-        self._ask_at = self._last_sign + min(self._interval(), _HURRIED_INTERVAL_S)
+        # The first poll is early: it reports the queue position and detects a silent socket.
+        self._poll_at = self._last_sign + min(self._poll_interval_s(), _SHORT_POLL_INTERVAL_S)
         self._listened_from_start = not joined_late and self.socket.is_open and not self.socket.was_lost
         self._pid = self.client.process.pid() if self.client.process else None
         with self.stop.calling(self.socket.abort):
@@ -77,72 +77,11 @@ class Watch:
                 self._listen()
                 self.stop.check()
                 self._check_limits()
-                if self.protocol.ended or time.monotonic() >= self._ask_at:
-                    outcome = self._ask()
+                if self.protocol.ended or time.monotonic() >= self._poll_at:
+                    outcome = self._poll()
                     if outcome is not None:
-                        self._hear_out()
+                        self._receive_late_pictures()
                         return outcome
-
-    # ------------------------------------------------------------------------------------------ websocket
-
-    def _listen(self) -> None:
-        """Take in one frame, or find out that none comes."""
-        if not self.socket.is_open:
-            self._hears_prompt = False
-            if self.socket.reopen():
-                self._ask_at = time.monotonic()
-            else:
-                self.stop.wait(self._patience())
-            return
-        frame = self.socket.receive(self._patience())
-        if frame is not None:
-            self._tell(frame)
-        elif not self.socket.is_open:
-            self._ask_at = time.monotonic()
-
-    def _hear_out(self) -> None:
-        """Take in the pictures that are still on their way: they exist nowhere but on the websocket.
-
-        The history may tell of the end first: where the connection is slow, or this process had to wait for a CPU.
-        """
-        ended_at = time.monotonic()
-        while self.protocol.awaits_pictures and not self.protocol.ended and self.socket.is_open:
-            patience_s = min(ended_at + self._longest_silence_s(), self.deadline.at) - time.monotonic()
-            if patience_s <= 0:
-                return
-            frame = self.socket.receive(patience_s)
-            self.stop.check()
-            if frame is not None:
-                self._tell(frame)
-
-    def _longest_silence_s(self) -> float:
-        """Return how long after the end of a prompt its frames may come, in seconds."""
-        lost_after_s = self.client.settings.comfyui_lost_after_s
-        if self._hears_prompt:
-            return lost_after_s
-        return 0.0 if self.socket.was_lost else min(lost_after_s, _FIRST_FRAME_S)
-
-    def _patience(self) -> float:
-        """Return the seconds until something other than a frame is due."""
-        stall_s = self.client.settings.comfyui_stall_timeout_s
-        due = [self._ask_at, self.deadline.at, self._last_sign + stall_s]
-        patience = min(due) - time.monotonic()
-        if not self.socket.is_open:
-            attempt = self.socket.seconds_to_next_attempt()
-            patience = min(patience, _HURRIED_INTERVAL_S if attempt is None else attempt)
-        return max(0.0, patience)
-
-    def _tell(self, frame: str | bytes) -> None:
-        self._heard_frames = True
-        events = self.protocol.receive(frame)
-        if events:
-            self._hears_prompt = True
-            self._last_sign = time.monotonic()
-            self._ask_at = self._last_sign + self.client.settings.comfyui_poll_interval_s
-        for event in events:
-            self.on_event(event)
-
-    # --------------------------------------------------------------------------------------------- limits
 
     def _check_limits(self) -> None:
         self.deadline.check()
@@ -150,67 +89,125 @@ class Watch:
         if time.monotonic() - self._last_sign >= stall:
             raise TimedOut(f"The workflow showed no sign of progress for {stall:g} seconds")
 
-    # ------------------------------------------------------------------------------------------ questions
+    # ------------------------------------------------------------------------------------------ websocket
 
-    def _ask(self) -> Outcome | None:
-        """Return the outcome if there is one."""
+    def _listen(self) -> None:
+        """Receive one frame, or wait until something else is due; reopen a lost socket."""
+        if not self.socket.is_open:
+            self._gets_events = False
+            if self.socket.reopen():
+                self._poll_at = time.monotonic()
+            else:
+                self.stop.wait(self._seconds_until_due())
+            return
+        frame = self.socket.receive(self._seconds_until_due())
+        if frame is not None:
+            self._apply(frame)
+        elif not self.socket.is_open:
+            self._poll_at = time.monotonic()
+
+    def _apply(self, frame: str | bytes) -> None:
+        self._got_frames = True
+        events = self.protocol.receive(frame)
+        if events:
+            self._gets_events = True
+            self._last_sign = time.monotonic()
+            self._poll_at = self._last_sign + self.client.settings.comfyui_poll_interval_s
+        for event in events:
+            self.on_event(event)
+
+    def _seconds_until_due(self) -> float:
+        """Return how long to wait for a frame before something else has to be done."""
+        stall_s = self.client.settings.comfyui_stall_timeout_s
+        seconds = min(self._poll_at, self.deadline.at, self._last_sign + stall_s) - time.monotonic()
+        if not self.socket.is_open:
+            attempt = self.socket.seconds_to_next_attempt()
+            seconds = min(seconds, _SHORT_POLL_INTERVAL_S if attempt is None else attempt)
+        return max(0.0, seconds)
+
+    def _receive_late_pictures(self) -> None:
+        """Receive the pictures that are still on their way: they exist nowhere but on the websocket.
+
+        On a slow connection or a busy machine, the history may have the end of the prompt first.
+        """
+        ended_at = time.monotonic()
+        while self.protocol.expects_pictures and not self.protocol.ended and self.socket.is_open:
+            seconds = min(ended_at + self._max_silence_s(), self.deadline.at) - time.monotonic()
+            if seconds <= 0:
+                return
+            frame = self.socket.receive(seconds)
+            self.stop.check()
+            if frame is not None:
+                self._apply(frame)
+
+    def _max_silence_s(self) -> float:
+        """Return how long after the end of a prompt its frames may come."""
+        lost_after_s = self.client.settings.comfyui_lost_after_s
+        if self._gets_events:
+            return lost_after_s
+        return 0.0 if self.socket.was_lost else min(lost_after_s, _FIRST_FRAME_S)
+
+    # ---------------------------------------------------------------------------------------------- polls
+
+    def _poll_interval_s(self) -> float:
+        interval = self.client.settings.comfyui_poll_interval_s
+        is_normal = self.socket.is_open and not self.protocol.ended
+        return interval if is_normal else min(interval, _SHORT_POLL_INTERVAL_S)
+
+    def _poll(self) -> Outcome | None:
+        """Ask ComfyUI for the prompt; return its outcome if there is one."""
         asked_at = time.monotonic()
-        self._ask_at = asked_at + self._interval()
+        self._poll_at = asked_at + self._poll_interval_s()
         try:
             outcome = self._look_up()
         except ComfyUnreachable as error:
-            return self._without_answer(error, asked_at)
+            return self._outcome_without_answer(error, asked_at)
         self._unanswered_since = self._down_since = None
         return outcome
-
-    def _interval(self) -> float:
-        """Return the seconds until the next question if nothing is heard before."""
-        interval = self.client.settings.comfyui_poll_interval_s
-        settled = self.socket.is_open and not self.protocol.ended
-        return interval if settled else min(interval, _HURRIED_INTERVAL_S)
 
     def _look_up(self) -> Outcome | None:
         entry = self.client.history(self.protocol.prompt_id)
         if entry is None:
-            place = self.client.place(self.protocol.prompt_id)
-            if place is not None:
-                self._stands_at(place)
+            position = self.client.position(self.protocol.prompt_id)
+            if position is not None:
+                self._note_position(position)
                 return None
-            # It may have ended between the two questions.
+            # It may have ended between the two requests.
             entry = self.client.history(self.protocol.prompt_id)
-        return outcome_from_history(entry) if entry is not None else self._without_history()
+        return outcome_from_history(entry) if entry is not None else self._outcome_without_history()
 
-    def _stands_at(self, place: PromptPosition) -> None:
-        self._last_place = place
+    def _note_position(self, position: PromptPosition) -> None:
+        self._last_position = position
         self._missing_since = None
-        # Its beginning may have been told while nobody could hear it; the clock of a job runs from there.
-        for event in self.protocol.seen_running() if place.running else [PromptsAhead(place.ahead)]:
+        # The socket may have missed the start of the prompt, which starts the job's clock.
+        for event in self.protocol.seen_running() if position.running else [PromptsAhead(position.ahead)]:
             self.on_event(event)
-        # A prompt that runs and cannot be heard may get on for all one knows: only the deadline counts for it.
-        if place.ahead or (place.running and not self._hears_prompt):
+        # Without events a running prompt may make progress nevertheless: only the deadline counts then.
+        if position.ahead or (position.running and not self._gets_events):
             self._last_sign = time.monotonic()
 
-    def _without_history(self) -> Outcome | None:
-        """Return what to make of a prompt that ComfyUI does not know (any more)."""
-        if self.protocol.heard is not None and not self.socket.was_lost:
-            return self.protocol.heard
+    def _outcome_without_history(self) -> Outcome | None:
+        """Return the outcome of a prompt that is in neither history nor queue, None to ask again."""
+        reported = self.protocol.reported_outcome
+        if reported is not None and not self.socket.was_lost:
+            return reported
         if self._was_down or self._is_another_process():
             return Lost(self._may_have_started())
         now = time.monotonic()
         if self._missing_since is None:
             self._missing_since = now
         if now - self._missing_since < _HISTORY_GRACE_S:
-            self._ask_at = now + _HURRIED_INTERVAL_S
+            self._poll_at = now + _SHORT_POLL_INTERVAL_S
             return None
-        if self.protocol.heard is not None and not isinstance(self.protocol.heard, Succeeded):
-            return self.protocol.heard
-        # A success of which some frames were missed, and which the history does not have: its outputs are not known.
+        if reported is not None and not isinstance(reported, Succeeded):
+            return reported
+        # After a success of which frames were missed, the outputs are not known.
         return Lost(had_started=True) if self._may_have_started() else Deleted()
 
-    def _without_answer(self, error: ComfyUnreachable, asked_at: float) -> Outcome | None:
-        """Return what to make of a ComfyUI that did not answer: dead, starting again, or hanging."""
+    def _outcome_without_answer(self, error: ComfyUnreachable, asked_at: float) -> Outcome | None:
+        """Return `Lost` if ComfyUI is dead, None to ask again; raise if it hangs."""
         now = time.monotonic()
-        self._ask_at = now + _HURRIED_INTERVAL_S
+        self._poll_at = now + _SHORT_POLL_INTERVAL_S
         if self._is_dead():
             return Lost(self._may_have_started())
         self._unanswered_since = self._unanswered_since or asked_at
@@ -219,7 +216,7 @@ class Watch:
         return None
 
     def _is_dead(self) -> bool:
-        """Return whether ComfyUI's process is gone: nothing listens any more, or it is known to have ended."""
+        """Return whether ComfyUI's process is gone: nothing listens any more, or another process runs."""
         if self._is_another_process():
             return True
         if self.client.is_listening():
@@ -234,10 +231,10 @@ class Watch:
         return self._pid is not None and self.client.process is not None and self.client.process.pid() != self._pid
 
     def _may_have_started(self) -> bool:
-        """Return whether the prompt may have begun: only a socket that missed nothing, or the queue, tells that not."""
+        """Return False only if the prompt certainly did not start: by the queue, or by a socket that missed nothing."""
         if self.protocol.started:
             return True
-        if self._last_place is not None:
-            return self._last_place.running
-        # That a prompt was queued is told to everyone: who heard not even that has a socket on which nothing comes.
-        return not (self._listened_from_start and self._heard_frames)
+        if self._last_position is not None:
+            return self._last_position.running
+        # ComfyUI tells every client that a prompt was queued: a socket without any frame does not work.
+        return not (self._listened_from_start and self._got_frames)

@@ -210,7 +210,7 @@ class _Staging:
         config = self._configs.get(key)
         if config is None:
             # Of a class that ComfyUI does not have there is nothing to be kept: it refuses the workflow anyway.
-            inputs = self._client.patiently(lambda: self._client.node_inputs(reference.class_type), self._hurry)
+            inputs = self._client.retrying(lambda: self._client.node_inputs(reference.class_type), self._hurry)
             if inputs is None:
                 raise _UnknownClass
             config = self._configs[key] = InputConfig.of(*key, inputs.get(reference.input_name))
@@ -301,7 +301,7 @@ class _Staging:
         self._hurry.check()
         try:
             # The same file under the same name may be sent twice.
-            return self._client.patiently(
+            return self._client.retrying(
                 lambda: self._client.upload(content, filename, subfolder, content_type(head, name)), self._hurry
             )
         except UploadFailed as error:

@@ -208,7 +208,7 @@ class _Delivery:
         """Return the delivered file, and what there is to say about it."""
         self._stop.check()
         # A ComfyUI that died meanwhile still has its files when it is back.
-        return self._client.patiently(lambda: self._deliver(file, path), self._stop)
+        return self._client.retrying(lambda: self._deliver(file, path), self._stop)
 
     def _deliver(self, file: OutputFile, path: str) -> tuple[Artifact, tuple[str, ...]]:
         try:

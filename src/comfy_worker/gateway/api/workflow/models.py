@@ -12,9 +12,9 @@ from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 
 from comfy_worker.comfy.client import ComfyClient
-from comfy_worker.comfy.disk import remove_file
 from comfy_worker.gateway.api.dependencies import Jobs, Settings
 from comfy_worker.gateway.api.schemas import COMMON_ERRORS, DetailedErrorResponse, error_responses
+from comfy_worker.gateway.api.workflow.remove_file import remove_file
 from comfy_worker.gateway.api.workflow.requests import check_comfyui
 from comfy_worker.gateway.callers import ANYONE, current_caller
 from comfy_worker.gateway.errors import Forbidden, NotFound, NotImplementedYet, NotPossible
