@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -71,6 +72,19 @@ class Stop:
                 self._callbacks.remove(callback)
 
 
+@contextmanager
+def call_after(seconds: float, callback: Callable[[], None]) -> Iterator[None]:
+    """Call `callback` in another thread if this block takes longer than `seconds`, which may be infinite."""
+    timer = threading.Timer(seconds, callback)
+    timer.daemon = True
+    if seconds < threading.TIMEOUT_MAX:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 @dataclass(frozen=True)
 class Deadline:
     """When a job has to be done.
@@ -87,3 +101,6 @@ class Deadline:
         """Raise `TimedOut` if the deadline has passed."""
         if time.monotonic() >= self.at:
             raise TimedOut(self.message)
+
+
+NO_DEADLINE = Deadline(math.inf, "")

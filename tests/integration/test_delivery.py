@@ -22,7 +22,7 @@ import requests
 
 from comfy_worker.comfy.client import ComfyClient
 from comfy_worker.errors import Cancelled, OutputMissing, OutputTooLarge
-from comfy_worker.job.outputs import Found, deliver_outputs
+from comfy_worker.job.outputs import FoundOutputs, deliver_outputs
 from comfy_worker.settings import load_settings
 from comfy_worker.stop import Stop
 from comfy_worker.storage import StorageFactory
@@ -233,7 +233,7 @@ def deliver(
     loaded = load_settings(**settings)
     with closing(ComfyClient(loaded)) as client, closing(StorageFactory(loaded)) as storages:
         storage = storages.choose(job.delivery, budget)
-        delivered = deliver_outputs(job, Found(files=files, texts=()), client, storage, stop or Stop())
+        delivered = deliver_outputs(job, FoundOutputs(files=files, texts=()), client, storage, stop or Stop())
         return list(delivered.artifacts), list(delivered.warnings)
 
 

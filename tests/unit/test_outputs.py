@@ -17,7 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 from comfy_worker.comfy.client import ComfyClient
 from comfy_worker.comfy.output_reader import find_on_disk
 from comfy_worker.comfy.protocol import Succeeded, WebsocketImage, outcome_from_history
-from comfy_worker.job.outputs import Found, deliver_outputs, find_outputs
+from comfy_worker.job.outputs import FoundOutputs, deliver_outputs, find_outputs
 from comfy_worker.job.payload import result_as_output
 from comfy_worker.settings import load_settings
 from comfy_worker.stop import Stop
@@ -36,7 +36,7 @@ def file(name: str, folder: str = "job", kind: str = "output", **more: Any) -> d
     return {"filename": name, "subfolder": folder, "type": kind, **more}
 
 
-def found_in(version: str, scenario: str, *, include_previews: bool = False) -> list[Found]:
+def found_in(version: str, scenario: str, *, include_previews: bool = False) -> list[FoundOutputs]:
     found = []
     for prompt in recording(version, scenario).prompts():
         assert prompt.history is not None
@@ -46,7 +46,7 @@ def found_in(version: str, scenario: str, *, include_previews: bool = False) -> 
     return found
 
 
-def rows(found: Found) -> list[tuple[str, str, Kind]]:
+def rows(found: FoundOutputs) -> list[tuple[str, str, Kind]]:
     return [(item.node_id, f"{item.subfolder}/{item.filename}".lstrip("/"), item.kind) for item in found.files]
 
 
@@ -267,7 +267,7 @@ def delivered_to(
 ) -> tuple[list[Artifact], list[str], dict[str, bytes]]:
     """Return what `deliver_outputs` says, and what lies in the folder afterwards, as paths in it."""
     job = Job(id="job", prompt_id="prompt", workflow={}, conversion=conversion)
-    found = Found(files=tuple(file for file, _content in files), texts=(), received=dict(files))
+    found = FoundOutputs(files=tuple(file for file, _content in files), texts=(), received=dict(files))
     storage = LocalStorage(folder, "https://files.example.com")
     with closing(ComfyClient(load_settings())) as client:
         delivered = deliver_outputs(job, found, client, storage, Stop())

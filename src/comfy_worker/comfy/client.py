@@ -36,8 +36,8 @@ _QUERY_TIMEOUT_S = 5.0
 """For requests that ComfyUI answers from memory."""
 _POLL_INTERVAL_S = 0.05
 _ATTEMPTS = 3
-_SUBMIT_CHECK_TIMEOUT_S = 2.0
-"""How long to ask whether a prompt arrived whose response was lost, while ComfyUI does not answer."""
+_ERROR_TIMEOUT_S = 2.0
+"""How long to repeat a request that gets no good response."""
 _LATE_PROMPT_TIMEOUT_S = 5.0
 """How long to look for a prompt whose submission timed out, before it is submitted again."""
 _REMOVE_TIMEOUT_S = 10.0
@@ -157,33 +157,16 @@ class ComfyClient:
                 break
             except ComfyUnreachable as error:
                 # An earlier attempt may have arrived, even if this one was never sent.
-                error.never_sent = error.never_sent and attempt == 1
+                error.never_sent = attempt == 1 and _was_refused(error)
                 if error.never_sent or attempt == _ATTEMPTS:
                     raise
                 timed_out = isinstance(error.__cause__, requests.ReadTimeout)
-                if self._has_arrived(prompt_id, _LATE_PROMPT_TIMEOUT_S if timed_out else 0.0):
+                if self._poll(lambda: self.knows(prompt_id), _LATE_PROMPT_TIMEOUT_S if timed_out else 0.0):
                     return {}
         if response.status_code == requests.codes.bad_request:
             raise refusal(_json(response), graph, self.object_info)
         _check(response)
         return _json(response).get("node_errors") or {}
-
-    def _has_arrived(self, prompt_id: str, timeout_s: float) -> bool:
-        """Return whether a prompt is in ComfyUI; a busy ComfyUI may queue it a little later."""
-        deadline = time.monotonic() + timeout_s
-        give_up_at = max(deadline, time.monotonic() + _SUBMIT_CHECK_TIMEOUT_S)
-        while True:
-            try:
-                if self.knows(prompt_id):
-                    return True
-                if time.monotonic() >= deadline:
-                    return False
-            except ComfyUnreachable as error:
-                # A single wrong or lost response says nothing about the prompt.
-                if time.monotonic() >= give_up_at or not self.is_listening():
-                    error.never_sent = False
-                    raise
-            time.sleep(_POLL_INTERVAL_S)
 
     def knows(self, prompt_id: str) -> bool:
         """Return whether the prompt is waiting, running or done."""
@@ -204,19 +187,8 @@ class ComfyClient:
         `/interrupt` is only sent while our own prompt is the running one: older ComfyUIs ignore the id in it and
         interrupt whatever runs.
         """
-        deadline = time.monotonic() + min(_REMOVE_TIMEOUT_S, self.settings.comfyui_lost_after_s)
-        while True:
-            is_last = time.monotonic() >= deadline
-            try:
-                if self._try_to_remove(prompt_id):
-                    return True
-            except ComfyUnreachable:
-                # A single wrong or lost response must not leave a prompt running for hours.
-                if is_last or not self.is_listening():
-                    raise
-            if is_last:
-                return False
-            time.sleep(_POLL_INTERVAL_S)
+        timeout_s = min(_REMOVE_TIMEOUT_S, self.settings.comfyui_lost_after_s)
+        return self._poll(lambda: self._try_to_remove(prompt_id), timeout_s)
 
     def _try_to_remove(self, prompt_id: str) -> bool:
         """Return whether a prompt is out of ComfyUI; ask ComfyUI to remove it if it is not."""
@@ -228,6 +200,27 @@ class ComfyClient:
         else:
             _check(self._request("POST", "/queue", json={"delete": [prompt_id]}))
         return False
+
+    def _poll(self, check: Callable[[], bool], timeout_s: float) -> bool:
+        """Call `check` until it returns True, at least once; return whether it did so in time.
+
+        A single wrong or lost response says nothing: for two seconds at least, `check` is called again after one.
+
+        Raises:
+            ComfyUnreachable: ComfyUI does not answer.
+        """
+        began = time.monotonic()
+        while True:
+            elapsed = time.monotonic() - began
+            try:
+                if check():
+                    return True
+                if elapsed >= timeout_s:
+                    return False
+            except ComfyUnreachable:
+                if elapsed >= max(timeout_s, _ERROR_TIMEOUT_S) or not self.is_listening():
+                    raise
+            time.sleep(_POLL_INTERVAL_S)
 
     def free_memory(self) -> None:
         """Make ComfyUI unload its models and empty its caches before it runs the next prompt."""
@@ -346,12 +339,9 @@ class ComfyClient:
                 "Workflow validation failed: a number in it is not finite (NaN or Infinity), which JSON does not have"
             ) from None
         except requests.RequestException as error:
-            unreachable = ComfyUnreachable(
+            raise ComfyUnreachable(
                 f"ComfyUI server ({self.settings.comfyui_address}) did not answer {method} {_endpoint(path)}"
-            )
-            cause = error.args[0] if error.args else None
-            unreachable.never_sent = isinstance(getattr(cause, "reason", None), NewConnectionError)
-            raise unreachable from error
+            ) from error
 
 
 def _open_session() -> requests.Session:
@@ -363,6 +353,12 @@ def _open_session() -> requests.Session:
     session.mount("http://", adapter)
     session.mount("https://", adapter)
     return session
+
+
+def _was_refused(error: ComfyUnreachable) -> bool:
+    """Return whether no connection could be made, so that the request was certainly not sent."""
+    cause = error.__cause__.args[0] if error.__cause__ and error.__cause__.args else None
+    return isinstance(getattr(cause, "reason", None), NewConnectionError)
 
 
 def _check(response: requests.Response) -> None:

@@ -1,23 +1,20 @@
-"""Stages a job's files where the workflow's nodes find them.
+"""Uploads a job's files to ComfyUI and makes the workflow refer to them.
 
-A file is uploaded into the job's own folder, `<prompt_id>/…`, wherever the node only asks whether the file is there.
-Other nodes offer a list of files, and ComfyUI refuses what is not in it; these lists have the files of one folder, so
-there the file lies under a name of its own, `<prompt_id>_…`. Which nodes these are cannot be asked, so every list
-that is not known to take any file is taken for one of them.
+For nodes that accept any file in the input folder, a file is uploaded into the job's own folder, `<prompt_id>/…`. Other
+nodes accept only the files in their list, which has the files of one folder; for them the file is uploaded into that
+folder as `<prompt_id>_…`. Which nodes these are cannot be asked, so every list counts as one unless it is known better.
 
-No step takes longer than in proportion to the workflow, and each can be stopped: a caller decides how large it is.
+Each step takes time in proportion to the workflow at most and can be stopped, since callers choose the workflow's size.
 """
 
 from __future__ import annotations
 
 import io
 import itertools
-import math
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
@@ -28,7 +25,6 @@ from comfy_worker.errors import (
     DiskFull,
     InputFetchFailed,
     InvalidInput,
-    TimedOut,
     UploadFailed,
     WorkerError,
 )
@@ -39,27 +35,25 @@ from comfy_worker.job.input_files import UPLOAD_FAILED, decode_base64, too_many_
 from comfy_worker.media.file_type import content_mismatch, content_type, is_medium, with_extension
 from comfy_worker.media.probe import HEAD_BYTES
 from comfy_worker.net.fetcher import ContentFilter, Fetcher, UnwantedContent
-from comfy_worker.stop import Deadline, Stop
+from comfy_worker.stop import NO_DEADLINE, Deadline, Stop, call_after
 from comfy_worker.storage.signed_urls import Signer
 from comfy_worker.types import InputFile, Job
 
-_LONGEST_NAME = 255
+_MAX_NAME_LENGTH = 255
 _MB = 1024 * 1024
-_Places = Mapping["str | None", str]
-"""A file's names in ComfyUI's input folder, by the folder in whose list each is."""
 
 
 @dataclass
 class _Item:
-    """A file that is fetched once, and uploaded to each place where a node looks for it.
+    """A file that is fetched once, and uploaded to each folder where a node looks for it.
 
     Attributes:
-        number: its place among the job's files.
-        file: what the job brought, or a URL that stands in the workflow.
-        folder: in the job's own, for a URL of the workflow: two of them may end in the same name.
-        uses: each reference to the file with the folder whose list it must be in, None for any.
-        is_needed: a node surely loads it, so the job fails without it.
-        in_own_folder: it is wanted there besides, by a node that loads the whole folder.
+        number: its index among the job's files.
+        file: a file of the job, or one that a URL in the workflow names.
+        folder: its folder below the job's own, for a URL of the workflow: two URLs may end in the same name.
+        uses: each reference to the file, with the folder in whose list it must be, None for any folder.
+        is_needed: a node certainly loads it, so the job fails without it.
+        in_loaded_folder: a node loads the whole folder that the file is in.
     """
 
     number: int
@@ -67,38 +61,20 @@ class _Item:
     folder: str | None = None
     uses: list[tuple[Reference, str | None]] = field(default_factory=list)
     is_needed: bool = False
-    in_own_folder: bool = False
+    in_loaded_folder: bool = False
 
     @property
     def listings(self) -> set[str | None]:
-        """The folders in whose lists it must be; a file that the job brought is in the job's own too, as None."""
+        """The folders in whose lists it must be; None is the job's own folder, where each file of the job is."""
         own: set[str | None] = {None} if self.folder is None else set()
         return {listed for _reference, listed in self.uses} | own
 
 
-def stage_inputs(
-    job: Job, graph: Graph, client: ComfyClient, stop: Stop, deadline: Deadline | None = None
-) -> list[str]:
-    """Upload the job's files and those at the workflow's URLs, and let the graph refer to them there, in place.
-
-    Returns:
-        A warning for each file that no node loads, and for each that could not be had and may not be needed.
-
-    Raises:
-        InvalidInput: there are too many of them, or one is too large or no such file as its name says.
-        InputFetchFailed: one or more could not be fetched from their URLs.
-        UploadFailed: ComfyUI did not take one or more of them. In all three the sentence names each.
-        DiskFull: there is no room for one.
-        TimedOut: the deadline has passed.
-    """
-    return _Staging(job, graph, client, stop, deadline).run()
-
-
 @dataclass(frozen=True)
 class _Staged:
-    """What became of a file: where it is, or why it is not, which is worth a warning or nothing."""
+    """The names of an uploaded file by the folder in whose list each is, or a warning; neither if it was not wanted."""
 
-    places: _Places = field(default_factory=dict)
+    names: Mapping[str | None, str] = field(default_factory=dict)
     warning: str | None = None
 
 
@@ -106,19 +82,36 @@ class _UnknownClass(Exception):
     """ComfyUI does not have a node's class, so it will refuse the workflow and say what is missing."""
 
 
-class _Staging:
-    """One job's files on their way."""
+def stage_inputs(
+    job: Job, graph: Graph, client: ComfyClient, stop: Stop, deadline: Deadline = NO_DEADLINE
+) -> list[str]:
+    """Upload the job's files and those at the workflow's URLs, and make the graph refer to them, in place.
 
-    def __init__(self, job: Job, graph: Graph, client: ComfyClient, stop: Stop, deadline: Deadline | None) -> None:
+    Returns:
+        A warning for each file that no node loads, and for each that is missing and may not be needed.
+
+    Raises:
+        InvalidInput: there are too many files, or one is too large or has other content than its name says.
+        InputFetchFailed: one or more could not be fetched from their URLs.
+        UploadFailed: ComfyUI did not accept one or more of them. In all three cases the sentence names each.
+        DiskFull: ComfyUI's disk is too full for one.
+        TimedOut: the deadline has passed.
+    """
+    return _Staging(job, graph, client, stop, deadline).run()
+
+
+class _Staging:
+    """Stages the files of one job."""
+
+    def __init__(self, job: Job, graph: Graph, client: ComfyClient, stop: Stop, deadline: Deadline) -> None:
         self._job = job
         self._graph = graph
         self._client = client
         self._stop = stop
         self._deadline = deadline
-        # Whoever pays for the machine does not wait for the others when one file cannot be had.
-        self._hurry = Stop()
-        self._is_late = False
-        self._most = client.settings.input_max_files
+        # Set as soon as one file fails: the machine is paid for while the others are fetched.
+        self._abort = Stop()
+        self._max_files = client.settings.input_max_files
         self._signer = Signer(job.bucket, client.settings)
         self._fetcher = Fetcher(client.settings, self._signer.sign)
         self._configs: dict[tuple[str, str], InputConfig] = {}
@@ -126,45 +119,27 @@ class _Staging:
         self._folders: list[Reference] = []
 
     def run(self) -> list[str]:
-        if len(self._job.files) > self._most:
-            raise InvalidInput(too_many_files(len(self._job.files), self._most))
-        with self._hurried():
+        if len(self._job.files) > self._max_files:
+            raise InvalidInput(too_many_files(len(self._job.files), self._max_files))
+        seconds = self._deadline.at - time.monotonic()
+        with call_after(seconds, self._abort.set), self._stop.calling(self._abort.set):
             try:
                 self._find_uses()
+                return self._stage_all()
             except _UnknownClass:
                 return []
-            return self._stage_all()
-
-    @contextmanager
-    def _hurried(self) -> Iterator[None]:
-        """Have everything in this block end when the job is stopped or its time is over."""
-        seconds = math.inf if self._deadline is None else self._deadline.at - time.monotonic()
-        timer = threading.Timer(seconds, self._be_late)
-        timer.daemon = True
-        if seconds < threading.TIMEOUT_MAX:
-            timer.start()
-        try:
-            with self._stop.calling(self._hurry.set):
-                yield
-        except Cancelled:
-            self._check()
-            raise
-        finally:
-            timer.cancel()
-
-    def _be_late(self) -> None:
-        self._is_late = True
-        self._hurry.set()
+            except Cancelled:
+                self._check()
+                raise
 
     def _check(self) -> None:
         self._stop.check()
-        if self._is_late and self._deadline is not None:
-            raise TimedOut(self._deadline.message)
+        self._deadline.check()
 
     # ---------------------------------------------------------------------------------------- references
 
     def _find_uses(self) -> None:
-        """Note who loads which file, and which folders are loaded whole."""
+        """Find out which nodes load which files, and which folders are loaded whole."""
         by_folder: dict[str, list[_Item]] = {}
         for item in self._items.values():
             for folder in _folders_of(item.file.name):
@@ -172,7 +147,7 @@ class _Staging:
         self._new_folders = (name for name in map("url{}".format, itertools.count(1)) if name not in by_folder)
         used_folders: set[str] = set()
         for reference in find_strings(self._graph):
-            self._hurry.check()
+            self._abort.check()
             folder = reference.value.strip("/")
             if reference.is_url:
                 self._use_url(reference)
@@ -183,7 +158,7 @@ class _Staging:
                 used_folders.add(folder)
         for folder in used_folders:
             for item in by_folder[folder]:
-                item.in_own_folder = item.is_needed = True
+                item.in_loaded_folder = item.is_needed = True
 
     def _use_url(self, reference: Reference) -> None:
         config = self._config(reference)
@@ -196,11 +171,11 @@ class _Staging:
         item.is_needed = item.is_needed or is_needed
 
     def _item_of_url(self, reference: Reference) -> _Item:
-        """Return the item for a URL in the workflow; the same URL is one file, however often it stands there."""
+        """Return the item for a URL in the workflow; equal URLs are one item."""
         known = self._items.get(reference.name)
         if known is None:
-            if len(self._items) == self._most:
-                raise InvalidInput(too_many_files(f"more than {self._most}", self._most))
+            if len(self._items) == self._max_files:
+                raise InvalidInput(too_many_files(f"more than {self._max_files}", self._max_files))
             known = _Item(len(self._items), _file_of_url(reference), next(self._new_folders))
             self._items[reference.name] = known
         return known
@@ -209,8 +184,7 @@ class _Staging:
         key = (reference.class_type, reference.input_name)
         config = self._configs.get(key)
         if config is None:
-            # Of a class that ComfyUI does not have there is nothing to be kept: it refuses the workflow anyway.
-            inputs = self._client.retrying(lambda: self._client.node_inputs(reference.class_type), self._hurry)
+            inputs = self._client.retrying(lambda: self._client.node_inputs(reference.class_type), self._abort)
             if inputs is None:
                 raise _UnknownClass
             config = self._configs[key] = InputConfig.of(*key, inputs.get(reference.input_name))
@@ -219,15 +193,15 @@ class _Staging:
     # -------------------------------------------------------------------------------------------- transfer
 
     def _stage_all(self) -> list[str]:
-        """Upload all files, and write their names in ComfyUI's input folder into the graph; return warnings."""
+        """Upload all files and write their names into the graph; return warnings."""
         items = list(self._items.values())
         if not items:
             return []
-        # Threads of the job's own: servers that are slow hold up nobody else.
+        # These threads are the job's own, so that slow servers do not delay other jobs.
         count = min(TRANSFER_THREADS, len(items))
         with closing(self._signer), ThreadPoolExecutor(count, thread_name_prefix="staging") as threads:
             stagings = [threads.submit(self._stage, item) for item in items]
-            # Whatever becomes of one of them: none is under way any more when the job's folder is removed.
+            # No upload may still be running when the job's folder is removed.
             wait(stagings)
         failures = [failure for failure in map(_failure, stagings) if failure is not None]
         self._check()
@@ -240,30 +214,30 @@ class _Staging:
     def _names(self, items: list[_Item], staged: list[_Staged]) -> Iterator[tuple[Reference, str]]:
         for item, one in zip(items, staged, strict=True):
             for reference, listed in item.uses:
-                if one.places:
-                    yield reference, one.places[listed]
+                if one.names:
+                    yield reference, one.names[listed]
         for reference in self._folders:
             yield reference, f"{self._job.prompt_id}/{reference.value.strip('/')}"
 
     def _stage(self, item: _Item) -> _Staged:
-        """Bring one file to where it is looked for."""
+        """Fetch and upload one file."""
         try:
-            places = self._bring(item)
+            names = self._upload_all(item)
         except UnwantedContent:
-            # A URL in a text leads to a page, say: the text stays as it is.
+            # A URL in a text may lead to a web page: the text is left unchanged.
             return _Staged()
         except (InvalidInput, InputFetchFailed, UploadFailed, DiskFull) as error:
             if not item.is_needed and not isinstance(error, DiskFull):
-                return _Staged(warning=f"{_where(item)}: {error.message}")
+                return _Staged(warning=f"{_warning_prefix(item)}: {error.message}")
             if not isinstance(error, UploadFailed):
-                self._hurry.set()
+                self._abort.set()
             raise
-        is_used = item.uses or item.in_own_folder
+        is_used = item.uses or item.in_loaded_folder
         unused = f"Image {item.file.name!r} is not used: no node of the workflow loads it"
-        return _Staged(places, None if is_used else unused)
+        return _Staged(names, None if is_used else unused)
 
-    def _bring(self, item: _Item) -> _Places:
-        self._hurry.check()
+    def _upload_all(self, item: _Item) -> Mapping[str | None, str]:
+        self._abort.check()
         with self._open(item) as content:
             head = content.read(HEAD_BYTES)
             name = self._checked_name(item, head)
@@ -274,7 +248,7 @@ class _Staging:
         if file.url is not None:
             # A URL in a text may lead to a web page; only media are fetched.
             content_filter = None if item.is_needed or item.folder is None else _media_filter(file.name)
-            return self._fetcher.fetch(file.url, self._hurry, content_filter)
+            return self._fetcher.fetch(file.url, self._abort, content_filter)
         content = file.content or b""
         limit_mb = self._client.settings.input_max_mb
         if len(content) > limit_mb * _MB:
@@ -283,7 +257,7 @@ class _Staging:
 
     @staticmethod
     def _checked_name(item: _Item, head: bytes) -> str:
-        """Return the file's name in the job's folder; one that was made out of a URL gets the right extension."""
+        """Return the file's name in the job's folder; a name taken from a URL gets the right extension."""
         name = item.file.name if item.folder is None else with_extension(item.file.name, head)
         pretended = content_mismatch(head, name)
         if pretended:
@@ -295,14 +269,13 @@ class _Staging:
         if listed is None:
             subfolder, _, filename = f"{prompt_id}/{name}".rpartition("/")
         else:
-            # No other file has the name, in this job or another.
+            # This name is unique among all jobs.
             prefix = f"{prompt_id}_{item.number}_"
-            subfolder, filename = listed, prefix + shorten_name(name.replace("/", "_"), _LONGEST_NAME - len(prefix))
-        self._hurry.check()
+            subfolder, filename = listed, prefix + shorten_name(name.replace("/", "_"), _MAX_NAME_LENGTH - len(prefix))
+        self._abort.check()
         try:
-            # The same file under the same name may be sent twice.
             return self._client.retrying(
-                lambda: self._client.upload(content, filename, subfolder, content_type(head, name)), self._hurry
+                lambda: self._client.upload(content, filename, subfolder, content_type(head, name)), self._abort
             )
         except UploadFailed as error:
             raise UploadFailed(f"{item.file.name}: {error.message}") from error
@@ -327,8 +300,7 @@ def _media_filter(name: str) -> ContentFilter:
     return lambda head, content_type: is_medium(head, name, content_type)
 
 
-def _where(item: _Item) -> str:
-    """Return what a warning about a file that may not be needed begins with."""
+def _warning_prefix(item: _Item) -> str:
     if item.folder is None:
         return f"Image {item.file.name!r} is not used, and not there"
     reference = item.uses[0][0]
@@ -344,7 +316,7 @@ def _failure(staging: Future[_Staged]) -> WorkerError | None:
 
 
 def _merged(failures: list[WorkerError]) -> WorkerError:
-    """Return one error for several: what the caller can mend comes first, and each of its kind is named."""
+    """Return one error for several: the caller's mistakes first; its sentence names each of the same kind."""
     for kind in (InvalidInput, InputFetchFailed, DiskFull):
         same = [failure for failure in failures if isinstance(failure, kind)]
         if same:

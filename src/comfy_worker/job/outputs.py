@@ -1,9 +1,8 @@
-"""Finds every output of a prompt and hands it over."""
+"""Finds the outputs of a prompt and delivers them to a storage."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import wait
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,60 +20,70 @@ from comfy_worker.storage import Content, DeliverableFile, InMemory, Storage, Wa
 from comfy_worker.storage.object_keys import safe_name, safe_path
 from comfy_worker.types import Artifact, Job, Kind, OutputFile, OutputText, Workflow
 
-_WEBSOCKET = "websocket"
-
 
 @dataclass(frozen=True)
-class Found:
-    """What a prompt left: files, texts, and the contents of those files that only the websocket had."""
+class FoundOutputs:
+    """The outputs of a prompt.
+
+    Attributes:
+        files: files in ComfyUI, and websocket pictures.
+        texts: what nodes reported as text.
+        received: the contents of the websocket pictures.
+        lost: a sentence for each node whose websocket pictures did not arrive.
+    """
 
     files: tuple[OutputFile, ...]
     texts: tuple[OutputText, ...]
     received: Mapping[OutputFile, bytes] = field(default_factory=dict, repr=False)
     lost: tuple[str, ...] = ()
-    """A sentence for each node whose pictures came too late or never."""
 
 
 def find_outputs(
     outputs: NodeOutputs, images: Sequence[WebsocketImage], workflow: Workflow, *, include_previews: bool
-) -> Found:
+) -> FoundOutputs:
     """Return everything that the nodes reported, under whatever key, in the order of the workflow's nodes."""
-    order = {node_id: place for place, node_id in enumerate(workflow)}
+    order = {node_id: index for index, node_id in enumerate(workflow)}
     node_ids = sorted(outputs, key=lambda node_id: order.get(node_id, len(order)))
     reported = [file for node_id in node_ids for file in _files(node_id, outputs[node_id], workflow)]
     wanted = ("output", "temp") if include_previews else ("output",)
     received = _websocket_files(images, workflow)
-    return Found(
+    senders = {file.node_id for file in received}
+    silent = [node_id for node_id in nodes_of_class(workflow, WEBSOCKET_OUTPUT_NODE) if node_id not in senders]
+    return FoundOutputs(
         files=(*(file for file in reported if file.type in wanted), *received),
         texts=tuple(text for node_id in node_ids for text in _texts(node_id, outputs[node_id], workflow)),
         received=received,
-        lost=tuple(_lost(received, workflow)),
+        lost=tuple(
+            f"Node {node_id} ({WEBSOCKET_OUTPUT_NODE}): its pictures were lost with the websocket; "
+            "a SaveImage node keeps them"
+            for node_id in silent
+        ),
     )
 
 
 def _files(node_id: str, reported: Mapping[str, Any], workflow: Workflow) -> Iterator[OutputFile]:
-    """Yield a node's files: every `{filename, subfolder, type}` in every list; the same file only once."""
+    """Yield a node's files, each once: every `{filename, subfolder, type}` in every list."""
     seen: set[tuple[str, str, str]] = set()
     for key, items in reported.items():
         for item in items if isinstance(items, list) else ():
             if not isinstance(item, Mapping) or not item.get("filename"):
                 continue
             filename = str(item["filename"])
-            place = (str(item.get("type") or "output"), str(item.get("subfolder") or ""), filename)
-            if place in seen:
+            file_type, subfolder = str(item.get("type") or "output"), str(item.get("subfolder") or "")
+            if (file_type, subfolder, filename) in seen:
                 continue
             yield OutputFile(
                 filename=filename,
-                subfolder=place[1],
-                type=place[0],
-                # What ComfyUI itself calls images stays there, its videos too: the MIME type tells.
+                subfolder=subfolder,
+                type=file_type,
+                # What ComfyUI calls images stays in that list, videos too; the MIME type tells them apart.
                 kind=Kind.IMAGE if key == "images" else kind_of(filename),
                 node_id=node_id,
                 class_type=class_type(workflow, node_id),
                 title=title(workflow, node_id),
                 index=len(seen),
             )
-            seen.add(place)
+            seen.add((file_type, subfolder, filename))
 
 
 def _texts(node_id: str, reported: Mapping[str, Any], workflow: Workflow) -> Iterator[OutputText]:
@@ -85,7 +94,7 @@ def _texts(node_id: str, reported: Mapping[str, Any], workflow: Workflow) -> Ite
 
 
 def _websocket_files(images: Sequence[WebsocketImage], workflow: Workflow) -> dict[OutputFile, bytes]:
-    """Return the pictures that came as frames as files with a name, and their contents."""
+    """Return a file with a name for each websocket picture, and its content."""
     files: dict[OutputFile, bytes] = {}
     counts: dict[str, int] = {}
     for image in images:
@@ -95,7 +104,7 @@ def _websocket_files(images: Sequence[WebsocketImage], workflow: Workflow) -> di
         file = OutputFile(
             filename=f"websocket_{image.node_id.replace(':', '-')}_{index + 1:05}_.{extension}",
             subfolder="",
-            type=_WEBSOCKET,
+            type="websocket",
             kind=Kind.IMAGE,
             node_id=image.node_id,
             class_type=class_type(workflow, image.node_id),
@@ -104,16 +113,6 @@ def _websocket_files(images: Sequence[WebsocketImage], workflow: Workflow) -> di
         )
         files[file] = image.content
     return files
-
-
-def _lost(received: Iterable[OutputFile], workflow: Workflow) -> Iterator[str]:
-    heard_from = {file.node_id for file in received}
-    for node_id in nodes_of_class(workflow, WEBSOCKET_OUTPUT_NODE):
-        if node_id not in heard_from:
-            yield (
-                f"Node {node_id} ({WEBSOCKET_OUTPUT_NODE}): its pictures were lost with the websocket; "
-                "a SaveImage node keeps them"
-            )
 
 
 # ----------------------------------------------------------------------------------------------- delivery
@@ -136,7 +135,9 @@ class DeliveredOutputs:
     failures: Sequence[WorkerError] = ()
 
 
-def deliver_outputs(job: Job, found: Found, client: ComfyClient, storage: Storage, stop: Stop) -> DeliveredOutputs:
+def deliver_outputs(
+    job: Job, found: FoundOutputs, client: ComfyClient, storage: Storage, stop: Stop
+) -> DeliveredOutputs:
     """Deliver the outputs of a prompt that succeeded.
 
     Raises:
@@ -157,12 +158,12 @@ def deliver_outputs(job: Job, found: Found, client: ComfyClient, storage: Storag
     return delivered
 
 
-def deliver_files(job: Job, found: Found, client: ComfyClient, storage: Storage, stop: Stop) -> DeliveredOutputs:
+def deliver_files(job: Job, found: FoundOutputs, client: ComfyClient, storage: Storage, stop: Stop) -> DeliveredOutputs:
     """Hand every file to the storage, several at a time; what fails is returned, not raised."""
-    delivery = _Delivery(job, client, storage, found, stop)
+    delivery = _Delivery(job, client, storage, found.received, stop)
     pending = [
         client.transfers.submit(delivery.deliver, file, path)
-        for file, path in zip(found.files, _paths(found.files, job.prompt_id), strict=True)
+        for file, path in zip(found.files, _paths(found.files, job), strict=True)
     ]
     # No transfer may still be running when the job's folder is removed.
     wait(pending)
@@ -181,7 +182,7 @@ def deliver_files(job: Job, found: Found, client: ComfyClient, storage: Storage,
 
 @dataclass(frozen=True)
 class _Item:
-    """One file on its way: where it goes, what it is, and what there is to say about it."""
+    """One file, as it is to be delivered, with notes for the job's warnings."""
 
     file: OutputFile
     path: str
@@ -190,48 +191,43 @@ class _Item:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
 class _Delivery:
-    """One job's files on their way to the storage, from several threads."""
+    """Delivers one job's files; used by several threads."""
 
-    def __init__(self, job: Job, client: ComfyClient, storage: Storage, found: Found, stop: Stop) -> None:
-        self._job = job
-        self._client = client
-        self._storage = storage
-        self._received = found.received
-        self._stop = stop
-        wish = job.conversion.keep_metadata if job.conversion else None
-        self._keeps_metadata = client.settings.keep_metadata if wish is None else wish
-        self._lock = threading.Lock()
-        self._owners = dict(zip(_paths(found.files, job.prompt_id), found.files, strict=True))
+    job: Job
+    client: ComfyClient
+    storage: Storage
+    received: Mapping[OutputFile, bytes]
+    stop: Stop
 
     def deliver(self, file: OutputFile, path: str) -> tuple[Artifact, tuple[str, ...]]:
-        """Return the delivered file, and what there is to say about it."""
-        self._stop.check()
-        # A ComfyUI that died meanwhile still has its files when it is back.
-        return self._client.retrying(lambda: self._deliver(file, path), self._stop)
-
-    def _deliver(self, file: OutputFile, path: str) -> tuple[Artifact, tuple[str, ...]]:
+        """Return the delivered file, and notes for the job's warnings."""
+        self.stop.check()
         try:
-            return self._deliver_readable(file, path)
+            # If ComfyUI dies meanwhile, it still has its files after the restart.
+            return self.client.retrying(lambda: self._deliver(file, path), self.stop)
         except OSError as error:
             raise OutputMissing(f"{file.filename} could not be read: {error.strerror}") from error
 
-    def _deliver_readable(self, file: OutputFile, path: str) -> tuple[Artifact, tuple[str, ...]]:
-        received = self._received.get(file)
-        content = content_of(file, self._client) if received is None else InMemory(received)
-        item = self._converted(_Item(file, path, content, _look_at(file.filename, content)))
-        deliverable = DeliverableFile(
-            job_id=self._job.id,
-            path=item.path,
-            mime_type=item.media.mime_type,
-            content=Watched(item.content, self._stop.check),
-            node_id=file.node_id,
-            index=file.index,
+    def _deliver(self, file: OutputFile, path: str) -> tuple[Artifact, tuple[str, ...]]:
+        received = self.received.get(file)
+        content = content_of(file, self.client) if received is None else InMemory(received)
+        item = self._converted(_Item(file, path, content, _inspect(file.filename, content)))
+        delivered = self.storage.deliver(
+            DeliverableFile(
+                job_id=self.job.id,
+                path=item.path,
+                mime_type=item.media.mime_type,
+                content=Watched(item.content, self.stop.check),
+                node_id=file.node_id,
+                index=file.index,
+            )
         )
         artifact = Artifact(
             file=item.file,
-            folder=_folder(file, self._job.prompt_id),
-            delivered=self._storage.deliver(deliverable),
+            folder=_folder(file, self.job.prompt_id),
+            delivered=delivered,
             mime_type=item.media.mime_type,
             size_bytes=item.content.size,
             width=item.media.width,
@@ -241,68 +237,64 @@ class _Delivery:
         return artifact, item.notes
 
     def _converted(self, item: _Item) -> _Item:
-        """Return a picture as the job wants it; with its own pixels, and a warning, where that cannot be done."""
-        name = item.file.filename
+        """Return a picture as the job wants it; unchanged, with a note, if it cannot be converted."""
         if not item.media.mime_type.startswith("image/"):
             return item
-        if self._job.conversion is None:
-            return item if self._keeps_metadata else _bare(item)
+        conversion = self.job.conversion
+        wanted = conversion.keep_metadata if conversion else None
+        keep_metadata = self.client.settings.keep_metadata if wanted is None else wanted
+        if conversion is None:
+            return item if keep_metadata else _without_metadata(item)
+        name = item.file.filename
         try:
-            wish = replace(self._job.conversion, keep_metadata=self._keeps_metadata)
-            converted = convert(read_all(item.content), name, wish)
+            converted = convert(read_all(item.content), name, replace(conversion, keep_metadata=keep_metadata))
         except ConversionFailed as error:
-            left = item if self._keeps_metadata else _bare(item)
-            return replace(left, notes=(f"Output {name} was not converted: {error}",))
+            unconverted = item if keep_metadata else _without_metadata(item)
+            return replace(unconverted, notes=(f"Output {name} was not converted: {error}",))
         content = InMemory(converted.content)
+        path = item.path
+        if converted.filename != name:
+            path = f"{path.rpartition('/')[0]}/{safe_path(converted.filename)}".lstrip("/")
         return _Item(
             file=replace(item.file, filename=converted.filename),
-            path=item.path if converted.filename == name else self._renamed(item, converted.filename),
+            path=path,
             content=content,
-            media=_look_at(converted.filename, content),
+            media=_inspect(converted.filename, content),
             notes=(f"Output {name}: {converted.note}",) if converted.note else (),
         )
 
-    def _renamed(self, item: _Item, filename: str) -> str:
-        """Return the path for a file that got another extension, under which another may lie already."""
-        folder, slash, _old = item.path.rpartition("/")
-        path = f"{folder}{slash}{safe_path(filename)}"
-        with self._lock:
-            owner = self._owners.setdefault(path, item.file)
-        return path if owner == item.file else f"{_apart(item.file)}/{path}"
 
-
-def _bare(item: _Item) -> _Item:
-    """Return a picture without metadata."""
+def _without_metadata(item: _Item) -> _Item:
     if item.media.mime_type not in WRITTEN_INTO:
         return item
     content = read_all(item.content)
-    bare = without_metadata(content)
-    return item if bare is content else replace(item, content=InMemory(bare))
+    stripped = without_metadata(content)
+    return item if stripped is content else replace(item, content=InMemory(stripped))
 
 
-def _look_at(filename: str, content: Content) -> Media:
-    with content.open() as opened:
-        return inspect(filename, opened)
+def _inspect(filename: str, content: Content) -> Media:
+    with content.open() as file:
+        return inspect(filename, file)
 
 
-def _paths(files: Sequence[OutputFile], prompt_id: str) -> list[str]:
-    """Return a path for each file that no other file of the job has, and that does not lead out of its folder."""
-    paths: list[str] = []
+def _paths(files: Sequence[OutputFile], job: Job) -> list[str]:
+    """Return a relative path for each file, different from those of the job's other files.
+
+    Pictures that are converted must differ by more than their extension, which changes.
+    """
+    paths, taken = [], set()
     for file in files:
-        path = safe_path(f"{_folder(file, prompt_id)}/{file.filename}")
-        if path in paths:
-            path = f"{_apart(file)}/{path}"
+        path = safe_path(f"{_folder(file, job.prompt_id)}/{file.filename}")
+        key = path.rpartition(".")[0] if job.conversion and file.kind is Kind.IMAGE else path
+        if key in taken:
+            path = f"node_{safe_name(file.node_id)}_{file.index}/{path}"
+        taken.add(key)
         paths.append(path)
     return paths
 
 
-def _apart(file: OutputFile) -> str:
-    """Return a folder for a file whose name another file of the job has too."""
-    return f"node_{safe_name(file.node_id)}_{file.index}"
-
-
 def _folder(file: OutputFile, prompt_id: str) -> str:
-    """Return the file's folder as its author knows it: without the job's own in front."""
+    """Return the file's folder as the workflow names it, without the job's own folder in front."""
     if file.subfolder == prompt_id:
         return ""
     return file.subfolder.removeprefix(f"{prompt_id}/")

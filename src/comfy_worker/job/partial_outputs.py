@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -14,7 +13,7 @@ from comfy_worker.comfy.protocol import PromptProtocol, WebsocketImage
 from comfy_worker.errors import Cancelled, WorkerError
 from comfy_worker.job.outputs import DeliveredOutputs, deliver_files, find_outputs
 from comfy_worker.job.stage_limits import StageLimits
-from comfy_worker.stop import Stop
+from comfy_worker.stop import Stop, call_after
 from comfy_worker.storage import Storage
 from comfy_worker.types import Job
 
@@ -102,11 +101,8 @@ class _DeliveryStop(Stop):
 def _time_limit(stop: Stop) -> Iterator[Stop]:
     """Yield a stop that is set when the time for the delivery is up, or when the job is cancelled meanwhile."""
     delivery_stop = _DeliveryStop()
-    timer = threading.Timer(_DELIVERY_TIMEOUT_S, delivery_stop.set)
-    timer.daemon = True
-    timer.start()
-    try:
-        with stop.calling(lambda: None if stop.is_late else delivery_stop.set()):
-            yield delivery_stop
-    finally:
-        timer.cancel()
+    with (
+        call_after(_DELIVERY_TIMEOUT_S, delivery_stop.set),
+        stop.calling(lambda: None if stop.is_late else delivery_stop.set()),
+    ):
+        yield delivery_stop

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 
-from comfy_worker.stop import Deadline
+from comfy_worker.stop import NO_DEADLINE, Deadline
 from comfy_worker.types import Job, Stage, Timings
 
 
@@ -27,7 +27,7 @@ class StageClock:
 
     def deadline(self) -> Deadline:
         """Return when the job has to be done, by its own time limit and by RunPod's."""
-        deadlines = [Deadline(math.inf, "")]
+        deadlines = [NO_DEADLINE]
         if Stage.QUEUED in self._began:
             at = self._began[Stage.QUEUED] + self._workflow_timeout_s
             deadlines.append(Deadline(at, f"The workflow took longer than {self._workflow_timeout_s:g} seconds"))

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from comfy_worker.comfy.client import ComfyClient
-from comfy_worker.job.outputs import Found, deliver_outputs
+from comfy_worker.job.outputs import FoundOutputs, deliver_outputs
 from comfy_worker.media.probe import kind_of
 from comfy_worker.settings import load_settings
 from comfy_worker.stop import Stop
@@ -84,7 +84,7 @@ def main() -> None:
 
 def _deliver(filename: str, kind: Any, client: ComfyClient, storages: StorageFactory) -> Any:
     job = Job(id="memory", prompt_id="memory", workflow={}, delivery=Delivery(type=kind))
-    found = Found(files=(output_file(filename),), texts=())
+    found = FoundOutputs(files=(output_file(filename),), texts=())
     delivered = deliver_outputs(job, found, client, storages.choose(job.delivery), Stop())
     assert not delivered.warnings, delivered.warnings
     return delivered.artifacts
