@@ -1,4 +1,4 @@
-"""Which relative paths a file of a job may have as its name. No I/O."""
+"""Checks the relative paths that callers give to files. No I/O."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from comfy_worker.errors import InvalidInput
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _ANNOTATION = re.compile(r"\[(input|output|temp)\]$")
-"""ComfyUI takes it for an annotation without a space before it too."""
-_LONGEST_NAME = 1024
-_LONGEST_PART = 255
-"""Bytes that a file system takes for one part of a path."""
+"""ComfyUI parses it as an annotation, even without a space before it."""
+_MAX_BYTES = 1024
+_MAX_PART_BYTES = 255
+"""What file systems allow for one part of a path."""
 
 
 def check_name(name: str, what: str) -> str:
-    """Return `name` if it is a relative path that stays in its folder.
+    """Return `name` if it is a relative path that stays in its folder; `what` is its name in errors.
 
     Raises:
-        InvalidInput: it leads elsewhere, or no file system or ComfyUI could take it.
+        InvalidInput: it leads out of its folder, or file systems or ComfyUI do not accept it.
     """
     refused = f"{what} {name!r} is refused: "
     parts = name.split("/")
@@ -33,11 +33,11 @@ def check_name(name: str, what: str) -> str:
     if _ANNOTATION.search(name):
         raise InvalidInput(f"{refused}' [input]' and its like belong into the workflow, not into the name")
     try:
-        too_long = any(len(part.encode()) > _LONGEST_PART for part in parts)
+        too_long = any(len(part.encode()) > _MAX_PART_BYTES for part in parts)
     except UnicodeEncodeError:
         raise InvalidInput(f"{refused}it is not valid Unicode") from None
     if too_long:
-        raise InvalidInput(f"{what} {name[:40]!r}… is refused: a part of it is longer than {_LONGEST_PART} bytes")
-    if len(name.encode()) > _LONGEST_NAME:
-        raise InvalidInput(f"{what} {name[:40]!r}… is refused: it is longer than {_LONGEST_NAME} bytes")
+        raise InvalidInput(f"{what} {name[:40]!r}… is refused: a part of it is longer than {_MAX_PART_BYTES} bytes")
+    if len(name.encode()) > _MAX_BYTES:
+        raise InvalidInput(f"{what} {name[:40]!r}… is refused: it is longer than {_MAX_BYTES} bytes")
     return name

@@ -1,7 +1,7 @@
-"""Reads JSON that comes from outside, wherever it comes in: bounded in depth, no NaN, no endless numbers.
+"""Parses JSON from outside: with a limit of depth, without NaN and without huge numbers.
 
-Python's own parser takes all of these. What it lets through breaks later, in code that does not expect it, and how deep
-is too deep depends on the version of Python and on where the parser is called.
+Python's own parser accepts all of these, and other code fails on them later. Its own limit of depth depends on the
+version of Python and on the depth of the call stack.
 """
 
 from __future__ import annotations
@@ -9,17 +9,17 @@ from __future__ import annotations
 import json
 from typing import Any, NoReturn
 
-DEEPEST = 200
-"""Levels that a value may nest: far more than any workflow has, and less than the recursion limit of any Python."""
-_LARGEST = (2**53 - 1) << 971
-"""The largest float; larger whole numbers are no sizes, times or seeds, and fail in the first division."""
+MAX_DEPTH = 200
+"""Far more than any workflow has, and less than the recursion limit of any Python."""
+_MAX_NUMBER = (2**53 - 1) << 971
+"""The largest float; dividing a larger integer raises `OverflowError`."""
 
 
 class InvalidJson(ValueError):
-    """A text or a value is no JSON that can be taken.
+    """A text or a value is not acceptable JSON.
 
     Attributes:
-        reason: why, as the end of a sentence, such as "is not JSON"; the exception's own text says more, if it can.
+        reason: the end of a sentence, such as "is not JSON"; the exception's text can have more details.
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:
@@ -28,7 +28,7 @@ class InvalidJson(ValueError):
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Return the value that a text stands for.
+    """Parse a JSON text.
 
     Raises:
         InvalidJson: it is not JSON, nests too deeply or has a number that is too large.
@@ -38,35 +38,35 @@ def parse_json(text: str | bytes) -> Any:
     except RecursionError:
         raise _too_deep() from None
     except ValueError as error:
-        # A UnicodeDecodeError is one; so is Python's refusal of numbers with thousands of digits.
+        # UnicodeDecodeError and the error for numbers with thousands of digits are ValueErrors.
         raise InvalidJson("is not JSON", str(error)) from None
     check_json(value)
     return value
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a number of JSON")
 
 
 def check_json(value: Any) -> None:
-    """Return if a value that was parsed elsewhere could have come from `parse_json`; without recursion, in linear time.
+    """Check a value that another parser returned, without recursion and in linear time.
 
     Raises:
-        InvalidJson: it could not.
+        InvalidJson: `parse_json` would have refused it.
     """
     level, depth = [value], 0
     while level:
         following: list[Any] = []
         for item in level:
             if isinstance(item, (dict, list, tuple)):
-                if depth == DEEPEST:
+                if depth == MAX_DEPTH:
                     raise _too_deep()
                 following += item.values() if isinstance(item, dict) else item
-            elif isinstance(item, (int, float)) and not -_LARGEST <= item <= _LARGEST:
-                # NaN is within no limits.
+            elif isinstance(item, (int, float)) and not -_MAX_NUMBER <= item <= _MAX_NUMBER:
+                # The comparison is false for NaN, too.
                 raise InvalidJson("has NaN, Infinity or a number that is too large")
         level, depth = following, depth + 1
 
 
 def _too_deep() -> InvalidJson:
-    return InvalidJson(f"nests deeper than {DEEPEST} levels")
+    return InvalidJson(f"nests deeper than {MAX_DEPTH} levels")

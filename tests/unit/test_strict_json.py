@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comfy_worker.strict_json import DEEPEST, InvalidJson, check_json, parse_json
+from comfy_worker.strict_json import MAX_DEPTH, InvalidJson, check_json, parse_json
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False, allow_infinity=False),
@@ -55,7 +55,7 @@ def test_what_nests_too_deeply(levels: int, opening: str, closing: str) -> None:
 
 
 def test_what_nests_just_so() -> None:
-    parse_json("[" * DEEPEST + "1" + "]" * DEEPEST)
+    parse_json("[" * MAX_DEPTH + "1" + "]" * MAX_DEPTH)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 10**400, -(10**400)])

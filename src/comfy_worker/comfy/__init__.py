@@ -1,1 +1,1 @@
-"""All that speaks to ComfyUI."""
+"""Everything that talks to ComfyUI."""

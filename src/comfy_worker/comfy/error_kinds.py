@@ -1,4 +1,4 @@
-"""Which of ComfyUI's failures mean what: the wordings of PyTorch, CUDA, ROCm and NumPy, without I/O."""
+"""Classifies the errors of nodes by the wordings of PyTorch, CUDA, ROCm and NumPy. No I/O."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _BROKEN_DEVICE = re.compile(
 
 
 def is_out_of_memory(failed: NodeFailed) -> bool:
-    """Return whether a node failed for want of memory, the GPU's or the machine's."""
+    """Return whether a node ran out of memory, on the GPU or the host."""
     return bool(_OUT_OF_MEMORY.search(f"{failed.exception_type}: {failed.message}"))
 
 
 def is_broken_device(failed: NodeFailed) -> bool:
-    """Return whether a node failed in a way that only a new process of ComfyUI can mend."""
+    """Return whether a node broke the GPU context, which only a new process can repair."""
     return not is_out_of_memory(failed) and bool(_BROKEN_DEVICE.search(failed.message))

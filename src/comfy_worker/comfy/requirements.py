@@ -1,4 +1,4 @@
-"""What a workflow needs that ComfyUI does not have, and where it belongs: no I/O."""
+"""Finds the node classes and models that a workflow needs and ComfyUI does not have. No I/O."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ _PACKAGES: tuple[tuple[str, str], ...] = (
     (r"Pulid", "ComfyUI-PuLID-Flux"),
     (r".*\+$", "ComfyUI_essentials"),
 )
-"""Well-known packages of custom nodes, by how their classes are called."""
+"""Well-known packages of custom nodes, by the names of their classes."""
 
 _CANVAS_ONLY = frozenset(
     {"Note", "MarkdownNote", "Reroute", "PrimitiveNode", "GetNode", "SetNode", "Anything Everywhere"}
@@ -72,7 +72,7 @@ _CANVAS_ONLY = frozenset(
 
 
 def model_folder(class_type: str, input_name: str) -> str | None:
-    """Return the folder below ComfyUI's `models/` from which an input takes its files, None if it is not known."""
+    """Return the folder below ComfyUI's `models/` whose files an input lists, None if it is not known."""
     known = _FOLDERS.get((class_type, input_name))
     return known or _FOLDERS_BY_INPUT.get(re.sub(r"_?\d+$", "", input_name))
 
@@ -88,12 +88,12 @@ def is_canvas_only(class_type: str) -> bool:
 
 
 def missing_classes(workflow: Workflow, object_info: Mapping[str, Any]) -> list[str]:
-    """Return the ids of all nodes whose class ComfyUI does not have; ComfyUI itself names the first one only."""
+    """Return the ids of all nodes whose class ComfyUI does not have; ComfyUI itself reports only the first one."""
     return [node_id for node_id, node in workflow.items() if node.get("class_type") not in object_info]
 
 
 def missing_models(workflow: Workflow, object_info: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Sequence[str]]]:
-    """Yield `(node_id, input_name, value, choices)` for every model file that is named and not there."""
+    """Yield `(node_id, input_name, value, choices)` for every missing model file."""
     combos: dict[str, Mapping[str, Sequence[str]]] = {}
     for node_id, node in workflow.items():
         node_class = str(node.get("class_type"))
@@ -106,7 +106,7 @@ def missing_models(workflow: Workflow, object_info: Mapping[str, Any]) -> Iterat
 
 
 def _combos(inputs: Mapping[str, Any]) -> Mapping[str, Sequence[str]]:
-    """Return what each combo of a node class offers."""
+    """Return the values of each combo of a node class."""
     offered = {
         name: combo_values(config)
         for name, config in {**inputs.get("optional", {}), **inputs.get("required", {})}.items()
@@ -115,10 +115,7 @@ def _combos(inputs: Mapping[str, Any]) -> Mapping[str, Sequence[str]]:
 
 
 def combo_values(config: Any) -> list[str] | None:
-    """Return what a combo offers, in either of its forms: `[[…], {…}]` and `["COMBO", {"options": […]}]`.
-
-    None for an input that is no combo.
-    """
+    """Return the values of a combo, `[[…], {…}]` or `["COMBO", {"options": […]}]`; None for another input."""
     if not isinstance(config, Sequence) or isinstance(config, str) or not config:
         return None
     options = config[1] if len(config) > 1 and isinstance(config[1], Mapping) else {}

@@ -1,7 +1,7 @@
-"""Turns ComfyUI's refusal of a workflow into sentences that say what to change: no I/O.
+"""Turns ComfyUI's validation errors into sentences that say what to change. No I/O.
 
-The types of problem and their fields are those of ComfyUI's `execution.validate_prompt` and `validate_inputs`, seen on
-the wire of 0.3.64 and 0.8.0.
+The types of error and their fields are those of ComfyUI's `execution.validate_prompt` and `validate_inputs`, recorded
+from 0.3.64 and 0.8.0.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from comfy_worker.errors import InvalidWorkflow, MissingModels, MissingNodes
 from comfy_worker.graph.workflow import class_type, find_loop, title
 from comfy_worker.types import Workflow
 
-_SHOWN_CHOICES = 10
-_SHOWN_OUTPUTS = 10
-_MOST_PROBLEMS = 50
-"""How many are named: to look for what may have been meant costs time, and nobody reads more."""
-_LONGEST_GUESSED = 255
-"""A longer value is no misspelt name."""
+_MAX_CHOICES = 10
+_MAX_OUTPUTS = 10
+_MAX_PROBLEMS = 50
+"""Problems in one error: finding the nearest names takes time, and nobody reads more."""
+_MAX_NAME_LENGTH = 255
+"""A longer value is not a misspelled name."""
 _MISSING_NODE = "missing_node_type"
 _NOT_IN_LIST = "value_not_in_list"
 
 ObjectInfo = Callable[[], Mapping[str, Any]]
-"""Tells what `/object_info` says of all node classes; asked only where a refusal leaves something open."""
+"""Returns `/object_info`; called only if the validation error lacks something."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class Problem:
         type: ComfyUI's name for it.
         message: what is wrong, without node and input.
         given: the value that was sent.
-        choices: what could stand there; at most ten, `choice_count` says how many there are.
-        nearest: the choice most like what was given.
-        belongs_to: the folder below ComfyUI's `models/`, or the package of custom nodes, where such things are.
+        choices: up to ten of the `choice_count` possible values.
+        nearest: the possible value that is most like `given`.
+        belongs_to: the folder below ComfyUI's `models/`, or the package of custom nodes, that it belongs to.
     """
 
     type: str
@@ -67,18 +67,18 @@ class Problem:
 
     @property
     def is_missing_node(self) -> bool:
-        """Whether a node class is not there."""
+        """Whether ComfyUI does not have a node class."""
         return self.type == _MISSING_NODE
 
     @property
     def is_missing_model(self) -> bool:
-        """Whether a model file is not there."""
+        """Whether ComfyUI does not have a model file."""
         return self.type == _NOT_IN_LIST and bool(MODEL_FILE.search(str(self.given)))
 
     def __str__(self) -> str:
         """Return the whole sentence, in the form "Node 30 (ckpt_name): …"."""
-        known = [part for part in (self._known(), self.belongs_to) if part]
-        sentence = f"{self.message} ({'; '.join(known)})" if known else self.message
+        notes = [note for note in (self._available(), self.belongs_to) if note]
+        sentence = f"{self.message} ({'; '.join(notes)})" if notes else self.message
         if self.nearest:
             sentence += f"; did you mean {self.nearest!r}?"
         if not self.node_id:
@@ -86,31 +86,31 @@ class Problem:
         where = f"Node {self.node_id} ({self.input_name})" if self.input_name else f"Node {self.node_id}"
         return f"{where}: {sentence}"
 
-    def _known(self) -> str:
-        """Return what ComfyUI takes in place of a value that it does not."""
+    def _available(self) -> str:
+        """Return the values that ComfyUI accepts, for a value that is not in a list."""
         if self.type != _NOT_IN_LIST:
             return ""
         more = ", …" if self.choice_count > len(self.choices) else ""
         return f"{self.class_type} has {', '.join(map(repr, self.choices)) or 'none'}{more}"
 
     def as_details(self) -> dict[str, Any]:
-        """Return the problem for a program; what does not apply is left out."""
+        """Return the problem as JSON, without the fields that do not apply."""
         details = {name: value for name, value in vars(self).items() if value or name == "type"}
-        # 0, false and "" were given too.
+        # A given 0, false or "" is kept.
         return details if self.given is None else {**details, "given": self.given}
 
 
 def refusal(body: Mapping[str, Any], workflow: Workflow, object_info: ObjectInfo) -> InvalidWorkflow:
-    """Return the error for an answer 400 of `/prompt`: every problem in one sentence, and each in `details`.
+    """Return the error for a 400 response of `/prompt`: all problems in one sentence, and each in `details`.
 
-    ComfyUI stops at the first class that it does not have; what else is missing is looked up.
+    ComfyUI stops at the first class that it does not have; the others are looked up here.
     """
     object_info = functools.cache(object_info)
     found = node_problems(body.get("node_errors") or {}, workflow, object_info)
-    problems = list(itertools.islice(found, _MOST_PROBLEMS))
+    problems = list(itertools.islice(found, _MAX_PROBLEMS))
     if not problems and _names_missing_class(body.get("error") or {}):
-        found = _all_that_is_missing(workflow, object_info())
-        problems = list(itertools.islice(found, _MOST_PROBLEMS))
+        found = _missing_classes_and_models(workflow, object_info())
+        problems = list(itertools.islice(found, _MAX_PROBLEMS))
     problems = problems or [_whole_problem(body.get("error") or {}, workflow)]
     sentences = [str(problem) for problem in problems]
     if next(found, None) is not None:
@@ -137,26 +137,26 @@ def _hint(problems: Sequence[Problem]) -> str | None:
 
 
 def skipped_outputs(node_errors: Mapping[str, Any], workflow: Workflow, object_info: ObjectInfo) -> list[str]:
-    """Return a warning for each problem of an answer 200 with `node_errors`: ComfyUI skips what depends on it."""
+    """Return a warning for each of the `node_errors` of a 200 response: ComfyUI skips the outputs that depend on it."""
     warnings = []
     object_info = functools.cache(object_info)
-    for problem in itertools.islice(node_problems(node_errors, workflow, object_info), _MOST_PROBLEMS):
+    for problem in itertools.islice(node_problems(node_errors, workflow, object_info), _MAX_PROBLEMS):
         outputs = [str(output) for output in node_errors[problem.node_id].get("dependent_outputs") or [problem.node_id]]
-        skipped = ", ".join(f"{output} ({title(workflow, output)})" for output in outputs[:_SHOWN_OUTPUTS])
-        more = ", …" if len(outputs) > _SHOWN_OUTPUTS else ""
+        skipped = ", ".join(f"{output} ({title(workflow, output)})" for output in outputs[:_MAX_OUTPUTS])
+        more = ", …" if len(outputs) > _MAX_OUTPUTS else ""
         warnings.append(f"{problem}; ComfyUI skipped output node {skipped}{more}")
     return warnings
 
 
 def node_problems(node_errors: Mapping[str, Any], workflow: Workflow, object_info: ObjectInfo) -> Iterator[Problem]:
-    """Yield every problem that ComfyUI found, in the order of the workflow; ComfyUI's own order is chance."""
-    order = {node_id: place for place, node_id in enumerate(workflow)}
+    """Yield every problem that ComfyUI found, in the order of the workflow: ComfyUI's own order is random."""
+    order = {node_id: index for index, node_id in enumerate(workflow)}
     for node_id, node in sorted(node_errors.items(), key=lambda item: order.get(str(item[0]), len(order))):
         problems = [
             _node_problem(str(node_id), str(node.get("class_type", "")), error, workflow, object_info)
             for error in node.get("errors") or []
         ]
-        inputs = {name: place for place, name in enumerate(workflow.get(str(node_id), {}).get("inputs", {}))}
+        inputs = {name: index for index, name in enumerate(workflow.get(str(node_id), {}).get("inputs", {}))}
         yield from sorted(problems, key=lambda problem: inputs.get(problem.input_name, len(inputs)))
 
 
@@ -168,11 +168,11 @@ def _node_problem(
     input_name = str(extra.get("input_name") or _input_in_details(kind, error))
     if kind == _NOT_IN_LIST:
         values = combo_values(extra.get("input_config"))
-        if values is None:  # ComfyUI leaves long lists out
+        if values is None:  # ComfyUI omits long lists
             values = _choices(object_info(), node_class, input_name)
         return _not_in_list(node_id, input_name, extra.get("received_value"), values, workflow)
     if kind.startswith("exception_during"):
-        # ComfyUI blames the input through which it came here; the missing node is what matters.
+        # ComfyUI names the input through which it reached the node, not the cause.
         input_name = ""
     return Problem(
         type=kind,
@@ -197,7 +197,7 @@ def _not_in_list(node_id: str, input_name: str, given: Any, values: Sequence[str
         title=title(workflow, node_id),
         input_name=input_name,
         given=given,
-        choices=tuple(values[:_SHOWN_CHOICES]),
+        choices=tuple(values[:_MAX_CHOICES]),
         choice_count=len(values),
         nearest=nearest(str(given), values),
         belongs_to=f"they lie in models/{folder}" if folder else None,
@@ -260,7 +260,7 @@ def _names_missing_class(error: Mapping[str, Any]) -> bool:
     return error.get("type") == _MISSING_NODE or "does not exist" in str(error.get("message", ""))
 
 
-def _all_that_is_missing(workflow: Workflow, object_info: Mapping[str, Any]) -> Iterator[Problem]:
+def _missing_classes_and_models(workflow: Workflow, object_info: Mapping[str, Any]) -> Iterator[Problem]:
     """Yield every class and every model file that the workflow needs and ComfyUI does not have."""
     for node_id in missing_classes(workflow, object_info):
         node_class = class_type(workflow, node_id)
@@ -300,14 +300,14 @@ def _loop_message(loop: Sequence[str]) -> str:
 
 
 def nearest(given: str, values: Iterable[str]) -> str | None:
-    """Return the value most like what was given; case, folders and the endings of model files do not count."""
-    if len(given) > _LONGEST_GUESSED:
+    """Return the value that is most like `given`, ignoring case, folders and the extensions of model files."""
+    if len(given) > _MAX_NAME_LENGTH:
         return None
     by_key: dict[str, list[str]] = {}
     for value in values:
         by_key.setdefault(_key(value), []).append(value)
     found = get_close_matches(_key(given), by_key, n=1, cutoff=0.65)
-    # Of several with the same name, the one in the folder that was meant.
+    # Of several files with the same name, take the one whose folder is most alike.
     return get_close_matches(given, by_key[found[0]], n=1, cutoff=0.0)[0] if found else None
 
 

@@ -1,4 +1,4 @@
-"""Turns the events of a job into its state: one consumer that everyone who shows progress shares."""
+"""Turns the events of a job into its progress: the status, streams, webhooks and the progress bar use it."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from comfy_worker.types import (
 
 @dataclass
 class Progress:
-    """Where a job stands.
+    """The progress of one job.
 
     Attributes:
-        node_ids: the nodes of the workflow; those that a node expands into while it runs do not count.
-        stage: which part of its way the job is on.
-        ahead: prompts that ComfyUI runs before this one; None once it runs.
-        node_id: the node at work, with `title`; "" for none.
-        step: of `steps`, what the node at work has done.
-        notice: the last sentence about what the job waits for.
+        node_ids: the nodes of the workflow, without those that a node expands into while it runs.
+        stage: the job's stage.
+        ahead: prompts that ComfyUI runs before this one; None if that is not known.
+        node_id: the running node, with `title`; "" for none.
+        step: how many of `steps` the running node has done.
+        notice: what the job waits for, as a sentence.
     """
 
     node_ids: frozenset[str] = frozenset()
@@ -45,9 +45,9 @@ class Progress:
 
     @property
     def percent(self) -> float:
-        """How much of the workflow has run, from 0 to 100; it never falls while the workflow runs.
+        """How much of the workflow has run, from 0 to 100: finished nodes, and the steps of the running one.
 
-        Counted are nodes done, and the part of the one at work: ComfyUI knows no better.
+        It never decreases during an attempt.
         """
         return 100.0 if self.stage is Stage.DELIVERING else self._percent
 
@@ -57,14 +57,14 @@ class Progress:
         return min(100.0, 100.0 * done / max(1, len(self.node_ids)))
 
     def apply(self, event: JobEvent) -> None:
-        """Take in what happened."""
+        """Update the progress."""
         if isinstance(event, JobStarted):
             self.node_ids = frozenset(event.workflow)
         elif isinstance(event, StageStarted):
             self.stage = event.stage
             self.notice = ""
             if event.stage is Stage.QUEUED:
-                self._start_again()
+                self._start_attempt()
         elif isinstance(event, PromptsAhead):
             self.ahead = event.ahead
         elif isinstance(event, NodesCached):
@@ -83,8 +83,7 @@ class Progress:
             self.notice = event.text
         self._percent = max(self._percent, self._count())
 
-    def _start_again(self) -> None:
-        """Forget what an attempt before this one had done."""
+    def _start_attempt(self) -> None:
         self._done.clear()
         self._percent = 0.0
         self.ahead = None
@@ -95,7 +94,7 @@ class Progress:
         self.step = self.steps = 0.0
 
     def as_output(self) -> dict[str, Any]:
-        """Return the progress as JSON, for a client that asks for the job's status."""
+        """Return the progress as JSON."""
         output: dict[str, Any] = {"stage": self.stage.value, "percent": round(self.percent, 1)}
         if self.stage is Stage.QUEUED and self.ahead is not None:
             output["queue_position"] = max(1, self.ahead)

@@ -1,4 +1,4 @@
-"""When a job may do what, where many share a ComfyUI."""
+"""How many jobs may be in each stage at the same time."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from contextlib import AbstractContextManager, nullcontext
 
 
 class StageLimits:
-    """When a job may do what: here at once; a gateway with many jobs lets them take turns.
+    """No limits; a gateway, whose jobs share a ComfyUI, limits each stage in a subclass.
 
-    Each method returns a context in which the job does its part; entering it waits for the job's turn.
+    Entering the context that a method returns waits until the job may begin the stage.
     """
 
     def staging(self) -> AbstractContextManager[None]:
