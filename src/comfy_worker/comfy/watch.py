@@ -236,5 +236,5 @@ class Watch:
             return True
         if self._last_position is not None:
             return self._last_position.running
-        # ComfyUI tells every client that a prompt was queued: a socket without any frame does not work.
+        # ComfyUI notifies every client of a queued prompt: a socket without any frame does not work.
         return not (self._listened_from_start and self._got_frames)
