@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from comfy_worker.gateway.api.job_updates import JobUpdate, job_updates
 from comfy_worker.gateway.container import Gateway
 from comfy_worker.gateway.events.bus import PROGRESS, STATUS, Event, LocalEventBus, last_progress
 from comfy_worker.gateway.settings import load_gateway_settings
@@ -161,3 +162,36 @@ def test_how_far_an_attempt_is_says_nothing_of_the_next() -> None:
     assert last_progress([*first, told(4, STATUS, status="FAILED")]) == first[-1]
     again = [*first, told(4, STATUS, status="IN_QUEUE"), told(5, STATUS, status="IN_PROGRESS")]
     assert last_progress(again) is None
+
+
+async def updates_of(gateway: Gateway, job_id: str, after: int | None = None) -> list[JobUpdate]:
+    record = await gateway.service.get(job_id)
+    async with aclosing(job_updates(gateway.service, record, after)) as updates:
+        return [update async for update in updates]
+
+
+def test_updates_carry_the_state_and_the_progress_of_the_present_attempt(gateway: Gateway) -> None:
+    async def follow() -> list[JobUpdate]:
+        job_id = await submit(gateway)
+        gateway.bus.publish(job_id, STATUS, {"status": "IN_PROGRESS"})
+        gateway.bus.publish(job_id, PROGRESS, {"stage": "running", "percent": 50.0})
+        await gateway.service.cancel(job_id)
+        return await updates_of(gateway, job_id, after=-1)
+
+    found = [(update.state.value, update.progress.get("percent")) for update in asyncio.run(follow())]
+    assert found[0] == ("IN_QUEUE", None)
+    assert found[-3:] == [("IN_PROGRESS", None), ("IN_PROGRESS", 50.0), ("CANCELLED", None)]
+
+
+def test_the_end_of_a_job_whose_events_have_expired_is_still_sent(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def follow() -> list[JobUpdate]:
+        job_id = await submit(gateway)
+        await gateway.service.cancel(job_id)
+        monkeypatch.setattr(gateway.store, "events_of", lambda *_: [])
+        gateway.bus.forget(job_id)
+        return await updates_of(gateway, job_id)
+
+    [update] = asyncio.run(follow())
+    assert (update.data, update.number) == ({"status": "CANCELLED"}, None)
