@@ -386,7 +386,7 @@ def test_a_gateway_ends_when_another_has_taken_over_and_loses_nothing(
         with Rival(url):
             cut_lock(url)
             assert gateway.process.wait() == 0
-        assert "Another gateway has taken over the database" in gateway.process.output
+        assert "another gateway has taken over the database" in gateway.process.output
         assert "Traceback" not in gateway.process.output
     assert len(comfyui.running()) == 1
 
