@@ -1,1 +1,1 @@
-"""The HTTP service: jobs of all doors, kept in a database, run by an engine."""
+"""The HTTP service: serves the APIs, keeps jobs in a database, and has an engine run them."""
