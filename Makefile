@@ -100,7 +100,7 @@ test: lint $(VENV)/.clients-ready
 	@$(PYTEST)
 
 test-fast: $(VENV)/.dev-ready
-	@$(BIN)/python -m pytest -q -n 2 tests/unit
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile tests/unit
 
 test-real:
 	@test -n "$(COMFYUI_URL)" || { echo "Set COMFYUI_URL to the address of a running ComfyUI" >&2; exit 1; }

@@ -38,6 +38,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("real")
 
 
+def pytest_collection_finish() -> None:
+    """Leave what the imports made out of the collections after each file."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def leftovers() -> Iterator[None]:
     """Have what a file's tests left open complained of with that file, not in whichever test the collector runs."""

@@ -11,9 +11,9 @@ from fastapi import FastAPI
 from comfy_worker.gateway.api_keys import Keys
 from comfy_worker.gateway.app import create_app
 from comfy_worker.gateway.settings import load_gateway_settings
+from tests.integration.test_routes_need_keys import paths_of
 from tests.support.docs.api_table import Row, is_existing_test, page, rows
 from tests.support.paths import ROOT
-from tests.unit.test_routes_need_keys import paths_of
 
 
 @pytest.fixture(scope="module")

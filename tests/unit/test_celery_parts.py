@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -16,7 +15,6 @@ from comfy_worker.gateway.settings import load_gateway_settings
 from comfy_worker.gateway.store.database import connect
 from comfy_worker.gateway.store.records import LOW_PRIORITY, NORMAL_PRIORITY, JobRecord
 from comfy_worker.types import JobState
-from tests.support.processes.process import start_python
 
 PRIORITIES = st.integers(min_value=-(2**31), max_value=2**31)
 
@@ -64,18 +62,6 @@ def test_messages_are_sent_again_only_after_the_longest_job() -> None:
     assert app.conf.task_acks_late
     assert app.conf.task_reject_on_worker_lost
     assert app.conf.worker_prefetch_multiplier == 1
-
-
-@pytest.mark.parametrize("command", ["serve", "worker"])
-@pytest.mark.parametrize("url", ["", "sqlite:///jobs.db", "sqlite+pysqlite:///jobs.db"])
-def test_a_fleet_without_a_database_that_it_can_share_is_refused(tmp_path: Path, command: str, url: str) -> None:
-    environment = {"ENGINE": "celery", "DATABASE_URL": url, "DATA_DIR": str(tmp_path / "data"), "PYTHONPATH": "src"}
-    with start_python("-m", "comfy_worker", command, environment=environment) as process:
-        assert process.wait() == 2
-        assert process.stderr.startswith("Invalid settings: DATABASE_URL: a fleet")
-        assert "a fleet (ENGINE=celery) needs a PostgreSQL in DATABASE_URL" in process.stderr
-        assert len(process.stderr.splitlines()) == 1
-    assert not (tmp_path / "data").exists()
 
 
 @pytest.mark.parametrize("engine", ["local", "runpod", "celery"])

@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import struct
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -95,13 +93,6 @@ def test_a_sampler_can_be_interrupted(bench: RecordingContext) -> None:
     with pytest.raises(InterruptProcessingException):
         k_sample(bench, empty(bench), steps=5)
     assert len(bench.steps) == 2
-
-
-def test_the_time_of_a_step_comes_from_the_environment() -> None:
-    code = "from comfy_emulator.nodes.sampling import STEP_SECONDS; print(STEP_SECONDS)"
-    environment = {"COMFY_EMULATOR_STEP_SECONDS": "0.5", "PYTHONPATH": ":".join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert float(done.stdout) == 0.5
 
 
 @pytest.mark.parametrize(
@@ -342,7 +333,7 @@ def test_the_banner_leaves_most_of_the_picture(bench: RecordingContext) -> None:
     latent = k_sample(bench, empty(bench, 512, 512))
     images = decode(bench, latent)
     bare = landscape(f"{latent.samplings[0].key} #0", 512, 512)
-    assert images[0, :384] == pytest.approx(bare[:384], abs=1 / 255)
+    assert np.abs(images[0, :384] - bare[:384]).max() <= 1 / 255
     assert images[0, 440:].mean() < bare[440:].mean()
 
 

@@ -100,10 +100,10 @@ def test_what_is_no_picture_goes_by_its_name() -> None:
 
 
 def test_a_picture_of_any_size_is_measured_by_its_header() -> None:
-    huge = Image.new("1", (50_000, 20_000))
+    huge = Image.new("1", (50_000, 2_000))
     written = io.BytesIO()
     huge.save(written, "PNG")
-    assert inspect("a.png", written.getvalue()[:200]) == Media("image/png", 50_000, 20_000)
+    assert inspect("a.png", written.getvalue()[:200]) == Media("image/png", 50_000, 2_000)
 
 
 @given(

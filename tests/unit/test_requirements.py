@@ -33,10 +33,10 @@ def extra(name: str) -> set[str]:
     return {Requirement(line).name for line in ast.literal_eval(found[1])}
 
 
-@cache
-def brought_by(name: str) -> frozenset[str]:
-    """Return a distribution with all that is installed with it, whatever the machine."""
-    found, open_ones = set(), [canonicalize_name(name)]
+def brought_by(names: set[str]) -> set[str]:
+    """Return distributions with all that is installed with them, whatever the machine."""
+    found: set[str] = set()
+    open_ones = [canonicalize_name(name) for name in names]
     while open_ones:
         one = open_ones.pop()
         if one in found:
@@ -44,7 +44,7 @@ def brought_by(name: str) -> frozenset[str]:
         found.add(one)
         needed = [Requirement(line) for line in requires(one) or []]
         open_ones += [canonicalize_name(need.name) for need in needed if need.marker is None or need.marker.evaluate()]
-    return frozenset(found)
+    return found
 
 
 @cache
@@ -52,10 +52,10 @@ def distributions_of_packages() -> dict[str, set[str]]:
     """Return each package that can be imported, and what brings it; Python 3.10's own table lacks most of them."""
     found: dict[str, set[str]] = {}
     for one in distributions():
-        # `files` looks for each of a hundred thousand files; its list says enough.
+        name = canonicalize_name(one.metadata["Name"])
+        # Not `files`, which looks for each of them on the disk.
         for line in (one.read_text("RECORD") or "").splitlines():
-            package = line.partition("/")[0].partition(".")[0]
-            found.setdefault(package, set()).add(canonicalize_name(one.metadata["Name"]))
+            found.setdefault(line.partition(",")[0].partition("/")[0].partition(".")[0], set()).add(name)
     return found
 
 
@@ -89,7 +89,7 @@ def run(node: ast.AST) -> Iterator[ast.AST]:
 def test_each_package_that_is_imported_is_installed(files: set[Path], extras: tuple[str, ...]) -> None:
     assert files
     names = required().union(*map(extra, extras))
-    brought = set().union(*map(brought_by, names))
+    brought = brought_by(names)
     bringers = distributions_of_packages()
     missing = {(package, file) for package, file in imported(files) if not bringers[package] & brought}
     assert missing == set()

@@ -22,8 +22,8 @@ from comfy_worker.gateway.errors import NotFound
 from comfy_worker.gateway.settings import load_gateway_settings
 from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.types import JobState
+from tests.integration.test_routes_need_keys import paths_of
 from tests.support.network.ports import closed_port
-from tests.unit.test_routes_need_keys import paths_of
 
 KEYS = Keys(["alice:a-key", "bob:b-key"], admins=["root:r-key"])
 ALICE, BOB, ROOT = ({"Authorization": f"Bearer {key}"} for key in ("a-key", "b-key", "r-key"))

@@ -76,7 +76,9 @@ def test_a_full_queue_is_said_to_be_by_each_api(make: Make, path: str, body: Any
     assert answers[-1].headers["retry-after"]
 
 
-@pytest.mark.parametrize("path", ["/run/broken", "/task/x/broken", "/api/broken", "/api/v1/broken"])
+@pytest.mark.parametrize(
+    "path", ["/run/broken", "/task/x/broken", "/api/broken", "/api/workflow/broken", "/api/v1/broken"]
+)
 def test_a_bug_is_one_sentence_of_each_api(make: Make, path: str) -> None:
     client = make()
     app = client.app
