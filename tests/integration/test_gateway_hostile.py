@@ -247,7 +247,12 @@ def settings_of(case: Mapping[str, Any]) -> dict[str, str]:
 
 
 OF_JOBS = [case for case in BUCKETS if "job" in case]
-OF_SETTINGS = [case for case in BUCKETS if "job" not in case and "BUCKET_ENDPOINT_URL" in case["settings"]]
+OF_SETTINGS = [
+    case
+    for case in BUCKETS
+    if "job" not in case
+    and ("BUCKET_ENDPOINT_URL" in case["settings"] or case["sentence"].startswith("Invalid settings"))
+]
 OF_DELIVERY = [case for case in BUCKETS if case not in OF_JOBS and case not in OF_SETTINGS]
 SERVED_BY_ITSELF = [
     case for case in OF_DELIVERY if case["settings"].get("STORAGE_TYPE") == "local" and len(case["settings"]) == 2

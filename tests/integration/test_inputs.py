@@ -597,10 +597,10 @@ def test_an_object_is_asked_for_on_the_condition_that_it_changed(settings: Setti
 
     s3.client.put_object(Bucket=bucket, Key="changing.png", Body=png(RED))
     assert fetch() == png(RED)
-    [about] = Path(str(settings.input_cache_dir)).glob("*.about")
-    noted = about.stat().st_mtime_ns
+    [metadata] = Path(str(settings.input_cache_dir)).glob("*.json")
+    noted = metadata.stat().st_mtime_ns
     assert fetch() == png(RED)
-    assert about.stat().st_mtime_ns == noted, "it was not fetched again"
+    assert metadata.stat().st_mtime_ns == noted, "it was not fetched again"
     s3.client.put_object(Bucket=bucket, Key="changing.png", Body=png(TEAL))
     assert fetch() == png(TEAL)
 

@@ -201,7 +201,7 @@ def test_a_body_that_is_too_long_goes_without_the_data_of_its_outputs() -> None:
         picture("https://s3/a", "s3_url"),
     ]
     assert "data" not in body["output"]["audio"][0]
-    assert body["note"].endswith(" bytes and may have 2000: the data of its outputs was left out")
+    assert body["note"].endswith(" bytes, and the limit is 2000: the data of its outputs was left out")
     assert json.loads(encode({"id": "a", "output": output}, None)) == {"id": "a", "output": output}
 
 
