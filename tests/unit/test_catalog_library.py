@@ -105,7 +105,7 @@ def test_an_unknown_name_hears_of_the_nearest_or_of_all(shelf: Shelf) -> None:
     ("file", "content", "problem"),
     [
         ("bad.json", "{", "it is not JSON: "),
-        ("bad.json", '{"1": {"class_type": "A", "inputs": {"x": NaN}}}', "it is not JSON: NaN is no number"),
+        ("bad.json", '{"1": {"class_type": "A", "inputs": {"x": NaN}}}', "it is not JSON: NaN is not a number of JSON"),
         ("bad.json", "[" * 100_000, "it nests deeper than 200 levels"),
         (
             "bad.json",
