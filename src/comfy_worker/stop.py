@@ -15,7 +15,7 @@ from comfy_worker.errors import Cancelled, TimedOut
 class Stop:
     """A cancellation that any thread can set once; it wakes up threads that block on behalf of the job.
 
-    The job's prompt is out of ComfyUI when `run_job` returns, not when `set` does.
+    `run_job` removes the job's prompt from ComfyUI before it returns; `set` does not wait for that.
 
     Attributes:
         detached: only this process stops following the job; its prompt stays in ComfyUI.

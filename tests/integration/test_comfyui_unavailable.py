@@ -151,7 +151,7 @@ def test_every_api_says_since_when_comfyui_is_away(served: RestartableGateway, c
     with requests.post(url, json=generate, stream=True, timeout=TIMEOUT_S) as stream:
         lines = (line.removeprefix(b"data: ") for line in stream.iter_lines() if line.startswith(b"data: "))
         assert json.loads(next(lines))["message"] == words
-    served.process.wait_for_line(r"ComfyUI at http://127.0.0.1:\d+ does not answer any more")
+    served.process.wait_for_line(r"ComfyUI at http://127.0.0.1:\d+ no longer answers")
 
 
 def _get(served: RestartableGateway, path: str) -> Any:

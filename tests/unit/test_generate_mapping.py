@@ -244,7 +244,7 @@ def test_what_does_not_fit_into_the_answer_is_left_out_and_said(assets: AssetSto
     large = item("large.png", "asset:/job/large.png", size_bytes=RUNSYNC_LIMIT * 3 // 4)
     small = item("a b.png", "asset:/job/a%20b.png")
     left_out, kept = files({"images": [large, small]}, assets)
-    assert left_out["error"] == "The file does not fit into the answer; take it by its url"
+    assert left_out["error"] == "The file does not fit into the response; fetch it from its url"
     assert left_out["url"] == "https://here/job/large.png"
     assert (kept["data"], "error" in kept) == ("YWJj", False)
 

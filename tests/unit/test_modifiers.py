@@ -132,13 +132,15 @@ def test_runs_do_not_share_their_workflow_or_the_callers_values(folder: Path, mo
     assert values == {"list": []}
 
 
-def test_a_modifier_without_a_workflow_changes_the_one_that_it_is_sent(folder: Path, modifiers: Modifiers) -> None:
+def test_a_modifier_without_a_workflow_file_loads_a_workflow_itself(folder: Path, modifiers: Modifiers) -> None:
     write(folder, "Any", "self.workflow['6']['inputs']['text'] = 'hello'", workflow="")
-    sent = json.loads(json.dumps(GRAPH))
-    assert workflow_made_by(modifiers, "Any", workflow_json=sent)["6"]["inputs"]["text"] == "hello"
-    assert sent == GRAPH
-    with pytest.raises(InvalidInput, match="Modifier Any has no workflow of its own"):
+    with pytest.raises(ModifierFailed, match="Modifier Any has no WORKFLOW_JSON"):
         workflow_made_by(modifiers, "Any")
+    with (folder / "any.py").open("a") as file:
+        file.write(
+            f"\n    async def load_workflow(self, workflow=None):\n        await super().load_workflow({GRAPH!r})\n"
+        )
+    assert workflow_made_by(modifiers, "Any")["6"]["inputs"]["text"] == "hello"
 
 
 def test_what_a_modifier_may_take_over_from_its_base(folder: Path, modifiers: Modifiers) -> None:

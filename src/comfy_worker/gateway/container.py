@@ -75,17 +75,17 @@ class Gateway:
         """
         data = Path(settings.data_dir)
         data.mkdir(mode=0o700, parents=True, exist_ok=True)
-        database = settings.database_url.get_secret_value() if settings.database_url else f"sqlite:///{data}/jobs.db"
+        url = settings.database_url.get_secret_value() if settings.database_url else f"sqlite:///{data}/jobs.db"
         self.on_takeover: Callable[[], None] = _ignore
         self.on_runpod_webhook: Callable[[str, str | None], None] = _ignore
         given_key = settings.gateway_key
         own_key = given_key.get_secret_value() if given_key else stored_secret(data / "gateway.key")
         with ExitStack() as stack:
-            engine = connect(database)
-            stack.callback(engine.dispose)
+            database = connect(url)
+            stack.callback(database.dispose)
             if settings.engine == "local":
-                stack.enter_context(gateway_lock(engine, on_lost=self._stop_after_takeover))
-            self.store = wait_for_database(lambda: JobStore(engine, own_key.encode()))
+                stack.enter_context(gateway_lock(database, on_lost=self._stop_after_takeover))
+            self.store = wait_for_database(lambda: JobStore(database, own_key.encode()))
             self.library = Catalog(settings.workflows_dir, history=StoredVersions(data / "workflow_versions"))
             self.bus, self.assets = bus or make_bus(settings), AssetStore(data / "assets")
             self.links = AssetLinks(_links_key(settings), settings.asset_url_expires_s)
@@ -110,7 +110,7 @@ class Gateway:
                 recover_orphans=self._engine.recover_orphans,
                 leader_lock=(lambda: nullcontext(True))
                 if settings.engine == "local"
-                else (lambda: leader_lock(engine)),
+                else (lambda: leader_lock(database)),
             )
             self.service = JobService(
                 self.store,

@@ -17,7 +17,7 @@ class WorkflowNotFound(NotFound):
 
 
 class ExecutionNotFound(NotFound):
-    """The execution of a named workflow does not exist (any more)."""
+    """The execution of a named workflow does not exist, or has expired."""
 
 
 class FileMissing(WorkerError):

@@ -95,4 +95,4 @@ def configure_gateway_logs(level: str, secrets: Sequence[str], form: str) -> Non
 
 def _log_uncaught(_kind: type[BaseException], error: BaseException, _trace: object) -> None:
     if not isinstance(error, KeyboardInterrupt):
-        logging.getLogger("comfy_worker").critical("the gateway stops because of an unexpected error", exc_info=error)
+        logging.getLogger("comfy_worker").critical("the gateway stops because of a bug", exc_info=error)

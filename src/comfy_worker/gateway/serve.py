@@ -96,7 +96,7 @@ def make_application() -> Application:
             raise InvalidInput(f"uvicorn was started with {options.workers} workers. {error.message}") from None
         applications.append(Application(_make_app(settings)))
         if settings.port_health is not None:
-            log.warning("PORT_HEALTH has no effect under uvicorn main:app; /ping is answered at the server's own port")
+            log.warning("PORT_HEALTH has no effect under uvicorn main:app; /ping is served at the server's own port")
         return 0
 
     if code := exit_code_of(make):

@@ -28,7 +28,7 @@ class GatewaySettings(Settings):
     api_port: Annotated[int, Field(ge=0, le=65535)] = read_from("API_PORT", "PORT", default=8000)
     """Port to listen on; 0 chooses a free one."""
     port_health: Port | None = None
-    """Another port, which answers only `/ping`; RunPod's load balancer may require one."""
+    """Another port, which serves only `/ping`; RunPod's load balancer may require one."""
     api_reload: bool = False
     """Restart whenever the gateway's code changes, for development."""
     api_cache: Literal["memory", "redis"] = "memory"

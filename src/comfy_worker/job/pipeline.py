@@ -40,7 +40,7 @@ def run_job(
     """Run a job on ComfyUI and return its outputs, delivered.
 
     Blocks until the end; safe to call from several threads with one client. When it returns or raises, the prompt is
-    out of ComfyUI, unless ComfyUI itself no longer answers or `stop` was detached.
+    out of ComfyUI, unless ComfyUI does not respond, a node has ignored interrupts for 10 s, or `stop` was detached.
 
     Raises:
         WorkerError: the job failed, was cancelled or took too long, as the class says. Its `partial` has the outputs

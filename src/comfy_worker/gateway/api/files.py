@@ -76,7 +76,7 @@ async def get_file(
 ) -> Response:
     """Return an output's file, or a range of it; needs a key or a signed link from a response.
 
-    With a key, a file in a bucket is answered with a redirect to it.
+    With a key, the response for a file in a bucket is a redirect to it.
     """
     name = f"{job_id}/{path}"
     if not has_caller():

@@ -42,7 +42,7 @@ EXAMPLE_WITH_INPUT: dict[str, Any] = {
         ],
     }
 }
-"""A job with a picture of its own."""
+"""A job with an image of its own."""
 EXAMPLE_IN_FULL: dict[str, Any] = {
     "input": {**EXAMPLE_JOB["input"], "convert": {"format": "webp", "quality": 80}, "timeout_s": 60},
     "policy": {"executionTimeout": 120_000, "ttl": 3_600_000, "lowPriority": True},
@@ -59,7 +59,7 @@ _MAX_WARNINGS = 10
 class ErrorResponse(BaseModel):
     """Why a request failed."""
 
-    error: str = Field(description="One sentence for a person.", examples=["There is no such job (any more)"])
+    error: str = Field(description="One sentence for a person.", examples=["There is no such job, or it has expired"])
     code: str = Field(description="For programs; it never changes.", examples=["not_found"])
     hint: str | None = Field(None, description="How to fix it.")
     details: Any = Field(None, description="What exactly is wrong, if there is more to say.")
@@ -92,14 +92,14 @@ class CatalogErrorResponse(BaseModel):
 ERROR_RESPONSES: tuple[type[BaseModel], ...] = (ErrorResponse, DetailedErrorResponse, CatalogErrorResponse)
 """The models that `error_responses` refers to; the OpenAPI description has to include their schemas."""
 OPEN_ERRORS = (400, 408, 413, 500)
-"""Statuses that every route can answer with."""
+"""Statuses that every route can return."""
 COMMON_ERRORS = (*OPEN_ERRORS, 401, 429, 503)
-"""Statuses that every route that needs a key can answer with."""
+"""Statuses that every route that needs a key can return."""
 _ERRORS = {
     400: "The request is invalid.",
     401: "The key, or the link's signature, is missing or wrong.",
     403: "The key does not allow this.",
-    404: "There is no such job or file (any more), or it belongs to another key.",
+    404: "There is no such job or file, or it has expired, or it belongs to another key.",
     408: "The rest of the request does not arrive.",
     409: "The current state does not allow this.",
     413: "The request, or the response, is too large.",
@@ -116,7 +116,7 @@ _ERRORS = {
 
 
 def error_responses(*statuses: int, model: type[BaseModel] = ErrorResponse) -> dict[int | str, dict[str, Any]]:
-    """Return the `responses` of a router or route that can answer with these statuses.
+    """Return the `responses` of a router or route that can return these statuses.
 
     They refer to the model's schema. If they had the model itself, FastAPI would prepare its validation for each status
     of each route, which takes a sixth of a gateway's start.

@@ -61,7 +61,7 @@ class RunningJob:
 
     @property
     def may_be_in_comfyui(self) -> bool:
-        """Whether its prompt may be in ComfyUI; once its stop is set, False does not change any more."""
+        """Whether its prompt may be in ComfyUI; once its stop is set, False is final."""
         return self.job.may_be_in_comfyui or self.stage in (Stage.QUEUED, Stage.RUNNING)
 
     def enter(self, stage: Stage) -> None:
@@ -153,7 +153,7 @@ def connect(url: str, settings: GatewaySettings, assets: AssetStore, capacity: i
         own["delivery"] = "base64"
     settings = settings.model_copy(update=own)
     storages = StorageFactory(settings, inline=lambda _budget, _overflow: assets.storage())
-    # Refuse invalid settings now, before a job has run in vain.
+    # Refuse invalid settings now, not after a job has run.
     storages.check()
     return Backend(Worker(settings, storages), PrioritySemaphore(settings.generation_workers), capacity, name=name)
 

@@ -96,7 +96,7 @@ class LocalEngine:
     # --------------------------------------------------------------------------------------- start and stop
 
     def start(self) -> None:
-        """Take up every job that has not ended, and begin to work."""
+        """Resume every job that has not ended, and begin to work."""
         self._run_times.learn(reversed(wait_for_database(lambda: self._store.latest(limit=_LEARNED_FROM))))
         for record in wait_for_database(self._store.unfinished):
             self.submit(record)
@@ -126,7 +126,7 @@ class LocalEngine:
         self.enqueue(WaitingJob(replace(record, request={})))
 
     def recover_orphans(self) -> None:
-        """Take up unfinished jobs of the store that this engine does not know, if it did not at the last call either.
+        """Resume unfinished jobs of the store that this engine does not know, if it did not at the last call either.
 
         The database accepted them, or stored that they run, and its reply was lost.
 
@@ -137,7 +137,7 @@ class LocalEngine:
         with self._lock:
             unknown = found.keys() - self._running.keys() - {job.id for job in self._queue}
         for job_id in unknown & self._unknown:
-            log.warning("job %s is taken up: it is in the database, and was not worked on", job_id)
+            log.warning("resuming job %s: it is open in the database but was not queued here", job_id)
             self.submit(found[job_id])
         self._unknown = unknown
 
@@ -152,7 +152,7 @@ class LocalEngine:
             self._bus.publish(job.id, PROGRESS, position.as_progress())
 
     def cancel(self, job_id: str) -> None:
-        """Stop working on a cancelled job; return when it is out of ComfyUI.
+        """Stop working on a cancelled job; return when it is out of ComfyUI, or ignores interrupts.
 
         Uploads and downloads end by themselves; this does not wait for them.
         """
@@ -357,4 +357,4 @@ class LocalEngine:
             self._lock.notify_all()
         if has_changed:
             level = logging.INFO if healthy else logging.WARNING
-            log.log(level, "the ComfyUI at %s %s", backend.url, "answers" if healthy else "does not answer any more")
+            log.log(level, "the ComfyUI at %s %s", backend.url, "answers" if healthy else "no longer answers")

@@ -40,7 +40,7 @@ class ProgressPublisher:
         changed: threading.Condition,
         position_fields: PositionFields,
     ) -> None:
-        """Take the parts; `changed` guards the run times, and is notified when a ComfyUI can take another job."""
+        """`changed` guards the run times, and is notified when a ComfyUI can take another job."""
         self._store = store
         self._progress_writer = progress_writer
         self._bus = bus

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
+from comfy_worker.comfy import recovery
 from comfy_worker.errors import (
     Cancelled,
     ComfyCrashed,
@@ -56,10 +57,10 @@ class RunnerHost(Protocol):
         """Put a job that has not ended back into the queue."""
 
     def before_submit(self, running: RunningJob) -> None:
-        """Take notice that a job's prompt may be in ComfyUI from now on."""
+        """Called before a job's prompt is submitted to ComfyUI."""
 
     def before_end(self, running: RunningJob) -> None:
-        """Take notice that a job is about to end, or to be put back into the queue."""
+        """Called before a job ends or is put back into the queue."""
 
     def has_other_backends(self) -> bool:
         """Return whether there are other ComfyUIs that could run a job."""
@@ -100,7 +101,7 @@ class Runner:
         except DatabaseUnavailable:
             log.warning("job %s is left as it is: the database does not answer", running.job.id)
         except Exception:
-            log.exception("job %s failed with an unexpected error", running.job.id)
+            log.exception("job %s failed because of a bug", running.job.id)
             error = InternalError("The gateway failed because of a bug of its own; its log says where")
             self._finish(running.job, JobState.FAILED, error=error.as_output())
 
@@ -175,7 +176,7 @@ class Runner:
         return None
 
     def _claim(self, running: RunningJob) -> str | None:
-        """Claim a job for a new prompt_id on this ComfyUI; return None if the job does not wait any more."""
+        """Claim a job for a new prompt_id on this ComfyUI; return None if the job no longer waits."""
         job, url, prompt_id = running.job, running.backend.url, str(uuid.uuid4())
         before = job.record.prompt_id
         if job.record.state is JobState.IN_PROGRESS:
@@ -275,10 +276,7 @@ def remove_prompt(job: WaitingJob, backend: Backend | None) -> None:
     """Remove the prompt of a job from ComfyUI, which it has since before a restart."""
     if backend is None or job.record.backend != backend.url or job.record.prompt_id is None:
         return
-    try:
-        backend.worker.client.remove(job.record.prompt_id)
-    except ComfyUnreachable:
-        log.warning("the prompt of job %s may still be in ComfyUI, which does not answer", job.id)
+    recovery.remove_prompt(backend.worker.client, job.record.prompt_id)
 
 
 def _has_lost_something(output: Mapping[str, Any]) -> bool:

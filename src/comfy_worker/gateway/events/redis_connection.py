@@ -43,7 +43,7 @@ class RedisConnection:
     """Commands to a Redis, from any thread. While it is away they fail at once, and a thread checks for its return."""
 
     def __init__(self, url: str, on_return: Callable[[Redis], None], consequence: str) -> None:
-        """Take the parts.
+        """Connect at the first command.
 
         Args:
             url: of the Redis.

@@ -36,7 +36,7 @@ class RedisSubscriber:
         jobs: Callable[[], Iterable[str]],
         report_gaps: Callable[[float], None],
     ) -> None:
-        """Take the parts.
+        """Connect at the first subscription.
 
         Args:
             url: of the Redis.

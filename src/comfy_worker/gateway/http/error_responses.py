@@ -39,7 +39,7 @@ _MAX_QUOTE = 200
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Let the application answer every error in the form of the API that was called."""
+    """Have the application return every error in the form of the API that was called."""
     app.add_exception_handler(WorkerError, _handle_worker_error)
     app.add_exception_handler(RequestValidationError, _handle_validation_error)
     app.add_exception_handler(HTTPException, _handle_http_exception)
@@ -47,7 +47,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
 
 async def _handle_worker_error(request: Request, error: Exception) -> SafeJSONResponse:
-    """Answer an error of ours; for a WebSocket that is not accepted yet, Starlette makes it a denial response."""
+    """Return the response to a `WorkerError`; before a WebSocket is accepted, Starlette makes it a denial response."""
     assert isinstance(error, WorkerError), "registered for this class"  # noqa: S101
     return error_response(error, request.url.path)
 
@@ -73,7 +73,7 @@ async def _handle_http_exception(request: Request, error: Exception) -> SafeJSON
 
 
 async def _handle_bug(request: Request, error: Exception) -> SafeJSONResponse:
-    log.error("unexpected error while handling a request", exc_info=error)
+    log.error("handling a request failed because of a bug", exc_info=error)
     return error_response(InternalError("The gateway failed because of a bug of its own"), request.url.path)
 
 

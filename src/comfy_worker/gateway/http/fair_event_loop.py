@@ -58,7 +58,7 @@ class FairSelector(selectors.DefaultSelector):
 
 
 class FairEventLoop(asyncio.SelectorEventLoop):
-    """An event loop with such a selector.
+    """An event loop that uses `FairSelector`.
 
     Attributes:
         sockets: the selector.

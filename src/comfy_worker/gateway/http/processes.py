@@ -24,7 +24,7 @@ Serve = Callable[[str, int], None]
 def open_port(host: str, port: int) -> socket.socket:
     """Return a socket that shares its port with others; it gets connections once it listens.
 
-    With a socket of its own, a process that stops can answer all its connections, and new ones go to the others.
+    With a socket of its own, a process that stops can respond on all its connections, and new ones go to the others.
 
     Raises:
         OSError: it cannot be bound.

@@ -65,7 +65,7 @@ def closing(message: Message) -> Message:
 
 
 class UnreadBodyMiddleware:
-    """Closes the connection of a request that is answered before its body has been read, usually with an error.
+    """Closes the connection of a request whose response is sent before its body has been read, usually with an error.
 
     Some of the rest is read and discarded first: a client that is still sending would otherwise find its connection
     broken, and not read the response.

@@ -209,7 +209,7 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Accept no more connections, end streams, and stop when all other requests have been answered.
+        """Accept no more connections, end streams, and stop when all other requests have been handled.
 
         A load balancer that finds the port closed goes to another gateway.
         """

@@ -36,7 +36,7 @@ async def send_messages(websocket: WebSocket, messages: AsyncGenerator[Mapping[s
         disconnect.cancel()
         [failure, _] = await asyncio.gather(sending, disconnect, return_exceptions=True)
     if isinstance(failure, Exception) and not isinstance(failure, _CLIENT_GONE):
-        log.error("unexpected error while serving a WebSocket", exc_info=failure)
+        log.error("serving a WebSocket failed because of a bug", exc_info=failure)
         with contextlib.suppress(RuntimeError):  # the client has closed it meanwhile
             await websocket.close(_INTERNAL_ERROR)
 

@@ -23,7 +23,7 @@ class TooManyWrongKeys(RateLimited):
     """Too many wrong keys came from one address.
 
     Attributes:
-        retry_after_s: seconds until a wrong key is answered with 401 again.
+        retry_after_s: seconds until a wrong key gets a 401 again.
     """
 
     def __init__(self, retry_after_s: int) -> None:

@@ -55,7 +55,7 @@ class AssetStore:
         """Return the path of the file `<job>/<path>`.
 
         Raises:
-            NotFound: there is no such file (any more), or the path leads out of the job's folder.
+            NotFound: there is no such file, or the path leads out of the job's folder.
         """
         found = _below(self._folder, path)
         if found is not None and not found.is_file():
@@ -112,7 +112,7 @@ class AssetStore:
 
 def no_such_file() -> NotFound:
     """Return the error for a file that does not exist, or that its caller may not see."""
-    return NotFound("There is no such file (any more)")
+    return NotFound("There is no such file, or it has expired")
 
 
 def _below(folder: Path, path: str) -> Path | None:

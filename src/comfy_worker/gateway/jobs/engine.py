@@ -14,16 +14,19 @@ class Engine(Protocol):
     """Runs the gateway's jobs, and stores how they end."""
 
     def start(self) -> None:
-        """Take up every job that has not ended, and begin to work."""
+        """Resume every job that has not ended, and begin to work."""
 
     def stop(self) -> None:
-        """End without losing a job: the next start takes up those that have not ended."""
+        """End without losing a job: the next start resumes those that have not ended."""
 
     def submit(self, record: JobRecord) -> None:
         """Queue a job that is in the store."""
 
     def cancel(self, job_id: str) -> None:
-        """Stop working on a job that is CANCELLED in the store; return when it is off the GPU."""
+        """Stop working on a job that is CANCELLED in the store.
+
+        Return when its prompt is out of ComfyUI, or when the engine gives up waiting for that, which it logs.
+        """
 
     def positions(self) -> Mapping[str, QueuePosition]:
         """Return the position of every job that waits or runs, by its id."""

@@ -38,7 +38,7 @@ class JobEvents(JobReader):
     """Reads jobs, and follows them."""
 
     def __init__(self, store: JobStore, bus: EventBus, engine: Engine, peers: Peers | None = None) -> None:
-        """Take the parts; see `JobReader`."""
+        """See `JobReader`; `bus` has the events."""
         super().__init__(store, engine, peers)
         self._bus = bus
 
@@ -69,7 +69,7 @@ class JobEvents(JobReader):
             known: the state that the reader knows; if the job is in another one by now, that change comes first.
 
         Raises:
-            NotFound: there is none with this id (any more).
+            NotFound: there is none with this id.
         """
         with self._bus.subscribe(job_id) as subscription:
             sent = -1 if after is None else after
@@ -107,7 +107,7 @@ class JobEvents(JobReader):
         """Return the known events of a job after a number; of one that has ended, at least its end.
 
         Raises:
-            NotFound: there is none with this id any more.
+            NotFound: there is none with this id.
         """
         record = await self.get(job_id)
         missed = await self._missed(record, number)

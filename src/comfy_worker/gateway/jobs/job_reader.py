@@ -30,7 +30,7 @@ class JobReader:
     """Reads the jobs of this gateway and of its peers."""
 
     def __init__(self, store: JobStore, engine: Engine, peers: Peers | None = None) -> None:
-        """Take the parts; `peers` are other gateways whose jobs are shown too."""
+        """`peers` are other gateways whose jobs are shown too."""
         self._store = store
         self._engine = engine
         self._peers = peers
@@ -41,7 +41,7 @@ class JobReader:
         """Return a job, without its request.
 
         Raises:
-            NotFound: there is none with this id (any more), or the caller may not see it.
+            NotFound: there is none with this id, or the caller may not see it.
         """
         caller = current_caller()
         record = await run_in_threadpool(self._find, job_id)
@@ -171,4 +171,4 @@ class JobReader:
 
 def no_such_job(job_id: str) -> NotFound:
     """Return the error for a job that does not exist."""
-    return NotFound(f"There is no job {job_id!r} (any more)")
+    return NotFound(f"There is no job {job_id!r}, or it has expired")

@@ -66,7 +66,7 @@ class GatewayCollector(Collector):
     def __init__(
         self, store: JobStore, backends: Callable[[], Sequence[Mapping[str, Any]]], urls: Sequence[str] = ()
     ) -> None:
-        """Take the parts; `urls` are those of ComfyUIs with their passwords, which `backends` leaves out."""
+        """`urls` are those of ComfyUIs with their passwords, which `backends` leaves out."""
         self._store = store
         self._backends = backends
         self._urls = {without_credentials(url): url for url in urls}
@@ -131,9 +131,9 @@ class GatewayCollector(Collector):
             return _SystemStats()
         url = backend["url"]
         try:
-            answer = requests.get(f"{self._urls.get(url, url)}/system_stats", timeout=_STATS_TIMEOUT_S)
-            answer.raise_for_status()
-            return _SystemStats.model_validate_json(answer.content)
+            response = requests.get(f"{self._urls.get(url, url)}/system_stats", timeout=_STATS_TIMEOUT_S)
+            response.raise_for_status()
+            return _SystemStats.model_validate_json(response.content)
         except (requests.RequestException, ValidationError) as error:
             log.info("ComfyUI %s did not report its memory: %s", url, type(error).__name__)
             return _SystemStats()

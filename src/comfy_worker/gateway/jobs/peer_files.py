@@ -12,7 +12,7 @@ from comfy_worker.gateway.jobs.assets import AssetStore, PeerFile
 from comfy_worker.gateway.jobs.peers import Peers
 
 READ_FILE = "file"
-"""The kind of request that `read_chunk` answers."""
+"""The kind of request that `read_chunk` handles."""
 _CHUNK = 4 * 1024 * 1024
 
 
@@ -20,7 +20,7 @@ def read_chunk(assets: AssetStore, request: Mapping[str, Any]) -> str:
     """Return a chunk of a file of ours, in base64; it is empty at the end of the file.
 
     Raises:
-        NotFound: there is no such file (any more).
+        NotFound: there is no such file.
     """
     with assets.path_of(str(request["path"])).open("rb") as file:
         file.seek(int(request["offset"]))

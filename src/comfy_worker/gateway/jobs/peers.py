@@ -1,4 +1,4 @@
-"""Gateways that share a Redis and nothing else: each runs jobs of its own, and any of them answers for all.
+"""Gateways that share a Redis and nothing else: each runs jobs of its own, and any of them serves the jobs of all.
 
 A gateway keeps a copy of each of its jobs in Redis, without the request, and publishes the state of its queue there.
 What only the job's own gateway can do (cancel it, run it again, read its files) is requested through a list in Redis.
@@ -130,7 +130,7 @@ class Peers:
 
     def _publish(self, queue_state: Callable[[], Mapping[str, Any]]) -> None:
         while True:
-            # An outage is logged where it is met first.
+            # An outage is logged where it is noticed first.
             with contextlib.suppress(RedisAway, DatabaseUnavailable):
                 self._copy_dirty()
                 state = json.dumps(queue_state())
@@ -231,8 +231,8 @@ class Peers:
             client.close()
         if found is None:
             raise _away(gateway)
-        answer: Mapping[str, Any] = json.loads(found)
-        return answer
+        reply_body: Mapping[str, Any] = json.loads(found)
+        return reply_body
 
     def _wait_for_reply(self, client: Redis, reply: str, gateway: str) -> bytes | None:
         """Return a reply; None if it takes too long, or if its gateway goes away."""
@@ -261,22 +261,22 @@ class Peers:
                     self._stopping.wait(_LISTEN_S)
                     continue
                 if found is not None:
-                    threads.submit(self._answer, handle, json.loads(found[1]))
+                    threads.submit(self._handle, handle, json.loads(found[1]))
         client.close()
 
-    def _answer(self, handle: Handler, request: Mapping[str, Any]) -> None:
+    def _handle(self, handle: Handler, request: Mapping[str, Any]) -> None:
         try:
-            answer: dict[str, Any] = {"value": handle(request)}
+            result: dict[str, Any] = {"value": handle(request)}
         except WorkerError as error:
-            answer = {"error": error.as_output()}
+            result = {"error": error.as_output()}
         except Exception:
-            log.exception("a request of another gateway failed with an unexpected error")
-            answer = {
+            log.exception("a request of another gateway failed because of a bug")
+            result = {
                 "error": {"error": "The job's gateway failed because of a bug of its own", "code": InternalError.code}
             }
 
         def reply(client: Redis) -> None:
-            client.rpush(request["reply"], json.dumps(answer))
+            client.rpush(request["reply"], json.dumps(result))
             client.expire(request["reply"], _REPLY_KEPT_S)
 
         with contextlib.suppress(RedisAway):

@@ -58,7 +58,7 @@ class ProgressWebhooks:
                 self._reports.pop(job_id, None)
 
     async def end(self, job_id: str) -> None:
-        """Send no more progress of a job; return when the request under way is answered."""
+        """Send no more progress of a job; return when the request under way has ended."""
         with self._lock:
             closing: list[Future[None]] = [
                 self._webhooks.submit(report.close()) for report in self._reports.get(job_id, ())

@@ -28,7 +28,7 @@ class Retention:
         leader_lock: Callable[[], AbstractContextManager[bool]] = lambda: nullcontext(True),
         interval_s: float = _INTERVAL_S,
     ) -> None:
-        """Take the parts.
+        """Nothing is removed before `start`.
 
         Args:
             store: has the jobs.

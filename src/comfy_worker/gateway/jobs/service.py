@@ -54,7 +54,7 @@ class JobService(JobEvents):
         library: Catalog | None = None,
         peers: Peers | None = None,
     ) -> None:
-        """Take the parts.
+        """The engine is started by the caller.
 
         Args:
             store: has the jobs.
@@ -197,12 +197,14 @@ class JobService(JobEvents):
     # -------------------------------------------------------------------------------- cancel, retry, purge
 
     async def cancel(self, job_id: str) -> JobRecord:
-        """End a job; when this returns, it is off the GPU. One that has ended stays as it is.
+        """End a job, and wait for the engine to remove it from ComfyUI; one that has ended stays as it is.
+
+        The wait is limited, so a node that ignores interrupts may still run when this returns; the log says so then.
 
         docs/explanation/cancel.md follows a cancel from here to ComfyUI.
 
         Raises:
-            NotFound: there is none with this id (any more).
+            NotFound: there is none with this id.
         """
         await self.get(job_id)
         if not await self._ask_peer(job_id, "cancel"):
@@ -230,7 +232,7 @@ class JobService(JobEvents):
         await asyncio.shield(cancelling)
 
     def _cancel_own(self, job_id: str, *, only_waiting: bool = False) -> bool:
-        """Cancel a job of this gateway, and return when it is off the GPU; return whether that ended it."""
+        """Cancel a job of this gateway, and wait for the engine to remove it; return whether that ended it."""
         now = time.time()
         changed = self._store.finish(job_id, JobState.CANCELLED, now, only_waiting=only_waiting)
         record = self._store.get(job_id)
@@ -247,7 +249,7 @@ class JobService(JobEvents):
         """Run a job again that failed or timed out.
 
         Raises:
-            NotFound: there is none with this id (any more).
+            NotFound: there is none with this id.
             NotPossible: it did neither.
         """
         await self.get(job_id)
@@ -304,7 +306,7 @@ class JobService(JobEvents):
         """Handle a request of another gateway, which has checked its caller; return whether it changed the job.
 
         Raises:
-            NotFound: there is no such job (any more).
+            NotFound: there is no such job.
             NotPossible: it is in a state in which this cannot be done.
         """
         job_id, what = str(request["id"]), request["what"]

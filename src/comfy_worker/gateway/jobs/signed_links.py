@@ -38,7 +38,7 @@ class AssetLinks:
             Unauthorized: it is not, or it has.
         """
         if not self._signer.verify_signature(_signed(path, expires), signature):
-            raise Unauthorized("The link's signature is not right", hint="Take the link as it is from the job's output")
+            raise Unauthorized("The link's signature is invalid", hint="Use the link from the job's output unchanged")
         if time.time() > expires:
             raise Unauthorized("The link has expired", hint="Ask for the job's status again")
 

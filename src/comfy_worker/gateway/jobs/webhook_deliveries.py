@@ -68,7 +68,7 @@ class WebhookDeliveries:
         first_backoff_s: float = _FIRST_BACKOFF_S,
         is_shared: bool = False,
     ) -> None:
-        """Take the parts.
+        """Nothing is sent before `start`.
 
         Args:
             store: has the jobs, and the webhooks that are due.
@@ -106,7 +106,7 @@ class WebhookDeliveries:
         self._stopping = False
         self._under_way: dict[str, asyncio.Task[None]] = {}
         self._lost_claims: set[float] = set()
-        """When claims end whose webhooks are unknown, because the database's reply was lost."""
+        """Expiry times of claims whose result was lost with the database's reply."""
         self._thread = threading.Thread(target=lambda: asyncio.run(self._send_all()), name="webhooks")
 
     def start(self) -> None:
@@ -224,7 +224,7 @@ class WebhookDeliveries:
             return f"it was not accepted{where}: {error}", isinstance(error, TryAgain)
         except Exception as error:  # noqa: BLE001 - one webhook's bug must not end all others
             secrets = [webhook.secret, webhook.url] if webhook else []
-            return redact(f"it failed with an unexpected error: {where_it_broke(error)}", secrets), True
+            return redact(f"it failed because of a bug: {where_it_broke(error)}", secrets), True
         return None, False
 
     def _message(self, delivery: WebhookDelivery) -> Message | None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from comfy_worker.errors import InvalidInput
 from comfy_worker.gateway.modifiers.errors import MissingValue, ModifierFailed
 from comfy_worker.gateway.modifiers.random_ints import HIGHEST, RANDOM_INT, fill_random_ints
 from comfy_worker.gateway.modifiers.values import RecordedValues
@@ -34,7 +33,7 @@ class BaseModifier:
     `from modifiers.basemodifier import BaseModifier`.
 
     Attributes:
-        WORKFLOW_JSON: the workflow's file, in API format; "" for a modifier that changes the workflow in the request.
+        WORKFLOW_JSON: the workflow's file, in API format; "" for a modifier that overrides `load_workflow`.
         RANDOM_INT_PLACEHOLDER: text in the workflow that is replaced with a random integer.
         RANDOM_INT_MIN: the lowest of these integers.
         RANDOM_INT_MAX: the highest of these integers.
@@ -65,15 +64,14 @@ class BaseModifier:
         """Load `self.workflow` from the file or, for a modifier without a file, copy `workflow`.
 
         Raises:
-            InvalidInput: there is neither.
-            ModifierFailed: the file does not exist, or is no JSON object.
+            ModifierFailed: there is neither; or the file does not exist, or is no JSON object.
         """
         if self.WORKFLOW_JSON:
             self.workflow = self._read_workflow()
         elif workflow:
             self.workflow = copy.deepcopy(dict(workflow))
         else:
-            raise InvalidInput(f"Modifier {self._name} has no workflow of its own, and the request has none")
+            raise ModifierFailed(f"Modifier {self._name} has no WORKFLOW_JSON")
 
     async def modify_workflow_value(self, key: str, default: Any = None) -> Any:
         """Return the request's value for `key`, or else `default`.

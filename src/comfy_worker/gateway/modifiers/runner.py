@@ -57,14 +57,12 @@ def run_modifier(
     modifiers: Modifiers,
     name: str,
     modifications: Mapping[str, Any] | None = None,
-    workflow_json: Mapping[str, Any] | None = None,
     *,
     timeout_s: float = 30.0,
 ) -> ModifierResult:
     """Run the modifier `name` and return its workflow. Blocks, so call it in a worker thread.
 
-    The modifier runs in a thread and an event loop of its own. Only modifiers without a `WORKFLOW_JSON` use
-    `workflow_json`. Neither it nor `modifications` is changed.
+    The modifier runs in a thread and an event loop of its own. `modifications` is not changed.
 
     Raises:
         InvalidInput: there is no such modifier, a value is missing (`MissingValue`), or the modifier refused a value.
@@ -73,7 +71,7 @@ def run_modifier(
     """
     found = modifiers.find(name)
     values = copy.deepcopy(dict(modifications or {}))
-    outcome = _start(found.name, lambda: _within(timeout_s, _modified(found, values, workflow_json)))
+    outcome = _start(found.name, lambda: _within(timeout_s, _modified(found, values)))
     concurrent.futures.wait([outcome], timeout_s + _GRACE_S)
     error = outcome.exception() if outcome.done() else _TimedOut()
     if error is not None:
@@ -82,11 +80,11 @@ def run_modifier(
     return ModifierResult(_as_json(found.name, workflow), tuple(map(str, unread)))
 
 
-async def _modified(found: LoadedModifier, modifications: dict[str, Any], workflow: Mapping[str, Any] | None) -> Any:
+async def _modified(found: LoadedModifier, modifications: dict[str, Any]) -> Any:
     try:
         modifier = found.modifier(modifications)
         modifier.workflow_folders = found.workflow_folders
-        await modifier.load_workflow(workflow)
+        await modifier.load_workflow()
         made = await modifier.get_modified_workflow()
         # A modifier that replaced `modifications` counts as having read all of them.
         return made, list(getattr(getattr(modifier, "modifications", None), "unread", ()))

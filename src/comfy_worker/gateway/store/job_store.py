@@ -217,7 +217,7 @@ class JobStore:
         return _record(row)
 
     def get(self, job_id: str) -> JobRecord | None:
-        """Return a job without its request, None if there is none with this id (any more)."""
+        """Return a job without its request, None if there is none with this id."""
         if "\0" in job_id:  # PostgreSQL does not take it
             return None
         with self._reading() as connection:
@@ -225,7 +225,7 @@ class JobStore:
         return None if row is None else _record(row)
 
     def request_of(self, job_id: str) -> Mapping[str, Any] | None:
-        """Return the request of a job, None if there is no such job (any more).
+        """Return the request of a job, None if there is no such job.
 
         Raises:
             UnreadableRequest: it was encrypted with another key.
@@ -326,7 +326,7 @@ class JobStore:
 
         Args:
             job_id: the job.
-            prompt_id: its id at the backend; None if it is not there (any more).
+            prompt_id: its id at the backend; None if it is not there.
             backend: the URL of the ComfyUI, or the name of the endpoint.
             expected: the prompt_id that it has so far.
 

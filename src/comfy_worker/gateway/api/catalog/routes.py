@@ -182,7 +182,10 @@ async def get_execution(execution_id: ExecutionId, jobs: Jobs, links: Links) -> 
     responses=_NOT_FOUND,
 )
 async def cancel_execution(execution_id: ExecutionId, jobs: Jobs, links: Links) -> SafeJSONResponse:
-    """Cancel an execution; when this returns, it is off the GPU. An execution that has ended stays as it is."""
+    """Cancel an execution. An execution that has ended stays as it is.
+
+    The response comes when the execution is off the GPU, or after 10 s if a node ignores interrupts and runs on.
+    """
     record = await _find_job(jobs, execution_id)
     return SafeJSONResponse(await _response(await jobs.cancel(record.id), jobs, links))
 

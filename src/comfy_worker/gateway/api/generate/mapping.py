@@ -207,7 +207,7 @@ def _each(*outputs: Mapping[str, Any]) -> Iterator[tuple[Kind, Any, Any, Any]]:
 def _content(item: Mapping[str, Any], kind: str, assets: AssetStore, budget: int) -> tuple[str, str]:
     """Return a file in base64, or why it is left out."""
     if 4 * -(-int(item["size_bytes"]) // 3) > budget:
-        return "", "The file does not fit into the answer; take it by its url"
+        return "", "The file does not fit into the response; fetch it from its url"
     return assets.as_base64({kind: [item]})[kind][0]["data"], ""
 
 

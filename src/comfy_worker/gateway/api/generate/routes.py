@@ -311,7 +311,7 @@ async def _stream(
         return ServerSentEvent(json.dumps({**_event(record, job_status, await counts.recent(), jobs), **others}))
 
     status, sent = open_status(JobState.IN_QUEUE, {}, jobs.queue_position(record.id)), None
-    # A stream that has begun cannot be answered with an error any more.
+    # Once a stream has begun, its response can no longer be an error.
     with suppress(DatabaseUnavailable):
         async with aclosing(job_updates(jobs, record, after=-1)) as updates:
             async for update in updates:

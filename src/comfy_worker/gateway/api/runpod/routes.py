@@ -200,7 +200,10 @@ async def _next_event(jobs: JobService, job_id: str, after: int) -> list[Event]:
 
 @router.post("/cancel/{job_id}", responses=error_responses(404), response_model_exclude_none=True)
 async def cancel(job_id: JobId, jobs: Jobs) -> JobResponse:
-    """Cancel a job; when this returns, it is off the GPU. A job that has ended stays as it is."""
+    """Cancel a job. A job that has ended stays as it is.
+
+    The response comes when the job is off the GPU, or after 10 s if a node ignores interrupts and runs on.
+    """
     record = await jobs.cancel(job_id)
     was_cancelled = record.state is JobState.CANCELLED
     message = "The job is cancelled" if was_cancelled else f"The job had ended before: it is {record.state.value}"

@@ -59,7 +59,7 @@ def _output(
         return assets.as_base64(output)
     linked = links.in_output(output)
     if files == "base64":
-        notice = f"The files come as links: with them, the answer would have more than {limit // MB} MB"
+        notice = f"Files are returned as links because the response would exceed {limit // MB} MB"
         linked["errors"] = [*linked.get("errors", []), notice]
     return linked
 

@@ -40,7 +40,7 @@ def summary_of(record: JobRecord, percent: float) -> dict[str, Any]:
 
 
 def outcome_of(record: JobRecord, output: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return `result`, given an output whose files are links, and why the task failed, as far as there is either."""
+    """Return `result` and `error`, each only if present; the files of `output` are links."""
     result = {} if output is None else {"result": result_of(output)}
     error = {} if record.error is None else {"error": record.error["error"], "code": record.error["code"]}
     return {**result, **error}

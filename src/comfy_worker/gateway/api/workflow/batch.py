@@ -90,7 +90,10 @@ async def batch_status(batch_id: BatchId, jobs: Jobs, links: Links) -> SafeJSONR
 
 @router.post("/{batch_id}/cancel", operation_id="cancel_batch", responses=_NOT_FOUND)
 async def cancel_batch(batch_id: BatchId, jobs: Jobs) -> BatchCancelResponse:
-    """Cancel all workflows of a batch that run or wait; when this returns, they are off the GPU."""
+    """Cancel all workflows of a batch that run or wait.
+
+    The response comes when they are off the GPU, or after 10 s if a node ignores interrupts and runs on.
+    """
     unfinished = [record for record in await _records(batch_id, jobs) if not record.state.is_terminal]
     # The last one first, so that none of those that wait starts meanwhile.
     cancelled = [await jobs.cancel(record.id) for record in reversed(unfinished)]
@@ -103,7 +106,7 @@ async def _records(batch_id: str, jobs: JobService) -> Sequence[JobRecord]:
     found = await jobs.with_prefix(f"{batch_id}-")
     records = [record for record in found if record.details.get("batch_id") == batch_id]
     if not records:
-        raise NotFound(f"There is no batch {batch_id!r} (any more)")
+        raise NotFound(f"There is no batch {batch_id!r}, or it has expired")
     return records
 
 

@@ -92,7 +92,7 @@ async def list_models(
 
 @router.post("", operation_id="download_model", responses=error_responses(501, model=DetailedErrorResponse))
 async def download_model() -> Any:
-    """Download a model; not implemented: this always answers 501."""
+    """Download a model; not implemented: the response is always 501."""
     raise NotImplementedYet(
         "Downloading a model is not there yet", hint="Put the file into its folder below ComfyUI's models"
     )

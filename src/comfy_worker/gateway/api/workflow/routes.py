@@ -71,7 +71,7 @@ async def submit_workflow(request: Request, body: SubmitBody, services: AllServi
     responses=error_responses(501, model=DetailedErrorResponse),
 )
 async def generate_workflow() -> Any:
-    """Make a workflow from a text; not implemented: this always answers 501."""
+    """Make a workflow from a text; not implemented: the response is always 501."""
     raise NotImplementedYet(
         "Making a workflow out of a text needs ComfyGPT, which this gateway does not have",
         hint="Submit a workflow, or name one of GET /api/v1/comfyui/workflows as template",
@@ -91,7 +91,10 @@ async def workflow_status(prompt_id: PromptId, jobs: Jobs, links: Links) -> Safe
 
 @router.post("/workflow/cancel/{prompt_id}", operation_id="cancel_workflow", responses=_NOT_FOUND)
 async def cancel_workflow(prompt_id: PromptId, jobs: Jobs) -> CancelResponse:
-    """Cancel a workflow that runs or waits; when this returns, it is off the GPU."""
+    """Cancel a workflow that runs or waits.
+
+    The response comes when the workflow is off the GPU, or after 10 s if a node ignores interrupts and runs on.
+    """
     before = await jobs.get(prompt_id)
     record = await jobs.cancel(prompt_id)
     had_ended = before.state.is_terminal or record.state is not JobState.CANCELLED

@@ -116,7 +116,7 @@ class CeleryConsumer:
             consumer.call_soon(self._set_consuming, consumer, wanted)
 
     def _set_consuming(self, consumer: Consumer, wanted: bool) -> None:
-        """The same, in Celery's own thread."""
+        """Start or stop consuming; runs in Celery's thread."""
         change = consumer.add_task_queue if wanted else consumer.cancel_task_queue
         for queue in self._queues:
             if consumer.task_consumer is not None and consumer.task_consumer.consuming_from(queue) is not wanted:

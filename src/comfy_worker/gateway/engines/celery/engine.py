@@ -50,7 +50,7 @@ class CeleryEngine:
     """Sends jobs to the workers' queue, and sends them again if a message or a worker is lost."""
 
     def __init__(self, store: JobStore, bus: EventBus, settings: GatewaySettings) -> None:
-        """Take the parts; nothing is sent before `start`."""
+        """Nothing is sent before `start`."""
         self._store = store
         self._bus = bus
         self._settings = settings
@@ -143,7 +143,7 @@ class CeleryEngine:
         return QUEUE
 
     def cancel(self, job_id: str) -> None:
-        """Have the worker of a cancelled job stop it; return when it is off the GPU, or a minute later.
+        """Have the worker of a cancelled job stop it; return when the worker has released it, or a minute later.
 
         Without Redis this does not wait: the worker sees in the database that the job was cancelled.
         """
@@ -228,7 +228,7 @@ class CeleryEngine:
                 self._is_redis_away = True
                 self._checks.clear()
             except Exception:
-                log.exception("the fleet monitor failed with an unexpected error")
+                log.exception("the fleet monitor failed because of a bug")
             self._check_now.wait(_INTERVAL_S)
             self._check_now.clear()
 

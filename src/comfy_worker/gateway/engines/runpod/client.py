@@ -47,7 +47,7 @@ class PlatformRefused(Exception):
 
 
 class UnknownRemoteJob(Exception):
-    """RunPod has no job of this id (any more)."""
+    """RunPod has no job of this id."""
 
 
 class Pause:
@@ -71,7 +71,7 @@ class Pause:
         self._until = time.monotonic() + min(_LONGEST_PAUSE_S, max(seconds, retry_after_s))
 
     def end(self) -> None:
-        """End it, because RunPod has answered."""
+        """End it, because RunPod has responded."""
         self._rounds, self._until = 0, 0.0
 
 
@@ -108,10 +108,10 @@ class RunPodClient:
             PlatformAway: it has to be sent again, but may have been accepted.
             PlatformRefused: RunPod does not accept it.
         """
-        answer = await self._request("POST", "run", body, SEND_S)
-        remote_id = answer.get("id")
+        reply = await self._request("POST", "run", body, SEND_S)
+        remote_id = reply.get("id")
         if not isinstance(remote_id, str) or not remote_id:
-            raise PlatformAway("RunPod answered a submission without an id")
+            raise PlatformAway("RunPod's response to a submission has no id")
         return remote_id
 
     async def status(self, remote_id: str) -> dict[str, Any]:
@@ -147,15 +147,15 @@ class RunPodClient:
         timeout = aiohttp.ClientTimeout(total=timeout_s)
         try:
             async with self._session.request(method, f"{self._base}/{path}", data=body, timeout=timeout) as response:
-                answer = await response.read()
+                content = await response.read()
                 if response.status == 200:
                     self.pause.end()
-                    return _object_in(answer)
-                raise _error(path, response, answer)
+                    return _object_in(content)
+                raise _error(path, response, content)
         except aiohttp.ClientConnectorError as error:
             away = PlatformAway(f"no connection ({error.os_error.strerror})", never_accepted=True)
         except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
-            away = PlatformAway(f"no answer ({type(error).__name__})")
+            away = PlatformAway(f"no response ({type(error).__name__})")
         except PlatformAway as found:
             away = found
         except (PlatformRefused, UnknownRemoteJob):
@@ -167,7 +167,7 @@ class RunPodClient:
         raise away
 
 
-def _error(path: str, response: aiohttp.ClientResponse, answer: bytes) -> Exception:
+def _error(path: str, response: aiohttp.ClientResponse, body: bytes) -> Exception:
     status, is_about_a_job = response.status, "/" in path
     if status == 429:
         wait_s = _seconds(response.headers.get("Retry-After"))
@@ -179,8 +179,8 @@ def _error(path: str, response: aiohttp.ClientResponse, answer: bytes) -> Except
             return UnknownRemoteJob(path)
         return PlatformAway("it knows no endpoint of RUNPOD_ENDPOINT_ID (404)", never_accepted=True)
     if status >= 500:
-        return PlatformAway(f"it answers {status}")
-    return PlatformRefused(status, _sentence_in(answer))
+        return PlatformAway(f"it responds with {status}")
+    return PlatformRefused(status, _sentence_in(body))
 
 
 def _seconds(value: str | None) -> float:
@@ -191,21 +191,21 @@ def _seconds(value: str | None) -> float:
     return seconds if math.isfinite(seconds) else 0.0
 
 
-def _object_in(answer: bytes) -> dict[str, Any]:
+def _object_in(body: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(answer)
+        value = json.loads(body)
     except ValueError:
-        raise PlatformAway("its answer is not JSON") from None
+        raise PlatformAway("its response is not JSON") from None
     if not isinstance(value, dict):
-        raise PlatformAway("its answer is not a JSON object")
+        raise PlatformAway("its response is not a JSON object")
     return value
 
 
-def _sentence_in(answer: bytes) -> str:
+def _sentence_in(body: bytes) -> str:
     try:
-        value = json.loads(answer)
+        value = json.loads(body)
     except ValueError:
         value = None
     error = value.get("error") if isinstance(value, dict) else None
-    text = error if isinstance(error, str) and error else answer.decode("utf-8", "replace")
+    text = error if isinstance(error, str) and error else body.decode("utf-8", "replace")
     return text[:_SENTENCE].strip() or "no reason is given"

@@ -55,7 +55,7 @@ class RunpodEngine:
         progress_writer: ProgressWriter,
         webhook_of: WebhookOf,
     ) -> None:
-        """Take the parts.
+        """Nothing is sent before `start`.
 
         Args:
             store: has the jobs.
@@ -94,7 +94,7 @@ class RunpodEngine:
     # --------------------------------------------------------------------------------------- start and stop
 
     def start(self) -> None:
-        """Take up every job that has not ended, and begin to work."""
+        """Resume every job that has not ended, and begin to work."""
         unfinished = wait_for_database(self._store.unfinished)
         self._claims.acquire()
         self._thread.start()
@@ -153,7 +153,7 @@ class RunpodEngine:
         self._call(self._begin, replace(record, request={}), True)
 
     def recover_orphans(self) -> None:
-        """Take up unfinished jobs of the store that this engine does not know, if it did not at the last call either.
+        """Resume unfinished jobs of the store that this engine does not know, if it did not at the last call either.
 
         Another gateway accepted them, or the database's reply was lost.
 

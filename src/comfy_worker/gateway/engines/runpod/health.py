@@ -1,4 +1,4 @@
-"""Whether RunPod answers for an endpoint, and how many workers the endpoint has."""
+"""Whether RunPod responds for an endpoint, and how many workers the endpoint has."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Health:
         failures = 0
         while True:
             try:
-                answer = await self._client.health()
+                counts = await self._client.health()
             except (PlatformAway, PlatformRefused):
                 failures += 1
                 if failures >= _FAILURES:
@@ -46,7 +46,7 @@ class Health:
                 await asyncio.sleep(min(_INTERVAL_S, max(0.5, self._client.pause.seconds)))
                 continue
             failures = 0
-            self.workers = _counts(answer.get("workers"))
+            self.workers = _counts(counts.get("workers"))
             self._set_healthy(True)
             await asyncio.sleep(_INTERVAL_S)
 
@@ -55,7 +55,7 @@ class Health:
             log.log(
                 logging.INFO if is_healthy else logging.WARNING,
                 "RunPod %s",
-                "answers" if is_healthy else "does not answer any more",
+                "answers" if is_healthy else "no longer answers",
             )
             self.away_since = None if is_healthy else time.time()
         self.is_healthy = is_healthy

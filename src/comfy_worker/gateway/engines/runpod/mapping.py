@@ -205,8 +205,8 @@ def with_warnings(output: Mapping[str, Any], warnings: Iterable[str]) -> Mapping
 
 
 def unknown_job() -> WorkerError:
-    """Return the error of a job that RunPod does not know any more."""
+    """Return the error of a job that RunPod no longer knows."""
     return OutputMissing(
-        "RunPod does not know the job any more: it was purged there, or its result has expired",
+        "RunPod no longer knows the job: it was purged there, or its result has expired",
         hint="Retry it",
     )

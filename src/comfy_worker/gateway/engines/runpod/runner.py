@@ -67,7 +67,7 @@ class RemoteJobRunner:
         claims: Claims,
         stopping: threading.Event,
     ) -> None:
-        """Take the parts; `name` is the `backend` of its jobs, and `stopping` is set when the engine ends."""
+        """`name` is the `backend` of its jobs, and `stopping` is set when the engine ends."""
         self._name = name
         self._client = client
         self._store = store
@@ -112,7 +112,7 @@ class RemoteJobRunner:
             except WorkerError as error:
                 await self._fail(job, error)
             except Exception:
-                log.exception("job %s failed with an unexpected error", job.id)
+                log.exception("job %s failed because of a bug", job.id)
                 await self._fail(job, InternalError("The gateway failed because of a bug of its own; see its log"))
 
     async def _run(self, job: RemoteJob) -> None:
