@@ -21,8 +21,8 @@ WorkerError
 ├── DeliveryFailed             delivery_failed
 └── InternalError              internal              a bug in the worker
 ```
-Code, HTTP status and whether to retry are attributes of the class. Exceptions of libraries are converted to these
-classes where they arise, and the worker turns these into its output with `WorkerError.as_output`.
+Code and HTTP status are attributes of the class. Exceptions of libraries are converted to these classes where they
+arise, and the worker turns these into its output with `WorkerError.as_output`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,6 @@ class WorkerError(Exception):
     Attributes:
         code: the stable name of the class of errors.
         http_status: the status of an HTTP response with this error.
-        retryable: whether the same job can succeed if it is sent again.
         message: one sentence.
         details: data about the error, such as a list of problems.
         hint: how to correct it.
@@ -54,7 +53,6 @@ class WorkerError(Exception):
 
     code: ClassVar[str]
     http_status: ClassVar[int] = 500
-    retryable: ClassVar[bool] = False
 
     def __init__(self, message: str, *, details: Any = None, hint: str | None = None) -> None:
         super().__init__(message)
@@ -142,7 +140,6 @@ class UploadFailed(WorkerError):
 
     code = "upload_failed"
     http_status = 502
-    retryable = True
 
 
 class DiskFull(WorkerError):
@@ -150,7 +147,6 @@ class DiskFull(WorkerError):
 
     code = "disk_full"
     http_status = 507
-    retryable = True
 
 
 class ComfyUnreachable(WorkerError):
@@ -162,7 +158,6 @@ class ComfyUnreachable(WorkerError):
 
     code = "comfyui_unreachable"
     http_status = 503
-    retryable = True
     never_sent = False
 
 
@@ -171,7 +166,6 @@ class ComfyCrashed(WorkerError):
 
     code = "comfyui_crashed"
     http_status = 502
-    retryable = True
 
 
 class ExecutionFailed(WorkerError):
@@ -221,7 +215,6 @@ class DeliveryFailed(WorkerError):
 
     code = "delivery_failed"
     http_status = 502
-    retryable = True
 
 
 class InternalError(WorkerError):

@@ -21,7 +21,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from comfy_worker.errors import Cancelled, DiskFull, InputFetchFailed
+from comfy_worker.errors import Cancelled, InputFetchFailed
 from comfy_worker.net.fetcher import Fetcher
 from comfy_worker.settings import Settings, load_settings
 from comfy_worker.stop import Stop
@@ -261,7 +261,6 @@ def test_a_full_disk_is_told_as_such(server: FileServer, cache_dir: Path) -> Non
     )
     assert done.stdout.strip() == f"The worker's disk has no room for {url}", done.stderr
     assert [path.suffix for path in cache_dir.iterdir()] == []
-    assert DiskFull.retryable
 
 
 def test_the_same_url_is_fetched_once(server: FileServer, settings: Settings) -> None:

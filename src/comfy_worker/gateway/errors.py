@@ -50,7 +50,6 @@ class RateLimited(WorkerError):
 
     code = "rate_limited"
     http_status = 429
-    retryable = True
 
 
 class NoComfyUI(ComfyUnreachable):
@@ -62,7 +61,6 @@ class QueueFull(WorkerError):
 
     code = "queue_full"
     http_status = 503
-    retryable = True
 
 
 class DatabaseUnavailable(WorkerError):
@@ -70,7 +68,6 @@ class DatabaseUnavailable(WorkerError):
 
     code = "database_unavailable"
     http_status = 503
-    retryable = True
 
 
 class RequestTooLarge(WorkerError):
