@@ -13,7 +13,7 @@ import pytest
 from comfy_worker.errors import Cancelled
 from comfy_worker.media.probe import mime_type_of_name
 from comfy_worker.stop import Stop
-from comfy_worker.storage import DeliverableFile, OnDisk, Storage, StorageFactory, Watched, read_all
+from comfy_worker.storage import DeliverableFile, InMemory, OnDisk, Storage, StorageFactory, Watched, read_all
 from comfy_worker.types import Delivered, Delivery, JobBucket
 from tests.support.leaks import assert_nothing_leaks
 from tests.support.storage.deliveries import (
@@ -175,8 +175,16 @@ def test_a_large_file_comes_back_as_it_was(
     assert open_delivered(storage.deliver(large)).content == LARGE
 
 
-def test_a_job_that_is_cancelled_is_not_delivered_to_its_end(storage: Storage) -> None:
+@pytest.mark.parametrize("size", [len(LARGE), 3 * 1024 * 1024], ids=["large", "small"])
+def test_a_job_that_is_cancelled_is_not_delivered_to_its_end(storage: Storage, size: int) -> None:
     stop = Stop()
-    content = Watched(GeneratedContent(len(LARGE), before_last=stop.set), stop.check)
+    content = Watched(GeneratedContent(size, before_last=stop.set), stop.check)
     with pytest.raises(Cancelled):
-        storage.deliver(DeliverableFile("job-c", "large.bin", "application/octet-stream", content))
+        storage.deliver(DeliverableFile("job-c", "a.bin", "application/octet-stream", content))
+
+
+def test_a_cancelled_job_has_no_more_of_its_files_read_not_even_from_memory() -> None:
+    stop = Stop()
+    stop.set()
+    with pytest.raises(Cancelled):
+        read_all(Watched(InMemory(b"content"), stop.check))

@@ -6,10 +6,13 @@ import io
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from comfy_worker.errors import OutputMissing
+
+_CHUNK = 1024 * 1024
 
 
 class Stream(Protocol):
@@ -102,10 +105,11 @@ class _WatchedStream:
 
 
 def read_all(content: Readable) -> bytes:
-    """Return all bytes, without a copy if they are in memory."""
-    if isinstance(content, Watched):
-        return read_all(content.content)
+    """Return all bytes, without a copy if they are in memory; watched content is checked before each chunk."""
+    if isinstance(content, Watched) and isinstance(content.content, InMemory):
+        content.check()
+        content = content.content
     if isinstance(content, InMemory):
         return content.content
     with content.open() as stream:
-        return stream.read()
+        return b"".join(iter(partial(stream.read, _CHUNK), b""))
