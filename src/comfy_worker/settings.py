@@ -82,7 +82,7 @@ class Settings(BaseSettings):
     comfyui_base_directory: str | None = None
     """Folder that contains ComfyUI's input, output and temp folders, if the worker can reach it; set by start.sh."""
     min_free_disk_mb: NotNegative = 512.0
-    """Free space in MB that ComfyUI's disk needs before a job starts."""
+    """Free space in MiB that ComfyUI's disk needs before a job starts."""
     websocket_reconnect_attempts: Annotated[int, Field(ge=0)] = 5
     """How often a lost websocket is reopened before the worker falls back to polling."""
     websocket_reconnect_delay_s: NotNegative = 3.0
@@ -98,13 +98,13 @@ class Settings(BaseSettings):
     input_max_files: Annotated[int, Field(ge=1)] = 64
     """Largest number of input files of a job, including those at URLs."""
     input_max_mb: AboveZero = 1024.0
-    """Largest input file in MB."""
+    """Largest input file in MiB."""
     input_fetch_timeout_s: AboveZero = 300.0
     """Seconds that the download of one input may take."""
     input_cache_dir: str | None = None
     """Folder in which downloaded inputs are cached; if not set, one in the system's folder for temporary files."""
     input_cache_mb: NotNegative = 2048.0
-    """Size of that cache in MB; the least recently used files are removed first, and 0 disables it."""
+    """Size of that cache in MiB; the least recently used files are removed first, and 0 disables it."""
     allow_private_urls: bool = read_from("RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS", default=False)
     """Allow input URLs and webhooks with addresses that are not public."""
 
@@ -165,9 +165,9 @@ class Settings(BaseSettings):
     refresh_worker: bool = False
     """Have RunPod replace the worker after each job."""
     run_result_limit_mb: AboveZero = 10.0
-    """Largest result in MB of a job sent to `/run`."""
+    """Largest result of a job sent to `/run`, in MB of 1,000,000 bytes."""
     runsync_result_limit_mb: AboveZero = 20.0
-    """Largest result in MB of a job sent to `/runsync`."""
+    """Largest result of a job sent to `/runsync`, in MB of 1,000,000 bytes."""
     warmup_workflow: str | None = None
     """Workflow that runs before the first job is taken: JSON, or the name of a JSON file."""
     log_level: LogLevel = read_from("LOG_LEVEL", "API_LOG_LEVEL", default="INFO")
