@@ -162,7 +162,7 @@ CANCELS = {
     "catalog": "/api/v1/comfyui/executions/{}/cancel",
 }
 """The generate API's `/cancel/{id}` is RunPod's."""
-SLOW_S = 10.0
+SLOW_S = 4.0
 """How long an upload or download holds, to be seen on a busy machine too; a cancel does not wait for its end."""
 
 

@@ -209,12 +209,15 @@ def clean_environment(added: Mapping[str, str]) -> dict[str, str]:
     return {**kept, "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1", "ENV_FILE": "", **added}
 
 
+_NEEDS_WHOLE_PROGRAM = {"API_RELOAD", "API_WORKERS"}
+"""Settings of a gateway that starts processes of its own."""
+
+
 def start_python(
     *arguments: str, environment: Mapping[str, str] | None = None, cwd: Path = ROOT, stderr: int | None = None
 ) -> Process:
     """Start `python ARGUMENTS…`: `-m MODULE …` or `FILE …`; forked from a server if `forked.is_enabled`."""
-    # Gateways with several processes start these themselves.
-    is_forked = forked.is_enabled and "API_WORKERS" not in (environment or {})
+    is_forked = forked.is_enabled and not _NEEDS_WHOLE_PROGRAM & set(environment or ())
     command = [sys.executable, *arguments]
     return Process(command, environment=environment, cwd=cwd, stderr=stderr, is_forked=is_forked)
 
