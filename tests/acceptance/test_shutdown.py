@@ -27,6 +27,8 @@ from tests.support.processes.process import Process, start_handler
 from tests.support.runpod.endpoint import worker
 from tests.support.runpod.platform import Platform
 
+pytestmark = pytest.mark.usefixtures("whole_programs")
+
 HELD_S = 300.0
 """Polls are held longer than any test may take: whoever waits for one to end is found out."""
 PICTURE = {"workflow": graphs.picture((1, 2, 3))}

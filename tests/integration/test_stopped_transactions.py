@@ -18,7 +18,7 @@ NOW = 1_700_000_000.0
 
 
 def test_a_job_that_a_stopped_process_has_locked_goes_to_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(database, "_STANDS_STILL_S", 1)
+    monkeypatch.setattr(database, "_IDLE_IN_TRANSACTION_S", 1)
     with postgres() as server:
         url = server.new_database()
         stopped = connect(url)
@@ -40,7 +40,7 @@ def test_a_job_that_a_stopped_process_has_locked_goes_to_another(monkeypatch: py
 
 
 def test_a_turn_may_take_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(database, "_STANDS_STILL_S", 1)
+    monkeypatch.setattr(database, "_IDLE_IN_TRANSACTION_S", 1)
     with postgres() as server:
         engine = connect(server.new_database())
         with leader_lock(engine) as is_ours, engine.connect() as other:
