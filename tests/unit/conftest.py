@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import sys
 from collections.abc import Generator, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,9 +39,11 @@ sys.addaudithook(_watch)
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol() -> Generator[None, object, object]:
-    """Watch each test of this folder, with its fixtures."""
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Watch each test of this folder, with its fixtures; pytest calls this for those of other folders too."""
     global _seen
+    if not item.path.is_relative_to(Path(__file__).parent):
+        return (yield)
     _seen = []
     try:
         return (yield)
