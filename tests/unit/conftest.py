@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import sys
+import threading
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import pytest
 _FORBIDDEN = ("os.exec", "os.fork", "os.posix_spawn", "os.system", "socket.bind", "socket.connect", "subprocess.Popen")
 _seen: list[str] | None = None
 """What the running test did of it; None between tests."""
+_earlier_threads: set[int | None] = set()
+"""Threads that ran before the test: those of integration tests in the same process."""
 
 
 class NotAUnitTest(AssertionError):
@@ -20,7 +23,9 @@ class NotAUnitTest(AssertionError):
 
 
 def _watch(event: str, arguments: tuple[Any, ...]) -> None:
-    if _seen is None or not (event in _FORBIDDEN or (event == "socket.getaddrinfo" and _is_name(arguments[0]))):
+    if _seen is None or threading.get_ident() in _earlier_threads:
+        return
+    if not (event in _FORBIDDEN or (event == "socket.getaddrinfo" and _is_name(arguments[0]))):
         return
     _seen.append(f"{event} {arguments[-1] if event.startswith('socket.') else arguments[:2]}")
     raise NotAUnitTest(f"{_seen[-1]}: unit tests neither start processes nor use the network. See tests/integration.")
@@ -41,9 +46,10 @@ sys.addaudithook(_watch)
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     """Watch each test of this folder, with its fixtures; pytest calls this for those of other folders too."""
-    global _seen
+    global _seen, _earlier_threads
     if not item.path.is_relative_to(Path(__file__).parent):
         return (yield)
+    _earlier_threads = {thread.ident for thread in threading.enumerate()} - {threading.get_ident()}
     _seen = []
     try:
         return (yield)
