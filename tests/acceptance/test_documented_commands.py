@@ -144,7 +144,7 @@ class TestReadme:
 
     def test_a_client_of_runpod(self, checkout: Checkout, gateway: GatewayProcess) -> None:
         assert checkout.run(at(gateway.url, block("ENDPOINT_ID=")), {}) == ""
-        assert json.loads((checkout.folder / "answer.json").read_text())["output"]["images"]
+        assert json.loads((checkout.folder / "response.json").read_text())["output"]["images"]
 
     def test_a_client_of_a_container(self, checkout: Checkout, gateway: GatewayProcess) -> None:
         told = checkout.run(at(gateway.url, block("curl -H")), {})

@@ -14,8 +14,6 @@ import pytest
 _FORBIDDEN = ("os.exec", "os.fork", "os.posix_spawn", "os.system", "socket.bind", "socket.connect", "subprocess.Popen")
 _seen: list[str] | None = None
 """What the running test did of it; None between tests."""
-_earlier_threads: set[int | None] = set()
-"""Threads that ran before the test: those of integration tests in the same process."""
 
 
 class NotAUnitTest(AssertionError):
@@ -23,7 +21,8 @@ class NotAUnitTest(AssertionError):
 
 
 def _watch(event: str, arguments: tuple[Any, ...]) -> None:
-    if _seen is None or threading.get_ident() in _earlier_threads:
+    # Other threads may be those that integration tests left in the same process, which connect again for a while.
+    if _seen is None or threading.current_thread() is not threading.main_thread():
         return
     if not (event in _FORBIDDEN or (event == "socket.getaddrinfo" and _is_name(arguments[0]))):
         return
@@ -46,10 +45,9 @@ sys.addaudithook(_watch)
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     """Watch each test of this folder, with its fixtures; pytest calls this for those of other folders too."""
-    global _seen, _earlier_threads
+    global _seen
     if not item.path.is_relative_to(Path(__file__).parent):
         return (yield)
-    _earlier_threads = {thread.ident for thread in threading.enumerate()} - {threading.get_ident()}
     _seen = []
     try:
         return (yield)
