@@ -32,7 +32,7 @@ from comfy_worker.graph.file_references import Reference, find_strings, name_of_
 from comfy_worker.graph.node_inputs import InputConfig
 from comfy_worker.graph.workflow import Graph
 from comfy_worker.job.input_files import UPLOAD_FAILED, decode_base64, too_many_files
-from comfy_worker.media.file_type import content_mismatch, content_type, is_medium, with_extension
+from comfy_worker.media.file_type import content_mismatch, content_type, is_medium, with_true_extension
 from comfy_worker.media.probe import HEAD_BYTES
 from comfy_worker.net.fetcher import ContentFilter, Fetcher, UnwantedContent
 from comfy_worker.stop import NO_DEADLINE, Deadline, Stop, call_after
@@ -258,7 +258,7 @@ class _Staging:
     @staticmethod
     def _checked_name(item: _Item, head: bytes) -> str:
         """Return the file's name in the job's folder; a name taken from a URL gets the right extension."""
-        name = item.file.name if item.folder is None else with_extension(item.file.name, head)
+        name = item.file.name if item.folder is None else with_true_extension(item.file.name, head)
         pretended = content_mismatch(head, name)
         if pretended:
             raise InvalidInput(f"Image {name!r} is {pretended}, not what its name says")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from comfy_worker.media.metadata import without_metadata
+from comfy_worker.media.metadata import ORIENTATION_TAG, without_metadata
 from comfy_worker.media.probe import BROKEN_PICTURE, load_pillow
 from comfy_worker.types import Conversion
 
@@ -34,7 +34,6 @@ _PROMPT_TAG = 0x0110
 _OTHER_TAGS = (0x010F, 0x010E, 0x010D, 0x010C, 0x010B)
 """Where ComfyUI writes the metadata of a WebP: EXIF "Model" has `prompt:<JSON>`; "Make" and the tags counted down from
 it have one `<key>:<JSON>` each, in the order of `extra_pnginfo`. The tags below these must be numbers."""
-_ORIENTATION_TAG = 0x0112
 
 
 class ConversionFailed(Exception):
@@ -180,7 +179,7 @@ class _Conversion:
         """Return the arguments with which `save` writes EXIF and the texts, which have their own chunks in a PNG."""
         exif = load_pillow().Exif()
         exif.load(self._image.getexif().tobytes())
-        exif.pop(_ORIENTATION_TAG, None)
+        exif.pop(ORIENTATION_TAG, None)
         texts = {str(key): str(text) for key, text in getattr(self._image, "text", {}).items()}
         if self._target == "PNG":
             return {"pnginfo": _png_texts(texts), "exif": exif.tobytes() if len(exif) else None}

@@ -8,12 +8,26 @@ import filetype
 
 from comfy_worker.media.probe import mime_type_of_name
 
-_MEDIA = ("image", "audio", "video", "model")
+_MEDIA = ("image", "audio", "video")
 _NOT_BINARY = ("image/openraster", "image/svg+xml")
 """Pictures whose format is an archive or a page."""
 _PLAIN_MODELS = ("model/gltf-binary", "model/gltf+json", "model/obj", "model/stl")
 """Models whose format is neither; others (USDZ, 3MF) are archives."""
+_GLB = b"glTF"
 _WEB_PAGE = re.compile(rb"\s*(<!--.*?-->\s*)*<(!doctype html|html|head|body)\b", re.IGNORECASE | re.DOTALL)
+_RELATED = (
+    frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"}),
+    frozenset({".tif", ".tiff", ".dng", ".cr2", ".nef", ".arw"}),
+    frozenset({".png", ".apng"}),
+    frozenset({".mp4", ".m4v", ".m4a", ".mov", ".3gp", ".qt"}),
+    frozenset({".mkv", ".webm", ".mka"}),
+    frozenset({".ogg", ".oga", ".ogv", ".opus"}),
+    frozenset({".mpg", ".mpeg"}),
+    frozenset({".heic", ".heif", ".avif"}),
+    frozenset({".aif", ".aiff"}),
+    frozenset({".mid", ".midi"}),
+)
+"""Extensions that the first bytes do not tell apart, or need not."""
 
 
 def is_medium(head: bytes, name: str, declared: str) -> bool:
@@ -26,23 +40,37 @@ def is_medium(head: bytes, name: str, declared: str) -> bool:
     """
     if _WEB_PAGE.match(head):
         return False
-    recognised, _extension = _recognise(head)
-    candidates = [recognised] if recognised else [declared.strip().lower(), mime_type_of_name(name)]
-    return any(_kind(mime_type) in _MEDIA for mime_type in candidates)
+    known = filetype.guess(head)
+    if head.startswith(_GLB) or known is not None:
+        return known is None or known.mime.partition("/")[0] in _MEDIA
+    candidates = (declared.partition(";")[0].strip().lower(), mime_type_of_name(name))
+    return any(mime_type.partition("/")[0] in (*_MEDIA, "model") for mime_type in candidates)
 
 
 def content_type(head: bytes, name: str) -> str:
     """Return the MIME type of a file, by its content or else by its name."""
-    return _recognise(head)[0] or mime_type_of_name(name)
+    if head.startswith(_GLB):
+        return "model/gltf-binary"
+    known = filetype.guess(head)
+    return str(known.mime) if known is not None else mime_type_of_name(name)
 
 
-def with_extension(name: str, head: bytes) -> str:
-    """Return `name` with the extension of a medium's content appended, unless it is named as a medium of that kind."""
-    mime_type, extension = _recognise(head)
-    kinds = {_kind(mime_type), _kind(mime_type_of_name(name)) if name.rpartition(".")[0] else ""}
-    # Containers such as MP4 and Ogg hold both.
-    is_named = len(kinds) == 1 or kinds == {"audio", "video"}
-    return name if is_named or _kind(mime_type) not in _MEDIA else f"{name}.{extension}"
+def with_true_extension(name: str, head: bytes) -> str:
+    """Return `name` with the extension of a medium's content; unchanged if the content is not recognised."""
+    true = _extension(head)
+    stem, dot, given = name.rpartition(".")
+    own = f".{given.lower()}" if dot and stem else ""
+    if true is None or own == true or any({own, true} <= group for group in _RELATED):
+        return name
+    # The ends of "v1.5" and "photo.php" are not extensions of media.
+    return f"{stem}{true}" if own and mime_type_of_name(name).partition("/")[0] in (*_MEDIA, "model") else name + true
+
+
+def _extension(head: bytes) -> str | None:
+    if head.startswith(_GLB):
+        return ".glb"
+    known = filetype.guess(head)
+    return f".{known.extension}" if known is not None and known.mime.partition("/")[0] in _MEDIA else None
 
 
 def content_mismatch(head: bytes, name: str) -> str | None:
@@ -51,25 +79,12 @@ def content_mismatch(head: bytes, name: str) -> str | None:
     Unknown content returns None: a node may know the format.
     """
     named = mime_type_of_name(name)
-    is_archive = named in _NOT_BINARY or (_kind(named) == "model" and named not in _PLAIN_MODELS)
-    if _kind(named) not in _MEDIA or is_archive:
+    is_named_medium = named.partition("/")[0] in _MEDIA and named not in _NOT_BINARY
+    if not is_named_medium and named not in _PLAIN_MODELS:
         return None
     if _WEB_PAGE.match(head):
         return "a web page"
-    recognised, _extension = _recognise(head)
-    if not recognised or _kind(recognised) in _MEDIA or recognised == "application/dicom":
-        return None
-    return f"a file of type {recognised}"
-
-
-def _recognise(head: bytes) -> tuple[str, str]:
-    """Return the MIME type and the extension of content; empty if it is unknown."""
-    # The library does not know this format.
-    if head.startswith(b"glTF"):
-        return "model/gltf-binary", "glb"
     known = filetype.guess(head)
-    return (known.mime, known.extension) if known is not None else ("", "")
-
-
-def _kind(mime_type: str) -> str:
-    return mime_type.partition("/")[0]
+    if known is None or known.mime.partition("/")[0] in _MEDIA or known.mime == "application/dicom":
+        return None
+    return f"a file of type {known.mime}"
