@@ -175,6 +175,10 @@ def test_files_is_a_synonym_of_images() -> None:
             {"files": [{"name": "a", "image": "YQ==", "nmae": "b"}]},
             "input.files.0.nmae is unknown and was ignored; did you mean 'name'?",
         ),
+        (
+            {"comfy_org_api_key": "a", "api_key_comfy_org": "b"},
+            "input.api_key_comfy_org was ignored because input.comfy_org_api_key is set",
+        ),
     ],
 )
 def test_an_unknown_key_is_named_with_the_nearest_known_one(fields: dict[str, Any], warning: str) -> None:

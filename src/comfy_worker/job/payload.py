@@ -267,7 +267,7 @@ def _sentence(error: ValidationError, name: str) -> str:
 
 
 def input_warnings(job_input: Mapping[str, Any]) -> list[str]:
-    """Return a sentence for each unknown key of a valid `input`; none for an invalid one."""
+    """Return a sentence for each key of a valid `input` that was ignored; none for an invalid one."""
     given = _without_nulls(job_input)
     try:
         _JobInput.model_validate(given)
@@ -294,8 +294,11 @@ def _unknown_keys(given: Mapping[str, Any], model: type[BaseModel], name: str) -
     known: list[str] = []
     for field, info in model.model_fields.items():
         alias = info.validation_alias
-        known += [str(choice) for choice in alias.choices] if isinstance(alias, AliasChoices) else [field]
-    return unknown_names([key for key in given if key not in known], known, f"{name}.")
+        names = [str(choice) for choice in alias.choices] if isinstance(alias, AliasChoices) else [field]
+        known += names
+        used, *ignored = [key for key in names if key in given] or [field]
+        yield from (f"{name}.{key} was ignored because {name}.{used} is set" for key in ignored)
+    yield from unknown_names([key for key in given if key not in known], known, f"{name}.")
 
 
 # ------------------------------------------------------------------------------------------------ output
