@@ -58,7 +58,7 @@ def _main() -> int:
         return _REFUSED
     for name, value in variables.items():
         if _NAME.fullmatch(name):
-            print(f"export {name}={shlex.quote(value)}")  # noqa: T201 - this is its answer
+            print(f"export {name}={shlex.quote(value)}")  # noqa: T201 - this is its output
     return 0
 
 

@@ -150,7 +150,7 @@ class DiskFull(WorkerError):
 
 
 class ComfyUnreachable(WorkerError):
-    """ComfyUI does not answer, or its answer is not ComfyUI's.
+    """ComfyUI does not answer, or its response is not ComfyUI's.
 
     Attributes:
         never_sent: whether the connection failed, so that the request cannot have had an effect.

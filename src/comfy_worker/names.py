@@ -31,7 +31,7 @@ def check_name(name: str, what: str) -> str:
     if any(part in ("", ".", "..") for part in parts):
         raise InvalidInput(f"{refused}it must not leave its folder or have empty parts")
     if _ANNOTATION.search(name):
-        raise InvalidInput(f"{refused}' [input]' and its like belong into the workflow, not into the name")
+        raise InvalidInput(f"{refused}annotations such as ' [input]' are allowed only in the workflow")
     try:
         too_long = any(len(part.encode()) > _MAX_PART_BYTES for part in parts)
     except UnicodeEncodeError:

@@ -18,7 +18,7 @@ class ThrottledSender:
     def __init__(
         self, send: Callable[[Value], Awaitable[bool]], interval_s: float, *, first_delay_s: float = 0.0
     ) -> None:
-        """Remember what to do.
+        """Create a sender, which starts with `run`.
 
         Args:
             send: sends a value; returns False if the latest value is to be sent again after the interval.

@@ -128,11 +128,11 @@ def fit_into(output: dict[str, Any], limit: int | None) -> dict[str, Any]:
         return output
     partial_outputs, error = split_failure(output)
     if partial_outputs is not None:
-        return fit_into({**error, "errors": ["What the job had made does not fit into the answer"]}, limit)
+        return fit_into({**error, "errors": ["The partial outputs do not fit into the response"]}, limit)
     if "error" in output:
         return {"error": f"{output['error'][:_MAX_ERROR_LENGTH]}…", "code": output["code"]}
     return OutputTooLarge(
-        f"The answer has {size} bytes and may have {limit}",
+        f"The response has {size} bytes; the limit is {limit}",
         hint="Set up S3 (BUCKET_ENDPOINT_URL and its keys), or make fewer or smaller outputs and texts",
     ).as_output()
 

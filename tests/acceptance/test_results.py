@@ -105,7 +105,7 @@ def test_outputs_that_do_not_fit_fail_the_job_and_say_what_to_do(plain: Endpoint
     status = ask(plain, large_picture())
 
     assert status["status"] == "FAILED"
-    assert status["error"].startswith("The outputs do not fit into the answer")
+    assert status["error"].startswith("The outputs exceed the response limit")
     assert status["output"]["code"] == "output_too_large"
     assert "BUCKET_ENDPOINT_URL" in status["output"]["hint"]
 
@@ -150,7 +150,7 @@ def test_texts_that_do_not_fit_fail_the_job(plain: Endpoint) -> None:
 
     assert status["status"] == "FAILED"
     assert status["output"]["code"] == "output_too_large"
-    assert "and may have 80000" in status["error"]
+    assert "the limit is 80000" in status["error"]
     assert "texts" in status["output"]["hint"]
     assert ask(plain, text("a" * 100_000), sync=True)["status"] == "COMPLETED"
 

@@ -59,7 +59,7 @@ def test_what_the_bucket_did_not_take_takes_no_room_in_the_answer(s3: S3Server, 
 def test_without_a_bucket_what_does_not_fit_is_refused(storages: Make, kind: Any) -> None:
     storage = storages().choose(Delivery(type=kind), inline_budget=room_for(8))
     assert storage.deliver(deliverable("a.bin", b"123456")).type == "base64"
-    with pytest.raises(OutputTooLarge, match="do not fit into the answer, which has room for 520 characters"):
+    with pytest.raises(OutputTooLarge, match="exceed the response limit of 520 characters"):
         storage.deliver(deliverable("b.bin", b"1"))
 
 

@@ -402,7 +402,7 @@ def test_pictures_that_were_lost_with_the_websocket_are_missed_aloud(
         lose(victim)
         gate.open()
         output = running.output()
-    sentence = "Node 8 (SaveImageWebsocket): its pictures were lost with the websocket; a SaveImage node keeps them"
+    sentence = "Node 8 (SaveImageWebsocket): its images were lost with the websocket; a SaveImage node keeps them"
     if saved_too:
         assert [image["node_id"] for image in output["images"]] == ["9"]
         assert output["errors"] == [sentence]
@@ -455,4 +455,4 @@ def test_that_some_pictures_may_be_missing_is_said(victim: EmulatedComfyUI, gate
         gate.open()
         output = running.output()
     assert sorted(image["node_id"] for image in output["images"]) == ["8", "9"]
-    assert output["errors"] == ["The websocket was lost meanwhile: pictures of SaveImageWebsocket nodes may be missing"]
+    assert output["errors"] == ["The websocket was lost meanwhile: images of SaveImageWebsocket nodes may be missing"]

@@ -429,7 +429,7 @@ def test_a_url_in_a_text_that_cannot_be_fetched_stays_with_a_warning(bench: Benc
     result, _job = bench.run({"7": node("PreviewAny", source=url)})
     assert [text.text for text in result.texts] == [url]
     assert result.warnings == (
-        f"Node 7 (source) keeps its URL: {url} could not be fetched: its server answered 404 Not Found",
+        f"Node 7 (source): the URL was left unchanged: {url} could not be fetched: its server answered 404 Not Found",
     )
     with pytest.raises(InputFetchFailed):
         bench.stage({"7": node("PreviewAny", source=url), **inverted(url)})
@@ -488,7 +488,7 @@ def test_what_nobody_names_does_not_fail_the_job(bench: Bench, files: FileServer
     missing = {"name": "b.png", "url": f"{files.url}/gone/b.png"}
     result, _job = bench.run(inverted("a.png"), {"name": "a.png", "image": data_uri(png(RED))}, missing)
     [warning] = result.warnings
-    assert warning.startswith("Image 'b.png' is not used, and not there: ")
+    assert warning.startswith("Unused image 'b.png' is missing: ")
     assert warning.endswith("its server answered 404 Not Found")
     assert result.artifacts
 

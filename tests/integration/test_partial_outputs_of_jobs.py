@@ -162,7 +162,7 @@ def test_what_does_not_fit_into_the_answer_is_said(make_worker: Callable[..., Wo
     gate.open("something is wrong")
     output = running.output()
     assert (output["code"], output["images"], output["partial"]) == ("execution_failed", [], True)
-    assert output["errors"][0].startswith("Output before_00001_.png: The outputs do not fit into the answer")
+    assert output["errors"][0].startswith("Output before_00001_.png: The outputs exceed the response limit")
 
 
 def test_a_failure_of_a_job_that_had_made_nothing_is_as_it_was(make_worker: Callable[..., Worker], gate: Gate) -> None:

@@ -193,7 +193,7 @@ def test_versions_are_kept_by_their_content(shelf: Shelf) -> None:
     assert shelf.names() == []
     assert shelf.library.get("red", second.version) == second
     assert refusal(shelf.library, "red", "0" * 12) == (
-        f"The template 'red' has no version '000000000000' (any more); the latest is {first.version!r}"
+        f"The template 'red' has no version '000000000000'; the latest is {first.version!r}"
     )
     assert "There is no template 'blue'" in refusal(shelf.library, "blue", first.version)
     assert shelf.library.versions("blue") == []

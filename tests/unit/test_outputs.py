@@ -209,7 +209,7 @@ def test_pictures_that_never_came_are_told_with_what_to_do() -> None:
     workflow = {"9": node("SaveImageWebsocket"), "10": node("SaveImageWebsocket"), "11": node("SaveImage")}
     found = find_outputs({}, [picture("10")], workflow, include_previews=False)
     assert found.lost == (
-        "Node 9 (SaveImageWebsocket): its pictures were lost with the websocket; a SaveImage node keeps them",
+        "Node 9 (SaveImageWebsocket): its images were lost with the websocket; a SaveImage node keeps them",
     )
 
 

@@ -426,9 +426,9 @@ def test_names_that_stay_in_their_folder(name: str) -> None:
         ("a\0.png", "it has control characters"),
         ("a\r\nb.png", "it has control characters"),
         ("a\x7f.png", "it has control characters"),
-        ("a.png [input]", "' [input]' and its like belong into the workflow, not into the name"),
-        ("a.png [temp]", "' [input]' and its like belong into the workflow, not into the name"),
-        ("a.png[output]", "' [input]' and its like belong into the workflow, not into the name"),
+        ("a.png [input]", "annotations such as ' [input]' are allowed only in the workflow"),
+        ("a.png [temp]", "annotations such as ' [input]' are allowed only in the workflow"),
+        ("a.png[output]", "annotations such as ' [input]' are allowed only in the workflow"),
         ("\ud800.png", "it is not valid Unicode"),
     ],
 )
@@ -569,4 +569,4 @@ def test_extra_data_has_a_limit(is_wrapped: bool) -> None:
     """Each of its secrets is looked for in each sentence that leaves the worker."""
     extra = {f"key_{number}": "x" for number in range(101)}
     fields = {"workflow": {"prompt": WORKFLOW, "extra_data": extra}} if is_wrapped else {"extra_data": extra}
-    assert refused(**fields) == "extra_data has 101 keys, and may have 100"
+    assert refused(**fields) == "extra_data has 101 keys; the limit is 100"

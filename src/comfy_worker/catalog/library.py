@@ -111,7 +111,7 @@ class Catalog:
         if versions is None:
             raise self._unknown(name)
         if version not in versions:
-            sentence = f"The template {name!r} has no version {shown(version)} (any more)"
+            sentence = f"The template {name!r} has no version {shown(version)}"
             raise InvalidInput(f"{sentence}; the latest is {next(reversed(versions))!r}")
         return versions[version]
 

@@ -81,7 +81,7 @@ class ComfyClient:
     # ---------------------------------------------------------------------------------------------- state
 
     def is_ready(self) -> bool:
-        """Return whether ComfyUI answers a request that costs it nothing."""
+        """Return whether ComfyUI responds to a request that costs it nothing."""
         try:
             self._get_json("/prompt")
         except ComfyUnreachable:

@@ -32,7 +32,7 @@ from comfy_worker.types import (
 log = logging.getLogger(__name__)
 
 FEATURE_FLAGS = json.dumps({"type": "feature_flags", "data": {"supports_preview_metadata": True}})
-"""Sent first on a websocket, it makes ComfyUI add node and prompt to each picture frame; older ones ignore it."""
+"""Sent first on a websocket, it makes ComfyUI add node and prompt to each image frame; older ones ignore it."""
 
 _PREVIEW_IMAGE = 1
 _PREVIEW_IMAGE_WITH_METADATA = 4
@@ -85,7 +85,7 @@ Outcome: TypeAlias = Succeeded | NodeFailed | WasInterrupted | Deleted | Lost
 
 @dataclass(frozen=True)
 class WebsocketImage:
-    """A picture that a SaveImageWebsocket node sent; it exists nowhere else."""
+    """An image that a SaveImageWebsocket node sent; it exists nowhere else."""
 
     node_id: str
     mime_type: str
@@ -99,9 +99,9 @@ class PromptProtocol:
         started: whether a frame or the queue showed that the prompt began to run.
         ended: whether the last frame of the prompt was received; the history has the prompt by then.
         reported_outcome: the outcome according to the websocket; None until it reports one.
-        images: pictures of SaveImageWebsocket nodes so far.
+        images: images of SaveImageWebsocket nodes so far.
         outputs: what the nodes reported so far.
-        expects_pictures: whether the workflow has nodes whose pictures come over the websocket alone.
+        expects_images: whether the workflow has nodes whose images come over the websocket alone.
     """
 
     def __init__(self, prompt_id: str, workflow: Workflow) -> None:
@@ -110,7 +110,7 @@ class PromptProtocol:
         self.ended = False
         self.reported_outcome: Succeeded | NodeFailed | WasInterrupted | None = None
         self.images: list[WebsocketImage] = []
-        self.expects_pictures = any(nodes_of_class(workflow, WEBSOCKET_OUTPUT_NODE))
+        self.expects_images = any(nodes_of_class(workflow, WEBSOCKET_OUTPUT_NODE))
         self._workflow = workflow
         self._node_id: str | None = None
         self._finished: set[str] = set()
@@ -194,28 +194,28 @@ class PromptProtocol:
     # --------------------------------------------------------------------------------------------- frames
 
     def _receive_binary(self, frame: bytes) -> Iterator[JobEvent]:
-        """Read a picture frame; the layout is that of ComfyUI's `protocol.BinaryEventTypes` and `server.py`."""
+        """Read an image frame; the layout is that of ComfyUI's `protocol.BinaryEventTypes` and `server.py`."""
         if len(frame) < 8:
             return
         event, second = _UINT32.unpack_from(frame)[0], _UINT32.unpack_from(frame, 4)[0]
         if event == _PREVIEW_IMAGE and self._node_id is not None:
-            yield from self._picture(self._node_id, _FORMATS.get(second, "image/jpeg"), frame[8:])
+            yield from self._image(self._node_id, _FORMATS.get(second, "image/jpeg"), frame[8:])
         elif event == _PREVIEW_IMAGE_WITH_METADATA:
-            metadata = _picture_metadata(frame[8 : 8 + second])
+            metadata = _image_metadata(frame[8 : 8 + second])
             if metadata is not None and metadata.get("prompt_id", self.prompt_id) == self.prompt_id:
                 node_id = str(metadata.get("node_id") or self._node_id or "")
                 mime_type = str(metadata.get("image_type") or "image/jpeg")
-                yield from self._picture(node_id, mime_type, frame[8 + second :])
+                yield from self._image(node_id, mime_type, frame[8 + second :])
 
-    def _picture(self, node_id: str, mime_type: str, content: bytes) -> Iterator[JobEvent]:
+    def _image(self, node_id: str, mime_type: str, content: bytes) -> Iterator[JobEvent]:
         if class_type(self._workflow, node_id) == WEBSOCKET_OUTPUT_NODE:
             self.images.append(WebsocketImage(node_id, mime_type, content))
         else:
             yield Preview(node_id, mime_type, content)
 
 
-def _picture_metadata(encoded: bytes) -> Mapping[str, Any] | None:
-    """Return the metadata of a picture frame, None if it is not JSON."""
+def _image_metadata(encoded: bytes) -> Mapping[str, Any] | None:
+    """Return the metadata of an image frame, None if it is not JSON."""
     try:
         metadata = json.loads(encoded)
     except ValueError:

@@ -57,7 +57,7 @@ class Watch:
     _listened_from_start: bool = field(default=False, init=False)
     _got_frames: bool = field(default=False, init=False)
     _gets_events: bool = field(default=False, init=False)
-    """Whether this socket, since it was opened, has delivered events of the prompt: then its silence is a sign."""
+    """Whether this socket has delivered events of the prompt since it was opened: silence then means no progress."""
 
     def follow(self, *, joined_late: bool = False) -> Outcome:
         """Return how the prompt ended; `joined_late` if it was submitted before this socket listened.
@@ -80,7 +80,7 @@ class Watch:
                 if self.protocol.ended or time.monotonic() >= self._poll_at:
                     outcome = self._poll()
                     if outcome is not None:
-                        self._receive_late_pictures()
+                        self._receive_late_images()
                         return outcome
 
     def _check_limits(self) -> None:
@@ -125,13 +125,13 @@ class Watch:
             seconds = min(seconds, _SHORT_POLL_INTERVAL_S if attempt is None else attempt)
         return max(0.0, seconds)
 
-    def _receive_late_pictures(self) -> None:
-        """Receive the pictures that are still on their way: they exist nowhere but on the websocket.
+    def _receive_late_images(self) -> None:
+        """Receive the images that are still on their way: they exist nowhere but on the websocket.
 
         On a slow connection or a busy machine, the history may have the end of the prompt first.
         """
         ended_at = time.monotonic()
-        while self.protocol.expects_pictures and not self.protocol.ended and self.socket.is_open:
+        while self.protocol.expects_images and not self.protocol.ended and self.socket.is_open:
             seconds = min(ended_at + self._max_silence_s(), self.deadline.at) - time.monotonic()
             if seconds <= 0:
                 return

@@ -60,7 +60,7 @@ def decode_base64(text: str, name: str) -> bytes:
     Whitespace, missing padding and the URL-safe alphabet are accepted.
 
     Raises:
-        InvalidInput: it is empty or no base64; the sentence has the `name` of the image.
+        InvalidInput: empty or invalid base64; the message includes `name`.
     """
     head, encoded = _split_data_uri(text)
     if not head and text[:5].lower() == "data:":

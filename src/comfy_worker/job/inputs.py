@@ -2,7 +2,8 @@
 
 For nodes that accept any file in the input folder, a file is uploaded into the job's own folder, `<prompt_id>/…`. Other
 nodes accept only the files in their list, which has the files of one folder; for them the file is uploaded into that
-folder as `<prompt_id>_…`. Which nodes these are cannot be asked, so every list counts as one unless it is known better.
+folder as `<prompt_id>_…`. ComfyUI does not say which nodes these are, so every list input is treated as restricted
+unless it is one of `_ANY_FOLDER` (`graph/node_inputs.py`).
 
 Each step takes time in proportion to the workflow at most and can be stopped, since callers choose the workflow's size.
 """
@@ -261,7 +262,7 @@ class _Staging:
         name = item.file.name if item.folder is None else with_true_extension(item.file.name, head)
         pretended = content_mismatch(head, name)
         if pretended:
-            raise InvalidInput(f"Image {name!r} is {pretended}, not what its name says")
+            raise InvalidInput(f"Image {name!r} contains {pretended}, which does not match its extension")
         return name if item.folder is None else f"{item.folder}/{name}"
 
     def _upload(self, content: BinaryIO, name: str, head: bytes, item: _Item, listed: str | None) -> str:
@@ -302,9 +303,9 @@ def _media_filter(name: str) -> ContentFilter:
 
 def _warning_prefix(item: _Item) -> str:
     if item.folder is None:
-        return f"Image {item.file.name!r} is not used, and not there"
+        return f"Unused image {item.file.name!r} is missing"
     reference = item.uses[0][0]
-    return f"Node {reference.node_id} ({reference.input_name}) keeps its URL"
+    return f"Node {reference.node_id} ({reference.input_name}): the URL was left unchanged"
 
 
 def _failure(staging: Future[_Staged]) -> WorkerError | None:
@@ -316,7 +317,7 @@ def _failure(staging: Future[_Staged]) -> WorkerError | None:
 
 
 def _merged(failures: list[WorkerError]) -> WorkerError:
-    """Return one error for several: the caller's mistakes first; its sentence names each of the same kind."""
+    """Return one error for several: the caller's mistakes first; its message lists every failure of that kind."""
     for kind in (InvalidInput, InputFetchFailed, DiskFull):
         same = [failure for failure in failures if isinstance(failure, kind)]
         if same:

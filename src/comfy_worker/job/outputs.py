@@ -26,10 +26,10 @@ class FoundOutputs:
     """The outputs of a prompt.
 
     Attributes:
-        files: files in ComfyUI, and websocket pictures.
+        files: files in ComfyUI, and websocket images.
         texts: what nodes reported as text.
-        received: the contents of the websocket pictures.
-        lost: a sentence for each node whose websocket pictures did not arrive.
+        received: the contents of the websocket images.
+        lost: a sentence for each node whose websocket images did not arrive.
     """
 
     files: tuple[OutputFile, ...]
@@ -54,7 +54,7 @@ def find_outputs(
         texts=tuple(text for node_id in node_ids for text in _texts(node_id, outputs[node_id], workflow)),
         received=received,
         lost=tuple(
-            f"Node {node_id} ({WEBSOCKET_OUTPUT_NODE}): its pictures were lost with the websocket; "
+            f"Node {node_id} ({WEBSOCKET_OUTPUT_NODE}): its images were lost with the websocket; "
             "a SaveImage node keeps them"
             for node_id in silent
         ),
@@ -94,7 +94,7 @@ def _texts(node_id: str, reported: Mapping[str, Any], workflow: Workflow) -> Ite
 
 
 def _websocket_files(images: Sequence[WebsocketImage], workflow: Workflow) -> dict[OutputFile, bytes]:
-    """Return a file with a name for each websocket picture, and its content."""
+    """Return a file with a name for each websocket image, and its content."""
     files: dict[OutputFile, bytes] = {}
     counts: dict[str, int] = {}
     for image in images:
@@ -237,7 +237,7 @@ class _Delivery:
         return artifact, item.notes
 
     def _converted(self, item: _Item) -> _Item:
-        """Return a picture as the job wants it; unchanged, with a note, if it cannot be converted."""
+        """Return an image as the job wants it; unchanged, with a note, if it cannot be converted."""
         if not item.media.mime_type.startswith("image/"):
             return item
         conversion = self.job.conversion
@@ -280,7 +280,7 @@ def _inspect(filename: str, content: Content) -> Media:
 def _paths(files: Sequence[OutputFile], job: Job) -> list[str]:
     """Return a relative path for each file, different from those of the job's other files.
 
-    Pictures that are converted must differ by more than their extension, which changes.
+    Images that are converted must differ by more than their extension, which changes.
     """
     paths, taken = [], set()
     for file in files:

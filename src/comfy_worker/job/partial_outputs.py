@@ -28,7 +28,7 @@ class ReportedOutputs:
 
     Attributes:
         outputs: by node id.
-        images: pictures that came over the websocket and exist nowhere else.
+        images: images that came over the websocket and exist nowhere else.
     """
 
     outputs: dict[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -59,7 +59,7 @@ def deliver_partial_outputs(
         can_read = client.disk is not None or _is_ready(client, delivery_stop)
         readable = tuple(file for file in found.files if can_read or file in found.received)
         with _delivery_slot(stop, limits):
-            # Missing websocket pictures are not worth a warning: their nodes did not run.
+            # Missing websocket images are not worth a warning: their nodes did not run.
             delivered = deliver_files(job, replace(found, files=readable, lost=()), client, storage, delivery_stop)
     unreadable = [file.filename for file in found.files if file not in readable]
     warnings = [f"Output {name}: ComfyUI does not answer any more" for name in unreadable]

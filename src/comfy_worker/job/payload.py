@@ -48,7 +48,7 @@ _MESSAGES = {
     "int_type": "must be a whole number",
     "float_type": "must be a number",
 }
-"""Messages for pydantic's error types, in JSON's terms; its own messages do for the other types."""
+"""Messages for pydantic's error types, in JSON's terms; for other types pydantic's message is used."""
 _MAX_WARNINGS = 100
 _MAX_PROBLEMS = 20
 _MAX_EXTRA_DATA = 100
@@ -166,7 +166,7 @@ def parse_job(job: Mapping[str, Any], max_files: int | None = None) -> Job:
     workflow = _parse_workflow(parsed.workflow)
     extra_data = {**_wrapped_extra_data(workflow), **parsed.extra_data}
     if len(extra_data) > _MAX_EXTRA_DATA:
-        raise InvalidInput(f"extra_data has {len(extra_data)} keys, and may have {_MAX_EXTRA_DATA}")
+        raise InvalidInput(f"extra_data has {len(extra_data)} keys; the limit is {_MAX_EXTRA_DATA}")
     s3_config = job.get("s3Config")
     bucket = parsed.s3 or (None if s3_config is None else _validate(_BucketInput, s3_config, "s3Config"))
     warnings = itertools.chain(warnings_of_job(job), _all_unknown_keys(given))

@@ -99,7 +99,7 @@ class _JobRun:
                     outcome = self._run_prompt(socket)
                 if socket.was_lost and self._protocol.images:
                     self._warnings.append(
-                        f"The websocket was lost meanwhile: pictures of {WEBSOCKET_OUTPUT_NODE} nodes may be missing"
+                        f"The websocket was lost meanwhile: images of {WEBSOCKET_OUTPUT_NODE} nodes may be missing"
                     )
                 outputs = outputs_of(outcome, self._client.process)
         with self._limits.delivering():

@@ -12,13 +12,13 @@ class StageLimits:
     """
 
     def staging(self) -> AbstractContextManager[None]:
-        """Upload inputs."""
+        """Wait to upload inputs."""
         return nullcontext()
 
     def generating(self) -> AbstractContextManager[None]:
-        """Be in ComfyUI's queue."""
+        """Wait to enter ComfyUI's queue."""
         return nullcontext()
 
     def delivering(self) -> AbstractContextManager[None]:
-        """Hand outputs over."""
+        """Wait to deliver outputs."""
         return nullcontext()

@@ -1,4 +1,4 @@
-"""Converts pictures to another format or size, with or without ComfyUI's metadata."""
+"""Converts images to another format or size, with or without ComfyUI's metadata."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from comfy_worker.media.metadata import ORIENTATION_TAG, without_metadata
-from comfy_worker.media.probe import BROKEN_PICTURE, load_pillow
+from comfy_worker.media.probe import BROKEN_IMAGE, load_pillow
 from comfy_worker.types import Conversion
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ _READABLE = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "TIFF", "BMP", "TGA", "PPM", "
 _WRITABLE = {"PNG": (".png",), "JPEG": (".jpg", ".jpeg"), "WEBP": (".webp",)}
 """Pillow's names of formats and their extensions, the usual one first."""
 _MAX_PIXELS = 2**27
-"""Each picture that is being converted needs at least four bytes for each pixel."""
+"""Each image that is being converted needs at least four bytes for each pixel."""
 _MAX_WEBP_SIDE = 16383
 """From the specification of the WebP container."""
 _MAX_JPEG_EXIF = 65533
@@ -37,12 +37,12 @@ it have one `<key>:<JSON>` each, in the order of `extra_pnginfo`. The tags below
 
 
 class ConversionFailed(Exception):
-    """The picture cannot be converted; the sentence, about "it", says why."""
+    """The image cannot be converted; the message starts with "it" or "its" and says why."""
 
 
 @dataclass(frozen=True)
 class Converted:
-    """A converted picture, or the original one if it needs no conversion.
+    """A converted image, or the original one if it needs no conversion.
 
     Attributes:
         content: the file.
@@ -58,14 +58,14 @@ class Converted:
 
 
 def convert(content: bytes, filename: str, conversion: Conversion) -> Converted:
-    """Return the picture in the format and size that `conversion` asks for.
+    """Return the image in the format and size that `conversion` asks for.
 
-    A picture that has both already keeps its pixels; its metadata is removed if `keep_metadata` is False.
+    An image that has both already keeps its pixels; its metadata is removed if `keep_metadata` is False.
 
     Colours get 8 bits for each channel; grey of 16 bits stays so in a PNG. EXIF's orientation is applied.
 
     Raises:
-        ConversionFailed: the content is not a picture, broken, animated, too large, or of a format that cannot be
+        ConversionFailed: the content is not an image, broken, animated, too large, or of a format that cannot be
             written.
     """
     try:
@@ -73,10 +73,10 @@ def convert(content: bytes, filename: str, conversion: Conversion) -> Converted:
             return _Conversion(image, content, filename, conversion).run()
     except ConversionFailed:
         raise
-    except BROKEN_PICTURE as error:
+    except BROKEN_IMAGE as error:
         raise ConversionFailed("it is broken, or in a format that cannot be read") from error
     except Exception as error:
-        log.exception("Pillow could not convert a picture because of a bug; the original is delivered")
+        log.exception("Pillow could not convert an image because of a bug; the original is delivered")
         raise ConversionFailed("the worker could not convert it because of a bug; its log says where") from error
 
 
@@ -90,7 +90,7 @@ def _open(content: bytes) -> Image.Image:
 
 
 class _Conversion:
-    """The conversion of one picture."""
+    """The conversion of one image."""
 
     def __init__(self, image: Image.Image, content: bytes, filename: str, conversion: Conversion) -> None:
         self._image = image
@@ -109,7 +109,7 @@ class _Conversion:
             if self._source in _WRITABLE or not _has_metadata(self._image):
                 return Converted(without_metadata(self._content), self._filename, _mime_type(self._source))
         self._check()
-        # Read before the picture is turned upright, which changes its EXIF.
+        # Read before the image is turned upright, which changes its EXIF.
         metadata = self._metadata_options() if self._keeps_metadata else {}
         image = self._scaled(self._with_writable_mode(self._upright()))
         profile = self._profile_for(image)
@@ -130,7 +130,7 @@ class _Conversion:
         if self._target not in _WRITABLE:
             raise ConversionFailed(f"a {self._source} can only be written anew as png, jpeg or webp")
         if self._image.mode == "F":
-            raise ConversionFailed("its pixels are floating-point numbers, and nobody says which one is white")
+            raise ConversionFailed("its floating-point pixels have no defined white level")
 
     def _upright(self) -> Image.Image:
         from PIL import ImageOps
@@ -138,7 +138,7 @@ class _Conversion:
         return ImageOps.exif_transpose(self._image)
 
     def _with_writable_mode(self, image: Image.Image) -> Image.Image:
-        """Return the picture with channels that the target has and that can be scaled."""
+        """Return the image with channels that the target has and that can be scaled."""
         if image.mode.partition(";")[0] == "I":
             # The file has 16 bits, but Pillow scales 32.
             image = image.convert("I")

@@ -10,7 +10,7 @@ from comfy_worker.media.probe import mime_type_of_name
 
 _MEDIA = ("image", "audio", "video")
 _NOT_BINARY = ("image/openraster", "image/svg+xml")
-"""Pictures whose format is an archive or a page."""
+"""Images whose format is an archive or a page."""
 _PLAIN_MODELS = ("model/gltf-binary", "model/gltf+json", "model/obj", "model/stl")
 """Models whose format is neither; others (USDZ, 3MF) are archives."""
 _GLB = b"glTF"
@@ -31,7 +31,7 @@ _RELATED = (
 
 
 def is_medium(head: bytes, name: str, declared: str) -> bool:
-    """Return whether a file is a picture, audio, video or 3D model, by its content or else by its name.
+    """Return whether a file is an image, audio, video or 3D model, by its content or else by its name.
 
     Args:
         head: its first bytes.
@@ -74,7 +74,7 @@ def _extension(head: bytes) -> str | None:
 
 
 def content_mismatch(head: bytes, name: str) -> str | None:
-    """Return what a file is if its name is that of a picture, audio, video or model but its content is not.
+    """Return what a file is if its name is that of an image, audio, video or model but its content is not.
 
     Unknown content returns None: a node may know the format.
     """

@@ -1,4 +1,4 @@
-"""Removes texts, EXIF and XMP from pictures without changing a pixel: ComfyUI writes the prompt and the workflow there.
+"""Removes texts, EXIF and XMP from images without changing a pixel: ComfyUI writes the prompt and the workflow there.
 
 The layouts are from the specifications of PNG (chunks), JPEG (segments), the WebP container (RIFF chunks) and TIFF 6.0,
 which is the format of EXIF.
@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator
 
 WRITTEN_INTO = ("image/png", "image/apng", "image/jpeg", "image/webp")
-"""The types of pictures from which `without_metadata` removes metadata."""
+"""The types of images from which `without_metadata` removes metadata."""
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"comf")
 """`comf` is where ComfyUI writes the prompt of an animated PNG."""

@@ -49,7 +49,7 @@ _MORE_EXACT_NAMES = {"audio/opus": "audio/ogg"}
 HEAD_BYTES = 8192
 """How much of a file the library filetype needs; a tar archive is recognised by its bytes from 257 on."""
 
-BROKEN_PICTURE = (OSError, ValueError, RuntimeError, SyntaxError, EOFError, LookupError, struct.error)
+BROKEN_IMAGE = (OSError, ValueError, RuntimeError, SyntaxError, EOFError, LookupError, struct.error)
 """What Pillow's readers raise for a broken file; TypeError and AttributeError would mean that Pillow has changed."""
 _FIRST_PYAV_THAT_TAKES_ALL_TAGS = 19
 
@@ -60,7 +60,7 @@ class Media:
 
     Attributes:
         mime_type: its type by its content, or else by its name.
-        width: of a picture or a video, in pixels; `height` likewise.
+        width: of an image or a video, in pixels; `height` likewise.
         duration_s: of a video or an audio file, in seconds, if the file says.
     """
 
@@ -93,8 +93,8 @@ def inspect(filename: str, file: BinaryIO) -> Media:
     by_name = mime_type_of_name(filename)
     by_head: str = filetype.guess_mime(file.read(HEAD_BYTES)) or ""
     # A head may have only two letters ("BM"), so it is believed only if the format's reader agrees.
-    if "image" in (_main_type(by_name), _main_type(by_head)) and (picture := _inspect_picture(by_name, file)):
-        return picture
+    if "image" in (_main_type(by_name), _main_type(by_head)) and (image := _inspect_image(by_name, file)):
+        return image
     if _main_type(by_head) in ("audio", "video") and (recording := _inspect_recording(by_name, by_head, file)):
         return recording
     return Media(by_head if not _known_type(filename) and _main_type(by_head) == "application" else by_name)
@@ -104,15 +104,15 @@ def _main_type(mime_type: str) -> str:
     return mime_type.partition("/")[0]
 
 
-def _inspect_picture(by_name: str, file: BinaryIO) -> Media | None:
-    """Return what Pillow says about the file; None if it is not a picture."""
+def _inspect_image(by_name: str, file: BinaryIO) -> Media | None:
+    """Return what Pillow says about the file; None if it is not an image."""
     pillow = load_pillow()
     file.seek(0)
     try:
         with pillow.open(file) as image:
             by_content = image.get_format_mimetype() if hasattr(image, "get_format_mimetype") else None
             return Media(by_content or pillow.MIME.get(image.format or "", by_name), *image.size)
-    except BROKEN_PICTURE:
+    except BROKEN_IMAGE:
         return None
     except Exception:
         log.exception("Pillow could not inspect a %s because of a bug; its type is taken from its name", by_name)

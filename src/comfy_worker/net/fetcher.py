@@ -158,7 +158,7 @@ class _Download:
         """Write the body into `file`; a failure that may pass is retried.
 
         Raises:
-            _NotModified: the server's answer to `conditions`.
+            _NotModified: the server's response to `conditions`.
         """
         retrying = Retrying(
             retry=retry_if_exception(lambda error: isinstance(error, FetchError) and error.retryable),
@@ -224,7 +224,7 @@ class _Download:
     def _chunks(self, response: BaseHTTPResponse) -> Iterator[bytes]:
         """Yield the body in chunks of limited size, even if it was compressed a thousandfold."""
         if response.headers.get("Content-Encoding", "identity").strip().lower() not in _ENCODINGS:
-            raise FetchError("it came encoded in a way that was not asked for")
+            raise FetchError("its Content-Encoding is not supported")
         try:
             yield from response.stream(_CHUNK, decode_content=True)
         except (HTTPError, OSError) as error:

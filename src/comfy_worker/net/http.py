@@ -58,7 +58,7 @@ def get(
 def _get_once(
     target: Target, headers: Mapping[str, str], deadline: FetchDeadline, allow_private: bool
 ) -> Iterator[BaseHTTPResponse]:
-    """Yield the response of the first of the host's addresses that gives one."""
+    """Yield the response of the host's first address that responds."""
     if select_proxy(target.url, get_environ_proxies(target.url)):
         raise FetchError("the environment sends it through a proxy, where no address can be checked")
     *others, last = resolve(target.host, target.port, allow_private=allow_private)
@@ -139,7 +139,7 @@ def connection_error(error: BaseException) -> FetchError:
     if isinstance(error, ConnectTimeoutError):
         return FetchError("its server did not take the connection in time", retryable=True)
     if isinstance(error, DecodeError):
-        return FetchError("it came compressed, and that is broken")
+        return FetchError("its compressed body is corrupt")
     if isinstance(error, LocationParseError):
         return FetchError("its URL cannot be read")
     return FetchError("its server broke off the connection", retryable=True)

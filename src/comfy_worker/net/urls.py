@@ -44,7 +44,7 @@ def parse_url(url: str) -> Target:
     if len(url) > _MAX_URL_LENGTH:
         raise FetchError(f"its URL is longer than {_MAX_URL_LENGTH} characters")
     if _FORBIDDEN_CHARACTERS.search(url):
-        raise FetchError("its URL has a character that does not belong into one")
+        raise FetchError("its URL contains an invalid character")
     try:
         parts = urlsplit(url)
         port = parts.port

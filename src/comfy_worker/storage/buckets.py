@@ -79,7 +79,7 @@ def job_bucket(brought: JobBucket, settings: Settings) -> BucketAccess:
 def _checked_key(name: str, value: str) -> str:
     """Return an access key, which is sent in a header; line breaks would end it."""
     if not _HEADER_VALUE.fullmatch(value):
-        raise InvalidInput(f"{name} is empty or has spaces, line breaks or letters that it cannot have")
+        raise InvalidInput(f"{name} is empty or contains invalid characters")
     return value
 
 
@@ -91,7 +91,7 @@ def _check_listed(url: str, patterns: list[str]) -> None:
     names = {name for name in (host, known_service(host)) if name}
     names |= {f"{name}:{parts.port}" for name in names if parts.port}
     if not any(fnmatchcase(name, pattern) for pattern in patterns for name in names):
-        raise InvalidInput(f"The job's S3 endpoint has the host {host}, which is none that JOB_S3_ENDPOINTS allows")
+        raise InvalidInput(f"The job's S3 endpoint has the host {host}, which is not allowed by JOB_S3_ENDPOINTS")
 
 
 def _check_public(bucket: Bucket) -> None:

@@ -154,7 +154,7 @@ def _split(url: str, fields: FieldNames) -> tuple[SplitResult, str, str]:
     if parts.scheme not in ("http", "https") or not host or port == ":0":
         raise InvalidInput(example)
     if not (_IPV6 if ":" in host else _HOST).fullmatch(host):
-        raise InvalidInput(f"{example}: its host has letters that a host cannot have")
+        raise InvalidInput(f"{example}: its host contains invalid characters")
     if "@" in parts.netloc:
         raise InvalidInput(f"{fields.url} must not have a user or a password in it: keys have fields of their own")
     if parts.query or parts.fragment:
@@ -165,7 +165,7 @@ def _split(url: str, fields: FieldNames) -> tuple[SplitResult, str, str]:
 def _segments(path: str, fields: FieldNames) -> Sequence[str]:
     segments = [unquote(segment) for segment in path.strip("/").split("/")] if path.strip("/") else []
     if any(segment in ("", ".", "..") or "/" in segment or _INVISIBLE.search(segment) for segment in segments):
-        raise InvalidInput(f"The path of {fields.url} has empty parts, leads elsewhere or has letters that cannot be")
+        raise InvalidInput(f"The path of {fields.url} contains empty parts, '.', '..' or invalid characters")
     return segments
 
 

@@ -89,7 +89,7 @@ class StorageFactory:
         settings = self._settings
         access = None if brought is None else job_bucket(brought, settings)
         has_bucket = settings.has_bucket or access is not None
-        # Whoever brings a bucket wants the outputs in it.
+        # A job with its own bucket delivers there by default.
         default = "s3" if access else settings.delivery or ("s3" if has_bucket else "base64")
         kind = delivery.type or default
         if kind == "local":

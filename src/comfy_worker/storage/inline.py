@@ -35,7 +35,7 @@ class InlineStorage:
             return Delivered("base64", text)
         if self._overflow is None:
             raise OutputTooLarge(
-                f"The outputs do not fit into the answer, which has room for {self._budget} characters",
+                f"The outputs exceed the response limit of {self._budget} characters",
                 hint="Set up S3 (BUCKET_ENDPOINT_URL and its keys) and deliver as 'auto' or 's3', "
                 "or make fewer, smaller or more compressed outputs",
             )
