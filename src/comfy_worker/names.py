@@ -6,7 +6,7 @@ import re
 
 from comfy_worker.errors import InvalidInput
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f]")
 _ANNOTATION = re.compile(r"\[(input|output|temp)\]$")
 """ComfyUI parses it as an annotation, even without a space before it."""
 _MAX_BYTES = 1024
@@ -24,7 +24,7 @@ def check_name(name: str, what: str) -> str:
     parts = name.split("/")
     if not name.strip():
         raise InvalidInput(f"{refused}it is empty")
-    if _CONTROL.search(name):
+    if CONTROL_CHARACTERS.search(name):
         raise InvalidInput(f"{refused}it has control characters")
     if "\\" in name or name.startswith("/") or ":" in parts[0]:
         raise InvalidInput(f"{refused}it must be relative, with '/' between folders")

@@ -12,7 +12,7 @@ from comfy_worker.catalog.library import Catalog
 from comfy_worker.catalog.template import expand_job
 from comfy_worker.comfy.client import ComfyClient
 from comfy_worker.errors import InternalError, InvalidInput, OutputTooLarge, WorkerError
-from comfy_worker.job.envelope import INPUT_HINT
+from comfy_worker.job.envelope import check_is_object
 from comfy_worker.job.payload import failure_as_output, parse_job, result_as_output, split_failure
 from comfy_worker.job.pipeline import run_job
 from comfy_worker.job.stage_limits import StageLimits
@@ -71,8 +71,10 @@ class Worker:
             result_limit: how many bytes the output may have as JSON; None for no limit.
             send_webhooks: whether to send the job's webhooks. They are sent in the background.
         """
-        if not isinstance(job, Mapping):
-            return InvalidInput("The job must be an object with an input", hint=INPUT_HINT).as_output()
+        try:
+            check_is_object(job)
+        except InvalidInput as error:
+            return error.as_output()
         webhook = self._webhooks.for_job(job, result_limit) if send_webhooks else None
         try:
             output = self._run(job, webhook.send_progress(on_event) if webhook else on_event, stop, result_limit)

@@ -15,9 +15,9 @@ from typing import Any
 import filetype
 
 from comfy_worker.catalog.manifest import Manifest, parse_manifest
-from comfy_worker.catalog.parameter import Parameter, is_fetched
+from comfy_worker.catalog.parameter import Parameter
 from comfy_worker.errors import InvalidInput
-from comfy_worker.graph.file_references import name_of_url
+from comfy_worker.graph.file_references import is_fetched, name_of_url
 from comfy_worker.graph.workflow import Graph, check_workflow
 from comfy_worker.job.input_files import decode_base64
 from comfy_worker.types import Workflow

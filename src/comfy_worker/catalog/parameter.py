@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, TypeAlias
@@ -22,6 +21,7 @@ from pydantic import (
 )
 
 from comfy_worker.errors import InvalidInput
+from comfy_worker.graph.file_references import is_fetched
 from comfy_worker.job.input_files import decode_base64
 
 ParameterType = Literal["string", "integer", "number", "boolean", "choice", "file"]
@@ -36,7 +36,6 @@ RANDOM_INT = "__RANDOM_INT__"
 _LARGEST_RANDOM = 2**53 - 1
 """The largest integer that every JSON parser reads exactly."""
 _PLACEHOLDER = "{value}"
-_URL = re.compile(r"(https?|s3)://", re.IGNORECASE)
 
 
 class Strict(BaseModel):
@@ -244,11 +243,6 @@ def _file(_parameter: Parameter, value: Any) -> str:
         except InvalidInput as problem:
             raise ValueError(problem.message.replace("Image 'file' ", "", 1)) from None
     return value
-
-
-def is_fetched(file: str) -> bool:
-    """Return whether a file is given by its URL and not by its content."""
-    return _URL.match(file) is not None
 
 
 _CHECKS: Mapping[ParameterType, Callable[[Parameter, Any], Any]] = {

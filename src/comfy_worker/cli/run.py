@@ -16,6 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from comfy_worker.errors import InvalidInput, WorkerError
+from comfy_worker.job.envelope import LOCAL_JOB_ID
 from comfy_worker.job.progress import Progress
 from comfy_worker.settings import Settings
 from comfy_worker.signals import END_SIGNALS, in_thread
@@ -104,7 +105,7 @@ def read_job(text: str | None, file: str = DEFAULT_FILE) -> dict[str, Any]:
         raise InvalidInput(f"{source} {problem}") from None
     if not isinstance(job, dict):
         raise InvalidInput(f"{source} must be an object with an input")
-    return {"id": "local_test", **job}
+    return {"id": LOCAL_JOB_ID, **job}
 
 
 def run(job: dict[str, Any], settings: Settings, interruption: Interruption) -> dict[str, Any]:

@@ -6,9 +6,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from comfy_worker.graph.file_references import MODEL_FILE
 from comfy_worker.types import Workflow
-
-MODEL_FILE = re.compile(r"\.(safetensors|sft|ckpt|pt|pt2|pth|bin|pkl|gguf|onnx)$", re.IGNORECASE)
 
 _FOLDERS = {
     ("CLIPVisionLoader", "clip_name"): "clip_vision",

@@ -15,7 +15,6 @@ from difflib import get_close_matches
 from typing import Any
 
 from comfy_worker.comfy.requirements import (
-    MODEL_FILE,
     combo_values,
     is_canvas_only,
     missing_classes,
@@ -24,6 +23,7 @@ from comfy_worker.comfy.requirements import (
     package_of,
 )
 from comfy_worker.errors import InvalidWorkflow, MissingModels, MissingNodes
+from comfy_worker.graph.file_references import MODEL_FILE
 from comfy_worker.graph.workflow import class_type, find_loop, title
 from comfy_worker.types import Workflow
 

@@ -16,7 +16,9 @@ from comfy_worker.graph.workflow import Graph, is_link, split_annotation
 
 Path: TypeAlias = tuple[str | int, ...]
 
-_URL = re.compile(r"(https?|s3)://|data:", re.IGNORECASE)
+MODEL_FILE = re.compile(r"\.(safetensors|sft|ckpt|pt|pt2|pth|bin|pkl|gguf|onnx)$", re.IGNORECASE)
+"""The extension of a model file."""
+_URL = re.compile(r"(https?|s3)://", re.IGNORECASE)
 _AROUND_NAME = re.compile(r"^[\s.]+|[\s.]+$")
 _FORBIDDEN_IN_NAME = re.compile(r"[\x00-\x1f\x7f/\\:*?\"<>|\ud800-\udfff]")
 _ANNOTATION = re.compile(r"\s*\[(input|output|temp)\]\Z")
@@ -58,7 +60,7 @@ class Reference:
     @property
     def is_fetched(self) -> bool:
         """Whether it is a URL to download, not a data URI."""
-        return self.is_url and self.value[:5].lower() != "data:"
+        return is_fetched(self.value)
 
     @property
     def is_for_url(self) -> bool:
@@ -75,7 +77,12 @@ class Reference:
     @property
     def is_url(self) -> bool:
         """Whether it is the URL of a file, or a data URI with its content."""
-        return _URL.match(self.value) is not None
+        return self.is_fetched or self.value[:5].lower() == "data:"
+
+
+def is_fetched(text: str) -> bool:
+    """Return whether a text is a URL to download, not a data URI."""
+    return _URL.match(text) is not None
 
 
 def find_strings(graph: Graph) -> Iterator[Reference]:

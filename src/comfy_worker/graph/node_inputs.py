@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
-from comfy_worker.graph.file_references import Reference, name_of_url
+from comfy_worker.graph.file_references import MODEL_FILE, Reference, name_of_url
 
 _UPLOAD_FLAGS = ("image_upload", "audio_upload", "video_upload", "file_upload", "animated_image_upload", "upload")
 """Options with which a node class marks an input as the name of a file in the input folder."""
@@ -23,12 +22,11 @@ _ANY_FOLDER = {
 """ComfyUI's own inputs that list the input folder but accept any file in it, also in subfolders (0.3.64 to 0.8.0)."""
 _3D_FOLDER = "3d"
 """The subfolder of the input folder that `Load3D` and similar nodes list."""
-_MODEL_FILE = re.compile(r"\.(safetensors|sft|ckpt|pt|pt2|pth|bin|pkl|gguf|onnx)$", re.IGNORECASE)
 
 
 def names_model(url: str) -> bool:
     """Return whether a URL names a model, which is too large to download as an input."""
-    return _MODEL_FILE.search(name_of_url(url)) is not None
+    return MODEL_FILE.search(name_of_url(url)) is not None
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,9 @@ from typing import Any
 from comfy_worker.errors import InvalidInput
 from comfy_worker.strict_json import InvalidJson, check_json, parse_json
 
-INPUT_HINT = 'Send {"input": {"workflow": {…}}}'
+_INPUT_HINT = 'Send {"input": {"workflow": {…}}}'
+LOCAL_JOB_ID = "local_test"
+"""The id of a job without one, as in RunPod's SDK."""
 _CALLER_FIELDS = ("input", "webhook", "webhookV2", "policy", "s3Config")
 """What a caller may send."""
 _PLATFORM_FIELDS = frozenset(
@@ -25,6 +27,21 @@ _MAX_NAMED = 50
 _MAX_NAME_LENGTH = 100
 
 
+def check_is_object(job: Any) -> None:
+    """Refuse a job that is not a JSON object.
+
+    Raises:
+        InvalidInput: the job was refused.
+    """
+    if not isinstance(job, Mapping):
+        raise InvalidInput("The job must be an object with an input", hint=_INPUT_HINT)
+
+
+def job_id_of(job: Mapping[str, Any]) -> str:
+    """Return the id of a job."""
+    return str(job.get("id") or LOCAL_JOB_ID)
+
+
 def read_input(job: Any) -> tuple[Mapping[str, Any], bool]:
     """Return the `input` of a job, and whether it was wrapped twice; it may be a JSON string.
 
@@ -33,8 +50,7 @@ def read_input(job: Any) -> tuple[Mapping[str, Any], bool]:
     Raises:
         InvalidInput: it is missing, or is no object.
     """
-    if not isinstance(job, Mapping):
-        raise InvalidInput("The job must be an object with an input", hint=INPUT_HINT)
+    check_is_object(job)
     payload = _object(job.get("input"))
     if "input" not in payload or any(payload.get(name) is not None for name in ("workflow", "template")):
         return payload, False
@@ -43,7 +59,7 @@ def read_input(job: Any) -> tuple[Mapping[str, Any], bool]:
 
 def _object(value: Any) -> Mapping[str, Any]:
     if value is None:
-        raise InvalidInput("Please provide input", hint=INPUT_HINT)
+        raise InvalidInput("Please provide input", hint=_INPUT_HINT)
     if isinstance(value, str):
         try:
             value = parse_json(value)

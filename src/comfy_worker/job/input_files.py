@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import base64
 import binascii
-import re
 from collections.abc import Iterable
 
 from comfy_worker.errors import InvalidInput
+from comfy_worker.graph.file_references import is_fetched
 from comfy_worker.names import check_name
 from comfy_worker.types import InputFile
 
 UPLOAD_FAILED = "Failed to upload one or more input images"
 """The beginning of each error sentence about an input file, as in worker-comfyui."""
 
-_URL = re.compile(r"(https?|s3)://", re.IGNORECASE)
 _MAX_HEAD_LENGTH = 1024
 """Characters up to the comma of a data URI."""
 _URLSAFE = str.maketrans("-_", "+/")
@@ -47,7 +46,7 @@ def _parse_file(name: str, image: str | None, url: str | None) -> InputFile:
     given = [value for value in (image, url) if value is not None]
     if len(given) != 1:
         raise InvalidInput(f"Image {name!r} needs either 'image' (base64) or 'url'")
-    if _URL.match(given[0]):
+    if is_fetched(given[0]):
         return InputFile(name, url=given[0])
     if url is not None and not _split_data_uri(url)[0]:
         raise InvalidInput(f"The url of image {name!r} is neither http(s) nor s3 nor a data URI")

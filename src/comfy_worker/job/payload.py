@@ -18,6 +18,7 @@ from comfy_worker.graph.workflow import check_workflow
 from comfy_worker.job.envelope import (
     check_job,
     execution_timeout_s,
+    job_id_of,
     read_input,
     unknown_names,
     warnings_of_job,
@@ -171,7 +172,7 @@ def parse_job(job: Mapping[str, Any], max_files: int | None = None) -> Job:
     bucket = parsed.s3 or (None if s3_config is None else _validate(_BucketInput, s3_config, "s3Config"))
     warnings = itertools.chain(warnings_of_job(job), _all_unknown_keys(given))
     return Job(
-        id=str(job.get("id") or "local_test"),
+        id=job_id_of(job),
         prompt_id=str(uuid.uuid4()),
         workflow=check_workflow(workflow),
         files=decode_files((item.name, item.image, item.url) for item in (*parsed.images, *parsed.files)),

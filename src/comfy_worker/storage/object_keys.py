@@ -9,12 +9,11 @@ from collections.abc import Iterator
 from datetime import date
 
 from comfy_worker.errors import DeliveryFailed, InvalidInput
-from comfy_worker.names import check_name
+from comfy_worker.names import CONTROL_CHARACTERS, check_name
 from comfy_worker.storage.base import DeliverableFile
 
 _FIELDS = ("job_id", "filename", "node_id", "index", "date", "prefix")
 _SETTING = "BUCKET_KEY_TEMPLATE"
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]")
 MAX_KEY_BYTES = 1024
 """From the documentation of S3."""
@@ -25,7 +24,7 @@ def safe_path(path: str) -> str:
 
     Nodes may report any name; segments that lead elsewhere are left out.
     """
-    text = _CONTROL.sub("_", path.encode("utf-8", "replace").decode("utf-8"))
+    text = CONTROL_CHARACTERS.sub("_", path.encode("utf-8", "replace").decode("utf-8"))
     return "/".join(part for part in text.split("/") if part not in ("", ".", "..")) or "_"
 
 

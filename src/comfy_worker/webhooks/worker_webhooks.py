@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from comfy_worker.errors import Cancelled, InvalidInput
+from comfy_worker.job.envelope import job_id_of
 from comfy_worker.job.payload import webhook_of
 from comfy_worker.job.progress import Progress
 from comfy_worker.settings import Settings
@@ -126,7 +127,7 @@ class JobWebhook:
 
     def __init__(self, webhooks: Webhooks, job: Mapping[str, Any], webhook: Webhook | None, size_limit: int) -> None:
         self._webhooks = webhooks
-        self._job_id = str(job.get("id") or "local_test")
+        self._job_id = job_id_of(job)
         self._webhook = webhook
         self._size_limit = size_limit
         self._started_at = time.monotonic()
