@@ -260,9 +260,9 @@ class _Staging:
     def _checked_name(item: _Item, head: bytes) -> str:
         """Return the file's name in the job's folder; a name taken from a URL gets the right extension."""
         name = item.file.name if item.folder is None else with_true_extension(item.file.name, head)
-        pretended = content_mismatch(head, name)
-        if pretended:
-            raise InvalidInput(f"Image {name!r} contains {pretended}, which does not match its extension")
+        actual = content_mismatch(head, name)
+        if actual:
+            raise InvalidInput(f"Image {name!r} is {actual}, which does not match its extension")
         return name if item.folder is None else f"{item.folder}/{name}"
 
     def _upload(self, content: BinaryIO, name: str, head: bytes, item: _Item, listed: str | None) -> str:

@@ -11,7 +11,7 @@ from urllib.parse import unquote, urljoin, urlsplit
 
 from requests.utils import DEFAULT_CA_BUNDLE_PATH, get_environ_proxies, select_proxy
 from urllib3 import BaseHTTPResponse, HTTPConnectionPool, HTTPSConnectionPool, Timeout
-from urllib3.exceptions import ConnectTimeoutError, DecodeError, HTTPError, LocationParseError, SSLError
+from urllib3.exceptions import ConnectTimeoutError, HTTPError, LocationParseError, SSLError
 from urllib3.util import make_headers
 from urllib3.util import parse_url as parse_request_url
 
@@ -138,8 +138,6 @@ def connection_error(error: BaseException) -> FetchError:
         return FetchError("its server refused the connection")
     if isinstance(error, ConnectTimeoutError):
         return FetchError("its server did not take the connection in time", retryable=True)
-    if isinstance(error, DecodeError):
-        return FetchError("its compressed body is corrupt")
     if isinstance(error, LocationParseError):
         return FetchError("its URL cannot be read")
     return FetchError("its server broke off the connection", retryable=True)
