@@ -381,7 +381,8 @@ def test_who_waits_is_told_where_and_how_long(ground: EngineSetup, bench: Engine
     assert bench.ended(bench.submit(graphs.work(0.2, steps=2))).state is JobState.COMPLETED
     # Those in front count as well.
     (earlier := Gate(tmp_path)).open()
-    assert bench.ended(earlier_job := bench.submit(earlier.graph())).state is JobState.COMPLETED
+    earlier_job = bench.submit(earlier.graph())
+    assert bench.ended(earlier_job).state is JobState.COMPLETED
     # A fleet's gateway looks at the database twice a second, and counts the job as in front until then.
     wait_until(lambda: bench.service.queue_position(earlier_job) is None)
     gate = Gate(tmp_path)
