@@ -33,7 +33,7 @@ def vae_decode_tiled(context: NodeContext, samples: Latent, vae: Vae, **_tiles: 
 
 
 def _details(latent: Latent) -> list[str]:
-    """Return further lines of the banner, the prompt first, as it is dropped last."""
+    """Return the lines below the banner's title, the prompt first: a small image has no space for the others."""
     if not latent.samplings:
         return ["decoded without a sampler"]
     last = latent.samplings[-1]

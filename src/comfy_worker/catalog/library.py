@@ -92,7 +92,7 @@ class Catalog:
             return [self._entries[name] for name in sorted(self._entries)]
 
     def versions(self, name: str) -> Sequence[CatalogEntry]:
-        """Return the known versions of an entry, the latest last."""
+        """Return the known versions of an entry, oldest first."""
         with self._lock:
             self._refresh()
             return list(self._history.versions.get(name, {}).values())

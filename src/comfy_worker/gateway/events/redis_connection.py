@@ -57,11 +57,6 @@ class RedisConnection:
         self._is_away = False
         self._closing = threading.Event()
 
-    @property
-    def is_away(self) -> bool:
-        """Whether it did not answer the last command."""
-        return self._is_away
-
     def call(self, command: Callable[[Redis], Result]) -> Result:
         """Return what a command returns.
 

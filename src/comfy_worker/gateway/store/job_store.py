@@ -42,14 +42,12 @@ from comfy_worker.gateway.errors import (
     QueueFull,
     UnreadableRequest,
 )
-from comfy_worker.gateway.store.database import WRITES, WriteLock, connect, raises_database_unavailable
+from comfy_worker.gateway.store.database import WRITES, WriteLock, raises_database_unavailable
 from comfy_worker.gateway.store.migrate import bring_up_to_date
 from comfy_worker.gateway.store.records import JobRecord, ProgressRecord, WebhookDelivery
 from comfy_worker.gateway.store.stage_seconds import StageTimes, add_seconds, read_seconds, seconds_by_stage
 from comfy_worker.gateway.store.tables import events, idempotency_keys, jobs, webhook_deliveries
 from comfy_worker.types import JobState
-
-__all__ = ["JobStore", "connect", "event_number"]
 
 STATUS = "status"
 _OPEN = (JobState.IN_QUEUE.value, JobState.IN_PROGRESS.value)
@@ -81,7 +79,7 @@ class JobStore:
         """Open the database and bring its tables up to date.
 
         Args:
-            engine: made by `connect`.
+            engine: made by `database.connect`.
             secret: requests are encrypted with it; all processes that use the database need the same.
 
         Raises:

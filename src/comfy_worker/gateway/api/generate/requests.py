@@ -33,7 +33,7 @@ def check_source(job_input: GenerateInput) -> None:
 
 
 def fingerprint(body: GenerateRequest) -> str:
-    """Return a hash of a request, the same for the same request."""
+    """Return a hash by which a repeated request is recognised."""
     return hashlib.sha256(json.dumps(body.as_sent(), sort_keys=True).encode()).hexdigest()
 
 

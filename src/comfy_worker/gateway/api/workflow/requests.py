@@ -134,7 +134,7 @@ def _extra_data_of(workflow: Any) -> Mapping[str, Any]:
 def cache_key_of(body: Mapping[str, Any], library: Catalog) -> str:
     """Return the same key for identical requests.
 
-    It includes the content of a named workflow: when its file has changed, the request is another one.
+    It includes the content of a named workflow, so that a changed file makes a different request.
     """
     content: dict[str, Any] = {name: value for name, value in body.items() if name != "cache" and value is not None}
     if (template := template_of(body)) is not None:

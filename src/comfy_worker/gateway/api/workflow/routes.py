@@ -121,7 +121,7 @@ def _numbered(unfinished: Sequence[tuple[int, JobRecord]], state: JobState) -> l
 
 @router.get("/workflows/{name}/versions", operation_id="workflow_versions", responses=_NOT_FOUND)
 async def workflow_versions(name: TemplateName, catalog: Workflows) -> WorkflowVersions:
-    """Return all known versions of a named workflow, the latest first."""
+    """Return all known versions of a named workflow, newest first."""
     versions = await run_in_threadpool(catalog.versions, name)
     if not versions:
         raise NotFound(f"There is no named workflow {name!r}")

@@ -187,7 +187,7 @@ class WorkflowVersion(BaseModel):
 
 
 class WorkflowVersions(BaseModel):
-    """All known versions of a named workflow, the latest first."""
+    """All known versions of a named workflow, newest first."""
 
     name: str
     versions: list[WorkflowVersion]
