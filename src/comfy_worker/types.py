@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import AliasChoices, Field, StrictBool, StrictInt, StrictStr
+from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 Workflow: TypeAlias = Mapping[str, Any]
 """A graph in ComfyUI's API format: `{class_type, inputs, _meta}` by node id."""
@@ -45,7 +48,7 @@ class InputFile:
 DeliveryType: TypeAlias = Literal["auto", "base64", "s3", "both", "local"]
 
 
-@dataclass(frozen=True)
+@pydantic_dataclass(frozen=True)
 class Delivery:
     """How the outputs are delivered.
 
@@ -57,11 +60,11 @@ class Delivery:
     """
 
     type: DeliveryType | None = None
-    prefix: str | None = None
-    expires_s: int | None = None
+    prefix: StrictStr | None = None
+    expires_s: Annotated[StrictInt, Field(ge=1, le=7 * 24 * 3600)] | None = None
 
 
-@dataclass(frozen=True)
+@pydantic_dataclass(frozen=True)
 class Conversion:
     """How images are converted before they are delivered.
 
@@ -74,26 +77,27 @@ class Conversion:
     """
 
     format: Literal["png", "jpeg", "webp"] | None = None
-    quality: int = 90
-    max_side: int | None = None
-    keep_metadata: bool | None = None
+    quality: Annotated[StrictInt, Field(ge=1, le=100)] = 90
+    max_side: Annotated[StrictInt, Field(ge=1, le=65535)] | None = None
+    keep_metadata: StrictBool | None = None
 
 
-@dataclass(frozen=True)
+@pydantic_dataclass(frozen=True)
 class JobBucket:
     """The caller's bucket for the outputs and `s3://` inputs of one job. Never stored or logged.
 
-    Without a `name`, the endpoint or the current month names the bucket.
+    Without a `name`, the endpoint or the current month names the bucket. In a request, the fields have the names of
+    `input.s3` or those of RunPod's own `s3Config`.
     """
 
-    endpoint_url: str
-    name: str | None
-    access_key_id: str = field(repr=False)
-    secret_access_key: str = field(repr=False)
-    region: str | None = None
+    endpoint_url: StrictStr = Field(validation_alias=AliasChoices("endpoint_url", "endpointUrl"))
+    access_key_id: StrictStr = Field(validation_alias=AliasChoices("access_key_id", "accessId"), repr=False)
+    secret_access_key: StrictStr = Field(validation_alias=AliasChoices("secret_access_key", "accessSecret"), repr=False)
+    name: StrictStr | None = Field(default=None, validation_alias=AliasChoices("bucket_name", "bucketName"))
+    region: StrictStr | None = None
 
 
-@dataclass(frozen=True)
+@pydantic_dataclass(frozen=True)
 class Webhook:
     """The receiver of a job's webhooks.
 
@@ -104,10 +108,10 @@ class Webhook:
         progress: whether to send progress too.
     """
 
-    url: str
-    secret: str | None = field(default=None, repr=False)
-    extra_params: Mapping[str, Any] = field(default_factory=dict)
-    progress: bool = False
+    url: StrictStr
+    secret: StrictStr | None = Field(default=None, repr=False)
+    extra_params: dict[str, Any] = Field(default_factory=dict)
+    progress: StrictBool = False
 
 
 @dataclass(frozen=True)
@@ -141,7 +145,7 @@ class Job:
     prompt_id: str
     workflow: Workflow
     files: tuple[InputFile, ...] = ()
-    delivery: Delivery = Delivery()
+    delivery: Delivery = field(default_factory=Delivery)
     conversion: Conversion | None = None
     bucket: JobBucket | None = None
     webhook: Webhook | None = None

@@ -25,7 +25,7 @@ from tests.support.storage.s3_server import S3Server
 
 
 def job_bucket(url: str, name: str, **more: Any) -> JobBucket:
-    return JobBucket(url, name, JOB_ACCESS_KEY, JOB_SECRET_KEY, **more)
+    return JobBucket(url, JOB_ACCESS_KEY, JOB_SECRET_KEY, name, **more)
 
 
 ALLOWED: dict[str, Any] = {"job_bucket_endpoints": "127.0.0.1"}

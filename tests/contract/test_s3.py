@@ -271,7 +271,7 @@ def test_without_a_name_the_bucket_is_the_one_that_runpods_uploader_takes(
 
 def test_another_month_is_another_bucket(s3: S3Server, storages: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     made = storages(**with_bucket(s3.url), allow_job_bucket=True, allow_private_urls=True)
-    theirs = JobBucket(s3.url, None, JOB_ACCESS_KEY, JOB_SECRET_KEY)
+    theirs = JobBucket(s3.url, JOB_ACCESS_KEY, JOB_SECRET_KEY)
     months = [s3.create_bucket(), s3.create_bucket()]
     for month in months:
         monkeypatch.setattr(buckets, "bucket_of_the_month", lambda: month)  # noqa: B023 - called in this round

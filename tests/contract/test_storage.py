@@ -113,7 +113,7 @@ def storage(
     job_bucket = None
     if "of the job" in kind:
         region = "eu-west-3" if "region" in kind else None
-        job_bucket = JobBucket(s3.url, bucket, JOB_ACCESS_KEY, JOB_SECRET_KEY, region)
+        job_bucket = JobBucket(s3.url, JOB_ACCESS_KEY, JOB_SECRET_KEY, bucket, region)
     wish = Delivery(type="both" if kind == "both" else "auto" if kind == "auto" else None)
     yield storages(**settings.get(kind, {})).choose(wish, None, job_bucket)
 

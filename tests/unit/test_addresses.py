@@ -69,7 +69,7 @@ def test_no_webhook_is_sent_there(environment: pytest.MonkeyPatch, address: str)
 def test_no_bucket_is_there(environment: pytest.MonkeyPatch, address: str) -> None:
     endpoint = url_of(address).removesuffix("/a.png")
     with pytest.raises(InvalidInput, match="not known to have a public address"):
-        StorageFactory(load_settings()).choose(Delivery(), None, JobBucket(endpoint, "shop", "key", "secret"))
+        StorageFactory(load_settings()).choose(Delivery(), None, JobBucket(endpoint, "key", "secret", "shop"))
     connected: Any = SimpleNamespace(getpeername=lambda: (address, 80))
     with pytest.raises(OSError, match="the host has no public address"):
         check_public_peer(connected)
@@ -81,7 +81,7 @@ def test_what_runpods_sdk_refuses_is_never_public(address: Any) -> None:
 
 
 def test_a_job_may_bring_a_bucket_unless_the_worker_says_no(environment: pytest.MonkeyPatch) -> None:
-    bucket = JobBucket("https://93.184.216.34", "shop", "key", "secret")
+    bucket = JobBucket("https://93.184.216.34", "key", "secret", "shop")
     StorageFactory(load_settings()).choose(Delivery(), None, bucket)
     environment.setenv("ALLOW_JOB_S3", "false")
     with pytest.raises(InvalidInput, match="which this worker does not take"):

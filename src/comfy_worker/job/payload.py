@@ -7,11 +7,19 @@ import json
 import re
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
-from typing import Annotated, Any, Literal, TypeVar
+from dataclasses import asdict, replace
+from typing import Annotated, Any, TypeAlias, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
-from pydantic.aliases import AliasChoices
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    Field,
+    StrictBool,
+    StrictStr,
+    TypeAdapter,
+    ValidationError,
+)
 
 from comfy_worker.errors import InvalidInput, InvalidWorkflow, WorkerError
 from comfy_worker.graph.workflow import check_workflow
@@ -30,7 +38,6 @@ from comfy_worker.types import (
     Artifact,
     Conversion,
     Delivery,
-    DeliveryType,
     Job,
     JobBucket,
     JobResult,
@@ -44,6 +51,7 @@ _MESSAGES = {
     "string_type": "must be a string",
     "dict_type": "must be an object",
     "model_type": "must be an object",
+    "dataclass_type": "must be an object",
     "list_type": "must be a list",
     "bool_type": "must be true or false",
     "int_type": "must be a whole number",
@@ -58,68 +66,38 @@ _MAX_EXTRA_PARAMS_BYTES = 64_000
 """Size of `webhook.extra_params` as JSON: they are sent back with each message."""
 
 
-def _check_prefix(prefix: str | None) -> str | None:
-    return check_name(prefix.strip("/"), "input.delivery.prefix") if prefix else None
+def _check_prefix(delivery: Delivery) -> Delivery:
+    prefix = check_name(delivery.prefix.strip("/"), "input.delivery.prefix") if delivery.prefix else None
+    return replace(delivery, prefix=prefix)
 
 
-def _check_extra_params(extra_params: dict[str, Any]) -> dict[str, Any]:
-    size = len(json.dumps(extra_params, separators=(",", ":"), ensure_ascii=False).encode(errors="replace"))
+def _check_extra_params(webhook: Webhook) -> Webhook:
+    size = len(json.dumps(webhook.extra_params, separators=(",", ":"), ensure_ascii=False).encode(errors="replace"))
     if size > _MAX_EXTRA_PARAMS_BYTES:
         raise InvalidInput(
             f"input.webhook.extra_params has more than {_MAX_EXTRA_PARAMS_BYTES // 1000} kB as JSON",
             hint="Send a key instead, by which the receiver finds the rest",
         )
-    return extra_params
+    return webhook
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True)
+_Webhook: TypeAlias = Annotated[Webhook, AfterValidator(_check_extra_params)]
 
 
-class _FileInput(_Model):
+class _FileInput(BaseModel):
     name: StrictStr
     image: StrictStr | None = None
     url: StrictStr | None = None
 
 
-class _DeliveryInput(_Model):
-    type: DeliveryType | None = None
-    prefix: Annotated[StrictStr | None, AfterValidator(_check_prefix)] = None
-    expires_s: Annotated[StrictInt, Field(ge=1, le=7 * 24 * 3600)] | None = None
-
-
-class _ConvertInput(_Model):
-    format: Literal["png", "jpeg", "webp"] | None = None
-    quality: Annotated[StrictInt, Field(ge=1, le=100)] = 90
-    max_side: Annotated[StrictInt, Field(ge=1, le=65535)] | None = None
-    keep_metadata: StrictBool | None = None
-
-
-class _BucketInput(_Model):
-    """Accepts the names of `input.s3` and those of RunPod's own `s3Config`."""
-
-    endpoint_url: StrictStr = Field(validation_alias=AliasChoices("endpoint_url", "endpointUrl"))
-    name: StrictStr | None = Field(default=None, validation_alias=AliasChoices("bucket_name", "bucketName"))
-    access_key_id: StrictStr = Field(validation_alias=AliasChoices("access_key_id", "accessId"))
-    secret_access_key: StrictStr = Field(validation_alias=AliasChoices("secret_access_key", "accessSecret"))
-    region: StrictStr | None = None
-
-
-class _WebhookInput(_Model):
-    url: StrictStr
-    secret: StrictStr | None = None
-    extra_params: Annotated[dict[str, Any], AfterValidator(_check_extra_params)] = Field(default_factory=dict)
-    progress: StrictBool = False
-
-
-class _JobInput(_Model):
+class _JobInput(BaseModel):
     workflow: dict[str, Any] | StrictStr
     images: list[_FileInput] = Field(default_factory=list)
     files: list[_FileInput] = Field(default_factory=list)
-    delivery: _DeliveryInput = _DeliveryInput()
-    convert: _ConvertInput | None = None
-    s3: _BucketInput | None = None
-    webhook: _WebhookInput | None = None
+    delivery: Annotated[Delivery, AfterValidator(_check_prefix)] = Delivery()
+    convert: Conversion | None = None
+    s3: JobBucket | None = None
+    webhook: _Webhook | None = None
     timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)] | None = None
     retry_on_crash: StrictBool | None = None
     strict: StrictBool = False
@@ -131,13 +109,11 @@ class _JobInput(_Model):
     extra_data: dict[str, Any] = Field(default_factory=dict)
 
 
-_AnyModel = TypeVar("_AnyModel", bound=_Model)
-_OBJECTS: Mapping[str, type[_Model]] = {
-    "delivery": _DeliveryInput,
-    "convert": _ConvertInput,
-    "s3": _BucketInput,
-    "webhook": _WebhookInput,
-}
+_Parsed = TypeVar("_Parsed")
+_JOB_INPUT = TypeAdapter(_JobInput)
+_BUCKET = TypeAdapter(JobBucket)
+_WEBHOOK: TypeAdapter[Webhook] = TypeAdapter(_Webhook)
+_OBJECTS = {"delivery": Delivery, "convert": Conversion, "s3": JobBucket, "webhook": Webhook}
 _FILE_LISTS = ("images", "files")
 
 
@@ -163,23 +139,23 @@ def parse_job(job: Mapping[str, Any], max_files: int | None = None) -> Job:
     if max_files is not None and count > max_files:
         raise InvalidInput(too_many_files(count, max_files))
     given = _without_nulls(payload)
-    parsed = _validate(_JobInput, given, "input")
+    parsed = _validate(_JOB_INPUT, given, "input")
     workflow = _parse_workflow(parsed.workflow)
     extra_data = {**_wrapped_extra_data(workflow), **parsed.extra_data}
     if len(extra_data) > _MAX_EXTRA_DATA:
         raise InvalidInput(f"extra_data has {len(extra_data)} keys; the limit is {_MAX_EXTRA_DATA}")
     s3_config = job.get("s3Config")
-    bucket = parsed.s3 or (None if s3_config is None else _validate(_BucketInput, s3_config, "s3Config"))
+    bucket = parsed.s3 or (None if s3_config is None else _validate(_BUCKET, s3_config, "s3Config"))
     warnings = itertools.chain(warnings_of_job(job), _all_unknown_keys(given))
     return Job(
         id=job_id_of(job),
         prompt_id=str(uuid.uuid4()),
         workflow=check_workflow(workflow),
         files=decode_files((item.name, item.image, item.url) for item in (*parsed.images, *parsed.files)),
-        delivery=Delivery(**dict(parsed.delivery)),
-        conversion=Conversion(**dict(parsed.convert)) if parsed.convert else None,
-        bucket=JobBucket(**dict(bucket)) if bucket else None,
-        webhook=Webhook(**dict(parsed.webhook)) if parsed.webhook else None,
+        delivery=parsed.delivery,
+        conversion=parsed.convert,
+        bucket=bucket,
+        webhook=parsed.webhook,
         timeout_s=parsed.timeout_s,
         execution_timeout_s=execution_timeout_s(job.get("policy")),
         retry_on_crash=parsed.retry_on_crash,
@@ -210,7 +186,7 @@ def webhook_of(job: Mapping[str, Any]) -> Webhook | None:
         webhook = read_input(job)[0].get("webhook")
     except InvalidInput:
         return None
-    return None if webhook is None else Webhook(**dict(_validate(_WebhookInput, webhook, "input.webhook")))
+    return None if webhook is None else _validate(_WEBHOOK, webhook, "input.webhook")
 
 
 def _missing_workflow_hint(payload: Mapping[str, Any]) -> str:
@@ -244,10 +220,10 @@ def _without_nulls(payload: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in payload.items() if value is not None}
 
 
-def _validate(model: type[_AnyModel], value: Any, name: str) -> _AnyModel:
-    """Return a value of the caller's as a model; `name` is what the caller calls it."""
+def _validate(adapter: TypeAdapter[_Parsed], value: Any, name: str) -> _Parsed:
+    """Return a value of the caller's as the adapter's type; `name` is what the caller calls it."""
     try:
-        return model.model_validate(value)
+        return adapter.validate_python(value)
     except ValidationError as error:
         raise InvalidInput(_sentence(error, name)) from None
 
@@ -291,9 +267,9 @@ def _all_unknown_keys(job_input: Mapping[str, Any]) -> Iterator[str]:
             yield from _unknown_keys(item, _FileInput, f"input.{name}.{number}")
 
 
-def _unknown_keys(given: Mapping[str, Any], model: type[BaseModel], name: str) -> Iterator[str]:
+def _unknown_keys(given: Mapping[str, Any], model: Any, name: str) -> Iterator[str]:
     known: list[str] = []
-    for field, info in model.model_fields.items():
+    for field, info in model.__pydantic_fields__.items():
         alias = info.validation_alias
         names = [str(choice) for choice in alias.choices] if isinstance(alias, AliasChoices) else [field]
         known += names
