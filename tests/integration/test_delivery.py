@@ -289,7 +289,7 @@ def test_files_around_the_sizes_at_which_something_changes(
     assert fetched(artifact.delivered.data) == bytes(size)
 
 
-def test_a_large_video_is_described_without_being_read(comfy: Place, s3: S3Server, bucket: str) -> None:
+def test_a_large_video_is_described(comfy: Place, s3: S3Server, bucket: str) -> None:
     path = comfy.output / "described.mp4"
     videos.write_mp4(path, 24 * MB)
     try:

@@ -10,6 +10,7 @@ import requests
 
 from comfy_emulator import EmulatorServer
 from comfy_worker.comfy.socket import SocketPool
+from comfy_worker.settings import load_settings
 from tests.support.comfyui import graphs
 from tests.support.waiting import TIMEOUT_S, wait_until
 
@@ -22,7 +23,7 @@ def server() -> Iterator[EmulatorServer]:
 
 @pytest.fixture
 def pool(server: EmulatorServer) -> Iterator[SocketPool]:
-    pool = SocketPool(server.url, reconnect_attempts=0, reconnect_delay_s=0, connect_timeout_s=5)
+    pool = SocketPool(load_settings(comfyui_url=server.url, websocket_reconnect_attempts=0))
     with closing(pool):
         yield pool
 

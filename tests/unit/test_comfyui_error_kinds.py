@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from comfy_worker.comfy.error_kinds import is_broken_device, is_out_of_memory
 from comfy_worker.comfy.protocol import NodeFailed
 
 
@@ -28,8 +27,8 @@ def failed(message: str, exception_type: str = "RuntimeError") -> NodeFailed:
     ],
 )
 def test_want_of_memory(failure: NodeFailed) -> None:
-    assert is_out_of_memory(failure)
-    assert not is_broken_device(failure)
+    assert failure.is_out_of_memory
+    assert not failure.is_broken_device
 
 
 @pytest.mark.parametrize(
@@ -41,13 +40,13 @@ def test_want_of_memory(failure: NodeFailed) -> None:
     ],
 )
 def test_a_device_that_only_a_new_process_mends(message: str) -> None:
-    assert is_broken_device(failed(message))
-    assert not is_out_of_memory(failed(message))
+    assert failed(message).is_broken_device
+    assert not failed(message).is_out_of_memory
 
 
 @pytest.mark.parametrize(
     "message", ["", "bloom.safetensors is broken", "zoom must be positive", "No room for a mask", "Truncated File Read"]
 )
 def test_everything_else_is_the_workflows_own(message: str) -> None:
-    assert not is_out_of_memory(failed(message))
-    assert not is_broken_device(failed(message))
+    assert not failed(message).is_out_of_memory
+    assert not failed(message).is_broken_device

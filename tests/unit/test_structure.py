@@ -32,7 +32,6 @@ PURE = [
     "comfy_worker.catalog.entry",
     "comfy_worker.comfy.protocol",
     "comfy_worker.comfy.validation",
-    "comfy_worker.comfy.error_kinds",
     "comfy_worker.comfy.requirements",
     "comfy_worker.storage.endpoint",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import math
 import socket
 import time
@@ -19,8 +20,7 @@ from urllib3.exceptions import NewConnectionError
 from urllib3.util import Retry
 
 from comfy_worker.comfy.disk import ComfyDisk
-from comfy_worker.comfy.output_reader import ViewStream
-from comfy_worker.comfy.process import ComfyProcess, HangDetector
+from comfy_worker.comfy.process import ComfyProcess
 from comfy_worker.comfy.protocol import PromptPosition, prompt_position
 from comfy_worker.comfy.socket import SocketPool
 from comfy_worker.comfy.validation import refusal
@@ -28,6 +28,8 @@ from comfy_worker.errors import ComfyUnreachable, InvalidWorkflow, OutputMissing
 from comfy_worker.settings import Settings
 from comfy_worker.stop import Stop
 from comfy_worker.types import OutputFile, Workflow
+
+log = logging.getLogger(__name__)
 
 TRANSFER_THREADS = 8
 """How many files of one job are staged at the same time, and how many of all jobs are delivered."""
@@ -62,12 +64,7 @@ class ComfyClient:
         self.url = settings.comfyui_url
         self.process = ComfyProcess.of(settings)
         self.disk = ComfyDisk.of(settings)
-        self.sockets = SocketPool(
-            settings.comfyui_url,
-            reconnect_attempts=settings.websocket_reconnect_attempts,
-            reconnect_delay_s=settings.websocket_reconnect_delay_s,
-            connect_timeout_s=min(_CONNECT_TIMEOUT_S, settings.comfyui_request_timeout_s),
-        )
+        self.sockets = SocketPool(settings)
         self.transfers = ThreadPoolExecutor(TRANSFER_THREADS, thread_name_prefix="transfer")
         self._session = _open_session()
         self._node_inputs: dict[str, Mapping[str, Any]] = {}
@@ -106,12 +103,17 @@ class ComfyClient:
             Cancelled: the job was cancelled meanwhile.
         """
         deadline = time.monotonic() + min(limit_s, self.settings.ready_timeout_s)
-        hang = HangDetector(self.process, self.settings.comfyui_lost_after_s) if self.process else None
+        silent_since = math.inf
         while not self.is_ready():
-            if time.monotonic() >= deadline or (self.process and self.process.given_up()):
+            now = time.monotonic()
+            if now >= deadline or (self.process and self.process.given_up()):
                 raise self.unreachable()
-            if hang is not None:
-                hang.note_no_answer(is_listening=self.is_listening())
+            # A process that does not listen yet is starting; one that listens and does not answer hangs.
+            silent_since = min(silent_since, now) if self.is_listening() else math.inf
+            if self.process and now - silent_since >= self.settings.comfyui_lost_after_s:
+                log.error("ComfyUI accepts connections and does not answer: it is restarted")
+                self.process.kill()
+                silent_since = math.inf
             stop.wait(_POLL_INTERVAL_S)
             stop.check()
 
@@ -293,23 +295,21 @@ class ComfyClient:
         stored = _json(response)
         return "/".join(part for part in (stored.get("subfolder", ""), stored["name"]) if part)
 
-    def view(self, file: OutputFile, start: int = 0) -> ViewStream:
-        """Return a stream of an output file, from byte `start` on; the caller closes it.
+    def view(self, file: OutputFile) -> requests.Response:
+        """Return a response that streams an output file; the caller closes it.
 
         Raises:
             OutputMissing: ComfyUI does not have the file that it reported.
             ComfyUnreachable: ComfyUI does not answer.
         """
         params = {"filename": file.filename, "subfolder": file.subfolder, "type": file.type}
-        # If a proxy compressed the file, Content-Length would not be its size.
-        headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={start}-"} if start else {})}
-        response = self._request("GET", "/view", params=params, headers=headers, stream=True)
+        response = self._request("GET", "/view", params=params, headers={"Accept-Encoding": "identity"}, stream=True)
         if not response.ok:
             response.close()
         if response.status_code in (400, 403, 404):
             raise OutputMissing(f"ComfyUI reported {file.filename} and does not have it")
         _check(response)
-        return ViewStream(response, file.filename, is_part=start > 0)
+        return response
 
     # ------------------------------------------------------------------------------------------- requests
 

@@ -6,7 +6,6 @@ start.sh writes the pid of ComfyUI into COMFYUI_PID_FILE, removes the file when 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import signal
 import time
@@ -14,8 +13,6 @@ from collections import deque
 from pathlib import Path
 
 from comfy_worker.settings import Settings
-
-log = logging.getLogger(__name__)
 
 _GIVEN_UP = "ComfyUI died"
 """The beginning of the sentence that start.sh writes instead of a pid when it gives up."""
@@ -77,22 +74,3 @@ class ComfyProcess:
                 return [line.rstrip()[:_MAX_LINE_LENGTH] for line in deque(lines, _LAST_LINES)]
         except OSError:
             return []
-
-
-class HangDetector:
-    """Kills a ComfyUI that accepts connections and has answered nothing for `limit_s` seconds."""
-
-    def __init__(self, process: ComfyProcess, limit_s: float) -> None:
-        self._process = process
-        self._limit_s = limit_s
-        self._pid: int | None = None
-        self._since = 0.0
-
-    def note_no_answer(self, *, is_listening: bool) -> None:
-        """Note that ComfyUI did not answer; a process that does not listen is starting and is left alone."""
-        now, pid = time.monotonic(), self._process.pid() if is_listening else None
-        if pid is None or pid != self._pid:
-            self._pid, self._since = pid, now
-        elif now - self._since >= self._limit_s:
-            log.error("ComfyUI has accepted connections and not answered for %g s: it is restarted", self._limit_s)
-            self._process.kill()

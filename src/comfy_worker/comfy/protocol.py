@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -39,6 +40,23 @@ _PREVIEW_IMAGE_WITH_METADATA = 4
 _FORMATS = {1: "image/jpeg", 2: "image/png"}
 _UINT32 = struct.Struct(">I")
 
+# The wordings of PyTorch, CUDA, ROCm and NumPy.
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|OutOfMemory|not enough memory|Allocation on device|CUBLAS_STATUS_ALLOC_FAILED|"
+    r"CUDNN_STATUS_ALLOC_FAILED|can't allocate memory|cannot allocate memory|unable to allocate|"
+    r"HIP error: out of memory|MemoryError|cudaErrorMemoryAllocation|\bOOM\b",
+    re.IGNORECASE,
+)
+_BROKEN_DEVICE = re.compile(
+    r"illegal memory access|device-side assert|unspecified launch failure|misaligned address|"
+    r"illegal instruction was encountered|CUDA driver error|CUDNN_STATUS_EXECUTION_FAILED|"
+    r"CUBLAS_STATUS_EXECUTION_FAILED|uncorrectable ECC error|"
+    r"CUDA-capable device\(s\) is/are busy|no longer on the bus|context is destroyed|hardware stack error|"
+    r"CUDA error: (?!out of memory)(?:launch|initialization error|unknown error|device)",
+    re.IGNORECASE,
+)
+"""After one of these every later CUDA call of the same process fails too."""
+
 NodeOutputs: TypeAlias = Mapping[str, Mapping[str, Any]]
 """What each node reported: node id to `{key: [item, …]}`."""
 
@@ -58,6 +76,16 @@ class NodeFailed:
     node_type: str
     message: str
     exception_type: str
+
+    @property
+    def is_out_of_memory(self) -> bool:
+        """Whether the node ran out of memory, on the GPU or the host."""
+        return bool(_OUT_OF_MEMORY.search(f"{self.exception_type}: {self.message}"))
+
+    @property
+    def is_broken_device(self) -> bool:
+        """Whether the node broke the GPU context, which only a new process can repair."""
+        return not self.is_out_of_memory and bool(_BROKEN_DEVICE.search(self.message))
 
 
 @dataclass(frozen=True)

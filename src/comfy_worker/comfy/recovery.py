@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 
 from comfy_worker.comfy.client import ComfyClient
-from comfy_worker.comfy.error_kinds import is_broken_device
 from comfy_worker.comfy.protocol import NodeFailed, Outcome
 from comfy_worker.errors import WorkerError
 
@@ -32,6 +31,6 @@ def restart_if_hanging(client: ComfyClient) -> None:
 
 def restart_if_broken(client: ComfyClient, outcome: Outcome) -> None:
     """Restart a ComfyUI in which every later job would fail too."""
-    if client.process is not None and isinstance(outcome, NodeFailed) and is_broken_device(outcome):
+    if client.process is not None and isinstance(outcome, NodeFailed) and outcome.is_broken_device:
         log.error("node %s broke the GPU context; ComfyUI is restarted", outcome.node_id)
         client.process.kill()

@@ -30,41 +30,6 @@ _FOLDERS_BY_INPUT = {
 }
 """The folders of ComfyUI's own loaders below `models/`."""
 
-_PACKAGES: tuple[tuple[str, str], ...] = (
-    (r"VHS_", "ComfyUI-VideoHelperSuite"),
-    (r"ADE_|AnimateDiff", "ComfyUI-AnimateDiff-Evolved"),
-    (r"ACN_", "ComfyUI-Advanced-ControlNet"),
-    (r".*Preprocessor$|AIO_Preprocessor|DWPose", "comfyui_controlnet_aux"),
-    (r"IPAdapter", "ComfyUI_IPAdapter_plus"),
-    (r"(Apply)?InstantID", "ComfyUI_InstantID"),
-    (r"FaceDetailer|DetailerForEach|SAMLoader|SEGS|ImpactW|Impact", "ComfyUI-Impact-Pack"),
-    (r"Ultralytics", "ComfyUI-Impact-Subpack"),
-    (r".*//\s*Inspire$", "ComfyUI-Inspire-Pack"),
-    (r"UltimateSDUpscale", "ComfyUI_UltimateSDUpscale"),
-    (r".*\((?:Efficient|Eff\.).*\)|Efficient Loader|Eff\. Loader", "efficiency-nodes-comfyui"),
-    (r".*\(rgthree\)$", "rgthree-comfy"),
-    (r".*\|pysssss$", "ComfyUI-Custom-Scripts"),
-    (r"easy ", "ComfyUI-Easy-Use"),
-    (r"CR ", "ComfyUI_Comfyroll_CustomNodes"),
-    (r"ttN ", "ComfyUI_tinyterraNodes"),
-    (r"Layer(Utility|Mask|Color|Filter|Style): ", "ComfyUI_LayerStyle"),
-    (r".*\(mtb\)$", "comfy-mtb"),
-    (r".*\[Crystools\]$", "ComfyUI-Crystools"),
-    (r".*GGUF", "ComfyUI-GGUF"),
-    (r".*KJ$|INTConstant|FloatConstant|ColorMatch", "ComfyUI-KJNodes"),
-    (r"ReActor", "ComfyUI-ReActor"),
-    (r"WanVideo", "ComfyUI-WanVideoWrapper"),
-    (r"HyVideo", "ComfyUI-HunyuanVideoWrapper"),
-    (r"CogVideo", "ComfyUI-CogVideoXWrapper"),
-    (r".*Florence2", "ComfyUI-Florence2"),
-    (r"SUPIR", "ComfyUI-SUPIR"),
-    (r"GroundingDino", "comfyui_segment_anything"),
-    (r"BiRefNet|RMBG", "ComfyUI-RMBG"),
-    (r"Pulid", "ComfyUI-PuLID-Flux"),
-    (r".*\+$", "ComfyUI_essentials"),
-)
-"""Well-known packages of custom nodes, by the names of their classes."""
-
 _CANVAS_ONLY = frozenset(
     {"Note", "MarkdownNote", "Reroute", "PrimitiveNode", "GetNode", "SetNode", "Anything Everywhere"}
 )
@@ -74,11 +39,6 @@ def model_folder(class_type: str, input_name: str) -> str | None:
     """Return the folder below ComfyUI's `models/` whose files an input lists, None if it is not known."""
     known = _FOLDERS.get((class_type, input_name))
     return known or _FOLDERS_BY_INPUT.get(re.sub(r"_?\d+$", "", input_name))
-
-
-def package_of(class_type: str) -> str | None:
-    """Return the package of custom nodes that a class is likely to come from, None if it is not known."""
-    return next((package for pattern, package in _PACKAGES if re.match(pattern, class_type)), None)
 
 
 def is_canvas_only(class_type: str) -> bool:

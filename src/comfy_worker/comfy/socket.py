@@ -9,12 +9,13 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import websocket
 
 from comfy_worker.comfy.protocol import FEATURE_FLAGS
+from comfy_worker.settings import Settings
 
+_CONNECT_TIMEOUT_S = 5.0
 _MAX_IDLE_S = 60.0
 _REST_OF_FRAME_S = 0.1
 """How long to wait for the rest of a frame that began to arrive while the socket was idle."""
@@ -30,15 +31,13 @@ class EventSocket:
         was_lost: whether frames may have been missed.
     """
 
-    def __init__(
-        self, comfyui_url: str, *, reconnect_attempts: int, reconnect_delay_s: float, connect_timeout_s: float
-    ) -> None:
+    def __init__(self, settings: Settings) -> None:
         self.client_id = str(uuid.uuid4())
-        scheme, _, rest = comfyui_url.partition("://")
+        scheme, _, rest = settings.comfyui_url.partition("://")
         self._url = f"{'wss' if scheme == 'https' else 'ws'}://{rest}/ws?clientId={self.client_id}"
-        self._attempts_left = reconnect_attempts
-        self._delay_s = reconnect_delay_s
-        self._connect_timeout_s = connect_timeout_s
+        self._attempts_left = settings.websocket_reconnect_attempts
+        self._delay_s = settings.websocket_reconnect_delay_s
+        self._connect_timeout_s = min(_CONNECT_TIMEOUT_S, settings.comfyui_request_timeout_s)
         self._next_attempt = 0.0
         self._socket: websocket.WebSocket | None = None
         self.was_lost = False
@@ -137,16 +136,8 @@ class SocketPool:
     closed: ComfyUI sends its queue's length to every client, and must not block on one that never reads.
     """
 
-    def __init__(
-        self, comfyui_url: str, *, reconnect_attempts: int, reconnect_delay_s: float, connect_timeout_s: float
-    ) -> None:
-        self._make = partial(
-            EventSocket,
-            comfyui_url,
-            reconnect_attempts=reconnect_attempts,
-            reconnect_delay_s=reconnect_delay_s,
-            connect_timeout_s=connect_timeout_s,
-        )
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
         self._lock = threading.Lock()
         self._idle: EventSocket | None = None
         self._idle_since = 0.0
@@ -179,7 +170,7 @@ class SocketPool:
         return None
 
     def _open(self) -> EventSocket:
-        socket = self._make()
+        socket = EventSocket(self._settings)
         socket.open()
         return socket
 

@@ -20,7 +20,6 @@ from comfy_worker.comfy.requirements import (
     missing_classes,
     missing_models,
     model_folder,
-    package_of,
 )
 from comfy_worker.errors import InvalidWorkflow, MissingModels, MissingNodes
 from comfy_worker.graph.file_references import MODEL_FILE
@@ -50,7 +49,7 @@ class Problem:
         given: the value that was sent.
         choices: up to ten of the `choice_count` possible values.
         nearest: the possible value that is most like `given`.
-        belongs_to: the folder below ComfyUI's `models/`, or the package of custom nodes, that it belongs to.
+        belongs_to: the folder below ComfyUI's `models/` that it belongs to.
     """
 
     type: str
@@ -264,7 +263,6 @@ def _missing_classes_and_models(workflow: Workflow, object_info: Mapping[str, An
     """Yield every class and every model file that the workflow needs and ComfyUI does not have."""
     for node_id in missing_classes(workflow, object_info):
         node_class = class_type(workflow, node_id)
-        package = package_of(node_class)
         message = f"node class {node_class!r} does not exist here"
         if is_canvas_only(node_class):
             message = f"{node_class!r} exists on ComfyUI's canvas only: use Workflow > Export (API)"
@@ -276,7 +274,6 @@ def _missing_classes_and_models(workflow: Workflow, object_info: Mapping[str, An
             title=title(workflow, node_id),
             given=node_class,
             nearest=nearest(node_class, object_info),
-            belongs_to=f"it comes with the custom nodes {package}" if package else None,
         )
     for node_id, input_name, given, choices in missing_models(workflow, object_info):
         yield _not_in_list(node_id, input_name, given, choices, workflow)

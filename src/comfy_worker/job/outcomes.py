@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict
 from enum import Enum
 
-from comfy_worker.comfy.error_kinds import is_broken_device, is_out_of_memory
 from comfy_worker.comfy.process import ComfyProcess
 from comfy_worker.comfy.protocol import Deleted, Lost, NodeFailed, NodeOutputs, Outcome, Succeeded, WasInterrupted
 from comfy_worker.errors import Cancelled, ComfyCrashed, ExecutionFailed, OutOfMemory
@@ -29,10 +28,10 @@ def retry_reason(outcome: Outcome, *, retry_on_crash: bool, can_restart: bool) -
     """
     if isinstance(outcome, Lost) and not outcome.had_started:
         return RetryReason.DIED_IN_QUEUE
-    if isinstance(outcome, NodeFailed) and is_out_of_memory(outcome):
+    if isinstance(outcome, NodeFailed) and outcome.is_out_of_memory:
         return RetryReason.OUT_OF_MEMORY
     crashed = isinstance(outcome, Lost)
-    if isinstance(outcome, NodeFailed) and is_broken_device(outcome):
+    if isinstance(outcome, NodeFailed) and outcome.is_broken_device:
         crashed = can_restart
     return RetryReason.DIED_WHILE_RUNNING if crashed and retry_on_crash else None
 
@@ -76,6 +75,6 @@ def _execution_error(failed: NodeFailed) -> ExecutionFailed:
         f"Workflow execution error: Node Type: {failed.node_type}, Node ID: {failed.node_id}, Message: {failed.message}"
     )
     details = asdict(failed)
-    if is_out_of_memory(failed):
+    if failed.is_out_of_memory:
         return OutOfMemory(message, details=details, hint="Reduce image size or batch size, or use a larger GPU")
     return ExecutionFailed(message, details=details)

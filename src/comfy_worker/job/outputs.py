@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from comfy_worker.comfy.client import ComfyClient
-from comfy_worker.comfy.output_reader import content_of
+from comfy_worker.comfy.output_reader import output_content
 from comfy_worker.comfy.protocol import NodeOutputs, WebsocketImage
 from comfy_worker.errors import Cancelled, OutputMissing, OutputTooLarge, WorkerError
 from comfy_worker.graph.workflow import WEBSOCKET_OUTPUT_NODE, class_type, nodes_of_class, title
@@ -212,7 +212,12 @@ class _Delivery:
 
     def _deliver(self, file: OutputFile, path: str) -> tuple[Artifact, tuple[str, ...]]:
         received = self.received.get(file)
-        content = content_of(file, self.client) if received is None else InMemory(received)
+        if received is not None:
+            return self._deliver_content(file, path, InMemory(received))
+        with output_content(file, self.client, self.stop.check) as content:
+            return self._deliver_content(file, path, content)
+
+    def _deliver_content(self, file: OutputFile, path: str, content: Content) -> tuple[Artifact, tuple[str, ...]]:
         item = self._converted(_Item(file, path, content, _inspect(file.filename, content)))
         delivered = self.storage.deliver(
             DeliverableFile(
