@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,8 @@ class FakeInternet:
         servers: the local port behind each address; any other takes no connection.
         asked: names that were looked up, in order.
         reached: addresses to which a connection was tried.
+
+    It takes nothing from the threads that ran before it was installed: some of earlier tests connect again for a while.
     """
 
     names: Mapping[str, Sequence[str]]
@@ -32,12 +35,16 @@ class FakeInternet:
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> FakeInternet:
         """Put it in the place of the real one."""
-        monkeypatch.setattr(socket, "getaddrinfo", self._getaddrinfo)
         internet = self
+        others = set(threading.enumerate()) - {threading.current_thread()}
 
         def connect(sock: socket.socket, address: Any) -> None:
-            internet._connect(sock, address)
+            if threading.current_thread() in others:
+                _real_connect(sock, address)
+            else:
+                internet._connect(sock, address)
 
+        monkeypatch.setattr(socket, "getaddrinfo", self._getaddrinfo)
         monkeypatch.setattr(socket.socket, "connect", connect, raising=False)
         return self
 
