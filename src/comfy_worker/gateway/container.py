@@ -88,6 +88,7 @@ class Gateway:
             self.store = wait_for_database(lambda: JobStore(database, own_key.encode()))
             self.library = Catalog(settings.workflows_dir, history=StoredVersions(data / "workflow_versions"))
             self.bus, self.assets = bus or make_bus(settings), AssetStore(data / "assets")
+            stack.callback(self.bus.close)
             self.links = AssetLinks(_links_key(settings), settings.asset_url_expires_s)
             is_shared = settings.engine != "local"
             self._deliveries = WebhookDeliveries(

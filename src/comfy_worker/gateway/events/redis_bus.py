@@ -123,6 +123,8 @@ class RedisEventBus:
 
     def close(self) -> None:
         """End all subscriptions, also later ones, after the events that they have received."""
+        if self._closed:
+            return
         self._closed = True
         self._reader.stop(self._link)
         with self._lock:
