@@ -17,7 +17,7 @@ from PIL import Image
 from tests.support.comfyui.graphs import node, picture, work
 from tests.support.comfyui.instance import ComfyUI
 from tests.support.comfyui.instance import comfyui as running_comfyui
-from tests.support.gateway.process import DATABASES, GatewayProcess, database_url, gateway_process
+from tests.support.gateway.process import GatewayProcess, gateway_process
 from tests.support.waiting import TIMEOUT_S, wait_until
 
 SIDE = 32
@@ -36,18 +36,10 @@ def workflows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("workflows")
 
 
-@pytest.fixture(scope="module", params=DATABASES)
-def gateway(
-    request: pytest.FixtureRequest, comfyui: ComfyUI, workflows: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[GatewayProcess]:
-    data = tmp_path_factory.mktemp("data")
-    settings = {
-        "GENERATION_WORKERS": "2",
-        "PREPROCESS_WORKERS": "1",
-        "WORKFLOWS_DIR": str(workflows),
-        "DATABASE_URL": database_url(request.param, data),
-    }
-    with gateway_process(comfyui.url, data, **settings) as running:
+@pytest.fixture(scope="module")
+def gateway(comfyui: ComfyUI, workflows: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
+    settings = {"GENERATION_WORKERS": "2", "PREPROCESS_WORKERS": "1", "WORKFLOWS_DIR": str(workflows)}
+    with gateway_process(comfyui.url, tmp_path_factory.mktemp("data"), **settings) as running:
         yield running
 
 

@@ -19,7 +19,7 @@ from runpod import AsyncioEndpoint, AsyncioJob, Endpoint
 from tests.support.comfyui.graphs import colors, data_uri, inverted, picture, png, work
 from tests.support.comfyui.instance import ComfyUI
 from tests.support.comfyui.instance import comfyui as running_comfyui
-from tests.support.gateway.process import DATABASES, KEY, GatewayProcess, database_url, gateway_process
+from tests.support.gateway.process import KEY, GatewayProcess, gateway_process
 from tests.support.waiting import TIMEOUT_S, wait_until
 
 RED = (255, 0, 0)
@@ -31,13 +31,10 @@ def comfyui() -> Iterator[ComfyUI]:
         yield running
 
 
-@pytest.fixture(scope="module", params=DATABASES)
-def gateway(
-    request: pytest.FixtureRequest, comfyui: ComfyUI, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[GatewayProcess]:
-    data = tmp_path_factory.mktemp("data")
-    settings = {"GENERATION_WORKERS": "1", "PREPROCESS_WORKERS": "1", "DATABASE_URL": database_url(request.param, data)}
-    with gateway_process(comfyui.url, data, **settings) as running:
+@pytest.fixture(scope="module")
+def gateway(comfyui: ComfyUI, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
+    settings = {"GENERATION_WORKERS": "1", "PREPROCESS_WORKERS": "1"}
+    with gateway_process(comfyui.url, tmp_path_factory.mktemp("data"), **settings) as running:
         yield running
 
 

@@ -5,24 +5,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from benchmarks.gateway_kill.run import KillReport, run
-from tests.support.databases.postgres import postgres
 
-KILLS = 6
+KILLS = 4
 SEED = 7
 
 
-@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
-def report(request: pytest.FixtureRequest) -> Iterator[KillReport]:
-    if request.param == "sqlite":
-        yield run(KILLS, SEED)
-        return
-    with postgres() as server:
-        yield run(KILLS, SEED, server.new_database())
+@pytest.fixture(scope="module")
+def report() -> KillReport:
+    return run(KILLS, SEED)
 
 
 def test_nothing_is_lost_or_doubled(report: KillReport) -> None:

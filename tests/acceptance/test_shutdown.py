@@ -78,7 +78,7 @@ def test_a_job_that_comes_while_an_idle_worker_ends_is_run_or_left_in_the_queue(
     """Submitted within 3 ms of the signal, many times over."""
     moments = random.Random(20)
     with Platform(take_hold_s=HELD_S, stop_hold_s=HELD_S) as platform, ThreadPoolExecutor(4) as threads:
-        for _ in range(6):
+        for _ in range(2):
             ends = [moments.uniform(-0.003, 0.003) for _ in range(4)]
             list(threads.map(lambda at, end: end_while_a_job_comes(platform, comfy, f"w{at}", end), range(4), ends))
 
@@ -87,8 +87,8 @@ def test_a_job_that_comes_while_an_idle_worker_ends_is_run_or_left_in_the_queue(
             for job in ended:
                 platform.wait_for_end(job.id)
 
-    assert [job.state for job in ended] == ["COMPLETED"] * 24, "those left in the queue were for another worker"
-    assert [len(job.results) for job in ended] == [1] * 24
+    assert [job.state for job in ended] == ["COMPLETED"] * 8, "those left in the queue were for another worker"
+    assert [len(job.results) for job in ended] == [1] * 8
 
 
 def end_while_a_job_comes(platform: Platform, comfy: ComfyUI, worker_id: str, seconds: float) -> None:
@@ -173,14 +173,13 @@ def count(platform: Platform, kind: str) -> int:
 # --------------------------------------------------------------------------------------------------- starting
 
 
-@pytest.mark.parametrize("number", SIGNALS)
-def test_a_worker_that_waits_for_comfyui_ends_at_once(platform: Platform, number: signal.Signals) -> None:
+def test_a_worker_that_waits_for_comfyui_ends_at_once(platform: Platform) -> None:
     job_id = platform.submit(PICTURE)
     with closed_port() as port:
         settings = {"COMFYUI_URL": f"http://127.0.0.1:{port}", "COMFYUI_READY_TIMEOUT_S": "300"}
         with start_handler({**platform.environment(), **settings}) as process:
             process.wait_for_line("Running 2 fitness check")
-            process.send_signal(number)
+            process.send_signal(signal.SIGTERM)
             assert process.wait(15) == 0
 
     assert "Traceback" not in process.output
@@ -215,14 +214,13 @@ def test_the_pings_of_a_killed_worker_end_with_it(platform: Platform, comfy: Com
         assert process.wait() == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("number", SIGNALS)
-def test_a_worker_does_not_wait_for_its_pings(platform: Platform, comfy: ComfyUI, number: signal.Signals) -> None:
+def test_a_worker_does_not_wait_for_its_pings(platform: Platform, comfy: ComfyUI) -> None:
     """The SDK's ping process is asked to end and waited for; one that cannot must not keep the worker."""
     with worker(platform, comfy.url) as process:
         platform.wait_until(lambda: count(platform, "ping"), "a ping")
         [child] = children(process.pid)
         os.kill(child, signal.SIGSTOP)
-        process.send_signal(number)
+        process.send_signal(signal.SIGTERM)
         assert process.wait(15) == 0
 
 

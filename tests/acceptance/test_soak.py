@@ -12,7 +12,7 @@ from benchmarks.soak.run import SoakReport, soak
 from benchmarks.soak.schedule import rounds
 from benchmarks.soak.shapes import SHAPES
 
-JOBS = 60
+JOBS = 30
 SEED = 11
 
 
@@ -31,7 +31,7 @@ def test_nothing_is_left_in_comfyui(report: SoakReport) -> None:
 
 
 def test_there_were_faults_and_jobs_that_met_none(report: SoakReport) -> None:
-    assert report.fault_counts.total() > 10
+    assert report.fault_counts.total() > 5
     assert 0 < report.touched < JOBS
     assert report.outcomes["COMPLETED"] > JOBS / 2
 

@@ -205,15 +205,13 @@ class TestServing:
 
 
 class TestSignals:
-    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-    def test_one_that_has_nothing_to_do_ends(self, container: Container, pod: Pod, number: signal.Signals) -> None:
+    def test_one_that_has_nothing_to_do_ends(self, container: Container, pod: Pod) -> None:
         started = pod.start()
-        started.send_signal(number)
+        started.send_signal(signal.SIGINT)
         assert_ended_well(started, container)
 
-    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
     def test_all_who_wait_are_let_go_and_the_jobs_run_after_the_next_start(
-        self, container: Container, pod: Pod, pool: ThreadPoolExecutor, number: signal.Signals
+        self, container: Container, pod: Pod, pool: ThreadPoolExecutor
     ) -> None:
         started = pod.start()
         job_id = pod.post("/run", work(LONG_S))["id"]
@@ -230,8 +228,8 @@ class TestSignals:
             connection.request("GET", f"/events/{job_id}", headers={"Authorization": f"Bearer {KEY}"})
             events = connection.getresponse()
             events.readline()
-            started.send_signal(number)
-            started.send_signal(number)
+            started.send_signal(signal.SIGTERM)
+            started.send_signal(signal.SIGTERM)
             answer = waiting.result()
             assert answer["status"] in ("IN_QUEUE", "IN_PROGRESS")
             events.read()

@@ -126,17 +126,17 @@ def open_delivered(kind: str) -> Callable[[Delivered], FetchedFile]:
 Open = Callable[[Delivered], FetchedFile]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_file_of_any_name_comes_back_as_it_was(storage: Storage, open_delivered: Open, name: str) -> None:
-    kept = open_delivered(storage.deliver(deliverable(name)))
+def test_a_file_of_any_name_comes_back_as_it_was(storage: Storage, open_delivered: Open) -> None:
+    for name in NAMES:
+        kept = open_delivered(storage.deliver(deliverable(name)))
 
-    assert kept.content == CONTENT
-    assert kept.mime_type in (None, mime_type_of_name(name))
+        assert kept.content == CONTENT
+        assert kept.mime_type in (None, mime_type_of_name(name))
 
 
-@pytest.mark.parametrize("content", [b"", b"\x00", b"\xff" * 3_000_000], ids=["empty", "one byte", "3 MB"])
-def test_a_file_of_any_size_comes_back_as_it_was(storage: Storage, open_delivered: Open, content: bytes) -> None:
-    assert open_delivered(storage.deliver(deliverable("a.bin", content))).content == content
+def test_a_file_of_any_size_comes_back_as_it_was(storage: Storage, open_delivered: Open) -> None:
+    for content in (b"", b"\x00", b"\xff" * 3_000_000):
+        assert open_delivered(storage.deliver(deliverable("a.bin", content))).content == content
 
 
 def test_many_files_at_once_are_not_mixed_up(storage: Storage, open_delivered: Open) -> None:

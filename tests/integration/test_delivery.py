@@ -397,7 +397,7 @@ def test_the_log_of_a_worker_has_no_keys_and_no_signed_urls(
     comfy: Place, s3: S3Server, bucket: str, tmp_path: Path
 ) -> None:
     for number, (settings, job) in enumerate(every_way(s3, bucket, tmp_path)):
-        if job.get("delivery", {}).get("type") in ("auto", "base64", "local"):
+        if job.get("delivery", {}).get("type") in ("auto", "base64", "both", "local"):
             continue
         environment = {
             "COMFYUI_URL": comfy.url,

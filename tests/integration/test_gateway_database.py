@@ -42,7 +42,7 @@ from tests.support.network.webhook_receiver import Receiver
 from tests.support.waiting import wait_until
 
 NOW = 1_700_000_000.0
-ENDS = [signal.SIGINT, signal.SIGQUIT, signal.SIGKILL]
+ENDS = [signal.SIGINT, signal.SIGKILL]
 OWNER_LOCK = 0x636F6D67
 """The number of the lock that a gateway holds in PostgreSQL."""
 TOUCHING = ["/status/x", "/stream/x", "/events/x", "/health", "/metrics", "/ready"]

@@ -49,6 +49,8 @@ ADDRESSES, URLS, REDIRECTS = load("addresses.json"), load("urls.json"), load("re
 ANSWERS, NAMES, JOBS, DISGUISES = load("answers.json"), load("names.json"), load("jobs.json"), load("disguises.json")
 BUCKETS = load("s3.json")
 ALL_URLS = [*ADDRESSES["cases"], *URLS["cases"]]
+SOME_URLS = ALL_URLS[::5]
+"""Each of them is tried on the worker's own fetcher; here it counts that the gateway uses it."""
 
 
 @dataclass(frozen=True)
@@ -170,11 +172,11 @@ def test_no_input_that_is_none_gets_through(strangers: Apart) -> None:
 
 def test_no_url_reaches_what_is_not_public(strangers: Apart) -> None:
     before = strangers.reached()
-    plain = [Hostile(job_of(name="a.png", url=case["url"]), case["sentence"]) for case in ALL_URLS]
-    secret = [Hostile(job_of(name="a.png", url=f"{case['url']}?token={SECRET}")) for case in ALL_URLS]
+    plain = [Hostile(job_of(name="a.png", url=case["url"]), case["sentence"]) for case in SOME_URLS]
+    secret = [Hostile(job_of(name="a.png", url=f"{case['url']}?token={SECRET}")) for case in SOME_URLS]
     # ComfyUI itself refuses those that are no URL of ours: it has no such file.
     codes = ("input_fetch_failed", "invalid_input", "invalid_workflow")
-    in_workflow = [Hostile({"input": {"workflow": inverted(case["url"])}}, codes=codes) for case in ALL_URLS]
+    in_workflow = [Hostile({"input": {"workflow": inverted(case["url"])}}, codes=codes) for case in SOME_URLS]
     strangers.send([*plain, *secret, *in_workflow])
     assert strangers.reached() == before
     assert strangers.asked() <= {*ADDRESSES["names"], *(name for case in ALL_URLS for name in case.get("asked", []))}
@@ -228,8 +230,8 @@ def test_no_webhook_reaches_what_is_not_public(strangers: Apart) -> None:
         assert SECRET not in answer.text
 
     job = {"workflow": picture((3, 2, 1))}
-    plain = [{"input": job, "webhook": f"{case['url']}?token={SECRET}"} for case in ALL_URLS]
-    own = [{"input": {**job, "webhook": {"url": case["url"]}}} for case in ADDRESSES["cases"]]
+    plain = [{"input": job, "webhook": f"{case['url']}?token={SECRET}"} for case in SOME_URLS]
+    own = [{"input": {**job, "webhook": {"url": case["url"]}}} for case in SOME_URLS if case in ADDRESSES["cases"]]
     with ThreadPoolExecutor(16) as threads:
         list(threads.map(send, [*plain, *own]))
     strangers.send([])

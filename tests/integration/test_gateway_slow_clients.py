@@ -38,7 +38,7 @@ from tests.support.waiting import TIMEOUT_S, wait_until
 SMALL_BUFFER = ((socket.SOL_SOCKET, socket.SO_RCVBUF, 65536),)
 MOST_BEHIND = 256
 """Events that are kept for a client that is slow, beside changes of state."""
-STREAMS = 200
+STREAMS = 60
 HEADERS = {"Authorization": "Bearer key"}
 KEY = "Authorization: Bearer key"
 JOB = {"input": {"workflow": picture((1, 2, 3))}}
@@ -350,7 +350,7 @@ def test_a_large_answer_that_nobody_reads_keeps_nobody_waiting(gateway: GatewayP
     # Once beforehand: what the first large answers leave with the allocator is no leak.
     do_not_read(gateway, job_id, whole)
     before = memory_mb(gateway.process)
-    for _ in range(3):
+    for _ in range(2):
         do_not_read(gateway, job_id, whole)
     wait_until(lambda: memory_mb(gateway.process) - before < 50)
 

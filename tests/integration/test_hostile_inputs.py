@@ -124,11 +124,6 @@ def test_a_url_is_refused_before_anything_is_reached(
     assert list(dict.fromkeys(internet.asked)) == case.get("asked", [])
     assert_nothing_is_left(cache_dir)
 
-
-@pytest.mark.parametrize("case", [*ADDRESSES["cases"], *URLS["cases"]], ids=why)
-def test_a_refused_url_is_named_without_its_secrets(
-    case: dict[str, Any], settings: Settings, internet: FakeInternet
-) -> None:
     with pytest.raises((InvalidInput, InputFetchFailed)) as refused:
         fetch(case["url"] + f"?token={SECRET}", settings)
 
@@ -249,23 +244,23 @@ def test_what_poses_as_a_picture_never_reaches_comfyui(
     assert not (comfy.base_directory / "input" / job.prompt_id).exists()
 
 
-@pytest.mark.parametrize("case", [*ADDRESSES["cases"], *URLS["cases"]], ids=why)
 def test_no_hostile_url_in_a_workflow_gets_a_file_into_comfyui(
-    case: dict[str, Any], comfy: EmulatorServer, client: ComfyClient, monkeypatch: pytest.MonkeyPatch
+    comfy: EmulatorServer, client: ComfyClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = parse_job({"id": "job", "input": {"workflow": inverted(case["url"])}})
-    graph = copy_graph(job.workflow)
     internet = FakeInternet(ADDRESSES["names"], {"127.0.0.1": comfy.port}).install(monkeypatch)
-    try:
-        stage_inputs(job, graph, client, Stop())
-    except WorkerError as error:
-        assert isinstance(error, InputFetchFailed)
-        assert SECRET not in error.message
-    else:
-        # ComfyUI will say that there is no such file.
-        assert graph == copy_graph(job.workflow)
-    assert set(internet.reached) <= {"127.0.0.1"}, "ComfyUI itself"
-    assert not (comfy.base_directory / "input" / job.prompt_id).exists()
+    for case in [*ADDRESSES["cases"], *URLS["cases"]]:
+        job = parse_job({"id": "job", "input": {"workflow": inverted(case["url"])}})
+        graph = copy_graph(job.workflow)
+        try:
+            stage_inputs(job, graph, client, Stop())
+        except WorkerError as error:
+            assert isinstance(error, InputFetchFailed)
+            assert SECRET not in error.message
+        else:
+            # ComfyUI will say that there is no such file.
+            assert graph == copy_graph(job.workflow)
+        assert set(internet.reached) <= {"127.0.0.1"}, "ComfyUI itself"
+        assert not (comfy.base_directory / "input" / job.prompt_id).exists()
 
 
 def test_too_many_files_are_refused_before_any_is_fetched(
