@@ -396,9 +396,8 @@ def test_no_secret_stands_in_any_log_or_answer(
 def test_the_log_of_a_worker_has_no_keys_and_no_signed_urls(
     comfy: Place, s3: S3Server, bucket: str, tmp_path: Path
 ) -> None:
-    for number, (settings, job) in enumerate(every_way(s3, bucket, tmp_path)):
-        if job.get("delivery", {}).get("type") in ("auto", "base64", "both", "local"):
-            continue
+    ways = [(settings, job) for settings, job in every_way(s3, bucket, tmp_path) if "delivery" not in job]
+    for number, (settings, job) in enumerate([ways[0], ways[-1]]):
         environment = {
             "COMFYUI_URL": comfy.url,
             "LOG_LEVEL": "DEBUG",
