@@ -22,6 +22,7 @@ from urllib3.util import Retry
 from comfy_worker.comfy.disk import ComfyDisk
 from comfy_worker.comfy.process import ComfyProcess
 from comfy_worker.comfy.protocol import PromptPosition, prompt_position
+from comfy_worker.comfy.requirements import inputs_of
 from comfy_worker.comfy.socket import SocketPool
 from comfy_worker.comfy.validation import refusal
 from comfy_worker.errors import ComfyUnreachable, InvalidWorkflow, OutputMissing, UploadFailed
@@ -166,9 +167,9 @@ class ComfyClient:
                 if self._poll(lambda: self.knows(prompt_id), _LATE_PROMPT_TIMEOUT_S if timed_out else 0.0):
                     return {}
         if response.status_code == requests.codes.bad_request:
-            raise refusal(_json(response), graph, self.object_info)
+            raise refusal(_json(response, dict), graph, self.object_info)
         _check(response)
-        return _json(response).get("node_errors") or {}
+        return _json(response, dict).get("node_errors") or {}
 
     def knows(self, prompt_id: str) -> bool:
         """Return whether the prompt is waiting, running or done."""
@@ -239,8 +240,7 @@ class ComfyClient:
             found = self._get_json(f"/object_info/{quote(class_type, safe='')}").get(class_type)
             if found is None:
                 return None
-            inputs = found.get("input", {})
-            self._node_inputs[class_type] = {**inputs.get("optional", {}), **inputs.get("required", {})}
+            self._node_inputs[class_type] = inputs_of(found)
         return self._node_inputs[class_type]
 
     def object_info(self) -> Mapping[str, Any]:
@@ -292,7 +292,7 @@ class ComfyClient:
             self.disk.check_free(size)
         if not response.ok:
             raise UploadFailed(f"ComfyUI answered {response.status_code}")
-        stored = _json(response)
+        stored = _json(response, dict)
         return "/".join(part for part in (stored.get("subfolder", ""), stored["name"]) if part)
 
     def view(self, file: OutputFile) -> requests.Response:
@@ -316,7 +316,7 @@ class ComfyClient:
     def _get_json(self, path: str, timeout_s: float = _QUERY_TIMEOUT_S) -> Mapping[str, Any]:
         response = self._request("GET", path, timeout_s=min(timeout_s, self.settings.comfyui_request_timeout_s))
         _check(response)
-        return _json(response)
+        return _json(response, dict)
 
     def _get_list(self, path: str) -> Sequence[Any]:
         """Return a list; an empty one if ComfyUI answers 404."""
@@ -324,11 +324,7 @@ class ComfyClient:
         if response.status_code == requests.codes.not_found:
             return []
         _check(response)
-        with contextlib.suppress(ValueError):
-            found = response.json()
-            if isinstance(found, list):
-                return found
-        raise ComfyUnreachable(f"ComfyUI answered GET {_endpoint(path)} with something that is not a list")
+        return _json(response, list)
 
     def _request(self, method: str, path: str, timeout_s: float | None = None, **arguments: Any) -> requests.Response:
         timeout = (_CONNECT_TIMEOUT_S, timeout_s or self.settings.comfyui_request_timeout_s)
@@ -372,9 +368,10 @@ def _endpoint(path: str) -> str:
     return "/" + path.strip("/").partition("/")[0].partition("?")[0]
 
 
-def _json(response: requests.Response) -> Mapping[str, Any]:
+def _json(response: requests.Response, kind: type[Result]) -> Result:
     with contextlib.suppress(ValueError):
         body = response.json()
-        if isinstance(body, Mapping):
+        if isinstance(body, kind):
             return body
-    raise ComfyUnreachable(f"ComfyUI answered {response.request.method} with something that is not a JSON object")
+    name = "list" if kind is list else "JSON object"
+    raise ComfyUnreachable(f"ComfyUI answered {response.request.method} with something that is not a {name}")

@@ -51,9 +51,9 @@ class ComfyDisk:
             _remove(self._base / root / folder)
         for listed in (self._base / "input" / name for name in _LISTED_FOLDERS):
             for file in listed.glob(f"{folder}_*"):
-                _unlink(file)
+                _remove(file)
         for preview in self._previews(reported):
-            _unlink(preview)
+            _remove(preview)
 
     def _previews(self, reported: NodeOutputs) -> Iterator[Path]:
         temp = (self._base / "temp").resolve()
@@ -66,17 +66,11 @@ class ComfyDisk:
                         yield path
 
 
-def _unlink(file: Path) -> None:
+def _remove(path: Path) -> None:
     try:
-        file.unlink(missing_ok=True)
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
     except OSError as error:
-        log.warning("%s could not be removed: %s", file.name, error.strerror)
-
-
-def _remove(folder: Path) -> None:
-    try:
-        shutil.rmtree(folder)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        log.warning("%s could not be removed: %s", folder.name, error.strerror)
+        log.warning("%s could not be removed: %s", path.name, error.strerror)

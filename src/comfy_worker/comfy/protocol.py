@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from comfy_worker.graph.workflow import WEBSOCKET_OUTPUT_NODE, class_type, nodes_of_class, title
+from comfy_worker.graph.workflow import WEBSOCKET_OUTPUT_NODE, class_type, node_names, nodes_of_class
 from comfy_worker.types import (
     JobEvent,
     NodeFinished,
@@ -209,9 +209,7 @@ class PromptProtocol:
         if self._node_id is None:
             self.ended = True
         else:
-            yield NodeStarted(
-                self._node_id, class_type(self._workflow, self._node_id), title(self._workflow, self._node_id)
-            )
+            yield NodeStarted(**node_names(self._workflow, self._node_id))
 
     def _finish(self, node_ids: Iterable[str]) -> Iterator[JobEvent]:
         for node_id in node_ids:

@@ -57,20 +57,19 @@ def missing_models(workflow: Workflow, object_info: Mapping[str, Any]) -> Iterat
     for node_id, node in workflow.items():
         node_class = str(node.get("class_type"))
         if node_class not in combos:
-            combos[node_class] = _combos(object_info.get(node_class, {}).get("input", {}))
+            inputs = inputs_of(object_info.get(node_class, {}))
+            offered = {name: combo_values(config) for name, config in inputs.items()}
+            combos[node_class] = {name: values for name, values in offered.items() if values is not None}
         for name, choices in combos[node_class].items():
             value = node.get("inputs", {}).get(name)
             if isinstance(value, str) and MODEL_FILE.search(value) and value not in choices:
                 yield node_id, name, value, choices
 
 
-def _combos(inputs: Mapping[str, Any]) -> Mapping[str, Sequence[str]]:
-    """Return the values of each combo of a node class."""
-    offered = {
-        name: combo_values(config)
-        for name, config in {**inputs.get("optional", {}), **inputs.get("required", {})}.items()
-    }
-    return {name: values for name, values in offered.items() if values is not None}
+def inputs_of(definition: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the inputs of a node class, name to `[type, options]`, from its entry in `/object_info`."""
+    inputs = definition.get("input", {})
+    return {**inputs.get("optional", {}), **inputs.get("required", {})}
 
 
 def combo_values(config: Any) -> list[str] | None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from comfy_worker.comfy.requirements import (
     combo_values,
+    inputs_of,
     is_canvas_only,
     missing_classes,
     missing_models,
@@ -23,7 +24,7 @@ from comfy_worker.comfy.requirements import (
 )
 from comfy_worker.errors import InvalidWorkflow, MissingModels, MissingNodes
 from comfy_worker.graph.file_references import MODEL_FILE
-from comfy_worker.graph.workflow import class_type, find_loop, title
+from comfy_worker.graph.workflow import class_type, find_loop, node_names, title
 from comfy_worker.types import Workflow
 
 _MAX_CHOICES = 10
@@ -168,7 +169,7 @@ def _node_problem(
     if kind == _NOT_IN_LIST:
         values = combo_values(extra.get("input_config"))
         if values is None:  # ComfyUI omits long lists
-            values = _choices(object_info(), node_class, input_name)
+            values = combo_values(inputs_of(object_info().get(node_class, {})).get(input_name)) or []
         return _not_in_list(node_id, input_name, extra.get("received_value"), values, workflow)
     if kind.startswith("exception_during"):
         # ComfyUI names the input through which it reached the node, not the cause.
@@ -176,9 +177,7 @@ def _node_problem(
     return Problem(
         type=kind,
         message=_message(kind, error, extra, workflow),
-        node_id=node_id,
-        class_type=node_class,
-        title=title(workflow, node_id),
+        **node_names(workflow, node_id),
         input_name=input_name,
         given=extra.get("received_value"),
     )
@@ -191,9 +190,7 @@ def _not_in_list(node_id: str, input_name: str, given: Any, values: Sequence[str
     return Problem(
         type=_NOT_IN_LIST,
         message=f"{given!r} not in available {'models' if is_model else 'values'}",
-        node_id=node_id,
-        class_type=node_class,
-        title=title(workflow, node_id),
+        **node_names(workflow, node_id),
         input_name=input_name,
         given=given,
         choices=tuple(values[:_MAX_CHOICES]),
@@ -201,11 +198,6 @@ def _not_in_list(node_id: str, input_name: str, given: Any, values: Sequence[str
         nearest=nearest(str(given), values),
         belongs_to=f"they lie in models/{folder}" if folder else None,
     )
-
-
-def _choices(object_info: Mapping[str, Any], node_class: str, input_name: str) -> list[str]:
-    inputs = object_info.get(node_class, {}).get("input", {})
-    return combo_values({**inputs.get("optional", {}), **inputs.get("required", {})}.get(input_name)) or []
 
 
 def _input_in_details(kind: str, error: Mapping[str, Any]) -> str:
@@ -269,9 +261,7 @@ def _missing_classes_and_models(workflow: Workflow, object_info: Mapping[str, An
         yield Problem(
             type=_MISSING_NODE,
             message=message,
-            node_id=node_id,
-            class_type=node_class,
-            title=title(workflow, node_id),
+            **node_names(workflow, node_id),
             given=node_class,
             nearest=nearest(node_class, object_info),
         )

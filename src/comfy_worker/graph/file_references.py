@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 from urllib.parse import unquote
@@ -115,17 +116,11 @@ def replace_references(graph: Graph, names: Iterable[tuple[Reference, str]]) -> 
             continue
         if (reference.node_id, input_name) not in copied:
             copied.add((reference.node_id, input_name))
-            inputs[input_name] = _copy(inputs[input_name])
+            inputs[input_name] = deepcopy(inputs[input_name])
         holder = inputs[input_name]
         for step in reference.path[:-1]:
             holder = holder[step]
         holder[reference.path[-1]] = text
-
-
-def _copy(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _copy(item) for key, item in value.items()}
-    return [_copy(item) for item in value] if isinstance(value, list) else value
 
 
 def name_of_url(url: str) -> str:

@@ -74,9 +74,7 @@ def _check_links(workflow: Workflow) -> None:
         {
             "type": "dangling_link",
             "message": f"it is linked to node {target[:_MAX_ID_LENGTH]}, which the workflow does not have",
-            "node_id": node_id,
-            "class_type": class_type(workflow, node_id),
-            "title": title(workflow, node_id),
+            **node_names(workflow, node_id),
             "input_name": name,
             "given": target[:_MAX_ID_LENGTH],
         }
@@ -112,6 +110,11 @@ def title(workflow: Workflow, node_id: str) -> str:
     meta = _node(workflow, node_id).get("_meta")
     named = meta.get("title") if isinstance(meta, Mapping) else None
     return str(named or class_type(workflow, node_id))
+
+
+def node_names(workflow: Workflow, node_id: str) -> dict[str, Any]:
+    """Return the `node_id`, `class_type` and `title` by which a node is shown to callers."""
+    return {"node_id": node_id, "class_type": class_type(workflow, node_id), "title": title(workflow, node_id)}
 
 
 def _node(workflow: Workflow, node_id: str) -> Mapping[str, Any]:

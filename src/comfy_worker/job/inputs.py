@@ -13,7 +13,7 @@ from __future__ import annotations
 import io
 import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -54,7 +54,6 @@ class _Item:
         folder: its folder below the job's own, for a URL of the workflow: two URLs may end in the same name.
         uses: each reference to the file, with the folder in whose list it must be, None for any folder.
         is_needed: a node certainly loads it, so the job fails without it.
-        in_loaded_folder: a node loads the whole folder that the file is in.
     """
 
     number: int
@@ -62,7 +61,6 @@ class _Item:
     folder: str | None = None
     uses: list[tuple[Reference, str | None]] = field(default_factory=list)
     is_needed: bool = False
-    in_loaded_folder: bool = False
 
     @property
     def listings(self) -> set[str | None]:
@@ -117,7 +115,8 @@ class _Staging:
         self._fetcher = Fetcher(client.settings, self._signer.sign)
         self._configs: dict[tuple[str, str], InputConfig] = {}
         self._items = {file.name: _Item(number, file) for number, file in enumerate(job.files)}
-        self._folders: list[Reference] = []
+        taken = {file.name.partition("/")[0] for file in job.files}
+        self._new_folders = (name for name in map("url{}".format, itertools.count(1)) if name not in taken)
 
     def run(self) -> list[str]:
         if len(self._job.files) > self._max_files:
@@ -140,26 +139,13 @@ class _Staging:
     # ---------------------------------------------------------------------------------------- references
 
     def _find_uses(self) -> None:
-        """Find out which nodes load which files, and which folders are loaded whole."""
-        by_folder: dict[str, list[_Item]] = {}
-        for item in self._items.values():
-            for folder in _folders_of(item.file.name):
-                by_folder.setdefault(folder, []).append(item)
-        self._new_folders = (name for name in map("url{}".format, itertools.count(1)) if name not in by_folder)
-        used_folders: set[str] = set()
+        """Find out which nodes load which files."""
         for reference in find_strings(self._graph):
             self._abort.check()
-            folder = reference.value.strip("/")
             if reference.is_url:
                 self._use_url(reference)
             elif reference.name in self._items and self._config(reference).loads_name(reference):
                 self._use(self._items[reference.name], reference, is_needed=True)
-            elif folder in by_folder and self._config(reference).is_combo:
-                self._folders.append(reference)
-                used_folders.add(folder)
-        for folder in used_folders:
-            for item in by_folder[folder]:
-                item.in_loaded_folder = item.is_needed = True
 
     def _use_url(self, reference: Reference) -> None:
         config = self._config(reference)
@@ -209,16 +195,14 @@ class _Staging:
         if failures:
             raise _merged([failure for failure in failures if not isinstance(failure, Cancelled)] or failures)
         staged = [staging.result() for staging in stagings]
-        replace_references(self._graph, self._names(items, staged))
+        names = (
+            (reference, one.names[listed])
+            for item, one in zip(items, staged, strict=True)
+            for reference, listed in item.uses
+            if one.names
+        )
+        replace_references(self._graph, names)
         return [one.warning for one in staged if one.warning is not None]
-
-    def _names(self, items: list[_Item], staged: list[_Staged]) -> Iterator[tuple[Reference, str]]:
-        for item, one in zip(items, staged, strict=True):
-            for reference, listed in item.uses:
-                if one.names:
-                    yield reference, one.names[listed]
-        for reference in self._folders:
-            yield reference, f"{self._job.prompt_id}/{reference.value.strip('/')}"
 
     def _stage(self, item: _Item) -> _Staged:
         """Fetch and upload one file."""
@@ -233,9 +217,8 @@ class _Staging:
             if not isinstance(error, UploadFailed):
                 self._abort.set()
             raise
-        is_used = item.uses or item.in_loaded_folder
         unused = f"Image {item.file.name!r} is not used: no node of the workflow loads it"
-        return _Staged(names, None if is_used else unused)
+        return _Staged(names, None if item.uses else unused)
 
     def _upload_all(self, item: _Item) -> Mapping[str | None, str]:
         self._abort.check()
@@ -290,11 +273,6 @@ def _file_of_url(reference: Reference) -> InputFile:
         except InvalidInput as error:
             raise InvalidInput(f"{UPLOAD_FAILED}: {error.message}") from None
     return InputFile(name, url=reference.name)
-
-
-def _folders_of(name: str) -> Iterator[str]:
-    parts = name.split("/")
-    return ("/".join(parts[:depth]) for depth in range(1, len(parts)))
 
 
 def _media_filter(name: str) -> ContentFilter:

@@ -11,7 +11,7 @@ from comfy_worker.comfy.client import ComfyClient
 from comfy_worker.comfy.output_reader import output_content
 from comfy_worker.comfy.protocol import NodeOutputs, WebsocketImage
 from comfy_worker.errors import Cancelled, OutputMissing, OutputTooLarge, WorkerError
-from comfy_worker.graph.workflow import WEBSOCKET_OUTPUT_NODE, class_type, nodes_of_class, title
+from comfy_worker.graph.workflow import WEBSOCKET_OUTPUT_NODE, node_names, nodes_of_class
 from comfy_worker.media.convert import ConversionFailed, convert
 from comfy_worker.media.metadata import WRITTEN_INTO, without_metadata
 from comfy_worker.media.probe import Media, inspect, kind_of
@@ -78,10 +78,8 @@ def _files(node_id: str, reported: Mapping[str, Any], workflow: Workflow) -> Ite
                 type=file_type,
                 # What ComfyUI calls images stays in that list, videos too; the MIME type tells them apart.
                 kind=Kind.IMAGE if key == "images" else kind_of(filename),
-                node_id=node_id,
-                class_type=class_type(workflow, node_id),
-                title=title(workflow, node_id),
                 index=len(seen),
+                **node_names(workflow, node_id),
             )
             seen.add((file_type, subfolder, filename))
 
@@ -90,7 +88,7 @@ def _texts(node_id: str, reported: Mapping[str, Any], workflow: Workflow) -> Ite
     for items in reported.values():
         for item in items if isinstance(items, list) else ():
             if isinstance(item, str):
-                yield OutputText(node_id, class_type(workflow, node_id), title(workflow, node_id), item)
+                yield OutputText(text=item, **node_names(workflow, node_id))
 
 
 def _websocket_files(images: Sequence[WebsocketImage], workflow: Workflow) -> dict[OutputFile, bytes]:
@@ -106,10 +104,8 @@ def _websocket_files(images: Sequence[WebsocketImage], workflow: Workflow) -> di
             subfolder="",
             type="websocket",
             kind=Kind.IMAGE,
-            node_id=image.node_id,
-            class_type=class_type(workflow, image.node_id),
-            title=title(workflow, image.node_id),
             index=index,
+            **node_names(workflow, image.node_id),
         )
         files[file] = image.content
     return files
