@@ -1,7 +1,7 @@
 """Where outputs go: into the response, a bucket, or a folder that somebody serves."""
 
 from comfy_worker.storage.base import DeliverableFile, Storage
-from comfy_worker.storage.content import Content, InMemory, OnDisk, Stream, Watched, read_all
+from comfy_worker.storage.content import Content, InMemory, OnDisk, Watched, read_all
 from comfy_worker.storage.factory import StorageFactory
 
 __all__ = [
@@ -11,7 +11,6 @@ __all__ = [
     "OnDisk",
     "Storage",
     "StorageFactory",
-    "Stream",
     "Watched",
     "read_all",
 ]

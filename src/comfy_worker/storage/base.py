@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from comfy_worker.storage.content import Readable
+from comfy_worker.storage.content import Content
 from comfy_worker.types import Delivered
 
 
@@ -25,7 +25,7 @@ class DeliverableFile:
     job_id: str
     path: str
     mime_type: str
-    content: Readable
+    content: Content
     node_id: str = ""
     index: int = 0
 

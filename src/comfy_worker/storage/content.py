@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, Protocol, cast
 
 from comfy_worker.errors import OutputMissing
 
-_CHUNK = 1024 * 1024
 
-
-class Stream(Protocol):
-    """Bytes that are read from beginning to end."""
-
-    def read(self, size: int = -1, /) -> bytes:
-        """Return the next `size` bytes, fewer only at the end; all remaining bytes if `size` is negative."""
-
-
-class Readable(Protocol):
+class Content(Protocol):
     """The bytes of one file; may be opened several times, and is read from its beginning each time.
 
     Opening and reading raise a `WorkerError`, or `OSError`, if the bytes are not available.
@@ -32,15 +21,8 @@ class Readable(Protocol):
     def size(self) -> int:
         """The number of bytes."""
 
-    def open(self) -> AbstractContextManager[Stream]:
-        """Open the file for reading."""
-
-
-class Content(Readable, Protocol):
-    """The bytes of one file that can also be read at any position, to inspect its headers."""
-
     def open(self) -> BinaryIO:
-        """Open the file; it is seekable."""
+        """Open the file for reading."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +37,7 @@ class InMemory:
         return len(self.content)
 
     def open(self) -> BinaryIO:
-        """Return the bytes as a file, without a copy."""
+        """Open the bytes as a file."""
         return io.BytesIO(self.content)
 
 
@@ -67,7 +49,7 @@ class OnDisk:
     size: int
 
     def open(self) -> BinaryIO:
-        """Open the file."""
+        """Open the file for reading."""
         try:
             return self.path.open("rb")
         except OSError as error:
@@ -76,7 +58,7 @@ class OnDisk:
 
 @dataclass(frozen=True)
 class Watched:
-    """Content that calls `check` before each read; `check` may raise to end the reading."""
+    """Content that calls `check` with each read; `check` may raise to end the reading. It is not seekable."""
 
     content: Content
     check: Callable[[], None] = field(repr=False)
@@ -86,30 +68,31 @@ class Watched:
         """The number of bytes."""
         return self.content.size
 
-    @contextmanager
-    def open(self) -> Iterator[Stream]:
+    def open(self) -> BinaryIO:
         """Open the content for reading."""
         self.check()
-        with self.content.open() as file:
-            yield _WatchedStream(file, self.check)
+        return cast("BinaryIO", _WatchedFile(self.content.open(), self.check))
 
 
-@dataclass(frozen=True)
-class _WatchedStream:
-    file: BinaryIO
-    check: Callable[[], None]
+class _WatchedFile(io.BufferedIOBase):
+    def __init__(self, file: BinaryIO, check: Callable[[], None]) -> None:
+        self._file = file
+        self._check = check
 
-    def read(self, size: int = -1, /) -> bytes:
-        self.check()
-        return self.file.read(size)
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        content = self._file.read(-1 if size is None else size)
+        self._check()
+        return content
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
-def read_all(content: Readable) -> bytes:
-    """Return all bytes, without a copy if they are in memory; watched content is checked before each chunk."""
-    if isinstance(content, Watched) and isinstance(content.content, InMemory):
-        content.check()
-        content = content.content
-    if isinstance(content, InMemory):
-        return content.content
-    with content.open() as stream:
-        return b"".join(iter(partial(stream.read, _CHUNK), b""))
+def read_all(content: Content) -> bytes:
+    """Return all bytes, without a copy if they are in memory."""
+    with content.open() as file:
+        return file.read()

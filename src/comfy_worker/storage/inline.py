@@ -8,7 +8,7 @@ from functools import partial
 
 from comfy_worker.errors import OutputTooLarge
 from comfy_worker.storage.base import DeliverableFile, Storage
-from comfy_worker.storage.content import Readable
+from comfy_worker.storage.content import Content
 from comfy_worker.types import Delivered
 
 _CHUNK = 3 * 256 * 1024
@@ -43,7 +43,7 @@ class InlineStorage:
         self.spend(len(stored.data) + _DESCRIPTION)
         return stored
 
-    def encode(self, content: Readable) -> str | None:
+    def encode(self, content: Content) -> str | None:
         """Return the content as base64, or None if it does not fit into the response."""
         characters = 4 * -(-content.size // 3) + _DESCRIPTION
         with self._lock:
@@ -77,7 +77,7 @@ class BothStorage:
         return stored if text is None else Delivered("base64", text, url=stored.data)
 
 
-def base64_text(content: Readable) -> str:
+def base64_text(content: Content) -> str:
     """Return the content as base64; needs little more memory than the text itself."""
     text = ""
     with content.open() as stream:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import boto3
@@ -149,7 +149,7 @@ class S3Storage:
             connection.client.put_object(Bucket=connection.bucket, Key=key, Body=body, **options)  # type: ignore[arg-type]
             return
         with file.content.open() as stream:
-            connection.transfers.upload(cast("IO[bytes]", stream), connection.bucket, key, extra_args=options).result()
+            connection.transfers.upload(stream, connection.bucket, key, extra_args=options).result()
 
     def _url(self, key: str) -> str:
         if self.public_url is not None:
