@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import SplitResult, quote, unquote, urlsplit
 
@@ -41,17 +40,9 @@ class Bucket:
         return parts.port or (443 if parts.scheme == "https" else 80)
 
 
-@dataclass(frozen=True)
-class FieldNames:
-    """What error messages call the parts of an endpoint."""
-
-    url: str
-    name: str
-    region: str
-
-
-WORKER_FIELDS = FieldNames("BUCKET_ENDPOINT_URL", "BUCKET_NAME", "BUCKET_REGION")
-JOB_FIELDS = FieldNames("s3.endpoint_url", "s3.bucket_name", "s3.region")
+WORKER_FIELDS = ("BUCKET_ENDPOINT_URL", "BUCKET_NAME")
+JOB_FIELDS = ("s3.endpoint_url", "s3.bucket_name")
+"""What error messages call the endpoint and the bucket's name."""
 
 # The "s3." of "s3.oss-…" belongs to the service, not to the bucket.
 _BUCKET = r"(?:(?!s3\.oss-)(?P<bucket>[a-z0-9][a-z0-9.-]*?[a-z0-9])\.)?"
@@ -73,13 +64,15 @@ _SERVICES: tuple[tuple[re.Pattern[str], str, bool], ...] = tuple(
 )
 """The host, region and addressing style of known services. On any other host (MinIO), the bucket is in the path."""
 
-_HOST = re.compile(r"(?=.{1,253}$)([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)*[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.?")
-_IPV6 = re.compile(r"[0-9a-f:.]+")
+_INVISIBLE = re.compile(r"[\s\x00-\x1f\x7f\\]")
+_HOST = re.compile(
+    r"[0-9a-f:.]*:[0-9a-f:.]*"
+    r"|(?=.{1,253}$)([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)*[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.?"
+)
 _AWS_REGION = re.compile(r"(?!cn-)[a-z]{2}(?:-[a-z]+)+-\d")
 _REGION = re.compile(r"(?!\d+$)[a-zA-Z0-9]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?")
 _NAME = re.compile(r"(?!\d+\.\d+\.\d+\.\d+$)(?!.*\.\.)[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]")
 """S3's rules, and the `_` that some services (Google's) allow."""
-_INVISIBLE = re.compile(r"[\s\x00-\x1f\x7f\\]")
 
 
 def parse_endpoint(
@@ -88,7 +81,7 @@ def parse_endpoint(
     region: str | None = None,
     *,
     default_name: str | None = None,
-    fields: FieldNames = WORKER_FIELDS,
+    fields: tuple[str, str] = WORKER_FIELDS,
 ) -> Bucket:
     """Return the bucket that `url` describes; an explicit `name` or `region` wins.
 
@@ -98,30 +91,31 @@ def parse_endpoint(
     Raises:
         InvalidInput: the URL is not http(s) or has superfluous parts, no bucket is named, or a part is invalid.
     """
-    parts, host, port = _split(url.strip(), fields)
+    url_field, name_field = fields
+    parts, host, port = _split(url.strip(), url_field)
     host_bucket, service_host, known_region, virtual_hosted = _split_host(host, name)
-    bucket, base = name or host_bucket, _segments(parts.path, fields)
+    bucket, base = name or host_bucket, _segments(parts.path.strip("/"), url_field)
     if bucket is None and len(base) == 1:
         bucket, base = base[0], []
     elif bucket is not None and base[-1:] == [bucket]:
         base = base[:-1]
     if base and (name is None or known_region):
         raise InvalidInput(
-            f"{fields.url} has more in its path than a bucket: folders belong into the outputs' keys, "
-            f"and a path of the endpoint itself needs {fields.name}"
+            f"{url_field} has more in its path than a bucket: folders belong into the outputs' keys, "
+            f"and a path of the endpoint itself needs {name_field}"
         )
     bucket = bucket or default_name
     if not bucket:
         raise InvalidInput(
-            f"No bucket is named: set {fields.name}, or put the bucket into the host or path of {fields.url}"
+            f"No bucket is named: set {name_field}, or put the bucket into the host or path of {url_field}"
         )
     if not _NAME.fullmatch(bucket):
         raise InvalidInput(
-            f"The bucket {bucket[:80]!r} ({fields.name}, or a part of {fields.url}) cannot exist: it has 3 to 63 small "
+            f"The bucket {bucket[:80]!r} ({name_field}, or a part of {url_field}) cannot exist: it has 3 to 63 small "
             "letters, digits, '-', '_' and single '.', begins and ends with a letter or digit, and is no address"
         )
     if region and not _REGION.fullmatch(region):
-        raise InvalidInput(f"{fields.region} must have letters, digits and '-' only, such as eu-central-1")
+        raise InvalidInput("The bucket's region must have letters, digits and '-' only, such as eu-central-1")
     region = region or known_region or _DEFAULT_REGION
     if service_host == "s3.amazonaws.com" and region != _DEFAULT_REGION and _AWS_REGION.fullmatch(region):
         # AWS' global host would redirect.
@@ -142,30 +136,27 @@ def known_service(host: str) -> str | None:
     return service_host if region else None
 
 
-def _split(url: str, fields: FieldNames) -> tuple[SplitResult, str, str]:
+def _split(url: str, field: str) -> tuple[SplitResult, str, str]:
     """Return the parts of the URL, its host, and its port (":9000" or "")."""
-    example = f"{fields.url} must be a URL such as https://bucket.s3.eu-central-1.amazonaws.com"
+    example = f"{field} must be a URL such as https://bucket.s3.eu-central-1.amazonaws.com"
     try:
-        parts = urlsplit("" if _INVISIBLE.search(url) else url)
+        parts = urlsplit(url)
         port = "" if parts.port is None else f":{parts.port}"
     except ValueError:
         raise InvalidInput(example) from None
     host = parts.hostname or ""
-    if parts.scheme not in ("http", "https") or not host or port == ":0":
+    # `urlsplit` drops line breaks.
+    if _INVISIBLE.search(url) or parts.scheme not in ("http", "https") or port == ":0" or not _HOST.fullmatch(host):
         raise InvalidInput(example)
-    if not (_IPV6 if ":" in host else _HOST).fullmatch(host):
-        raise InvalidInput(f"{example}: its host contains invalid characters")
-    if "@" in parts.netloc:
-        raise InvalidInput(f"{fields.url} must not have a user or a password in it: keys have fields of their own")
-    if parts.query or parts.fragment:
-        raise InvalidInput(f"{fields.url} must end with its path: it has a '?' or a '#'")
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise InvalidInput(f"{field} must have no user, password, '?' or '#': keys have fields of their own")
     return parts, host.rstrip("."), port
 
 
-def _segments(path: str, fields: FieldNames) -> Sequence[str]:
-    segments = [unquote(segment) for segment in path.strip("/").split("/")] if path.strip("/") else []
-    if any(segment in ("", ".", "..") or "/" in segment or _INVISIBLE.search(segment) for segment in segments):
-        raise InvalidInput(f"The path of {fields.url} contains empty parts, '.', '..' or invalid characters")
+def _segments(path: str, field: str) -> list[str]:
+    segments = [unquote(segment) for segment in path.split("/")] if path else []
+    if any(segment in ("", ".", "..") or "/" in segment for segment in segments):
+        raise InvalidInput(f"The path of {field} contains empty parts, '.', '..' or a '/' as %2F")
     return segments
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-import string
 import time
-from collections.abc import Iterator
 from datetime import date
 
 from comfy_worker.errors import DeliveryFailed, InvalidInput
@@ -13,6 +11,7 @@ from comfy_worker.names import CONTROL_CHARACTERS, check_name
 from comfy_worker.storage.base import DeliverableFile
 
 _FIELDS = ("job_id", "filename", "node_id", "index", "date", "prefix")
+_PLACEHOLDER = re.compile(rf"{{({'|'.join(_FIELDS)})}}")
 _SETTING = "BUCKET_KEY_TEMPLATE"
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]")
 MAX_KEY_BYTES = 1024
@@ -40,7 +39,10 @@ def check_template(template: str) -> None:
     Raises:
         InvalidInput: the sentence says what is wrong.
     """
-    fields = set(_fields(template))
+    fields = set(_PLACEHOLDER.findall(template))
+    if re.search(r"[{}]", _PLACEHOLDER.sub("", template.replace("{{", "").replace("}}", ""))):
+        known = ", ".join(f"{{{name}}}" for name in _FIELDS)
+        raise InvalidInput(f"{_SETTING} has a placeholder that is none of {known}; a literal brace is written twice")
     if not fields & {"job_id", "prefix"}:
         raise InvalidInput(f"{_SETTING} needs {{job_id}} or {{prefix}}: outputs of two jobs would have the same key")
     if "filename" not in fields and not {"node_id", "index"} <= fields:
@@ -48,20 +50,6 @@ def check_template(template: str) -> None:
             f"{_SETTING} needs {{filename}}, or {{node_id}} and {{index}}: two outputs of a job would have the same key"
         )
     check_name(template.format(**dict.fromkeys(_FIELDS, "x")), _SETTING)
-
-
-def _fields(template: str) -> Iterator[str]:
-    try:
-        parts = list(string.Formatter().parse(template))
-    except ValueError:
-        raise InvalidInput(f"{_SETTING} has a single brace; a literal brace is written twice") from None
-    for _literal, field, form, conversion in parts:
-        if field is None:
-            continue
-        if field not in _FIELDS or form or conversion:
-            known = ", ".join(f"{{{name}}}" for name in _FIELDS)
-            raise InvalidInput(f"{_SETTING} has a placeholder that is none of {known}")
-        yield field
 
 
 def bucket_of_the_month() -> str:
