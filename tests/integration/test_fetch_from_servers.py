@@ -328,10 +328,6 @@ def _truncate(body: Path, metadata: Path) -> None:
     os.truncate(body, 10)
 
 
-def _overwrite(body: Path, metadata: Path) -> None:
-    body.write_bytes(bytes(len(CONTENT)))
-
-
 def _lose_body(body: Path, metadata: Path) -> None:
     body.unlink()
 
@@ -361,7 +357,6 @@ def _leave_part(body: Path, metadata: Path) -> None:
     "harm",
     [
         _truncate,
-        _overwrite,
         _lose_body,
         _lose_metadata,
         _garble_metadata,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import math
 import re
 import tempfile
@@ -88,7 +87,7 @@ class Fetcher:
             Cancelled: the job was cancelled.
         """
         try:
-            cache = UrlCache.from_settings(self._settings)
+            cache = UrlCache(self._settings) if self._settings.input_cache_mb else None
             with FetchDeadline(self._settings.input_fetch_timeout_s, stop).enforced() as deadline:
                 download = _Download(self._source(url), self._settings, deadline, content_filter)
                 return _fetch(download) if cache is None else _fetch_cached(download, cache)
@@ -179,13 +178,13 @@ class _Download:
             if response.status != HTTPStatus.OK:
                 raise FetchError(self._refusal(response), retryable=response.status in _RETRYABLE_STATUSES)
             content_type = response.headers.get("Content-Type", "")
-            sha256 = self._save(response, file, content_type)
+            size = self._save(response, file, content_type)
             if "no-store" in response.headers.get("Cache-Control", "").lower():
-                return Metadata(sha256)
-            return Metadata(sha256, response.headers.get("ETag"), response.headers.get("Last-Modified"), content_type)
+                return Metadata(size)
+            return Metadata(size, response.headers.get("ETag"), response.headers.get("Last-Modified"), content_type)
 
-    def _save(self, response: BaseHTTPResponse, file: BinaryIO, content_type: str) -> str:
-        """Write the body into `file`, and have the filter check its head; return its hash."""
+    def _save(self, response: BaseHTTPResponse, file: BinaryIO, content_type: str) -> int:
+        """Write the body into `file`, and have the filter check its head; return its size."""
         limit_mb = self.settings.input_max_mb
         too_large = FetchError(f"it is larger than an input may be, {limit_mb:g} MB")
         length = response.headers.get("Content-Length", "")
@@ -193,7 +192,7 @@ class _Download:
             raise too_large
         file.seek(0)
         file.truncate()
-        sha256, head, size = hashlib.sha256(), b"", 0
+        head, size = b"", 0
         for chunk in self._chunks(response):
             size += len(chunk)
             if size > limit_mb * _MB:
@@ -202,7 +201,6 @@ class _Download:
                 head = (head + chunk)[:HEAD_BYTES]
                 if len(head) == HEAD_BYTES:
                     self.filter(head, content_type)
-            sha256.update(chunk)
             file.write(chunk)
             self.deadline.check()
         # Shutting down the connection may look like the end of the body.
@@ -213,7 +211,7 @@ class _Download:
             self.filter(head, content_type)
         file.flush()
         file.seek(0)
-        return sha256.hexdigest()
+        return size
 
     def _refusal(self, response: BaseHTTPResponse) -> str:
         reason = next((known.phrase for known in HTTPStatus if known == response.status), "")
