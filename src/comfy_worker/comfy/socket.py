@@ -145,7 +145,10 @@ class SocketPool:
     @contextmanager
     def lend(self) -> Iterator[EventSocket]:
         """Yield a socket, connected if possible; keep it afterwards if it missed nothing."""
-        socket = self._take() or self._open()
+        socket = self._take()
+        if socket is None:
+            socket = EventSocket(self._settings)
+            socket.open()
         try:
             yield socket
         except BaseException:
@@ -168,11 +171,6 @@ class SocketPool:
             return socket
         socket.close()
         return None
-
-    def _open(self) -> EventSocket:
-        socket = EventSocket(self._settings)
-        socket.open()
-        return socket
 
     def _put_back(self, socket: EventSocket) -> None:
         with self._lock:

@@ -165,7 +165,9 @@ def _node_problem(
 ) -> Problem:
     extra = error.get("extra_info") or {}
     kind = str(error.get("type", ""))
-    input_name = str(extra.get("input_name") or _input_in_details(kind, error))
+    input_name = str(extra.get("input_name") or "")
+    if kind == "required_input_missing" and not input_name:
+        input_name = str(error.get("details", "")).partition(" ")[0]
     if kind == _NOT_IN_LIST:
         values = combo_values(extra.get("input_config"))
         if values is None:  # ComfyUI omits long lists
@@ -198,10 +200,6 @@ def _not_in_list(node_id: str, input_name: str, given: Any, values: Sequence[str
         nearest=nearest(str(given), values),
         belongs_to=f"they lie in models/{folder}" if folder else None,
     )
-
-
-def _input_in_details(kind: str, error: Mapping[str, Any]) -> str:
-    return str(error.get("details", "")).partition(" ")[0] if kind == "required_input_missing" else ""
 
 
 def _message(kind: str, error: Mapping[str, Any], extra: Mapping[str, Any], workflow: Workflow) -> str:

@@ -14,7 +14,7 @@ import io
 import itertools
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import BinaryIO
@@ -100,8 +100,6 @@ def stage_inputs(
 
 
 class _Staging:
-    """Stages the files of one job."""
-
     def __init__(self, job: Job, graph: Graph, client: ComfyClient, stop: Stop, deadline: Deadline) -> None:
         self._job = job
         self._graph = graph
@@ -139,7 +137,6 @@ class _Staging:
     # ---------------------------------------------------------------------------------------- references
 
     def _find_uses(self) -> None:
-        """Find out which nodes load which files."""
         for reference in find_strings(self._graph):
             self._abort.check()
             if reference.is_url:
@@ -190,7 +187,7 @@ class _Staging:
             stagings = [threads.submit(self._stage, item) for item in items]
             # No upload may still be running when the job's folder is removed.
             wait(stagings)
-        failures = [failure for failure in map(_failure, stagings) if failure is not None]
+        failures = [error for error in (staging.exception() for staging in stagings) if isinstance(error, WorkerError)]
         self._check()
         if failures:
             raise _merged([failure for failure in failures if not isinstance(failure, Cancelled)] or failures)
@@ -205,7 +202,6 @@ class _Staging:
         return [one.warning for one in staged if one.warning is not None]
 
     def _stage(self, item: _Item) -> _Staged:
-        """Fetch and upload one file."""
         try:
             names = self._upload_all(item)
         except UnwantedContent:
@@ -284,14 +280,6 @@ def _warning_prefix(item: _Item) -> str:
         return f"Unused image {item.file.name!r} is missing"
     reference = item.uses[0][0]
     return f"Node {reference.node_id} ({reference.input_name}): the URL was left unchanged"
-
-
-def _failure(staging: Future[_Staged]) -> WorkerError | None:
-    try:
-        staging.result()
-    except WorkerError as error:
-        return error
-    return None
 
 
 def _merged(failures: list[WorkerError]) -> WorkerError:

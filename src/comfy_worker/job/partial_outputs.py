@@ -54,7 +54,11 @@ def deliver_partial_outputs(
     found = find_outputs(reported.outputs, reported.images, job.workflow, include_previews=job.include_previews)
     if not found.files:
         return DeliveredOutputs((), found.texts, ()) if found.texts else None
-    with _time_limit(stop) as delivery_stop:
+    delivery_stop = _DeliveryStop()
+    with (
+        call_after(_DELIVERY_TIMEOUT_S, delivery_stop.set),
+        stop.calling(lambda: None if stop.is_late else delivery_stop.set()),
+    ):
         # Files on a disk that the worker can read do not need ComfyUI.
         can_read = client.disk is not None or _is_ready(client, delivery_stop)
         readable = tuple(file for file in found.files if can_read or file in found.received)
@@ -95,14 +99,3 @@ class _DeliveryStop(Stop):
     def check(self) -> None:
         if self.is_set():
             raise Cancelled("there was no time left to deliver it")
-
-
-@contextmanager
-def _time_limit(stop: Stop) -> Iterator[Stop]:
-    """Yield a stop that is set when the time for the delivery is up, or when the job is cancelled meanwhile."""
-    delivery_stop = _DeliveryStop()
-    with (
-        call_after(_DELIVERY_TIMEOUT_S, delivery_stop.set),
-        stop.calling(lambda: None if stop.is_late else delivery_stop.set()),
-    ):
-        yield delivery_stop
