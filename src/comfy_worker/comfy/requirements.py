@@ -1,4 +1,4 @@
-"""Finds the node classes and models that a workflow needs and ComfyUI does not have. No I/O."""
+"""Finds the models that a workflow needs and ComfyUI does not have, and reads `/object_info`. No I/O."""
 
 from __future__ import annotations
 
@@ -30,25 +30,16 @@ _FOLDERS_BY_INPUT = {
 }
 """The folders of ComfyUI's own loaders below `models/`."""
 
-_CANVAS_ONLY = frozenset(
+CANVAS_ONLY = frozenset(
     {"Note", "MarkdownNote", "Reroute", "PrimitiveNode", "GetNode", "SetNode", "Anything Everywhere"}
 )
+"""Nodes that exist on ComfyUI's canvas only and are resolved when a workflow is exported for the API."""
 
 
 def model_folder(class_type: str, input_name: str) -> str | None:
     """Return the folder below ComfyUI's `models/` whose files an input lists, None if it is not known."""
     known = _FOLDERS.get((class_type, input_name))
     return known or _FOLDERS_BY_INPUT.get(re.sub(r"_?\d+$", "", input_name))
-
-
-def is_canvas_only(class_type: str) -> bool:
-    """Return whether a node exists on ComfyUI's canvas only and is resolved when a workflow is exported for the API."""
-    return class_type in _CANVAS_ONLY
-
-
-def missing_classes(workflow: Workflow, object_info: Mapping[str, Any]) -> list[str]:
-    """Return the ids of all nodes whose class ComfyUI does not have; ComfyUI itself reports only the first one."""
-    return [node_id for node_id, node in workflow.items() if node.get("class_type") not in object_info]
 
 
 def missing_models(workflow: Workflow, object_info: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Sequence[str]]]:

@@ -14,14 +14,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from comfy_worker.comfy.requirements import (
-    combo_values,
-    inputs_of,
-    is_canvas_only,
-    missing_classes,
-    missing_models,
-    model_folder,
-)
+from comfy_worker.comfy.requirements import CANVAS_ONLY, combo_values, inputs_of, missing_models, model_folder
 from comfy_worker.errors import InvalidWorkflow, MissingModels, MissingNodes
 from comfy_worker.graph.file_references import MODEL_FILE
 from comfy_worker.graph.workflow import class_type, find_loop, node_names, title
@@ -108,7 +101,7 @@ def refusal(body: Mapping[str, Any], workflow: Workflow, object_info: ObjectInfo
     object_info = functools.cache(object_info)
     found = node_problems(body.get("node_errors") or {}, workflow, object_info)
     problems = list(itertools.islice(found, _MAX_PROBLEMS))
-    if not problems and _names_missing_class(body.get("error") or {}):
+    if not problems and _is_missing_class(body.get("error") or {}):
         found = _missing_classes_and_models(workflow, object_info())
         problems = list(itertools.islice(found, _MAX_PROBLEMS))
     problems = problems or [_whole_problem(body.get("error") or {}, workflow)]
@@ -244,17 +237,19 @@ def _type_name(config: Any) -> str:
 # ----------------------------------------------------------------------------------------- whole workflow
 
 
-def _names_missing_class(error: Mapping[str, Any]) -> bool:
+def _is_missing_class(error: Mapping[str, Any]) -> bool:
     # Newer ComfyUIs have a type for it, older ones only a message.
     return error.get("type") == _MISSING_NODE or "does not exist" in str(error.get("message", ""))
 
 
 def _missing_classes_and_models(workflow: Workflow, object_info: Mapping[str, Any]) -> Iterator[Problem]:
     """Yield every class and every model file that the workflow needs and ComfyUI does not have."""
-    for node_id in missing_classes(workflow, object_info):
+    for node_id in workflow:
         node_class = class_type(workflow, node_id)
+        if node_class in object_info:
+            continue
         message = f"node class {node_class!r} does not exist here"
-        if is_canvas_only(node_class):
+        if node_class in CANVAS_ONLY:
             message = f"{node_class!r} exists on ComfyUI's canvas only: use Workflow > Export (API)"
         yield Problem(
             type=_MISSING_NODE,
