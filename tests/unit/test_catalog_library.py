@@ -14,6 +14,7 @@ import pytest
 
 from comfy_worker.catalog.library import Catalog
 from comfy_worker.errors import InvalidInput
+from comfy_worker.gateway.store.workflow_versions import StoredVersions, VersionedCatalog
 from tests.support.comfyui.graphs import picture
 from tests.support.paths import ROOT
 
@@ -21,30 +22,21 @@ RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 WIDTH = {"type": "integer", "description": "Width.", "default": 64, "sets": [{"node": "1", "input": "width"}]}
 
 
-class Clock:
-    """A clock that a test sets."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 class Shelf:
     """A folder, and the library of it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder = folder
-        self.clock = Clock()
-        self.library = Catalog(folder, self.clock)
+        self.now = 0.0
+        monkeypatch.setattr("comfy_worker.catalog.library.monotonic", lambda: self.now)
+        self.library = VersionedCatalog(folder, StoredVersions(folder / "kept"))
 
     def write(self, name: str, content: Any) -> None:
         text = content if isinstance(content, str) else json.dumps(content)
         (self.folder / name).write_text(text, encoding="utf-8")
 
-    def later(self) -> Catalog:
-        self.clock.now += 1.0
+    def later(self) -> VersionedCatalog:
+        self.now += 1.0
         return self.library
 
     def names(self) -> list[str]:
@@ -52,8 +44,8 @@ class Shelf:
 
 
 @pytest.fixture
-def shelf(tmp_path: Path) -> Shelf:
-    return Shelf(tmp_path)
+def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shelf:
+    return Shelf(tmp_path, monkeypatch)
 
 
 def manifest(**parameters: Any) -> dict[str, Any]:
@@ -75,8 +67,8 @@ def test_entries_are_sorted_and_have_their_manifests(shelf: Shelf) -> None:
     assert not shelf.library.get("red").manifest.parameters
 
 
-def test_a_folder_that_is_not_there_is_an_empty_library(tmp_path: Path) -> None:
-    shelf = Shelf(tmp_path / "later")
+def test_a_folder_that_is_not_there_is_an_empty_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shelf = Shelf(tmp_path / "later", monkeypatch)
     assert shelf.names() == []
     assert refusal(shelf.library, "red") == "There is no template 'red': there are none"
     shelf.folder.mkdir()
@@ -161,9 +153,9 @@ def test_changes_are_seen_at_most_once_a_second(shelf: Shelf) -> None:
     shelf.write("red.json", picture(RED))
     assert shelf.names() == ["red"]
     shelf.write("blue.json", picture(BLUE))
-    shelf.clock.now += 0.9
+    shelf.now += 0.9
     assert [entry.name for entry in shelf.library.entries()] == ["red"]
-    shelf.clock.now += 0.1
+    shelf.now += 0.1
     assert [entry.name for entry in shelf.library.entries()] == ["blue", "red"]
     (shelf.folder / "red.json").unlink()
     assert shelf.names() == ["blue"]
@@ -197,6 +189,17 @@ def test_versions_are_kept_by_their_content(shelf: Shelf) -> None:
     )
     assert "There is no template 'blue'" in refusal(shelf.library, "blue", first.version)
     assert shelf.library.versions("blue") == []
+
+
+def test_a_worker_knows_only_the_present_version(shelf: Shelf) -> None:
+    shelf.write("red.json", picture(RED))
+    catalog = Catalog(shelf.folder)
+    version = catalog.get("red").version
+    assert catalog.get("red", version) is catalog.get("red")
+    assert (
+        refusal(catalog, "red", "0" * 12)
+        == f"The template 'red' has no version '000000000000'; the latest is {version!r}"
+    )
 
 
 def test_a_file_that_is_rewritten_again_and_again_does_not_fill_the_memory(shelf: Shelf) -> None:

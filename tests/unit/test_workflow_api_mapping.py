@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from comfy_worker.catalog.entry import make_entry
-from comfy_worker.catalog.library import MAX_VERSIONS, Catalog
+from comfy_worker.catalog.library import Catalog
 from comfy_worker.errors import InvalidInput, MissingModels, WorkerError
 from comfy_worker.gateway.api.workflow.batch import inputs_of_runs
 from comfy_worker.gateway.api.workflow.graph_edits import with_inputs, with_prompt, with_seed
@@ -23,7 +23,7 @@ from comfy_worker.gateway.errors import RequestTooLarge
 from comfy_worker.gateway.jobs.queue_position import QueuePosition
 from comfy_worker.gateway.settings import load_gateway_settings
 from comfy_worker.gateway.store.records import JobRecord
-from comfy_worker.gateway.store.workflow_versions import StoredVersions
+from comfy_worker.gateway.store.workflow_versions import MAX_VERSIONS, StoredVersions, VersionedCatalog
 from comfy_worker.types import JobState
 from tests.support.comfyui.graphs import Graph, node, picture
 from tests.support.paths import ROOT
@@ -198,9 +198,10 @@ def test_the_cache_key_is_made_of_the_request_and_the_template() -> None:
     assert cache_key_of({**body, "prompt": "a"}, LIBRARY) != key
 
 
-def test_a_changed_template_has_another_cache_key(tmp_path: Path) -> None:
+def test_a_changed_template_has_another_cache_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(0, 100, 10))
-    library = Catalog(tmp_path, lambda: float(next(clock)))
+    monkeypatch.setattr("comfy_worker.catalog.library.monotonic", lambda: float(next(clock)))
+    library = Catalog(tmp_path)
     keys = set()
     for color in (1, 2):
         (tmp_path / "mine.json").write_text(json.dumps(picture((0, 0, color))), encoding="utf-8")
@@ -383,14 +384,14 @@ def test_versions_outlive_the_process(tmp_path: Path) -> None:
         (folder / "mine.json").write_text(json.dumps(picture((0, 0, color))), encoding="utf-8")
         manifest = {"title": f"Colour {color}", "description": ""}
         (folder / "mine.manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-        versions.append(Catalog(folder, history=StoredVersions(kept)).get("mine").version)
-    found = Catalog(folder, history=StoredVersions(kept))
+        versions.append(VersionedCatalog(folder, StoredVersions(kept)).get("mine").version)
+    found = VersionedCatalog(folder, StoredVersions(kept))
     assert [found.get("mine", version).version for version in versions] == versions
     assert found.get("mine", versions[0]).graph["1"]["inputs"]["color"] == 1
     assert found.get("mine", versions[0]).manifest.title == "Colour 1"
     (folder / "mine.json").unlink()
     (folder / "mine.manifest.json").unlink()
-    assert Catalog(folder, history=StoredVersions(kept)).get("mine", versions[1]).version == versions[1]
+    assert VersionedCatalog(folder, StoredVersions(kept)).get("mine", versions[1]).version == versions[1]
 
 
 def test_a_kept_file_that_was_changed_is_left_out(tmp_path: Path) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
-import time
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from time import monotonic
 from typing import Any, TypeAlias
 
 import comfy_worker
@@ -18,9 +18,6 @@ from comfy_worker.strict_json import InvalidJson, parse_json
 
 log = logging.getLogger(__name__)
 
-MAX_VERSIONS = 100
-"""How many versions of one entry are kept: a program that rewrites a file again and again must not fill the memory."""
-
 _GRAPH_SUFFIX = ".json"
 _MANIFEST_SUFFIX = ".manifest.json"
 _REFRESH_INTERVAL_S = 1.0
@@ -29,42 +26,14 @@ _Stamp: TypeAlias = tuple[int, int, int]
 """Modification time, size and inode; one of them differs if a file has changed."""
 
 
-class VersionHistory:
-    """The versions of each entry that were loaded so far, in memory."""
-
-    def __init__(self) -> None:
-        self.versions: dict[str, OrderedDict[str, CatalogEntry]] = {}
-
-    def add(self, entry: CatalogEntry) -> None:
-        """Add an entry as the latest version of its name."""
-        versions = self.versions.setdefault(entry.name, OrderedDict())
-        versions[entry.version] = entry
-        versions.move_to_end(entry.version)
-        if len(versions) > MAX_VERSIONS:
-            versions.popitem(last=False)
-
-
 class Catalog:
     """The named workflows of a folder. An invalid file is logged and does not affect the others. Thread-safe."""
 
-    def __init__(
-        self,
-        folder: str | Path,
-        clock: Callable[[], float] = time.monotonic,
-        history: VersionHistory | None = None,
-    ) -> None:
-        """Remember the folder, which is first read when it is needed.
-
-        Args:
-            folder: the folder; it need not exist.
-            clock: returns seconds, for the interval between two checks of the folder.
-            history: the versions that earlier processes have loaded.
-        """
+    def __init__(self, folder: str | Path) -> None:
+        """Remember the folder, which need not exist; it is first read when it is needed."""
         self._folder = find_folder(folder)
-        self._clock = clock
-        self._history = history or VersionHistory()
         self._lock = threading.Lock()
-        self._checked_at: float | None = None
+        self._checked_at = -math.inf
         self._stamps: Mapping[str, _Stamp] | None = None
         self._entries: Mapping[str, CatalogEntry] = {}
         self._problems: Mapping[str, str] = {}
@@ -79,11 +48,15 @@ class Catalog:
             raise InvalidInput(f"The version is missing after {name}@", hint=f"Use {name} or {name}@<version>")
         with self._lock:
             self._refresh()
-            if version is not None:
-                return self._version(name, version)
-            if name not in self._entries:
+            if version is None and name in self._entries:
+                return self._entries[name]
+            versions = self._known_versions(name)
+            if version is None or not versions:
                 raise self._unknown(name)
-            return self._entries[name]
+            if version not in versions:
+                sentence = f"The template {name!r} has no version {shown(version)}"
+                raise InvalidInput(f"{sentence}; the latest is {next(reversed(versions))!r}")
+            return versions[version]
 
     def entries(self) -> Sequence[CatalogEntry]:
         """Return all entries, sorted by name."""
@@ -91,29 +64,9 @@ class Catalog:
             self._refresh()
             return [self._entries[name] for name in sorted(self._entries)]
 
-    def versions(self, name: str) -> Sequence[CatalogEntry]:
-        """Return the known versions of an entry, oldest first."""
-        with self._lock:
-            self._refresh()
-            return list(self._history.versions.get(name, {}).values())
-
-    def times(self, name: str) -> tuple[float, float]:
-        """Return when the older and the newer file of an entry were modified, in seconds since the epoch."""
-        with self._lock:
-            stamps = self._stamps or {}
-            modified = [
-                stamps[file][0] / 1e9 for file in (name + _GRAPH_SUFFIX, name + _MANIFEST_SUFFIX) if file in stamps
-            ]
-        return (min(modified), max(modified)) if modified else (0.0, 0.0)
-
-    def _version(self, name: str, version: str) -> CatalogEntry:
-        versions = self._history.versions.get(name)
-        if versions is None:
-            raise self._unknown(name)
-        if version not in versions:
-            sentence = f"The template {name!r} has no version {shown(version)}"
-            raise InvalidInput(f"{sentence}; the latest is {next(reversed(versions))!r}")
-        return versions[version]
+    def _known_versions(self, name: str) -> dict[str, CatalogEntry]:
+        """Return the versions of an entry that can be used, oldest first."""
+        return {entry.version: entry for entry in [self._entries[name]]} if name in self._entries else {}
 
     def _unknown(self, name: str) -> InvalidInput:
         for file in (name + _GRAPH_SUFFIX, name + _MANIFEST_SUFFIX):
@@ -126,8 +79,8 @@ class Catalog:
 
     def _refresh(self) -> None:
         """Read the folder again if it has changed; check it at most once a second."""
-        now = self._clock()
-        if self._checked_at is not None and now - self._checked_at < _REFRESH_INTERVAL_S:
+        now = monotonic()
+        if now - self._checked_at < _REFRESH_INTERVAL_S:
             return
         self._checked_at = now
         problems: dict[str, str] = {}
@@ -154,21 +107,20 @@ class Catalog:
     def _read_entries(self, files: Mapping[str, _Stamp], problems: dict[str, str]) -> None:
         entries: dict[str, CatalogEntry] = {}
         for file in sorted(files):
+            graph = file.removesuffix(_MANIFEST_SUFFIX) + _GRAPH_SUFFIX
             try:
-                if file.endswith(_MANIFEST_SUFFIX):
-                    _check_has_graph(file, files)
-                else:
+                if not file.endswith(_MANIFEST_SUFFIX):
                     entry = self._read_entry(file, files)
                     _check_id(entry, entries)
                     entries[entry.name] = entry
+                elif graph not in files:
+                    problems[file] = f"there is no {graph} for it"
             except _InvalidFile as error:
                 problems[error.file] = error.reason
         for file, reason in problems.items():
             if self._problems.get(file) != reason:
                 log.warning("the workflow file %s is ignored: %s", file, reason)
         self._entries, self._problems = entries, problems
-        for entry in entries.values():
-            self._history.add(entry)
 
     def _read_entry(self, file: str, files: Mapping[str, _Stamp]) -> CatalogEntry:
         name = file.removesuffix(_GRAPH_SUFFIX)
@@ -217,12 +169,6 @@ def _stamp(path: Path) -> _Stamp:
         # A broken link, or a file that was just removed; reading it raises the error.
         return (0, 0, 0)
     return (found.st_mtime_ns, found.st_size, found.st_ino)
-
-
-def _check_has_graph(file: str, files: Mapping[str, _Stamp]) -> None:
-    graph = file.removesuffix(_MANIFEST_SUFFIX) + _GRAPH_SUFFIX
-    if graph not in files:
-        raise _InvalidFile(file, f"there is no {graph} for it")
 
 
 def _read_json(path: Path) -> Any:

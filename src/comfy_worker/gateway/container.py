@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from comfy_worker.catalog.library import Catalog
 from comfy_worker.gateway.api.catalog import mapping as catalog_mapping
 from comfy_worker.gateway.api.generate import mapping as generate_mapping
 from comfy_worker.gateway.api.runpod import mapping as runpod_mapping
@@ -30,7 +29,7 @@ from comfy_worker.gateway.store.database import connect, wait_for_database
 from comfy_worker.gateway.store.gateway_lock import gateway_lock, leader_lock
 from comfy_worker.gateway.store.job_store import JobStore
 from comfy_worker.gateway.store.progress_writer import ProgressWriter
-from comfy_worker.gateway.store.workflow_versions import StoredVersions
+from comfy_worker.gateway.store.workflow_versions import StoredVersions, VersionedCatalog
 
 if TYPE_CHECKING:
     from comfy_worker.gateway.engines.celery.engine import CeleryEngine
@@ -86,7 +85,7 @@ class Gateway:
             if settings.engine == "local":
                 stack.enter_context(gateway_lock(database, on_lost=self._stop_after_takeover))
             self.store = wait_for_database(lambda: JobStore(database, own_key.encode()))
-            self.library = Catalog(settings.workflows_dir, history=StoredVersions(data / "workflow_versions"))
+            self.library = VersionedCatalog(settings.workflows_dir, StoredVersions(data / "workflow_versions"))
             self.bus, self.assets = bus or make_bus(settings), AssetStore(data / "assets")
             stack.callback(self.bus.close)
             self.links = AssetLinks(_links_key(settings), settings.asset_url_expires_s)

@@ -9,12 +9,12 @@ from typing import Annotated, Any
 from fastapi import Depends
 from starlette.requests import HTTPConnection
 
-from comfy_worker.catalog.library import Catalog
 from comfy_worker.gateway.jobs.assets import AssetStore, with_urls
 from comfy_worker.gateway.jobs.service import JobService
 from comfy_worker.gateway.jobs.signed_links import PATH, AssetLinks
 from comfy_worker.gateway.modifiers import Modifiers
 from comfy_worker.gateway.settings import GatewaySettings
+from comfy_worker.gateway.store.workflow_versions import VersionedCatalog
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Services:
     assets: AssetStore
     links: AssetLinks
     settings: GatewaySettings
-    catalog: Catalog
+    catalog: VersionedCatalog
     modifiers: Modifiers
 
 
@@ -78,7 +78,7 @@ async def _get_settings(services: AllServices) -> GatewaySettings:
     return services.settings
 
 
-async def _get_catalog(services: AllServices) -> Catalog:
+async def _get_catalog(services: AllServices) -> VersionedCatalog:
     return services.catalog
 
 
@@ -92,5 +92,5 @@ async def _get_output_links(connection: HTTPConnection, services: AllServices) -
 Jobs = Annotated[JobService, Depends(_get_jobs)]
 Assets = Annotated[AssetStore, Depends(_get_assets)]
 Settings = Annotated[GatewaySettings, Depends(_get_settings)]
-Workflows = Annotated[Catalog, Depends(_get_catalog)]
+Workflows = Annotated[VersionedCatalog, Depends(_get_catalog)]
 Links = Annotated[OutputLinks, Depends(_get_output_links)]

@@ -5,31 +5,67 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from comfy_worker.catalog.entry import CatalogEntry, is_entry_name, make_entry
-from comfy_worker.catalog.library import MAX_VERSIONS, VersionHistory
+from comfy_worker.catalog.library import Catalog
 from comfy_worker.errors import WorkerError
 
 log = logging.getLogger(__name__)
 
+MAX_VERSIONS = 100
+"""How many versions of one workflow are kept: a program that rewrites a file again and again must not fill the disk."""
 
-class StoredVersions(VersionHistory):
+
+class VersionedCatalog(Catalog):
+    """A catalog that also has the earlier versions of its workflows."""
+
+    def __init__(self, folder: str | Path, stored: StoredVersions) -> None:
+        super().__init__(folder)
+        self._stored = stored
+
+    def versions(self, name: str) -> Sequence[CatalogEntry]:
+        """Return the known versions of an entry, oldest first."""
+        with self._lock:
+            self._refresh()
+            return list(self._known_versions(name).values())
+
+    def times(self, name: str) -> tuple[float, float]:
+        """Return when the older and the newer file of an entry were modified, in seconds since the epoch."""
+        with self._lock:
+            stamps = self._stamps or {}
+        modified = [stamps[file][0] / 1e9 for file in (f"{name}.json", f"{name}.manifest.json") if file in stamps]
+        return (min(modified), max(modified)) if modified else (0.0, 0.0)
+
+    def _known_versions(self, name: str) -> dict[str, CatalogEntry]:
+        return self._stored.versions.get(name, {})
+
+    def _read_entries(self, files: Mapping[str, tuple[int, int, int]], problems: dict[str, str]) -> None:
+        super()._read_entries(files, problems)
+        for entry in self._entries.values():
+            self._stored.add(entry)
+
+
+class StoredVersions:
     """A folder with `<name>/<version>.json` for each version. A file that cannot be used is logged and ignored."""
 
     def __init__(self, folder: Path) -> None:
         """Load the versions in the folder, which is created with the first version that is added."""
-        super().__init__()
+        self.versions: dict[str, dict[str, CatalogEntry]] = {}
         self._folder = folder
         for of_name in sorted(folder.iterdir()) if folder.is_dir() else ():
             if is_entry_name(of_name.name) and of_name.is_dir():
                 entries = [entry for path in _oldest_first(of_name) if (entry := _read(of_name.name, path))]
-                self.versions[of_name.name] = OrderedDict((entry.version, entry) for entry in entries)
+                self.versions[of_name.name] = {entry.version: entry for entry in entries}
 
     def add(self, entry: CatalogEntry) -> None:
         """Add an entry as the latest version of its name, and write its file."""
-        super().add(entry)
+        versions = self.versions.setdefault(entry.name, {})
+        versions.pop(entry.version, None)
+        versions[entry.version] = entry
+        if len(versions) > MAX_VERSIONS:
+            del versions[next(iter(versions))]
         folder = self._folder / entry.name
         path = folder / f"{entry.version}.json"
         try:

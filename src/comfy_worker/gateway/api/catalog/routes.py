@@ -13,7 +13,6 @@ from fastapi import APIRouter, Depends, Path, Request, WebSocket
 from starlette.concurrency import run_in_threadpool
 
 from comfy_worker.catalog.entry import CatalogEntry
-from comfy_worker.catalog.library import Catalog
 from comfy_worker.gateway.api.catalog.mapping import (
     JOB_PREFIX,
     execution_of,
@@ -44,6 +43,7 @@ from comfy_worker.gateway.jobs.metrics import Cached
 from comfy_worker.gateway.jobs.service import JobService
 from comfy_worker.gateway.jobs.signed_links import IMAGES_PATH
 from comfy_worker.gateway.store.records import JobRecord
+from comfy_worker.gateway.store.workflow_versions import VersionedCatalog
 from comfy_worker.types import JobState
 
 API = "catalog"
@@ -99,7 +99,7 @@ async def get_workflow(workflow_id: WorkflowId, catalog: Workflows) -> SafeJSONR
     return _success({"workflow": _workflow(entry, catalog)})
 
 
-def _find_entry(catalog: Catalog, workflow_id: str, version: str | None) -> CatalogEntry:
+def _find_entry(catalog: VersionedCatalog, workflow_id: str, version: str | None) -> CatalogEntry:
     """Return the workflow with an id or a key.
 
     Raises:
@@ -112,7 +112,7 @@ def _find_entry(catalog: Catalog, workflow_id: str, version: str | None) -> Cata
     raise WorkflowNotFound(f"Workflow with id {workflow_id} not found")
 
 
-def _workflow(entry: CatalogEntry, catalog: Catalog) -> dict[str, Any]:
+def _workflow(entry: CatalogEntry, catalog: VersionedCatalog) -> dict[str, Any]:
     created, updated = catalog.times(entry.name)
     return {
         "id": workflow_id_of(entry),
