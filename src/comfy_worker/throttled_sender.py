@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeAlias
 
@@ -18,13 +19,7 @@ class ThrottledSender:
     def __init__(
         self, send: Callable[[Value], Awaitable[bool]], interval_s: float, *, first_delay_s: float = 0.0
     ) -> None:
-        """Create a sender, which starts with `run`.
-
-        Args:
-            send: sends a value; returns False if the latest value is to be sent again after the interval.
-            interval_s: seconds between the end of one send and the next.
-            first_delay_s: seconds before the first send.
-        """
+        """Create a sender; `send` returns False if the latest value is to be sent again after the interval."""
         self._send = send
         self._interval_s = interval_s
         self._first_delay_s = first_delay_s
@@ -46,7 +41,9 @@ class ThrottledSender:
     async def run(self) -> None:
         """Send values until `stop`."""
         delay_s = self._first_delay_s
-        while not await self._stops_within(delay_s):
+        while True:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), delay_s)
             await self._has_unsent.wait()
             if self._stopping.is_set():
                 return
@@ -54,10 +51,3 @@ class ThrottledSender:
             if not await self._send(self._latest):
                 self._has_unsent.set()
             delay_s = self._interval_s
-
-    async def _stops_within(self, seconds: float) -> bool:
-        try:
-            await asyncio.wait_for(self._stopping.wait(), seconds)
-        except asyncio.TimeoutError:
-            return False
-        return True

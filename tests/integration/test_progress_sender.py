@@ -14,6 +14,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
+from comfy_worker.serverless import progress
 from comfy_worker.serverless.progress import ProgressSender
 from comfy_worker.serverless.sdk import import_runpod
 
@@ -69,7 +70,7 @@ class Receiver:
         return self.values[-1]
 
     def sender(self) -> ProgressSender:
-        return ProgressSender(self.session, JOB, interval_s=INTERVAL_S, last_post_timeout_s=PATIENCE_S)
+        return ProgressSender(self.session, JOB)
 
 
 @asynccontextmanager
@@ -77,6 +78,8 @@ async def receiver(monkeypatch: pytest.MonkeyPatch, answer: Answer = well) -> As
     import_runpod()
     from runpod.serverless.modules import rp_http
 
+    monkeypatch.setattr(progress, "_INTERVAL_S", INTERVAL_S)
+    monkeypatch.setattr(progress, "_LAST_POST_TIMEOUT_S", PATIENCE_S)
     app = web.Application()
     runner = web.AppRunner(app, shutdown_timeout=0.01)
     async with aiohttp.ClientSession() as session:

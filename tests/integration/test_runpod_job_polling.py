@@ -10,6 +10,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from comfy_worker.serverless import job_polling
 from comfy_worker.serverless.job_polling import JobPoller
 from comfy_worker.serverless.progress import Session
 from tests.support.runpod.platform import Platform
@@ -29,7 +30,7 @@ def fetch_from(url: str) -> Callable[[Session, int], Awaitable[list[dict[str, An
     return fetch
 
 
-async def ask(serve: Serve, **limits: float) -> list[dict[str, Any]]:
+async def ask(serve: Serve) -> list[dict[str, Any]]:
     """Ask a server that does as it likes with each question, and with the event that ends it."""
     ending = asyncio.Event()
     connections: set[asyncio.StreamWriter] = set()
@@ -42,7 +43,7 @@ async def ask(serve: Serve, **limits: float) -> list[dict[str, Any]]:
     async with await asyncio.start_server(connected, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
         try:
-            async with JobPoller(fetch_from(f"http://127.0.0.1:{port}/"), **limits) as polls:
+            async with JobPoller(fetch_from(f"http://127.0.0.1:{port}/")) as polls:
                 return await asyncio.wait_for(polls.poll(ending), 60)
         finally:
             for writer in connections:
@@ -50,7 +51,9 @@ async def ask(serve: Serve, **limits: float) -> list[dict[str, Any]]:
                 await writer.wait_closed()
 
 
-def test_an_answer_that_is_on_its_way_arrives_after_the_end() -> None:
+def test_an_answer_that_is_on_its_way_arrives_after_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job_polling, "_HANG_UP_S", 60)
+
     async def answer_after_the_end(
         reader: asyncio.StreamReader, writer: asyncio.StreamWriter, ending: asyncio.Event
     ) -> None:
@@ -60,10 +63,11 @@ def test_an_answer_that_is_on_its_way_arrives_after_the_end() -> None:
             writer.write(piece)
             await asyncio.sleep(0.02)
 
-    assert asyncio.run(ask(answer_after_the_end, hang_up_s=60)) == [{"id": "job", "input": {}}]
+    assert asyncio.run(ask(answer_after_the_end)) == [{"id": "job", "input": {}}]
 
 
-def test_a_platform_that_sees_the_end_is_not_asked_again() -> None:
+def test_a_platform_that_sees_the_end_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job_polling, "_HANG_UP_S", 120)
     questions = 0
 
     async def hang_up_too(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, ending: asyncio.Event) -> None:
@@ -73,26 +77,30 @@ def test_a_platform_that_sees_the_end_is_not_asked_again() -> None:
         await reader.read()
         writer.close()
 
-    assert asyncio.run(ask(hang_up_too, hang_up_s=120)) == []
+    assert asyncio.run(ask(hang_up_too)) == []
     assert questions == 1
 
 
-def test_a_platform_that_does_not_see_the_end_is_left() -> None:
+def test_a_platform_that_does_not_see_the_end_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job_polling, "_HANG_UP_S", 0.05)
+
     async def never_answer(reader: asyncio.StreamReader, _writer: asyncio.StreamWriter, ending: asyncio.Event) -> None:
         ending.set()
         await reader.read()
 
-    assert asyncio.run(ask(never_answer, hang_up_s=0.05)) == []
+    assert asyncio.run(ask(never_answer)) == []
 
 
-def test_an_end_before_there_is_a_connection_is_one_at_once() -> None:
+def test_an_end_before_there_is_a_connection_is_one_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job_polling, "_HANG_UP_S", 120)
+
     async def never(_session: Session, _count: int) -> None:
         await asyncio.Event().wait()
 
     async def scene() -> list[dict[str, Any]]:
         ending = asyncio.Event()
         ending.set()
-        async with JobPoller(never, hang_up_s=120) as polls:
+        async with JobPoller(never) as polls:
             return await asyncio.wait_for(polls.poll(ending), 60)
 
     assert asyncio.run(scene()) == []
@@ -106,15 +114,16 @@ def test_what_goes_wrong_is_told_while_the_question_lasts() -> None:
         asyncio.run(ask(refuse))
 
 
-def test_questions_that_end_by_time_lose_no_job() -> None:
+def test_questions_that_end_by_time_lose_no_job(monkeypatch: pytest.MonkeyPatch) -> None:
     """Jobs come at any time, and so do the ends of questions."""
+    monkeypatch.setattr(job_polling, "_MAX_POLL_S", 0.02)
     moments = random.Random(7)
 
     async def scene(platform: Platform, jobs: list[str]) -> list[str]:
         taken: list[str] = []
         url = f"{platform.url}/{platform.endpoint_id}/job-take/w1?x=1"
         loop = asyncio.get_running_loop()
-        async with JobPoller(fetch_from(url), max_poll_s=0.02) as polls:
+        async with JobPoller(fetch_from(url)) as polls:
             assert await polls.poll(asyncio.Event()) == []
             due = 0.0
             for _ in range(60):

@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Awaitable, Callable
-from types import TracebackType
 from typing import Any, TypeAlias
 
 import aiohttp
@@ -24,23 +23,17 @@ Fetch: TypeAlias = Callable[[Session, int], Awaitable[list[dict[str, Any]] | Non
 
 _CONNECT_TIMEOUT_S = 30.0
 _MAX_POLL_S = 90.0
+"""How long RunPod may hold a request before it is ended and sent again."""
 _HANG_UP_S = 2.0
+"""How long to wait for a job that RunPod sent before it noticed the end of the request."""
 
 
 class JobPoller:
     """Requests jobs, one request at a time, over a connection of its own; an asynchronous context manager."""
 
-    def __init__(self, fetch: Fetch, *, max_poll_s: float = _MAX_POLL_S, hang_up_s: float = _HANG_UP_S) -> None:
-        """Prepare to poll; call it in the event loop's thread.
-
-        Args:
-            fetch: sends a request.
-            max_poll_s: how long RunPod may hold a request before it is ended and sent again.
-            hang_up_s: how long to wait for a job that RunPod sent before it noticed the end of the request.
-        """
+    def __init__(self, fetch: Fetch) -> None:
+        """Prepare to poll; call it in the event loop's thread."""
         self._fetch = fetch
-        self._max_poll_s = max_poll_s
-        self._hang_up_s = hang_up_s
         self._connector = _PollConnector()
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S)
         self._session = aiohttp.ClientSession(connector=self._connector, headers=get_auth_header(), timeout=timeout)
@@ -48,9 +41,7 @@ class JobPoller:
     async def __aenter__(self) -> JobPoller:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_exception: object) -> None:
         await self._session.close()
 
     async def poll(self, stopping: asyncio.Event) -> list[dict[str, Any]]:
@@ -62,7 +53,7 @@ class JobPoller:
         self._connector.start_poll()
         poll = asyncio.ensure_future(self._fetch(self._session, 1))
         stopped = asyncio.create_task(stopping.wait())
-        await asyncio.wait([poll, stopped], timeout=self._max_poll_s, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([poll, stopped], timeout=_MAX_POLL_S, return_when=asyncio.FIRST_COMPLETED)
         stopped.cancel()
         if poll.done():
             return poll.result() or []
@@ -71,7 +62,7 @@ class JobPoller:
     async def _hang_up(self, poll: asyncio.Future[list[dict[str, Any]] | None]) -> list[dict[str, Any]]:
         """End a request and return the jobs that RunPod had sent already."""
         if self._connector.hang_up():
-            await asyncio.wait([poll], timeout=self._hang_up_s)
+            await asyncio.wait([poll], timeout=_HANG_UP_S)
         poll.cancel()
         await asyncio.wait([poll])
         return [] if poll.cancelled() or poll.exception() else poll.result() or []

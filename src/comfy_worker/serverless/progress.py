@@ -6,7 +6,6 @@ import asyncio
 import json
 import logging
 from collections.abc import Mapping
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from comfy_worker.throttled_sender import ThrottledSender
@@ -20,6 +19,7 @@ Session: TypeAlias = "aiohttp.ClientSession"
 log = logging.getLogger(__name__)
 
 _INTERVAL_S = 0.5
+"""Between the response to one post and the next post."""
 _LAST_POST_TIMEOUT_S = 10.0
 _HEADERS = {"charset": "utf-8", "Content-Type": "application/x-www-form-urlencoded"}
 """The headers of the SDK's own posts to job-done (`rp_http._transmit`)."""
@@ -33,26 +33,10 @@ class ProgressSender:
     The first post also waits for the interval, so that it does not delay a short job.
     """
 
-    def __init__(
-        self,
-        session: Session,
-        job: Mapping[str, Any],
-        *,
-        interval_s: float = _INTERVAL_S,
-        last_post_timeout_s: float = _LAST_POST_TIMEOUT_S,
-    ) -> None:
-        """Prepare to post.
-
-        Args:
-            session: the HTTP session to RunPod.
-            job: the job as RunPod sent it.
-            interval_s: seconds between the response to one post and the next post.
-            last_post_timeout_s: how long leaving the context waits for a post that RunPod does not answer.
-        """
+    def __init__(self, session: Session, job: Mapping[str, Any]) -> None:
         self._session = session
         self._job = job
-        self._last_post_timeout_s = last_post_timeout_s
-        self._sender = ThrottledSender(self._post, interval_s, first_delay_s=interval_s)
+        self._sender = ThrottledSender(self._post, _INTERVAL_S, first_delay_s=_INTERVAL_S)
         self._task: asyncio.Task[None] | None = None
 
     def update(self, value: dict[str, Any]) -> None:
@@ -63,13 +47,11 @@ class ProgressSender:
         self._task = asyncio.create_task(self._sender.run())
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_exception: object) -> None:
         self._sender.stop()
         if self._task is None:
             return
-        await asyncio.wait([self._task], timeout=self._last_post_timeout_s)
+        await asyncio.wait([self._task], timeout=_LAST_POST_TIMEOUT_S)
         self._task.cancel()
         await asyncio.wait([self._task])
         if not self._task.cancelled() and (bug := self._task.exception()):
