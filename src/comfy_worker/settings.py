@@ -1,7 +1,7 @@
 """The worker's settings, read once from the environment.
 
-A field is read from the variable of its name in capitals, unless it lists others. Its docstring is its documentation;
-`python -m comfy_worker.settings` prints the table in docs/reference/configuration.md.
+A field is read from the variable of its name in capitals, unless it lists others. Its docstring is its documentation,
+in `--help` and in docs/reference/configuration.md.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from enum import Enum
 from typing import Annotated, Any, Literal, TypeVar, get_args
 from urllib.parse import unquote, urlsplit, urlunsplit
 
-from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
+from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, SecretStr, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -30,12 +30,34 @@ CannedAcl = Literal[
     "bucket-owner-full-control",
 ]
 """From the documentation of S3's PutObject."""
-LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
+LogLevel = Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], BeforeValidator(str.upper)]
 AboveZero = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 
 _BASE_URL = re.compile(r"https?://([^\x00- /?#@:\[\]\\]+|\[[0-9a-fA-F:.]+\])(:[1-9]\d{0,4})?(/[^\x00- ?#\\]*)?")
 """A URL to which a path can be appended."""
+
+
+def complete_url(value: str) -> str:
+    """Return the URL of a ComfyUI without a slash at its end; a bare `host:port` means http.
+
+    Raises:
+        ValueError: the value is neither.
+    """
+    url = value if "://" in value else f"http://{value}"
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("must be a URL such as http://127.0.0.1:8188")
+    return url.rstrip("/")
+
+
+def _check_base_url(value: str) -> str:
+    if not _BASE_URL.fullmatch(value):
+        raise ValueError("must be an http or https URL without a user, '?' and '#'")
+    return value
+
+
+BaseUrl = Annotated[str, AfterValidator(_check_base_url)]
 
 AnySettings = TypeVar("AnySettings", bound="Settings")
 
@@ -61,7 +83,9 @@ class Settings(BaseSettings):
     )
 
     # ------------------------------------------------------------------------------------------- ComfyUI
-    comfyui_url: str = read_from("COMFYUI_URL", "COMFYUI_API_BASE", "COMFY_HOST", default="http://127.0.0.1:8188")
+    comfyui_url: Annotated[str, AfterValidator(complete_url)] = read_from(
+        "COMFYUI_URL", "COMFYUI_API_BASE", "COMFY_HOST", default="http://127.0.0.1:8188"
+    )
     """URL of ComfyUI; a bare `host:port` means http."""
     comfyui_ready_timeout_s: AboveZero | None = None
     """Seconds to wait for a ComfyUI that does not answer; if not set, 300 where start.sh runs ComfyUI, else 10."""
@@ -118,7 +142,7 @@ class Settings(BaseSettings):
     a bucket and `base64` without one."""
     local_delivery_dir: str | None = None
     """Folder for outputs that are delivered as `local`."""
-    local_delivery_url: str | None = None
+    local_delivery_url: BaseUrl | None = None
     """URL at which that folder is served; the URLs of outputs begin with it."""
 
     # ------------------------------------------------------------------------------------------------ S3
@@ -138,7 +162,7 @@ class Settings(BaseSettings):
     """Region of the bucket, if the endpoint does not show it."""
     bucket_key_template: str = "{job_id}/{filename}"
     """Key of an output, with `{job_id}`, `{filename}`, `{node_id}`, `{index}`, `{date}` and `{prefix}`."""
-    bucket_public_url: str | None = None
+    bucket_public_url: BaseUrl | None = None
     """Public URL of the bucket; outputs then get this URL and their key instead of a presigned URL."""
     bucket_acl: CannedAcl | None = None
     """Canned ACL of outputs, such as `public-read`."""
@@ -182,23 +206,6 @@ class Settings(BaseSettings):
             raise ValueError("is the placeholder of an example: put a value of your own there")
         return value
 
-    @field_validator("comfyui_url")
-    @classmethod
-    def _complete_url(cls, value: str) -> str:
-        return complete_url(value)
-
-    @field_validator("bucket_public_url", "local_delivery_url")
-    @classmethod
-    def _base_url(cls, value: str | None) -> str | None:
-        if value is not None and not _BASE_URL.fullmatch(value):
-            raise ValueError("must be an http or https URL without a user, '?' and '#'")
-        return value
-
-    @field_validator("log_level", mode="before")
-    @classmethod
-    def _upper(cls, value: object) -> object:
-        return value.upper() if isinstance(value, str) else value
-
     @property
     def comfyui_address(self) -> str:
         """ComfyUI's `host:port`, for error messages."""
@@ -216,27 +223,8 @@ class Settings(BaseSettings):
 
     def secrets(self) -> list[str]:
         """Return all secret values, so that they can be masked."""
-        values = (
-            self.comfy_org_api_key,
-            self.bucket_access_key_id,
-            self.bucket_secret_access_key,
-            self.webhook_secret,
-        )
-        own = [value.get_secret_value() for value in values if value is not None]
-        return [*own, *passwords_of(self.comfyui_url)]
-
-
-def complete_url(value: str) -> str:
-    """Return the URL of a ComfyUI without a slash at its end; a bare `host:port` means http.
-
-    Raises:
-        ValueError: the value is neither.
-    """
-    url = value if "://" in value else f"http://{value}"
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError("must be a URL such as http://127.0.0.1:8188")
-    return url.rstrip("/")
+        keys = (self.comfy_org_api_key, self.bucket_access_key_id, self.bucket_secret_access_key, self.webhook_secret)
+        return [*(key.get_secret_value() for key in keys if key is not None), *passwords_of(self.comfyui_url)]
 
 
 def without_credentials(url: str) -> str:
@@ -319,18 +307,3 @@ def list_settings(kind: type[Settings]) -> Iterator[Setting]:
                 description=" ".join((field.description or "").split()),
                 is_secret=SecretStr in (field.annotation, *get_args(field.annotation)),
             )
-
-
-def describe(kind: type[Settings] = Settings) -> str:
-    """Return these settings as a Markdown table."""
-    rows = ["| variable | default | meaning |", "| --- | --- | --- |"]
-    for setting in list_settings(kind):
-        default = f"`{setting.default}`" if setting.default else "not set"
-        others = ", ".join(f"`{name}`" for name in setting.variables[1:])
-        also = f" Also read from {others}." if others else ""
-        rows.append(f"| `{setting.variables[0]}` | {default} | {setting.description}{also} |")
-    return "\n".join(rows)
-
-
-if __name__ == "__main__":
-    print(describe())  # noqa: T201

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from comfy_worker.cli import options
+from comfy_worker.cli.main import add_settings, parser_of, put_into_environment
 from comfy_worker.gateway.settings import GatewaySettings, load_gateway_settings
 from comfy_worker.settings import Setting, Settings, list_settings
 from tests.support.paths import ROOT
@@ -94,9 +94,9 @@ def test_the_handler_without_its_packages_names_the_command_to_run(tmp_path: Pat
 def test_an_option_goes_before_its_variable(environment: pytest.MonkeyPatch) -> None:
     for name, value in (("API_PORT", "1"), ("API_RELOAD", "false"), ("MAX_QUEUE_SIZE", "7")):
         environment.setenv(name, value)
-    parser = options.parser_of("serve")
-    options.add_settings(parser, "settings", GatewaySettings)
-    options.put_into_environment(parser.parse_args(["--api-port", "2", "--api-reload=true"]))
+    parser = parser_of("serve")
+    add_settings(parser, "settings", GatewaySettings)
+    put_into_environment(parser.parse_args(["--api-port", "2", "--api-reload=true"]))
     settings = load_gateway_settings()
     assert (settings.api_port, settings.api_reload, settings.max_queue_size) == (2, True, 7)
 

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +38,14 @@ def parse_test_input(arguments: Sequence[str]) -> str | None:
         epilog="Settings are environment variables, such as COMFYUI_URL; `comfy-worker run --help` lists them all. "
         "With --rp_serve_api, RunPod's SDK serves its API for development.",
     )
-    add_arguments(parser)
+    add_test_input(parser)
     options, _others = parser.parse_known_args(arguments)
     job: str | None = options.test_input
     return job
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that all commands for a local run share."""
+def add_test_input(parser: argparse.ArgumentParser) -> None:
+    """Add the option with the job."""
     parser.add_argument("--test_input", metavar="JSON", help='the job as JSON: {"input": {"workflow": {…}}}')
 
 
@@ -112,7 +113,7 @@ def run(job: dict[str, Any], settings: Settings, interruption: Interruption) -> 
     """Run a job, show its progress, and write its base64 outputs into files."""
     worker = Worker(settings)
     try:
-        with ProgressBar() as bar:
+        with closing(ProgressBar()) as bar:
             output = asyncio.run(
                 in_thread(lambda: worker.run(job, bar.show, interruption.stop), interruption.on_signal)
             )
@@ -126,19 +127,14 @@ class ProgressBar:
 
     def __init__(self) -> None:
         self._progress = Progress()
-        self._bar = tqdm(
-            total=100,
-            file=sys.stderr,
-            disable=None,  # unless standard error is a terminal
-            bar_format="{percentage:3.0f}% |{bar:30}| {elapsed} {desc}",
-            ncols=_terminal_columns(),
-            leave=True,
-        )
+        is_terminal = sys.stderr.isatty()
+        # tqdm would show nothing in a terminal of unknown width.
+        columns = (os.get_terminal_size(sys.stderr.fileno()).columns or 80) if is_terminal else None
+        bar_format = "{percentage:3.0f}% |{bar:30}| {elapsed} {desc}"
+        self._bar = tqdm(total=100, file=sys.stderr, disable=not is_terminal, bar_format=bar_format, ncols=columns)
 
-    def __enter__(self) -> ProgressBar:
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
+    def close(self) -> None:
+        """Leave the bar as it is."""
         self._bar.close()
 
     def show(self, event: JobEvent) -> None:
@@ -161,11 +157,6 @@ class ProgressBar:
         if progress.stage is Stage.QUEUED and progress.ahead:
             return f"queued behind {progress.ahead}"
         return progress.stage.value
-
-
-def _terminal_columns() -> int | None:
-    """Return the width of the terminal; 80 if it is unknown, because tqdm would show nothing."""
-    return (os.get_terminal_size(sys.stderr.fileno()).columns or 80) if sys.stderr.isatty() else None
 
 
 def write_files(output: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 from comfy_worker.errors import Cancelled, InvalidInput, TimedOut
 from comfy_worker.net.errors import FetchError
 from comfy_worker.net.urls import parse_url
+from comfy_worker.settings import Settings
 from comfy_worker.types import JobState, Webhook
 
 _PREFIX = "whsec_"
@@ -54,6 +55,23 @@ def _is_base64(secret: str) -> bool:
         return bool(base64.b64decode(encoded + "=" * (-len(encoded) % 4), validate=True))
     except (binascii.Error, ValueError):
         return False
+
+
+def webhook_of_settings(settings: Settings) -> Webhook | None:
+    """Return the operator's webhook, if there is one.
+
+    Its secret signs only messages to the operator's receiver: with messages to a URL of their own, callers could forge
+    signatures.
+
+    Raises:
+        InvalidInput: WEBHOOK_URL or WEBHOOK_SECRET is invalid.
+    """
+    if settings.webhook_url is None:
+        return None
+    secret = settings.webhook_secret
+    webhook = Webhook(settings.webhook_url, secret.get_secret_value() if secret else None)
+    check_webhook(webhook, "WEBHOOK_URL")
+    return webhook
 
 
 @dataclass(frozen=True)
@@ -143,6 +161,11 @@ def status_of(output: Mapping[str, Any]) -> JobState:
         return JobState.COMPLETED
     ends = {Cancelled.code: JobState.CANCELLED, TimedOut.code: JobState.TIMED_OUT}
     return ends.get(str(output.get("code")), JobState.FAILED)
+
+
+def progress_of(job_id: str, progress: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the progress of a job in the format of RunPod's `/status`."""
+    return {"type": "progress", "id": job_id, "status": JobState.IN_PROGRESS.value, "output": progress}
 
 
 def end_of(job_id: str, output: Mapping[str, Any], seconds: float) -> dict[str, Any]:

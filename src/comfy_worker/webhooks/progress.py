@@ -14,7 +14,7 @@ from comfy_worker.net.urls import display_origin
 from comfy_worker.redact import redact
 from comfy_worker.settings import Settings
 from comfy_worker.throttled_sender import ThrottledSender
-from comfy_worker.types import JobState, Webhook
+from comfy_worker.types import Webhook
 from comfy_worker.webhooks.message import Message
 from comfy_worker.webhooks.sending import NotAccepted, post
 
@@ -28,17 +28,13 @@ class ProgressWebhook:
     """Sends the progress of one job to its webhook, without retries. Its methods run in one event loop."""
 
     def __init__(
-        self,
-        webhook: Webhook,
-        job_id: str,
-        settings: Settings,
-        body_of: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+        self, webhook: Webhook, job_id: str, settings: Settings, body_of: Callable[[dict[str, Any]], dict[str, Any]]
     ) -> None:
-        """Prepare to send; `body_of` turns progress into a message's content, by default in RunPod's format."""
+        """Prepare to send; `body_of` turns progress into a message's content."""
         self._webhook = webhook
         self._job_id = job_id
         self._settings = settings
-        self._body_of = body_of or self._runpod_body
+        self._body_of = body_of
         self._sender = ThrottledSender(self._send, _INTERVAL_S)
         self._ended = asyncio.Event()
 
@@ -69,9 +65,6 @@ class ProgressWebhook:
             host = display_origin(self._webhook.url)
             log.debug("progress of job %s was not accepted by %s: %s", self._job_id, host, error)
         return True
-
-    def _runpod_body(self, progress: dict[str, Any]) -> dict[str, Any]:
-        return {"type": "progress", "id": self._job_id, "status": JobState.IN_PROGRESS.value, "output": progress}
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 from comfy_worker.errors import Cancelled, InvalidInput
@@ -17,7 +18,7 @@ from comfy_worker.job.payload import webhook_of
 from comfy_worker.job.progress import Progress
 from comfy_worker.settings import Settings
 from comfy_worker.types import JobEvent, JobState, OnEvent, Webhook
-from comfy_worker.webhooks.message import Message, check_webhook, end_of, status_of
+from comfy_worker.webhooks.message import Message, check_webhook, end_of, progress_of, status_of, webhook_of_settings
 from comfy_worker.webhooks.progress import ProgressWebhook, logged_errors
 from comfy_worker.webhooks.sending import deliver
 
@@ -39,10 +40,7 @@ class Webhooks:
             InvalidInput: WEBHOOK_URL or WEBHOOK_SECRET is invalid.
         """
         self.settings = settings
-        secret = settings.webhook_secret.get_secret_value() if settings.webhook_secret else None
-        # Used for the operator's receiver only: with messages to a URL of their own, callers could forge signatures.
-        self._default = Webhook(settings.webhook_url, secret) if settings.webhook_url else None
-        check_webhook(self._default, "WEBHOOK_URL")
+        self._default = webhook_of_settings(settings)
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
@@ -138,7 +136,8 @@ class JobWebhook:
         if self._webhook is None or not self._webhook.progress:
             return on_event
         progress = Progress()
-        webhook = self._progress = ProgressWebhook(self._webhook, self._job_id, self._webhooks.settings)
+        body_of = partial(progress_of, self._job_id)
+        webhook = self._progress = ProgressWebhook(self._webhook, self._job_id, self._webhooks.settings, body_of)
         self._webhooks.submit(webhook.run())
 
         def send(event: JobEvent) -> None:

@@ -29,7 +29,7 @@ from comfy_worker.net.urls import display_origin
 from comfy_worker.redact import redact
 from comfy_worker.settings import Settings
 from comfy_worker.types import Webhook
-from comfy_worker.webhooks.message import Message, check_webhook
+from comfy_worker.webhooks.message import Message, check_webhook, webhook_of_settings
 from comfy_worker.webhooks.sending import NotAccepted, TryAgain, post
 
 log = logging.getLogger(__name__)
@@ -93,14 +93,7 @@ class WebhookDeliveries:
         self._first_backoff_s = first_backoff_s
         self._is_shared = is_shared
         self._poll_s = _SHARED_POLL_S if is_shared else _POLL_S
-        secret = settings.webhook_secret
-        # The operator's secret signs only for the operator's receiver: a receiver that a job names could misuse it.
-        self._default = (
-            Webhook(settings.webhook_url, secret.get_secret_value() if secret else None)
-            if settings.webhook_url
-            else None
-        )
-        check_webhook(self._default, "WEBHOOK_URL")
+        self._default = webhook_of_settings(settings)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._wake_up = asyncio.Event()
         self._stopping = False
