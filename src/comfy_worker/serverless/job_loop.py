@@ -9,6 +9,7 @@ are still the SDK's.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import signal
 import time
@@ -67,6 +68,7 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
     def kill_worker(self) -> None:
         """Take no more jobs, and end when those in progress are done; call it in the event loop's thread."""
         self._stopping.set()
+        self._changed.set()
 
     async def stop_job(self, job_id: str) -> bool:
         """Stop a job, also one that has not arrived yet; return whether it was in progress."""
@@ -124,7 +126,7 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
             seconds = self._prefetch.seconds_to_next(time.monotonic())
             if seconds == 0.0:
                 return True
-            await self._wait_for(self._changed, timeout_s=seconds)
+            await _wait_for(self._changed, seconds)
         return False
 
     async def _request_jobs(self, poller: JobPoller) -> list[dict[str, Any]]:
@@ -136,22 +138,15 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
         retrying = AsyncRetrying(
             wait=_seconds_to_retry,
             stop=lambda _state: self._stopping.is_set(),
-            sleep=lambda seconds: self._wait_for(timeout_s=seconds),
+            sleep=lambda seconds: _wait_for(self._stopping, seconds),
             before_sleep=_log_failed_request,
             retry_error_callback=lambda _state: [],
         )
         started_at = time.monotonic()
         jobs: list[dict[str, Any]] = await retrying(request)
         if not jobs and time.monotonic() - started_at < _MIN_EMPTY_POLL_S:
-            await self._wait_for(timeout_s=_MIN_EMPTY_POLL_S)
+            await _wait_for(self._stopping, _MIN_EMPTY_POLL_S)
         return jobs
-
-    async def _wait_for(self, *events: asyncio.Event, timeout_s: float | None) -> None:
-        """Return when one of the events is set, when the loop is to end, or after `timeout_s`."""
-        waits = [asyncio.create_task(event.wait()) for event in (self._stopping, *events)]
-        await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-        for wait in waits:
-            wait.cancel()
 
     # --------------------------------------------------------------------------------------- running jobs
 
@@ -227,6 +222,11 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
                 self.kill_worker()
                 return
             await asyncio.sleep(_HEALTH_INTERVAL_S)
+
+
+async def _wait_for(event: asyncio.Event, timeout_s: float | None) -> None:
+    with contextlib.suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(event.wait(), timeout_s)
 
 
 def _seconds_to_retry(state: RetryCallState) -> float:

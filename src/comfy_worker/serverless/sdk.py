@@ -7,7 +7,6 @@ import ctypes
 import multiprocessing
 import signal
 import sys
-import threading
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -25,25 +24,20 @@ _RESULT_ATTEMPTS = 10
 _FIRST_WAIT_S = 0.2
 _MAX_WAIT_S = 30.0
 
-_import_lock = threading.Lock()
-
 
 def import_runpod() -> None:
     """Import the SDK without its probe of the processor, which takes a second in a child process.
 
     The probe's result, the processor's name, is only used in the output of the SDK's debugger.
     """
-    with _import_lock:
-        if "runpod" in sys.modules:
-            return
-        import cpuinfo
+    import cpuinfo
 
-        probe = cpuinfo.get_cpu_info
-        cpuinfo.get_cpu_info = lambda: {"brand_raw": "not probed"}
-        try:
-            import runpod  # noqa: F401 - imported here so that later imports find it
-        finally:
-            cpuinfo.get_cpu_info = probe
+    probe = cpuinfo.get_cpu_info
+    cpuinfo.get_cpu_info = lambda: {"brand_raw": "not probed"}
+    try:
+        import runpod  # noqa: F401 - imported here so that later imports find it
+    finally:
+        cpuinfo.get_cpu_info = probe
 
 
 def replace_parts() -> None:
