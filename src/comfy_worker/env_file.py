@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shlex
@@ -18,7 +19,6 @@ from comfy_worker.errors import InvalidInput
 
 _DEFAULT = ".env"
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_REFUSED = 2
 
 
 def read_env_file() -> None:
@@ -31,12 +31,11 @@ def read_env_file() -> None:
 
 
 def _new_variables() -> Mapping[str, str]:
-    file = Path(name) if (name := os.environ.get("ENV_FILE", _DEFAULT)) else None
-    if file is None or ("ENV_FILE" not in os.environ and not file.is_file()):
+    name = os.environ.get("ENV_FILE", _DEFAULT if Path(_DEFAULT).is_file() else "")
+    if not name:
         return {}
     try:
-        with file.open(encoding="utf-8") as stream:
-            values = dotenv_values(stream=stream)
+        values = dotenv_values(stream=io.StringIO(Path(name).read_text(encoding="utf-8")))
     except OSError as error:
         raise InvalidInput(f"The file {name} with settings cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -50,17 +49,10 @@ def _new_variables() -> Mapping[str, str]:
     }
 
 
-def _main() -> int:
-    try:
-        variables = _new_variables()
-    except InvalidInput as error:
-        print(error.message, file=sys.stderr)  # noqa: T201 - start.sh shows it
-        return _REFUSED
-    for name, value in variables.items():
-        if _NAME.fullmatch(name):
-            print(f"export {name}={shlex.quote(value)}")  # noqa: T201 - this is its output
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(_main())
+    try:
+        for name, value in _new_variables().items():
+            if _NAME.fullmatch(name):
+                print(f"export {name}={shlex.quote(value)}")  # noqa: T201 - this is its output
+    except InvalidInput as error:
+        sys.exit(error.message)

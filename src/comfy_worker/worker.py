@@ -20,7 +20,8 @@ from comfy_worker.settings import Settings
 from comfy_worker.stop import Stop
 from comfy_worker.storage import StorageFactory
 from comfy_worker.types import Job, JobStarted, OnEvent, ignore_events
-from comfy_worker.webhooks import Webhooks, check_webhook
+from comfy_worker.webhooks.message import check_webhook
+from comfy_worker.webhooks.worker_webhooks import Webhooks
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from comfy_worker.serverless.handler import handler, shared_worker
-from comfy_worker.serverless.warmup import warm_up
+from comfy_worker.serverless.start import warm_up
 from comfy_worker.stop import Stop
 from tests.support.comfyui import graphs
 from tests.support.comfyui.controllable import EmulatedComfyUI

@@ -16,7 +16,7 @@ import pytest
 from comfy_emulator import EmulatorServer
 from comfy_worker.settings import load_settings
 from comfy_worker.types import NodeProgress, NodeStarted, Stage, StageStarted
-from comfy_worker.webhooks import Webhooks
+from comfy_worker.webhooks.worker_webhooks import Webhooks
 from comfy_worker.worker import Worker
 from tests.support.comfyui import graphs
 from tests.support.comfyui.gate_node import OBJECT_INFO, Gate, job, registry

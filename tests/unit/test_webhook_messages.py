@@ -19,9 +19,9 @@ from comfy_worker.gateway.api.runpod.schemas import WEBHOOK
 from comfy_worker.gateway.jobs.webhook_receivers import check_receiver
 from comfy_worker.settings import load_settings
 from comfy_worker.types import JobState, Webhook
-from comfy_worker.webhooks import Webhooks
 from comfy_worker.webhooks.message import Message, check_webhook, encode, end_of, status_of
 from comfy_worker.webhooks.sending import socket_to_public
+from comfy_worker.webhooks.worker_webhooks import Webhooks
 
 URL = "https://example.com/hook"
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"

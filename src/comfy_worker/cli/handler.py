@@ -9,7 +9,7 @@ from comfy_worker.logs import configure_logs
 from comfy_worker.settings import Settings, load_settings
 from comfy_worker.startup import exit_code_of
 from comfy_worker.storage import StorageFactory
-from comfy_worker.webhooks import Webhooks
+from comfy_worker.webhooks.worker_webhooks import Webhooks
 
 
 def run(arguments: Sequence[str], environment: Mapping[str, str]) -> int:

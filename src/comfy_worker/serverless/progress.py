@@ -37,7 +37,7 @@ class ProgressSender:
         self._session = session
         self._job = job
         self._sender = ThrottledSender(self._post, _INTERVAL_S, first_delay_s=_INTERVAL_S)
-        self._task: asyncio.Task[None] | None = None
+        self._task: asyncio.Task[None]
 
     def update(self, value: dict[str, Any]) -> None:
         """Set the latest progress; call it in the event loop's thread."""
@@ -49,8 +49,6 @@ class ProgressSender:
 
     async def __aexit__(self, *_exception: object) -> None:
         self._sender.stop()
-        if self._task is None:
-            return
         await asyncio.wait([self._task], timeout=_LAST_POST_TIMEOUT_S)
         self._task.cancel()
         await asyncio.wait([self._task])

@@ -7,18 +7,22 @@ import logging
 import os
 import signal
 from collections.abc import Callable
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
-from comfy_worker.errors import WorkerError
+from comfy_worker.errors import InvalidInput, WorkerError
 from comfy_worker.logs import configure_logs
 from comfy_worker.serverless.handler import close_shared_worker, handler, has_shared_worker, shared_worker
 from comfy_worker.serverless.sdk import import_runpod, kill_ping_process, replace_parts
-from comfy_worker.serverless.warmup import warm_up
 from comfy_worker.settings import Settings
 from comfy_worker.signals import END_SIGNALS, end_at_once, in_thread
 from comfy_worker.stop import Stop
+from comfy_worker.strict_json import parse_json
 
 log = logging.getLogger(__name__)
+
+_WARM_UP_DELIVERY = {"delivery": {"type": "base64"}}
+"""The outputs are discarded; in a bucket, each start would add more."""
 
 
 def start(settings: Settings) -> None:
@@ -56,6 +60,39 @@ async def comfyui_is_ready() -> None:
 async def worker_is_warm() -> None:
     """Run the warm-up workflow; the second fitness check."""
     await _run_until_signal(warm_up)
+
+
+def warm_up(stop: Stop) -> None:
+    """Run the workflow of WARMUP_WORKFLOW, if it is set, and log the result; `stop` ends it early."""
+    worker = shared_worker()
+    if worker.settings.warmup_workflow is None:
+        return
+    try:
+        job = {"id": "warmup", "input": {**_read_warm_up(worker.settings.warmup_workflow), **_WARM_UP_DELIVERY}}
+        output = worker.run(job, stop=stop, send_webhooks=False)
+    except WorkerError as error:
+        output = error.as_output()
+    if "error" in output:
+        log.error("the warm-up failed: %s", output["error"])
+    else:
+        log.info("warm-up done in %d ms", output["timings"]["total_ms"])
+
+
+def _read_warm_up(text_or_file: str) -> dict[str, Any]:
+    """Return the input of a warm-up job, from JSON or a file: a workflow, an `{"input": …}` or a `{"workflow": …}`.
+
+    Raises:
+        InvalidInput: the text is neither JSON nor the name of a JSON file.
+    """
+    try:
+        text = text_or_file if text_or_file.lstrip().startswith("{") else Path(text_or_file).read_text(encoding="utf-8")
+        content = parse_json(text)
+    except OSError as error:
+        raise InvalidInput(f"WARMUP_WORKFLOW names a file that cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise InvalidInput("WARMUP_WORKFLOW is neither JSON nor the name of a file with JSON") from None
+    content = content.get("input", content) if isinstance(content, dict) else content
+    return content if isinstance(content, dict) and "workflow" in content else {"workflow": content}
 
 
 async def _run_until_signal(work: Callable[[Stop], None]) -> None:

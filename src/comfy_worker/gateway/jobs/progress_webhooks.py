@@ -14,8 +14,8 @@ from comfy_worker.gateway.jobs.webhook_formats import WebhookFormats
 from comfy_worker.gateway.store.records import JobRecord
 from comfy_worker.settings import Settings
 from comfy_worker.types import Job
-from comfy_worker.webhooks import Webhooks
 from comfy_worker.webhooks.progress import ProgressWebhook
+from comfy_worker.webhooks.worker_webhooks import Webhooks
 
 SendProgress = Callable[[dict[str, Any]], None]
 
