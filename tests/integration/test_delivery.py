@@ -306,7 +306,6 @@ def test_a_large_video_is_described(comfy: Place, s3: S3Server, bucket: str) -> 
 @pytest.mark.parametrize("kind", ["base64", "s3", "local"])
 def test_a_file_that_broke_off_is_asked_for_again(s3: S3Server, bucket: str, tmp_path: Path, kind: Any) -> None:
     class Handler(TruncatingHandler):
-        # The first look at its size, and at what it is.
         views = 0
 
     local = {"local_delivery_dir": str(tmp_path), "local_delivery_url": "https://files.example.com"}

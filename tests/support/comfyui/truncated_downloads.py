@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class TruncatingHandler(BaseHTTPRequestHandler):
-    """Sends a file whole only when it is asked for it the third time, and parts of it never."""
+    """Breaks off the first two downloads of a file; the third is complete."""
 
     protocol_version = "HTTP/1.1"
     content = b"0123456789" * 1_500_000
@@ -34,7 +34,7 @@ class TruncatingHandler(BaseHTTPRequestHandler):
         try:
             super().handle()
         except OSError:
-            # Whoever has read enough hangs up.
+            # The client closed the connection.
             self.close_connection = True
 
     def log_message(self, *_message: object) -> None:
