@@ -526,6 +526,12 @@ def test_a_file_is_found_by_a_text_that_is_its_name(settings: Settings) -> None:
         assert bench.read(paths[3]) == samples.mp4()
 
 
+FOLDER_LOADER = {
+    "input": {"required": {"folder": ["COMBO", {"options": []}]}},
+    "output": ["IMAGE"],
+    "output_is_list": [True],
+    "output_node": False,
+}
 LIST_LOADER = {
     "input": {"required": {"file": [["old.txt"], {}]}},
     "output": ["STRING"],
@@ -534,9 +540,9 @@ LIST_LOADER = {
 }
 
 
-def test_lists_of_files_of_unknown_nodes(settings: Settings) -> None:
+def test_lists_of_folders_and_files_of_unknown_nodes(settings: Settings) -> None:
     """What a node offers as a list is refused elsewhere, unless it says otherwise, which cannot be asked."""
-    info = {"LoadText": LIST_LOADER}
+    info = {"LoadFolder": FOLDER_LOADER, "LoadText": LIST_LOADER}
     registry = NodeRegistry(dict.fromkeys(info, REGISTRY.nodes["LoadImage"]))
     with (
         EmulatorServer(registry=registry, object_info=info) as server,
@@ -546,12 +552,19 @@ def test_lists_of_files_of_unknown_nodes(settings: Settings) -> None:
         texts = [{"name": name, "image": base64.b64encode(name.encode()).decode()} for name in ("a/b.txt", "a_b.txt")]
         graph = bench.stage(
             {
+                "1": node("LoadFolder", folder="set/one"),
                 "2": node("LoadText", file="a/b.txt"),
                 "3": node("LoadText", file="a_b.txt"),
                 "4": node("LoadText", file="old.txt"),
             },
+            {"name": "set/one/a.png", "image": data_uri(png(RED))},
+            {"name": "set/one/deep/b.png", "image": data_uri(png(TEAL))},
             *texts,
         )
+        folder = graph["1"]["inputs"]["folder"]
+        assert folder.endswith("/set/one")
+        assert bench.read(f"{folder}/a.png") == png(RED)
+        assert bench.read(f"{folder}/deep/b.png") == png(TEAL)
         staged = [graph[node_id]["inputs"]["file"] for node_id in "23"]
         assert all("/" not in name for name in staged)
         assert [bench.read(name) for name in staged] == [b"a/b.txt", b"a_b.txt"]

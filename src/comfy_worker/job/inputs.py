@@ -113,8 +113,9 @@ class _Staging:
         self._fetcher = Fetcher(client.settings, self._signer.sign)
         self._configs: dict[tuple[str, str], InputConfig] = {}
         self._items = {file.name: _Item(number, file) for number, file in enumerate(job.files)}
-        taken = {file.name.partition("/")[0] for file in job.files}
-        self._new_folders = (name for name in map("url{}".format, itertools.count(1)) if name not in taken)
+        self._folders = {folder for file in job.files for folder in _folders_of(file.name)}
+        self._folder_uses: list[Reference] = []
+        self._new_folders = (name for name in map("url{}".format, itertools.count(1)) if name not in self._folders)
 
     def run(self) -> list[str]:
         if len(self._job.files) > self._max_files:
@@ -143,6 +144,15 @@ class _Staging:
                 self._use_url(reference)
             elif reference.name in self._items and self._config(reference).loads_name(reference):
                 self._use(self._items[reference.name], reference, is_needed=True)
+            elif reference.value.strip("/") in self._folders and self._config(reference).is_combo:
+                self._use_folder(reference)
+
+    def _use_folder(self, reference: Reference) -> None:
+        """Note that a node loads a whole folder of the job's files."""
+        self._folder_uses.append(reference)
+        for item in self._items.values():
+            if item.file.name.startswith(f"{reference.value.strip('/')}/"):
+                item.is_needed = True
 
     def _use_url(self, reference: Reference) -> None:
         config = self._config(reference)
@@ -192,13 +202,14 @@ class _Staging:
         if failures:
             raise _merged([failure for failure in failures if not isinstance(failure, Cancelled)] or failures)
         staged = [staging.result() for staging in stagings]
-        names = (
+        names = [
             (reference, one.names[listed])
             for item, one in zip(items, staged, strict=True)
             for reference, listed in item.uses
             if one.names
-        )
-        replace_references(self._graph, names)
+        ]
+        folders = [(use, f"{self._job.prompt_id}/{use.value.strip('/')}") for use in self._folder_uses]
+        replace_references(self._graph, names + folders)
         return [one.warning for one in staged if one.warning is not None]
 
     def _stage(self, item: _Item) -> _Staged:
@@ -214,7 +225,7 @@ class _Staging:
                 self._abort.set()
             raise
         unused = f"Image {item.file.name!r} is not used: no node of the workflow loads it"
-        return _Staged(names, None if item.uses else unused)
+        return _Staged(names, None if item.uses or item.is_needed else unused)
 
     def _upload_all(self, item: _Item) -> Mapping[str | None, str]:
         self._abort.check()
@@ -269,6 +280,11 @@ def _file_of_url(reference: Reference) -> InputFile:
         except InvalidInput as error:
             raise InvalidInput(f"{UPLOAD_FAILED}: {error.message}") from None
     return InputFile(name, url=reference.name)
+
+
+def _folders_of(name: str) -> list[str]:
+    parts = name.split("/")
+    return ["/".join(parts[:depth]) for depth in range(1, len(parts))]
 
 
 def _media_filter(name: str) -> ContentFilter:
