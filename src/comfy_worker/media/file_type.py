@@ -24,8 +24,6 @@ _RELATED = (
     frozenset({".ogg", ".oga", ".ogv", ".opus"}),
     frozenset({".mpg", ".mpeg"}),
     frozenset({".heic", ".heif", ".avif"}),
-    frozenset({".aif", ".aiff"}),
-    frozenset({".mid", ".midi"}),
 )
 """Extensions that the first bytes do not tell apart, or need not."""
 

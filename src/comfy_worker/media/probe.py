@@ -32,9 +32,7 @@ _MORE_TYPES = {
     ".gltf": "model/gltf+json",
     ".obj": "model/obj",
     ".stl": "model/stl",
-    ".ply": "application/octet-stream",
     ".latent": "application/octet-stream",
-    ".safetensors": "application/octet-stream",
 }
 """Types that the system's table lacks, or names differently, on some machines."""
 
@@ -93,15 +91,11 @@ def inspect(filename: str, file: BinaryIO) -> Media:
     by_name = mime_type_of_name(filename)
     by_head: str = filetype.guess_mime(file.read(HEAD_BYTES)) or ""
     # A head may have only two letters ("BM"), so it is believed only if the format's reader agrees.
-    if "image" in (_main_type(by_name), _main_type(by_head)) and (image := _inspect_image(by_name, file)):
+    if (by_name.startswith("image/") or by_head.startswith("image/")) and (image := _inspect_image(by_name, file)):
         return image
-    if _main_type(by_head) in ("audio", "video") and (recording := _inspect_recording(by_name, by_head, file)):
+    if by_head.startswith(("audio/", "video/")) and (recording := _inspect_recording(by_name, by_head, file)):
         return recording
-    return Media(by_head if not _known_type(filename) and _main_type(by_head) == "application" else by_name)
-
-
-def _main_type(mime_type: str) -> str:
-    return mime_type.partition("/")[0]
+    return Media(by_head if not _known_type(filename) and by_head.startswith("application/") else by_name)
 
 
 def _inspect_image(by_name: str, file: BinaryIO) -> Media | None:

@@ -25,8 +25,6 @@ _CONNECT_TIMEOUT_S = 10.0
 _REDIRECTS = (301, 302, 303, 307, 308)
 _MAX_REDIRECTS = 5
 _HEADERS = {"User-Agent": "comfy-worker", "Accept": "*/*", "Accept-Encoding": "identity"}
-_MISMATCHES = (62, 64)
-"""X509_V_ERR_HOSTNAME_MISMATCH and X509_V_ERR_IP_ADDRESS_MISMATCH in OpenSSL's x509_vfy.h."""
 
 
 @contextmanager
@@ -130,8 +128,7 @@ def connection_error(error: BaseException) -> FetchError:
     causes = list(_causes(error))
     for cause in causes:
         if isinstance(cause, ssl.SSLCertVerificationError):
-            why = "it is for another host" if cause.verify_code in _MISMATCHES else cause.verify_message
-            return FetchError(f"its TLS certificate was not accepted: {why}")
+            return FetchError(f"its TLS certificate was not accepted: {cause.verify_message}")
     if any(isinstance(cause, (ssl.SSLError, SSLError)) for cause in causes):
         return FetchError("no TLS connection could be made to its server")
     if any(isinstance(cause, ConnectionRefusedError) for cause in causes):

@@ -61,35 +61,21 @@ def _host(parts: SplitResult) -> str:
     host = (parts.hostname or "").removesuffix(".")
     if not host:
         raise FetchError("its URL has no host")
-    if ":" in host:
-        return _ipv6(host)
     if not host.isascii():
         try:
             host = idna.encode(host, uts46=True).decode("ascii").removesuffix(".")
         except idna.IDNAError:
             raise FetchError("its host is no valid name") from None
-    if _NUMBER.match(host.rpartition(".")[2]):
-        return _ipv4(host)
-    return host
-
-
-def _ipv6(host: str) -> str:
+    if ":" not in host and not _NUMBER.match(host.rpartition(".")[2]):
+        return host
     try:
-        address = ipaddress.IPv6Address(host)
+        address = ipaddress.ip_address(host)
     except ValueError:
-        # Since Python 3.11, `urlsplit` checks this itself.
-        raise FetchError("its URL cannot be read") from None
-    if address.scope_id is not None:
-        raise FetchError("its host is an address with a zone")
+        address = None
+    # Programs differ in how they read zones, and numbers that are not decimal or fewer than four.
+    if address is None or "%" in host:
+        raise FetchError("its host is an address in an unusual notation")
     return str(address)
-
-
-def _ipv4(host: str) -> str:
-    """Return an address of four decimal numbers; programs differ in how they read any other notation."""
-    try:
-        return str(ipaddress.IPv4Address(host))
-    except ValueError:
-        raise FetchError("its host is an address that is not written as four decimal numbers") from None
 
 
 def display_url(url: str) -> str:
