@@ -96,11 +96,13 @@ class _Conversion:
         self._keeps_metadata = conversion.keep_metadata is not False
 
     def run(self) -> Converted:
+        from PIL import ImageOps
+
         if self._has_wanted_pixels():
             content = self._content if self._keeps_metadata else without_metadata(self._content)
             return Converted(content, self._filename, _mime_type(self._source))
         self._check()
-        upright = self._upright()
+        upright = ImageOps.exif_transpose(self._image)
         metadata = self._metadata_options(upright.getexif()) if self._keeps_metadata else {}
         image = self._scaled(self._with_writable_mode(upright))
         profile = self._profile_for(image)
@@ -122,11 +124,6 @@ class _Conversion:
             raise ConversionFailed(f"a {self._source} can only be written anew as png, jpeg or webp")
         if self._image.mode == "F":
             raise ConversionFailed("its floating-point pixels have no defined white level")
-
-    def _upright(self) -> Image.Image:
-        from PIL import ImageOps
-
-        return ImageOps.exif_transpose(self._image)
 
     def _with_writable_mode(self, image: Image.Image) -> Image.Image:
         """Return the image with channels that the target has and that can be scaled."""
@@ -168,12 +165,16 @@ class _Conversion:
 
     def _metadata_options(self, exif: Image.Exif) -> dict[str, Any]:
         """Return the arguments with which `save` writes EXIF and the texts, which have their own chunks in a PNG."""
+        from PIL.PngImagePlugin import PngInfo
+
         if self._target == "JPEG":
             return {}
         texts = {str(key): str(text) for key, text in getattr(self._image, "text", {}).items()}
         options: dict[str, Any] = {}
         if self._target == "PNG":
-            options["pnginfo"] = _png_texts(texts)
+            options["pnginfo"] = PngInfo()
+            for key, text in texts.items():
+                options["pnginfo"].add_text(key, text)
         else:
             _add_texts(exif, texts)
         return {**options, "exif": exif.tobytes() if exif else b""}
@@ -187,15 +188,6 @@ def _on_white(image: Image.Image) -> Image.Image:
     white: Image.Image = load_pillow().new("RGBA", image.size, "white")
     white.alpha_composite(image)
     return white.convert("RGB")
-
-
-def _png_texts(texts: dict[str, str]) -> Any:
-    from PIL.PngImagePlugin import PngInfo
-
-    info = PngInfo()
-    for key, text in texts.items():
-        info.add_text(key, text)
-    return info
 
 
 def _add_texts(exif: Image.Exif, texts: dict[str, str]) -> None:

@@ -117,10 +117,11 @@ def _fetch_cached(download: _Download, cache: UrlCache) -> BinaryIO:
     try:
         with cache.locked(download.source.identity, download.deadline.check) as entry:
             known = entry.metadata()
-            try:
-                with entry.new_body() as file:
-                    entry.commit(download.run(file, known.conditions if known else {}))
-            except _NotModified:
+            with entry.new_body() as file:
+                if new := download.run(file, known.conditions if known else {}):
+                    entry.commit(new)
+            if new is None:
+                file.close()
                 file = entry.open()
                 with closed_on_error(file):
                     download.filter(file.read(HEAD_BYTES), known.content_type if known else "")
@@ -131,10 +132,6 @@ def _fetch_cached(download: _Download, cache: UrlCache) -> BinaryIO:
         raise
     cache.evict()
     return file
-
-
-class _NotModified(Exception):
-    """The server says that the cached body is still current."""
 
 
 @dataclass(frozen=True)
@@ -151,12 +148,8 @@ class _Download:
         if self.content_filter is not None and not self.content_filter(head, content_type):
             raise UnwantedContent
 
-    def run(self, file: BinaryIO, conditions: Mapping[str, str]) -> Metadata:
-        """Write the body into `file`; a failure that may pass is retried.
-
-        Raises:
-            _NotModified: the server's response to `conditions`.
-        """
+    def run(self, file: BinaryIO, conditions: Mapping[str, str]) -> Metadata | None:
+        """Write the body into `file`; a failure that may pass is retried. Return None if `conditions` are not met."""
         retrying = Retrying(
             retry=retry_if_exception(lambda error: isinstance(error, FetchError) and error.retryable),
             stop=stop_after_attempt(_ATTEMPTS if self.content_filter is None else 1),
@@ -166,11 +159,11 @@ class _Download:
         )
         return retrying(self._attempt, file, conditions)
 
-    def _attempt(self, file: BinaryIO, conditions: Mapping[str, str]) -> Metadata:
+    def _attempt(self, file: BinaryIO, conditions: Mapping[str, str]) -> Metadata | None:
         allow_private = self.settings.allow_private_urls or self.source.is_trusted
         with get(self.source.url, conditions, self.deadline, allow_private=allow_private) as response:
             if response.status == HTTPStatus.NOT_MODIFIED and conditions:
-                raise _NotModified
+                return None
             if response.status != HTTPStatus.OK:
                 raise FetchError(self._refusal(response), retryable=response.status in _RETRYABLE_STATUSES)
             content_type = response.headers.get("Content-Type", "")

@@ -6,7 +6,6 @@ import os
 import ssl
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from urllib.parse import unquote, urljoin, urlsplit
 
 from requests.utils import DEFAULT_CA_BUNDLE_PATH, get_environ_proxies, select_proxy
@@ -80,14 +79,8 @@ def _pool(target: Target, address: str, deadline: FetchDeadline) -> HTTPConnecti
     if target.scheme == "http":
         return hooked_pool(HTTPConnectionPool, deadline.watch)(address, target.port)
     bundle = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or DEFAULT_CA_BUNDLE_PATH
-    is_folder = Path(bundle).is_dir()
-    return hooked_pool(HTTPSConnectionPool, deadline.watch)(
-        address,
-        target.port,
-        server_hostname=target.host,
-        ca_certs=None if is_folder else bundle,
-        ca_cert_dir=bundle if is_folder else None,
-    )
+    pool_class = hooked_pool(HTTPSConnectionPool, deadline.watch)
+    return pool_class(address, target.port, server_hostname=target.host, ca_certs=bundle)
 
 
 def _send(
@@ -125,7 +118,9 @@ def _credentials(url: str) -> dict[str, str]:
 
 def connection_error(error: BaseException) -> FetchError:
     """Return a sentence for an error of urllib3."""
-    causes = list(_causes(error))
+    causes = [error]
+    while cause := causes[-1].__cause__ or causes[-1].__context__:
+        causes.append(cause)
     for cause in causes:
         if isinstance(cause, ssl.SSLCertVerificationError):
             return FetchError(f"its TLS certificate was not accepted: {cause.verify_message}")
@@ -138,9 +133,3 @@ def connection_error(error: BaseException) -> FetchError:
     if isinstance(error, LocationParseError):
         return FetchError("its URL cannot be read")
     return FetchError("its server broke off the connection", retryable=True)
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__

@@ -92,28 +92,25 @@ class StorageFactory:
         # A job with its own bucket delivers there by default.
         default = "s3" if access else settings.delivery or ("s3" if has_bucket else "base64")
         kind = delivery.type or default
+        source = "input.delivery.type" if delivery.type else "DELIVERY"
         if kind == "local":
-            return self._local(delivery)
+            if not (settings.local_delivery_dir and settings.local_delivery_url):
+                raise InvalidInput(
+                    f"{source} is 'local', but this worker has no folder that is served",
+                    hint="Set LOCAL_DELIVERY_DIR and LOCAL_DELIVERY_URL",
+                )
+            return LocalStorage(Path(settings.local_delivery_dir), settings.local_delivery_url, delivery.prefix)
         if kind in ("auto", "base64"):
             # A file in the bucket is better than one that is lost, even if base64 was asked for.
             overflows = inline_budget is not None and has_bucket
             return self._inline(inline_budget, self._bucket(delivery, access) if overflows else None)
         if not has_bucket:
             raise InvalidInput(
-                f"{_source(delivery)} is '{kind}', but this worker has no bucket",
+                f"{source} is '{kind}', but this worker has no bucket",
                 hint="Set BUCKET_ENDPOINT_URL, BUCKET_ACCESS_KEY_ID and BUCKET_SECRET_ACCESS_KEY",
             )
         bucket = self._bucket(delivery, access)
         return BothStorage(InlineStorage(inline_budget), bucket) if kind == "both" else bucket
-
-    def _local(self, delivery: Delivery) -> Storage:
-        folder, url = self._settings.local_delivery_dir, self._settings.local_delivery_url
-        if not (folder and url):
-            raise InvalidInput(
-                f"{_source(delivery)} is 'local', but this worker has no folder that is served",
-                hint="Set LOCAL_DELIVERY_DIR and LOCAL_DELIVERY_URL",
-            )
-        return LocalStorage(Path(folder), url, delivery.prefix)
 
     def _bucket(self, delivery: Delivery, jobs_access: BucketAccess | None) -> Storage:
         # Loaded late: boto3 takes long to import, and most workers have no bucket.
@@ -144,8 +141,3 @@ class StorageFactory:
                 # Not closed: another job may still use it.
                 self._connections.popitem(last=False)
             return self._connections[access]
-
-
-def _source(delivery: Delivery) -> str:
-    """Return where the kind of delivery was chosen."""
-    return "input.delivery.type" if delivery.type else "DELIVERY"
