@@ -1,4 +1,4 @@
-"""Fetching by URL: which addresses are public, what the cache keeps, and that every fetch ends."""
+"""Fetching by URL: which addresses are public, where URLs lead, and how messages show them."""
 
 from __future__ import annotations
 
@@ -107,12 +107,3 @@ def test_any_text_is_a_url_or_a_problem(text: str) -> None:
 )
 def test_how_a_sentence_names_a_url(url: str, name: str) -> None:
     assert display_url(url) == name
-
-
-# ------------------------------------------------------------------------------------------------ fetching
-
-
-# --------------------------------------------------------------------------------------------------- ends
-
-
-# -------------------------------------------------------------------------------------------------- cache
