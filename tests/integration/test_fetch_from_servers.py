@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import signal
@@ -104,6 +105,12 @@ def test_a_netrc_file_is_nothing_for_a_callers_url(
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     fetch(server.put("/netrc.bin", CONTENT), settings)
     assert "Authorization" not in server.headers["/netrc.bin"]
+
+
+def test_what_comes_compressed_is_inflated(server: FileServer, settings: Settings) -> None:
+    packed = gzip.compress(CONTENT[:1000]) + gzip.compress(CONTENT[1000:])
+    url = server.put("/packed.bin", ServedFile(packed, {"Content-Encoding": "gzip"}))
+    assert fetch(url, settings) == CONTENT
 
 
 def test_what_passes_is_tried_again(server: FileServer, settings: Settings) -> None:

@@ -11,6 +11,7 @@ import gc
 import json
 import re
 import time
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -174,11 +175,12 @@ def test_the_environments_proxy_is_not_used(
 def test_an_answer_is_refused_in_time_and_leaves_nothing(
     case: dict[str, Any], settings: Settings, files: FileServer, public_server: FakeInternet, cache_dir: Path
 ) -> None:
+    repeated = case.get("repeated", "").encode() * case.get("times", 1)
     files.put(
         "/answer.png",
         RawAnswer(
-            head=case["head"].encode(),
-            repeated=case.get("repeated", "").encode() * case.get("times", 1),
+            head=case["head"].encode() + base64.b64decode(case.get("body_base64", "")),
+            repeated=repeated + base64.b64decode(case.get("repeated_base64", "")),
             pause_s=case.get("pause_s", 0),
             closes=case.get("closes", True),
         ),
@@ -277,3 +279,18 @@ def test_a_file_in_the_job_has_the_same_limit_as_one_by_url(client: ComfyClient)
     job = parse_job(job_with(name="large.png", image=content))
     with pytest.raises(InvalidInput, match=r"'large\.png' is larger than an input may be, 1 MB"):
         stage_inputs(job, copy_graph(job.workflow), client, Stop())
+
+
+def test_a_bomb_does_not_fill_the_memory(settings: Settings, files: FileServer, public_server: FakeInternet) -> None:
+    case = next(case for case in ANSWERS if case["why"] == "gzip that inflates a thousandfold")
+    files.put("/bomb.png", RawAnswer(case["head"].encode() + base64.b64decode(case["body_base64"])))
+    fetch_once_before = files.put("/small.png", b"x").replace(files.url, "http://public.example")
+    fetch(fetch_once_before, settings)  # what is loaded for the first fetch is no part of the measure
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputFetchFailed):
+            fetch("http://public.example/bomb.png", settings)
+        _now, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert 1024 < peak < 4 * 1024 * 1024

@@ -6,7 +6,8 @@ import errno
 import math
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import BinaryIO
@@ -29,6 +30,9 @@ _MB = 1024 * 1024
 _CHUNK = 64 * 1024
 _ATTEMPTS = 3
 _RETRYABLE_STATUSES = (408, 425, 429, 500, 502, 503, 504)
+_COMPRESSIONS = ("gzip", "x-gzip", "deflate")
+_GZIP_OR_ZLIB = 47
+"""zlib's `wbits` that accepts both formats."""
 _S3_ERROR_CODE = re.compile(rb"<Error>.*<Code>([A-Za-z0-9]{1,64})</Code>", re.DOTALL)
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -211,10 +215,36 @@ class _Download:
         return f"its server answered {response.status} {reason}".rstrip()
 
     def _chunks(self, response: BaseHTTPResponse) -> Iterator[bytes]:
-        if response.headers.get("Content-Encoding", "identity").strip().lower() not in ("", "identity"):
-            raise FetchError("its server compressed it although it was not asked to")
+        """Yield the body in chunks of limited size, even if it was compressed a thousandfold."""
+        encoding = response.headers.get("Content-Encoding", "").strip().lower()
+        chunks = response.stream(_CHUNK, decode_content=False)
         try:
-            yield from response.stream(_CHUNK, decode_content=False)
+            if encoding in ("", "identity"):
+                yield from chunks
+            elif encoding in _COMPRESSIONS:
+                yield from _decompressed(chunks)
+            else:
+                raise FetchError("its Content-Encoding is not supported")
         except (HTTPError, OSError) as error:
             self.deadline.check()
             raise connection_error(error) from error
+
+
+def _decompressed(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield decompressed chunks. urllib3 would not notice a stream that ends too early."""
+    stream = zlib.decompressobj(_GZIP_OR_ZLIB)
+    try:
+        for chunk in chunks:
+            rest = chunk
+            while rest:
+                yield stream.decompress(rest, _CHUNK)
+                rest = stream.unconsumed_tail
+                if stream.eof and stream.unused_data:
+                    # A gzip file may consist of several streams.
+                    rest, stream = stream.unused_data, zlib.decompressobj(_GZIP_OR_ZLIB)
+        while rest := stream.decompress(b"", _CHUNK):
+            yield rest
+    except zlib.error:
+        raise FetchError("its compressed body is corrupt") from None
+    if not stream.eof:
+        raise FetchError("its compressed body ends too early", retryable=True)
