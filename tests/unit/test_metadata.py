@@ -1,4 +1,4 @@
-"""The prompt and the workflow leave a picture; its pixels and its profile stay."""
+"""The prompt and the workflow leave a picture; its pixels, its profile and which side is up stay."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SECRET = "a very secret prompt"
 PROMPT = json.dumps({"3": {"class_type": "KSampler", "inputs": {"text": SECRET}}})
 PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 XMP = f"<x:xmpmeta xmlns:x='adobe:ns:meta/'>{SECRET}</x:xmpmeta>".encode()
-MODEL = 0x0110
+MODEL, ORIENTATION = 0x0110, 0x0112
 
 
 def saved(image: Image.Image, form: str, **options: Any) -> bytes:
@@ -30,9 +30,11 @@ def saved(image: Image.Image, form: str, **options: Any) -> bytes:
     return written.getvalue()
 
 
-def exif() -> Image.Exif:
+def exif(orientation: int | None = None) -> Image.Exif:
     made = Image.Exif()
     made[MODEL] = f"prompt:{PROMPT}"
+    if orientation is not None:
+        made[ORIENTATION] = orientation
     return made
 
 
@@ -89,6 +91,16 @@ def test_what_is_written_leaves_and_no_pixel_changes(kind: str) -> None:
     assert len(before) == len(after)
     assert all(ImageChops.difference(one, other).getbbox() is None for one, other in zip(before, after, strict=True))
     assert without_metadata(bare) is bare
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_which_side_is_up_stays(form: str, orientation: int) -> None:
+    bare = without_metadata(saved(noise(), form, exif=exif(orientation)))
+    assert b"KSampler" not in bare
+    with Image.open(io.BytesIO(bare)) as image:
+        image.load()
+        assert dict(image.getexif()) == ({} if orientation == 1 else {ORIENTATION: 6})
 
 
 def test_a_webp_of_the_simple_kind_stays_as_it_is() -> None:

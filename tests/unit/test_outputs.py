@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from contextlib import closing
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from comfy_worker.comfy.client import ComfyClient
 from comfy_worker.comfy.output_reader import find_on_disk
@@ -334,6 +337,18 @@ def test_a_picture_that_cannot_be_converted_is_delivered_as_it_is(tmp_path: Path
     assert written == {"job/a.png": b"no picture", "job/b.mp4": b"no video"}
     assert len(artifacts) == 2
     assert warnings == ["Output a.png was not converted: it is broken, or in a format that cannot be read"]
+
+
+def test_what_a_conversion_loses_is_told(tmp_path: Path) -> None:
+    picture = io.BytesIO()
+    text = PngInfo()
+    text.add_text("workflow", json.dumps(["x" * 70_000]))
+    Image.new("RGB", (8, 8)).save(picture, "PNG", pnginfo=text)
+    _artifacts, warnings, written = delivered_to(
+        tmp_path, received("a.png", picture.getvalue()), conversion=Conversion(format="jpeg", keep_metadata=True)
+    )
+    assert list(written) == ["job/a.jpg"]
+    assert warnings == ["Output a.png: its metadata is too long for a JPEG and was left out"]
 
 
 # ------------------------------------------------------------------------------------------ ComfyUI's disk

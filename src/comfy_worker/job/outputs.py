@@ -261,6 +261,7 @@ class _Delivery:
             path=path,
             content=content,
             media=_inspect(converted.filename, content),
+            notes=(f"Output {name}: {converted.note}",) if converted.note else (),
         )
 
 

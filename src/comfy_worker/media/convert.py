@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from comfy_worker.media.metadata import without_metadata
+from comfy_worker.media.metadata import ORIENTATION_TAG, without_metadata
 from comfy_worker.media.probe import BROKEN_IMAGE, load_pillow
 from comfy_worker.types import Conversion
 
@@ -25,6 +27,9 @@ _MAX_PIXELS = 2**27
 """Each image that is being converted needs at least four bytes for each pixel."""
 _MAX_WEBP_SIDE = 16383
 """From the specification of the WebP container."""
+_MAX_JPEG_EXIF = 65533
+"""The size in bytes of one JPEG segment, from its specification."""
+
 _PROMPT_TAG = 0x0110
 _OTHER_TAGS = (0x010F, 0x010E, 0x010D, 0x010C, 0x010B)
 """Where ComfyUI writes the metadata of a WebP: EXIF "Model" has `prompt:<JSON>`; "Make" and the tags counted down from
@@ -43,18 +48,19 @@ class Converted:
         content: the file.
         filename: with the extension of the new format.
         mime_type: of the content.
+        note: a sentence, about "its", on what was lost although the caller wanted to keep it.
     """
 
     content: bytes = field(repr=False)
     filename: str
     mime_type: str
+    note: str | None = None
 
 
 def convert(content: bytes, filename: str, conversion: Conversion) -> Converted:
     """Return the image in the format and size that `conversion` asks for.
 
-    An image that has both already keeps its pixels; its metadata is removed if `keep_metadata` is False. A converted
-    JPEG never has metadata: ComfyUI would not read it there.
+    An image that has both already keeps its pixels; its metadata is removed if `keep_metadata` is False.
 
     Colours get 8 bits for each channel; grey of 16 bits stays so in a PNG. EXIF's orientation is applied.
 
@@ -94,23 +100,26 @@ class _Conversion:
         self._source = "JPEG" if image.format == "MPO" else str(image.format)
         self._target = conversion.format.upper() if conversion.format else self._source
         self._keeps_metadata = conversion.keep_metadata is not False
+        self._note: str | None = None
 
     def run(self) -> Converted:
         from PIL import ImageOps
 
         if self._has_wanted_pixels():
-            content = self._content if self._keeps_metadata else without_metadata(self._content)
-            return Converted(content, self._filename, _mime_type(self._source))
+            if self._keeps_metadata:
+                return Converted(self._content, self._filename, _mime_type(self._source))
+            if self._source in _WRITABLE or not _has_metadata(self._image):
+                return Converted(without_metadata(self._content), self._filename, _mime_type(self._source))
         self._check()
-        upright = ImageOps.exif_transpose(self._image)
-        metadata = self._metadata_options(upright.getexif()) if self._keeps_metadata else {}
-        image = self._scaled(self._with_writable_mode(upright))
+        # Read before the image is turned upright, which changes its EXIF.
+        metadata = self._metadata_options() if self._keeps_metadata else {}
+        image = self._scaled(self._with_writable_mode(ImageOps.exif_transpose(self._image)))
         profile = self._profile_for(image)
         # Pillow would carry over more than was asked for, such as a JPEG's comment.
         image.info.clear()
         written = io.BytesIO()
         image.save(written, self._target, icc_profile=profile, quality=self._wish.quality, **metadata)
-        return Converted(written.getvalue(), self._new_filename(), _mime_type(self._target))
+        return Converted(written.getvalue(), self._new_filename(), _mime_type(self._target), self._note)
 
     def _has_wanted_pixels(self) -> bool:
         # A JPEG may not have the quality that is asked for; a PNG has none.
@@ -163,21 +172,22 @@ class _Conversion:
         suffix = PurePosixPath(self._filename).suffix
         return self._filename if suffix.lower() in extensions else self._filename.removesuffix(suffix) + extensions[0]
 
-    def _metadata_options(self, exif: Image.Exif) -> dict[str, Any]:
+    def _metadata_options(self) -> dict[str, Any]:
         """Return the arguments with which `save` writes EXIF and the texts, which have their own chunks in a PNG."""
-        from PIL.PngImagePlugin import PngInfo
-
-        if self._target == "JPEG":
-            return {}
+        exif = load_pillow().Exif()
+        exif.load(self._image.getexif().tobytes())
+        exif.pop(ORIENTATION_TAG, None)
         texts = {str(key): str(text) for key, text in getattr(self._image, "text", {}).items()}
-        options: dict[str, Any] = {}
         if self._target == "PNG":
-            options["pnginfo"] = PngInfo()
-            for key, text in texts.items():
-                options["pnginfo"].add_text(key, text)
-        else:
-            _add_texts(exif, texts)
-        return {**options, "exif": exif.tobytes() if exif else b""}
+            return {"pnginfo": _png_texts(texts), "exif": exif.tobytes() if len(exif) else None}
+        if len(texts) > 1 + len(_OTHER_TAGS):
+            self._note = "its metadata has more texts than EXIF has places for"
+        _add_texts(exif, texts)
+        written = exif.tobytes() if len(exif) else b""
+        if self._target == "JPEG" and len(written) > _MAX_JPEG_EXIF:
+            self._note = "its metadata is too long for a JPEG and was left out"
+            return {}
+        return {"exif": written}
 
 
 def _mime_type(format_name: str) -> str:
@@ -190,10 +200,31 @@ def _on_white(image: Image.Image) -> Image.Image:
     return white.convert("RGB")
 
 
-def _add_texts(exif: Image.Exif, texts: dict[str, str]) -> None:
+# ----------------------------------------------------------------------------------------------- metadata
+
+
+def _has_metadata(image: Image.Image) -> bool:
+    return bool(len(image.getexif()) or getattr(image, "text", None) or {"comment", "xmp"} & image.info.keys())
+
+
+def _png_texts(texts: Mapping[str, str]) -> Any:
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    for key, text in texts.items():
+        info.add_text(key, text)
+    return info
+
+
+def _add_texts(exif: Image.Exif, texts: Mapping[str, str]) -> None:
     """Write the texts into ComfyUI's tags, the workflow before all others."""
     if "prompt" in texts:
-        exif[_PROMPT_TAG] = f"prompt:{texts['prompt']}"
+        exif[_PROMPT_TAG] = f"prompt:{_ascii(texts['prompt'])}"
     others = sorted(texts.keys() - {"prompt"}, key=lambda key: (key != "workflow", key))
     for tag, key in zip(_OTHER_TAGS, others, strict=False):
-        exif[tag] = f"{key}:{texts[key]}"
+        exif[tag] = f"{key}:{_ascii(texts[key])}"
+
+
+def _ascii(text: str) -> str:
+    """Return JSON with escapes for characters that EXIF's texts cannot hold."""
+    return text if text.isascii() else "".join(char if char.isascii() else json.dumps(char)[1:-1] for char in text)
