@@ -61,7 +61,7 @@ def whole_programs() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def caller() -> Iterator[None]:
-    """Call the gateway's service as anyone, as a request without keys does; a request to a door brings its own."""
+    """Call the gateway's service as anyone, as a request without keys does; a request to an API brings its own."""
     with acting_as(ANYONE):
         yield
 

@@ -1,4 +1,4 @@
-"""Five APIs over the same jobs: what one does, the others see, whichever door a job came through."""
+"""Five APIs over the same jobs: each shows every job, whichever API it was submitted through."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def through_catalog(gateway: GatewayProcess, workflow: dict[str, Any], folder: P
 # -------------------------------------------------------------------------------------------------- the same job
 
 
-def test_the_same_job_through_each_door_gives_the_same_bytes(gateway: GatewayProcess, workflows: Path) -> None:
+def test_every_api_returns_the_same_bytes_for_the_same_job(gateway: GatewayProcess, workflows: Path) -> None:
     """The picture comes over ComfyUI's websocket, where nothing that differs from job to job is written into it."""
     graph = {
         "1": node("EmptyImage", width=SIDE, height=SIDE, batch_size=1, color=0x336699),
@@ -120,7 +120,7 @@ def test_the_same_job_through_each_door_gives_the_same_bytes(gateway: GatewayPro
     template = gateway.post("/runsync", {"input": {"template": "made"}}).json()["output"]["images"][0]
     contents["template"] = base64.b64decode(template["data"])
     # Without a key: that is what links are for.
-    contents |= {door: requests.get(link, timeout=TIMEOUT_S).content for door, link in links.items()}
+    contents |= {api: requests.get(link, timeout=TIMEOUT_S).content for api, link in links.items()}
 
     assert len(contents) == 7
     assert set(contents.values()) == {contents["runpod"]}
@@ -135,7 +135,7 @@ def linked(gateway: GatewayProcess, job_id: str) -> str:
 
 
 @pytest.mark.parametrize("submit", [through_run, through_generate, through_workflow, through_task])
-def test_a_job_can_be_asked_for_through_each_door(gateway: GatewayProcess, submit: Submit) -> None:
+def test_a_job_can_be_read_through_every_api(gateway: GatewayProcess, submit: Submit) -> None:
     job_id = submit(gateway, picture((1, 2, 3)))
     gateway.get(f"/events/{job_id}")
     assert gateway.get(f"/status/{job_id}").json()["status"] == "COMPLETED"
@@ -174,7 +174,7 @@ def run_input(gateway: GatewayProcess, job_input: dict[str, Any]) -> str:
 @pytest.mark.parametrize("stage", ["waiting", "staging", "queued", "running", "delivering"])
 def test_a_job_is_cancelled_at_every_stage(gateway: GatewayProcess, comfyui: ComfyUI, stage: str, cancel: str) -> None:
     if stage in ("staging", "delivering") and not comfyui.is_emulator:
-        pytest.skip("only the emulator can be told to be slow")
+        pytest.skip("only the emulator can be slowed down")
     others: list[str] = []
     faults: dict[str, Any] = {}
     if stage == "waiting":
@@ -212,10 +212,10 @@ def stage_of(gateway: GatewayProcess, job_id: str) -> str | None:
     return stage
 
 
-def test_many_cancels_of_one_job_keep_nobody_else_waiting(gateway: GatewayProcess, comfyui: ComfyUI) -> None:
+def test_many_cancels_of_one_job_do_not_delay_others(gateway: GatewayProcess, comfyui: ComfyUI) -> None:
     """A node that heeds no interrupt for a while; as many clients wait for its end as there are threads, and more."""
     if not comfyui.is_emulator:
-        pytest.skip("only the emulator can be told not to heed interrupts")
+        pytest.skip("only the emulator can ignore interrupts")
     with comfyui.faults(ignore_interrupts=1000), ThreadPoolExecutor(60) as clients:
         job_id = through_run(gateway, work(4))
         comfyui.wait_until_running()

@@ -1,6 +1,6 @@
-"""The clients' tests of each door, as they are, over every engine; and in what the engines differ.
+"""The clients' tests of each API, unchanged, over every engine; and the differences between the engines.
 
-The tests that are only named here are those of the doors themselves: the same functions with the same assertions, on
+The tests that are only named here are those of the APIs themselves: the same functions with the same assertions, on
 gateways with other engines.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import requests
 
-from tests.acceptance import test_all_apis as all_doors
+from tests.acceptance import test_all_apis as all_apis
 from tests.acceptance import test_catalog_api as catalog
 from tests.acceptance import test_gateway_client as client
 from tests.acceptance import test_generate_api as generate
@@ -58,7 +58,7 @@ def _modifiers(folder: Path) -> Path:
     (folder / "modifiers").mkdir()
     (folder / "modifiers/some.py").write_text(generate.MODIFIERS, encoding="utf-8")
     (folder / "workflows").mkdir()
-    graphs = {"picture": picture(RED), "inverted": generate.with_text(inverted("x.png"), "")}
+    graphs = {"picture": picture(RED), "inverted": generate.with_prompt(inverted("x.png"), "")}
     for name, graph in graphs.items():
         (folder / f"workflows/{name}.json").write_text(json.dumps(graph), encoding="utf-8")
     return folder / "modifiers"
@@ -81,64 +81,64 @@ failed = partial_outputs.failed
 
 # ------------------------------------------------------------------------------------ RunPod's own client
 
-test_run_sync_client = client.test_run_sync_returns_the_picture
-test_run_client = client.test_run_is_followed_to_its_output
-test_stream_client = client.test_a_stream_tells_of_steps_and_ends_with_the_output
-test_cancel_client = client.test_a_job_that_is_cancelled_is_off_the_gpu
-test_failing_client = client.test_a_failing_job_says_why
-test_purge_client = client.test_health_and_purge_count_what_there_is
+test_run_sync_client = client.test_run_sync_returns_the_image
+test_run_client = client.test_run_can_be_polled_to_its_output
+test_stream_client = client.test_a_stream_reports_steps_and_ends_with_the_output
+test_cancel_client = client.test_a_cancelled_job_leaves_the_gpu
+test_failing_client = client.test_a_failed_job_reports_its_error
+test_purge_client = client.test_health_and_purge_count_jobs
 
 # --------------------------------------------------------------------------------------- the generate API
 
-test_sync_generate_door = generate.test_the_described_synchronous_request
-test_modifier_generate_door = generate.test_the_described_static_modifier
-test_raw_generate_door = generate.test_the_described_raw_workflow_fetches_its_urls
-test_result_generate_door = generate.test_a_request_is_accepted_and_its_result_asked_for
-test_own_id_generate_door = generate.test_the_described_payload_may_be_sent_again_and_again
-test_base64_generate_door = generate.test_a_result_is_given_as_base64_to_who_asks_for_it_then
-test_timeout_generate_door = generate.test_a_job_longer_than_the_timeout_goes_on
-test_cancel_generate_door = generate.test_a_job_that_is_cancelled_ends_every_wait_for_it
-test_ended_generate_door = generate.test_a_job_that_has_ended_is_not_cancelled
+test_sync_generate_api = generate.test_the_documented_synchronous_request
+test_modifier_generate_api = generate.test_the_documented_static_modifier
+test_raw_generate_api = generate.test_the_documented_raw_workflow_fetches_its_urls
+test_result_generate_api = generate.test_an_accepted_request_has_a_result
+test_own_id_generate_api = generate.test_the_documented_payload_can_be_sent_repeatedly
+test_base64_generate_api = generate.test_a_result_is_returned_as_base64_on_request
+test_timeout_generate_api = generate.test_a_job_continues_after_the_timeout
+test_cancel_generate_api = generate.test_cancelling_a_job_ends_every_wait_for_it
+test_ended_generate_api = generate.test_an_ended_job_is_not_cancelled
 
 # --------------------------------------------------------------------------------------- the workflow API
 
-test_submit_workflow_door = workflow.test_a_workflow_is_submitted_and_followed_to_its_picture
-test_bare_workflow_door = workflow.test_a_bare_graph_with_a_file_does_too
-test_extra_data_workflow_door = workflow.test_extra_data_reaches_comfyui
-test_template_workflow_door = workflow.test_a_template_is_filled_in
-test_outputs_workflow_door = workflow.test_texts_sounds_and_files_are_named_if_there_are_any
-test_described_workflow_door = workflow.test_the_descriptions_own_graphs_fail_in_one_sentence
-test_failing_workflow_door = workflow.test_a_workflow_that_fails_says_why
-test_video_workflow_door = workflow.test_a_video_is_generated
+test_submit_workflow_api = workflow.test_a_submitted_workflow_can_be_followed_to_its_image
+test_bare_workflow_api = workflow.test_a_bare_graph_with_a_file_is_accepted
+test_extra_data_workflow_api = workflow.test_extra_data_reaches_comfyui
+test_template_workflow_api = workflow.test_a_template_is_filled_in
+test_outputs_workflow_api = workflow.test_texts_audio_and_files_are_listed_if_present
+test_described_workflow_api = workflow.test_the_documented_graphs_fail_with_one_sentence
+test_failing_workflow_api = workflow.test_a_failed_workflow_reports_its_error
+test_video_workflow_api = workflow.test_a_video_is_generated
 
 # ------------------------------------------------------------------------------------------- the task API
 
-test_convert_task_door = task.test_whatever_runpods_input_takes_goes_with_a_task
-test_outputs_task_door = task.test_outputs_of_every_kind_are_linked
-test_failing_task_door = task.test_a_task_that_fails_says_why
-test_list_task_door = task.test_the_tasks_are_listed
+test_convert_task_api = task.test_a_task_takes_every_field_of_runpods_input
+test_outputs_task_api = task.test_outputs_of_every_kind_are_linked
+test_failing_task_api = task.test_a_failed_task_reports_its_error
+test_list_task_api = task.test_the_tasks_are_listed
 
 # ---------------------------------------------------------------------------------------- the catalog API
 
-test_list_catalog_door = catalog.test_the_workflows_are_listed
-test_described_catalog_door = catalog.test_the_described_way
-test_failing_catalog_door = catalog.test_the_described_error_of_an_execution_that_failed
-test_cancel_catalog_door = catalog.test_an_execution_is_cancelled
-test_webhook_catalog_door = catalog.test_the_end_of_an_execution_is_told
+test_list_catalog_api = catalog.test_the_workflows_are_listed
+test_described_catalog_api = catalog.test_the_documented_requests
+test_failing_catalog_api = catalog.test_a_failed_execution_gives_the_documented_error
+test_cancel_catalog_api = catalog.test_an_execution_is_cancelled
+test_webhook_catalog_api = catalog.test_the_webhook_reports_the_end_of_an_execution
 
 # ------------------------------------------------------------------------------------------ all of them
 
-test_same_bytes_all_doors = all_doors.test_the_same_job_through_each_door_gives_the_same_bytes
-test_asked_for_all_doors = all_doors.test_a_job_can_be_asked_for_through_each_door
+test_same_bytes_all_apis = all_apis.test_every_api_returns_the_same_bytes_for_the_same_job
+test_readable_through_all_apis = all_apis.test_a_job_can_be_read_through_every_api
 
 # ----------------------------------------------------------------------------------- what a failed job had made
 
 test_partial_client = partial_outputs.test_runpods_api
-test_partial_generate_door = partial_outputs.test_the_generate_api
+test_partial_generate_api = partial_outputs.test_the_generate_api
 
 
-def test_one_job_is_told_live_through_every_door(site: EngineProcesses) -> None:
-    """It works for longer than the doors' own tests of this: RunPod's workers tell their progress twice a second."""
+def test_every_api_streams_live_progress_of_one_job(site: EngineProcesses) -> None:
+    """The job runs longer than in the APIs' own tests: RunPod's workers report their progress twice a second."""
     gateway, job_id = site.gateway, str(uuid.uuid4())
     graph = work(2.5, steps=25)
     graph["3"]["inputs"]["preview"] = True
@@ -152,8 +152,8 @@ def test_one_job_is_told_live_through_every_door(site: EngineProcesses) -> None:
         generated = (json.loads(event.data) for event in generate.events_of(stream))
         assert next(generated)["status"] == "queued"
         by_sse = pool.submit(sse, gateway, f"/events/{job_id}?previews=true")
-        by_workflow = pool.submit(heard, gateway, f"/api/workflow/ws/{job_id}")
-        by_catalog = pool.submit(heard, gateway, f"{catalog.ROOT}/executions/{job_id}/ws")
+        by_workflow = pool.submit(received_from, gateway, f"/api/workflow/ws/{job_id}")
+        by_catalog = pool.submit(received_from, gateway, f"{catalog.ROOT}/executions/{job_id}/ws")
         *updates, last = generated
     check_generate(updates, last)
     check_sse(by_sse.result(), site)
@@ -166,8 +166,8 @@ def sse(gateway: GatewayProcess, path: str) -> list[tuple[str, dict[str, Any]]]:
         return [(event.event, json.loads(event.data)) for event in generate.events_of(stream)]
 
 
-def heard(gateway: GatewayProcess, path: str) -> list[dict[str, Any]]:
-    with workflow.told(gateway, path) as messages:
+def received_from(gateway: GatewayProcess, path: str) -> list[dict[str, Any]]:
+    with workflow.websocket_messages(gateway, path) as messages:
         return list(messages)
 
 
@@ -186,41 +186,41 @@ def check_generate(updates: list[dict[str, Any]], last: dict[str, Any]) -> None:
         assert set(update["queue_info"]) == generate.SIZES
 
 
-def check_sse(told: list[tuple[str, dict[str, Any]]], site: EngineProcesses) -> None:
-    assert told[-1] == ("status", {"status": "COMPLETED"})
-    running = [data for kind, data in told if kind == "progress" and data["stage"] == "running" and "steps" in data]
+def check_sse(messages: list[tuple[str, dict[str, Any]]], site: EngineProcesses) -> None:
+    assert messages[-1] == ("status", {"status": "COMPLETED"})
+    running = [data for kind, data in messages if kind == "progress" and data["stage"] == "running" and "steps" in data]
     assert len(running) > 1
     for data in running:
         assert set(data) - {"estimated_s"} == {"stage", "percent", "node", "step", "steps"}
         assert (data["node"], data["steps"]) == ({"id": "3", "title": "TestWork"}, 25)
     percent = [data["percent"] for data in running]
     assert percent == sorted(percent)
-    previews = [data for kind, data in told if kind == "preview"]
+    previews = [data for kind, data in messages if kind == "preview"]
     assert bool(previews) == site.sends_previews
     assert all(set(preview) == {"mime_type", "content"} for preview in previews)
-    assert {kind for kind, _ in told} <= {"status", "progress", "preview"}
+    assert {kind for kind, _ in messages} <= {"status", "progress", "preview"}
 
 
-def check_workflow(told: list[dict[str, Any]]) -> None:
-    progress = [one["progress"] for one in told]
+def check_workflow(messages: list[dict[str, Any]]) -> None:
+    progress = [one["progress"] for one in messages]
     assert progress == sorted(progress)
-    at_work = [one for one in told if one["current_node"] == "3"]
+    at_work = [one for one in messages if one["current_node"] == "3"]
     assert {(one["status"], one["current_node_title"]) for one in at_work} == {("running", "TestWork")}
-    assert (told[-1]["status"], len(told[-1]["output_images"])) == ("completed", 1)
+    assert (messages[-1]["status"], len(messages[-1]["output_images"])) == ("completed", 1)
 
 
-def check_catalog(told: list[dict[str, Any]]) -> None:
-    progress = [one["progress"] for one in told]
+def check_catalog(messages: list[dict[str, Any]]) -> None:
+    progress = [one["progress"] for one in messages]
     assert progress == sorted(progress)
     assert len(set(progress)) > 3
-    assert told[-1]["status"] == "completed"
-    assert told[-1]["outputs"]["images"]
+    assert messages[-1]["status"] == "completed"
+    assert messages[-1]["outputs"]["images"]
 
 
 # ------------------------------------------------------------------------------------------- health, figures
 
 
-def test_health_and_figures(site: EngineProcesses) -> None:
+def test_health_and_metrics(site: EngineProcesses) -> None:
     site.gateway.ended(site.gateway.run(picture(RED)))
     health = site.gateway.get("/health").json()
     assert set(health) == {"jobs", "workers", "status", "comfyui", "queues", "version"}
@@ -242,7 +242,7 @@ def test_health_and_figures(site: EngineProcesses) -> None:
 # -------------------------------------------------------------------------------------- in what they differ
 
 
-def test_what_asks_a_comfyui_answers_or_says_that_there_is_none(site: EngineProcesses) -> None:
+def test_comfyui_routes_answer_or_report_that_no_comfyui_is_local(site: EngineProcesses) -> None:
     for path, kind in ((f"{catalog.ROOT}/nodes", "errors"), ("/api/models", "error")):
         answer = site.gateway.get(path)
         assert answer.status_code == (200 if site.has_local_comfyui else 503), answer.text
@@ -250,9 +250,9 @@ def test_what_asks_a_comfyui_answers_or_says_that_there_is_none(site: EngineProc
             assert NO_COMFYUI in json.dumps(answer.json()[kind])
 
 
-def test_a_task_says_at_which_comfyui_it_is_to_run(site: EngineProcesses) -> None:
+def test_a_task_can_name_its_comfyui(site: EngineProcesses) -> None:
     if site.has_local_comfyui:
-        task.test_the_described_way_with_curl(site.gateway, site.comfyui)
+        task.test_the_documented_requests_with_curl(site.gateway, site.comfyui)
         return
     params = {"workflow": two_pictures(RED, GREEN), "server_address": site.comfyui.address}
     refused = site.gateway.post("/task", {"task_type": "comfyui", "params": params})
@@ -268,7 +268,7 @@ def test_a_task_says_at_which_comfyui_it_is_to_run(site: EngineProcesses) -> Non
 
 def test_higher_priorities_run_first(site: EngineProcesses) -> None:
     if site.knows_queue_positions:
-        task.test_tasks_of_a_higher_priority_have_their_turn_first(site.gateway, site.comfyui)
+        task.test_higher_priority_tasks_run_first(site.gateway, site.comfyui)
         return
     first = task.submit(site.gateway, work(0.5))
     site.comfyui.wait_until_running()

@@ -127,7 +127,7 @@ def test_the_workflows_are_listed(gateway: GatewayProcess) -> None:
     assert (blog["parameters"][2]["minimum"], blog["parameters"][2]["maximum"]) == (0, 16777215)
 
 
-def test_the_described_way(gateway: GatewayProcess) -> None:
+def test_the_documented_requests(gateway: GatewayProcess) -> None:
     execution = execute(gateway, 1, inputs={"prompt": "A beautiful landscape", "negative_prompt": "ugly, blurry"})
     assert {"id", "workflow_id", "status", "progress", "created_at", "updated_at"} <= set(execution)
     assert (execution["workflow_id"], execution["status"], execution["progress"]) == (1, "running", 0)
@@ -148,7 +148,7 @@ def test_the_described_way(gateway: GatewayProcess) -> None:
     assert colors(content.content) == [(0, 0, 255)]
 
 
-def test_a_workflow_may_be_called_by_its_key(gateway: GatewayProcess) -> None:
+def test_a_workflow_can_be_addressed_by_its_key(gateway: GatewayProcess) -> None:
     shown = gateway.get(f"{ROOT}/workflows/blog-post-image").json()["data"]["workflow"]
     assert shown["id"] == 1
     assert execute(gateway, "blog-post-image", inputs={"prompt": "x"}, version=shown["version"])["workflow_id"] == 1
@@ -167,7 +167,7 @@ def test_the_nodes_are_listed(gateway: GatewayProcess) -> None:
     assert "lanczos" in scale["upscale_method"]["choices"]
 
 
-def test_the_described_error_of_a_workflow_that_is_not_there(gateway: GatewayProcess) -> None:
+def test_a_missing_workflow_gives_the_documented_error(gateway: GatewayProcess) -> None:
     answer = gateway.post(f"{ROOT}/workflows/77/execute", {"inputs": {}})
     assert answer.status_code == 404
     assert answer.json() == {
@@ -177,7 +177,7 @@ def test_the_described_error_of_a_workflow_that_is_not_there(gateway: GatewayPro
     }
 
 
-def test_the_described_error_of_an_execution_that_failed(gateway: GatewayProcess) -> None:
+def test_a_failed_execution_gives_the_documented_error(gateway: GatewayProcess) -> None:
     answer = ended(gateway, execute(gateway, "work", inputs={"seconds": 0.1, "fail_at": 1}))
     body = answer.json()
     assert (answer.status_code, body["status"], body["message"]) == (200, "error", "Workflow execution failed")
@@ -199,27 +199,27 @@ def test_the_described_error_of_an_execution_that_failed(gateway: GatewayProcess
 def test_progress_comes_over_the_websocket(gateway: GatewayProcess) -> None:
     execution = execute(gateway, "work", inputs={"seconds": 0.5, "color": 11})
     url = f"{gateway.url.replace('http', 'ws', 1)}{ROOT}/executions/{execution['id']}/ws"
-    told = []
+    messages = []
     connection = websocket.create_connection(url, header=[f"Authorization: Bearer {KEY}"], timeout=TIMEOUT_S)
     try:
         while text := connection.recv():
-            told.append(json.loads(text)["data"]["execution"])
+            messages.append(json.loads(text)["data"]["execution"])
     finally:
         # Also after the other side's goodbye, when `close` does nothing.
         connection.shutdown()
-    progress = [message["progress"] for message in told]
+    progress = [message["progress"] for message in messages]
     assert progress == sorted(progress)
     assert len(set(progress)) > 3
     assert {type(value) for value in progress} == {int}
     assert progress[-1] == 100
     # The time of the last change moves with them.
-    moved = {message["progress"]: message["updated_at"] for message in told}
+    moved = {message["progress"]: message["updated_at"] for message in messages}
     assert list(moved.values()) == sorted(set(moved.values()))
-    assert told[-1]["status"] == "completed"
-    assert told[-1]["outputs"]["images"]
+    assert messages[-1]["status"] == "completed"
+    assert messages[-1]["outputs"]["images"]
 
 
-def test_there_is_no_websocket_of_an_execution_that_is_not_there(gateway: GatewayProcess) -> None:
+def test_a_missing_execution_has_no_websocket(gateway: GatewayProcess) -> None:
     url = f"{gateway.url.replace('http', 'ws', 1)}{ROOT}/executions/5/ws"
     with pytest.raises(websocket.WebSocketBadStatusException) as refused:
         websocket.create_connection(url, header=[f"Authorization: Bearer {KEY}"], timeout=TIMEOUT_S)
@@ -237,14 +237,14 @@ def test_an_execution_is_cancelled(gateway: GatewayProcess, comfyui: ComfyUI) ->
     assert gateway.get(f"{ROOT}/executions/{running['id']}").json()["data"]["execution"]["status"] == "cancelled"
 
 
-def test_the_end_of_an_execution_is_told(gateway: GatewayProcess) -> None:
-    with Receiver() as told:
-        execution = execute(gateway, 1, inputs={"prompt": "x"}, webhook={"url": told.url})
-        [received] = told.wait_for(1)
+def test_the_webhook_reports_the_end_of_an_execution(gateway: GatewayProcess) -> None:
+    with Receiver() as receiver:
+        execution = execute(gateway, 1, inputs={"prompt": "x"}, webhook={"url": receiver.url})
+        [received] = receiver.wait_for(1)
     assert received.body["data"]["execution"]["id"] == execution["id"]
 
 
-def test_a_job_of_another_api_is_an_execution_too(gateway: GatewayProcess) -> None:
+def test_jobs_of_other_apis_are_executions_too(gateway: GatewayProcess) -> None:
     job_id = gateway.run(picture((1, 2, 3)))
     gateway.ended(job_id)
     execution = gateway.get(f"{ROOT}/executions/{job_id}").json()["data"]["execution"]
@@ -267,7 +267,7 @@ def test_a_job_of_another_api_is_an_execution_too(gateway: GatewayProcess) -> No
         ({"inputs": {"prompt": "x"}, "version": "0123456789ab"}, "no version"),
     ],
 )
-def test_inputs_that_do_not_fit_are_refused(gateway: GatewayProcess, body: Any, words: str) -> None:
+def test_mismatched_inputs_are_rejected(gateway: GatewayProcess, body: Any, words: str) -> None:
     answer = gateway.post(f"{ROOT}/workflows/1/execute", body)
     assert (answer.status_code, answer.json()["status"]) == (400, "error")
     [error] = answer.json()["errors"]
@@ -275,7 +275,7 @@ def test_inputs_that_do_not_fit_are_refused(gateway: GatewayProcess, body: Any, 
     assert words in error["message"]
 
 
-def test_a_field_that_nobody_knows_is_named(gateway: GatewayProcess) -> None:
+def test_unknown_fields_are_named(gateway: GatewayProcess) -> None:
     body = {"inputs": {"prompt": "x"}, "webhok": {"url": "http://127.0.0.1:1"}}
     answer = gateway.post(f"{ROOT}/workflows/1/execute", body)
     assert answer.status_code == 200
@@ -302,7 +302,7 @@ def test_every_endpoint_has_a_rate_limit(comfyui: ComfyUI, tmp_path: Path) -> No
         assert refused.json()["errors"][0]["code"] == "rate_limited"
 
 
-def test_links_to_pictures_expire(comfyui: ComfyUI, tmp_path: Path) -> None:
+def test_image_links_expire(comfyui: ComfyUI, tmp_path: Path) -> None:
     with gateway_process(comfyui.url, tmp_path, ASSET_URL_EXPIRES_S="1") as gateway:
         execution = execute(gateway, "solid-color", inputs={})
         [image] = ended(gateway, execution).json()["data"]["execution"]["outputs"]["images"]
@@ -313,14 +313,14 @@ def test_links_to_pictures_expire(comfyui: ComfyUI, tmp_path: Path) -> None:
     assert (late.status_code, late.json()["errors"][0]["message"]) == (401, "The link has expired")
 
 
-def test_a_comfyui_that_is_away_is_said_to_be(tmp_path: Path) -> None:
+def test_an_unreachable_comfyui_is_reported(tmp_path: Path) -> None:
     with gateway_process("http://127.0.0.1:9", tmp_path) as gateway:
         answer = gateway.get(f"{ROOT}/nodes")
     assert (answer.status_code, answer.json()["errors"][0]["code"]) == (503, "comfyui_unreachable")
     assert answer.headers["Retry-After"]
 
 
-def test_a_workflow_that_changes_is_read_again(comfyui: ComfyUI, tmp_path: Path) -> None:
+def test_a_changed_workflow_is_reloaded(comfyui: ComfyUI, tmp_path: Path) -> None:
     folder = tmp_path / "workflows"
     folder.mkdir()
     manifest = {"title": "First", "description": ""}

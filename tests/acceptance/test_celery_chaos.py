@@ -15,7 +15,7 @@ SETTLE_S = 120.0
 """A webhook that a killed gateway had in hand is sent by another one a good minute later."""
 
 
-def test_nothing_is_lost_or_doubled() -> None:
+def test_no_job_is_lost_or_duplicated() -> None:
     report = run(JOBS, KINDS, SEED, longest_s=LONGEST_S, settle_s=SETTLE_S, show_progress=False)
 
     assert report.violations == []

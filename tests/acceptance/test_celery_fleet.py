@@ -1,4 +1,4 @@
-"""A fleet at work: several gateways on one database, workers that are stopped and told to end."""
+"""A fleet at work: several gateways on one database, and workers that are stopped and terminated."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ def test_a_cancel_at_another_gateway_stops_the_gpu(sites: FleetStarter, tmp_path
     assert never.runs == 0
 
 
-def test_two_gateways_answer_for_each_others_jobs(sites: FleetStarter, tmp_path: Path) -> None:
+def test_two_gateways_serve_each_others_jobs(sites: FleetStarter, tmp_path: Path) -> None:
     site, gate = sites.start(gateways=2, GENERATION_WORKERS="1"), Gate(tmp_path)
     first = site.submit(gate.graph())
     gate.wait_until_run()
     low = site.submit(graphs.picture(RED), by=0, lowPriority=True)
     normal = site.submit(graphs.picture(RED), by=1)
-    wait_until(lambda: place(site.gateways[1], low) == 2 and place(site.gateways[0], normal) == 1)
+    wait_until(lambda: position_of(site.gateways[1], low) == 2 and position_of(site.gateways[0], normal) == 1)
     with requests.get(f"{site.gateways[1].url}/events/{first}", stream=True, timeout=TIMEOUT_S) as stream:
         gate.open()
-        heard = [line for line in stream.iter_lines(decode_unicode=True) if line.startswith("data: ")]
+        events = [line for line in stream.iter_lines(decode_unicode=True) if line.startswith("data: ")]
 
-    assert json.loads(heard[-1].removeprefix("data: "))["status"] == "COMPLETED"
+    assert json.loads(events[-1].removeprefix("data: "))["status"] == "COMPLETED"
     site.wait_until_ended(low, normal)
     assert began(site, normal) < began(site, low)
     output = requests.post(
@@ -62,9 +62,16 @@ def test_two_gateways_answer_for_each_others_jobs(sites: FleetStarter, tmp_path:
 
 def test_flower_shows_the_workers_and_their_jobs(sites: FleetStarter) -> None:
     site, port = sites.start(), free_port()
-    told = ["--broker", site.fleet.redis_url, "flower", f"--port={port}", "--address=127.0.0.1", "--persistent=False"]
+    arguments = [
+        "--broker",
+        site.fleet.redis_url,
+        "flower",
+        f"--port={port}",
+        "--address=127.0.0.1",
+        "--persistent=False",
+    ]
     open_to_all = {"FLOWER_UNAUTHENTICATED_API": "true"}
-    with Process([sys.executable, "-m", "celery", *told], environment=open_to_all):
+    with Process([sys.executable, "-m", "celery", *arguments], environment=open_to_all):
 
         def shown(path: str) -> dict[str, Any]:
             with contextlib.suppress(requests.ConnectionError):
@@ -88,7 +95,7 @@ def worker_name(site: RunningFleet) -> str:
     return f"comfyui-{parts.port}@{parts.hostname}"
 
 
-def test_how_far_a_job_is_is_known_without_redis(sites: FleetStarter, tmp_path: Path) -> None:
+def test_job_progress_is_known_without_redis(sites: FleetStarter, tmp_path: Path) -> None:
     site, gate = sites.start(), Gate(tmp_path)
     job_id = site.submit(gate.graph())
     gate.wait_until_run()
@@ -118,12 +125,12 @@ def percent_in_database(site: RunningFleet, job_id: str) -> float:
     return float(row[0] or 0)
 
 
-def place(gateway: RestartableGateway, job_id: str) -> int | None:
+def position_of(gateway: RestartableGateway, job_id: str) -> int | None:
     """Return a job's place in the queue as the first of its events tells it."""
     with requests.get(f"{gateway.url}/events/{job_id}", stream=True, timeout=TIMEOUT_S) as stream:
         lines = stream.iter_lines(decode_unicode=True)
-        told = next(line for line in lines if line.startswith("data: "))
-    position: int | None = json.loads(told.removeprefix("data: ")).get("queue_position")
+        event = next(line for line in lines if line.startswith("data: "))
+    position: int | None = json.loads(event.removeprefix("data: ")).get("queue_position")
     return position
 
 
@@ -135,9 +142,7 @@ def began(site: RunningFleet, job_id: str) -> float:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_worker_that_is_told_to_end_finishes_what_it_has(
-    sites: FleetStarter, tmp_path: Path, number: signal.Signals
-) -> None:
+def test_a_worker_finishes_its_jobs_on_sigterm(sites: FleetStarter, tmp_path: Path, number: signal.Signals) -> None:
     site, gate = sites.start(GENERATION_WORKERS="1"), Gate(tmp_path)
     in_hand = site.submit(gate.graph())
     gate.wait_until_run()
@@ -154,7 +159,7 @@ def test_a_worker_that_is_told_to_end_finishes_what_it_has(
     assert gate.runs == 1
 
 
-def test_a_worker_whose_comfyui_is_back_takes_jobs_again(sites: FleetStarter) -> None:
+def test_a_worker_takes_jobs_again_once_its_comfyui_is_back(sites: FleetStarter) -> None:
     site = sites.start()
     (comfyui,), (worker,) = site.comfyuis, site.fleet.workers
     comfyui.kill()
@@ -164,10 +169,10 @@ def test_a_worker_whose_comfyui_is_back_takes_jobs_again(sites: FleetStarter) ->
     comfyui.start()
 
     site.wait_until_ended(job_id)
-    assert site.told(job_id) == ["IN_QUEUE", "IN_PROGRESS", "COMPLETED"]
+    assert site.statuses_of(job_id) == ["IN_QUEUE", "IN_PROGRESS", "COMPLETED"]
 
 
-def test_jobs_in_hand_of_a_comfyui_that_stays_away_go_back_to_the_queue(sites: FleetStarter, tmp_path: Path) -> None:
+def test_jobs_of_a_lost_comfyui_are_requeued(sites: FleetStarter, tmp_path: Path) -> None:
     site = sites.start(COMFYUI_READY_TIMEOUT_S="10", GENERATION_WORKERS="2")
     (comfyui,), gate = site.comfyuis, Gate(tmp_path)
     running = site.submit(gate.graph())
@@ -180,9 +185,9 @@ def test_jobs_in_hand_of_a_comfyui_that_stays_away_go_back_to_the_queue(sites: F
     comfyui.start()
 
     site.wait_until_ended(in_hand)
-    assert site.told(in_hand) == ["IN_QUEUE", "IN_PROGRESS", "COMPLETED"]
+    assert site.statuses_of(in_hand) == ["IN_QUEUE", "IN_PROGRESS", "COMPLETED"]
     # ComfyUI had begun to run this one: it may have done things, and is not run again unasked.
-    assert site.told(running) == ["IN_QUEUE", "IN_PROGRESS", "FAILED"]
+    assert site.statuses_of(running) == ["IN_QUEUE", "IN_PROGRESS", "FAILED"]
 
 
 def notice(site: RunningFleet, job_id: str) -> str:
@@ -191,7 +196,7 @@ def notice(site: RunningFleet, job_id: str) -> str:
     return str(output.get("notice", ""))
 
 
-def test_a_worker_that_waits_for_its_comfyui_ends_at_once(sites: FleetStarter) -> None:
+def test_a_worker_waiting_for_its_comfyui_stops_at_once(sites: FleetStarter) -> None:
     site = sites.start()
     (comfyui,), (worker,) = site.comfyuis, site.fleet.workers
     worker.kill()
@@ -202,7 +207,7 @@ def test_a_worker_that_waits_for_its_comfyui_ends_at_once(sites: FleetStarter) -
     assert worker.stop() == 0
 
 
-def test_a_webhook_tells_the_end_once_and_after_all_progress(sites: FleetStarter) -> None:
+def test_the_webhook_reports_the_end_once_after_all_progress(sites: FleetStarter) -> None:
     site = sites.start(gateways=2)
     with Receiver() as receiver:
         webhook = {"url": receiver.url, "progress": True}
@@ -210,14 +215,14 @@ def test_a_webhook_tells_the_end_once_and_after_all_progress(sites: FleetStarter
         job_id = site.gateway.post("/run", body)["id"]
         site.wait_until_ended(job_id)
         wait_until(lambda: any(one.body.get("status") == "COMPLETED" for one in receiver.received))
-        told = [one.body.get("status") for one in receiver.received]
+        statuses = [one.body.get("status") for one in receiver.received]
 
-    assert told.count("COMPLETED") == 1
-    assert told[-1] == "COMPLETED"
-    assert len(told) > 1
+    assert statuses.count("COMPLETED") == 1
+    assert statuses[-1] == "COMPLETED"
+    assert len(statuses) > 1
 
 
-def test_a_worker_that_starts_before_its_redis_waits_for_it(sites: FleetStarter) -> None:
+def test_a_worker_waits_for_redis_at_startup(sites: FleetStarter) -> None:
     site = sites.start()
     (worker,) = site.fleet.workers
     worker.kill()
@@ -231,18 +236,18 @@ def test_a_worker_that_starts_before_its_redis_waits_for_it(sites: FleetStarter)
     site.wait_until_ended(site.submit(graphs.picture(RED)))
 
 
-def test_a_cancel_of_what_has_failed_does_not_spoil_its_retry(sites: FleetStarter) -> None:
+def test_cancelling_a_failed_job_does_not_break_its_retry(sites: FleetStarter) -> None:
     site = sites.start()
     job_id = site.submit(graphs.work(0.1, steps=2, fail_at=1))
-    wait_until(lambda: site.told(job_id)[-1] == "FAILED", TIMEOUT_S)
+    wait_until(lambda: site.statuses_of(job_id)[-1] == "FAILED", TIMEOUT_S)
     # Nothing is there to be cancelled, and nothing stays behind of it.
     assert site.gateway.post(f"/cancel/{job_id}")["status"] == "FAILED"
     site.gateway.post(f"/retry/{job_id}")
     attempt = ["IN_QUEUE", "IN_PROGRESS", "FAILED"]
-    wait_until(lambda: site.told(job_id) == attempt * 2, TIMEOUT_S)
+    wait_until(lambda: site.statuses_of(job_id) == attempt * 2, TIMEOUT_S)
 
 
-def test_a_worker_whose_comfyui_is_back_while_redis_is_away_takes_jobs_again(sites: FleetStarter) -> None:
+def test_a_worker_recovers_when_comfyui_returns_before_redis(sites: FleetStarter) -> None:
     site = sites.start()
     (comfyui,), (worker,) = site.comfyuis, site.fleet.workers
     comfyui.kill()

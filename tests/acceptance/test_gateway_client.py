@@ -55,7 +55,7 @@ def curl(url: str, body: Any = None) -> dict[str, Any]:
     return answer
 
 
-def test_the_described_requests_with_curl(gateway: GatewayProcess) -> None:
+def test_the_documented_curl_requests(gateway: GatewayProcess) -> None:
     """With an input picture, and without waiting."""
     images = [{"name": "input.png", "image": data_uri(png(RED))}]
     done = curl(f"{gateway.url}/v2/mine/runsync", {"input": {"workflow": inverted("input.png"), "images": images}})
@@ -70,7 +70,7 @@ def test_the_described_requests_with_curl(gateway: GatewayProcess) -> None:
     assert colors(base64.b64decode(status["output"]["images"][0]["data"])) == [RED]
 
 
-def test_the_described_graph_ends_in_the_described_error(gateway: GatewayProcess) -> None:
+def test_the_documented_graph_gives_the_documented_error(gateway: GatewayProcess) -> None:
     """The graph of the first example is cut short: no node of it makes a file."""
     graph = {
         "6": {
@@ -89,14 +89,14 @@ def test_the_described_graph_ends_in_the_described_error(gateway: GatewayProcess
     assert "no output node" in failed["error"]
 
 
-def test_run_sync_returns_the_picture(endpoint: Endpoint) -> None:
+def test_run_sync_returns_the_image(endpoint: Endpoint) -> None:
     output = endpoint.run_sync({"workflow": picture(RED)}, timeout=TIMEOUT_S)
     image = output["images"][0]
     assert image["type"] == "base64"
     assert colors(base64.b64decode(image["data"])) == [RED]
 
 
-def test_run_is_followed_to_its_output(endpoint: Endpoint, gateway: GatewayProcess) -> None:
+def test_run_can_be_polled_to_its_output(endpoint: Endpoint, gateway: GatewayProcess) -> None:
     job = endpoint.run({"input": {"workflow": work(0.3)}})
     assert job.job_id.endswith("-u1")
     assert job.status() in ("IN_QUEUE", "IN_PROGRESS", "COMPLETED")
@@ -107,14 +107,14 @@ def test_run_is_followed_to_its_output(endpoint: Endpoint, gateway: GatewayProce
     assert status["delayTime"] >= 0
 
 
-def test_a_stream_tells_of_steps_and_ends_with_the_output(endpoint: Endpoint) -> None:
+def test_a_stream_reports_steps_and_ends_with_the_output(endpoint: Endpoint) -> None:
     job = endpoint.run({"workflow": work(1.5, steps=5)})
-    told = list(job.stream())
-    assert any(chunk.get("stage") == "running" and chunk.get("steps") == 5 for chunk in told)
-    assert [chunk for chunk in told if "images" in chunk] == told[-1:]
+    chunks = list(job.stream())
+    assert any(chunk.get("stage") == "running" and chunk.get("steps") == 5 for chunk in chunks)
+    assert [chunk for chunk in chunks if "images" in chunk] == chunks[-1:]
 
 
-def test_a_job_that_is_cancelled_is_off_the_gpu(endpoint: Endpoint, comfyui: ComfyUI) -> None:
+def test_a_cancelled_job_leaves_the_gpu(endpoint: Endpoint, comfyui: ComfyUI) -> None:
     job = endpoint.run({"workflow": work(60)})
     comfyui.wait_until_running()
     assert job.cancel(timeout=TIMEOUT_S) == {"id": job.job_id, "status": "CANCELLED", "message": "The job is cancelled"}
@@ -123,7 +123,7 @@ def test_a_job_that_is_cancelled_is_off_the_gpu(endpoint: Endpoint, comfyui: Com
     assert job.output() is None
 
 
-def test_a_failing_job_says_why(endpoint: Endpoint, gateway: GatewayProcess) -> None:
+def test_a_failed_job_reports_its_error(endpoint: Endpoint, gateway: GatewayProcess) -> None:
     job = endpoint.run({"workflow": work(0.1, fail_at=1)})
     assert job.output(timeout=TIMEOUT_S)["code"] == "out_of_memory"
     assert job.status() == "FAILED"
@@ -133,7 +133,7 @@ def test_a_failing_job_says_why(endpoint: Endpoint, gateway: GatewayProcess) -> 
     assert gateway.ended(job.job_id)["status"] == "FAILED"
 
 
-def test_run_sync_of_a_failed_job_shows_the_sentence(endpoint: Endpoint) -> None:
+def test_run_sync_shows_the_error_of_a_failed_job(endpoint: Endpoint) -> None:
     """The client returns `output` and nothing else."""
     output = endpoint.run_sync({"workflow": work(0.1, fail_at=1)}, timeout=TIMEOUT_S)
     assert output["error"].startswith("Workflow execution error: Node Type: TestWork, Node ID: 3")
@@ -142,14 +142,14 @@ def test_run_sync_of_a_failed_job_shows_the_sentence(endpoint: Endpoint) -> None
     assert streamed[-1]["error"] == output["error"]
 
 
-def test_a_job_longer_than_the_wait_is_polled(gateway: GatewayProcess, endpoint: Endpoint) -> None:
+def test_a_job_that_outlasts_the_wait_is_polled(gateway: GatewayProcess, endpoint: Endpoint) -> None:
     answer = gateway.post("/v2/mine/runsync?wait=1000", {"input": {"workflow": work(1.5)}}).json()
     assert answer["id"].startswith("sync-")
     assert answer["status"] == "IN_PROGRESS"
     assert "images" in runpod.endpoint.runner.Job("mine", answer["id"], endpoint.rp_client).output(timeout=TIMEOUT_S)
 
 
-def test_a_client_gone_in_the_middle_of_runsync_leaves_its_job_running(gateway: GatewayProcess) -> None:
+def test_a_job_keeps_running_when_the_runsync_client_disconnects(gateway: GatewayProcess) -> None:
     body = {"input": {"workflow": work(1)}}
     headers = {**gateway.headers, "Idempotency-Key": "gone"}
     with pytest.raises(requests.ReadTimeout):
@@ -158,7 +158,7 @@ def test_a_client_gone_in_the_middle_of_runsync_leaves_its_job_running(gateway: 
     assert again["status"] == "COMPLETED"
 
 
-def test_a_job_whose_file_is_gone_is_not_taken_for_one_that_is_not_there(comfyui: ComfyUI, tmp_path: Path) -> None:
+def test_a_missing_output_file_is_not_a_missing_job(comfyui: ComfyUI, tmp_path: Path) -> None:
     with gateway_process(comfyui.url, tmp_path) as gateway:
         job_id = gateway.run(picture((1, 2, 3)))
         (item,) = gateway.ended(job_id)["output"]["images"]
@@ -171,7 +171,7 @@ def test_a_job_whose_file_is_gone_is_not_taken_for_one_that_is_not_there(comfyui
         assert gateway.get(f"/status/{job_id}?files=url").json()["status"] == "COMPLETED"
 
 
-def test_health_and_purge_count_what_there_is(endpoint: Endpoint, comfyui: ComfyUI) -> None:
+def test_health_and_purge_count_jobs(endpoint: Endpoint, comfyui: ComfyUI) -> None:
     running = endpoint.run({"workflow": work(60)})
     comfyui.wait_until_running()
     wait_until(lambda: running.status() == "IN_PROGRESS")
@@ -188,7 +188,7 @@ def test_health_and_purge_count_what_there_is(endpoint: Endpoint, comfyui: Comfy
     assert endpoint.health()["workers"]["ready"] == 1
 
 
-def test_a_wrong_key_is_what_the_client_says(gateway: GatewayProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_client_reports_a_wrong_key(gateway: GatewayProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runpod, "endpoint_url_base", f"{gateway.url}/v2")
     endpoint = Endpoint("mine", api_key="wrong")
     with pytest.raises(RuntimeError, match="401"):
@@ -196,7 +196,7 @@ def test_a_wrong_key_is_what_the_client_says(gateway: GatewayProcess, monkeypatc
     endpoint.rp_client.rp_session.close()
 
 
-def test_the_asyncio_client_does_it_all_too(endpoint: Endpoint, comfyui: ComfyUI) -> None:
+def test_the_asyncio_client_works_too(endpoint: Endpoint, comfyui: ComfyUI) -> None:
     async def drive() -> None:
         async with aiohttp.ClientSession() as session:
             mine = AsyncioEndpoint("mine", session)
@@ -205,8 +205,8 @@ def test_the_asyncio_client_does_it_all_too(endpoint: Endpoint, comfyui: ComfyUI
             assert colors(base64.b64decode(output["images"][0]["data"])) == [RED]
             assert await job.status() == "COMPLETED"
             streamed = await mine.run({"workflow": work(0.5, steps=5)})
-            told = [chunk async for chunk in streamed.stream()]
-            assert "images" in told[-1]
+            chunks = [chunk async for chunk in streamed.stream()]
+            assert "images" in chunks[-1]
             long = await mine.run({"workflow": work(60)})
             await asyncio.to_thread(comfyui.wait_until_running)
             assert (await long.cancel())["status"] == "CANCELLED"
@@ -220,14 +220,14 @@ def test_the_asyncio_client_does_it_all_too(endpoint: Endpoint, comfyui: ComfyUI
     asyncio.run(drive())
 
 
-def test_neither_key_nor_prompt_is_in_the_log(gateway: GatewayProcess, endpoint: Endpoint) -> None:
+def test_the_log_has_neither_key_nor_prompt(gateway: GatewayProcess, endpoint: Endpoint) -> None:
     graph = picture(RED, prefix="a-very-secret-prompt")
     endpoint.run_sync({"workflow": graph, "comfy_org_api_key": "comfy-secret"}, timeout=TIMEOUT_S)
     for secret in (KEY, "a-very-secret-prompt", "comfy-secret"):
         assert secret not in gateway.process.output
 
 
-def test_beyond_loopback_a_key_is_made_kept_and_printed_once(comfyui: ComfyUI, tmp_path: Path) -> None:
+def test_a_key_is_generated_kept_and_printed_once_beyond_loopback(comfyui: ComfyUI, tmp_path: Path) -> None:
     settings = {"API_KEYS": "", "API_HOST": "0.0.0.0"}
     with gateway_process(comfyui.url, tmp_path, **settings) as first:
         key = first.process.wait_for_line(r"api\.key: (\S+)").group(1)

@@ -1,4 +1,4 @@
-"""PostgreSQL is killed at moments drawn by lot, under load: every accepted job ends once and is told under one id."""
+"""PostgreSQL is killed at random moments, under load: every accepted job ends once, with webhooks under one id."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Client(threading.Thread):
             self._ending.wait(0.05)
 
 
-def test_nothing_is_lost_or_doubled(tmp_path: Path) -> None:
+def test_no_job_is_lost_or_duplicated(tmp_path: Path) -> None:
     with postgres() as server, EmulatedComfyUI(base_directory=tmp_path / "comfyui") as comfyui, Receiver() as receiver:
         url = server.new_database()
         gateway = RestartableGateway(
@@ -69,7 +69,7 @@ def test_nothing_is_lost_or_doubled(tmp_path: Path) -> None:
         )
         gateway.start()
         try:
-            clients = torment(server, gateway, receiver.url)
+            clients = kill_repeatedly(server, gateway, receiver.url)
             accepted = [job_id for client in clients for job_id in client.accepted]
             wait_until(lambda: waiting(gateway) == 0)
             wait_until(lambda: {one.body["id"] for one in receiver.received} >= set(accepted))
@@ -85,7 +85,7 @@ def test_nothing_is_lost_or_doubled(tmp_path: Path) -> None:
         assert "Traceback" not in gateway.logs[-1]
 
 
-def torment(server: Postgres, gateway: RestartableGateway, webhook: str) -> list[Client]:
+def kill_repeatedly(server: Postgres, gateway: RestartableGateway, webhook: str) -> list[Client]:
     """Let the database go away so often under load; return the clients when all that they sent is accepted."""
     lot, ending = random.Random(SEED), threading.Event()
     clients = [Client(gateway, webhook, number, ending) for number in range(CLIENTS)]

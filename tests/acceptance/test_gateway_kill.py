@@ -1,4 +1,4 @@
-"""The gateway is killed at moments drawn by rng, under load: every accepted job ends once, with its output, told once.
+"""The gateway is killed at random moments, under load: every accepted job ends and is reported once, with its output.
 
 `python -m benchmarks.gateway_kill` does so more often.
 """
@@ -18,12 +18,12 @@ def report() -> KillReport:
     return run(KILLS, SEED)
 
 
-def test_nothing_is_lost_or_doubled(report: KillReport) -> None:
+def test_no_job_is_lost_or_duplicated(report: KillReport) -> None:
     assert report.violations == []
     assert report.states == {"COMPLETED": report.accepted}
 
 
-def test_kills_met_the_gateway_at_work(report: KillReport) -> None:
+def test_kills_hit_a_busy_gateway(report: KillReport) -> None:
     assert report.kills == KILLS
     assert report.accepted >= KILLS
     assert report.resumed > 0

@@ -1,4 +1,4 @@
-"""The gateway is told to end, as a real process, while clients wait for it in every way they can."""
+"""The gateway is stopped, as a real process, while clients wait for it in every way they can."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def pool() -> Iterator[ThreadPoolExecutor]:
         yield threads
 
 
-def assert_ended_well(process: Process) -> None:
+def assert_ended_cleanly(process: Process) -> None:
     """Check that a gateway ended in good order, without having to break anything off."""
     assert process.wait() == 0, process.output
     assert "Application shutdown complete" in process.output
@@ -87,13 +87,13 @@ def serve(environment: Mapping[str, str], *program: str) -> Process:
 
 class TestSignals:
     @BOTH
-    def test_one_that_has_nothing_to_do_ends_at_once(self, gateway: GatewayProcess, number: signal.Signals) -> None:
+    def test_an_idle_gateway_stops_at_once(self, gateway: GatewayProcess, number: signal.Signals) -> None:
         assert gateway.get("/health").ok  # and the connection stays open, idle
         gateway.process.send_signal(number)
-        assert_ended_well(gateway.process)
+        assert_ended_cleanly(gateway.process)
 
     @BOTH
-    def test_a_waiting_runsync_is_answered_and_its_job_goes_on(
+    def test_a_waiting_runsync_is_answered_and_its_job_continues(
         self, comfyui: ComfyUI, gateway: GatewayProcess, data: Path, pool: ThreadPoolExecutor, number: signal.Signals
     ) -> None:
         waiting = pool.submit(gateway.post, "/runsync?wait=300000", {"input": {"workflow": work(LONG_S)}})
@@ -102,7 +102,7 @@ class TestSignals:
         gateway.process.send_signal(number)
         answer = waiting.result().json()
         assert answer["status"] == "IN_PROGRESS"
-        assert_ended_well(gateway.process)
+        assert_ended_cleanly(gateway.process)
         with gateway_process(comfyui.url, data) as again:
             again.process.wait_for_line(f"job {answer['id']} is resumed")
             assert comfyui.queue() == [prompt_id]
@@ -128,7 +128,7 @@ class TestSignals:
             assert '"IN_PROGRESS"' in listening.recv()
             # Asked twice: the first answer tells what there is, the second waits for more.
             gateway.get(f"/stream/{job_id}")
-            told = pool.submit(gateway.get, f"/stream/{job_id}")
+            stream = pool.submit(gateway.get, f"/stream/{job_id}")
             gateway.process.send_signal(signal.SIGTERM)
             # To its end: a stream that is broken off raises an exception.
             assert b"COMPLETED" not in events.read()
@@ -138,11 +138,11 @@ class TestSignals:
                 code = int.from_bytes(frame[:2], "big")
             listening.shutdown()  # `close` does nothing once the other side has closed
             assert code == SERVICE_RESTART
-            assert told.result().json()["status"] == "IN_PROGRESS"
-        assert_ended_well(gateway.process)
+            assert stream.result().json()["status"] == "IN_PROGRESS"
+        assert_ended_cleanly(gateway.process)
 
-    def test_what_is_sent_on_a_kept_connection_is_answered(self, gateway: GatewayProcess) -> None:
-        """A request that was half sent when the gateway was told to end, and the one after it on another connection."""
+    def test_requests_on_a_keepalive_connection_are_answered(self, gateway: GatewayProcess) -> None:
+        """A request that was half sent when the gateway was stopped, and the one after it on another connection."""
         body = json.dumps({"input": {"workflow": work(0.0)}})
         address = urlsplit(gateway.url)
         with kept(address.netloc) as busy, kept(address.netloc) as idle:
@@ -163,9 +163,9 @@ class TestSignals:
                 assert answer.status == 200, answer.read()
                 assert answer.getheader("Connection") == "close"
                 answer.read()
-        assert_ended_well(gateway.process)
+        assert_ended_cleanly(gateway.process)
 
-    def test_saying_it_again_changes_nothing(
+    def test_repeated_signals_change_nothing(
         self, comfyui: ComfyUI, gateway: GatewayProcess, pool: ThreadPoolExecutor
     ) -> None:
         waiting = pool.submit(gateway.post, "/runsync", {"input": {"workflow": work(LONG_S)}})
@@ -175,17 +175,17 @@ class TestSignals:
             gateway.process.send_signal(number)
         assert waiting.result().json()["status"] == "IN_PROGRESS"
         gateway.process.send_signal(signal.SIGINT)
-        assert_ended_well(gateway.process)
+        assert_ended_cleanly(gateway.process)
 
-    def test_one_that_has_not_begun_to_listen_ends_too(self, data: Path) -> None:
+    def test_a_gateway_that_does_not_listen_yet_stops_too(self, data: Path) -> None:
         with serve({"DATA_DIR": str(data)}) as process:
             process.wait_for_line("Waiting for application startup")
             process.send_signal(signal.SIGTERM)
-            assert_ended_well(process)
+            assert_ended_cleanly(process)
 
 
-class TestWhatIsRefused:
-    def test_a_gateway_that_is_not_installed(self) -> None:
+class TestRejected:
+    def test_gateway_not_installed(self) -> None:
         # As if the package were not there.
         program = (
             "import sys; sys.modules['fastapi'] = None; from comfy_worker.cli.main import main; "
@@ -198,7 +198,7 @@ class TestWhatIsRefused:
                 "requirements.txt` in the folder of its pyproject.toml.\n"
             )
 
-    def test_a_port_that_is_taken(self, data: Path) -> None:
+    def test_port_in_use(self, data: Path) -> None:
         with socket.create_server(("127.0.0.1", 0)) as taken:
             environment = {"DATA_DIR": str(data), "API_PORT": str(taken.getsockname()[1])}
             with serve(environment) as process:
@@ -207,13 +207,13 @@ class TestWhatIsRefused:
                 assert "Traceback" not in process.output
 
     @pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write everywhere")
-    def test_a_folder_that_cannot_be_written_into(self, data: Path) -> None:
+    def test_data_folder_not_writable(self, data: Path) -> None:
         data.mkdir(mode=0o500)
         with serve({"DATA_DIR": str(data)}) as process:
             assert process.wait() == 2
             assert process.output == f"Nothing can be written into DATA_DIR {str(data)!r}\n"
 
-    def test_a_folder_that_is_a_file(self, data: Path) -> None:
+    def test_data_folder_is_a_file(self, data: Path) -> None:
         data.touch()
         with serve({"DATA_DIR": str(data)}) as process:
             assert process.wait() == 2

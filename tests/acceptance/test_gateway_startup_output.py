@@ -38,20 +38,20 @@ def comfyui() -> Iterator[ComfyUI]:
     ],
     ids=["no key", "a key of its own", "a key that was given"],
 )
-def test_its_example_works_as_it_is_printed(
+def test_the_printed_example_works(
     comfyui: ComfyUI, tmp_path: Path, settings: dict[str, str], shell: dict[str, str]
 ) -> None:
     with gateway_process(comfyui.url, tmp_path / "it's data", **settings) as gateway:
         gateway.process.wait_for_line(r"\}\}\}\}\}'$")
-        told = gateway.process.stderr.partition("The API is described at ")[2]
-        assert KEY not in told
-        [command] = re.findall(r"^curl .*?\}'$", told, re.DOTALL | re.MULTILINE)
+        printed = gateway.process.stderr.partition("The API is described at ")[2]
+        assert KEY not in printed
+        [command] = re.findall(r"^curl .*?\}'$", printed, re.DOTALL | re.MULTILINE)
         run = ["bash", "-c", command]
         done = subprocess.run(run, env=clean_environment(shell), capture_output=True, timeout=TIMEOUT_S, check=True)
         assert len(done.stdout) < 2000, "it floods no terminal"
         [image] = json.loads(done.stdout)["output"]["images"]
         assert colors(requests.get(image["data"], timeout=TIMEOUT_S).content) == [ORANGE]
-        for page in re.findall(r"http\S+/(?:docs)?(?=[,\n])", told):
+        for page in re.findall(r"http\S+/(?:docs)?(?=[,\n])", printed):
             assert requests.get(page, auth=("anyone", _key(tmp_path, shell)), timeout=TIMEOUT_S).ok, page
 
 
@@ -60,7 +60,7 @@ def _key(folder: Path, shell: dict[str, str]) -> str:
     return own.read_text().strip() if own.exists() else shell.get("KEY", "")
 
 
-def test_a_log_of_json_is_json_to_its_end(comfyui: ComfyUI, tmp_path: Path) -> None:
+def test_a_json_log_is_json_throughout(comfyui: ComfyUI, tmp_path: Path) -> None:
     with gateway_process(comfyui.url, tmp_path, LOG_FORMAT="json") as gateway:
         assert gateway.get("/health").ok
         assert gateway.process.stop() == 0
@@ -68,7 +68,7 @@ def test_a_log_of_json_is_json_to_its_end(comfyui: ComfyUI, tmp_path: Path) -> N
             assert json.loads(line)["message"]
 
 
-def test_the_address_under_which_others_reach_it_is_named(comfyui: ComfyUI, tmp_path: Path) -> None:
+def test_the_public_address_is_printed(comfyui: ComfyUI, tmp_path: Path) -> None:
     with gateway_process(comfyui.url, tmp_path, PUBLIC_URL="https://pictures.example.com/api/") as gateway:
         gateway.process.wait_for_line(r"described at https://pictures\.example\.com/api/docs, ")
         gateway.process.wait_for_line(r"'https://pictures\.example\.com/api/runsync\?files=url' ")

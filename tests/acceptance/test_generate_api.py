@@ -85,7 +85,7 @@ def gateway(comfyui: ComfyUI, tmp_path_factory: pytest.TempPathFactory) -> Itera
     (folder / "modifiers/some.py").write_text(MODIFIERS, encoding="utf-8")
     (folder / "workflows").mkdir()
     (folder / "workflows/picture.json").write_text(json.dumps(picture(RED)), encoding="utf-8")
-    (folder / "workflows/inverted.json").write_text(json.dumps(with_text(inverted("x.png"), "")), encoding="utf-8")
+    (folder / "workflows/inverted.json").write_text(json.dumps(with_prompt(inverted("x.png"), "")), encoding="utf-8")
     settings = {
         "MODIFIERS_DIR": str(folder / "modifiers"),
         "PREPROCESS_WORKERS": "1",
@@ -98,7 +98,7 @@ def gateway(comfyui: ComfyUI, tmp_path_factory: pytest.TempPathFactory) -> Itera
         yield running
 
 
-def with_text(graph: Graph, text: str) -> Graph:
+def with_prompt(graph: Graph, text: str) -> Graph:
     """Return a workflow that makes a text too."""
     return {
         **graph,
@@ -129,7 +129,7 @@ def events_of(response: requests.Response) -> Iterator[sseclient.Event]:
 
 @contextmanager
 def gateway_stream(gateway: GatewayProcess, job_input: dict[str, Any]) -> Iterator[Iterator[dict[str, Any]]]:
-    """Send a request to be told of; yield what is told."""
+    """Send a streaming request; yield its events."""
     with requests.post(
         f"{gateway.url}/generate/stream",
         json={"input": job_input},
@@ -143,7 +143,7 @@ def gateway_stream(gateway: GatewayProcess, job_input: dict[str, Any]) -> Iterat
 # ------------------------------------------------------------------------------------------ as it is described
 
 
-def test_the_described_synchronous_request(gateway: GatewayProcess) -> None:
+def test_the_documented_synchronous_request(gateway: GatewayProcess) -> None:
     payload = {"input": {"modifier": "YourModifier", "modifications": {"param": "value"}}}
     response = requests.post(
         f"{gateway.url}/generate/sync?timeout=300", json=payload, headers=gateway.headers, timeout=TIMEOUT_S
@@ -163,7 +163,7 @@ def test_the_described_synchronous_request(gateway: GatewayProcess) -> None:
     assert file_of(result) == [RED]
 
 
-def test_the_described_streaming_request(gateway: GatewayProcess, comfyui: ComfyUI) -> None:
+def test_the_documented_streaming_request(gateway: GatewayProcess, comfyui: ComfyUI) -> None:
     payload = {"input": {"workflow_json": work(0.5)}}
     # Another job runs first, so that this one waits when its stream begins.
     in_front = generate(gateway, workflow_json=work(60)).json()["id"]
@@ -173,17 +173,17 @@ def test_the_described_streaming_request(gateway: GatewayProcess, comfyui: Comfy
     ) as response:
         assert response.headers["content-type"].startswith("text/event-stream")
         events = events_of(response)
-        told = [json.loads(next(events).data)]
+        messages = [json.loads(next(events).data)]
         gateway.post(f"/cancel/{in_front}")
-        told += [json.loads(event.data) for event in events if event.data]
-    *updates, last = told
+        messages += [json.loads(event.data) for event in events if event.data]
+    *updates, last = messages
     assert last["status"] == "final_result"
     assert (last["result"]["status"], len(last["result"]["output"])) == ("completed", 1)
     statuses = list(dict.fromkeys(update["status"] for update in updates))
     assert statuses == ["queued", "generating", "processing", "completed"]
     assert set(last) == UPDATE | {"result"}
     assert (last["message"], last["queue_info"]) == (updates[-1]["message"], updates[-1]["queue_info"])
-    for update in told:
+    for update in messages:
         assert set(update) - {"result"} == UPDATE
         assert update["request_id"] == last["request_id"] == last["result"]["id"]
         assert set(update["queue_position"]) == POSITION
@@ -191,7 +191,7 @@ def test_the_described_streaming_request(gateway: GatewayProcess, comfyui: Comfy
     assert any(
         re.fullmatch(r"Running TestWork, step \d+ of 10 \(\d+(\.\d)? %\)", update["message"]) for update in updates
     )
-    elapsed = [update["elapsed_time"] for update in told]
+    elapsed = [update["elapsed_time"] for update in messages]
     assert elapsed == sorted(elapsed)
     assert elapsed[-1] >= 0.5
     queues = {update["queue_position"]["current_queue"] for update in updates}
@@ -237,7 +237,7 @@ def test_streaming_from_javascript(gateway: GatewayProcess, tmp_path: Path) -> N
     assert file_of(json.loads(lines[-1].removeprefix("Complete: "))) == [GREEN]
 
 
-def test_the_described_static_modifier(gateway: GatewayProcess, files: FileServer) -> None:
+def test_the_documented_static_modifier(gateway: GatewayProcess, files: FileServer) -> None:
     url = files.put("/image.png", png(RED))
     modifications = {"prompt": "a beautiful sunset", "steps": 30, "input_image": url}
     accepted = generate(gateway, modifier="Image2Image", modifications=modifications)
@@ -247,7 +247,7 @@ def test_the_described_static_modifier(gateway: GatewayProcess, files: FileServe
     assert [text["text"] for text in result["texts"]] == ["a beautiful sunset"]
 
 
-def test_the_described_raw_workflow_fetches_its_urls(gateway: GatewayProcess, files: FileServer) -> None:
+def test_the_documented_raw_workflow_fetches_its_urls(gateway: GatewayProcess, files: FileServer) -> None:
     url = files.put("/input.png", png(GREEN))
     load = {"10": {"inputs": {"image": url, "upload": "image"}, "class_type": "LoadImage"}}
     save = {"9": node("SaveImage", images=["10", 0], filename_prefix="raw")}
@@ -255,7 +255,7 @@ def test_the_described_raw_workflow_fetches_its_urls(gateway: GatewayProcess, fi
     assert (result["status"], file_of(result)) == ("completed", [GREEN])
 
 
-def test_a_request_is_accepted_and_its_result_asked_for(gateway: GatewayProcess) -> None:
+def test_an_accepted_request_has_a_result(gateway: GatewayProcess) -> None:
     accepted = generate(gateway, workflow_json=picture(RED))
     body = accepted.json()
     assert accepted.status_code == 202
@@ -265,16 +265,16 @@ def test_a_request_is_accepted_and_its_result_asked_for(gateway: GatewayProcess)
     assert (body["status"], body["output"]) in (("queued", []), ("processing", []))
     answer = finished(gateway, body["id"])
     assert (answer.status_code, answer.json()["status"]) == (200, "completed")
-    assert gateway.get(f"/status/{body['id']}").json()["status"] == "COMPLETED", "any door shows any job"
+    assert gateway.get(f"/status/{body['id']}").json()["status"] == "COMPLETED", "every API shows every job"
 
 
-def test_any_door_shows_any_job(gateway: GatewayProcess) -> None:
+def test_every_api_shows_every_job(gateway: GatewayProcess) -> None:
     job_id = gateway.run(picture(GREEN))
     result = finished(gateway, job_id).json()
     assert (result["id"], result["status"], file_of(result)) == (job_id, "completed", [GREEN])
 
 
-def test_the_example_of_the_documentation_runs(gateway: GatewayProcess) -> None:
+def test_the_documented_example_runs(gateway: GatewayProcess) -> None:
     page = (ROOT / "docs/reference/api/generate.md").read_text(encoding="utf-8")
     [command] = re.findall(r"```bash\n(curl .*?)```", page, re.DOTALL)
     command = command.replace("http://localhost:8000", gateway.url).strip()
@@ -283,8 +283,8 @@ def test_the_example_of_the_documentation_runs(gateway: GatewayProcess) -> None:
     assert (result["status"], file_of(result)) == ("completed", [(0, 0, 255)])
 
 
-def test_random_ints_are_drawn_for_a_raw_workflow(gateway: GatewayProcess) -> None:
-    graph = with_text(picture(RED), "seed __RANDOM_INT__")
+def test_a_raw_workflow_gets_random_integers(gateway: GatewayProcess) -> None:
+    graph = with_prompt(picture(RED), "seed __RANDOM_INT__")
     texts = [generate(gateway, "/generate/sync", workflow_json=graph).json()["texts"][0]["text"] for _ in range(2)]
     assert all(re.fullmatch(r"seed \d+", text) for text in texts)
     assert texts[0] != texts[1]
@@ -304,21 +304,19 @@ DESCRIBED = {
 """The description's payload, with nobody's bucket and webhook."""
 
 
-def test_the_described_payload_may_be_sent_again_and_again(gateway: GatewayProcess) -> None:
+def test_the_documented_payload_can_be_sent_repeatedly(gateway: GatewayProcess) -> None:
     first = generate(gateway, "/generate/sync", **DESCRIBED).json()
     again = generate(gateway, "/generate/sync", **DESCRIBED).json()
     for result in (first, again):
         assert (result["id"], result["status"], file_of(result)) == ("optional-uuid-v4", "completed", [RED])
     assert again["timings"]["queued_at_ms"] >= first["timings"]["completed_at_ms"], "it ran again"
-    with gateway_stream(gateway, DESCRIBED) as told:
-        *_, last = told
+    with gateway_stream(gateway, DESCRIBED) as stream:
+        *_, last = stream
     assert last["result"]["status"] == "completed"
     assert last["result"]["timings"]["queued_at_ms"] >= again["timings"]["completed_at_ms"]
 
 
-def test_the_same_request_is_the_same_job_while_that_is_open_and_another_is_a_409(
-    gateway: GatewayProcess, comfyui: ComfyUI
-) -> None:
+def test_a_repeated_request_is_one_job_and_a_different_one_is_a_409(gateway: GatewayProcess, comfyui: ComfyUI) -> None:
     own, graph = str(uuid.uuid4()), work(60)
     assert generate(gateway, request_id=own, workflow_json=graph).status_code == 202
     comfyui.wait_until_running()
@@ -335,7 +333,7 @@ def test_the_same_request_is_the_same_job_while_that_is_open_and_another_is_a_40
     assert str(uuid.UUID(empty.json()["id"])) == empty.json()["id"]
 
 
-def test_comfyuis_history_comes_for_who_asks_for_it(gateway: GatewayProcess) -> None:
+def test_comfyuis_history_is_returned_on_request(gateway: GatewayProcess) -> None:
     result = gateway.post(
         "/generate/sync", {"input": {"workflow_json": picture(RED)}}, **{"X-Include-ComfyUI-Response": "1"}
     ).json()
@@ -346,7 +344,7 @@ def test_comfyuis_history_comes_for_who_asks_for_it(gateway: GatewayProcess) -> 
 
 
 @pytest.mark.parametrize("as_header", [True, False])
-def test_files_come_as_base64_by_field_or_header(gateway: GatewayProcess, as_header: bool) -> None:
+def test_a_field_or_a_header_requests_base64(gateway: GatewayProcess, as_header: bool) -> None:
     header = {"X-Return-Outputs-As-Base64": "1"} if as_header else {}
     field = {} if as_header else {"return_outputs_as_base64": True}
     body = {"input": {"workflow_json": picture(RED), **field}}
@@ -359,7 +357,7 @@ def test_files_come_as_base64_by_field_or_header(gateway: GatewayProcess, as_hea
         assert output["url"].startswith(gateway.url), "and the link is there too"
 
 
-def test_a_result_is_given_as_base64_to_who_asks_for_it_then(gateway: GatewayProcess) -> None:
+def test_a_result_is_returned_as_base64_on_request(gateway: GatewayProcess) -> None:
     result = generate(gateway, "/generate/sync", workflow_json=picture(RED)).json()
     assert "data" not in result["output"][0]
     asked = {**gateway.headers, "X-Return-Outputs-As-Base64": "true"}
@@ -367,7 +365,7 @@ def test_a_result_is_given_as_base64_to_who_asks_for_it_then(gateway: GatewayPro
     assert colors(base64.b64decode(later["output"][0]["data"])) == [RED]
 
 
-def test_outputs_go_to_the_callers_bucket_and_their_urls_with_them(gateway: GatewayProcess) -> None:
+def test_outputs_are_uploaded_to_the_callers_bucket(gateway: GatewayProcess) -> None:
     with s3_server() as s3:
         bucket = s3.create_bucket()
         config = {
@@ -388,7 +386,7 @@ def test_outputs_go_to_the_callers_bucket_and_their_urls_with_them(gateway: Gate
         assert gateway.get(f"/assets/{result['id']}/other.png").status_code == 404
 
 
-def test_empty_forms_of_a_bucket_and_a_webhook_are_none(gateway: GatewayProcess) -> None:
+def test_empty_bucket_and_webhook_forms_are_ignored(gateway: GatewayProcess) -> None:
     bucket = dict.fromkeys(("access_key_id", "secret_access_key", "endpoint_url", "bucket_name", "region"), "")
     result = generate(
         gateway,
@@ -403,7 +401,7 @@ def test_empty_forms_of_a_bucket_and_a_webhook_are_none(gateway: GatewayProcess)
     assert "errors" not in result
 
 
-def test_a_webhook_is_told_of_the_end_with_its_extra_params(gateway: GatewayProcess) -> None:
+def test_the_webhook_reports_the_end_with_its_extra_params(gateway: GatewayProcess) -> None:
     with Receiver() as receiver:
         webhook = {"url": receiver.url, "extra_params": {"custom_field": "value"}}
         result = generate(gateway, "/generate/sync", workflow_json=picture(RED), webhook=webhook).json()
@@ -430,22 +428,22 @@ BAD_WEBHOOKS = {
 
 
 @pytest.mark.parametrize("kind", BAD_WEBHOOKS)
-@pytest.mark.parametrize("door", ["/generate", "/generate/sync", "/generate/stream", "/run", "/runsync", "/task"])
-def test_a_webhook_that_could_never_be_sent_is_refused_before_the_job_is_accepted(
-    gateway: GatewayProcess, door: str, kind: str
+@pytest.mark.parametrize("path", ["/generate", "/generate/sync", "/generate/stream", "/run", "/runsync", "/task"])
+def test_an_undeliverable_webhook_is_rejected_before_the_job_is_accepted(
+    gateway: GatewayProcess, path: str, kind: str
 ) -> None:
     webhook, said = BAD_WEBHOOKS[kind]
-    name = "workflow_json" if door.startswith("/generate") else "workflow"
+    name = "workflow_json" if path.startswith("/generate") else "workflow"
     job_input = {name: picture(RED), "webhook": webhook}
-    body = {"task_type": "comfyui", "params": job_input} if door == "/task" else {"input": job_input}
+    body = {"task_type": "comfyui", "params": job_input} if path == "/task" else {"input": job_input}
     before = gateway.get("/task").json()
-    answer = gateway.post(door, body)
+    answer = gateway.post(path, body)
     assert (answer.status_code, answer.json()["code"]) == (400, "invalid_input")
     assert said in answer.json()["error"]
     assert gateway.get("/task").json() == before
 
 
-def test_what_nobody_knows_beside_input_is_named(gateway: GatewayProcess) -> None:
+def test_unknown_fields_beside_input_are_named(gateway: GatewayProcess) -> None:
     body = {"input": {"workflow_json": picture(RED)}, "seed": 3}
     for path in ("/generate", "/generate/sync"):
         assert gateway.post(path, body).json()["warnings"] == ["'seed' is unknown and was ignored"]
@@ -453,7 +451,7 @@ def test_what_nobody_knows_beside_input_is_named(gateway: GatewayProcess) -> Non
     assert json.loads(last.data)["result"]["warnings"] == ["'seed' is unknown and was ignored"]
 
 
-def test_whatever_runpods_input_takes_goes_with_a_request(gateway: GatewayProcess) -> None:
+def test_a_request_takes_every_field_of_runpods_input(gateway: GatewayProcess) -> None:
     convert = {"format": "webp"}
     result = generate(gateway, "/generate/sync", workflow_json=picture(RED), convert=convert, colour="red").json()
     assert result["output"][0]["filename"].endswith(".webp")
@@ -488,7 +486,7 @@ def test_whatever_runpods_input_takes_goes_with_a_request(gateway: GatewayProces
     ],
 )
 @pytest.mark.parametrize("path", ["/generate", "/generate/sync", "/generate/stream"])
-def test_what_cannot_be_a_request_is_refused(gateway: GatewayProcess, path: str, body: Any, said: str) -> None:
+def test_invalid_requests_are_rejected(gateway: GatewayProcess, path: str, body: Any, said: str) -> None:
     answer = gateway.post(path, body)
     problem = answer.json()
     assert (answer.status_code, problem["code"]) == (400, "invalid_input")
@@ -496,7 +494,7 @@ def test_what_cannot_be_a_request_is_refused(gateway: GatewayProcess, path: str,
     assert problem["detail"] == problem["error"]
 
 
-def test_a_modifier_that_breaks_is_a_500_and_its_words_stay_here(gateway: GatewayProcess) -> None:
+def test_a_broken_modifier_is_a_500_without_its_message(gateway: GatewayProcess) -> None:
     answer = generate(gateway, modifier="Broken")
     assert (answer.status_code, answer.json()["code"]) == (500, "modifier_failed")
     assert "secret" not in answer.text
@@ -512,7 +510,7 @@ def test_a_modifier_that_breaks_is_a_500_and_its_words_stay_here(gateway: Gatewa
         (inverted("http://127.0.0.1:9/none.png"), 422, "input_fetch_failed"),
     ],
 )
-def test_a_job_that_fails_answers_by_the_class_of_its_error(
+def test_a_failed_jobs_status_follows_its_error_class(
     gateway: GatewayProcess, graph: Graph, status: int, code: str
 ) -> None:
     answer = generate(gateway, "/generate/sync", workflow_json=graph)
@@ -534,12 +532,12 @@ def test_a_job_that_fails_answers_by_the_class_of_its_error(
     assert update["message"] == last["result"]["message"]
 
 
-def test_a_job_that_takes_too_long_is_a_504(gateway: GatewayProcess) -> None:
+def test_a_job_that_times_out_is_a_504(gateway: GatewayProcess) -> None:
     answer = generate(gateway, "/generate/sync", workflow_json=work(60), timeout_s=0.3)
     assert (answer.status_code, answer.json()["status"], answer.json()["code"]) == (504, "failed", "timed_out")
 
 
-def test_a_request_needs_a_key_and_its_id_to_be_known(gateway: GatewayProcess) -> None:
+def test_requests_need_a_key_and_a_known_id(gateway: GatewayProcess) -> None:
     body = {"input": {"workflow_json": picture(RED)}}
     for path in ("/generate", "/generate/sync", "/generate/stream"):
         assert requests.post(f"{gateway.url}{path}", json=body, timeout=TIMEOUT_S).status_code == 401
@@ -550,7 +548,7 @@ def test_a_request_needs_a_key_and_its_id_to_be_known(gateway: GatewayProcess) -
     assert unknown.json()["detail"] == unknown.json()["error"]
 
 
-def test_a_request_that_is_too_large_is_refused(gateway: GatewayProcess) -> None:
+def test_oversized_requests_are_rejected(gateway: GatewayProcess) -> None:
     graph = {**picture(RED), "8": node("Note", text="x" * 10_000_000)}
     for path in ("/generate", "/generate/stream"):
         answer = generate(gateway, path, workflow_json=graph)
@@ -558,7 +556,7 @@ def test_a_request_that_is_too_large_is_refused(gateway: GatewayProcess) -> None
 
 
 @pytest.mark.parametrize("timeout", ["0", "-1", "nan", "inf", "3601", "x"])
-def test_a_timeout_that_is_none_is_refused(gateway: GatewayProcess, timeout: str) -> None:
+def test_invalid_timeouts_are_rejected(gateway: GatewayProcess, timeout: str) -> None:
     answer = generate(gateway, f"/generate/sync?timeout={timeout}", workflow_json=picture(RED))
     assert (answer.status_code, answer.json()["code"]) == (400, "invalid_input")
 
@@ -566,7 +564,7 @@ def test_a_timeout_that_is_none_is_refused(gateway: GatewayProcess, timeout: str
 # ------------------------------------------------------------------------------------- waiting and cancelling
 
 
-def test_a_job_longer_than_the_timeout_goes_on(gateway: GatewayProcess) -> None:
+def test_a_job_continues_after_the_timeout(gateway: GatewayProcess) -> None:
     answer = generate(gateway, "/generate/sync?timeout=0.2", workflow_json=work(1.5))
     body = answer.json()
     assert answer.status_code == 202
@@ -576,7 +574,7 @@ def test_a_job_longer_than_the_timeout_goes_on(gateway: GatewayProcess) -> None:
     assert finished(gateway, body["id"]).json()["status"] == "completed"
 
 
-def test_a_client_that_leaves_a_stream_leaves_its_job_running(gateway: GatewayProcess) -> None:
+def test_a_job_keeps_running_when_its_stream_client_disconnects(gateway: GatewayProcess) -> None:
     own = str(uuid.uuid4())
     body = {"input": {"request_id": own, "workflow_json": work(1)}}
     with requests.post(
@@ -586,7 +584,7 @@ def test_a_client_that_leaves_a_stream_leaves_its_job_running(gateway: GatewayPr
     assert finished(gateway, own).json()["status"] == "completed"
 
 
-def test_a_full_queue_is_told_to_all_and_each_in_it_knows_its_place(gateway: GatewayProcess, comfyui: ComfyUI) -> None:
+def test_a_full_queue_is_reported_and_each_job_has_a_position(gateway: GatewayProcess, comfyui: ComfyUI) -> None:
     jobs = [generate(gateway, workflow_json=work(60)).json()["id"]]
     comfyui.wait_until_running()
     refused: list[requests.Response] = []
@@ -624,7 +622,7 @@ def test_a_full_queue_is_told_to_all_and_each_in_it_knows_its_place(gateway: Gat
             gateway.post(f"/cancel/{job_id}")
 
 
-def test_a_job_that_is_cancelled_ends_every_wait_for_it(gateway: GatewayProcess, comfyui: ComfyUI) -> None:
+def test_cancelling_a_job_ends_every_wait_for_it(gateway: GatewayProcess, comfyui: ComfyUI) -> None:
     ids = [str(uuid.uuid4()), str(uuid.uuid4())]
     with ThreadPoolExecutor() as pool:
         waiting = pool.submit(generate, gateway, "/generate/sync", request_id=ids[0], workflow_json=work(60))
@@ -647,7 +645,7 @@ def test_a_job_that_is_cancelled_ends_every_wait_for_it(gateway: GatewayProcess,
     assert gateway.get(f"/result/{ids[0]}").json()["message"] == "The job was cancelled"
 
 
-def test_a_job_that_has_ended_is_not_cancelled(gateway: GatewayProcess) -> None:
+def test_an_ended_job_is_not_cancelled(gateway: GatewayProcess) -> None:
     result = generate(gateway, "/generate/sync", workflow_json=picture(RED)).json()
     answer = gateway.post(f"/cancel/{result['id']}").json()
     assert (answer["status"], answer["message"]) == ("COMPLETED", "The job had ended before: it is COMPLETED")
@@ -657,29 +655,29 @@ def test_a_job_that_has_ended_is_not_cancelled(gateway: GatewayProcess) -> None:
 # --------------------------------------------------------------------------------------- health and the page
 
 
-def test_health_is_the_union_of_what_the_apis_tell(gateway: GatewayProcess) -> None:
+def test_health_combines_the_fields_of_every_api(gateway: GatewayProcess) -> None:
     health = gateway.get("/health").json()
     assert set(health) == {"jobs", "workers", "status", "comfyui", "queues", "version"}
     assert health["status"] == "healthy"
     assert health["comfyui"] == {"reachable": True, "healthy": 1, "total": 1}
 
 
-def test_without_a_comfyui_requests_wait_and_health_says_so(tmp_path: Path) -> None:
+def test_requests_wait_without_a_comfyui_and_health_reports_it(tmp_path: Path) -> None:
     with (
         closed_port() as port,
         gateway_process(f"http://127.0.0.1:{port}", tmp_path, WAIT_FOR_COMFYUI="true") as gateway,
     ):
         answer = gateway.get("/health")
         assert (answer.status_code, answer.json()["status"]) == (200, "unhealthy")
-        told = answer.json()["comfyui"]
-        assert told.pop("away_since"), "since when it is away"
-        assert told == {"reachable": False, "healthy": 0, "total": 1}
+        reported = answer.json()["comfyui"]
+        assert reported.pop("away_since"), "since when it is away"
+        assert reported == {"reachable": False, "healthy": 0, "total": 1}
         assert generate(gateway, workflow_json=picture(RED)).status_code == 202
         assert generate(gateway, "/generate/sync?timeout=0.1", workflow_json=picture(RED)).json()["status"] == "queued"
         assert gateway.get("/queue-info").json()["preprocess_queue_size"] == 2
 
 
-def test_a_gateway_that_ends_says_so_to_a_stream(comfyui: ComfyUI, tmp_path: Path) -> None:
+def test_a_stream_reports_that_the_gateway_stops(comfyui: ComfyUI, tmp_path: Path) -> None:
     body = {"input": {"workflow_json": work(60)}}
     with gateway_process(comfyui.url, tmp_path) as gateway:
         response = requests.post(
@@ -698,7 +696,7 @@ def test_a_gateway_that_ends_says_so_to_a_stream(comfyui: ComfyUI, tmp_path: Pat
         assert again.post(f"/cancel/{request_id}").json()["status"] == "CANCELLED"
 
 
-def test_the_readme_is_a_page(gateway: GatewayProcess) -> None:
+def test_the_readme_is_served_as_a_page(gateway: GatewayProcess) -> None:
     answer = gateway.get("/")
     assert (answer.status_code, answer.headers["content-type"]) == (200, "text/html; charset=utf-8")
     assert "<h1>comfy-worker</h1>" in answer.text

@@ -97,7 +97,7 @@ def image_to_image() -> dict[str, Any]:
     return {"10": load, "2": invert, "9": save, "3": sampler, "6": text}
 
 
-def test_the_descriptions_modifier_runs_as_printed(gateway: GatewayProcess) -> None:
+def test_the_documented_modifier_runs(gateway: GatewayProcess) -> None:
     payload = {"input": {"modifier": "Image2Image", "modifications": {"prompt": "a beautiful sunset"}}}
     result = gateway.post("/generate/sync", payload).json()
     assert result["status"] == "completed", result
@@ -107,7 +107,7 @@ def test_the_descriptions_modifier_runs_as_printed(gateway: GatewayProcess) -> N
 
 
 @pytest.mark.parametrize("payload", PAYLOADS, ids=lambda payload: payload["input"]["modifier"])
-def test_the_examples_of_the_documentation_run_as_printed(gateway: GatewayProcess, payload: dict[str, Any]) -> None:
+def test_the_documented_examples_run(gateway: GatewayProcess, payload: dict[str, Any]) -> None:
     answer = gateway.post("/generate/sync", payload)
     result = answer.json()
     assert (answer.status_code, result["status"]) == (200, "completed"), result
@@ -117,7 +117,7 @@ def test_the_examples_of_the_documentation_run_as_printed(gateway: GatewayProces
 
 
 @pytest.mark.parametrize("path", ["/generate", "/generate/sync", "/generate/stream"])
-def test_a_modifier_that_cannot_be_loaded_is_named_with_file_line_and_reason(
+def test_an_unloadable_modifier_is_reported_with_file_line_and_reason(
     gateway: GatewayProcess, tmp_path: Path, path: str
 ) -> None:
     answer = gateway.post(path, {"input": {"modifier": "Broken"}})
@@ -129,7 +129,7 @@ def test_a_modifier_that_cannot_be_loaded_is_named_with_file_line_and_reason(
     assert str(tmp_path.parents[1]) not in answer.text + other.text
 
 
-def test_a_modification_that_is_not_read_is_a_warning(gateway: GatewayProcess) -> None:
+def test_an_unread_modification_is_a_warning(gateway: GatewayProcess) -> None:
     payload = {"input": {"modifier": "Text2Image", "modifications": {"prompt": "a sea", "colour": "red"}}}
     result = gateway.post("/generate/sync", payload).json()
     assert result["warnings"] == ["input.modifications.colour was not read by the modifier"]
@@ -165,7 +165,7 @@ def test_ai_docks_payload_for_its_modifier_runs(gateway: GatewayProcess) -> None
     assert (result["status"], len(result["output"]), "warnings" in result) == ("completed", 1, False), result
 
 
-def test_ai_docks_raw_payload_downloads_its_picture(gateway: GatewayProcess, files: FileServer) -> None:
+def test_ai_docks_raw_payload_downloads_its_image(gateway: GatewayProcess, files: FileServer) -> None:
     graph = {
         **TEXTS,
         "3": node(
@@ -189,9 +189,7 @@ def test_ai_docks_raw_payload_downloads_its_picture(gateway: GatewayProcess, fil
 
 
 @pytest.mark.parametrize("is_raw", [True, False])
-def test_a_url_in_any_other_input_is_downloaded_too(
-    gateway: GatewayProcess, files: FileServer, *, is_raw: bool
-) -> None:
+def test_urls_in_other_inputs_are_downloaded_too(gateway: GatewayProcess, files: FileServer, *, is_raw: bool) -> None:
     url = files.put("/other.png", png((9, 9, 9)))
     graph = {"1": node("PrimitiveString", value=url), "2": node("PreviewAny", source=["1", 0])}
     job_input = {"modifier": "Echo", "modifications": {"url": url}} if not is_raw else {"workflow_json": graph}

@@ -29,7 +29,7 @@ def comfyui() -> Iterator[ComfyUI]:
         yield running
 
 
-def test_a_gateway_that_is_set_up_as_described(comfyui: ComfyUI, tmp_path: Path) -> None:
+def test_a_gateway_set_up_as_documented(comfyui: ComfyUI, tmp_path: Path) -> None:
     with s3_server() as s3, Receiver() as receiver:
         bucket = s3.create_bucket()
         settings = {
@@ -70,7 +70,7 @@ def test_a_gateway_that_is_set_up_as_described(comfyui: ComfyUI, tmp_path: Path)
 
 
 @pytest.mark.parametrize(("name", "value"), [("API_WORKERS", "2"), ("API_CACHE", "disk")])
-def test_what_is_not_supported_ends_the_start_with_a_sentence(tmp_path: Path, name: str, value: str) -> None:
+def test_unsupported_settings_stop_the_startup_with_an_error(tmp_path: Path, name: str, value: str) -> None:
     environment = {"DATA_DIR": str(tmp_path / "data"), "PYTHONPATH": "src", "API_PORT": "0", name: value}
     with start_python("-m", "comfy_worker", "serve", environment=environment) as process:
         assert process.wait() == 2
@@ -79,7 +79,7 @@ def test_what_is_not_supported_ends_the_start_with_a_sentence(tmp_path: Path, na
     assert not (tmp_path / "data").exists()
 
 
-def test_a_key_that_is_used_too_often_is_told_when_to_come_back(tmp_path: Path) -> None:
+def test_a_rate_limited_key_gets_a_retry_after(tmp_path: Path) -> None:
     limits = {"RATE_LIMIT_RUN": "2/hour", "RATE_LIMIT_RUNSYNC": "1/hour"}
     body = {"input": {"workflow_json": picture(RED)}}
     with closed_port() as port, gateway_process(f"http://127.0.0.1:{port}", tmp_path, **limits) as gateway:
@@ -93,7 +93,7 @@ def test_a_key_that_is_used_too_often_is_told_when_to_come_back(tmp_path: Path) 
         assert int(answer.headers["retry-after"]) > 0
 
 
-def test_a_gateway_that_reloads_serves_its_changed_code(comfyui: ComfyUI, tmp_path: Path) -> None:
+def test_a_reloading_gateway_serves_its_changed_code(comfyui: ComfyUI, tmp_path: Path) -> None:
     package = tmp_path / "src/comfy_worker"
     shutil.copytree(Path(comfy_worker.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
     settings = {"API_RELOAD": "true", "PYTHONPATH": str(tmp_path / "src")}

@@ -51,7 +51,7 @@ def unhealthy(platform: Platform) -> Mapping[str, str]:
 # --------------------------------------------------------------------------------------------------- ComfyUI
 
 
-def test_a_worker_without_comfyui_says_so_and_ends(platform: Platform) -> None:
+def test_a_worker_without_comfyui_reports_it_and_exits(platform: Platform) -> None:
     job_id = platform.submit(PICTURE)
     with closed_port() as port, start(platform, f"http://127.0.0.1:{port}", COMFYUI_READY_TIMEOUT_S="0.3") as process:
         assert process.wait(30) == 1
@@ -66,25 +66,25 @@ def test_a_worker_without_comfyui_says_so_and_ends(platform: Platform) -> None:
     assert platform.status(job_id)["status"] == "IN_QUEUE"
 
 
-def test_a_worker_waits_for_a_comfyui_that_is_still_starting(platform: Platform, comfy: ComfyUI) -> None:
+def test_a_worker_waits_for_a_starting_comfyui(platform: Platform, comfy: ComfyUI) -> None:
     if not comfy.is_emulator:
-        pytest.skip("only the emulator can be told to be busy")
+        pytest.skip("only the emulator can be made busy")
     faults = {"method": "GET", "path": "/prompt", "status": 503, "times": 5}
     with comfy.faults(answer_status=[faults]), start(platform, comfy.url):
         assert platform.run(PICTURE)["status"] == "COMPLETED"
 
 
-def given_up_settings(folder: Path, comfy: ComfyUI) -> tuple[Path, dict[str, str]]:
-    """Return the file in which start.sh tells of ComfyUI, and what the worker is told of it."""
+def settings_of_an_abandoned_comfyui(folder: Path, comfy: ComfyUI) -> tuple[Path, dict[str, str]]:
+    """Return the file in which start.sh reports on ComfyUI, and the worker's settings for it."""
     assert comfy.process is not None
     pid_file = folder / "comfyui.pid"
     pid_file.write_text(f"{comfy.process.pid}\n")
     return pid_file, {"COMFYUI_PID_FILE": str(pid_file)}
 
 
-def test_an_idle_worker_whose_comfyui_is_given_up_says_so_and_ends(platform: Platform, tmp_path: Path) -> None:
+def test_an_idle_worker_exits_when_its_comfyui_is_abandoned(platform: Platform, tmp_path: Path) -> None:
     with emulator() as doomed:
-        pid_file, settings = given_up_settings(tmp_path, doomed)
+        pid_file, settings = settings_of_an_abandoned_comfyui(tmp_path, doomed)
         with worker(platform, doomed.url, settings=settings) as process:
             assert doomed.process is not None
             doomed.process.kill()
@@ -96,9 +96,9 @@ def test_an_idle_worker_whose_comfyui_is_given_up_says_so_and_ends(platform: Pla
     assert platform.state.polling["worker-1"] == 0
 
 
-def test_the_job_of_a_worker_whose_comfyui_is_given_up_is_answered(platform: Platform, tmp_path: Path) -> None:
+def test_a_job_is_answered_when_its_comfyui_is_abandoned(platform: Platform, tmp_path: Path) -> None:
     with emulator() as doomed:
-        pid_file, settings = given_up_settings(tmp_path, doomed)
+        pid_file, settings = settings_of_an_abandoned_comfyui(tmp_path, doomed)
         with worker(platform, doomed.url, settings=settings) as process:
             job_id = platform.submit({"workflow": graphs.work(60, steps=600)})
             doomed.wait_until_running()
@@ -128,9 +128,7 @@ def colors(graph: Mapping[str, Any]) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", ["text", "file"])
-def test_the_warm_up_runs_before_the_first_job_is_taken(
-    platform: Platform, comfy: ComfyUI, tmp_path: Path, kind: str
-) -> None:
+def test_the_warm_up_runs_before_the_first_job(platform: Platform, comfy: ComfyUI, tmp_path: Path, kind: str) -> None:
     warm_up, first = graphs.picture((0, 0, 7)), graphs.picture((0, 0, 8))
     file = tmp_path / "warm up.json"
     file.write_text(json.dumps({"input": {"workflow": warm_up}}))
@@ -153,7 +151,7 @@ def test_the_warm_up_runs_before_the_first_job_is_taken(
         ("{", "WARMUP_WORKFLOW is neither JSON nor the name of a file with JSON"),
     ],
 )
-def test_a_warm_up_that_fails_is_told(platform: Platform, comfy: ComfyUI, value: str, why: str) -> None:
+def test_a_failed_warm_up_is_reported(platform: Platform, comfy: ComfyUI, value: str, why: str) -> None:
     with start(platform, comfy.url, WARMUP_WORKFLOW=value) as process:
         assert platform.run(PICTURE)["status"] == "COMPLETED"
         assert why in process.wait_for_line("ERROR .* the warm-up failed: .*").group()
@@ -169,15 +167,15 @@ def plain(comfy: ComfyUI) -> Iterator[Endpoint]:
         yield running
 
 
-def test_a_worker_tells_which_jobs_it_has(plain: Endpoint, comfy: ComfyUI) -> None:
+def test_a_workers_pings_name_its_jobs(plain: Endpoint, comfy: ComfyUI) -> None:
     platform = plain.platform
     job_id = platform.submit({"workflow": graphs.work(60, steps=600)})
     comfy.wait_until_running()
 
-    def told() -> bool:
+    def is_pinged() -> bool:
         return any(call.kind == "ping" and call.query.get("job_id") == job_id for call in platform.state.calls)
 
-    platform.wait_until(told, "a ping with the job")
+    platform.wait_until(is_pinged, "a ping with the job")
     platform.cancel(job_id)
     assert plain.run(**PICTURE)["status"] == "COMPLETED"
     pings = len(platform.calls("ping"))
@@ -185,7 +183,7 @@ def test_a_worker_tells_which_jobs_it_has(plain: Endpoint, comfy: ComfyUI) -> No
     assert "job_id" not in platform.calls("ping")[-1].query
 
 
-def test_the_sdk_checks_and_says_only_what_is_asked_for(plain: Endpoint) -> None:
+def test_the_sdk_runs_and_logs_only_our_checks(plain: Endpoint) -> None:
     assert plain.run(**PICTURE)["status"] == "COMPLETED"
 
     sdk_lines = [json.loads(line) for line in plain.worker.stdout.splitlines() if line.startswith("{")]
@@ -194,12 +192,12 @@ def test_the_sdk_checks_and_says_only_what_is_asked_for(plain: Endpoint) -> None
     assert "torch" not in plain.worker.output
 
 
-def test_the_sdk_can_be_told_to_say_more(platform: Platform, comfy: ComfyUI) -> None:
+def test_the_sdks_debug_log_can_be_enabled(platform: Platform, comfy: ComfyUI) -> None:
     with start(platform, comfy.url, RUNPOD_DEBUG_LEVEL="DEBUG") as process:
         process.wait_for_line('"level": "DEBUG"')
 
 
-def test_the_sdk_is_imported_without_its_probe_of_the_processor() -> None:
+def test_importing_the_sdk_does_not_probe_the_cpu() -> None:
     script = """
 import sys
 import cpuinfo
@@ -218,7 +216,7 @@ print(started)
     assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
-def test_settings_that_cannot_be_meant_end_the_worker_before_it_starts(platform: Platform) -> None:
+def test_invalid_settings_stop_the_worker_at_startup(platform: Platform) -> None:
     with start(platform, "ftp://nowhere") as process:
         assert process.wait(30) == 2
     assert "COMFYUI_URL" in process.stderr

@@ -71,7 +71,7 @@ def posts(platform: Platform, job_id: str) -> tuple[list[float], list[Any]]:
     return [call.at for call in calls[:-1]], [call.body["output"] for call in calls[:-1]]
 
 
-def test_progress_tells_place_node_and_step_twice_a_second(plain: Endpoint, comfy: ComfyUI) -> None:
+def test_progress_has_position_node_and_step_twice_a_second(plain: Endpoint, comfy: ComfyUI) -> None:
     platform = plain.platform
     requests.post(
         f"{comfy.url}/prompt", json={"prompt": graphs.work(60, steps=600)}, timeout=TIMEOUT_S
@@ -102,7 +102,7 @@ def test_progress_tells_place_node_and_step_twice_a_second(plain: Endpoint, comf
     assert percents == sorted(percents)
 
 
-def test_a_short_job_posts_its_result_only(plain: Endpoint) -> None:
+def test_a_short_job_posts_only_its_result(plain: Endpoint) -> None:
     job_id = plain.platform.submit(PICTURE)
     plain.platform.wait_for_end(job_id)
     times, _ = posts(plain.platform, job_id)
@@ -112,7 +112,7 @@ def test_a_short_job_posts_its_result_only(plain: Endpoint) -> None:
     assert all(at - job.started_at >= INTERVAL_S for at in times), "none, unless this machine hardly moves"
 
 
-def test_an_update_that_the_platform_is_slow_to_take_does_not_come_after_the_result(
+def test_a_slow_progress_update_does_not_follow_the_result(
     detour: tuple[InterceptingProxy, Endpoint],
 ) -> None:
     running, ends = detour
@@ -138,9 +138,7 @@ def count(platform: Platform, job_id: str) -> int:
 
 
 @pytest.mark.parametrize("status", [400, 500])
-def test_updates_that_are_refused_change_nothing_about_the_result(
-    detour: tuple[InterceptingProxy, Endpoint], status: int
-) -> None:
+def test_rejected_updates_do_not_affect_the_result(detour: tuple[InterceptingProxy, Endpoint], status: int) -> None:
     running, ends = detour
     refused: list[dict[str, Any]] = []
 
@@ -159,7 +157,7 @@ def test_updates_that_are_refused_change_nothing_about_the_result(
     assert "Traceback" not in ends.worker.output
 
 
-def test_a_title_that_is_no_text_does_not_end_the_job(plain: Endpoint) -> None:
+def test_a_title_that_is_not_text_does_not_fail_the_job(plain: Endpoint) -> None:
     job = working(0.8)
     job["workflow"]["3"]["_meta"] = {"title": "\ud800"}
     job_id = plain.platform.submit(job)
@@ -185,7 +183,7 @@ def moments(platform: Platform) -> list[float]:
     return [call.at - calls[0].at for call in calls]
 
 
-def test_a_platform_that_fails_is_asked_more_and_more_rarely(comfy: ComfyUI) -> None:
+def test_a_failing_platform_is_polled_with_backoff(comfy: ComfyUI) -> None:
     """All at the same time, for most of it is waiting."""
     failures: dict[PlatformFault, int] = {401: 3, 404: 3, 500: 3, "cut": 6, 429: 1}
     with ExitStack() as stack:
@@ -210,7 +208,7 @@ def at_least(values: list[float], limits: list[float]) -> bool:
     return len(values) >= len(limits) and all(value >= limit for value, limit in zip(values, limits, strict=False))
 
 
-def test_a_platform_that_is_down_is_asked_rarely_and_served_when_it_is_back(comfy: ComfyUI) -> None:
+def test_polling_backs_off_during_an_outage_and_recovers(comfy: ComfyUI) -> None:
     with Platform() as platform, worker(platform, comfy.url) as process:
         platform.refuse_connections()
         job_id = platform.submit(PICTURE)
@@ -224,14 +222,14 @@ def test_a_platform_that_is_down_is_asked_rarely_and_served_when_it_is_back(comf
     assert "Traceback" not in process.output
 
 
-def test_a_platform_that_answers_nothing_at_once_is_asked_twice_a_second(comfy: ComfyUI) -> None:
+def test_empty_immediate_answers_are_polled_twice_a_second(comfy: ComfyUI) -> None:
     with Platform(take_hold_s=0.0) as platform, left_alone(platform, comfy):
         platform.wait_until(lambda: sum(call.kind == "job-take" for call in platform.state.calls) > 3, "questions")
         assert all(later - earlier >= 0.5 for earlier, later in pairwise(moments(platform)))
         assert platform.run(PICTURE)["status"] == "COMPLETED"
 
 
-def test_a_result_that_is_refused_twice_is_posted_a_third_time(comfy: ComfyUI) -> None:
+def test_a_result_rejected_twice_is_posted_again(comfy: ComfyUI) -> None:
     with Platform() as platform, worker(platform, comfy.url):
         platform.inject_fault("job-done", 500, times=2)
         job_id = platform.submit(PICTURE)
@@ -243,7 +241,7 @@ def test_a_result_that_is_refused_twice_is_posted_a_third_time(comfy: ComfyUI) -
 # --------------------------------------------------------------------------------------------------- cancels
 
 
-def test_a_job_is_stopped_wherever_it_is_and_the_next_one_runs(plain: Endpoint, comfy: ComfyUI) -> None:
+def test_a_job_can_be_stopped_at_any_stage_and_the_next_one_runs(plain: Endpoint, comfy: ComfyUI) -> None:
     platform = plain.platform
     for wait in (lambda _job: None, lambda job: platform.wait_for_state(job, "IN_PROGRESS")) * 5:
         job_id = platform.submit(working(60))
@@ -255,7 +253,7 @@ def test_a_job_is_stopped_wherever_it_is_and_the_next_one_runs(plain: Endpoint, 
     assert comfy.queue() == []
 
 
-def test_a_stop_that_arrives_before_its_job_is_heeded(
+def test_a_stop_that_arrives_before_its_job_is_obeyed(
     detour: tuple[InterceptingProxy, Endpoint], comfy: ComfyUI
 ) -> None:
     """The two come over different connections."""
@@ -264,7 +262,7 @@ def test_a_stop_that_arrives_before_its_job_is_heeded(
 
     def hold_the_job_back(kind: str, answered: bool) -> None:
         if kind == "job-stop":
-            # The worker asks again when it has dealt with what it was told.
+            # The worker polls again when it has handled the previous answer.
             (stop_arrived if answered else stop_heard if stop_arrived.is_set() else threading.Event()).set()
         elif answered:
             stop_heard.wait(20)
@@ -280,9 +278,9 @@ def test_a_stop_that_arrives_before_its_job_is_heeded(
     assert comfy.queue() == []
 
 
-def test_a_second_cancel_does_not_leave_the_prompt_behind(comfy: ComfyUI) -> None:
+def test_a_second_cancel_does_not_orphan_the_prompt(comfy: ComfyUI) -> None:
     if not comfy.is_emulator:
-        pytest.skip("only the emulator can be told to be deaf")
+        pytest.skip("only the emulator can ignore interrupts")
     with (
         Platform() as platform,
         worker(platform, comfy.url) as process,
@@ -300,20 +298,20 @@ def test_a_second_cancel_does_not_leave_the_prompt_behind(comfy: ComfyUI) -> Non
 
 
 def stop_twice(platform: Platform, job: PlatformJob) -> None:
-    """Cancel a job, and once more when the worker has heard of it and is at it."""
+    """Cancel a job, and once more when the worker has received the cancel and handles it."""
     board = platform.state
-    heard = len(platform.calls("job-stop"))
+    polls = len(platform.calls("job-stop"))
     platform.cancel(job.id)
-    platform.wait_until(lambda: sum(call.kind == "job-stop" for call in board.calls) > heard, "another poll for stops")
+    platform.wait_until(lambda: sum(call.kind == "job-stop" for call in board.calls) > polls, "another poll for stops")
     job.state = "IN_PROGRESS"
     platform.cancel(job.id)
-    platform.wait_until(lambda: sum(call.kind == "job-stop" for call in board.calls) > heard + 1, "yet another one")
+    platform.wait_until(lambda: sum(call.kind == "job-stop" for call in board.calls) > polls + 1, "yet another one")
 
 
 # -------------------------------------------------------------------------------------------------- prefetch
 
 
-def test_a_job_that_comes_while_one_of_two_workers_is_busy_starts_on_the_other(comfy: ComfyUI) -> None:
+def test_a_new_job_starts_on_the_idle_worker(comfy: ComfyUI) -> None:
     with (
         Platform() as platform,
         emulator() as other_comfy,
@@ -344,9 +342,7 @@ def when_the_result_is_posted(running: InterceptingProxy, first: str, act: Calla
     running.before_post = before
 
 
-def test_the_next_job_is_taken_when_the_first_leaves_the_gpu(
-    detour: tuple[InterceptingProxy, Endpoint], comfy: ComfyUI
-) -> None:
+def test_the_next_job_is_taken_when_the_gpu_is_free(detour: tuple[InterceptingProxy, Endpoint], comfy: ComfyUI) -> None:
     running, ends = detour
     platform = ends.platform
     first, second = platform.submit(working(1.0)), platform.submit(PICTURE)
@@ -366,7 +362,7 @@ def test_the_next_job_is_taken_when_the_first_leaves_the_gpu(
     assert taken_at < posted_at, "the outputs of the first were still on their way"
 
 
-def test_an_eager_worker_has_the_next_job_in_hand(comfy: ComfyUI) -> None:
+def test_an_eager_worker_prefetches_the_next_job(comfy: ComfyUI) -> None:
     with Platform() as platform, worker(platform, comfy.url, settings={"WORKER_PREFETCH": "eager"}):
         running, ahead, behind = (platform.submit(working(60)) for _ in range(3))
         platform.wait_for_state(ahead, "IN_PROGRESS")
@@ -378,7 +374,7 @@ def test_an_eager_worker_has_the_next_job_in_hand(comfy: ComfyUI) -> None:
         assert platform.state.peak_in_flight["worker-1"] == 2
 
 
-def test_without_prefetching_the_next_job_waits_for_the_first_ones_result(comfy: ComfyUI) -> None:
+def test_the_next_job_waits_for_the_result_without_prefetching(comfy: ComfyUI) -> None:
     with Platform() as platform, worker(platform, comfy.url, settings={"WORKER_PREFETCH": "off"}):
         jobs = [platform.submit(PICTURE) for _ in range(5)]
         for job_id in jobs:

@@ -49,7 +49,7 @@ class Finished:
 
 
 @dataclass(frozen=True)
-class Desk:
+class LocalRun:
     """A folder to work in and a ComfyUI."""
 
     comfy: ComfyUI
@@ -62,7 +62,7 @@ class Desk:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What handler.py is told."""
+        """The environment of handler.py."""
         return {"COMFYUI_URL": self.comfy.url, "OUTPUT_DIR": str(self.outputs)}
 
     def run(self, *arguments: str, cwd: Path | None = None, settings: Mapping[str, str] | None = None) -> Finished:
@@ -83,63 +83,63 @@ def comfy() -> Iterator[ComfyUI]:
 
 
 @pytest.fixture
-def desk(comfy: ComfyUI, tmp_path: Path) -> Desk:
-    return Desk(comfy, tmp_path)
+def local_run(comfy: ComfyUI, tmp_path: Path) -> LocalRun:
+    return LocalRun(comfy, tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------- success
 
 
-def test_the_job_of_the_project_runs_as_it_is(desk: Desk) -> None:
-    finished = desk.run(cwd=ROOT)
+def test_the_projects_example_job_runs_unchanged(local_run: LocalRun) -> None:
+    finished = local_run.run(cwd=ROOT)
 
     assert finished.code == 0, finished
     [image] = finished.answer["images"]
     content = Path(image["saved_as"]).read_bytes()
-    assert Path(image["saved_as"]).parent == desk.outputs
+    assert Path(image["saved_as"]).parent == local_run.outputs
     assert len(content) == image["size_bytes"]
     assert len(graphs.colors(content)) > 1
     assert re.fullmatch(r"[A-Za-z0-9+/]{24}… \(\d+ characters\)", image["data"])
 
 
-def test_a_job_on_the_command_line_writes_its_files(desk: Desk) -> None:
-    finished = desk.run(option({"workflow": graphs.two_pictures(ORANGE, GREEN)}))
+def test_a_job_on_the_command_line_writes_its_files(local_run: LocalRun) -> None:
+    finished = local_run.run(option({"workflow": graphs.two_pictures(ORANGE, GREEN)}))
 
     assert finished.code == 0, finished
     assert [image["saved_as"] for image in finished.answer["images"]] == [
-        str(desk.outputs / "ComfyUI_00001_.png"),
-        str(desk.outputs / "sub" / "ComfyUI_00001_.png"),
+        str(local_run.outputs / "ComfyUI_00001_.png"),
+        str(local_run.outputs / "sub" / "ComfyUI_00001_.png"),
     ]
-    assert graphs.colors((desk.outputs / "ComfyUI_00001_.png").read_bytes()) == [ORANGE]
-    assert graphs.colors((desk.outputs / "sub" / "ComfyUI_00001_.png").read_bytes()) == [GREEN]
+    assert graphs.colors((local_run.outputs / "ComfyUI_00001_.png").read_bytes()) == [ORANGE]
+    assert graphs.colors((local_run.outputs / "sub" / "ComfyUI_00001_.png").read_bytes()) == [GREEN]
 
 
-def test_a_job_in_a_file_is_run_by_the_command(desk: Desk) -> None:
-    (desk.folder / "job.json").write_text(json.dumps({"input": {"workflow": graphs.picture(GREEN)}}))
+def test_the_command_runs_a_job_from_a_file(local_run: LocalRun) -> None:
+    (local_run.folder / "job.json").write_text(json.dumps({"input": {"workflow": graphs.picture(GREEN)}}))
     command = [sys.executable, "-m", "comfy_worker", "run", "--output-dir", "there", "job.json"]
-    environment = {**desk.environment, "PYTHONPATH": str(ROOT / "src")}
-    with Process(command, environment=environment, cwd=desk.folder) as process:
+    environment = {**local_run.environment, "PYTHONPATH": str(ROOT / "src")}
+    with Process(command, environment=environment, cwd=local_run.folder) as process:
         assert process.wait() == 0, process.output
     [image] = json.loads(process.stdout)["images"]
     assert image["saved_as"] == "there/ComfyUI_00001_.png"
-    assert graphs.colors((desk.folder / image["saved_as"]).read_bytes()) == [GREEN]
+    assert graphs.colors((local_run.folder / image["saved_as"]).read_bytes()) == [GREEN]
 
 
-def test_the_files_of_an_earlier_run_are_kept(desk: Desk) -> None:
-    (desk.outputs / "ComfyUI_00001_.png").parent.mkdir()
-    (desk.outputs / "ComfyUI_00001_.png").write_bytes(b"earlier")
-    finished = desk.run("--test_input", json.dumps({"input": {"workflow": graphs.picture(GREEN)}}))
+def test_files_of_earlier_runs_are_kept(local_run: LocalRun) -> None:
+    (local_run.outputs / "ComfyUI_00001_.png").parent.mkdir()
+    (local_run.outputs / "ComfyUI_00001_.png").write_bytes(b"earlier")
+    finished = local_run.run("--test_input", json.dumps({"input": {"workflow": graphs.picture(GREEN)}}))
 
     assert finished.code == 0, finished
-    assert (desk.outputs / "ComfyUI_00001_.png").read_bytes() == b"earlier"
-    assert graphs.colors((desk.outputs / "ComfyUI_00001_ (1).png").read_bytes()) == [GREEN]
+    assert (local_run.outputs / "ComfyUI_00001_.png").read_bytes() == b"earlier"
+    assert graphs.colors((local_run.outputs / "ComfyUI_00001_ (1).png").read_bytes()) == [GREEN]
 
 
 # --------------------------------------------------------------------------------------------------- progress
 
 
-def test_without_a_terminal_each_step_is_a_line(desk: Desk) -> None:
-    finished = desk.run(option({"workflow": graphs.work(0.05, steps=5)}))
+def test_steps_are_logged_without_a_terminal(local_run: LocalRun) -> None:
+    finished = local_run.run(option({"workflow": graphs.work(0.05, steps=5)}))
 
     lines = finished.stderr.splitlines()
     assert finished.code == 0, finished
@@ -152,12 +152,12 @@ def test_without_a_terminal_each_step_is_a_line(desk: Desk) -> None:
 
 
 @pytest.mark.parametrize("columns", [100, 0], ids=["wide", "of unknown size"])
-def test_on_a_terminal_a_bar_shows_the_per_cent(desk: Desk, columns: int) -> None:
+def test_a_terminal_shows_a_progress_bar(local_run: LocalRun, columns: int) -> None:
     outer, inner = pty.openpty()
     fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     arguments = option({"workflow": graphs.work(0.5, steps=10)})
     try:
-        process = start_handler(desk.environment, arguments, cwd=desk.folder, stderr=inner)
+        process = start_handler(local_run.environment, arguments, cwd=local_run.folder, stderr=inner)
     finally:
         os.close(inner)
     with process:
@@ -189,12 +189,12 @@ def read_terminal(outer: int) -> str:
 # ---------------------------------------------------------------------------------------------------- failure
 
 
-def test_a_job_that_fails_ends_with_1_and_its_error(desk: Desk) -> None:
-    finished = desk.run(option({"workflow": graphs.work(0.01, steps=1, fail_at=1)}))
+def test_a_failed_job_exits_with_1_and_its_error(local_run: LocalRun) -> None:
+    finished = local_run.run(option({"workflow": graphs.work(0.01, steps=1, fail_at=1)}))
 
     assert finished.code == 1
     assert finished.answer["error"].startswith("Workflow execution error: Node Type: TestWork, Node ID: 3, Message: ")
-    assert not desk.outputs.exists()
+    assert not local_run.outputs.exists()
 
 
 @pytest.mark.parametrize(
@@ -206,8 +206,8 @@ def test_a_job_that_fails_ends_with_1_and_its_error(desk: Desk) -> None:
         ([], r"test_input\.json cannot be read in the current folder: No such file or directory"),
     ],
 )
-def test_no_job_to_run_is_an_error_that_says_why(desk: Desk, arguments: list[str], sentence: str) -> None:
-    finished = desk.run(*arguments)
+def test_a_missing_job_is_an_error_with_a_reason(local_run: LocalRun, arguments: list[str], sentence: str) -> None:
+    finished = local_run.run(*arguments)
 
     assert finished.code == 1
     assert finished.answer["code"] == "invalid_input"
@@ -224,10 +224,8 @@ def test_no_job_to_run_is_an_error_that_says_why(desk: Desk, arguments: list[str
         ),
     ],
 )
-def test_a_wrong_setting_ends_with_2_before_anything_is_done(
-    desk: Desk, settings: dict[str, str], sentence: str
-) -> None:
-    finished = desk.run(option({"workflow": graphs.picture(ORANGE)}), settings=settings)
+def test_an_invalid_setting_exits_with_2_at_once(local_run: LocalRun, settings: dict[str, str], sentence: str) -> None:
+    finished = local_run.run(option({"workflow": graphs.picture(ORANGE)}), settings=settings)
 
     assert finished.code == 2
     assert finished.stdout == ""
@@ -238,24 +236,24 @@ def test_a_wrong_setting_ends_with_2_before_anything_is_done(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_job_leaves_comfyui_before_the_signal_ends_the_process(
-    desk: Desk, number: signal.Signals
+def test_an_interrupted_job_leaves_comfyui_before_the_process_exits(
+    local_run: LocalRun, number: signal.Signals
 ) -> None:
-    with start_handler(desk.environment, option({"workflow": graphs.work(60)}), cwd=desk.folder) as process:
-        desk.comfy.wait_until_running()
+    with start_handler(local_run.environment, option({"workflow": graphs.work(60)}), cwd=local_run.folder) as process:
+        local_run.comfy.wait_until_running()
         process.send_signal(number)
         assert process.wait() == -number
-    assert desk.comfy.queue() == []
+    assert local_run.comfy.queue() == []
     assert json.loads(process.stdout) == {"error": "The job was cancelled", "code": "cancelled"}
     assert_nothing_leaks(process.output)
 
 
-def test_who_interrupts_twice_waits_for_nothing(desk: Desk) -> None:
+def test_a_second_interrupt_exits_at_once(local_run: LocalRun) -> None:
     with Receiver("hang") as receiver:
-        settings = {**desk.environment, "RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS": "true"}
+        settings = {**local_run.environment, "RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS": "true"}
         arguments = option({"workflow": graphs.work(60), "webhook": {"url": receiver.url}})
-        with start_handler(settings, arguments, cwd=desk.folder) as process:
-            desk.comfy.wait_until_running()
+        with start_handler(settings, arguments, cwd=local_run.folder) as process:
+            local_run.comfy.wait_until_running()
             process.send_signal(signal.SIGINT)
             receiver.wait_for(1)
             process.send_signal(signal.SIGINT)

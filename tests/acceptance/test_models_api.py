@@ -44,7 +44,7 @@ def delete(gateway: GatewayProcess, path: str, headers: dict[str, str]) -> tuple
     return answer.status_code, answer.json()
 
 
-def test_a_folders_files_with_their_sizes_and_times(gateway: GatewayProcess, base: Path) -> None:
+def test_a_folder_lists_files_with_sizes_and_times(gateway: GatewayProcess, base: Path) -> None:
     file = put(base, "styles/ink.safetensors", b"x" * 1234)
     answer = gateway.get("/api/models/loras").json()
     shown = next(model for model in answer["models"] if model["name"] == "styles/ink.safetensors")
@@ -57,7 +57,7 @@ def test_a_folders_files_with_their_sizes_and_times(gateway: GatewayProcess, bas
     assert "styles/ink.safetensors" in gateway.get("/api/models").json()["loras"]
 
 
-def test_what_there_is_not_is_not_found(gateway: GatewayProcess) -> None:
+def test_missing_folders_and_files_are_404(gateway: GatewayProcess) -> None:
     for path in ("nothing", "nothing/x.safetensors", "loras/x.safetensors", "loras/..%2F..%2Finput"):
         answer = gateway.get(f"/api/models/{path}")
         assert (answer.status_code, answer.json()["code"]) == (404, "not_found"), path
@@ -76,7 +76,7 @@ def test_an_administrator_deletes_a_file(gateway: GatewayProcess, base: Path) ->
     assert gateway.get("/api/models/loras/old/a.safetensors").status_code == 404
 
 
-def test_nobody_else_does(gateway: GatewayProcess, base: Path) -> None:
+def test_nobody_else_can_delete_a_file(gateway: GatewayProcess, base: Path) -> None:
     file = put(base, "kept.safetensors")
     status, answer = delete(gateway, "loras/kept.safetensors", gateway.headers)
     assert (status, answer["code"]) == (403, "forbidden")
@@ -85,7 +85,7 @@ def test_nobody_else_does(gateway: GatewayProcess, base: Path) -> None:
     assert file.exists()
 
 
-def test_a_gateway_without_keys_deletes_nothing(base: Path, tmp_path: Path) -> None:
+def test_nothing_is_deleted_without_keys(base: Path, tmp_path: Path) -> None:
     file = put(base, "kept.safetensors")
     settings = {"API_KEYS": "", "COMFYUI_BASE_DIRECTORY": str(base)}
     with EmulatorServer(base_directory=base) as comfyui, gateway_process(comfyui.url, tmp_path, **settings) as gateway:
@@ -94,7 +94,7 @@ def test_a_gateway_without_keys_deletes_nothing(base: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("path", ["loras/../../input/x", "loras/%2e%2e/%2e%2e/input/x", "loras//etc/passwd", "../x"])
-def test_no_name_leads_out_of_its_folder(gateway: GatewayProcess, base: Path, path: str) -> None:
+def test_names_cannot_leave_their_folder(gateway: GatewayProcess, base: Path, path: str) -> None:
     (base / "input").mkdir(exist_ok=True)
     kept = base / "input" / "x"
     kept.write_bytes(b"x")
@@ -105,7 +105,7 @@ def test_no_name_leads_out_of_its_folder(gateway: GatewayProcess, base: Path, pa
     assert kept.exists()
 
 
-def test_links_are_left_alone(gateway: GatewayProcess, base: Path, tmp_path: Path) -> None:
+def test_symlinks_are_left_alone(gateway: GatewayProcess, base: Path, tmp_path: Path) -> None:
     target = tmp_path / "target.safetensors"
     target.write_bytes(b"weights")
     folder = base / "models" / "loras"
@@ -117,12 +117,12 @@ def test_links_are_left_alone(gateway: GatewayProcess, base: Path, tmp_path: Pat
     assert target.exists()
 
 
-def test_a_file_that_lies_elsewhere_is_not_deleted(gateway: GatewayProcess) -> None:
+def test_files_on_other_disks_are_not_deleted(gateway: GatewayProcess) -> None:
     status, answer = delete(gateway, f"checkpoints/{CLAIMED}", ADMIN)
     assert (status, answer["error"]) == (409, f"{CLAIMED} is not on a disk that the gateway can reach")
 
 
-def test_without_comfyuis_disk_nothing_is_deleted(base: Path, tmp_path: Path) -> None:
+def test_nothing_is_deleted_without_comfyuis_disk(base: Path, tmp_path: Path) -> None:
     file = put(base, "kept.safetensors")
     settings = {"API_ADMIN_KEYS": "an-administrators-key"}
     with EmulatorServer(base_directory=base) as comfyui, gateway_process(comfyui.url, tmp_path, **settings) as gateway:
@@ -131,7 +131,7 @@ def test_without_comfyuis_disk_nothing_is_deleted(base: Path, tmp_path: Path) ->
     assert "COMFYUI_BASE_DIRECTORY" in answer["hint"]
 
 
-def test_what_a_job_uses_is_kept_until_it_has_ended(gateway: GatewayProcess, base: Path) -> None:
+def test_files_in_use_are_kept_until_the_job_ends(gateway: GatewayProcess, base: Path) -> None:
     file = put(base, "used.safetensors")
     job_id = gateway.run({**work(600.0), "77": node("PreviewAny", source="used.safetensors")})
     status, answer = delete(gateway, "loras/used.safetensors", ADMIN)
@@ -141,7 +141,7 @@ def test_what_a_job_uses_is_kept_until_it_has_ended(gateway: GatewayProcess, bas
     assert not file.exists()
 
 
-def test_a_download_is_not_there_yet(gateway: GatewayProcess) -> None:
+def test_downloads_are_not_implemented(gateway: GatewayProcess) -> None:
     answer = gateway.post("/api/models", {"url": "https://example.com/x.safetensors"})
     assert (answer.status_code, answer.json()["error"]) == (501, "Downloading a model is not there yet")
     assert gateway.ended(gateway.run(picture((1, 2, 3))))["status"] == "COMPLETED"

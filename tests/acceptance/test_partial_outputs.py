@@ -64,7 +64,7 @@ def assert_is_red(url: str) -> None:
     assert colors(requests.get(url, timeout=TIMEOUT_S).content) == [RED]
 
 
-def assert_has_the_picture(output: Mapping[str, Any], code: str = "out_of_memory") -> None:
+def assert_has_the_image(output: Mapping[str, Any], code: str = "out_of_memory") -> None:
     assert (output["code"], output["partial"]) == (code, True)
     [image] = output["images"]
     assert (image["node_id"], image["type"]) == ("29", "base64")
@@ -75,15 +75,15 @@ def assert_has_the_picture(output: Mapping[str, Any], code: str = "out_of_memory
 # ------------------------------------------------------------------------------------------------ worker and desk
 
 
-def test_the_worker_posts_it_beside_the_error(comfy: ComfyUI) -> None:
+def test_the_worker_posts_partial_outputs_with_the_error(comfy: ComfyUI) -> None:
     with endpoint(comfy.url) as running:
         status = running.run(workflow=failing())
     assert status["status"] == "FAILED"
     assert status["error"].startswith(SENTENCE) and status["output"]["error"] == status["error"]
-    assert_has_the_picture(status["output"])
+    assert_has_the_image(status["output"])
 
 
-def test_a_desk_writes_its_files(comfy: ComfyUI, tmp_path: Path) -> None:
+def test_a_local_run_writes_its_files(comfy: ComfyUI, tmp_path: Path) -> None:
     environment = {"COMFYUI_URL": comfy.url, "OUTPUT_DIR": str(tmp_path)}
     with start_handler(environment, "--test_input", json.dumps({"input": {"workflow": failing()}})) as process:
         assert process.wait(60) == 1
@@ -101,12 +101,12 @@ def test_runpods_api(gateway: GatewayProcess, failed: str) -> None:
     for path in (f"/status/{failed}", f"/status-sync/{failed}"):
         status = gateway.get(path).json()
         assert status["error"].startswith(SENTENCE) and status["output"]["error"] == status["error"]
-        assert_has_the_picture(status["output"])
+        assert_has_the_image(status["output"])
     linked = gateway.get(f"/status/{failed}?files=url").json()["output"]
     assert linked["images"][0]["type"] == "url"
     assert_is_red(linked["images"][0]["data"])
     [*_, last] = gateway.get(f"/stream/{failed}").json()["stream"]
-    assert_has_the_picture(last["output"])
+    assert_has_the_image(last["output"])
 
 
 def test_the_generate_api(gateway: GatewayProcess, failed: str) -> None:
@@ -136,28 +136,28 @@ def test_the_task_api(gateway: GatewayProcess, failed: str) -> None:
 def test_the_catalog_api(gateway: GatewayProcess) -> None:
     execution = gateway.post(f"{CATALOG}/workflows/failing/execute", {}).json()["data"]["execution"]
     gateway.get(f"/events/execution-{execution['id']}")  # they end with the job
-    told = gateway.get(f"{CATALOG}/executions/{execution['id']}").json()
-    assert told["status"] == "error"
-    [image] = told["data"]["execution"]["outputs"]["images"]
+    body = gateway.get(f"{CATALOG}/executions/{execution['id']}").json()
+    assert body["status"] == "error"
+    [image] = body["data"]["execution"]["outputs"]["images"]
     assert_is_red(f"{gateway.url}{image['url']}")
 
 
 def test_a_webhook(gateway: GatewayProcess) -> None:
     with Receiver() as receiver:
         gateway.run(failing(), webhook=receiver.url)
-        [told] = receiver.wait_for(1)
-    assert told.body["error"].startswith(SENTENCE)
-    assert_has_the_picture(told.body["output"])
+        [message] = receiver.wait_for(1)
+    assert message.body["error"].startswith(SENTENCE)
+    assert_has_the_image(message.body["output"])
 
 
-def test_a_job_that_ran_too_long(gateway: GatewayProcess) -> None:
+def test_a_timed_out_job(gateway: GatewayProcess) -> None:
     job_id = gateway.run(failing(60, fail_at=0), policy={"executionTimeout": 5000})
     status = gateway.ended(job_id)
     assert (status["status"], status["error"]) == ("TIMED_OUT", "The job ran for longer than 5 seconds")
-    assert_has_the_picture(status["output"], "timed_out")
+    assert_has_the_image(status["output"], "timed_out")
 
 
-def test_a_retry_begins_with_nothing(gateway: GatewayProcess, comfy: ComfyUI) -> None:
+def test_a_retry_starts_without_partial_outputs(gateway: GatewayProcess, comfy: ComfyUI) -> None:
     in_front = gateway.run(work(60))
     job_id = gateway.run(failing(60, fail_at=0), policy={"executionTimeout": 5000})
     gateway.post(f"/cancel/{in_front}")

@@ -92,12 +92,12 @@ def test_one_runs_and_four_wait(
     runs: str,
     waits: str,
 ) -> None:
-    told = [ask(gateway, job_id) for job_id in jobs]
-    assert [state for state, _ in told] == [runs, *[waits] * 4]
-    assert [position for _, position in told[1:]] == WAITING
+    reported = [ask(gateway, job_id) for job_id in jobs]
+    assert [state for state, _ in reported] == [runs, *[waits] * 4]
+    assert [position for _, position in reported[1:]] == WAITING
 
 
-def test_the_counts_say_so_too(gateway: GatewayProcess, jobs: list[str]) -> None:
+def test_the_counts_agree(gateway: GatewayProcess, jobs: list[str]) -> None:
     queue = gateway.get("/api/queue").json()
     assert (len(queue["running"]), len(queue["pending"])) == (1, 4)
     health = gateway.get("/health").json()
@@ -113,7 +113,7 @@ def test_the_counts_say_so_too(gateway: GatewayProcess, jobs: list[str]) -> None
     assert [gateway.get(f"/result/{job_id}").json()["status"] for job_id in jobs] == ["generating", *["queued"] * 4]
 
 
-def test_a_stream_says_where_its_job_waits(gateway: GatewayProcess, jobs: list[str]) -> None:
+def test_a_stream_reports_its_jobs_position(gateway: GatewayProcess, jobs: list[str]) -> None:
     body = {"input": {"workflow_json": work(0.1)}}
     url = f"{gateway.url}/generate/stream"
     with requests.post(url, json=body, headers=gateway.headers, stream=True, timeout=TIMEOUT_S) as stream:
@@ -125,7 +125,7 @@ def test_a_stream_says_where_its_job_waits(gateway: GatewayProcess, jobs: list[s
         gateway.post(f"/cancel/{event['request_id']}")
 
 
-def test_a_purge_removes_all_that_comfyui_does_not_run(gateway: GatewayProcess, jobs: list[str]) -> None:
+def test_a_purge_removes_every_job_that_does_not_run(gateway: GatewayProcess, jobs: list[str]) -> None:
     assert gateway.post("/purge-queue").json()["removed"] == 4
     assert in_queue(gateway) == jobs[:1]
     assert [gateway.get(f"/status/{job_id}").json()["status"] for job_id in jobs[1:]] == ["CANCELLED"] * 4

@@ -101,7 +101,7 @@ def text(value: str) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------ size
 
 
-def test_outputs_that_do_not_fit_fail_the_job_and_say_what_to_do(plain: Endpoint) -> None:
+def test_oversized_outputs_fail_the_job_with_advice(plain: Endpoint) -> None:
     status = ask(plain, large_picture())
 
     assert status["status"] == "FAILED"
@@ -110,14 +110,14 @@ def test_outputs_that_do_not_fit_fail_the_job_and_say_what_to_do(plain: Endpoint
     assert "BUCKET_ENDPOINT_URL" in status["output"]["hint"]
 
 
-def test_runsync_takes_more_than_run(plain: Endpoint) -> None:
+def test_runsync_allows_larger_outputs_than_run(plain: Endpoint) -> None:
     status = ask(plain, large_picture(), sync=True)
 
     assert status["status"] == "COMPLETED"
     assert status["output"]["images"][0]["type"] == "base64"
 
 
-def test_a_part_of_the_outputs_is_no_result(plain: Endpoint) -> None:
+def test_partial_outputs_are_not_returned_as_a_result(plain: Endpoint) -> None:
     status = ask(plain, small_and_large())
 
     assert status["status"] == "FAILED"
@@ -125,7 +125,7 @@ def test_a_part_of_the_outputs_is_no_result(plain: Endpoint) -> None:
     assert "images" not in status["output"]
 
 
-def test_what_does_not_fit_goes_to_the_bucket(with_bucket: Endpoint, s3: S3Server, bucket: str) -> None:
+def test_oversized_outputs_go_to_the_bucket(with_bucket: Endpoint, s3: S3Server, bucket: str) -> None:
     status = ask(with_bucket, small_and_large(delivery={"type": "auto"}))
 
     assert status["status"] == "COMPLETED"
@@ -138,14 +138,14 @@ def test_what_does_not_fit_goes_to_the_bucket(with_bucket: Endpoint, s3: S3Serve
     assert not [key for key in keys if "warmup" in key], "nobody wants the outputs of a warm-up"
 
 
-def test_base64_that_does_not_fit_goes_to_the_bucket_too(with_bucket: Endpoint) -> None:
+def test_oversized_base64_goes_to_the_bucket_too(with_bucket: Endpoint) -> None:
     status = ask(with_bucket, large_picture(delivery={"type": "base64"}))
 
     assert status["status"] == "COMPLETED"
     assert [image["type"] for image in status["output"]["images"]] == ["s3_url"]
 
 
-def test_texts_that_do_not_fit_fail_the_job(plain: Endpoint) -> None:
+def test_oversized_texts_fail_the_job(plain: Endpoint) -> None:
     status = ask(plain, text("a" * 100_000))
 
     assert status["status"] == "FAILED"
@@ -155,7 +155,7 @@ def test_texts_that_do_not_fit_fail_the_job(plain: Endpoint) -> None:
     assert ask(plain, text("a" * 100_000), sync=True)["status"] == "COMPLETED"
 
 
-def test_other_alphabets_count_as_they_are_sent(plain: Endpoint) -> None:
+def test_non_ascii_text_counts_as_encoded(plain: Endpoint) -> None:
     value = "語" * 25_000  # 75 kB as sent, 150 kB escaped
     status = ask(plain, text(value))
 
@@ -163,7 +163,7 @@ def test_other_alphabets_count_as_they_are_sent(plain: Endpoint) -> None:
     assert [item["text"] for item in status["output"]["texts"]] == [value]
 
 
-def test_a_failure_that_does_not_fit_is_still_a_failure(plain: Endpoint) -> None:
+def test_an_oversized_error_still_fails_the_job(plain: Endpoint) -> None:
     workflow = graphs.picture((1, 2, 3))
     workflow["1"]["inputs"]["width"] = "wide" * 50_000
     status = ask(plain, {"workflow": workflow})
@@ -176,7 +176,7 @@ def test_a_failure_that_does_not_fit_is_still_a_failure(plain: Endpoint) -> None
 # ------------------------------------------------------------------------------------------------------ JSON
 
 
-def test_a_text_that_is_no_unicode_is_mended(plain: Endpoint) -> None:
+def test_invalid_unicode_is_replaced(plain: Endpoint) -> None:
     status = ask(plain, text("left \ud800 right"))
 
     assert status["status"] == "COMPLETED"
@@ -184,7 +184,7 @@ def test_a_text_that_is_no_unicode_is_mended(plain: Endpoint) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), "\udfff", "\x00", 10**400])
-def test_a_value_that_json_lacks_ends_the_job(plain: Endpoint, value: Any) -> None:
+def test_values_outside_json_fail_the_job(plain: Endpoint, value: Any) -> None:
     workflow = graphs.picture((1, 2, 3))
     workflow["1"]["inputs"]["width"] = value
 
@@ -193,7 +193,7 @@ def test_a_value_that_json_lacks_ends_the_job(plain: Endpoint, value: Any) -> No
 
 
 @pytest.mark.parametrize("depth", [50, 200, 400, 900])
-def test_a_value_that_is_nested_deeply_ends_the_job(plain: Endpoint, depth: int) -> None:
+def test_deeply_nested_values_fail_the_job(plain: Endpoint, depth: int) -> None:
     workflow = graphs.picture((1, 2, 3))
     workflow["1"]["inputs"]["width"] = json.loads("[" * depth + "]" * depth)
 
@@ -201,7 +201,7 @@ def test_a_value_that_is_nested_deeply_ends_the_job(plain: Endpoint, depth: int)
     assert ask(plain, {"workflow": graphs.picture((1, 2, 3))})["status"] == "COMPLETED"
 
 
-def test_what_stands_beside_the_input_cannot_end_the_worker(plain: Endpoint) -> None:
+def test_fields_beside_input_cannot_stop_the_worker(plain: Endpoint) -> None:
     platform = plain.platform
     request = {"input": {"workflow": graphs.picture((1, 2, 3))}, "self": 1, "webhook": [], "policy": {}, "kwargs": {}}
     headers = {"Authorization": f"Bearer {CLIENT_KEY}"}
@@ -213,7 +213,7 @@ def test_what_stands_beside_the_input_cannot_end_the_worker(plain: Endpoint) -> 
 
 
 @pytest.mark.parametrize("bug", [SystemExit(3), asyncio.CancelledError(), RecursionError(), ValueError("/home/x.py")])
-def test_whatever_is_raised_in_a_job_becomes_an_answer(comfy: ComfyUI, bug: BaseException) -> None:
+def test_every_exception_in_a_job_becomes_a_response(comfy: ComfyUI, bug: BaseException) -> None:
     def raise_it(_event: JobEvent) -> None:
         raise bug
 

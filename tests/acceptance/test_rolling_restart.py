@@ -1,6 +1,6 @@
 """Gateways and workers are restarted in turn while clients are at work: no request fails, every job ends once.
 
-Live events go on at another gateway: none is told twice, and no change of state is missed.
+Live events continue at another gateway: none is sent twice, and no status change is missed.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Client:
 class Listener(Client):
     """Submits one job after the other and listens to each until it has ended: at one gateway, or at several in turn.
 
-    A stream that ends before the job does is taken up with the number of the last event that was heard.
+    A stream that ends before the job does is resumed from the number of the last event received.
 
     Attributes:
         resumed: how many streams it took up.
@@ -84,17 +84,17 @@ class Listener(Client):
 
     def _follow(self, job_id: str) -> None:
         self.jobs[job_id] = "IN_QUEUE"
-        number, told = 0, list[str]()
-        while not told or told[-1] not in ENDS:
+        number, statuses = 0, list[str]()
+        while not statuses or statuses[-1] not in ENDS:
             before = number
             for event in self._listen(job_id, before):
-                assert int(event["id"]) > number, "an event was told twice"
+                assert int(event["id"]) > number, "an event was sent twice"
                 number = int(event["id"])
                 if event["event"] == "status":
-                    told.append(json.loads(event["data"])["status"])
-            self.resumed += not told or told[-1] not in ENDS
-        assert told == ["IN_QUEUE", "IN_PROGRESS", "COMPLETED"]
-        self.jobs[job_id] = told[-1]
+                    statuses.append(json.loads(event["data"])["status"])
+            self.resumed += not statuses or statuses[-1] not in ENDS
+        assert statuses == ["IN_QUEUE", "IN_PROGRESS", "COMPLETED"]
+        self.jobs[job_id] = statuses[-1]
 
     def _listen(self, job_id: str, after: int) -> Iterator[dict[str, str]]:
         """Yield the events of one stream; one that is broken off, and not ended, raises an exception."""
@@ -109,7 +109,7 @@ class Listener(Client):
                     event[name] = value
 
 
-def test_a_rolling_restart_is_seen_by_nobody(tmp_path: Path) -> None:
+def test_a_rolling_restart_is_invisible_to_clients(tmp_path: Path) -> None:
     with postgres() as database, redis_server() as redis, ExitStack() as stack:
         off = {f"RATE_LIMIT_{name}": "off" for name in ("RUN", "STATUS")}
         # One job at a time: none is prepared behind the one that runs all the while.
@@ -141,13 +141,13 @@ def test_a_rolling_restart_is_seen_by_nobody(tmp_path: Path) -> None:
 def listening(listener: Listener, gate: Gate) -> Iterator[Listener]:
     """Let a client listen during the block to a job that runs all the while, and after it until the job has ended."""
     with ThreadPoolExecutor(1) as thread:
-        heard = thread.submit(listener.run, gate.graph())
+        followed = thread.submit(listener.run, gate.graph())
         try:
             gate.wait_until_run()
             yield listener
         finally:
             gate.open()
-        heard.result(TIMEOUT_S)
+        followed.result(TIMEOUT_S)
 
 
 @contextmanager
@@ -171,9 +171,9 @@ def at_work(clients: list[Client]) -> Iterator[Callable[[], None]]:
             return has_met_something or (all(sent > 1 for sent, _ in grown) and any(jobs for _, jobs in grown))
 
         wait_until(is_more, TIMEOUT_S)
-        raise_what_they_met()
+        raise_errors()
 
-    def raise_what_they_met() -> None:
+    def raise_errors() -> None:
         for client in working:
             if client.done():
                 client.result()
@@ -184,7 +184,7 @@ def at_work(clients: list[Client]) -> Iterator[Callable[[], None]]:
             yield wait_for_more
         finally:
             end.set()
-    raise_what_they_met()
+    raise_errors()
 
 
 def ends(site: RunningFleet) -> Counter[tuple[str, str]]:

@@ -93,14 +93,14 @@ def gateway(
     # Nothing listens at its COMFYUI_URL, and nothing is to.
     with gateway_process("http://127.0.0.1:9", tmp_path_factory.mktemp("data"), **own) as running:
         yield running
-        assert CLIENT_KEY not in running.process.output, "whoever reads the log could use the endpoint"
+        assert CLIENT_KEY not in running.process.output, "a reader of the log could use the endpoint"
 
 
 def post(gateway: GatewayProcess, path: str, body: dict[str, Any]) -> dict[str, Any]:
     answer = gateway.post(path, body)
     assert answer.status_code in (200, 202), answer.text
-    told: dict[str, Any] = answer.json()
-    return told
+    result: dict[str, Any] = answer.json()
+    return result
 
 
 def color_at(link: str) -> list[graphs.Color]:
@@ -110,10 +110,10 @@ def color_at(link: str) -> list[graphs.Color]:
     return graphs.colors(answer.content)
 
 
-# -------------------------------------------------------------------------------------------- RunPod's door
+# --------------------------------------------------------------------------------------------- RunPod's API
 
 
-def test_runsync_answers_with_the_picture(gateway: GatewayProcess) -> None:
+def test_runsync_returns_the_image(gateway: GatewayProcess) -> None:
     status = post(gateway, "/runsync", {"input": {"workflow": graphs.picture(GREEN)}})
 
     assert status["status"] == "COMPLETED"
@@ -124,13 +124,13 @@ def test_runsync_answers_with_the_picture(gateway: GatewayProcess) -> None:
     assert status["executionTime"] >= 0
 
 
-def test_the_events_of_a_job_tell_its_progress(gateway: GatewayProcess) -> None:
+def test_a_jobs_events_report_its_progress(gateway: GatewayProcess) -> None:
     job_id = gateway.run(graphs.work(3.0, steps=30))
     lines = gateway.get(f"/events/{job_id}").text.splitlines()
-    told = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
+    events = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
 
-    assert [data["status"] for data in told if "status" in data][-2:] == ["IN_PROGRESS", "COMPLETED"]
-    progress = [data for data in told if data.get("stage") == "running"]
+    assert [data["status"] for data in events if "status" in data][-2:] == ["IN_PROGRESS", "COMPLETED"]
+    progress = [data for data in events if data.get("stage") == "running"]
     at_work = [data for data in progress if data.get("node", {}).get("id") == "3"]
     assert {data["steps"] for data in at_work if "steps" in data} == {30}
     assert len(at_work) > 1
@@ -148,7 +148,7 @@ def test_a_cancelled_job_leaves_the_gpu(gateway: GatewayProcess, platform: Platf
     assert gateway.get(f"/status/{job_id}").json()["status"] == "CANCELLED"
 
 
-def test_a_failing_job_says_why_and_can_be_retried(gateway: GatewayProcess) -> None:
+def test_a_failed_job_reports_its_error_and_can_be_retried(gateway: GatewayProcess) -> None:
     job_id = gateway.run(graphs.missing_model("model.safetensors"))
     status = gateway.ended(job_id)
 
@@ -168,17 +168,17 @@ def test_the_health_counts_runpods_workers(gateway: GatewayProcess) -> None:
     assert 'comfy_backend_up{backend="' in gateway.get("/metrics").text
 
 
-# ------------------------------------------------------------------------------------------ the other doors
+# ------------------------------------------------------------------------------------------- the other APIs
 
 
-def test_the_generate_door(gateway: GatewayProcess) -> None:
+def test_the_generate_api(gateway: GatewayProcess) -> None:
     result = post(gateway, "/generate/sync?timeout=60", {"input": {"workflow_json": graphs.picture(GREEN)}})
 
     [link] = [item["url"] for item in result["output"] if item["output_type"] == "images"]
     assert color_at(link) == [GREEN]
 
 
-def test_the_workflow_door(gateway: GatewayProcess) -> None:
+def test_the_workflow_api(gateway: GatewayProcess) -> None:
     prompt_id = post(gateway, "/api/workflow/submit", {"workflow": {"prompt": graphs.picture(GREEN)}})["prompt_id"]
     gateway.ended(prompt_id)
 
@@ -189,7 +189,7 @@ def test_the_workflow_door(gateway: GatewayProcess) -> None:
     assert "no ComfyUI beside it" in refused.json()["error"]
 
 
-def test_the_task_door(gateway: GatewayProcess) -> None:
+def test_the_task_api(gateway: GatewayProcess) -> None:
     body = {"task_type": "comfyui", "params": {"workflow": graphs.picture(GREEN)}, "priority": "low"}
     task_id = post(gateway, "/task", body)["task_id"]
     gateway.ended(task_id)
@@ -198,7 +198,7 @@ def test_the_task_door(gateway: GatewayProcess) -> None:
     assert color_at(link) == [GREEN]
 
 
-def test_the_catalog_door_and_a_template(gateway: GatewayProcess) -> None:
+def test_the_catalog_api_and_a_template(gateway: GatewayProcess) -> None:
     execution = post(gateway, "/api/v1/comfyui/workflows/green/execute", {"inputs": {}})["data"]["execution"]["id"]
     gateway.ended(f"execution-{execution}")
 
@@ -211,7 +211,7 @@ def test_the_catalog_door_and_a_template(gateway: GatewayProcess) -> None:
 # -------------------------------------------------------------------------------------------------- mishaps
 
 
-def test_jobs_outlast_a_platform_that_is_away(gateway: GatewayProcess, platform: Platform, comfy: ComfyUI) -> None:
+def test_jobs_survive_a_platform_outage(gateway: GatewayProcess, platform: Platform, comfy: ComfyUI) -> None:
     before = len(platform.state.jobs)
     running = gateway.run(graphs.work(2.0, steps=4))
     comfy.wait_until_running()
@@ -227,9 +227,7 @@ def test_jobs_outlast_a_platform_that_is_away(gateway: GatewayProcess, platform:
 
 
 @pytest.mark.parametrize(("mischief", "runs"), [(429, 1), (503, 1), ("cut", 1), ("lost", 2)])
-def test_a_submission_that_is_not_answered_well_is_repeated(
-    gateway: GatewayProcess, platform: Platform, mischief: Any, runs: int
-) -> None:
+def test_a_failed_submission_is_repeated(gateway: GatewayProcess, platform: Platform, mischief: Any, runs: int) -> None:
     before = len(platform.state.jobs)
     platform.inject_fault("run", mischief, times=1)
     job_id = gateway.run(graphs.picture(GREEN))
@@ -240,7 +238,7 @@ def test_a_submission_that_is_not_answered_well_is_repeated(
     platform.wait_until(lambda: platform.state.count("IN_PROGRESS") == 0, "an idle endpoint")
 
 
-def test_a_job_whose_worker_is_killed_is_run_by_another(
+def test_another_worker_runs_a_killed_workers_job(
     gateway: GatewayProcess, platform: Platform, workers: Workers, comfy: ComfyUI
 ) -> None:
     job_id = gateway.run(graphs.work(1.5, steps=3))
@@ -256,7 +254,7 @@ def test_a_job_whose_worker_is_killed_is_run_by_another(
     assert gateway.get("/health").json()["jobs"]["retried"] >= 1
 
 
-def test_a_gateway_that_is_killed_goes_on_with_its_jobs(
+def test_a_killed_gateway_resumes_its_jobs(
     platform: Platform, workers: Workers, comfy: ComfyUI, tmp_path: Path
 ) -> None:
     before = len(platform.state.jobs)
@@ -310,8 +308,8 @@ def test_runpod_calls_back_at_the_end(platform: Platform, workers: Workers, tmp_
     assert requests.post(call, json=platform.status(sent.id), timeout=TIMEOUT_S).status_code == 200
 
     def status() -> str:
-        told: str = requests.get(f"{gateway.url}/status/{job_id}", headers=headers, timeout=TIMEOUT_S).json()["status"]
-        return told
+        state: str = requests.get(f"{gateway.url}/status/{job_id}", headers=headers, timeout=TIMEOUT_S).json()["status"]
+        return state
 
     wait_until(lambda: status() == "COMPLETED", timeout_s=5.0)
     gateway.stop()

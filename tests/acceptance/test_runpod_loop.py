@@ -50,7 +50,7 @@ def content_of(image: Mapping[str, Any]) -> bytes:
 # ---------------------------------------------------------------------------------------------------- success
 
 
-def test_a_picture_comes_back_in_the_shape_of_the_specification(plain: Endpoint) -> None:
+def test_an_image_is_returned_in_the_specified_form(plain: Endpoint) -> None:
     status = plain.run(workflow=graphs.picture(ORANGE), comfy_org_api_key=JOB_SECRET)
 
     assert status["status"] == "COMPLETED"
@@ -66,7 +66,7 @@ def test_a_picture_comes_back_in_the_shape_of_the_specification(plain: Endpoint)
     assert "errors" not in status["output"]
 
 
-def test_two_outputs_of_the_same_name_both_come_back(plain: Endpoint) -> None:
+def test_two_outputs_with_the_same_name_are_both_returned(plain: Endpoint) -> None:
     images = plain.run(workflow=graphs.two_pictures(ORANGE, GREEN))["output"]["images"]
 
     assert [(image["node_id"], image["subfolder"], image["filename"]) for image in images] == [
@@ -86,7 +86,7 @@ def test_an_input_image_reaches_the_node_that_loads_it(plain: Endpoint, encode: 
     assert "errors" not in status["output"]
 
 
-def test_the_same_job_twice_makes_its_picture_twice(plain: Endpoint) -> None:
+def test_a_repeated_job_produces_its_image_again(plain: Endpoint) -> None:
     first, second = (plain.run(workflow=graphs.picture(GREEN, "twice")) for _ in range(2))
 
     assert first["output"]["prompt_id"] != second["output"]["prompt_id"]
@@ -113,7 +113,7 @@ def test_the_real_client_gets_the_output(plain: Endpoint, monkeypatch: pytest.Mo
 # ---------------------------------------------------------------------------------------------------- failure
 
 
-def test_a_node_that_fails_fails_the_job_with_its_own_words(plain: Endpoint) -> None:
+def test_a_failing_node_fails_the_job_with_its_message(plain: Endpoint) -> None:
     status = plain.run(workflow=graphs.work(0.01, steps=2, fail_at=1))
 
     assert status["status"] == "FAILED"
@@ -125,7 +125,7 @@ def test_a_node_that_fails_fails_the_job_with_its_own_words(plain: Endpoint) -> 
     assert status["output"]["code"] == "out_of_memory"
 
 
-def test_a_model_that_is_not_there_is_named(plain: Endpoint) -> None:
+def test_a_missing_model_is_named(plain: Endpoint) -> None:
     status = plain.run(workflow=graphs.missing_model("model.safetensors"))
 
     assert status["status"] == "FAILED"
@@ -141,7 +141,7 @@ def test_a_model_that_is_not_there_is_named(plain: Endpoint) -> None:
         ({}, "Missing 'workflow' parameter"),
     ],
 )
-def test_a_bad_input_fails_with_a_sentence_and_sends_nothing(
+def test_an_invalid_input_fails_before_anything_is_sent(
     plain: Endpoint, comfy: ComfyUI, job_input: dict[str, Any], sentence: str
 ) -> None:
     status = plain.run(**job_input)
@@ -153,9 +153,9 @@ def test_a_bad_input_fails_with_a_sentence_and_sends_nothing(
 
 
 @pytest.mark.parametrize(("answer", "why"), [(413, "it is larger than ComfyUI takes"), (500, "ComfyUI answered 500")])
-def test_an_upload_that_comfyui_refuses_fails_the_job(plain: Endpoint, comfy: ComfyUI, answer: int, why: str) -> None:
+def test_a_rejected_upload_fails_the_job(plain: Endpoint, comfy: ComfyUI, answer: int, why: str) -> None:
     if not comfy.is_emulator:
-        pytest.skip("only the emulator can be told to refuse")
+        pytest.skip("only the emulator can reject an upload")
     images = [{"name": "a.png", "image": graphs.data_uri(graphs.png(GREEN))}]
     with comfy.faults(answer_status=[{"method": "POST", "path": "/upload/image", "status": answer, "times": None}]):
         status = plain.run(workflow=graphs.inverted("a.png"), images=images)
@@ -164,7 +164,7 @@ def test_an_upload_that_comfyui_refuses_fails_the_job(plain: Endpoint, comfy: Co
     assert status["error"] == f"Failed to upload one or more input images: a.png: {why}"
 
 
-def test_a_comfyui_that_is_not_there_is_named() -> None:
+def test_an_unreachable_comfyui_is_named() -> None:
     with emulator() as doomed, endpoint(doomed.url, {"COMFYUI_READY_TIMEOUT_S": "1"}) as lost:
         assert doomed.process is not None
         doomed.process.kill()
@@ -195,7 +195,7 @@ def test_a_cancelled_job_leaves_comfyui_and_the_next_one_runs(plain: Endpoint, c
 # --------------------------------------------------------------------------------------------------------- S3
 
 
-def test_with_a_bucket_the_output_is_a_url(comfy: ComfyUI, s3: S3Server) -> None:
+def test_outputs_are_urls_with_a_bucket(comfy: ComfyUI, s3: S3Server) -> None:
     bucket = s3.create_bucket()
     settings = {
         "BUCKET_ENDPOINT_URL": f"{s3.url}/{bucket}",

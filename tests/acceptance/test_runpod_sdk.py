@@ -53,13 +53,13 @@ def shown(status: dict[str, Any]) -> list[tuple[int, int, int]]:
     return colors(base64.b64decode(image["data"]))
 
 
-def test_run_sync_returns_the_picture(sdk: RunpodSdk) -> None:
+def test_run_sync_returns_the_image(sdk: RunpodSdk) -> None:
     result = sdk("runSync", job(picture(RED)))
     assert (result["status"], result["completed"], result["succeeded"]) == ("COMPLETED", True, True)
     assert shown(result) == [RED]
 
 
-def test_run_sync_over_a_job_longer_than_its_wait_gets_the_picture(sdk: RunpodSdk, gateway: GatewayProcess) -> None:
+def test_run_sync_returns_the_image_of_a_job_that_outlasts_its_wait(sdk: RunpodSdk, gateway: GatewayProcess) -> None:
     """It waits 5 s in `/runsync`, and asks `/status-sync` then; until it has, another job keeps this one waiting."""
     in_front = gateway.run(work(60))
     with sdk.calling("runSync", job(picture(RED)), 5000) as call:
@@ -70,7 +70,7 @@ def test_run_sync_over_a_job_longer_than_its_wait_gets_the_picture(sdk: RunpodSd
     assert shown(result) == [RED]
 
 
-def test_run_is_followed_by_status_and_status_sync(sdk: RunpodSdk, gateway: GatewayProcess) -> None:
+def test_status_and_status_sync_follow_run(sdk: RunpodSdk, gateway: GatewayProcess) -> None:
     in_front = gateway.run(work(60))
     job_id = run(sdk, picture(RED))
     assert sdk("status", job_id, PATIENTLY_MS)["completed"] is False
@@ -83,7 +83,7 @@ def test_run_is_followed_by_status_and_status_sync(sdk: RunpodSdk, gateway: Gate
     assert shown(sdk("status", job_id, PATIENTLY_MS)) == [RED]
 
 
-def test_a_failed_job_shows_the_sentence_in_its_output_too(sdk: RunpodSdk) -> None:
+def test_a_failed_job_has_the_error_in_its_output_too(sdk: RunpodSdk) -> None:
     result = sdk("runSync", job(work(0.1, fail_at=1)))
     assert (result["status"], result["completed"], result["succeeded"]) == ("FAILED", True, False)
     assert result["error"].startswith("Workflow execution error")
@@ -91,14 +91,14 @@ def test_a_failed_job_shows_the_sentence_in_its_output_too(sdk: RunpodSdk) -> No
 
 
 def test_a_stream_ends_with_the_output(sdk: RunpodSdk) -> None:
-    told = [chunk["output"] for chunk in sdk("stream", run(sdk, work(0.5, steps=5)))]
-    assert [chunk for chunk in told if "images" in chunk] == told[-1:]
-    assert any(chunk.get("stage") == "running" for chunk in told)
+    chunks = [chunk["output"] for chunk in sdk("stream", run(sdk, work(0.5, steps=5)))]
+    assert [chunk for chunk in chunks if "images" in chunk] == chunks[-1:]
+    assert any(chunk.get("stage") == "running" for chunk in chunks)
 
 
-def test_a_stream_of_a_failed_job_ends_with_the_sentence(sdk: RunpodSdk) -> None:
-    told = [chunk["output"] for chunk in sdk("stream", run(sdk, work(0.1, fail_at=1)))]
-    assert told[-1]["error"].startswith("Workflow execution error")
+def test_a_stream_of_a_failed_job_ends_with_the_error(sdk: RunpodSdk) -> None:
+    chunks = [chunk["output"] for chunk in sdk("stream", run(sdk, work(0.1, fail_at=1)))]
+    assert chunks[-1]["error"].startswith("Workflow execution error")
 
 
 def test_a_job_is_cancelled(sdk: RunpodSdk, comfy: ComfyUI) -> None:
@@ -110,7 +110,7 @@ def test_a_job_is_cancelled(sdk: RunpodSdk, comfy: ComfyUI) -> None:
     assert (status["status"], status["completed"], status["succeeded"]) == ("CANCELLED", True, False)
 
 
-def test_health_and_purge_count_what_there_is(sdk: RunpodSdk, comfy: ComfyUI, gateway: GatewayProcess) -> None:
+def test_health_and_purge_count_jobs(sdk: RunpodSdk, comfy: ComfyUI, gateway: GatewayProcess) -> None:
     running = run(sdk, work(60))
     comfy.wait_until_running()
     waiting = [run(sdk, work(60)) for _ in range(3)]
@@ -128,22 +128,22 @@ def test_health_and_purge_count_what_there_is(sdk: RunpodSdk, comfy: ComfyUI, ga
 
 
 @pytest.mark.parametrize("name", ["webhook", "webhookV2"])
-def test_both_webhooks_of_its_types_are_told_of_the_end(sdk: RunpodSdk, name: str) -> None:
+def test_both_webhook_fields_are_supported(sdk: RunpodSdk, name: str) -> None:
     with Receiver() as receiver:
         job_id = run(sdk, picture(RED), **{name: receiver.url}, policy={"executionTimeout": 60_000})
-        [told] = receiver.wait_for(1)
-    assert (told.body["id"], told.body["status"]) == (job_id, "COMPLETED")
-    assert shown(told.body) == [RED]
+        [message] = receiver.wait_for(1)
+    assert (message.body["id"], message.body["status"]) == (job_id, "COMPLETED")
+    assert shown(message.body) == [RED]
 
 
-def test_of_two_webhooks_the_elder_is_told(sdk: RunpodSdk) -> None:
+def test_the_older_of_two_webhook_fields_wins(sdk: RunpodSdk) -> None:
     with Receiver() as receiver:
         job_id = run(sdk, picture(RED), webhook=receiver.url, webhookV2="http://127.0.0.1:1/never")
-        [told] = receiver.wait_for(1)
-    assert told.body["id"] == job_id
+        [message] = receiver.wait_for(1)
+    assert message.body["id"] == job_id
 
 
-def test_a_wrong_key_and_a_job_that_is_not_there_raise(gateway: GatewayProcess, sdk: RunpodSdk) -> None:
+def test_a_wrong_key_and_a_missing_job_raise(gateway: GatewayProcess, sdk: RunpodSdk) -> None:
     with pytest.raises(Raised) as wrong_key:
         RunpodSdk(f"{gateway.url}/v2", "wrong")("health", PATIENTLY_MS)
     with pytest.raises(Raised) as no_job:

@@ -1,4 +1,4 @@
-"""A worker ends when it is told to, and no job is lost with it: real processes, real signals."""
+"""A worker stops on a signal, and no job is lost with it: real processes, real signals."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.support.runpod.platform import Platform
 pytestmark = pytest.mark.usefixtures("whole_programs")
 
 HELD_S = 300.0
-"""Polls are held longer than any test may take: whoever waits for one to end is found out."""
+"""Polls are held longer than any test may take, which exposes code that waits for one to end."""
 PICTURE = {"workflow": graphs.picture((1, 2, 3))}
 SIGNALS = [signal.SIGTERM, signal.SIGINT]
 
@@ -59,7 +59,7 @@ def working(seconds: float) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_an_idle_worker_ends_at_once_and_leaves_the_next_job_in_the_queue(
+def test_an_idle_worker_stops_at_once_and_leaves_the_next_job_queued(
     platform: Platform, comfy: ComfyUI, number: signal.Signals
 ) -> None:
     with worker(platform, comfy.url) as process:
@@ -74,7 +74,7 @@ def test_an_idle_worker_ends_at_once_and_leaves_the_next_job_in_the_queue(
     assert platform.state.polling["worker-1"] == 0
 
 
-def test_a_job_that_comes_while_an_idle_worker_ends_is_run_or_left_in_the_queue(comfy: ComfyUI) -> None:
+def test_a_job_submitted_during_shutdown_runs_or_stays_queued(comfy: ComfyUI) -> None:
     """Submitted within 3 ms of the signal, many times over."""
     moments = random.Random(20)
     with Platform(take_hold_s=HELD_S, stop_hold_s=HELD_S) as platform, ThreadPoolExecutor(4) as threads:
@@ -116,7 +116,7 @@ def end_while_a_job_comes(platform: Platform, comfy: ComfyUI, worker_id: str, se
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_busy_worker_ends_after_its_job(platform: Platform, comfy: ComfyUI, number: signal.Signals) -> None:
+def test_a_busy_worker_stops_after_its_job(platform: Platform, comfy: ComfyUI, number: signal.Signals) -> None:
     with worker(platform, comfy.url) as process:
         running = platform.submit(working(1.0))
         comfy.wait_until_running()
@@ -129,7 +129,7 @@ def test_a_busy_worker_ends_after_its_job(platform: Platform, comfy: ComfyUI, nu
     assert len(platform.job(running).results) == 1
 
 
-def test_a_job_that_was_taken_ahead_is_finished_too(platform: Platform, comfy: ComfyUI) -> None:
+def test_a_prefetched_job_is_finished_too(platform: Platform, comfy: ComfyUI) -> None:
     with worker(platform, comfy.url, settings={"WORKER_PREFETCH": "eager"}) as process:
         running, ahead, behind = (platform.submit(working(0.7)) for _ in range(3))
         platform.wait_for_state(ahead, "IN_PROGRESS")
@@ -150,7 +150,7 @@ def test_more_signals_change_nothing(platform: Platform, comfy: ComfyUI) -> None
     assert states(platform, running) == ["COMPLETED"]
 
 
-def test_a_job_can_still_be_cancelled_while_its_worker_ends(platform: Platform, comfy: ComfyUI) -> None:
+def test_a_job_can_be_cancelled_during_shutdown(platform: Platform, comfy: ComfyUI) -> None:
     platform.stop_hold_s = 0.2  # several polls for stops within the test, as in the real world within a long job
     with worker(platform, comfy.url) as process:
         running = platform.submit(working(60))
@@ -173,7 +173,7 @@ def count(platform: Platform, kind: str) -> int:
 # --------------------------------------------------------------------------------------------------- starting
 
 
-def test_a_worker_that_waits_for_comfyui_ends_at_once(platform: Platform) -> None:
+def test_a_worker_waiting_for_comfyui_stops_at_once(platform: Platform) -> None:
     job_id = platform.submit(PICTURE)
     with closed_port() as port:
         settings = {"COMFYUI_URL": f"http://127.0.0.1:{port}", "COMFYUI_READY_TIMEOUT_S": "300"}
@@ -187,7 +187,7 @@ def test_a_worker_that_waits_for_comfyui_ends_at_once(platform: Platform) -> Non
     assert platform.calls() == [], "it is neither unhealthy nor has it asked for a job"
 
 
-def test_a_worker_that_warms_up_ends_at_once_and_takes_its_prompt_along(platform: Platform, comfy: ComfyUI) -> None:
+def test_a_worker_in_warm_up_stops_at_once_and_removes_its_prompt(platform: Platform, comfy: ComfyUI) -> None:
     settings = {"COMFYUI_URL": comfy.url, "WARMUP_WORKFLOW": json.dumps(working(60))}
     with start_handler({**platform.environment(), **settings}) as process:
         comfy.wait_until_running()
@@ -203,7 +203,7 @@ def test_a_worker_that_warms_up_ends_at_once_and_takes_its_prompt_along(platform
 # ----------------------------------------------------------------------------------------------------- killed
 
 
-def test_the_pings_of_a_killed_worker_end_with_it(platform: Platform, comfy: ComfyUI) -> None:
+def test_a_killed_workers_pings_stop(platform: Platform, comfy: ComfyUI) -> None:
     with worker(platform, comfy.url) as process, ExitStack() as stack:
         platform.wait_until(lambda: count(platform, "ping"), "a ping")
         [child] = children(process.pid)
@@ -224,8 +224,8 @@ def test_a_worker_does_not_wait_for_its_pings(platform: Platform, comfy: ComfyUI
         assert process.wait(15) == 0
 
 
-def test_a_worker_that_finishes_its_job_is_pinged_for(platform: Platform, comfy: ComfyUI) -> None:
-    """The signal goes to the ping process, too, as it does where a whole group of processes is told to end."""
+def test_pings_continue_while_a_stopping_worker_finishes_its_job(platform: Platform, comfy: ComfyUI) -> None:
+    """The signal goes to the ping process, too, as it does where a whole process group is terminated."""
     with worker(platform, comfy.url) as process:
         platform.wait_until(lambda: count(platform, "ping"), "a ping")
         [child] = children(process.pid)
@@ -251,7 +251,7 @@ def is_allowed_to_unshare() -> bool:
 
 
 @pytest.mark.skipif(not is_allowed_to_unshare(), reason="this machine does not let us make namespaces")
-def test_a_worker_may_be_process_1_of_its_container(platform: Platform, comfy: ComfyUI) -> None:
+def test_a_worker_can_be_pid_1_of_its_container(platform: Platform, comfy: ComfyUI) -> None:
     """There an orphan's parent is no sign of a death, and a signal without a handler is not heeded."""
     environment = {**platform.environment(), "COMFYUI_URL": comfy.url}
     handler = str(ROOT / "handler.py")
@@ -267,7 +267,7 @@ def test_a_worker_may_be_process_1_of_its_container(platform: Platform, comfy: C
 # -------------------------------------------------------------------------------------------- to be replaced
 
 
-def test_a_worker_that_is_replaced_after_each_job_takes_one_only(platform: Platform, comfy: ComfyUI) -> None:
+def test_a_worker_replaced_after_each_job_takes_only_one(platform: Platform, comfy: ComfyUI) -> None:
     jobs = [platform.submit(working(0.3)) for _ in range(3)]
     settings = {"REFRESH_WORKER": "true", "WORKER_PREFETCH": "eager", "COMFYUI_URL": comfy.url}
     with start_handler({**platform.environment(), **settings}) as process:
@@ -278,10 +278,10 @@ def test_a_worker_that_is_replaced_after_each_job_takes_one_only(platform: Platf
     assert platform.state.peak_in_flight["worker-1"] == 1
 
 
-def test_a_job_that_wants_the_worker_replaced_comes_last(platform: Platform, comfy: ComfyUI) -> None:
+def test_a_job_with_refresh_worker_is_the_last_one(platform: Platform, comfy: ComfyUI) -> None:
     """RunPod stops the worker at that job's result: the outputs of the job before it are delivered by then."""
     if not comfy.is_emulator:
-        pytest.skip("only the emulator can be told to be slow")
+        pytest.skip("only the emulator can be slowed down")
     first = platform.submit(working(0.3))
     last = platform.submit({**PICTURE, "refresh_worker": True})
     left = platform.submit(PICTURE)
@@ -301,7 +301,7 @@ def test_a_job_that_wants_the_worker_replaced_comes_last(platform: Platform, com
     assert platform.state.peak_in_flight["worker-1"] == 2
 
 
-def test_a_job_that_fails_is_the_last_one_too(platform: Platform, comfy: ComfyUI) -> None:
+def test_a_failed_job_is_the_last_one_too(platform: Platform, comfy: ComfyUI) -> None:
     jobs = [platform.submit({"workflow": {}, "refresh_worker": True}), platform.submit(PICTURE)]
     with start_handler({**platform.environment(), "COMFYUI_URL": comfy.url}) as process:
         assert process.wait(60) == 0

@@ -21,7 +21,7 @@ def report() -> SoakReport:
     return soak(JOBS, SEED, show_progress=False)
 
 
-def test_nothing_is_lost_doubled_or_mixed_up(report: SoakReport) -> None:
+def test_no_job_is_lost_duplicated_or_mixed_up(report: SoakReport) -> None:
     assert report.violations == []
     assert report.outcomes.total() == report.ended_jobs == JOBS
 
@@ -30,13 +30,13 @@ def test_nothing_is_left_in_comfyui(report: SoakReport) -> None:
     assert report.prompts_left == report.files_left == 0
 
 
-def test_there_were_faults_and_jobs_that_met_none(report: SoakReport) -> None:
+def test_some_jobs_met_faults_and_some_did_not(report: SoakReport) -> None:
     assert report.fault_counts.total() > 5
     assert 0 < report.touched < JOBS
     assert report.outcomes["COMPLETED"] > JOBS / 2
 
 
-def test_a_seed_gives_the_same_jobs_and_faults_again() -> None:
+def test_a_seed_reproduces_jobs_and_faults() -> None:
     assert list(rounds(5, 200)) == list(rounds(5, 200))
     assert list(rounds(5, 200)) != list(rounds(6, 200))
 

@@ -47,7 +47,7 @@ def waiting(container: Container) -> Container:
 
 
 def has_ended(pid: int) -> bool:
-    """Whether the process ends, or did; 10 s are for one that was told to and is on its way."""
+    """Whether the process ends, or did; 10 s are for one that is shutting down."""
     try:
         process = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -58,20 +58,20 @@ def has_ended(pid: int) -> bool:
         os.close(process)
 
 
-def told(output: str, who: str) -> dict[str, object]:
-    """What a stand-in told of itself."""
+def report_of(output: str, who: str) -> dict[str, object]:
+    """What a stand-in reported about itself."""
     line = next(line for line in output.splitlines() if line.startswith(f"{who} {{"))
     about: dict[str, object] = json.loads(line.removeprefix(f"{who} "))
     return about
 
 
-def only_sentence(output: str) -> str:
+def only_error(output: str) -> str:
     found = re.fullmatch(r"start\.sh: (.*\.)\n", output)
     assert found, output
     return found[1]
 
 
-def test_shellcheck_finds_nothing() -> None:
+def test_shellcheck_passes() -> None:
     shellcheck = Path(sys.executable).with_name("shellcheck")
     checked = subprocess.run([shellcheck, START], text=True, capture_output=True, check=False)
     assert checked.stdout + checked.stderr == ""
@@ -92,35 +92,35 @@ class TestEnvFile:
         (container.folder / ".env").write_text("\n".join(lines))
         code, output = container.run(ENV_FILE=".env", COMFYUI_BASE_DIRECTORY="mine")
         assert code == 4
-        env = told(output, "handler")["env"]
+        env = report_of(output, "handler")["env"]
         assert isinstance(env, dict)
         assert (env["COMFYUI_URL"], env["COMFYUI_BASE_DIRECTORY"]) == ("http://comfy:1", "mine")
 
-    def test_that_is_not_there_is_refused(self, container: Container) -> None:
+    def test_must_exist(self, container: Container) -> None:
         code, output = container.run(ENV_FILE="nowhere")
         assert code == 2
         assert "The file nowhere with settings cannot be read: No such file or directory" in output
         assert "Traceback" not in output
 
 
-class TestWhatIsRefused:
+class TestRejected:
     def test_no_comfyui(self, container: Container) -> None:
         code, output = container.run(COMFYUI_DIR="none")
         assert code == 2
-        sentence = only_sentence(output)
+        sentence = only_error(output)
         for name in ("COMFYUI_DIR", "COMFYUI_URL", "COMFY_EMULATOR=true"):
             assert name in sentence
 
     def test_a_comfyui_dir_without_comfyui_even_when_another_is_named(self, container: Container) -> None:
         code, output = container.run(COMFYUI_DIR="/nowhere", COMFYUI_URL="http://127.0.0.1:1")
         assert code == 2
-        assert "/nowhere" in only_sentence(output)
+        assert "/nowhere" in only_error(output)
 
     def test_no_gpu(self, container: Container) -> None:
         container.install_command("nvidia-smi", "exit 9\n")
         code, output = container.run(COMFY_CPU="false")
         assert code == 1
-        assert "COMFY_CPU=true" in only_sentence(output)
+        assert "COMFY_CPU=true" in only_error(output)
 
     @pytest.mark.parametrize(
         ("name", "value"),
@@ -133,24 +133,24 @@ class TestWhatIsRefused:
             ("WORKER_HANDLER", "/nowhere/handler.py"),
         ],
     )
-    def test_a_setting_that_cannot_be_meant(self, container: Container, name: str, value: str) -> None:
+    def test_an_invalid_setting(self, container: Container, name: str, value: str) -> None:
         code, output = container.run(**{name: value})
         assert code == 2
-        sentence = only_sentence(output)
+        sentence = only_error(output)
         assert name in sentence
         assert value in sentence
 
     @pytest.mark.parametrize("ports", [{"PORT": "0"}, {"API_PORT": "eighty", "PORT": "8000"}])
-    def test_a_port_of_the_gateway_that_is_none(self, container: Container, ports: dict[str, str]) -> None:
+    def test_an_invalid_gateway_port(self, container: Container, ports: dict[str, str]) -> None:
         code, output = container.run(SERVE_API_LOCALLY="true", **ports)
         assert code == 2
-        assert only_sentence(output).startswith(next(iter(ports)))
+        assert only_error(output).startswith(next(iter(ports)))
 
     def test_a_comfyui_without_a_virtual_environment(self, container: Container) -> None:
         del container.env["COMFYUI_PYTHON"]
         code, output = container.run()
         assert code == 2
-        assert "COMFYUI_PYTHON" in only_sentence(output)
+        assert "COMFYUI_PYTHON" in only_error(output)
 
 
 class TestGpu:
@@ -165,61 +165,61 @@ class TestGpu:
         container.install_command("nvidia-smi", "echo 'GPU 0: NVIDIA Test (UUID: GPU-0)'\n")
         return {"COMFY_CPU": "false", "LD_LIBRARY_PATH": str(container.folder)}
 
-    def test_a_gpu_that_works(self, waiting: Container) -> None:
+    def test_working_gpu(self, waiting: Container) -> None:
         started = waiting.start(**self.install_gpu(waiting, 0))
         started.wait_for_line(COMFYUI_IS_UP)
         started.wait_for_line("handler waits")
-        assert "--cpu" not in str(told(started.output, "comfyui")["args"])
+        assert "--cpu" not in str(report_of(started.output, "comfyui")["args"])
 
-    def test_a_gpu_that_cuda_does_not_start_on(self, container: Container) -> None:
+    def test_gpu_without_working_cuda(self, container: Container) -> None:
         code, output = container.run(**self.install_gpu(container, 999))
         assert code == 1
-        assert "CUDA" in only_sentence(output)
+        assert "CUDA" in only_error(output)
 
 
 class TestWorker:
-    def test_gets_the_arguments_as_they_are(self, container: Container) -> None:
+    def test_gets_its_arguments_unchanged(self, container: Container) -> None:
         args = ["--test_input", '{"input": {"text": "a  b\'c"}}', "", "*"]
         code, output = container.run(*args)
         assert code == 0
-        assert told(output, "handler")["args"] == args
+        assert report_of(output, "handler")["args"] == args
 
     def test_runs_in_the_folder_of_start_sh(self, container: Container) -> None:
         _, output = container.run()
-        assert told(output, "handler")["cwd"] == str(ROOT)
+        assert report_of(output, "handler")["cwd"] == str(ROOT)
 
-    def test_is_found_from_where_start_sh_was_called(self, container: Container) -> None:
+    def test_is_found_relative_to_the_callers_folder(self, container: Container) -> None:
         (container.folder / "python").symlink_to(sys.executable)
         code, output = container.run(
             WORKER_PYTHON="./python", WORKER_HANDLER="handler.py", COMFYUI_DIR="ComfyUI", COMFYUI_PYTHON="./python"
         )
         assert code == 0
-        assert told(output, "handler")["cwd"] == str(ROOT)
+        assert report_of(output, "handler")["cwd"] == str(ROOT)
 
     @pytest.mark.parametrize("exit_code", [0, 1, 42])
-    def test_gives_the_exit_code(self, container: Container, exit_code: int) -> None:
+    def test_determines_the_exit_code(self, container: Container, exit_code: int) -> None:
         code, _ = container.run(HANDLER_EXIT=str(exit_code))
         assert code == exit_code
 
-    def test_is_told_where_comfyui_is(self, container: Container) -> None:
+    def test_gets_the_location_of_comfyui(self, container: Container) -> None:
         _, output = container.run(COMFYUI_PORT="8299")
-        env = told(output, "handler")["env"]
+        env = report_of(output, "handler")["env"]
         assert isinstance(env, dict)
         assert env["COMFYUI_URL"] == "http://127.0.0.1:8299"
         assert str(env["COMFYUI_PID_FILE"]).startswith(str(container.tmp))
 
-    def test_is_told_where_the_image_has_comfyui(self, container: Container) -> None:
+    def test_gets_the_images_location_of_comfyui(self, container: Container) -> None:
         """Without COMFYUI_DIR; only the image has that folder, so this start.sh has another in its place."""
         text = START.read_text().replace("/opt/comfyui/ComfyUI", str(container.comfyui))
         container.script = write_program(container.folder / "start.sh", text)
         del container.env["COMFYUI_DIR"]
         code, output = container.run()
-        env = told(output, "handler")["env"]
+        env = report_of(output, "handler")["env"]
         assert code == 0
         assert isinstance(env, dict)
         assert env["COMFYUI_BASE_DIRECTORY"] == str(container.comfyui)
 
-    def test_ends_comfyui_by_ending(self, waiting: Container) -> None:
+    def test_stops_comfyui_when_it_exits(self, waiting: Container) -> None:
         started = waiting.start()
         comfyui = started.wait_for_line(COMFYUI_IS_UP)
         handler = started.wait_for_line(r"handler waits (\d+)")
@@ -232,7 +232,7 @@ class TestWorker:
 
 class TestSignals:
     @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-    def test_reach_the_worker_first_and_comfyui_after_it(self, waiting: Container, signum: signal.Signals) -> None:
+    def test_reach_the_worker_before_comfyui(self, waiting: Container, signum: signal.Signals) -> None:
         started = waiting.start()
         comfyui = started.wait_for_line(COMFYUI_IS_UP)
         started.wait_for_line("handler waits")
@@ -242,19 +242,19 @@ class TestSignals:
         assert has_ended(int(comfyui[1]))
         assert list(waiting.tmp.iterdir()) == []
 
-    def test_that_come_together_do_not_end_the_wait_for_the_worker(self, container: Container) -> None:
+    def test_in_quick_succession_do_not_end_the_wait_for_the_worker(self, container: Container) -> None:
         container.install_handler(PATIENT_HANDLER)
         started = container.start()
         started.wait_for_line("handler waits")
         for number in range(1, 151):
             started.send_signal(signal.SIGTERM)
             started.send_signal(signal.SIGINT)
-            started.wait_for_line(rf"heard {number}\.")
+            started.wait_for_line(rf"received {number}\.")
         (container.folder / "enough").touch()
         started.send_signal(signal.SIGTERM)
         assert started.wait() == 7
 
-    def test_a_comfyui_that_does_not_listen_is_killed(self, waiting: Container) -> None:
+    def test_kill_a_comfyui_that_ignores_them(self, waiting: Container) -> None:
         waiting.install_comfyui(STUBBORN_COMFYUI)
         started = waiting.start()
         comfyui = started.wait_for_line(r"comfyui (\d+) ignores SIGTERM")
@@ -274,23 +274,23 @@ class TestComfyUI:
             COMFYUI_ARGS=" --lowvram\n --listen 127.0.0.2 ",
         )
         started.wait_for_line(COMFYUI_IS_UP)
-        about = told(started.output, "comfyui")
+        about = report_of(started.output, "comfyui")
         assert about["cwd"] == str(waiting.comfyui)
         expected = "--listen 0.0.0.0 --port 8299 --verbose DEBUG --max-upload-size 1024 --cpu"
         expected += " --disable-metadata --lowvram --listen 127.0.0.2"
         assert about["args"] == expected.split()
 
-    def test_writes_the_prompt_into_outputs_only_where_that_is_wanted(self, waiting: Container) -> None:
+    def test_writes_the_prompt_into_outputs_only_on_request(self, waiting: Container) -> None:
         started = waiting.start(KEEP_METADATA="true")
         started.wait_for_line(COMFYUI_IS_UP)
-        assert "--disable-metadata" not in str(told(started.output, "comfyui")["args"])
+        assert "--disable-metadata" not in str(report_of(started.output, "comfyui")["args"])
 
-    def test_is_run_by_the_python_of_the_environment_beside_it(self, waiting: Container) -> None:
+    def test_runs_with_the_python_of_its_environment(self, waiting: Container) -> None:
         del waiting.env["COMFYUI_PYTHON"]
         write_program(waiting.folder / "venv/bin/python", '#!/bin/sh\necho "its own python: $*"\n')
         waiting.start().wait_for_line("its own python: main.py --listen")
 
-    def test_alone_has_tcmalloc(self, container: Container) -> None:
+    def test_is_the_only_process_with_tcmalloc(self, container: Container) -> None:
         library = next(line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libc" in line)
         container.install_command("ldconfig", f"echo '\tlibtcmalloc_minimal.so.4 (libc6,x86-64) => {library}'\n")
         _, output = container.run()
@@ -298,9 +298,9 @@ class TestComfyUI:
         container.install_handler(WAITING_HANDLER)
         started = container.start()
         started.wait_for_line(COMFYUI_IS_UP)
-        assert told(started.output, "comfyui")["preload"] == library
+        assert report_of(started.output, "comfyui")["preload"] == library
 
-    def test_is_started_again_after_longer_and_longer_waits(self, waiting: Container) -> None:
+    def test_is_restarted_with_backoff(self, waiting: Container) -> None:
         waiting.install_comfyui(DYING_COMFYUI)
         started = waiting.start()
         started.wait_for_line("comfyui start 3")
@@ -310,7 +310,7 @@ class TestComfyUI:
         assert second - first >= 1
         assert third - second >= 2
 
-    def test_that_was_killed_comes_back_under_another_pid(self, waiting: Container) -> None:
+    def test_is_restarted_under_a_new_pid_after_a_kill(self, waiting: Container) -> None:
         started = waiting.start()
         before = started.wait_for_line(COMFYUI_IS_UP)[1]
         pid_file = Path(started.wait_for_line(r"handler waits \d+ (\S+) ")[1])
@@ -320,14 +320,14 @@ class TestComfyUI:
         after = started.wait_for_line(rf'^comfyui {{.*"pid": (?!{before}\b)(\d+)')[1]
         assert pid_file.read_text().strip() == after
 
-    def test_that_is_down_has_no_pid_file(self, waiting: Container) -> None:
+    def test_has_no_pid_file_while_down(self, waiting: Container) -> None:
         waiting.install_comfyui("raise SystemExit(3)")
         started = waiting.start()
         pid_file = Path(started.wait_for_line(r"handler waits \d+ (\S+) ")[1])
         started.wait_for_line("started again in 4 s")
         assert not pid_file.exists()
 
-    def test_that_keeps_dying_is_given_up(self, waiting: Container) -> None:
+    def test_is_abandoned_after_repeated_deaths(self, waiting: Container) -> None:
         waiting.install_comfyui("raise SystemExit(3)")
         started = waiting.start(COMFYUI_MAX_DEATHS="2")
         pid_file = Path(started.wait_for_line(r"handler waits \d+ (\S+) ")[1])
@@ -336,7 +336,7 @@ class TestComfyUI:
         started.send_signal(signal.SIGTERM)
         assert started.wait() == 7
 
-    def test_that_was_given_up_makes_a_good_end_a_bad_one(self, waiting: Container) -> None:
+    def test_makes_the_exit_code_nonzero_once_abandoned(self, waiting: Container) -> None:
         waiting.install_comfyui("raise SystemExit(3)")
         waiting.install_handler(WAITING_HANDLER.replace("sys.exit(7)", "sys.exit(0)"))
         started = waiting.start(COMFYUI_MAX_DEATHS="1")
@@ -346,13 +346,13 @@ class TestComfyUI:
         assert started.wait() == 3
 
     @pytest.mark.parametrize(
-        ("arguments", "told"), [("", True), ("--lowvram", True), ("--output-directory elsewhere", False)]
+        ("arguments", "expected"), [("", True), ("--lowvram", True), ("--output-directory elsewhere", False)]
     )
-    def test_tells_the_worker_where_its_folders_are(self, container: Container, arguments: str, told: bool) -> None:
+    def test_passes_its_folders_to_the_worker(self, container: Container, arguments: str, expected: bool) -> None:
         _, output = container.run(COMFYUI_ARGS=arguments)
-        assert (f'"COMFYUI_BASE_DIRECTORY": "{container.comfyui}"' in output) is told
+        assert (f'"COMFYUI_BASE_DIRECTORY": "{container.comfyui}"' in output) is expected
 
-    def test_takes_its_own_children_with_it(self, waiting: Container) -> None:
+    def test_takes_its_children_with_it(self, waiting: Container) -> None:
         waiting.install_comfyui(PARENT_COMFYUI)
         started = waiting.start()
         started.wait_for_line("handler waits")
@@ -364,7 +364,7 @@ class TestComfyUI:
         assert started.wait() == 7
         assert has_ended(int(next_child))
 
-    def test_is_not_started_again_once_the_worker_ends(self, waiting: Container) -> None:
+    def test_is_not_restarted_once_the_worker_exits(self, waiting: Container) -> None:
         waiting.install_comfyui("raise SystemExit(3)")
         started = waiting.start()
         started.wait_for_line("handler waits")
@@ -373,7 +373,7 @@ class TestComfyUI:
         assert started.wait() == 7
         assert list(waiting.tmp.iterdir()) == []
 
-    def test_leaves_its_last_lines_in_a_small_file(self, waiting: Container) -> None:
+    def test_leaves_its_last_log_lines_in_a_small_file(self, waiting: Container) -> None:
         waiting.install_comfyui(TALKATIVE_COMFYUI)
         started = waiting.start()
         started.wait_for_line("comfyui is up again")
@@ -386,7 +386,7 @@ class TestComfyUI:
 
 
 class TestEmulator:
-    def test_is_run_by_the_python_of_the_worker_and_needs_no_gpu(self, waiting: Container) -> None:
+    def test_runs_with_the_workers_python_and_needs_no_gpu(self, waiting: Container) -> None:
         waiting.install_command("nvidia-smi", "exit 9\n")
         python = waiting.install_command(
             "python-of-the-worker",
@@ -406,7 +406,7 @@ class TestComfyUIElsewhere:
     def test_is_left_alone(self, container: Container) -> None:
         code, output = container.run(COMFYUI_DIR="none", COMFYUI_URL="http://gpu.example:8188", COMFY_CPU="false")
         assert code == 0
-        assert told(output, "handler")["env"] == {
+        assert report_of(output, "handler")["env"] == {
             "COMFYUI_URL": "http://gpu.example:8188",
             "COMFYUI_PID_FILE": None,
             "COMFYUI_LOG_FILE": None,
@@ -414,6 +414,6 @@ class TestComfyUIElsewhere:
             "LD_PRELOAD": None,
         }
 
-    def test_is_said_to_be_unused_when_one_is_started_here(self, container: Container) -> None:
+    def test_is_reported_as_unused_when_one_is_started_locally(self, container: Container) -> None:
         _, output = container.run(COMFYUI_URL="http://gpu.example:8188")
         assert "COMFYUI_URL=http://gpu.example:8188 is not used" in output

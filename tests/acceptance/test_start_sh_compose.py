@@ -50,7 +50,7 @@ def container(tmp_path: Path) -> Iterator[Container]:
 
 
 @pytest.fixture
-def telling(container: Container) -> Container:
+def reporting_container(container: Container) -> Container:
     """With a worker that tells what it was started with."""
     program = container.folder / "telling.py"
     program.write_text(PYTHON)
@@ -59,42 +59,42 @@ def telling(container: Container) -> Container:
     return container
 
 
-def told(output: str) -> dict[str, Any]:
+def report_of(output: str) -> dict[str, Any]:
     line = next(line for line in output.splitlines() if line.startswith("worker {"))
     about: dict[str, Any] = json.loads(line.removeprefix("worker "))
     return about
 
 
 class TestWorkerOfAFleet:
-    def test_is_run_beside_comfyui(self, telling: Container) -> None:
-        code, output = telling.run("--help", RUN_CELERY_WORKER="true")
+    def test_runs_beside_comfyui(self, reporting_container: Container) -> None:
+        code, output = reporting_container.run("--help", RUN_CELERY_WORKER="true")
         assert code == 0
-        about = told(output)
+        about = report_of(output)
         assert about["args"] == ["-m", "comfy_worker", "worker", "--help"]
         assert about["path"][0] == str(ROOT / "src")
         assert about["env"]["COMFYUI_URL"] == "http://127.0.0.1:8188"
 
-    def test_has_its_files_where_the_gateway_would_have_them(self, telling: Container) -> None:
-        for environment, folder in (({}, telling.folder / "data"), ({"DATA_DIR": "/data"}, "/data")):
-            _, output = telling.run(RUN_CELERY_WORKER="true", **environment)
-            assert told(output)["env"]["DATA_DIR"] == str(folder)
+    def test_uses_the_gateways_data_folder(self, reporting_container: Container) -> None:
+        for environment, folder in (({}, reporting_container.folder / "data"), ({"DATA_DIR": "/data"}, "/data")):
+            _, output = reporting_container.run(RUN_CELERY_WORKER="true", **environment)
+            assert report_of(output)["env"]["DATA_DIR"] == str(folder)
 
-    def test_gives_the_exit_code(self, telling: Container) -> None:
-        assert telling.run(RUN_CELERY_WORKER="true", WORKER_EXIT="42")[0] == 42
+    def test_determines_the_exit_code(self, reporting_container: Container) -> None:
+        assert reporting_container.run(RUN_CELERY_WORKER="true", WORKER_EXIT="42")[0] == 42
 
-    def test_needs_no_handler(self, telling: Container) -> None:
-        assert telling.run(RUN_CELERY_WORKER="yes", WORKER_HANDLER="/nowhere/handler.py")[0] == 0
+    def test_needs_no_handler(self, reporting_container: Container) -> None:
+        assert reporting_container.run(RUN_CELERY_WORKER="yes", WORKER_HANDLER="/nowhere/handler.py")[0] == 0
 
-    def test_has_comfyui_with_it_whatever_the_engine_is(self, telling: Container) -> None:
-        started = telling.start(RUN_CELERY_WORKER="true", ENGINE="celery", WAIT="1")
+    def test_has_comfyui_with_every_engine(self, reporting_container: Container) -> None:
+        started = reporting_container.start(RUN_CELERY_WORKER="true", ENGINE="celery", WAIT="1")
         started.wait_for_line("^comfyui {")
         started.wait_for_line("^worker {")
         started.send_signal(signal.SIGTERM)
         assert started.wait() == 0
         assert "comfyui stops" in started.output
 
-    def test_is_not_the_gateway_too(self, telling: Container) -> None:
-        code, output = telling.run(RUN_CELERY_WORKER="true", SERVE_API_LOCALLY="true")
+    def test_cannot_be_the_gateway_too(self, reporting_container: Container) -> None:
+        code, output = reporting_container.run(RUN_CELERY_WORKER="true", SERVE_API_LOCALLY="true")
         assert code == 2
         assert "RUN_CELERY_WORKER" in output
         assert "SERVE_API_LOCALLY" in output
@@ -102,39 +102,46 @@ class TestWorkerOfAFleet:
 
 class TestGatewayOfAFleet:
     @pytest.mark.parametrize("engine", ["celery", "RunPod"])
-    def test_has_no_comfyui_beside_it(self, telling: Container, engine: str) -> None:
-        code, output = telling.run(SERVE_API_LOCALLY="true", ENGINE=engine, COMFY_CPU="false")
+    def test_starts_no_comfyui(self, reporting_container: Container, engine: str) -> None:
+        code, output = reporting_container.run(SERVE_API_LOCALLY="true", ENGINE=engine, COMFY_CPU="false")
         assert code == 0
-        assert told(output)["args"] == ["-m", "comfy_worker", "serve"]
-        assert told(output)["env"]["COMFYUI_URL"] is None
+        assert report_of(output)["args"] == ["-m", "comfy_worker", "serve"]
+        assert report_of(output)["env"]["COMFYUI_URL"] is None
         assert "comfyui {" not in output
 
-    def test_is_given_the_comfyui_that_it_may_ask(self, telling: Container) -> None:
-        _, output = telling.run(SERVE_API_LOCALLY="true", ENGINE="celery", COMFYUI_URL="http://comfyui:8188")
-        assert told(output)["env"]["COMFYUI_URL"] == "http://comfyui:8188"
+    def test_gets_the_configured_comfyui(self, reporting_container: Container) -> None:
+        _, output = reporting_container.run(
+            SERVE_API_LOCALLY="true", ENGINE="celery", COMFYUI_URL="http://comfyui:8188"
+        )
+        assert report_of(output)["env"]["COMFYUI_URL"] == "http://comfyui:8188"
 
-    def test_of_this_machine_alone_has_one(self, telling: Container) -> None:
-        _, output = telling.run(SERVE_API_LOCALLY="true", ENGINE="local")
-        assert told(output)["env"]["COMFYUI_URL"] == "http://127.0.0.1:8188"
+    def test_gets_the_local_comfyui_with_the_local_engine(self, reporting_container: Container) -> None:
+        _, output = reporting_container.run(SERVE_API_LOCALLY="true", ENGINE="local")
+        assert report_of(output)["env"]["COMFYUI_URL"] == "http://127.0.0.1:8188"
 
 
 class TestGpus:
     @pytest.fixture
-    def machine(self, telling: Container) -> Container:
+    def machine(self, reporting_container: Container) -> Container:
         """One with two GPUs, whose containers share a folder."""
         listing = "case $* in -L) echo 'GPU 0: NVIDIA Test' ;; *) printf 'GPU-a\\nGPU-b\\n' ;; esac\n"
-        telling.install_command("nvidia-smi", listing)
-        locks = telling.folder / "locks"
+        reporting_container.install_command("nvidia-smi", listing)
+        locks = reporting_container.folder / "locks"
         locks.mkdir()
-        telling.env |= {"COMFY_CPU": "false", "GPU_LOCK_DIR": str(locks), "RUN_CELERY_WORKER": "true", "WAIT": "1"}
-        return telling
+        reporting_container.env |= {
+            "COMFY_CPU": "false",
+            "GPU_LOCK_DIR": str(locks),
+            "RUN_CELERY_WORKER": "true",
+            "WAIT": "1",
+        }
+        return reporting_container
 
     def start(self, machine: Container) -> tuple[Process, str]:
         started = machine.start()
         started.wait_for_line("^worker {")
-        return started, str(told(started.output)["env"]["CUDA_VISIBLE_DEVICES"])
+        return started, str(report_of(started.output)["env"]["CUDA_VISIBLE_DEVICES"])
 
-    def test_each_worker_has_one_that_no_other_has(self, machine: Container) -> None:
+    def test_each_worker_gets_a_gpu_of_its_own(self, machine: Container) -> None:
         first, gpu = self.start(machine)
         assert gpu == "GPU-a"
         assert self.start(machine)[1] == "GPU-b"
@@ -145,18 +152,18 @@ class TestGpus:
         assert first.wait() == 0
         assert self.start(machine)[1] == "GPU-a"
 
-    def test_that_of_a_killed_worker_is_free(self, machine: Container) -> None:
+    def test_a_killed_workers_gpu_is_free(self, machine: Container) -> None:
         first, _ = self.start(machine)
-        os.kill(told(first.output)["pid"], signal.SIGKILL)
+        os.kill(report_of(first.output)["pid"], signal.SIGKILL)
         assert first.wait() == 128 + signal.SIGKILL
         assert self.start(machine)[1] == "GPU-a"
 
-    def test_are_all_seen_where_nothing_is_shared(self, machine: Container) -> None:
+    def test_are_all_visible_without_a_shared_folder(self, machine: Container) -> None:
         del machine.env["GPU_LOCK_DIR"], machine.env["WAIT"]
         _, output = machine.run()
-        assert told(output)["env"]["CUDA_VISIBLE_DEVICES"] is None
+        assert report_of(output)["env"]["CUDA_VISIBLE_DEVICES"] is None
 
-    def test_a_folder_that_is_none_is_refused(self, machine: Container) -> None:
+    def test_a_missing_lock_folder_is_rejected(self, machine: Container) -> None:
         code, output = machine.run(GPU_LOCK_DIR="/nowhere")
         assert code == 2
         assert "GPU_LOCK_DIR is /nowhere" in output
@@ -179,13 +186,13 @@ def health(folder: Path, **environment: str) -> int:
         ({"ENGINE": "celery", "RUN_CELERY_WORKER": "true"}, 7),
     ],
 )
-def test_only_a_gateway_without_a_comfyui_is_well_without_one(
+def test_only_a_gateway_without_comfyui_is_healthy_without_one(
     tmp_path: Path, environment: dict[str, str], code: int
 ) -> None:
     assert health(tmp_path, **environment) == code
 
 
-def test_the_profile_to_try_it_makes_a_picture(container: Container) -> None:
+def test_the_demo_profile_produces_an_image(container: Container) -> None:
     environment = compose_file.complete()["services"]["demo"]["environment"]
     with closed_port() as api, closed_port() as comfyui:
         ports = {"API_HOST": "127.0.0.1", "PORT": str(api), "COMFYUI_PORT": str(comfyui)}

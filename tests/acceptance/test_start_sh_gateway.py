@@ -50,7 +50,7 @@ def container(tmp_path: Path) -> Iterator[Container]:
         started.stop(20)
 
 
-class Telling:
+class ReportingContainer:
     """A container whose worker tells what it was started with instead of serving."""
 
     def __init__(self, container: Container) -> None:
@@ -61,7 +61,7 @@ class Telling:
         container.env["WORKER_PYTHON"] = str(python)
 
     def run(self, *args: str, **env: str) -> tuple[int, dict[str, Any]]:
-        """Return the exit code and what was told."""
+        """Return the exit code and what was reported."""
         code, output = self._container.run(*args, **env)
         line = next(line for line in output.splitlines() if line.startswith("gateway {"))
         about: dict[str, Any] = json.loads(line.removeprefix("gateway "))
@@ -69,43 +69,47 @@ class Telling:
 
 
 @pytest.fixture
-def telling(container: Container) -> Telling:
-    return Telling(container)
+def reporting_container(container: Container) -> ReportingContainer:
+    return ReportingContainer(container)
 
 
-class TestWhatIsRun:
-    def test_is_the_gateway_with_the_arguments_as_they_are(self, telling: Telling) -> None:
-        code, about = telling.run("--help", "a  b")
+class TestCommand:
+    def test_is_the_gateway_with_unchanged_arguments(self, reporting_container: ReportingContainer) -> None:
+        code, about = reporting_container.run("--help", "a  b")
         assert code == 0
         assert about["args"] == ["-m", "comfy_worker", "serve", "--help", "a  b"]
         assert about["cwd"] == str(ROOT)
         assert about["path"][0] == str(ROOT / "src")
         assert about["env"]["COMFYUI_URL"] == "http://127.0.0.1:8188"
 
-    def test_gives_the_exit_code(self, telling: Telling) -> None:
-        assert telling.run(GATEWAY_EXIT="42")[0] == 42
+    def test_determines_the_exit_code(self, reporting_container: ReportingContainer) -> None:
+        assert reporting_container.run(GATEWAY_EXIT="42")[0] == 42
 
-    def test_listens_beyond_the_container(self, telling: Telling) -> None:
-        assert telling.run()[1]["env"]["API_HOST"] == "0.0.0.0"
-        assert telling.run(API_HOST="127.0.0.1")[1]["env"]["API_HOST"] == "127.0.0.1"
+    def test_listens_beyond_the_container(self, reporting_container: ReportingContainer) -> None:
+        assert reporting_container.run()[1]["env"]["API_HOST"] == "0.0.0.0"
+        assert reporting_container.run(API_HOST="127.0.0.1")[1]["env"]["API_HOST"] == "127.0.0.1"
 
-    def test_needs_no_handler(self, telling: Telling) -> None:
-        assert telling.run(WORKER_HANDLER="/nowhere/handler.py")[0] == 0
+    def test_needs_no_handler(self, reporting_container: ReportingContainer) -> None:
+        assert reporting_container.run(WORKER_HANDLER="/nowhere/handler.py")[0] == 0
 
-    def test_keeps_the_path_that_others_have(self, telling: Telling) -> None:
-        assert telling.run(PYTHONPATH="/elsewhere")[1]["path"] == [str(ROOT / "src"), "/elsewhere"]
+    def test_keeps_an_existing_pythonpath(self, reporting_container: ReportingContainer) -> None:
+        assert reporting_container.run(PYTHONPATH="/elsewhere")[1]["path"] == [str(ROOT / "src"), "/elsewhere"]
 
 
 class TestDataDir:
-    def test_is_beside_where_start_sh_was_called(self, container: Container, telling: Telling) -> None:
-        assert telling.run()[1]["env"]["DATA_DIR"] == str(container.folder / "data")
-        assert telling.run(DATA_DIR="mine")[1]["env"]["DATA_DIR"] == str(container.folder / "mine")
+    def test_is_relative_to_the_callers_folder(
+        self, container: Container, reporting_container: ReportingContainer
+    ) -> None:
+        assert reporting_container.run()[1]["env"]["DATA_DIR"] == str(container.folder / "data")
+        assert reporting_container.run(DATA_DIR="mine")[1]["env"]["DATA_DIR"] == str(container.folder / "mine")
 
     @pytest.mark.parametrize("volume", ["/workspace", "/runpod-volume"])
-    def test_is_on_a_volume_that_is_mounted(self, container: Container, telling: Telling, volume: str) -> None:
+    def test_is_on_a_mounted_volume(
+        self, container: Container, reporting_container: ReportingContainer, volume: str
+    ) -> None:
         container.install_command("mountpoint", f'[ "$2" = {volume} ]\n')
-        assert telling.run()[1]["env"]["DATA_DIR"] == f"{volume}/comfy-worker"
-        assert telling.run(DATA_DIR="/mine")[1]["env"]["DATA_DIR"] == "/mine"
+        assert reporting_container.run()[1]["env"]["DATA_DIR"] == f"{volume}/comfy-worker"
+        assert reporting_container.run(DATA_DIR="/mine")[1]["env"]["DATA_DIR"] == "/mine"
 
 
 class Pod:
@@ -176,7 +180,7 @@ def pool() -> Iterator[ThreadPoolExecutor]:
         yield threads
 
 
-def assert_ended_well(started: Process, container: Container) -> None:
+def assert_ended_cleanly(started: Process, container: Container) -> None:
     assert started.wait() == 0, started.output
     assert "Application shutdown complete" in started.output
     for trouble in ("Traceback", "ERROR", "graceful shutdown exceeded", "is killed"):
@@ -185,17 +189,17 @@ def assert_ended_well(started: Process, container: Container) -> None:
 
 
 class TestServing:
-    def test_a_workflow_becomes_a_picture(self, pod: Pod) -> None:
+    def test_a_workflow_produces_an_image(self, pod: Pod) -> None:
         pod.start()
         answer = pod.post("/runsync", picture((1, 2, 3)))
         assert answer["status"] == "COMPLETED"
         assert answer["output"]["images"][0]["type"] == "base64"
         assert pod.is_healthy()
 
-    def test_is_not_healthy_when_it_has_ended(self, pod: Pod) -> None:
+    def test_is_unhealthy_after_it_has_stopped(self, pod: Pod) -> None:
         assert not pod.is_healthy()
 
-    def test_a_key_is_made_for_one_that_listens_beyond(self, pod: Pod) -> None:
+    def test_a_key_is_generated_beyond_loopback(self, pod: Pod) -> None:
         started = pod.container.start(**{**pod.env, "API_HOST": "0.0.0.0", "API_KEYS": ""})
         key = started.wait_for_line(r"this key was made, and is kept in DATA_DIR/api.key: (\S+)")[1]
         started.wait_for_line("running on http")
@@ -205,12 +209,12 @@ class TestServing:
 
 
 class TestSignals:
-    def test_one_that_has_nothing_to_do_ends(self, container: Container, pod: Pod) -> None:
+    def test_an_idle_gateway_stops(self, container: Container, pod: Pod) -> None:
         started = pod.start()
         started.send_signal(signal.SIGINT)
-        assert_ended_well(started, container)
+        assert_ended_cleanly(started, container)
 
-    def test_all_who_wait_are_let_go_and_the_jobs_run_after_the_next_start(
+    def test_waiting_clients_are_released_and_jobs_run_after_a_restart(
         self, container: Container, pod: Pod, pool: ThreadPoolExecutor
     ) -> None:
         started = pod.start()
@@ -236,14 +240,14 @@ class TestSignals:
             while listening.recv_data()[0] != websocket.ABNF.OPCODE_CLOSE:
                 pass
             listening.shutdown()  # `close` does nothing once the other side has closed
-        assert_ended_well(started, container)
+        assert_ended_cleanly(started, container)
         pod.start()
         assert pod.jobs() == 2
         # By a ComfyUI that knows nothing of them; one of the two is at work.
         wait_until(lambda: any("node" in pod.progress(one) for one in (job_id, answer["id"])))
 
 
-def test_a_comfyui_that_was_given_up_ends_the_gateway_too(container: Container) -> None:
+def test_an_abandoned_comfyui_stops_the_gateway_too(container: Container) -> None:
     container.install_comfyui("raise SystemExit(3)")
     with closed_port() as port:
         env = {"API_HOST": "127.0.0.1", "API_PORT": str(port)}

@@ -74,7 +74,7 @@ def position(gateway: GatewayProcess, task_id: str) -> int | None:
 # ----------------------------------------------------------------------------------------- as it is described
 
 
-def test_the_described_way_with_curl(gateway: GatewayProcess, comfyui: ComfyUI) -> None:
+def test_the_documented_requests_with_curl(gateway: GatewayProcess, comfyui: ComfyUI) -> None:
     body = {
         "task_type": "comfyui",
         "params": {"workflow": two_pictures(RED, GREEN), "server_address": comfyui.address},
@@ -99,7 +99,7 @@ def test_the_described_way_with_curl(gateway: GatewayProcess, comfyui: ComfyUI) 
     assert sorted(contents) == [[GREEN], [RED]]
 
 
-def test_the_described_graph_is_not_whole_and_the_task_says_so(gateway: GatewayProcess, comfyui: ComfyUI) -> None:
+def test_the_incomplete_documented_graph_fails_the_task(gateway: GatewayProcess, comfyui: ComfyUI) -> None:
     """The graph of the example has no class_type."""
     graph = {"6": {"inputs": {"text": "a beautiful landscape"}}}
     params = {"workflow": graph, "server_address": comfyui.address}
@@ -116,25 +116,25 @@ def curl(*arguments: str) -> dict[str, Any]:
     return answer
 
 
-def test_the_address_may_be_left_out(gateway: GatewayProcess) -> None:
+def test_the_address_is_optional(gateway: GatewayProcess) -> None:
     assert ended(gateway, submit(gateway, picture(RED)))["status"] == "completed"
 
 
-def test_what_is_empty_counts_as_left_out(gateway: GatewayProcess) -> None:
+def test_empty_values_count_as_omitted(gateway: GatewayProcess) -> None:
     task_id = submit(gateway, picture(RED), params={"server_address": ""}, priority=None)
     assert ended(gateway, task_id)["status"] == "completed"
 
 
-def test_runpods_fields_beside_params_are_honoured_and_others_named(gateway: GatewayProcess) -> None:
+def test_runpods_fields_beside_params_are_used_and_others_named(gateway: GatewayProcess) -> None:
     with Receiver() as receiver:
         body = {"task_type": "comfyui", "params": {"workflow": picture(RED)}, "webhook": receiver.url, "seed": 3}
         accepted = gateway.post("/task", body).json()
         assert accepted["warnings"] == ["'seed' is unknown and was ignored"]
-        [told] = receiver.wait_for(1)
-    assert told.body["task_id"] == accepted["task_id"]
+        [message] = receiver.wait_for(1)
+    assert message.body["task_id"] == accepted["task_id"]
 
 
-def test_whatever_runpods_input_takes_goes_with_a_task(gateway: GatewayProcess) -> None:
+def test_a_task_takes_every_field_of_runpods_input(gateway: GatewayProcess) -> None:
     task = ended(gateway, submit(gateway, picture(RED), params={"convert": {"format": "webp"}}))
     assert task["result"]["images"][0].partition("?")[0].endswith(".webp")
 
@@ -159,7 +159,7 @@ def test_outputs_of_every_kind_are_linked(gateway: GatewayProcess) -> None:
     assert result["texts"] == ["a text"]
 
 
-def test_a_task_that_fails_says_why(gateway: GatewayProcess) -> None:
+def test_a_failed_task_reports_its_error(gateway: GatewayProcess) -> None:
     task = ended(gateway, submit(gateway, work(0.1, fail_at=1)))
     assert (task["status"], task["code"]) == ("failed", "out_of_memory"), "as the test node says"
     assert task["error"]
@@ -178,7 +178,7 @@ def test_the_tasks_are_listed(gateway: GatewayProcess) -> None:
 # -------------------------------------------------------------------------------------------------- priorities
 
 
-def test_tasks_of_a_higher_priority_have_their_turn_first(gateway: GatewayProcess, comfyui: ComfyUI) -> None:
+def test_higher_priority_tasks_run_first(gateway: GatewayProcess, comfyui: ComfyUI) -> None:
     running = submit(gateway, work(60))
     wait_until_processing(gateway, running)
     # It is staged while the first one runs, or waits in ComfyUI: none gets in front of it any more.
@@ -211,19 +211,19 @@ def test_tasks_of_a_higher_priority_have_their_turn_first(gateway: GatewayProces
         ({"priority": "urgent"}, "priority"),
     ],
 )
-def test_what_cannot_be_a_task_is_refused(gateway: GatewayProcess, change: dict[str, Any], sentence: str) -> None:
+def test_invalid_tasks_are_rejected(gateway: GatewayProcess, change: dict[str, Any], sentence: str) -> None:
     answer = gateway.post("/task", {"task_type": "comfyui", "params": {"workflow": picture(RED)}, **change})
     assert answer.status_code == 400
     assert sentence in answer.json()["error"]
     assert answer.json()["detail"] == answer.json()["error"]
 
 
-def test_the_described_default_is_the_gateways_own_comfyui(gateway: GatewayProcess) -> None:
+def test_the_documented_default_is_the_gateways_comfyui(gateway: GatewayProcess) -> None:
     task_id = submit(gateway, picture(RED), params={"server_address": "127.0.0.1:8188"})
     assert ended(gateway, task_id)["status"] == "completed"
 
 
-def test_fields_that_nobody_knows_are_named(gateway: GatewayProcess) -> None:
+def test_unknown_fields_are_named(gateway: GatewayProcess) -> None:
     params = {"workflow": picture(RED), "delivry": {}}
     answer = gateway.post("/task", {"task_type": "comfyui", "params": params, "colour": 1}).json()
     assert answer["warnings"] == [
@@ -233,14 +233,14 @@ def test_fields_that_nobody_knows_are_named(gateway: GatewayProcess) -> None:
 
 
 @pytest.mark.parametrize("address", ["10.0.0.1:8188", "169.254.169.254", "example.com:80", "http://[::1", ":99999"])
-def test_the_caller_does_not_choose_whom_the_server_talks_to(gateway: GatewayProcess, address: str) -> None:
+def test_callers_cannot_choose_the_servers_peers(gateway: GatewayProcess, address: str) -> None:
     params = {"workflow": picture(RED), "server_address": address}
     answer = gateway.post("/task", {"task_type": "comfyui", "params": params})
     assert (answer.status_code, answer.json()["code"]) == (400, "invalid_input")
     assert "none of this gateway's ComfyUIs" in answer.json()["error"]
 
 
-def test_there_is_no_task_of_another_id(gateway: GatewayProcess) -> None:
+def test_an_unknown_id_is_not_found(gateway: GatewayProcess) -> None:
     answer = gateway.get(f"/task/{uuid.uuid4()}")
     assert (answer.status_code, answer.json()["code"]) == (404, "not_found")
     assert answer.json()["detail"]
@@ -254,7 +254,7 @@ def test_a_task_needs_a_key(gateway: GatewayProcess) -> None:
 # ------------------------------------------------------------------------------------- several ComfyUIs, storage
 
 
-def test_a_task_runs_where_it_is_told_to(comfyui: ComfyUI, tmp_path: Path) -> None:
+def test_a_task_runs_on_the_requested_comfyui(comfyui: ComfyUI, tmp_path: Path) -> None:
     with emulator() as other:
         with gateway_process(comfyui.url, tmp_path, COMFYUI_BACKENDS=f"{comfyui.url},{other.url}") as gateway:
             tasks = [submit(gateway, picture((n, 0, 0)), params={"server_address": other.address}) for n in range(1, 6)]
@@ -269,7 +269,7 @@ def s3() -> Iterator[S3Server]:
         yield running
 
 
-def test_results_go_to_s3_by_the_described_names(comfyui: ComfyUI, s3: S3Server, tmp_path: Path) -> None:
+def test_results_go_to_s3_under_the_documented_names(comfyui: ComfyUI, s3: S3Server, tmp_path: Path) -> None:
     bucket = s3.create_bucket()
     settings = {
         "STORAGE_TYPE": "s3",
@@ -288,7 +288,7 @@ def test_results_go_to_s3_by_the_described_names(comfyui: ComfyUI, s3: S3Server,
     assert colors(requests.get(result["images"][0], timeout=TIMEOUT_S).content) == [RED]
 
 
-def test_results_stay_here_although_there_is_a_bucket(comfyui: ComfyUI, s3: S3Server, tmp_path: Path) -> None:
+def test_results_stay_local_in_spite_of_a_bucket(comfyui: ComfyUI, s3: S3Server, tmp_path: Path) -> None:
     bucket = s3.create_bucket()
     settings = {
         "STORAGE_TYPE": "local",

@@ -48,7 +48,7 @@ def test_a_job_runs(gateway: GatewayProcess) -> None:
     assert "secret" not in gateway.process.output
 
 
-def test_a_signal_answers_all_who_wait_and_its_job_goes_on(
+def test_a_signal_answers_waiting_clients_and_the_job_continues(
     comfyui: ComfyUI, gateway: GatewayProcess, tmp_path: Path
 ) -> None:
     with ThreadPoolExecutor() as pool:
@@ -70,20 +70,20 @@ def test_a_signal_answers_all_who_wait_and_its_job_goes_on(
         assert again.post(f"/cancel/{answer['id']}").json()["status"] == "CANCELLED"
 
 
-def test_beyond_the_loopback_a_key_is_needed(comfyui: ComfyUI, tmp_path: Path) -> None:
+def test_a_key_is_required_beyond_loopback(comfyui: ComfyUI, tmp_path: Path) -> None:
     with gateway_process(comfyui.url, tmp_path, *UVICORN, "--host", "0.0.0.0", API_KEYS="") as gateway:
         assert requests.get(f"{gateway.url}/health", timeout=TIMEOUT_S).status_code == 401
         key = {"Authorization": f"Bearer {(tmp_path / 'api.key').read_text().strip()}"}
         assert requests.get(f"{gateway.url}/health", headers=key, timeout=TIMEOUT_S).ok
 
 
-def test_a_port_that_it_cannot_open_is_named(comfyui: ComfyUI, tmp_path: Path) -> None:
+def test_an_unavailable_port_is_named(comfyui: ComfyUI, tmp_path: Path) -> None:
     with gateway_process(comfyui.url, tmp_path, *UVICORN, PORT_HEALTH=str(free_port())) as gateway:
         assert "PORT_HEALTH has no effect under uvicorn main:app" in gateway.process.output
         assert requests.get(f"{gateway.url}/ping", timeout=TIMEOUT_S).status_code in (200, 204)
 
 
-def test_on_the_loopback_none_is_needed_whatever_API_HOST_says(comfyui: ComfyUI, tmp_path: Path) -> None:
+def test_no_key_is_required_on_loopback_whatever_API_HOST_is(comfyui: ComfyUI, tmp_path: Path) -> None:
     with gateway_process(comfyui.url, tmp_path, *UVICORN, "--reload", API_KEYS="", API_HOST="0.0.0.0") as gateway:
         # A supervisor tells of the port before there is a gateway.
         wait_until(lambda: is_up(gateway.url))
@@ -96,7 +96,7 @@ def is_up(url: str) -> bool:
         return False
 
 
-def test_workers_without_what_they_have_to_share_are_refused_and_all_end(tmp_path: Path) -> None:
+def test_workers_without_shared_services_are_rejected(tmp_path: Path) -> None:
     environment = {"DATA_DIR": str(tmp_path), "COMFYUI_URL": "http://127.0.0.1:1"}
     with Process([sys.executable, "-m", *UVICORN, "--workers", "2"], environment=environment) as process:
         process.wait()
@@ -105,7 +105,7 @@ def test_workers_without_what_they_have_to_share_are_refused_and_all_end(tmp_pat
         assert "Traceback" not in process.output
 
 
-def test_workers_of_a_fleet_share_a_port(sites: FleetStarter) -> None:
+def test_fleet_workers_share_a_port(sites: FleetStarter) -> None:
     site = sites.start(gateways=1, workers=1)
     environment = {**site.fleet.environment, "API_CACHE": "redis", "COMFYUI_URL": "http://127.0.0.1:1"}
     command = [sys.executable, "-m", *UVICORN, "--workers", "2"]
@@ -117,11 +117,11 @@ def test_workers_of_a_fleet_share_a_port(sites: FleetStarter) -> None:
         assert [answer["status"] for answer in answers] == ["COMPLETED"] * 4
 
 
-def test_importing_the_file_makes_nothing(tmp_path: Path) -> None:
+def test_importing_the_file_has_no_side_effects(tmp_path: Path) -> None:
     script = "import sys, main; assert not hasattr(main, 'nothing'); print(sorted(sys.modules))"
     command = [sys.executable, "-c", script]
-    told = clean_environment({"PYTHONPATH": str(ROOT)})
-    done = subprocess.run(command, cwd=tmp_path, env=told, capture_output=True, text=True, check=True)
+    environment = clean_environment({"PYTHONPATH": str(ROOT)})
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert "'fastapi'" not in done.stdout
     assert list(tmp_path.iterdir()) == []
 
@@ -138,12 +138,12 @@ def test_importing_the_file_makes_nothing(tmp_path: Path) -> None:
         ("/bin/gunicorn main:app --host 127.0.0.1", ServerOptions("0.0.0.0", 1)),
     ],
 )
-def test_how_the_server_was_started(arguments: str, found: ServerOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_start_command_is_recognised(arguments: str, found: ServerOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", arguments.split())
     assert server_options() == found
 
 
-def test_uvicorns_own_variables_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uvicorns_variables_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["/bin/uvicorn", "main:app"])
     monkeypatch.setenv("UVICORN_HOST", "0.0.0.0")
     monkeypatch.setenv("WEB_CONCURRENCY", "2")

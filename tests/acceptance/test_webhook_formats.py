@@ -33,13 +33,13 @@ def gateway(comfyui: ComfyUI, tmp_path_factory: pytest.TempPathFactory) -> Itera
         yield running
 
 
-def send(gateway: GatewayProcess, door: str, graph: dict[str, Any], webhook: dict[str, Any]) -> dict[str, Any]:
-    """Send a job through a door; return what that answers."""
+def send(gateway: GatewayProcess, api: str, graph: dict[str, Any], webhook: dict[str, Any]) -> dict[str, Any]:
+    """Submit a job through an API; return its response."""
     path, body = {
         "runpod": ("/run", {"input": {"workflow": graph, "webhook": webhook}}),
         "generate": ("/generate", {"input": {"workflow_json": graph, "webhook": webhook}}),
         "task": ("/task", {"task_type": "comfyui", "params": {"workflow": graph, "webhook": webhook}}),
-    }[door]
+    }[api]
     answer = gateway.post(path, body)
     assert answer.status_code in (200, 202), answer.text
     accepted: dict[str, Any] = answer.json()
@@ -47,7 +47,7 @@ def send(gateway: GatewayProcess, door: str, graph: dict[str, Any], webhook: dic
 
 
 def end_of(receiver: Receiver) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Return what was told on the way and of the end, when that is there."""
+    """Return the webhooks of the progress and of the end, once the end has arrived."""
 
     def is_end(received: Received) -> bool:
         return received.body.get("type") != "progress"
@@ -57,19 +57,21 @@ def end_of(receiver: Receiver) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     return progress, end
 
 
-def told(gateway: GatewayProcess, door: str, graph: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def webhooks_of(
+    gateway: GatewayProcess, api: str, graph: dict[str, Any]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     with Receiver() as receiver:
-        send(gateway, door, graph, {"url": receiver.url, "progress": True, "extra_params": EXTRA})
+        send(gateway, api, graph, {"url": receiver.url, "progress": True, "extra_params": EXTRA})
         progress, end = end_of(receiver)
     for body in (*progress, end):
         assert body["extra_params"] == EXTRA, "in every API's words"
-    assert progress, "a job of a second is told of before its end"
+    assert progress, "a job of a second reports progress before its end"
     assert all(body["type"] == "progress" for body in progress)
     return progress, end
 
 
-def test_generate_tells_its_result(gateway: GatewayProcess) -> None:
-    progress, end = told(gateway, "generate", work(0.5))
+def test_generate_webhooks_carry_the_result(gateway: GatewayProcess) -> None:
+    progress, end = webhooks_of(gateway, "generate", work(0.5))
     for body in (*progress, end):
         assert {"id", "status", "message", "output", "timings"} <= set(body)
         assert body["id"] == end["id"] != EXTRA["id"], "the caller's parameters take no field's place"
@@ -84,7 +86,7 @@ def test_generate_tells_its_result(gateway: GatewayProcess) -> None:
     assert len(colors(requests.get(file["url"], timeout=TIMEOUT_S).content)) == 1
 
 
-def test_generate_tells_why_a_job_failed(gateway: GatewayProcess) -> None:
+def test_generate_webhooks_carry_the_error(gateway: GatewayProcess) -> None:
     with Receiver() as receiver:
         send(gateway, "generate", missing_model("nothing.safetensors"), {"url": receiver.url})
         [body] = [received.body for received in receiver.wait_for(1)]
@@ -92,8 +94,8 @@ def test_generate_tells_why_a_job_failed(gateway: GatewayProcess) -> None:
     assert "nothing.safetensors" in body["message"]
 
 
-def test_a_task_tells_what_a_task_is(gateway: GatewayProcess) -> None:
-    progress, end = told(gateway, "task", work(0.5))
+def test_task_webhooks_carry_the_task(gateway: GatewayProcess) -> None:
+    progress, end = webhooks_of(gateway, "task", work(0.5))
     assert {body["task_id"] for body in progress} == {end["task_id"]}
     assert {body["status"] for body in progress} <= {"pending", "processing"}
     kept = gateway.get(f"/task/{end['task_id']}").json()
@@ -102,9 +104,9 @@ def test_a_task_tells_what_a_task_is(gateway: GatewayProcess) -> None:
     assert len(colors(requests.get(link, timeout=TIMEOUT_S).content)) == 1
 
 
-def test_a_workflow_tells_its_status(comfyui: ComfyUI, tmp_path: Path) -> None:
+def test_workflow_webhooks_carry_the_status(comfyui: ComfyUI, tmp_path: Path) -> None:
     with Receiver() as receiver:
-        # This API has no field for it: its jobs are told to the settings' receiver.
+        # This API has no field for it: the settings' receiver gets its webhooks.
         settings = {"RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS": "true", "WEBHOOK_URL": receiver.url}
         with gateway_process(comfyui.url, tmp_path, **settings) as gateway:
             host = {**gateway.headers, "Host": "elsewhere.example"}
@@ -120,7 +122,7 @@ def test_a_workflow_tells_its_status(comfyui: ComfyUI, tmp_path: Path) -> None:
             assert colors(requests.get(f"{gateway.url}{link}", timeout=TIMEOUT_S).content) == [RED]
 
 
-def test_the_catalog_tells_an_execution(gateway: GatewayProcess) -> None:
+def test_catalog_webhooks_carry_the_execution(gateway: GatewayProcess) -> None:
     with Receiver() as receiver:
         webhook = {"url": receiver.url, "extra_params": EXTRA}
         body = {"inputs": {"color": 255, "width": 8, "height": 8}, "webhook": webhook}
@@ -136,8 +138,8 @@ def test_the_catalog_tells_an_execution(gateway: GatewayProcess) -> None:
     assert gateway.get(image["url"]).status_code == 200
 
 
-def test_runpods_door_tells_runpods_status(gateway: GatewayProcess) -> None:
-    progress, end = told(gateway, "runpod", work(0.5))
+def test_runpod_webhooks_carry_runpods_status(gateway: GatewayProcess) -> None:
+    progress, end = webhooks_of(gateway, "runpod", work(0.5))
     assert {body["id"] for body in progress} == {end["id"]}
     for body in progress:
         has_begun = body["output"]["stage"] in ("running", "delivering")
@@ -145,7 +147,7 @@ def test_runpods_door_tells_runpods_status(gateway: GatewayProcess) -> None:
     assert (end["status"], end["output"]["images"][0]["type"]) == ("COMPLETED", "base64")
 
 
-def test_a_body_of_generate_that_is_too_long_goes_without_the_files_bytes(comfyui: ComfyUI, tmp_path: Path) -> None:
+def test_an_oversized_generate_webhook_omits_the_file_data(comfyui: ComfyUI, tmp_path: Path) -> None:
     settings = {"RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS": "true", "RUN_RESULT_LIMIT_MB": "0.001"}
     with gateway_process(comfyui.url, tmp_path, **settings) as small, Receiver() as receiver:
         graph = picture(RED)

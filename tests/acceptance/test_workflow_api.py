@@ -111,7 +111,7 @@ def refused(answer: requests.Response, status_code: int, code: str, words: str) 
 # --------------------------------------------------------------------------------------- submit and status
 
 
-def test_a_workflow_is_submitted_and_followed_to_its_picture(gateway: GatewayProcess) -> None:
+def test_a_submitted_workflow_can_be_followed_to_its_image(gateway: GatewayProcess) -> None:
     answer = submit(gateway, workflow={"prompt": picture(RED)}, extra_data={"from": "a test"})
     prompt_id = answer["prompt_id"]
     assert answer == {"prompt_id": prompt_id, "status": "pending", "message": "Workflow submitted successfully"}
@@ -131,7 +131,7 @@ def test_a_workflow_is_submitted_and_followed_to_its_picture(gateway: GatewayPro
     assert colors(opened(link)) == [RED]
 
 
-def test_a_bare_graph_with_a_file_does_too(gateway: GatewayProcess) -> None:
+def test_a_bare_graph_with_a_file_is_accepted(gateway: GatewayProcess) -> None:
     images = [{"name": "a.png", "image": data_uri(png(RED))}]
     answer = submit(gateway, workflow=inverted("a.png"), images=images, nodes=5)
     assert answer["warnings"] == ["'nodes' is unknown and was ignored"]
@@ -160,7 +160,7 @@ def needs_models(comfyui: ComfyUI) -> None:
         pytest.skip("only the emulator is sure to have the models")
 
 
-def test_a_text_takes_the_place_of_the_positive_prompt(gateway: GatewayProcess, comfyui: ComfyUI) -> None:
+def test_a_text_replaces_the_positive_prompt(gateway: GatewayProcess, comfyui: ComfyUI) -> None:
     needs_models(comfyui)
     asked = [
         submitted(gateway, sampled("a cat")),
@@ -178,7 +178,7 @@ def test_a_template_is_filled_in(gateway: GatewayProcess) -> None:
     assert len(ended(gateway, answer["prompt_id"])["output_images"]) == 1
 
 
-def test_texts_sounds_and_files_are_named_if_there_are_any(gateway: GatewayProcess) -> None:
+def test_texts_audio_and_files_are_listed_if_present(gateway: GatewayProcess) -> None:
     graph = {
         **picture(RED),
         "20": node("EmptyAudio", duration=0.1, sample_rate=8000, channels=1),
@@ -195,7 +195,7 @@ def test_texts_sounds_and_files_are_named_if_there_are_any(gateway: GatewayProce
     assert opened(done["output_files"][0])
 
 
-def test_the_descriptions_own_graphs_fail_in_one_sentence(gateway: GatewayProcess) -> None:
+def test_the_documented_graphs_fail_with_one_sentence(gateway: GatewayProcess) -> None:
     structure = {
         "1": {"inputs": {"text": "your prompt here"}, "class_type": "CLIPTextEncode"},
         "2": {"inputs": {"model": ["1", 0], "seed": 12345}, "class_type": "KSampler"},
@@ -216,14 +216,14 @@ def test_the_descriptions_own_graphs_fail_in_one_sentence(gateway: GatewayProces
     assert "HunyuanVideo" in done["error"]
 
 
-def test_a_workflow_that_fails_says_why(gateway: GatewayProcess) -> None:
+def test_a_failed_workflow_reports_its_error(gateway: GatewayProcess) -> None:
     done = ended(gateway, submitted(gateway, work(0.1, fail_at=1)))
     assert (done["status"], done["error_code"]) == ("failed", "out_of_memory")
     assert done["error"].startswith("Workflow execution error")
     assert done["output_images"] == []
 
 
-def test_jobs_of_other_doors_are_shown_too(gateway: GatewayProcess) -> None:
+def test_jobs_of_other_apis_are_shown_too(gateway: GatewayProcess) -> None:
     job_id = gateway.run(picture(RED))
     assert ended(gateway, job_id)["status"] == "completed"
 
@@ -232,7 +232,7 @@ def test_jobs_of_other_doors_are_shown_too(gateway: GatewayProcess) -> None:
 
 
 @contextmanager
-def told(gateway: GatewayProcess, path: str, key: bool = True) -> Iterator[Iterator[Body]]:
+def websocket_messages(gateway: GatewayProcess, path: str, key: bool = True) -> Iterator[Iterator[Body]]:
     """Yield the statuses that a WebSocket tells, as they come."""
     url = gateway.url.replace("http", "ws", 1) + path
     headers = [f"Authorization: {gateway.headers['Authorization']}"] if key else []
@@ -244,38 +244,38 @@ def told(gateway: GatewayProcess, path: str, key: bool = True) -> Iterator[Itera
         connection.shutdown()
 
 
-def test_a_websocket_tells_each_change_to_the_end(gateway: GatewayProcess) -> None:
+def test_the_websocket_reports_every_change_until_the_end(gateway: GatewayProcess) -> None:
     # How long the second one takes is known by the first one.
     ended(gateway, submitted(gateway, work(0.5, steps=5)))
     prompt_id = submitted(gateway, work(0.5, steps=5))
-    with told(gateway, f"/api/workflow/ws/{prompt_id}") as statuses:
-        heard = list(statuses)
-    assert {one["prompt_id"] for one in heard} == {prompt_id}
-    assert heard[0]["status"] in ("pending", "running")
-    progress = [one["progress"] for one in heard]
+    with websocket_messages(gateway, f"/api/workflow/ws/{prompt_id}") as statuses:
+        messages = list(statuses)
+    assert {one["prompt_id"] for one in messages} == {prompt_id}
+    assert messages[0]["status"] in ("pending", "running")
+    progress = [one["progress"] for one in messages]
     assert progress == sorted(progress)
-    at_work = [one for one in heard if one["current_node"] == "3"]
+    at_work = [one for one in messages if one["current_node"] == "3"]
     assert {one["status"] for one in at_work} == {"running"}
     assert at_work[0]["current_node_title"] == "TestWork"
     assert at_work[-1]["estimated_time_remaining"] is not None
-    assert heard[-1]["status"] == "completed"
-    assert len(heard[-1]["output_images"]) == 1
-    with told(gateway, f"/api/workflow/ws/{prompt_id}") as statuses:
+    assert messages[-1]["status"] == "completed"
+    assert len(messages[-1]["output_images"]) == 1
+    with websocket_messages(gateway, f"/api/workflow/ws/{prompt_id}") as statuses:
         assert [one["status"] for one in statuses] == ["completed"]
 
 
-def test_a_client_that_leaves_its_websocket_harms_nobody(gateway: GatewayProcess) -> None:
+def test_a_client_that_disconnects_harms_nobody(gateway: GatewayProcess) -> None:
     prompt_id = submitted(gateway, work(0.5, steps=5))
-    with told(gateway, f"/api/workflow/ws/{prompt_id}") as statuses:
+    with websocket_messages(gateway, f"/api/workflow/ws/{prompt_id}") as statuses:
         next(statuses)
     assert ended(gateway, prompt_id)["status"] == "completed"
 
 
-def test_a_websocket_to_no_workflow_is_refused_as_any_request(gateway: GatewayProcess) -> None:
+def test_a_websocket_for_a_missing_workflow_is_rejected(gateway: GatewayProcess) -> None:
     for path, key, status_code in (("nothing", True, 404), ("nothing", False, 401)):
         with (
             pytest.raises(websocket.WebSocketBadStatusException) as caught,
-            told(gateway, f"/api/workflow/ws/{path}", key),
+            websocket_messages(gateway, f"/api/workflow/ws/{path}", key),
         ):
             pass
         assert caught.value.status_code == status_code
@@ -285,7 +285,9 @@ def test_a_websocket_to_no_workflow_is_refused_as_any_request(gateway: GatewayPr
 # --------------------------------------------------------------------------------------- queue and cancel
 
 
-def test_the_queue_shows_what_runs_and_waits_until_it_is_cancelled(gateway: GatewayProcess, comfyui: ComfyUI) -> None:
+def test_the_queue_lists_running_and_waiting_jobs_until_they_are_cancelled(
+    gateway: GatewayProcess, comfyui: ComfyUI
+) -> None:
     first = submitted(gateway, work(60))
     comfyui.wait_until_running()
     wait_until(lambda: status(gateway, first)["status"] == "running")
@@ -360,12 +362,12 @@ def test_a_video_is_generated(gateway: GatewayProcess, comfyui: ComfyUI) -> None
         ({"extra_params": {"prompt": "x"}}, "extra_params says again"),
     ],
 )
-def test_a_video_that_cannot_be_is_refused(gateway: GatewayProcess, change: Body, words: str) -> None:
+def test_an_impossible_video_is_rejected(gateway: GatewayProcess, change: Body, words: str) -> None:
     answer = gateway.post("/api/video/generate", {"prompt": "A sunset", **change})
     refused(answer, 400, "invalid_input", words)
 
 
-def test_missing_models_are_named_before_anything_is_queued(tmp_path: Path) -> None:
+def test_missing_models_are_named_before_the_job_is_queued(tmp_path: Path) -> None:
     bare = [sys.executable, "-m", "comfy_emulator", "--port", "0", "--no-models"]
     with Process([*bare, "--model", "vae/hunyuan_video_vae_bf16.safetensors"]) as process:
         url = process.wait_for_line(r"at (http://\S+\d)").group(1)
@@ -381,7 +383,7 @@ def test_missing_models_are_named_before_anything_is_queued(tmp_path: Path) -> N
 # -------------------------------------------------------------------------------------------------- cache
 
 
-def test_an_identical_request_is_answered_from_the_earlier_one(gateway: GatewayProcess) -> None:
+def test_an_identical_request_gets_the_cached_result(gateway: GatewayProcess) -> None:
     body = {"workflow": {"prompt": picture(GREEN)}, "cache": True}
     first = submit(gateway, **body)
     assert "cached" not in first
@@ -393,7 +395,7 @@ def test_an_identical_request_is_answered_from_the_earlier_one(gateway: GatewayP
     assert len({first["prompt_id"], fresh["prompt_id"], other["prompt_id"]}) == 3
 
 
-def test_what_failed_or_was_cancelled_is_not_answered_again(gateway: GatewayProcess) -> None:
+def test_failed_and_cancelled_jobs_are_not_cached(gateway: GatewayProcess) -> None:
     failing = {"workflow": {"prompt": work(0.1, fail_at=1)}, "cache": True}
     first = submit(gateway, **failing)["prompt_id"]
     assert ended(gateway, first)["status"] == "failed"
@@ -422,7 +424,7 @@ def submit_batch(gateway: GatewayProcess, **body: Any) -> Body:
     return batch
 
 
-def test_a_batch_runs_one_graph_with_each_of_its_inputs(gateway: GatewayProcess) -> None:
+def test_a_batch_runs_one_graph_per_input(gateway: GatewayProcess) -> None:
     batch = submit_batch(gateway, workflow={"prompt": picture((0, 0, 9))}, sets=[{"1.color": 0xFF0000}, {}])
     made = [colors(opened(ended(gateway, prompt_id)["output_images"][0])) for prompt_id in batch["prompt_ids"]]
     assert made == [[RED], [(0, 0, 9)]]
@@ -459,7 +461,7 @@ def test_a_batch_is_cancelled_as_a_whole(gateway: GatewayProcess, comfyui: Comfy
     assert gateway.get("/api/queue").json() == {"running": [], "pending": []}
 
 
-def test_a_batch_that_does_not_fit_into_the_queue_is_refused_as_a_whole(other: GatewayProcess) -> None:
+def test_a_batch_larger_than_the_queue_is_rejected_as_a_whole(other: GatewayProcess) -> None:
     body = {"workflow": picture(RED), "seeds": [], "sets": [{}] * 4}
     refused(other.post("/api/workflow/batch", {**body, "seeds": None}), 503, "queue_full", "more than 3")
     assert other.get("/api/queue").json() == {"running": [], "pending": []}
@@ -492,7 +494,7 @@ def test_an_earlier_version_of_a_template_can_still_be_run(other: GatewayProcess
     refused(other.get("/api/workflows/nothing/versions"), 404, "not_found", "no named workflow 'nothing'")
 
 
-def test_versions_outlive_the_gateway(comfyui: ComfyUI, tmp_path: Path) -> None:
+def test_versions_survive_a_restart(comfyui: ComfyUI, tmp_path: Path) -> None:
     folder = tmp_path / "workflows"
     folder.mkdir()
     path, versions = "/api/workflows/mine/versions", []
@@ -507,7 +509,7 @@ def test_versions_outlive_the_gateway(comfyui: ComfyUI, tmp_path: Path) -> None:
     assert len(versions) == 2
 
 
-def test_a_workflow_may_run_as_long_as_workflow_timeout_says(other: GatewayProcess) -> None:
+def test_a_workflow_may_run_for_its_workflow_timeout(other: GatewayProcess) -> None:
     done = ended(other, submitted(other, work(30)))
     assert (done["status"], done["error_code"]) == ("failed", "timed_out")
     assert "longer than 1 second" in done["error"]
@@ -530,36 +532,36 @@ def test_a_workflow_may_run_as_long_as_workflow_timeout_says(other: GatewayProce
         ({"template": "solid-colour"}, "invalid_input", "did you mean 'solid-color'?"),
     ],
 )
-def test_a_workflow_that_is_none_is_refused(gateway: GatewayProcess, body: Body, code: str, words: str) -> None:
+def test_invalid_workflows_are_rejected(gateway: GatewayProcess, body: Body, code: str, words: str) -> None:
     refused(gateway.post("/api/workflow/submit", body), 400, code, words)
 
 
-def test_what_is_not_there_is_404(gateway: GatewayProcess) -> None:
+def test_missing_resources_are_404(gateway: GatewayProcess) -> None:
     nothing = str(uuid.uuid4())
     refused(gateway.get(f"/api/workflow/status/{nothing}"), 404, "not_found", nothing)
     refused(gateway.post(f"/api/workflow/cancel/{nothing}"), 404, "not_found", nothing)
 
 
 @pytest.mark.parametrize("path", ["/api/workflow/submit", "/api/workflow/batch"])
-def test_a_link_to_a_node_that_is_not_there_is_refused(gateway: GatewayProcess, path: str) -> None:
+def test_a_link_to_a_missing_node_is_rejected(gateway: GatewayProcess, path: str) -> None:
     graph = picture((1, 2, 3))
     graph["9"]["inputs"]["images"] = ["77", 0]
     body = {"workflow": {"prompt": graph}, **({"seeds": [1]} if path.endswith("batch") else {})}
     refused(gateway.post(path, body), 400, "invalid_workflow", "77")
 
 
-def test_making_a_workflow_out_of_a_text_needs_what_is_not_there(gateway: GatewayProcess) -> None:
+def test_workflow_generation_from_text_is_not_implemented(gateway: GatewayProcess) -> None:
     refused(gateway.post("/api/workflow/generate", {"prompt": "x"}), 501, "not_implemented", "needs ComfyGPT")
 
 
-def test_keys_and_sizes_hold_here_too(gateway: GatewayProcess) -> None:
+def test_keys_and_size_limits_apply(gateway: GatewayProcess) -> None:
     answer = requests.post(f"{gateway.url}/api/workflow/submit", json={"workflow": picture(RED)}, timeout=TIMEOUT_S)
     refused(answer, 401, "unauthorized", "key")
     large = {"workflow": picture(RED), "extra_data": {"a": "x" * 10_000_000}}
     refused(gateway.post("/api/workflow/submit", large), 413, "request_too_large", "more than")
 
 
-def test_without_a_comfyui_nothing_is_accepted(tmp_path: Path) -> None:
+def test_nothing_is_accepted_without_a_comfyui(tmp_path: Path) -> None:
     with closed_port() as port, gateway_process(f"http://127.0.0.1:{port}", tmp_path) as gateway:
         for path, body in (
             ("/api/workflow/submit", {"workflow": picture(RED)}),

@@ -1,4 +1,4 @@
-"""What every engine promises, through the service that doors use: the same tests over each of them.
+"""What every engine promises, through the service that the APIs use: the same tests over each of them.
 
 A test that needs what an engine does not have says so by `needs`, and is skipped there with the engine's own reason.
 """
@@ -46,7 +46,7 @@ def fresh() -> Iterator[EmulatedComfyUI]:
 
 
 @pytest.fixture(scope="module")
-def grounds() -> Iterator[EngineSetups]:
+def setup_factory() -> Iterator[EngineSetups]:
     with ExitStack() as stack:
         yield EngineSetups(stack)
 
@@ -68,28 +68,28 @@ def needs(feature: Feature) -> Callable[[Callable[..., None]], Callable[..., Non
 
 
 @pytest.fixture(scope="module")
-def ground(
-    engine: str, grounds: EngineSetups, comfyui: EmulatedComfyUI, tmp_path_factory: pytest.TempPathFactory
+def engine_setup(
+    engine: str, setup_factory: EngineSetups, comfyui: EmulatedComfyUI, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[EngineSetup]:
     """One ComfyUI that is there already, and an engine's workers beside it."""
     with ExitStack() as stack:
-        yield grounds.make(engine, stack, tmp_path_factory.mktemp(engine), comfyui)
+        yield setup_factory.make(engine, stack, tmp_path_factory.mktemp(engine), comfyui)
 
 
-GroundOf = Callable[..., EngineSetup]
+MakeEngineSetup = Callable[..., EngineSetup]
 
 
 @pytest.fixture
-def ground_of(engine: str, grounds: EngineSetups, tmp_path: Path) -> Iterator[GroundOf]:
+def make_engine_setup(engine: str, setup_factory: EngineSetups, tmp_path: Path) -> Iterator[MakeEngineSetup]:
     """Return what makes a ground of its own with any ComfyUIs."""
     with ExitStack() as stack:
-        yield lambda *comfyuis: grounds.make(engine, stack, tmp_path / "data", *comfyuis)
+        yield lambda *comfyuis: setup_factory.make(engine, stack, tmp_path / "data", *comfyuis)
 
 
 @pytest.fixture
-def bench(ground: EngineSetup) -> Iterator[EngineGateway]:
-    with ground.bench() as running:
-        ground.wait_until_ready(running)
+def bench(engine_setup: EngineSetup) -> Iterator[EngineGateway]:
+    with engine_setup.bench() as running:
+        engine_setup.wait_until_ready(running)
         yield running
 
 
@@ -106,8 +106,8 @@ def test_a_job_completes_and_its_files_are_kept(bench: EngineGateway) -> None:
     assert bench.picture(job_id) == RED
 
 
-def test_a_caller_is_warned_of_what_was_not_understood(bench: EngineGateway) -> None:
-    """Wherever in the request it stands, and whoever takes it off before a worker sees the job."""
+def test_unknown_fields_give_warnings(bench: EngineGateway) -> None:
+    """Wherever the field is in the request, and whichever component removes it before a worker sees the job."""
     wrapped = {"input": {"workflow": graphs.picture(RED), "strickt": True}}
     job_id = bench.call(bench.service.submit({"input": wrapped, "polizy": {}, "policy": {"tlt": 60_000}})).id
 
@@ -127,7 +127,7 @@ def test_many_jobs_all_end_with_their_own_outputs(bench: EngineGateway) -> None:
     assert {job_id: bench.picture(job_id)[0] for job_id in sent} == sent
 
 
-def test_two_outputs_of_one_name_are_both_kept(bench: EngineGateway) -> None:
+def test_two_outputs_with_one_name_are_both_kept(bench: EngineGateway) -> None:
     job_id = bench.submit(graphs.two_pictures(RED, (0, 9, 0)))
 
     assert bench.pictures(job_id) == [[RED], [(0, 9, 0)]]
@@ -142,7 +142,7 @@ def test_a_failing_node_fails_the_job(bench: EngineGateway) -> None:
 
 
 @pytest.mark.parametrize("request_", [{"input": {}}, {"input": "no JSON"}, {"input": {"workflow": []}}])
-def test_an_input_that_is_no_job_fails_with_a_sentence(bench: EngineGateway, request_: dict[str, Any]) -> None:
+def test_an_invalid_input_fails_with_a_sentence(bench: EngineGateway, request_: dict[str, Any]) -> None:
     record = bench.ended(bench.call(bench.service.submit(request_)).id)
 
     assert record.state is JobState.FAILED
@@ -150,7 +150,7 @@ def test_an_input_that_is_no_job_fails_with_a_sentence(bench: EngineGateway, req
     assert record.error["error"]
 
 
-def test_a_webhook_that_could_never_be_sent_is_refused(bench: EngineGateway) -> None:
+def test_an_undeliverable_webhook_is_rejected(bench: EngineGateway) -> None:
     with pytest.raises(InvalidInput, match="webhook must be a URL of http or https"):
         bench.submit(graphs.picture(RED), webhook="file:///etc/passwd")
 
@@ -158,19 +158,19 @@ def test_a_webhook_that_could_never_be_sent_is_refused(bench: EngineGateway) -> 
 # ------------------------------------------------------------------------------------------------ cancel
 
 
-def test_a_running_job_is_off_the_gpu_when_it_is_cancelled(
-    ground: EngineSetup, bench: EngineGateway, comfyui: EmulatedComfyUI, tmp_path: Path
+def test_a_cancelled_job_leaves_the_gpu(
+    engine_setup: EngineSetup, bench: EngineGateway, comfyui: EmulatedComfyUI, tmp_path: Path
 ) -> None:
     gate = Gate(tmp_path)
     job_id = bench.submit(gate.graph())
     gate.wait_until_run()
 
     assert bench.call(bench.service.cancel(job_id)).state is JobState.CANCELLED
-    ground.check_off_the_gpu(comfyui)
+    engine_setup.check_off_the_gpu(comfyui)
     assert bench.call(bench.service.cancel(job_id)).state is JobState.CANCELLED
 
 
-def test_a_waiting_job_that_is_cancelled_never_runs(bench: EngineGateway, tmp_path: Path) -> None:
+def test_a_cancelled_waiting_job_never_runs(bench: EngineGateway, tmp_path: Path) -> None:
     first, second = Gate(tmp_path), Gate(tmp_path)
     running = bench.submit(first.graph())
     first.wait_until_run()
@@ -183,7 +183,7 @@ def test_a_waiting_job_that_is_cancelled_never_runs(bench: EngineGateway, tmp_pa
     assert second.runs == 0
 
 
-def test_a_purge_cancels_what_waits_and_wakes_who_waits_for_it(bench: EngineGateway, tmp_path: Path) -> None:
+def test_a_purge_cancels_waiting_jobs_and_wakes_their_waiters(bench: EngineGateway, tmp_path: Path) -> None:
     gate = Gate(tmp_path)
     running = bench.submit(gate.graph())
     gate.wait_until_run()
@@ -207,11 +207,9 @@ def test_a_purge_cancels_what_waits_and_wakes_who_waits_for_it(bench: EngineGate
 
 
 @needs(Feature.HIGHER_PRIORITIES)
-def test_a_higher_priority_has_its_turn_first_and_among_equals_the_earlier(
-    ground: EngineSetup, bench: EngineGateway, tmp_path: Path
-) -> None:
+def test_jobs_run_by_priority_and_then_by_age(engine_setup: EngineSetup, bench: EngineGateway, tmp_path: Path) -> None:
     gate = Gate(tmp_path)
-    in_hand = ground.fill(bench, gate)
+    in_hand = engine_setup.fill(bench, gate)
     low, first, second, high = (bench.submit(gate.graph(), priority) for priority in [-1, 0, 0, 1])
 
     # One place at a time: of two that are in hand together the one that is ready first runs first.
@@ -224,11 +222,11 @@ def test_a_higher_priority_has_its_turn_first_and_among_equals_the_earlier(
     assert [bench.ended(job_id).state for job_id in turns[-len(in_hand) :]] == [JobState.COMPLETED] * len(in_hand)
 
 
-def test_so_many_jobs_may_wait_and_no_more(ground: EngineSetup, tmp_path: Path) -> None:
+def test_the_queue_has_a_limit(engine_setup: EngineSetup, tmp_path: Path) -> None:
     gate = Gate(tmp_path)
-    with ground.bench(max_queue_size=ground.room + 1) as bench:
-        ground.wait_until_ready(bench)
-        in_hand = ground.fill(bench, gate)
+    with engine_setup.bench(max_queue_size=engine_setup.room + 1) as bench:
+        engine_setup.wait_until_ready(bench)
+        in_hand = engine_setup.fill(bench, gate)
         wait_until(lambda: JobState.IN_PROGRESS in [bench.get(job_id).state for job_id in in_hand])
         # What is staged ahead waits, too.
         waiting = [bench.submit(graphs.picture(RED)) for _ in range(2)]
@@ -238,11 +236,9 @@ def test_so_many_jobs_may_wait_and_no_more(ground: EngineSetup, tmp_path: Path) 
         assert {bench.ended(job_id).state for job_id in (*in_hand, *waiting)} == {JobState.COMPLETED}
 
 
-def test_a_job_that_waits_longer_than_its_ttl_times_out(
-    ground: EngineSetup, bench: EngineGateway, tmp_path: Path
-) -> None:
+def test_a_waiting_job_times_out_after_its_ttl(engine_setup: EngineSetup, bench: EngineGateway, tmp_path: Path) -> None:
     gate = Gate(tmp_path)
-    in_hand = ground.fill(bench, gate)
+    in_hand = engine_setup.fill(bench, gate)
 
     record = bench.ended(bench.submit(graphs.picture(RED), policy={"ttl": 1}))
     gate.open()
@@ -251,8 +247,8 @@ def test_a_job_that_waits_longer_than_its_ttl_times_out(
     assert {bench.ended(job_id).state for job_id in in_hand} == {JobState.COMPLETED}
 
 
-def test_a_job_that_runs_too_long_is_taken_out(
-    ground: EngineSetup, bench: EngineGateway, comfyui: EmulatedComfyUI, tmp_path: Path
+def test_a_job_that_runs_too_long_times_out(
+    engine_setup: EngineSetup, bench: EngineGateway, comfyui: EmulatedComfyUI, tmp_path: Path
 ) -> None:
     gate = Gate(tmp_path)
     record = bench.ended(bench.submit(gate.graph(), policy={"executionTimeout": 200}))
@@ -260,10 +256,10 @@ def test_a_job_that_runs_too_long_is_taken_out(
     assert record.state is JobState.TIMED_OUT
     assert record.error is not None
     assert record.error["code"] == "timed_out"
-    ground.check_off_the_gpu(comfyui)
+    engine_setup.check_off_the_gpu(comfyui)
 
 
-def test_what_failed_is_run_again_under_its_id(bench: EngineGateway, tmp_path: Path) -> None:
+def test_a_retry_keeps_the_job_id(bench: EngineGateway, tmp_path: Path) -> None:
     gate = Gate(tmp_path)
     gate.open("not this time")
     job_id = bench.submit(gate.graph())
@@ -278,58 +274,58 @@ def test_what_failed_is_run_again_under_its_id(bench: EngineGateway, tmp_path: P
 # ------------------------------------------------------------------------------------------------ events
 
 
-def heard_of(bench: EngineGateway, job_id: str, gate: Gate) -> list[Event]:
-    """Return all that is told of a job; a gate is opened as soon as there is something."""
+def events_of(bench: EngineGateway, job_id: str, gate: Gate) -> list[Event]:
+    """Return all events of a job; a gate is opened as soon as there is one."""
 
     async def listen() -> list[Event]:
-        heard = []
+        events = []
         async for event in bench.service.events(job_id, after=0):
-            heard.append(event)
+            events.append(event)
             gate.open()
-        return heard
+        return events
 
     return bench.call(asyncio.wait_for(listen(), TIMEOUT_S))
 
 
-def test_events_tell_a_jobs_whole_way_and_end_with_it(bench: EngineGateway, tmp_path: Path) -> None:
+def test_events_cover_the_whole_job_and_end_with_it(bench: EngineGateway, tmp_path: Path) -> None:
     gate = Gate(tmp_path)
     bench.submit(gate.graph())
     gate.wait_until_run()
     job_id = bench.submit(graphs.picture(RED))
 
-    heard = heard_of(bench, job_id, gate)
-    assert [event.data["status"] for event in heard if event.type == "status"] == [
+    events = events_of(bench, job_id, gate)
+    assert [event.data["status"] for event in events if event.type == "status"] == [
         *("IN_QUEUE", "IN_PROGRESS", "COMPLETED"),
     ]
-    numbers = [event.number for event in heard]
+    numbers = [event.number for event in events]
     assert numbers == sorted(set(numbers))
-    # Heard again by who comes later, and nothing more by who heard it all.
-    assert heard_of(bench, job_id, gate)[-1] == heard[-1]
+    # A later subscriber receives it again, and nothing else.
+    assert events_of(bench, job_id, gate)[-1] == events[-1]
 
 
 @needs(Feature.STAGES)
-def test_events_tell_the_stages_around_a_workflow(bench: EngineGateway, tmp_path: Path) -> None:
-    heard = heard_of(bench, bench.submit(graphs.picture(RED)), Gate(tmp_path))
+def test_events_report_the_stages_around_a_workflow(bench: EngineGateway, tmp_path: Path) -> None:
+    events = events_of(bench, bench.submit(graphs.picture(RED)), Gate(tmp_path))
 
-    assert {"staging", "queued", "delivering"} <= {event.data.get("stage") for event in heard}
+    assert {"staging", "queued", "delivering"} <= {event.data.get("stage") for event in events}
 
 
-def test_events_tell_how_far_a_workflow_is(bench: EngineGateway, tmp_path: Path) -> None:
+def test_events_report_workflow_progress(bench: EngineGateway, tmp_path: Path) -> None:
     # Slow enough for a worker that tells of no progress in its first half a second.
-    heard = heard_of(bench, bench.submit(graphs.work(1.5, steps=15)), Gate(tmp_path))
+    events = events_of(bench, bench.submit(graphs.work(1.5, steps=15)), Gate(tmp_path))
 
-    told = [event.data for event in heard if event.type == "progress" and event.data.get("stage") == "running"]
-    percents = [data["percent"] for data in told]
+    progress = [event.data for event in events if event.type == "progress" and event.data.get("stage") == "running"]
+    percents = [data["percent"] for data in progress]
     assert percents == sorted(percents)
     assert any(0 < percent < 100 for percent in percents)
 
 
-def test_a_job_waits_until_a_comfyui_runs_it(ground: EngineSetup, bench: EngineGateway, tmp_path: Path) -> None:
+def test_a_job_waits_until_a_comfyui_is_free(engine_setup: EngineSetup, bench: EngineGateway, tmp_path: Path) -> None:
     gate = Gate(tmp_path)
     jobs = [bench.submit(gate.graph())]
     bench.wait_until_in_progress(*jobs)
     jobs += [bench.submit(gate.graph()) for _ in range(3)]
-    if ground.room > 1:
+    if engine_setup.room > 1:
         bench.wait_until_given(jobs[1])
 
     assert [bench.get(job_id).state.value for job_id in jobs] == ["IN_PROGRESS", *["IN_QUEUE"] * 3]
@@ -341,7 +337,7 @@ def test_a_job_waits_until_a_comfyui_runs_it(ground: EngineSetup, bench: EngineG
 
 
 @needs(Feature.QUEUE_POSITIONS)
-def test_every_job_that_waits_has_a_position_whatever_is_staged_ahead(bench: EngineGateway, tmp_path: Path) -> None:
+def test_every_waiting_job_has_a_position(bench: EngineGateway, tmp_path: Path) -> None:
     gate = Gate(tmp_path)
     jobs = [bench.submit(gate.graph())]
     bench.wait_until_in_progress(*jobs)
@@ -358,7 +354,7 @@ def test_every_job_that_waits_has_a_position_whatever_is_staged_ahead(bench: Eng
 
 
 @needs(Feature.QUEUE_POSITIONS)
-def test_a_job_has_a_place_as_soon_as_it_is_accepted(bench: EngineGateway, tmp_path: Path) -> None:
+def test_an_accepted_job_has_a_position_at_once(bench: EngineGateway, tmp_path: Path) -> None:
     gate = Gate(tmp_path)
     jobs = [bench.submit(gate.graph())]
     bench.wait_until_in_progress(*jobs)
@@ -371,13 +367,15 @@ def test_a_job_has_a_place_as_soon_as_it_is_accepted(bench: EngineGateway, tmp_p
         bench.ended(job_id)
 
 
-def test_the_last_progress_of_a_job_is_in_the_database(bench: EngineGateway) -> None:
+def test_the_latest_progress_is_stored(bench: EngineGateway) -> None:
     done = bench.ended(bench.submit(graphs.picture(RED)))
     wait_until(lambda: (bench.get(done.id).progress or {}).get("percent") == 100)
 
 
 @needs(Feature.QUEUE_POSITIONS)
-def test_who_waits_is_told_where_and_how_long(ground: EngineSetup, bench: EngineGateway, tmp_path: Path) -> None:
+def test_a_waiting_job_reports_its_position_and_wait(
+    engine_setup: EngineSetup, bench: EngineGateway, tmp_path: Path
+) -> None:
     assert bench.ended(bench.submit(graphs.work(0.2, steps=2))).state is JobState.COMPLETED
     # Those in front count as well.
     (earlier := Gate(tmp_path)).open()
@@ -386,7 +384,7 @@ def test_who_waits_is_told_where_and_how_long(ground: EngineSetup, bench: Engine
     # A fleet's gateway looks at the database twice a second, and counts the job as in front until then.
     wait_until(lambda: bench.service.queue_position(earlier_job) is None)
     gate = Gate(tmp_path)
-    in_hand = ground.fill(bench, gate)
+    in_hand = engine_setup.fill(bench, gate)
     waiting = [bench.submit(graphs.work(0.2, steps=2)) for _ in range(3)]
 
     places = [bench.service.queue_position(job_id) for job_id in waiting]
@@ -404,20 +402,20 @@ def test_who_waits_is_told_where_and_how_long(ground: EngineSetup, bench: Engine
 
 
 @needs(Feature.QUEUE_POSITIONS)
-def test_what_ran_before_a_restart_tells_how_long_to_wait(
-    ground_of: GroundOf, fresh: EmulatedComfyUI, tmp_path: Path
+def test_estimates_survive_a_restart(
+    make_engine_setup: MakeEngineSetup, fresh: EmulatedComfyUI, tmp_path: Path
 ) -> None:
-    ground = ground_of(fresh)
-    with ground.bench() as before:
-        ground.wait_until_ready(before)
+    engine_setup = make_engine_setup(fresh)
+    with engine_setup.bench() as before:
+        engine_setup.wait_until_ready(before)
         assert before.ended(before.submit(graphs.work(0.2, steps=2))).state is JobState.COMPLETED
         # Those in front count as well.
         (earlier := Gate(tmp_path)).open()
         assert before.ended(before.submit(earlier.graph())).state is JobState.COMPLETED
     gate = Gate(tmp_path)
-    with ground.bench() as after:
-        ground.wait_until_ready(after)
-        in_hand = ground.fill(after, gate)
+    with engine_setup.bench() as after:
+        engine_setup.wait_until_ready(after)
+        in_hand = engine_setup.fill(after, gate)
         waiting = [after.submit(graphs.work(0.2, steps=2)) for _ in range(2)]
         place = after.service.queue_position(waiting[1])
         gate.open()
@@ -429,7 +427,7 @@ def test_what_ran_before_a_restart_tells_how_long_to_wait(
     assert place.wait_s >= 0.2
 
 
-def test_waiting_for_a_job_returns_it_as_it_is_when_the_time_is_over(bench: EngineGateway, tmp_path: Path) -> None:
+def test_a_wait_that_times_out_returns_the_current_job(bench: EngineGateway, tmp_path: Path) -> None:
     gate = Gate(tmp_path)
     job_id = bench.submit(gate.graph())
     gate.wait_until_run()
@@ -440,12 +438,12 @@ def test_waiting_for_a_job_returns_it_as_it_is_when_the_time_is_over(bench: Engi
     assert bench.ended(job_id).state is JobState.COMPLETED
 
 
-def test_a_job_goes_on_while_its_gateway_starts_again(ground: EngineSetup, tmp_path: Path) -> None:
+def test_a_job_continues_while_its_gateway_restarts(engine_setup: EngineSetup, tmp_path: Path) -> None:
     gate = Gate(tmp_path)
-    with ground.bench() as before:
+    with engine_setup.bench() as before:
         job_id = before.submit(gate.graph())
         gate.wait_until_run()
-    with ground.bench() as after:
+    with engine_setup.bench() as after:
         gate.open()
         assert after.ended(job_id).state is JobState.COMPLETED
     assert gate.runs == 1
@@ -454,12 +452,12 @@ def test_a_job_goes_on_while_its_gateway_starts_again(ground: EngineSetup, tmp_p
 # ---------------------------------------------------------------------------------------------- backends
 
 
-def test_several_backends_share_the_work(tmp_path: Path, ground_of: GroundOf, fresh: EmulatedComfyUI) -> None:
+def test_backends_share_the_work(tmp_path: Path, make_engine_setup: MakeEngineSetup, fresh: EmulatedComfyUI) -> None:
     gates = [Gate(tmp_path), Gate(tmp_path)]
     with EmulatedComfyUI() as other:
-        ground = ground_of(fresh, other)
-        with ground.bench() as bench:
-            ground.wait_until_ready(bench, 2)
+        engine_setup = make_engine_setup(fresh, other)
+        with engine_setup.bench() as bench:
+            engine_setup.wait_until_ready(bench, 2)
             jobs = [bench.submit(gate.graph()) for gate in gates]
             for gate in gates:
                 gate.wait_until_run()
@@ -470,14 +468,14 @@ def test_several_backends_share_the_work(tmp_path: Path, ground_of: GroundOf, fr
 
 
 @needs(Feature.RUN_ELSEWHERE)
-def test_a_job_of_a_backend_that_dies_goes_to_another(
-    tmp_path: Path, ground_of: GroundOf, fresh: EmulatedComfyUI
+def test_a_dead_backends_job_moves_to_another(
+    tmp_path: Path, make_engine_setup: MakeEngineSetup, fresh: EmulatedComfyUI
 ) -> None:
     gate = Gate(tmp_path)
     with EmulatedComfyUI() as other:
-        ground = ground_of(fresh, other)
-        with ground.bench() as bench:
-            ground.wait_until_ready(bench, 2)
+        engine_setup = make_engine_setup(fresh, other)
+        with engine_setup.bench() as bench:
+            engine_setup.wait_until_ready(bench, 2)
             job_id = bench.submit(gate.graph())
             gate.wait_until_run()
             victim = fresh if fresh.running() else other
@@ -491,9 +489,11 @@ def test_a_job_of_a_backend_that_dies_goes_to_another(
             wait_until(lambda: bench.healthy() == 2)
 
 
-def test_jobs_wait_for_a_backend_that_is_not_there_yet(ground_of: GroundOf, fresh: EmulatedComfyUI) -> None:
+def test_jobs_wait_for_a_backend_that_has_not_started(
+    make_engine_setup: MakeEngineSetup, fresh: EmulatedComfyUI
+) -> None:
     fresh.kill()
-    with ground_of(fresh).bench() as bench:
+    with make_engine_setup(fresh).bench() as bench:
         job_id = bench.submit(graphs.picture(RED))
         assert bench.get(job_id).state is JobState.IN_QUEUE
         fresh.start()

@@ -49,17 +49,17 @@ def platform(comfyui: EmulatedComfyUI) -> Iterator[Platform]:
 
 
 @pytest.fixture
-def ground(tmp_path: Path, platform: Platform) -> RunPodSetup:
+def engine_setup(tmp_path: Path, platform: Platform) -> RunPodSetup:
     return RunPodSetup(tmp_path / "data", platform)
 
 
 @pytest.fixture
-def bench(ground: RunPodSetup) -> Iterator[EngineGateway]:
-    with ground.bench() as running:
+def bench(engine_setup: RunPodSetup) -> Iterator[EngineGateway]:
+    with engine_setup.bench() as running:
         yield running
 
 
-def id_at_runpod(bench: EngineGateway, job_id: str) -> str:
+def remote_id_of(bench: EngineGateway, job_id: str) -> str:
     """Return RunPod's id of a job when it is known."""
     wait_until(lambda: not (bench.get(job_id).prompt_id or "sending:").startswith("sending:"))
     return str(bench.get(job_id).prompt_id)
@@ -69,9 +69,7 @@ def id_at_runpod(bench: EngineGateway, job_id: str) -> str:
 
 
 @pytest.mark.parametrize("request_", [{"input": {}}, {"input": "no JSON"}, {"input": {"workflow": []}}])
-def test_no_gpu_is_paid_for_an_input_that_is_no_job(
-    bench: EngineGateway, platform: Platform, request_: dict[str, Any]
-) -> None:
+def test_an_invalid_input_is_not_submitted(bench: EngineGateway, platform: Platform, request_: dict[str, Any]) -> None:
     before = len(platform.state.jobs)
 
     assert bench.ended(bench.call(bench.service.submit(request_)).id).state is JobState.FAILED
@@ -83,28 +81,28 @@ def test_the_callers_webhook_stays_with_the_gateway(bench: EngineGateway, platfo
     job_id = bench.call(bench.service.submit({"input": job_input, "webhook": "http://127.0.0.1:9/"})).id
 
     assert bench.ended(job_id).state is JobState.COMPLETED
-    sent = platform.job(id_at_runpod(bench, job_id)).request
+    sent = platform.job(remote_id_of(bench, job_id)).request
     assert sent.keys() == {"input", "policy"}
     assert "webhook" not in sent["input"]
 
 
-def test_the_policy_goes_to_runpod(bench: EngineGateway, platform: Platform) -> None:
+def test_the_policy_is_sent_to_runpod(bench: EngineGateway, platform: Platform) -> None:
     policy = {"executionTimeout": 30_000, "ttl": 60_000, "lowPriority": True}
-    remote_id = id_at_runpod(bench, bench.submit(graphs.picture(RED), policy=policy))
+    remote_id = remote_id_of(bench, bench.submit(graphs.picture(RED), policy=policy))
 
     sent = platform.job(remote_id).request["policy"]
     # RunPod's ttl counts until the end, the gateway's until the beginning.
     assert sent == {"executionTimeout": 30_000, "ttl": 90_000, "lowPriority": True}
 
 
-def test_waiting_jobs_that_are_cancelled_are_so_at_runpod(
+def test_cancelling_a_waiting_job_cancels_it_at_runpod(
     bench: EngineGateway, platform: Platform, tmp_path: Path
 ) -> None:
     gate = Gate(tmp_path)
     running = bench.submit(gate.graph())
     gate.wait_until_run()
     waiting = [bench.submit(graphs.picture(RED)) for _ in range(3)]
-    known = id_at_runpod(bench, waiting[0])  # the others may be on their way
+    known = remote_id_of(bench, waiting[0])  # the others may be on their way
     for job_id in waiting:
         bench.call(bench.service.cancel(job_id))
     assert platform.job(known).state == "CANCELLED"
@@ -114,9 +112,7 @@ def test_waiting_jobs_that_are_cancelled_are_so_at_runpod(
     assert platform.state.count("IN_QUEUE") == 0
 
 
-def test_a_job_that_waited_too_long_is_cancelled_at_runpod(
-    bench: EngineGateway, platform: Platform, tmp_path: Path
-) -> None:
+def test_an_expired_job_is_cancelled_at_runpod(bench: EngineGateway, platform: Platform, tmp_path: Path) -> None:
     gate = Gate(tmp_path)
     in_hand = bench.submit(gate.graph())
     gate.wait_until_run()
@@ -132,7 +128,7 @@ def test_a_job_that_waited_too_long_is_cancelled_at_runpod(
 # ------------------------------------------------------------------------------------------ the endpoint
 
 
-def test_the_endpoint_is_one_backend_and_has_no_comfyui_to_ask(bench: EngineGateway) -> None:
+def test_the_endpoint_is_one_backend_without_a_local_comfyui(bench: EngineGateway) -> None:
     wait_until(lambda: bool(bench.service.backends()[0]["healthy"]))
     (backend,) = bench.service.backends()
 
@@ -147,13 +143,13 @@ def test_the_endpoint_is_one_backend_and_has_no_comfyui_to_ask(bench: EngineGate
 # ------------------------------------------------------------------------------------------------ claims
 
 
-def test_a_job_goes_on_under_runpods_id_after_a_restart(ground: RunPodSetup, tmp_path: Path) -> None:
+def test_a_job_keeps_runpods_id_after_a_restart(engine_setup: RunPodSetup, tmp_path: Path) -> None:
     gate = Gate(tmp_path)
-    with ground.bench() as before:
+    with engine_setup.bench() as before:
         job_id = before.submit(gate.graph())
         gate.wait_until_run()
-        remote_id = id_at_runpod(before, job_id)
-    with ground.bench() as after:
+        remote_id = remote_id_of(before, job_id)
+    with engine_setup.bench() as after:
         gate.open()
         assert after.ended(job_id).state is JobState.COMPLETED
         assert after.get(job_id).prompt_id == remote_id
@@ -161,23 +157,19 @@ def test_a_job_goes_on_under_runpods_id_after_a_restart(ground: RunPodSetup, tmp
 
 
 @pytest.mark.parametrize("age_s", [55.0, 3600.0])
-def test_a_job_whose_submission_nobody_noted_is_submitted_again(
-    ground: RunPodSetup, platform: Platform, age_s: float
-) -> None:
+def test_an_unrecorded_submission_is_repeated(engine_setup: RunPodSetup, platform: Platform, age_s: float) -> None:
     """As a kill on another machine leaves it, between the claim and RunPod's answer; a claim holds for a minute."""
-    job_id = _left_behind(ground, age_s)
-    with ground.bench() as after:
+    job_id = _interrupted_submission(engine_setup, age_s)
+    with engine_setup.bench() as after:
         assert after.picture(job_id) == RED
-        assert platform.job(id_at_runpod(after, job_id)).state == "COMPLETED"
+        assert platform.job(remote_id_of(after, job_id)).state == "COMPLETED"
 
 
-def test_a_submission_that_nobody_noted_is_known_when_runpod_calls_back(
-    ground: RunPodSetup, platform: Platform
-) -> None:
-    job_id = _left_behind(ground, age_s=0.0)
+def test_runpods_webhook_recovers_an_unrecorded_submission(engine_setup: RunPodSetup, platform: Platform) -> None:
+    job_id = _interrupted_submission(engine_setup, age_s=0.0)
     remote_id = platform.submit({"workflow": graphs.picture(RED)})
     before = len(platform.state.jobs)
-    with ground.bench() as after:
+    with engine_setup.bench() as after:
         after.gateway.on_runpod_webhook(job_id, remote_id)
 
         assert after.picture(job_id) == RED
@@ -185,14 +177,14 @@ def test_a_submission_that_nobody_noted_is_known_when_runpod_calls_back(
     assert len(platform.state.jobs) == before, "it was not sent again"
 
 
-def test_whichever_of_two_submissions_is_quicker_ends_the_job(
-    ground: RunPodSetup, platform: Platform, comfyui: EmulatedComfyUI, tmp_path: Path
+def test_the_faster_of_two_submissions_ends_the_job(
+    engine_setup: RunPodSetup, platform: Platform, comfyui: EmulatedComfyUI, tmp_path: Path
 ) -> None:
     gate = Gate(tmp_path)
     first = platform.submit({"workflow": graphs.picture(RED)})
-    with ground.bench() as bench:
+    with engine_setup.bench() as bench:
         job_id = bench.submit(gate.graph())
-        second = id_at_runpod(bench, job_id)
+        second = remote_id_of(bench, job_id)
         platform.wait_for_end(first)
         bench.gateway.on_runpod_webhook(job_id, first)
 
@@ -201,9 +193,9 @@ def test_whichever_of_two_submissions_is_quicker_ends_the_job(
     comfyui.wait_until_idle()
 
 
-def test_two_gateways_at_one_database_submit_each_job_once(ground: RunPodSetup, platform: Platform) -> None:
+def test_two_gateways_on_one_database_submit_each_job_once(engine_setup: RunPodSetup, platform: Platform) -> None:
     before = len(platform.state.jobs)
-    with ground.bench() as one, ground.bench() as other:
+    with engine_setup.bench() as one, engine_setup.bench() as other:
         sent = [bench.submit(graphs.picture((number, 5, 5))) for number in range(4) for bench in (one, other)]
         for job_id in sent:
             other.gateway.on_runpod_webhook(job_id, None)
@@ -211,7 +203,7 @@ def test_two_gateways_at_one_database_submit_each_job_once(ground: RunPodSetup, 
     assert len(platform.state.jobs) == before + len(sent)
 
 
-def test_whoever_asks_one_gateway_hears_what_another_does(ground: RunPodSetup, tmp_path: Path) -> None:
+def test_events_cross_gateways(engine_setup: RunPodSetup, tmp_path: Path) -> None:
     gate = Gate(tmp_path)
     with postgres() as database, redis_server() as cache:
         shared = {
@@ -221,30 +213,30 @@ def test_whoever_asks_one_gateway_hears_what_another_does(ground: RunPodSetup, t
             "redis_url": cache.url,
         }
         with (
-            ground.bench(**shared) as one,
-            ground.bench(**shared) as other,
+            engine_setup.bench(**shared) as one,
+            engine_setup.bench(**shared) as other,
         ):
             job_id = one.submit(gate.graph())
             gate.wait_until_run()
 
             async def listen() -> list[Event]:
-                heard = []
+                events = []
                 async for event in other.service.events(job_id, after=0):
-                    heard.append(event)
+                    events.append(event)
                     gate.open()
-                return heard
+                return events
 
-            heard = other.call(asyncio.wait_for(listen(), TIMEOUT_S))
-            assert heard[-1].data == {"status": "COMPLETED"}
+            events = other.call(asyncio.wait_for(listen(), TIMEOUT_S))
+            assert events[-1].data == {"status": "COMPLETED"}
             assert len(other.get(job_id).output or {}) > 0
     assert gate.runs == 1
 
 
-def _left_behind(ground: RunPodSetup, age_s: float) -> str:
+def _interrupted_submission(engine_setup: RunPodSetup, age_s: float) -> str:
     """Return a job as a gateway left it that was killed while it submitted it, so long ago."""
-    ground.platform.refuse_connections()
+    engine_setup.platform.refuse_connections()
     try:
-        with ground.bench() as bench:
+        with engine_setup.bench() as bench:
             job_id = bench.submit(graphs.picture(RED))
             bench.gateway.stop()
             with closing(bench.gateway.store) as store:
@@ -254,5 +246,5 @@ def _left_behind(ground: RunPodSetup, age_s: float) -> str:
                 claim = f"sending:{record.created_at - age_s:.3f}:another-gateway:1"
                 assert store.set_prompt_id(job_id, claim, "runpod:ep-test", expected=record.prompt_id)
     finally:
-        ground.platform.accept_connections()
+        engine_setup.platform.accept_connections()
     return job_id

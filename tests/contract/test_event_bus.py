@@ -33,7 +33,7 @@ def bus(request: pytest.FixtureRequest) -> Iterator[EventBus]:
         yield made
 
 
-async def hear(listening: Subscription, count: int) -> list[Event]:
+async def receive(listening: Subscription, count: int) -> list[Event]:
     return [await asyncio.wait_for(listening.__anext__(), TIMEOUT_S) for _ in range(count)]
 
 
@@ -43,7 +43,7 @@ def await_arrival(bus: EventBus) -> None:
     async def listen() -> None:
         with bus.subscribe("last") as listening:
             bus.publish("last", PROGRESS, {})
-            await hear(listening, 1)
+            await receive(listening, 1)
 
     # In a loop of its own: that of the listeners stands still.
     witness = threading.Thread(target=lambda: asyncio.run(listen()))
@@ -55,44 +55,44 @@ def numbers(events: list[Event]) -> list[int]:
     return [event.data["n"] for event in events]
 
 
-def test_a_listener_hears_what_comes_after_it_began_and_only_of_its_job(bus: EventBus) -> None:
+def test_a_subscriber_receives_only_later_events_of_its_job(bus: EventBus) -> None:
     async def listen() -> list[Event]:
         bus.publish("a", PROGRESS, {"n": 0})
         with bus.subscribe("a") as listening:
             bus.publish("a", PROGRESS, {"n": 1})
             bus.publish("b", PROGRESS, {"n": 2})
             bus.publish("a", STATUS, {"n": 3})
-            return await hear(listening, 2)
+            return await receive(listening, 2)
 
     assert numbers(asyncio.run(listen())) == [1, 3]
 
 
-def test_nothing_is_lost_between_beginning_to_listen_and_waiting(bus: EventBus) -> None:
+def test_no_event_is_lost_between_subscribing_and_waiting(bus: EventBus) -> None:
     async def listen() -> list[Event]:
         with bus.subscribe("a") as listening:
             publisher = threading.Thread(target=bus.publish, args=("a", STATUS, {"n": 1}))
             publisher.start()
             publisher.join()
-            return await hear(listening, 1)
+            return await receive(listening, 1)
 
     assert numbers(asyncio.run(listen())) == [1]
 
 
-def test_who_comes_back_hears_what_it_missed_first(bus: EventBus) -> None:
-    heard = bus.publish("a", PROGRESS, {"n": 1})
+def test_a_returning_subscriber_first_receives_what_it_missed(bus: EventBus) -> None:
+    first = bus.publish("a", PROGRESS, {"n": 1})
     bus.publish("a", PROGRESS, {"n": 2})
 
     async def listen() -> list[Event]:
-        with bus.subscribe("a", heard.number) as listening:
+        with bus.subscribe("a", first.number) as listening:
             bus.publish("a", PROGRESS, {"n": 3})
-            return await hear(listening, 2)
+            return await receive(listening, 2)
 
     assert numbers(asyncio.run(listen())) == [2, 3]
-    assert numbers(bus.recent("a", heard.number)) == [2, 3]
+    assert numbers(bus.recent("a", first.number)) == [2, 3]
     assert bus.recent("b") == []
 
 
-def test_previews_are_told_and_not_remembered(bus: EventBus) -> None:
+def test_previews_are_published_but_not_kept(bus: EventBus) -> None:
     async def listen() -> list[Event]:
         with bus.subscribe("a") as listening:
             for number in range(3):
@@ -100,13 +100,13 @@ def test_previews_are_told_and_not_remembered(bus: EventBus) -> None:
             bus.publish("a", STATUS, {"n": 9})
             await_arrival(bus)
             # Whatever waits is taken in, of the previews the last.
-            return await hear(listening, 2)
+            return await receive(listening, 2)
 
     assert numbers(asyncio.run(listen())) == [2, 9]
     assert numbers(bus.recent("a")) == [9]
 
 
-def test_a_slow_listener_misses_no_change_of_state(bus: EventBus) -> None:
+def test_a_slow_subscriber_misses_no_status_change(bus: EventBus) -> None:
     async def listen() -> list[Event]:
         with bus.subscribe("a") as listening:
             bus.publish("a", STATUS, {"n": -1})
@@ -114,18 +114,18 @@ def test_a_slow_listener_misses_no_change_of_state(bus: EventBus) -> None:
                 bus.publish("a", PROGRESS, {"n": number})
             bus.publish("a", STATUS, {"n": 1000})
             await_arrival(bus)
-            heard = await hear(listening, 1)
-            while heard[-1].data["n"] != 1000:
-                heard += await hear(listening, 1)
-            return heard
+            received = await receive(listening, 1)
+            while received[-1].data["n"] != 1000:
+                received += await receive(listening, 1)
+            return received
 
-    heard = numbers(asyncio.run(listen()))
-    assert heard[0] == -1
-    assert len(heard) < 400
-    assert heard == sorted(heard)
+    received = numbers(asyncio.run(listen()))
+    assert received[0] == -1
+    assert len(received) < 400
+    assert received == sorted(received)
 
 
-def test_changes_of_state_are_remembered_longest(bus: EventBus) -> None:
+def test_status_changes_are_kept_longest(bus: EventBus) -> None:
     bus.publish("a", STATUS, {"n": -1})
     for number in range(500):
         bus.publish("a", PROGRESS, {"n": number})
@@ -136,7 +136,7 @@ def test_changes_of_state_are_remembered_longest(bus: EventBus) -> None:
     assert len(remembered) < 100
 
 
-def test_numbers_grow_from_several_threads_and_listeners_hear_them_in_order(bus: EventBus) -> None:
+def test_events_of_several_threads_are_numbered_and_received_in_order(bus: EventBus) -> None:
     async def listen() -> list[Event]:
         with bus.subscribe("a") as listening:
             threads = [
@@ -145,19 +145,19 @@ def test_numbers_grow_from_several_threads_and_listeners_hear_them_in_order(bus:
             ]
             for thread in threads:
                 thread.start()
-            return await hear(listening, 200)
+            return await receive(listening, 200)
 
-    heard = [event.number for event in asyncio.run(listen())]
-    assert heard == sorted(set(heard))
+    received = [event.number for event in asyncio.run(listen())]
+    assert received == sorted(set(received))
 
 
-def test_an_event_has_the_stores_number_unless_it_would_not_grow(bus: EventBus) -> None:
+def test_an_event_takes_the_stores_number_if_it_is_higher(bus: EventBus) -> None:
     assert bus.publish("a", STATUS, {}, 5).number == 5
     assert bus.publish("a", STATUS, {}, 5).number == 6
     assert bus.publish("a", STATUS, {}, 9).number == 9
 
 
-def test_who_has_left_is_no_listener(bus: EventBus) -> None:
+def test_a_closed_subscription_receives_nothing(bus: EventBus) -> None:
     async def listen() -> None:
         with bus.subscribe("a"):
             assert bus.has_subscribers("a")
@@ -168,7 +168,7 @@ def test_who_has_left_is_no_listener(bus: EventBus) -> None:
     bus.publish("a", STATUS, {"n": 1})
 
 
-def test_a_listener_whose_loop_has_ended_harms_nobody(bus: EventBus) -> None:
+def test_a_subscriber_with_a_closed_loop_harms_nobody(bus: EventBus) -> None:
     loop = asyncio.new_event_loop()
 
     async def begin() -> Subscription:
@@ -181,15 +181,15 @@ def test_a_listener_whose_loop_has_ended_harms_nobody(bus: EventBus) -> None:
     assert not bus.has_subscribers("a")
 
 
-def test_a_forgotten_job_is_not_remembered(bus: EventBus) -> None:
+def test_a_forgotten_job_has_no_events(bus: EventBus) -> None:
     bus.publish("a", STATUS, {})
     bus.forget("a")
-    bus.forget("never heard of")
+    bus.forget("unknown")
 
     assert bus.recent("a") == []
 
 
-def test_a_bus_that_is_closed_lets_its_listeners_go_when_they_have_heard_what_there_is(bus: EventBus) -> None:
+def test_closing_the_bus_ends_subscriptions_after_pending_events(bus: EventBus) -> None:
     async def listen() -> list[Event]:
         with bus.subscribe("a") as listening, bus.subscribe("b") as silent:
             waiting = asyncio.ensure_future(all_of(silent))
@@ -207,7 +207,7 @@ def test_a_bus_that_is_closed_lets_its_listeners_go_when_they_have_heard_what_th
     assert numbers(asyncio.run(listen())) == [1]
 
 
-def test_a_bus_that_is_closed_keeps_nobody(bus: EventBus) -> None:
+def test_a_closed_bus_blocks_nobody(bus: EventBus) -> None:
     async def listen() -> list[Event]:
         bus.publish("a", STATUS, {"n": 1})
         bus.close()

@@ -31,7 +31,7 @@ def job_bucket(url: str, name: str, **more: Any) -> JobBucket:
 ALLOWED: dict[str, Any] = {"job_bucket_endpoints": "127.0.0.1"}
 
 
-def test_the_bucket_of_a_job_goes_before_the_workers(s3: S3Server, bucket: str, storages: Make) -> None:
+def test_a_jobs_bucket_takes_precedence_over_the_workers(s3: S3Server, bucket: str, storages: Make) -> None:
     theirs = s3.create_bucket()
     ours = storages(**with_bucket(f"{s3.url}/{bucket}", bucket_acl="public-read", **ALLOWED))
     delivered = ours.choose(Delivery(prefix="mine"), None, job_bucket(s3.url, theirs)).deliver(deliverable("a.png"))
@@ -44,13 +44,13 @@ def test_the_bucket_of_a_job_goes_before_the_workers(s3: S3Server, bucket: str, 
     assert [grant["Permission"] for grant in grants] == ["FULL_CONTROL"], "what the worker's own bucket is like"
 
 
-def test_a_job_with_a_bucket_for_its_inputs_may_have_base64(s3: S3Server, bucket: str, storages: Make) -> None:
+def test_a_job_with_an_input_bucket_can_request_base64(s3: S3Server, bucket: str, storages: Make) -> None:
     ours = storages(**ALLOWED)
     delivered = ours.choose(Delivery(type="base64"), None, job_bucket(s3.url, bucket)).deliver(deliverable("a.png"))
     assert open_base64(delivered).content == CONTENT
 
 
-def test_more_buckets_than_are_kept(s3: S3Server, storages: Make) -> None:
+def test_more_buckets_than_cached_clients(s3: S3Server, storages: Make) -> None:
     ours = storages(**ALLOWED)
     names = [s3.create_bucket() for _ in range(7)]
     chosen = [ours.choose(Delivery(prefix="p"), None, job_bucket(s3.url, name)) for name in names]
@@ -61,7 +61,7 @@ def test_more_buckets_than_are_kept(s3: S3Server, storages: Make) -> None:
 
 
 @pytest.mark.parametrize("kind", ["small", "large"])
-def test_a_name_that_means_another_address_later_gets_nothing(
+def test_a_rebound_host_name_gets_nothing(
     s3: S3Server, storages: Make, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     addresses = {"rebinding.example.com": "93.184.216.34"}
@@ -75,7 +75,7 @@ def test_a_name_that_means_another_address_later_gets_nothing(
     assert s3.keys(bucket) == []
 
 
-def test_a_proxy_of_the_environment_is_not_asked_for_an_address_that_must_be_public(
+def test_the_environments_proxy_is_not_used_for_public_only_addresses(
     s3: S3Server, bucket: str, storages: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     resolve(monkeypatch, {"shop.example.com": "93.184.216.34"})
@@ -99,9 +99,9 @@ def test_a_proxy_of_the_environment_is_not_asked_for_an_address_that_must_be_pub
         ("*", "http://127.0.0.1:9000"),
     ],
 )
-def test_hosts_that_the_worker_lists_are_taken(storages: Make, listed: str, endpoint: str) -> None:
+def test_allowed_hosts_are_accepted(storages: Make, listed: str, endpoint: str) -> None:
     storages(job_bucket_endpoints=listed).choose(Delivery(), None, job_bucket(endpoint, "shop"))
 
 
-def test_a_public_address_is_taken_where_none_is_listed(storages: Make) -> None:
+def test_public_addresses_are_accepted_without_a_list(storages: Make) -> None:
     storages().choose(Delivery(), None, job_bucket("https://93.184.216.34", "shop"))

@@ -38,7 +38,9 @@ from tests.support.storage.s3_server import ACCESS_KEY, SECRET_KEY, S3Server
 from tests.support.waiting import TIMEOUT_S
 
 
-def test_the_object_lies_under_the_job_and_opens_under_its_name(s3: S3Server, bucket: str, storages: Make) -> None:
+def test_an_object_is_stored_under_its_job_and_downloads_under_its_name(
+    s3: S3Server, bucket: str, storages: Make
+) -> None:
     storage = storages(**with_bucket(f"{s3.url}/{bucket}")).choose(Delivery())
     delivered = storage.deliver(deliverable("größe/my picture.png", job_id="job-7"))
 
@@ -60,7 +62,7 @@ def test_the_object_lies_under_the_job_and_opens_under_its_name(s3: S3Server, bu
         ("a.bin", "application/octet-stream", "attachment"),
     ],
 )
-def test_a_browser_shows_what_cannot_run_scripts(
+def test_browsers_display_only_harmless_types(
     s3: S3Server, bucket: str, storages: Make, name: str, mime_type: str, how: str
 ) -> None:
     storage = storages(**with_bucket(f"{s3.url}/{bucket}")).choose(Delivery())
@@ -88,7 +90,7 @@ def test_a_url_does_not_carry_the_secret_key(s3: S3Server, bucket: str, storages
 
 
 @pytest.mark.parametrize(("region", "signed"), [(None, "us-east-1"), ("eu-central-1", "eu-central-1")])
-def test_the_region_stands_in_the_signature(
+def test_the_signature_has_the_region(
     s3: S3Server, bucket: str, storages: Make, region: str | None, signed: str
 ) -> None:
     storage = storages(**with_bucket(f"{s3.url}/{bucket}", bucket_region=region)).choose(Delivery())
@@ -117,7 +119,7 @@ def test_a_public_bucket_gives_plain_urls(s3: S3Server, bucket: str, storages: M
     assert s3.read(bucket, "job-1/sub/my picture é.png").content == CONTENT
 
 
-def test_a_large_file_goes_in_parts_and_a_cancelled_one_leaves_none(s3: S3Server, bucket: str, storages: Make) -> None:
+def test_large_files_are_multipart_and_cancelled_ones_leave_no_parts(s3: S3Server, bucket: str, storages: Make) -> None:
     storage = storages(**with_bucket(f"{s3.url}/{bucket}")).choose(Delivery(prefix="parts"))
     storage.deliver(deliverable("large.bin", LARGE))
     assert s3.client.head_object(Bucket=bucket, Key="parts/large.bin")["ETag"].strip('"').endswith("-3")
@@ -133,7 +135,7 @@ def test_a_large_file_goes_in_parts_and_a_cancelled_one_leaves_none(s3: S3Server
 # -------------------------------------------------------------------------------------------- what is sent
 
 
-def test_a_picture_is_one_request_that_waits_for_nothing(recorder: RecordingS3, storages: Make, tmp_path: Path) -> None:
+def test_an_image_is_one_request(recorder: RecordingS3, storages: Make, tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(CONTENT)
     storage = storages(**with_bucket(f"{recorder.url}/bucket")).choose(Delivery())
@@ -174,14 +176,14 @@ def key_of(template: str, deliverable: DeliverableFile, recorder: RecordingS3, s
         ("{{outputs}}/{job_id}/{filename}", {}, "{outputs}/job-1/sub/a.png"),
     ],
 )
-def test_keys_are_as_the_template_says(
+def test_keys_follow_the_template(
     recorder: RecordingS3, storages: Make, template: str, delivery: dict[str, Any], key: str
 ) -> None:
     output = deliverable("sub/a.png", node_id="12:3", index=4)
     assert key_of(template, output, recorder, storages, **delivery) == key
 
 
-def test_a_key_may_have_the_day(recorder: RecordingS3, storages: Make) -> None:
+def test_a_key_can_contain_the_date(recorder: RecordingS3, storages: Make) -> None:
     key = key_of("{date}/{job_id}/{filename}", deliverable("a.png"), recorder, storages)
     assert len(key.split("/")[0].split("-")) == 3
 
@@ -196,17 +198,17 @@ def test_a_key_may_have_the_day(recorder: RecordingS3, storages: Make) -> None:
         ("sync-1234-u1", "sync-1234-u1"),
     ],
 )
-def test_no_id_of_a_job_leads_anywhere(recorder: RecordingS3, storages: Make, job_id: str, folder: str) -> None:
+def test_job_ids_cannot_escape_the_folder(recorder: RecordingS3, storages: Make, job_id: str, folder: str) -> None:
     assert key_of("{job_id}/{filename}", deliverable("a.png", job_id=job_id), recorder, storages) == f"{folder}/a.png"
 
 
-def test_a_key_that_is_too_long_is_a_sentence(recorder: RecordingS3, storages: Make) -> None:
+def test_an_overlong_key_is_one_sentence(recorder: RecordingS3, storages: Make) -> None:
     with pytest.raises(DeliveryFailed, match=r"The key of x{40}… would be longer than 1024 bytes"):
         key_of("{job_id}/{filename}", deliverable("x" * 1100), recorder, storages)
 
 
 @given(st.text(max_size=40))
-def test_any_name_becomes_a_path_that_stays(name: str) -> None:
+def test_every_name_becomes_a_contained_path(name: str) -> None:
     path = safe_path(name)
     assert path.encode()
     assert all(part not in ("", ".", "..") for part in path.split("/"))
@@ -216,7 +218,7 @@ def test_any_name_becomes_a_path_that_stays(name: str) -> None:
 # ---------------------------------------------------------------------------------------------------- failure
 
 
-def test_a_bucket_that_is_not_there_is_named_without_a_secret(s3: S3Server, storages: Make) -> None:
+def test_a_missing_bucket_is_named_without_a_secret(s3: S3Server, storages: Make) -> None:
     storage = storages(**with_bucket(f"{s3.url}/no-such-bucket")).choose(Delivery())
     for content in (CONTENT, LARGE):
         with pytest.raises(DeliveryFailed) as failure:
@@ -226,7 +228,7 @@ def test_a_bucket_that_is_not_there_is_named_without_a_secret(s3: S3Server, stor
         assert_secrets_are_kept(failure.value)
 
 
-def test_a_host_that_does_not_answer_is_an_error_without_a_secret(storages: Make) -> None:
+def test_an_unreachable_host_is_an_error_without_a_secret(storages: Make) -> None:
     with closed_port() as port:
         storage = storages(**with_bucket(f"http://127.0.0.1:{port}/bucket")).choose(Delivery())
         with pytest.raises(DeliveryFailed) as failure:
@@ -246,7 +248,7 @@ GIVEN = with_bucket("http://127.0.0.1:9/bucket")
 
 
 @pytest.mark.parametrize("missing", list(GIVEN))
-def test_half_a_configuration_is_refused_by_name(missing: str) -> None:
+def test_an_incomplete_configuration_is_rejected_by_name(missing: str) -> None:
     with pytest.raises(InvalidInput) as failure:
         load_settings(**{name: value for name, value in GIVEN.items() if name != missing})
 
@@ -254,9 +256,7 @@ def test_half_a_configuration_is_refused_by_name(missing: str) -> None:
     assert_nothing_leaks(failure.value.message)
 
 
-def test_without_a_name_the_bucket_is_the_one_that_runpods_uploader_takes(
-    s3: S3Server, storages: Make, tmp_path: Path
-) -> None:
+def test_the_default_bucket_is_that_of_runpods_uploader(s3: S3Server, storages: Make, tmp_path: Path) -> None:
     import_runpod()
     from runpod.serverless.utils.rp_upload import upload_file_to_bucket
 
@@ -269,7 +269,9 @@ def test_without_a_name_the_bucket_is_the_one_that_runpods_uploader_takes(
     assert set(s3.keys(month)) == {"job-1/theirs.png", "job-1/ours.png"}
 
 
-def test_another_month_is_another_bucket(s3: S3Server, storages: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_bucket_changes_with_the_month(
+    s3: S3Server, storages: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = storages(**with_bucket(s3.url), allow_job_bucket=True, allow_private_urls=True)
     theirs = JobBucket(s3.url, JOB_ACCESS_KEY, JOB_SECRET_KEY)
     months = [s3.create_bucket(), s3.create_bucket()]
@@ -281,7 +283,7 @@ def test_another_month_is_another_bucket(s3: S3Server, storages: Make, monkeypat
         assert set(s3.keys(month)) == {"job-1/own.png", "job-1/theirs.png"}
 
 
-def test_s3_without_a_configuration_is_refused(storages: Make) -> None:
+def test_s3_without_a_configuration_is_rejected(storages: Make) -> None:
     for kind in ("s3", "both"):
         with pytest.raises(InvalidInput, match="this worker has no bucket"):
             storages().choose(Delivery(type=kind))

@@ -18,7 +18,7 @@ def local(folder: Path, **more: Any) -> dict[str, Any]:
     return {"local_delivery_dir": str(folder), "local_delivery_url": "https://files.example.com/out/", **more}
 
 
-def test_a_local_file_lies_under_its_job_and_its_url_says_so(storages: Make, tmp_path: Path) -> None:
+def test_a_local_file_is_stored_under_its_job(storages: Make, tmp_path: Path) -> None:
     ours = storages(**local(tmp_path / "served"))
     delivered = ours.choose(Delivery(type="local")).deliver(deliverable("größe/my picture.png", job_id="a/../b"))
     assert delivered == Delivered("url", "https://files.example.com/out/a-..-b/gr%C3%B6%C3%9Fe/my%20picture.png")
@@ -28,7 +28,7 @@ def test_a_local_file_lies_under_its_job_and_its_url_says_so(storages: Make, tmp
     assert written == ["served/a-..-b/größe/my picture.png", "served/shop/7/a.png"]
 
 
-def test_a_local_file_does_not_leave_its_folder_over_a_link(storages: Make, tmp_path: Path) -> None:
+def test_symlinks_cannot_move_a_local_file_out_of_its_folder(storages: Make, tmp_path: Path) -> None:
     (tmp_path / "served").mkdir()
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "served/job-1").symlink_to(tmp_path / "elsewhere")
@@ -38,7 +38,7 @@ def test_a_local_file_does_not_leave_its_folder_over_a_link(storages: Make, tmp_
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_written_is_a_sentence_without_its_path(storages: Make, tmp_path: Path) -> None:
+def test_an_unwritable_folder_is_an_error_without_its_path(storages: Make, tmp_path: Path) -> None:
     (tmp_path / "served").write_text("a file")
     storage = storages(**local(tmp_path / "served")).choose(Delivery(type="local"))
     with pytest.raises(DeliveryFailed) as failure:
@@ -46,7 +46,7 @@ def test_a_folder_that_cannot_be_written_is_a_sentence_without_its_path(storages
     assert failure.value.message == "a.png could not be written: Not a directory"
 
 
-def test_half_a_local_file_is_never_seen(storages: Make, tmp_path: Path) -> None:
+def test_a_partial_local_file_is_never_visible(storages: Make, tmp_path: Path) -> None:
     stop = Stop()
     content = Watched(GeneratedContent(len(LARGE), before_last=stop.set), stop.check)
     with pytest.raises(Cancelled):

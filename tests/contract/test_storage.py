@@ -48,7 +48,7 @@ NAMES = [
 
 
 def open_local(delivered: Delivered) -> FetchedFile:
-    # What it is served as is for whoever serves it to know.
+    # The type it is served as is up to the server.
     return FetchedFile(open_url(delivered).content, mime_type=None)
 
 
@@ -126,7 +126,7 @@ def open_delivered(kind: str) -> Callable[[Delivered], FetchedFile]:
 Open = Callable[[Delivered], FetchedFile]
 
 
-def test_a_file_of_any_name_comes_back_as_it_was(storage: Storage, open_delivered: Open) -> None:
+def test_files_with_any_name_survive_delivery(storage: Storage, open_delivered: Open) -> None:
     for name in NAMES:
         kept = open_delivered(storage.deliver(deliverable(name)))
 
@@ -134,7 +134,7 @@ def test_a_file_of_any_name_comes_back_as_it_was(storage: Storage, open_delivere
         assert kept.mime_type in (None, mime_type_of_name(name))
 
 
-def test_a_file_of_any_size_comes_back_as_it_was(storage: Storage, open_delivered: Open) -> None:
+def test_files_of_any_size_survive_delivery(storage: Storage, open_delivered: Open) -> None:
     for content in (b"", b"\x00", b"\xff" * 3_000_000):
         assert open_delivered(storage.deliver(deliverable("a.bin", content))).content == content
 
@@ -148,7 +148,7 @@ def test_many_files_at_once_are_not_mixed_up(storage: Storage, open_delivered: O
     assert [item.content for item in kept] == [read_all(item.content) for item in parcels]
 
 
-def test_the_same_name_in_two_jobs_is_two_files(storage: Storage, open_delivered: Open) -> None:
+def test_one_name_in_two_jobs_is_two_files(storage: Storage, open_delivered: Open) -> None:
     first = storage.deliver(deliverable("same.png", b"first", job_id="job-a"))
     second = storage.deliver(deliverable("same.png", b"second", job_id="job-b"))
 
@@ -156,7 +156,7 @@ def test_the_same_name_in_two_jobs_is_two_files(storage: Storage, open_delivered
     assert open_delivered(second).content == b"second"
 
 
-def test_what_is_delivered_is_never_a_local_path(storage: Storage, kind: str) -> None:
+def test_a_delivery_never_has_a_local_path(storage: Storage, kind: str) -> None:
     delivered = storage.deliver(deliverable("a.png"))
 
     assert_nothing_leaks(delivered.data)
@@ -165,7 +165,7 @@ def test_what_is_delivered_is_never_a_local_path(storage: Storage, kind: str) ->
         assert urlsplit(delivered.data).scheme == "http"
 
 
-def test_a_large_file_comes_back_as_it_was(
+def test_a_large_file_survives_delivery(
     storage: Storage, open_delivered: Open, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     path = tmp_path_factory.mktemp("outputs") / "large.bin"
@@ -176,14 +176,14 @@ def test_a_large_file_comes_back_as_it_was(
 
 
 @pytest.mark.parametrize("size", [len(LARGE), 3 * 1024 * 1024], ids=["large", "small"])
-def test_a_job_that_is_cancelled_is_not_delivered_to_its_end(storage: Storage, size: int) -> None:
+def test_cancelling_a_job_aborts_its_delivery(storage: Storage, size: int) -> None:
     stop = Stop()
     content = Watched(GeneratedContent(size, before_last=stop.set), stop.check)
     with pytest.raises(Cancelled):
         storage.deliver(DeliverableFile("job-c", "a.bin", "application/octet-stream", content))
 
 
-def test_a_cancelled_job_has_no_more_of_its_files_read_not_even_from_memory() -> None:
+def test_no_files_are_read_after_a_cancel() -> None:
     stop = Stop()
     stop.set()
     with pytest.raises(Cancelled):

@@ -30,15 +30,13 @@ def room_for(characters: int) -> int:
     return characters + 512
 
 
-def test_auto_puts_into_the_answer_what_fits_and_the_rest_into_the_bucket(
-    s3: S3Server, bucket: str, storages: Make
-) -> None:
+def test_auto_returns_what_fits_and_uploads_the_rest(s3: S3Server, bucket: str, storages: Make) -> None:
     storage = storages(**with_bucket(f"{s3.url}/{bucket}")).choose(Delivery(type="auto"), inline_budget=4000)
     kinds = [storage.deliver(deliverable("a.bin", bytes(size))).type for size in (900, 9000, 300, 300)]
     assert kinds == ["base64", "s3_url", "base64", "s3_url"]
 
 
-def test_both_gives_the_url_alone_where_the_file_does_not_fit(s3: S3Server, bucket: str, storages: Make) -> None:
+def test_both_gives_only_the_url_of_an_oversized_file(s3: S3Server, bucket: str, storages: Make) -> None:
     storage = storages(**with_bucket(f"{s3.url}/{bucket}")).choose(Delivery(type="both"), inline_budget=room_for(8))
     fits, too_large = storage.deliver(deliverable("a.bin", b"123456")), storage.deliver(deliverable("b.bin", b"1"))
     assert open_both(fits).content == b"123456"
@@ -46,7 +44,7 @@ def test_both_gives_the_url_alone_where_the_file_does_not_fit(s3: S3Server, buck
     assert open_url(too_large).content == b"1"
 
 
-def test_what_the_bucket_did_not_take_takes_no_room_in_the_answer(s3: S3Server, storages: Make) -> None:
+def test_failed_uploads_take_no_room_in_the_response(s3: S3Server, storages: Make) -> None:
     ours = storages(**with_bucket(f"{s3.url}/late-bucket"))
     storage = ours.choose(Delivery(type="both"), inline_budget=room_for(8))
     with pytest.raises(DeliveryFailed):
@@ -56,7 +54,7 @@ def test_what_the_bucket_did_not_take_takes_no_room_in_the_answer(s3: S3Server, 
 
 
 @pytest.mark.parametrize("kind", ["base64", "auto"])
-def test_without_a_bucket_what_does_not_fit_is_refused(storages: Make, kind: Any) -> None:
+def test_oversized_files_are_rejected_without_a_bucket(storages: Make, kind: Any) -> None:
     storage = storages().choose(Delivery(type=kind), inline_budget=room_for(8))
     assert storage.deliver(deliverable("a.bin", b"123456")).type == "base64"
     with pytest.raises(OutputTooLarge, match="exceed the response limit of 520 characters"):
@@ -68,13 +66,13 @@ def test_base64_is_base64_in_spite_of_a_bucket(s3: S3Server, bucket: str, storag
     assert open_base64(ours.choose(Delivery(type="base64")).deliver(deliverable("a.png"))).content == CONTENT
 
 
-def test_base64_that_does_not_fit_goes_to_the_bucket(s3: S3Server, bucket: str, storages: Make) -> None:
+def test_oversized_base64_goes_to_the_bucket(s3: S3Server, bucket: str, storages: Make) -> None:
     ours = storages(**with_bucket(f"{s3.url}/{bucket}"))
     delivered = ours.choose(Delivery(type="base64"), inline_budget=room_for(8)).deliver(deliverable("a.png"))
     assert delivered.type == "s3_url"
 
 
-def test_a_file_that_could_not_be_read_takes_no_room_in_the_answer(storages: Make, tmp_path: Path) -> None:
+def test_unreadable_files_take_no_room_in_the_response(storages: Make, tmp_path: Path) -> None:
     storage = storages().choose(Delivery(), inline_budget=room_for(8))
     with pytest.raises(OutputMissing, match=r"gone\.png could not be read: No such file or directory"):
         storage.deliver(DeliverableFile("job-1", "gone.png", "image/png", OnDisk(tmp_path / "gone.png", 6)))
@@ -92,7 +90,7 @@ def test_a_file_that_could_not_be_read_takes_no_room_in_the_answer(storages: Mak
         ({"delivery": "auto"}, None, "base64"),
     ],
 )
-def test_the_settings_say_how_and_the_job_has_the_last_word(
+def test_the_job_overrides_the_settings(
     s3: S3Server, bucket: str, storages: Make, settings: dict[str, Any], wish: Any, delivered: str
 ) -> None:
     more = {name: value for name, value in settings.items() if name != "bucket"}
@@ -129,7 +127,7 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
-def test_three_families_of_names_lead_to_one_bucket(
+def test_three_families_of_settings_name_one_bucket(
     s3: S3Server, bucket: str, environment: pytest.MonkeyPatch, storages: Make, family: str
 ) -> None:
     values = {"url": s3.url, "key": ACCESS_KEY, "secret": SECRET_KEY, "name": bucket, "region": "eu-west-3"}
@@ -144,7 +142,7 @@ def test_three_families_of_names_lead_to_one_bucket(
 # ---------------------------------------------------------------------------------------------- preparation
 
 
-def test_a_prepared_worker_has_its_client_already(s3: S3Server, bucket: str, storages: Make) -> None:
+def test_a_prepared_worker_has_its_s3_client(s3: S3Server, bucket: str, storages: Make) -> None:
     ours = storages(**with_bucket(f"{s3.url}/{bucket}"))
     ours.prepare()
     assert open_url(ours.choose(Delivery()).deliver(deliverable("a.png"))).content == CONTENT

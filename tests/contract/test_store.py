@@ -98,7 +98,7 @@ def statuses(store: JobStore, job_id: str) -> list[str]:
 # -------------------------------------------------------------------------------------------------- jobs
 
 
-def test_a_job_is_there_after_a_new_start(store: JobStore, opened: Open) -> None:
+def test_jobs_survive_a_restart(store: JobStore, opened: Open) -> None:
     kept = job(priority=-1, execution_timeout_s=5.0, queue_ttl_s=10.0, retention_s=60.0, signature="s", webhook=True)
     store.add(kept)
 
@@ -109,7 +109,7 @@ def test_a_job_is_there_after_a_new_start(store: JobStore, opened: Open) -> None
     assert again.request_of(kept.id) == kept.request
 
 
-def test_what_is_not_there_is_not_found(store: JobStore) -> None:
+def test_unknown_ids_are_not_found(store: JobStore) -> None:
     assert store.get("nobody") is None
     assert store.get("nul \0") is None
     assert store.request_of("nobody") is None
@@ -117,7 +117,7 @@ def test_what_is_not_there_is_not_found(store: JobStore) -> None:
     assert not store.finish("nobody", JobState.FAILED, NOW)
 
 
-def test_a_request_is_unreadable_in_the_database(store: JobStore, url: str) -> None:
+def test_requests_are_encrypted(store: JobStore, url: str) -> None:
     job_id = add(store, request={"input": {"comfy_org_api_key": "very-secret-key"}})
     engine = connect(url)
     with engine.connect() as connection:
@@ -128,21 +128,21 @@ def test_a_request_is_unreadable_in_the_database(store: JobStore, url: str) -> N
     assert "very-secret-key" not in repr([dict(row) for row in rows])
 
 
-def test_another_key_reads_no_request_and_says_so(store: JobStore, opened: Open) -> None:
+def test_another_encryption_key_cannot_read_requests(store: JobStore, opened: Open) -> None:
     job_id = add(store)
 
     with pytest.raises(UnreadableRequest, match="GATEWAY_KEY"):
         opened(b"another key").request_of(job_id)
 
 
-def test_two_jobs_of_one_id_are_refused(store: JobStore) -> None:
+def test_duplicate_ids_are_rejected(store: JobStore) -> None:
     job_id = add(store)
 
     with pytest.raises(DuplicateRequest):
         store.add(job(id=job_id))
 
 
-def test_unfinished_are_those_that_have_not_ended_in_the_order_of_their_turns(store: JobStore) -> None:
+def test_unfinished_jobs_are_listed_in_queue_order(store: JobStore) -> None:
     late, low, high = (
         add(store, created_at=NOW + 1),
         add(store, priority=-1),
@@ -175,7 +175,7 @@ def test_the_same_key_and_body_is_the_same_job(store: JobStore) -> None:
     assert store.counts() == {JobState.IN_QUEUE: 1}
 
 
-def test_the_same_key_and_another_body_is_refused(store: JobStore) -> None:
+def test_the_same_key_and_another_body_is_rejected(store: JobStore) -> None:
     store.add(job(), "key", "hash")
 
     with pytest.raises(DuplicateKey):
@@ -190,7 +190,7 @@ def test_a_key_is_free_again_when_its_job_is_gone(store: JobStore) -> None:
     assert store.add(job(), "key", "another").id != first.id
 
 
-def test_of_many_with_one_key_at_the_same_time_one_is_accepted(store: JobStore) -> None:
+def test_one_of_many_simultaneous_jobs_with_one_key_is_accepted(store: JobStore) -> None:
     with ThreadPoolExecutor(8) as pool:
         found = {record.id for record in pool.map(lambda _: store.add(job(), "key", "hash"), range(16))}
 
@@ -201,7 +201,7 @@ def test_of_many_with_one_key_at_the_same_time_one_is_accepted(store: JobStore) 
 # ------------------------------------------------------------------------------------------------- queue
 
 
-def test_no_more_jobs_wait_than_may(store: JobStore) -> None:
+def test_the_queue_limit_holds_under_concurrency(store: JobStore) -> None:
     def try_to_add(_number: int) -> bool:
         try:
             store.add(job(), max_waiting=5)
@@ -216,7 +216,7 @@ def test_no_more_jobs_wait_than_may(store: JobStore) -> None:
     assert store.counts() == {JobState.IN_QUEUE: 5}
 
 
-def test_no_more_jobs_of_one_owner_wait_than_may(store: JobStore) -> None:
+def test_the_queue_limit_per_owner_holds_under_concurrency(store: JobStore) -> None:
     limits: Any = {"max_waiting": 5, "max_waiting_of_owner": 3}
 
     def try_to_add(number: int) -> str | None:
@@ -241,7 +241,7 @@ def test_no_more_jobs_of_one_owner_wait_than_may(store: JobStore) -> None:
     store.add(job(owner="carol"), max_waiting=50, max_waiting_of_owner=3)
 
 
-def test_a_request_that_was_accepted_before_is_found_in_a_full_queue(store: JobStore) -> None:
+def test_a_repeated_request_is_found_in_a_full_queue(store: JobStore) -> None:
     first = store.add(job(), "key", "hash", max_waiting=1)
 
     assert store.add(job(), "key", "hash", max_waiting=1).id == first.id
@@ -282,7 +282,7 @@ def test_an_end_never_changes(store: JobStore, end: JobState) -> None:
     assert (get(store, job_id).state, get(store, job_id).ended_at) == (end, NOW)
 
 
-def test_of_many_who_end_a_job_at_the_same_time_one_does(store: JobStore) -> None:
+def test_a_job_is_ended_once_under_concurrency(store: JobStore) -> None:
     for _ in range(10):
         job_id = add(store, webhook=True)
         with ThreadPoolExecutor(8) as pool:
@@ -293,7 +293,7 @@ def test_of_many_who_end_a_job_at_the_same_time_one_does(store: JobStore) -> Non
         assert len([delivery for delivery in store.due_deliveries(NOW, 1000) if delivery.job_id == job_id]) == 1
 
 
-def test_a_running_job_goes_back_to_its_place(store: JobStore) -> None:
+def test_a_requeued_job_keeps_its_position(store: JobStore) -> None:
     job_id = add(store)
     store.start(job_id, "p", "http://comfyui", NOW + 1)
 
@@ -304,7 +304,7 @@ def test_a_running_job_goes_back_to_its_place(store: JobStore) -> None:
 
 
 @pytest.mark.parametrize("end", ENDS)
-def test_only_what_failed_or_timed_out_is_retried(store: JobStore, url: str, end: JobState) -> None:
+def test_only_failed_and_timed_out_jobs_are_retried(store: JobStore, url: str, end: JobState) -> None:
     job_id = add(store, webhook=True)
     store.start(job_id, "p", "http://comfyui", NOW)
     store.finish(job_id, end, NOW, error={"error": "so"})
@@ -323,7 +323,7 @@ def test_only_what_failed_or_timed_out_is_retried(store: JobStore, url: str, end
         assert delivery_of(url, job_id) is None
 
 
-def test_a_job_counts_how_often_it_was_put_back_into_the_queue(store: JobStore) -> None:
+def test_a_job_counts_its_retries(store: JobStore) -> None:
     add(store)
     job_id = add(store)
     assert store.retried() == 0
@@ -342,7 +342,7 @@ def test_a_job_counts_how_often_it_was_put_back_into_the_queue(store: JobStore) 
 # ------------------------------------------------------------------------------------------------ events
 
 
-def test_events_are_numbered_upwards_even_if_the_clock_is_not(store: JobStore) -> None:
+def test_event_numbers_increase_even_if_the_clock_goes_back(store: JobStore) -> None:
     job_id = add(store, created_at=NOW)
     store.start(job_id, "p", "http://comfyui", NOW)
     store.requeue(job_id, NOW - 5)
@@ -355,9 +355,9 @@ def test_events_are_numbered_upwards_even_if_the_clock_is_not(store: JobStore) -
 # ---------------------------------------------------------------------------------------------- webhooks
 
 
-def test_a_webhook_is_noted_with_the_end_and_only_then(store: JobStore) -> None:
-    heard: list[bool] = []
-    store.on_webhook_due = lambda: heard.append(True)
+def test_a_webhook_is_stored_with_the_end_only(store: JobStore) -> None:
+    notified: list[bool] = []
+    store.on_webhook_due = lambda: notified.append(True)
     job_id = add(store, webhook=True)
     store.start(job_id, "p", "http://comfyui", NOW)
     assert store.due_deliveries(NOW) == []
@@ -366,10 +366,10 @@ def test_a_webhook_is_noted_with_the_end_and_only_then(store: JobStore) -> None:
     store.finish(job_id, JobState.FAILED, NOW)
 
     assert [delivery.job_id for delivery in store.due_deliveries(NOW)] == [job_id]
-    assert heard == [True]
+    assert notified == [True]
 
 
-def test_a_job_that_nobody_wants_to_be_told_of_has_no_webhook(store: JobStore, url: str) -> None:
+def test_a_job_without_a_receiver_has_no_webhook(store: JobStore, url: str) -> None:
     job_id = add(store)
     store.finish(job_id, JobState.COMPLETED, NOW)
 
@@ -377,7 +377,7 @@ def test_a_job_that_nobody_wants_to_be_told_of_has_no_webhook(store: JobStore, u
     assert delivery_of(url, job_id) is None
 
 
-def test_a_webhook_is_due_again_when_it_was_put_off_and_never_when_it_is_done(store: JobStore, url: str) -> None:
+def test_a_postponed_webhook_is_due_again_and_a_done_one_never(store: JobStore, url: str) -> None:
     job_id = add(store, webhook=True)
     store.finish(job_id, JobState.COMPLETED, NOW)
     (delivery,) = store.due_deliveries(NOW)
@@ -409,7 +409,7 @@ def test_when_the_next_webhook_is_due_is_known(store: JobStore) -> None:
     assert store.next_delivery_at(NOW) is None
 
 
-def test_of_several_gateways_one_claims_a_webhook(store: JobStore, opened: Open) -> None:
+def test_one_of_several_gateways_claims_a_webhook(store: JobStore, opened: Open) -> None:
     job_ids = {add(store, webhook=True) for _ in range(20)}
     for job_id in job_ids:
         store.finish(job_id, JobState.COMPLETED, NOW)
@@ -422,7 +422,7 @@ def test_of_several_gateways_one_claims_a_webhook(store: JobStore, opened: Open)
     assert store.claim_deliveries(NOW + 59, NOW + 120, 100) == []
 
 
-def test_a_claim_that_was_left_behind_ends_and_one_that_is_done_does_not_come_again(store: JobStore) -> None:
+def test_abandoned_claims_expire_and_done_webhooks_do_not_return(store: JobStore) -> None:
     for _ in range(2):
         store.finish(add(store, webhook=True), JobState.COMPLETED, NOW)
     sent, lost = store.claim_deliveries(NOW, NOW + 60, 2)
@@ -434,7 +434,7 @@ def test_a_claim_that_was_left_behind_ends_and_one_that_is_done_does_not_come_ag
     assert [delivery.attempts for delivery in store.claim_deliveries(NOW + 71, NOW + 131, 2)] == [1]
 
 
-def test_what_a_claim_took_can_be_asked_for_until_it_is_done(store: JobStore) -> None:
+def test_a_claim_can_be_read_until_it_is_done(store: JobStore) -> None:
     for _ in range(3):
         store.finish(add(store, webhook=True), JobState.COMPLETED, NOW)
     taken = store.claim_deliveries(NOW, NOW + 60, 2)
@@ -446,7 +446,7 @@ def test_what_a_claim_took_can_be_asked_for_until_it_is_done(store: JobStore) ->
     assert store.claimed_deliveries({NOW + 62}) == []
 
 
-def test_no_more_webhooks_are_claimed_than_asked_for(store: JobStore) -> None:
+def test_claims_respect_the_limit(store: JobStore) -> None:
     for _ in range(3):
         store.finish(add(store, webhook=True), JobState.COMPLETED, NOW)
 
@@ -478,7 +478,7 @@ def test_a_job_expires_after_its_end_and_its_webhook(store: JobStore) -> None:
 # ---------------------------------------------------------------------------------------------- database
 
 
-def test_several_that_start_at_once_bring_the_database_up_to_date_once(opened: Open) -> None:
+def test_simultaneous_starts_migrate_the_database_once(opened: Open) -> None:
     with ThreadPoolExecutor(4) as pool:
         stores = [future.result() for future in [pool.submit(opened) for _ in range(4)]]
 
@@ -486,7 +486,7 @@ def test_several_that_start_at_once_bring_the_database_up_to_date_once(opened: O
     assert stores[3].counts() == {JobState.IN_QUEUE: 1}
 
 
-def test_the_newest_version_is_alembics() -> None:
+def test_the_schema_version_is_alembics() -> None:
     assert newest_version() == ScriptDirectory("src/comfy_worker/gateway/store/migrations").get_current_head()
 
 
@@ -531,7 +531,7 @@ def test_jobs_are_listed_and_counted_by_owner(store: JobStore) -> None:
     assert store.counts_by_owner()["alice"] == {JobState.IN_QUEUE: 2}
 
 
-def test_tables_are_as_their_migrations_make_them(store: JobStore, url: str) -> None:
+def test_the_tables_match_the_migrations(store: JobStore, url: str) -> None:
     engine = connect(url)
     with engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
@@ -539,7 +539,7 @@ def test_tables_are_as_their_migrations_make_them(store: JobStore, url: str) -> 
     engine.dispose()
 
 
-def test_how_long_jobs_were_in_each_stage_is_added_up_whoever_ends_them(opened: Open) -> None:
+def test_stage_times_are_summed_over_gateways(opened: Open) -> None:
     stores = [opened(), opened()]
     job_ids = [add(stores[0]) for _ in range(20)]
     timings = {"staged_ms": 250, "queued_ms": 0, "executed_ms": 3_600_000, "delivered_ms": 5}
@@ -551,12 +551,12 @@ def test_how_long_jobs_were_in_each_stage_is_added_up_whoever_ends_them(opened: 
 
     with ThreadPoolExecutor(8) as threads:
         assert sum(sum(done) for done in threads.map(end, range(40))) == 20
-    told = [store.seconds_by_stage() for store in stores]
-    assert told[0] == told[1]
-    assert {stage: times.seconds for stage, times in told[0].items()} == pytest.approx(
+    totals = [store.seconds_by_stage() for store in stores]
+    assert totals[0] == totals[1]
+    assert {stage: times.seconds for stage, times in totals[0].items()} == pytest.approx(
         {"waiting": 7200 * 20, "staging": 5, "queued": 0, "running": 3600 * 20, "delivering": 0.1}
     )
-    counted = {stage: {limit: n for limit, n in times.jobs.items() if n} for stage, times in told[0].items()}
+    counted = {stage: {limit: n for limit, n in times.jobs.items() if n} for stage, times in totals[0].items()}
     assert counted == {
         "waiting": {math.inf: 20},
         "staging": {0.25: 20},
@@ -566,7 +566,7 @@ def test_how_long_jobs_were_in_each_stage_is_added_up_whoever_ends_them(opened: 
     }
 
 
-def test_who_has_given_the_database_up_touches_it_no_more(store: JobStore) -> None:
+def test_a_disabled_store_does_not_touch_the_database(store: JobStore) -> None:
     job_id = add(store)
     store.disable()
 
@@ -593,7 +593,7 @@ def test_a_database_has_one_gateway_at_a_time(store: JobStore, url: str) -> None
         second.dispose()
 
 
-def test_of_several_gateways_one_has_its_turn(store: JobStore, url: str) -> None:
+def test_one_of_several_gateways_leads(store: JobStore, url: str) -> None:
     first, second = connect(url), connect(url)
     try:
         with leader_lock(first) as is_mine, leader_lock(second) as is_yours:
@@ -611,7 +611,7 @@ def test_of_several_gateways_one_has_its_turn(store: JobStore, url: str) -> None
 # ------------------------------------------------------------------------------------- several at once, and again
 
 
-def test_several_jobs_are_kept_all_or_none(store: JobStore) -> None:
+def test_a_batch_is_stored_atomically(store: JobStore) -> None:
     store.add(job(id="batch-2"))
     with pytest.raises(DuplicateRequest):
         store.add_all([job(id="batch-1"), job(id="batch-2")])
@@ -623,7 +623,7 @@ def test_several_jobs_are_kept_all_or_none(store: JobStore) -> None:
     assert store.request_of("batch-1") == job().request
 
 
-def test_jobs_are_found_by_how_their_ids_begin(store: JobStore) -> None:
+def test_jobs_are_found_by_id_prefix(store: JobStore) -> None:
     for number, name in enumerate(("a_b-2", "a_b-1", "aXb-3", "other-a_b-4")):
         store.add(job(id=name, created_at=NOW + number))
     assert [record.id for record in store.with_prefix("a_b-")] == ["a_b-2", "a_b-1"]
@@ -631,7 +631,7 @@ def test_jobs_are_found_by_how_their_ids_begin(store: JobStore) -> None:
 
 
 @pytest.mark.parametrize("state", ENDS)
-def test_a_key_is_given_away_by_a_job_that_ended_without_a_result(store: JobStore, state: JobState) -> None:
+def test_a_job_without_a_result_releases_its_key(store: JobStore, state: JobState) -> None:
     first, second = job(), job()
     assert store.add(first, "key", renew=True).id == first.id
     assert store.add(second, "key", renew=True).id == first.id
@@ -644,7 +644,7 @@ def test_a_key_is_given_away_by_a_job_that_ended_without_a_result(store: JobStor
 # ------------------------------------------------------------------------------------------------------- progress
 
 
-def test_how_far_a_job_is_belongs_to_its_present_attempt(store: JobStore) -> None:
+def test_progress_belongs_to_the_current_attempt(store: JobStore) -> None:
     waits, runs = store.add(job()), store.add(job())
     store.start(runs.id, "first", "http://a", NOW)
 
@@ -674,7 +674,7 @@ def test_how_far_a_job_is_belongs_to_its_present_attempt(store: JobStore) -> Non
     assert known(runs.id) == (None, None)
 
 
-def test_a_job_ends_with_its_last_progress(store: JobStore) -> None:
+def test_an_ended_job_keeps_its_last_progress(store: JobStore) -> None:
     job_id = add(store)
     store.start(job_id, "first", "http://a", NOW)
     store.finish(job_id, JobState.COMPLETED, NOW, output={"images": []}, progress=note(job_id, "first", 100))
@@ -683,7 +683,7 @@ def test_a_job_ends_with_its_last_progress(store: JobStore) -> None:
     assert (record.progress, record.progress_number) == ({"percent": 100}, 100)
 
 
-def test_only_the_comfyui_that_was_given_a_job_starts_it(store: JobStore) -> None:
+def test_only_the_assigned_comfyui_starts_a_job(store: JobStore) -> None:
     job_id = add(store)
     assert store.set_prompt_id(job_id, "first", "http://a", expected=None)
     assert not store.set_prompt_id(job_id, "second", "http://b", expected=None)

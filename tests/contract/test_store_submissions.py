@@ -14,7 +14,7 @@ __all__ = ["opened", "server", "store", "url"]
 HERE = "runpod:endpoint"
 
 
-def test_of_several_who_claim_a_job_one_gets_it(store: JobStore, opened: Open) -> None:
+def test_one_of_several_claims_succeeds(store: JobStore, opened: Open) -> None:
     job_id = add(store)
     stores = [store, *(opened() for _ in range(3))]
 
@@ -29,7 +29,7 @@ def test_of_several_who_claim_a_job_one_gets_it(store: JobStore, opened: Open) -
     assert get(store, job_id).state is JobState.IN_QUEUE
 
 
-def test_a_claim_is_replaced_by_whoever_knows_it_and_only_while_the_job_waits(store: JobStore) -> None:
+def test_only_the_holder_replaces_a_claim_while_the_job_waits(store: JobStore) -> None:
     job_id = add(store)
     assert store.set_prompt_id(job_id, "claim", HERE, expected=None)
     assert not store.set_prompt_id(job_id, "mine", HERE, expected="another")
@@ -40,7 +40,7 @@ def test_a_claim_is_replaced_by_whoever_knows_it_and_only_while_the_job_waits(st
     assert not store.set_prompt_id(job_id, "late", HERE, expected=None)
 
 
-def test_a_job_that_waits_again_elsewhere_keeps_its_name_there(store: JobStore) -> None:
+def test_a_requeued_job_keeps_its_remote_id(store: JobStore) -> None:
     job_id = add(store)
     store.set_prompt_id(job_id, "id-u1", HERE, expected=None)
     store.start(job_id, "id-u1", HERE, NOW)
@@ -51,7 +51,7 @@ def test_a_job_that_waits_again_elsewhere_keeps_its_name_there(store: JobStore) 
     assert waiting.started_at is None
 
 
-def test_an_end_from_before_a_retry_does_not_end_the_job(store: JobStore) -> None:
+def test_a_late_end_does_not_end_a_retried_job(store: JobStore) -> None:
     job_id = add(store)
     store.finish(job_id, JobState.FAILED, NOW + 1, error={"error": "x"})
     store.retry(job_id, NOW + 2.25)

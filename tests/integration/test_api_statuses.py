@@ -50,14 +50,14 @@ def sentence(answer: Any) -> str:
 
 
 @pytest.mark.parametrize("path", ["/run", "/generate", "/task", "/api/workflow/submit", EXECUTE])
-def test_a_request_that_is_too_large_is_refused_by_each_api(make: Make, path: str) -> None:
+def test_every_api_rejects_oversized_requests(make: Make, path: str) -> None:
     answer = make().post(path, headers={**KEY, "Content-Length": str(RUN_LIMIT + 1)}, content=b"{}")
     assert answer.status_code == 413
     assert f"more than {RUN_LIMIT} bytes" in sentence(answer)
 
 
 @pytest.mark.parametrize("path", ["/run", "/generate", "/task", "/api/workflow/submit", EXECUTE])
-def test_a_key_used_too_often_is_told_so_by_each_api(make: Make, path: str) -> None:
+def test_every_api_reports_a_rate_limited_key(make: Make, path: str) -> None:
     client = make(rate_limit_run="1/day")
     assert client.post(path, headers=KEY, content=b"{").status_code == 400
     answer = client.post(path, headers=KEY, content=b"{")
@@ -69,7 +69,7 @@ def test_a_key_used_too_often_is_told_so_by_each_api(make: Make, path: str) -> N
 @pytest.mark.parametrize(
     ("path", "body"), [("/run", EXAMPLE_JOB), ("/task", TASK), (EXECUTE, {"inputs": None, "version": ""})]
 )
-def test_a_full_queue_is_said_to_be_by_each_api(make: Make, path: str, body: Any) -> None:
+def test_every_api_reports_a_full_queue(make: Make, path: str, body: Any) -> None:
     client = make(max_queue_size=1)
     answers = [client.post(path, headers=KEY, json=body) for _ in range(4)]
     assert [answer.status_code for answer in (answers[0], answers[-1])] == [200, 503]
@@ -79,7 +79,7 @@ def test_a_full_queue_is_said_to_be_by_each_api(make: Make, path: str, body: Any
 @pytest.mark.parametrize(
     "path", ["/run/broken", "/task/x/broken", "/api/broken", "/api/workflow/broken", "/api/v1/broken"]
 )
-def test_a_bug_is_one_sentence_of_each_api(make: Make, path: str) -> None:
+def test_every_api_reports_a_bug_in_one_sentence(make: Make, path: str) -> None:
     client = make()
     app = client.app
     assert isinstance(app, FastAPI)
@@ -93,7 +93,7 @@ def test_a_bug_is_one_sentence_of_each_api(make: Make, path: str) -> None:
     assert "words" not in answer.text
 
 
-def test_ranges_of_a_picture_are_answered_in_the_catalogs_shape(make: Make, tmp_path: Path) -> None:
+def test_the_catalog_serves_image_ranges(make: Make, tmp_path: Path) -> None:
     client = make()
     job_id = client.post("/run", json=EXAMPLE_JOB, headers=KEY).json()["id"]
     folder = tmp_path / "assets" / job_id
@@ -107,7 +107,7 @@ def test_ranges_of_a_picture_are_answered_in_the_catalogs_shape(make: Make, tmp_
     assert (head.status_code, head.headers["content-length"], head.content) == (200, "10", b"")
 
 
-def test_who_names_a_job_sync_is_not_one_who_waits_for_it(tmp_path: Path) -> None:
+def test_a_sync_prefix_in_a_callers_id_does_not_make_the_job_synchronous(tmp_path: Path) -> None:
     async def submitted() -> list[bool]:
         named = await running.service.submit(EXAMPLE_JOB, job_id="sync-mine")
         waited = await running.service.submit(EXAMPLE_JOB, sync=True, details={"batch_id": "x"})

@@ -71,7 +71,7 @@ def filled(entry: CatalogEntry) -> dict[str, dict[str, Any]]:
     return fill(entry, inputs_of(entry), Random(1)).workflow
 
 
-def test_the_folder_has_what_it_should() -> None:
+def test_the_folder_has_the_expected_entries() -> None:
     assert {entry.name for entry in ENTRIES} >= WANTED
     files = (ROOT / "workflows").glob("*.json")
     assert {entry.name for entry in ENTRIES} == {file.name.partition(".")[0] for file in files}
@@ -83,7 +83,7 @@ def test_the_folder_has_what_it_should() -> None:
 
 @each_version
 @each_entry
-def test_classes_inputs_and_links_are_right(entry: CatalogEntry, version: str) -> None:
+def test_classes_inputs_and_links_are_valid(entry: CatalogEntry, version: str) -> None:
     problems = list(misfits(filled(entry), OBJECT_INFO[version]))
     assert problems == []
 
@@ -139,7 +139,7 @@ def limits(parameter: Parameter) -> list[Any]:
 
 
 @each_entry
-def test_defaults_are_what_stands_in_the_graph(entry: CatalogEntry) -> None:
+def test_defaults_match_the_graph(entry: CatalogEntry) -> None:
     for name, parameter in entry.manifest.parameters.items():
         if parameter.default is not None and not parameter.is_random:
             for target in parameter.sets:
@@ -148,7 +148,7 @@ def test_defaults_are_what_stands_in_the_graph(entry: CatalogEntry) -> None:
 
 
 @each_entry
-def test_the_models_are_those_that_the_graph_names(entry: CatalogEntry) -> None:
+def test_the_models_match_the_graph(entry: CatalogEntry) -> None:
     loads = {
         (folder, value)
         for node in filled(entry).values()
@@ -200,14 +200,14 @@ def test_it_runs(worker: Worker, entry: CatalogEntry) -> None:
     assert made["filename"].startswith(entry.name)
 
 
-def test_a_video_has_as_many_seconds_as_asked_for(worker: Worker) -> None:
+def test_a_video_has_the_requested_length(worker: Worker) -> None:
     entry = LIBRARY.get("text-to-video-hunyuan")
     [made] = run(worker, entry, **{**SMALL, "duration": 1, "style": "cinematic"})
     assert made["duration_s"] == pytest.approx(25 / 24, abs=0.01)
     assert (made["width"], made["height"]) == (64, 64)
 
 
-def test_pictures_are_of_the_size_and_color_that_was_asked_for(worker: Worker) -> None:
+def test_images_have_the_requested_size_and_color(worker: Worker) -> None:
     color = 0x10A0F0
     [made] = run(worker, LIBRARY.get("solid-color"), width=33, height=20, color=color)
     assert colors_of(made) == ((33, 20), [(0x10, 0xA0, 0xF0)])
@@ -221,7 +221,7 @@ def test_a_picture_is_resized(worker: Worker) -> None:
     assert (made["width"], made["height"]) == (16, 40)
 
 
-def test_what_the_mask_does_not_cover_stays_to_the_pixel(worker: Worker) -> None:
+def test_unmasked_pixels_are_unchanged(worker: Worker) -> None:
     [made] = run(worker, LIBRARY.get("inpaint"), mask=data_uri(png((0, 0, 0))), steps=2)
     assert colors_of(made) == ((SIDE, SIDE), [(200, 30, 60)])
     [made] = run(worker, LIBRARY.get("inpaint"), mask=data_uri(png((255, 255, 255))), steps=2)
@@ -240,7 +240,7 @@ def colors_of(made: Mapping[str, Any]) -> tuple[tuple[int, int], list[Any]]:
 @pytest.mark.real
 @pytest.mark.skipif("COMFYUI_URL" not in os.environ, reason="COMFYUI_URL names no real ComfyUI")
 @each_entry
-def test_a_real_comfyui_misses_nothing_but_models(entry: CatalogEntry) -> None:
+def test_a_real_comfyui_lacks_only_models(entry: CatalogEntry) -> None:
     url = os.environ["COMFYUI_URL"].rstrip("/")
     result = fill(entry, inputs_of(entry), Random(1))
     for image in result.images:

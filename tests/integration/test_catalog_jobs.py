@@ -51,7 +51,7 @@ def gateway(comfyui: ComfyUI, tmp_path_factory: pytest.TempPathFactory) -> Itera
 # ---------------------------------------------------------------------------------------------------- desk
 
 
-def at_desk(comfyui: ComfyUI, folder: Path, job_input: Any, **settings: str) -> tuple[int, dict[str, Any], str]:
+def run_locally(comfyui: ComfyUI, folder: Path, job_input: Any, **settings: str) -> tuple[int, dict[str, Any], str]:
     option = f"--test_input={json.dumps({'input': job_input})}"
     environment = {"COMFYUI_URL": comfyui.url, "OUTPUT_DIR": str(folder / "results"), **settings}
     with start_handler(environment, option, cwd=folder) as process:
@@ -59,9 +59,9 @@ def at_desk(comfyui: ComfyUI, folder: Path, job_input: Any, **settings: str) -> 
     return code, json.loads(process.stdout), process.stderr
 
 
-def test_a_template_at_a_desk(comfyui: ComfyUI, tmp_path: Path) -> None:
+def test_a_template_in_a_local_run(comfyui: ComfyUI, tmp_path: Path) -> None:
     job_input = {"template": "resize-picture", "inputs": {"image": PICTURE, "width": 16}}
-    code, answer, shown = at_desk(comfyui, tmp_path, job_input)
+    code, answer, shown = run_locally(comfyui, tmp_path, job_input)
     assert code == 0, answer
     [made] = answer["images"]
     assert (made["width"], made["height"]) == (16, 16)
@@ -70,13 +70,13 @@ def test_a_template_at_a_desk(comfyui: ComfyUI, tmp_path: Path) -> None:
     assert " 67% node 3: Save" in shown, "progress knows the workflow that the template stands for"
 
 
-def test_a_folder_of_ones_own(comfyui: ComfyUI, tmp_path: Path) -> None:
+def test_a_custom_workflows_folder(comfyui: ComfyUI, tmp_path: Path) -> None:
     own = tmp_path / "own"
     own.mkdir()
     (own / "blue.json").write_text(json.dumps(picture((0, 0, 255))))
-    code, answer, _shown = at_desk(comfyui, tmp_path, {"template": "blue"}, WORKFLOWS_DIR=str(own))
+    code, answer, _shown = run_locally(comfyui, tmp_path, {"template": "blue"}, WORKFLOWS_DIR=str(own))
     assert code == 0, answer
-    code, answer, _shown = at_desk(comfyui, tmp_path, {"template": "red"}, WORKFLOWS_DIR=str(own))
+    code, answer, _shown = run_locally(comfyui, tmp_path, {"template": "red"}, WORKFLOWS_DIR=str(own))
     assert (code, answer["code"]) == (1, "invalid_input")
     assert answer["error"] == "There is no template 'red': the templates are 'blue'"
 
@@ -99,7 +99,7 @@ def test_a_worker_fills_in_a_template(worker: Worker) -> None:
     assert [event.title for event in events if isinstance(event, NodeStarted)] == ["Color", "Save"]
 
 
-def test_a_worker_says_what_is_wrong_with_a_template(worker: Worker) -> None:
+def test_a_worker_reports_template_errors(worker: Worker) -> None:
     job = {"id": "x", "input": {"template": "solid-color", "inputs": {"width": 0}}}
     assert worker.run(job) == {"error": BAD_WIDTH, "code": "invalid_input"}
 
@@ -116,14 +116,14 @@ def test_the_gateway_runs_a_template(gateway: GatewayProcess) -> None:
     assert (made["width"], made["height"]) == (8, 9)
 
 
-def test_the_gateway_refuses_what_cannot_be_filled_in_at_once(gateway: GatewayProcess) -> None:
+def test_the_gateway_rejects_invalid_template_inputs_at_once(gateway: GatewayProcess) -> None:
     for path in ("/run", "/runsync"):
         answer = gateway.post(path, {"input": {"template": "solid-color", "inputs": {"width": 0}}})
         assert answer.status_code == 400
         assert answer.json() == {"error": BAD_WIDTH, "code": "invalid_input"}
 
 
-def test_the_same_request_sent_twice_is_one_job_with_one_seed(comfyui: ComfyUI, tmp_path: Path) -> None:
+def test_a_repeated_request_is_one_job_with_one_seed(comfyui: ComfyUI, tmp_path: Path) -> None:
     (tmp_path / "any.json").write_text(
         json.dumps(
             {

@@ -51,7 +51,7 @@ def cancelled(store: JobStore, job_id: str) -> str:
     return job_id
 
 
-def test_cancels_wait_once_for_a_redis_that_hangs(redis: RedisServer, store: JobStore) -> None:
+def test_cancels_wait_only_once_for_a_hanging_redis(redis: RedisServer, store: JobStore) -> None:
     settings = load_gateway_settings(engine="celery", database_url=_NOT_ASKED, redis_url=redis.url)
     engine = CeleryEngine(store, LocalEventBus(), settings)
     jobs = [cancelled(store, f"job-{number}") for number in range(20)]

@@ -48,7 +48,7 @@ def stage(bench: EngineGateway, job_id: str) -> str:
     return "" if place is None else place.stage
 
 
-def test_a_job_fails_that_waits_too_long_for_a_comfyui_that_is_away(tmp_path: Path, comfyui: EmulatedComfyUI) -> None:
+def test_a_job_that_waits_too_long_for_comfyui_fails(tmp_path: Path, comfyui: EmulatedComfyUI) -> None:
     comfyui.kill()
     with bench_at(comfyui, tmp_path, comfyui_ready_timeout_s=0.2) as bench:
         record = bench.ended(bench.submit(graphs.picture(RED)))
@@ -60,7 +60,7 @@ def test_a_job_fails_that_waits_too_long_for_a_comfyui_that_is_away(tmp_path: Pa
     assert record.error["code"] == "comfyui_unreachable"
 
 
-def test_jobs_in_hand_wait_no_longer_than_those_behind_them(tmp_path: Path, comfyui: EmulatedComfyUI) -> None:
+def test_assigned_jobs_wait_no_longer_than_queued_ones(tmp_path: Path, comfyui: EmulatedComfyUI) -> None:
     """Two go into ComfyUI's queue, others are staged ahead, the last ones are in nobody's hands."""
     limit_s, gate = 5.0, Gate(tmp_path)
     settings = {"comfyui_ready_timeout_s": limit_s, "generation_workers": 2, "preprocess_workers": 2}
@@ -80,9 +80,7 @@ def test_jobs_in_hand_wait_no_longer_than_those_behind_them(tmp_path: Path, comf
     assert max(ends) - min(ends) < limit_s
 
 
-def test_a_job_waits_for_as_long_as_it_takes_where_the_operator_says_so(
-    tmp_path: Path, comfyui: EmulatedComfyUI
-) -> None:
+def test_jobs_wait_indefinitely_if_configured(tmp_path: Path, comfyui: EmulatedComfyUI) -> None:
     comfyui.kill()
     with bench_at(comfyui, tmp_path, comfyui_ready_timeout_s=0.1, wait_for_comfyui=True) as bench:
         job_id = bench.submit(graphs.picture(RED))
@@ -94,9 +92,7 @@ def test_a_job_waits_for_as_long_as_it_takes_where_the_operator_says_so(
         assert bench.picture(job_id) == RED
 
 
-def test_a_job_whose_comfyui_dies_waits_for_it_where_the_operator_says_so(
-    tmp_path: Path, comfyui: EmulatedComfyUI
-) -> None:
+def test_a_job_waits_for_its_dead_comfyui_if_configured(tmp_path: Path, comfyui: EmulatedComfyUI) -> None:
     gate = Gate(tmp_path)
     settings = {"comfyui_ready_timeout_s": 0.1, "wait_for_comfyui": True, "generation_workers": 2}
     with bench_at(comfyui, tmp_path, **settings) as bench:
@@ -112,7 +108,7 @@ def test_a_job_whose_comfyui_dies_waits_for_it_where_the_operator_says_so(
         assert bench.ended(running).state is JobState.FAILED
 
 
-def test_a_comfyui_that_is_back_in_time_is_no_failure(tmp_path: Path, comfyui: EmulatedComfyUI) -> None:
+def test_a_comfyui_that_returns_in_time_is_not_a_failure(tmp_path: Path, comfyui: EmulatedComfyUI) -> None:
     comfyui.kill()
     with bench_at(comfyui, tmp_path, comfyui_ready_timeout_s=TIMEOUT_S) as bench:
         job_id = bench.submit(graphs.picture(RED))
@@ -130,7 +126,7 @@ def served(tmp_path: Path, comfyui: EmulatedComfyUI) -> Iterator[RestartableGate
     gateway.stop()
 
 
-def test_every_api_says_since_when_comfyui_is_away(served: RestartableGateway, comfyui: EmulatedComfyUI) -> None:
+def test_every_api_reports_since_when_comfyui_is_away(served: RestartableGateway, comfyui: EmulatedComfyUI) -> None:
     comfyui.kill()
     wait_until(lambda: "away_since" in _get(served, "/health")["comfyui"])
     health = _get(served, "/health")

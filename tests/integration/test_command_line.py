@@ -40,50 +40,50 @@ def test_it_is_a_command() -> None:
 
 
 def test_its_help_names_the_commands(tmp_path: Path) -> None:
-    code, told, _ = says(tmp_path / "empty", *PROGRAM, "--help")
+    code, stdout, _ = says(tmp_path / "empty", *PROGRAM, "--help")
     assert code == 0
-    assert re.findall(r"^  ([a-z]+)  ", told, re.MULTILINE) == ["run", "serve", "worker", "emulator"]
+    assert re.findall(r"^  ([a-z]+)  ", stdout, re.MULTILINE) == ["run", "serve", "worker", "emulator"]
     code, _, errors = says(tmp_path / "none", *PROGRAM)
-    assert (code, errors) == (2, told)
+    assert (code, errors) == (2, stdout)
 
 
 @pytest.mark.parametrize(("command", "kind"), SETTINGS_OF)
 def test_a_commands_help_names_every_setting_with_its_variables_and_its_default(
     tmp_path: Path, command: str, kind: type[Settings]
 ) -> None:
-    code, told, _ = says(tmp_path / "empty", *PROGRAM, command, "--help")
+    code, stdout, _ = says(tmp_path / "empty", *PROGRAM, command, "--help")
     assert code == 0
-    told = re.sub(r"\s+", " ", told)
+    stdout = re.sub(r"\s+", " ", stdout)
     for setting in settings_of(kind):
         name, *others = setting.variables
         option = "--" + name.lower().replace("_", "-")
-        assert (f"{option} {name} " in told) != setting.is_secret, name
-        assert f"{name}: " in told or not setting.is_secret, name
+        assert (f"{option} {name} " in stdout) != setting.is_secret, name
+        assert f"{name}: " in stdout or not setting.is_secret, name
         also = f"; also read from {', '.join(others)}" if others else ""
-        assert f"(default: {setting.default or 'not set'}{also})" in told, name
+        assert f"(default: {setting.default or 'not set'}{also})" in stdout, name
 
 
 def test_the_emulators_help_names_its_options(tmp_path: Path) -> None:
-    code, told, _ = says(tmp_path / "empty", *PROGRAM, "emulator", "--help")
+    code, stdout, _ = says(tmp_path / "empty", *PROGRAM, "emulator", "--help")
     assert code == 0
-    assert told.startswith("usage: comfy-worker emulator ")
-    assert "--base-directory DIR" in told
+    assert stdout.startswith("usage: comfy-worker emulator ")
+    assert "--base-directory DIR" in stdout
 
 
 @pytest.mark.parametrize("program", ["handler.py", "deploy/make-env"])
 def test_the_help_of_other_commands_writes_nothing(tmp_path: Path, program: str) -> None:
     before = (ROOT / ".env").exists()
     command = [sys.executable, ROOT / program] if program.endswith(".py") else [ROOT / program]
-    code, told, _ = says(tmp_path / "empty", *command, "--help")
+    code, stdout, _ = says(tmp_path / "empty", *command, "--help")
     assert code == 0
-    assert "usage: " in told.lower()
+    assert "usage: " in stdout.lower()
     assert (ROOT / ".env").exists() == before
 
 
 @pytest.mark.parametrize("arguments", [(), ("--help",)])
 def test_the_handler_without_its_packages_names_the_command_to_run(tmp_path: Path, arguments: tuple[str, ...]) -> None:
-    code, told, errors = says(tmp_path / "empty", sys.executable, "-S", ROOT / "handler.py", *arguments)
-    assert (code, told) == (1, "")
+    code, stdout, errors = says(tmp_path / "empty", sys.executable, "-S", ROOT / "handler.py", *arguments)
+    assert (code, stdout) == (1, "")
     assert re.fullmatch(
         r"The package \w+ is not installed for \S+: run `make install` in the folder of handler\.py, then "
         r"`\.venv/bin/python handler\.py`\.\n",
@@ -91,7 +91,7 @@ def test_the_handler_without_its_packages_names_the_command_to_run(tmp_path: Pat
     )
 
 
-def test_an_option_goes_before_its_variable(environment: pytest.MonkeyPatch) -> None:
+def test_an_option_overrides_its_variable(environment: pytest.MonkeyPatch) -> None:
     for name, value in (("API_PORT", "1"), ("API_RELOAD", "false"), ("MAX_QUEUE_SIZE", "7")):
         environment.setenv(name, value)
     parser = parser_of("serve")
@@ -102,9 +102,9 @@ def test_an_option_goes_before_its_variable(environment: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("command", ["run", "serve", "worker"])
-def test_a_wrong_value_is_refused_by_its_variables_name(tmp_path: Path, command: str) -> None:
-    code, told, errors = says(tmp_path / "empty", *PROGRAM, command, "--workflow-timeout", "soon")
-    assert (code, told) == (2, "")
+def test_an_invalid_value_is_rejected_by_its_variables_name(tmp_path: Path, command: str) -> None:
+    code, stdout, errors = says(tmp_path / "empty", *PROGRAM, command, "--workflow-timeout", "soon")
+    assert (code, stdout) == (2, "")
     assert re.fullmatch(r"Invalid settings: .*WORKFLOW_TIMEOUT: Input should be a valid number.*\n", errors)
 
 
@@ -116,7 +116,7 @@ def test_a_wrong_value_is_refused_by_its_variables_name(tmp_path: Path, command:
         ("aiohttp", "emulator", "'.[emulator]'"),
     ],
 )
-def test_what_is_not_installed_is_named_with_the_command_that_installs_it(
+def test_missing_packages_are_named_with_their_install_command(
     tmp_path: Path, package: str, command: str, source: str
 ) -> None:
     program = (

@@ -34,20 +34,20 @@ class TestForm:
         checked = subprocess.run(command, text=True, capture_output=True, timeout=TIMEOUT_S, check=False)
         assert checked.returncode == 0, checked.stdout + checked.stderr
 
-    def test_is_what_the_specification_asks_for(self) -> None:
+    def test_matches_the_specification(self) -> None:
         self.check(compose_file.COMPOSE)
 
-    def test_still_is_when_the_variables_are_filled_in(self, complete: dict[str, Any], tmp_path: Path) -> None:
+    def test_matches_the_specification_with_values(self, complete: dict[str, Any], tmp_path: Path) -> None:
         filled = tmp_path / "docker-compose.yml"
         filled.write_text(yaml.safe_dump(complete))
         self.check(filled)
 
     @pytest.mark.parametrize("script", ["deploy/make-env", "deploy/minio/make-bucket.sh"])
-    def test_shellcheck_finds_nothing(self, script: str) -> None:
+    def test_shellcheck_passes(self, script: str) -> None:
         checked = subprocess.run([tool("shellcheck"), ROOT / script], text=True, capture_output=True, check=False)
         assert checked.stdout + checked.stderr == ""
 
-    def test_the_image_takes_nothing_of_it_in(self) -> None:
+    def test_the_image_excludes_it(self) -> None:
         # A .env beside it has passwords.
         ignored = (ROOT / ".dockerignore").read_text().splitlines()
         assert "*" in ignored
@@ -64,7 +64,7 @@ class TestMakeEnv:
         shutil.copy(compose_file.EXAMPLE, folder)
         return folder
 
-    def test_makes_all_that_is_needed(self, folder: Path) -> None:
+    def test_creates_every_required_variable(self, folder: Path) -> None:
         assert compose_file.run_make_env(folder).returncode == 0
         lines = [line for line in (folder / ".env").read_text().splitlines() if line and not line.startswith("#")]
         made = dict(line.split("=", 1) for line in lines)
@@ -74,7 +74,7 @@ class TestMakeEnv:
         assert stat.S_IMODE((folder / ".env").stat().st_mode) == 0o600
         compose_file.read(made)
 
-    def test_leaves_one_that_is_there(self, folder: Path) -> None:
+    def test_leaves_an_existing_file(self, folder: Path) -> None:
         (folder / ".env").write_text("mine")
         assert compose_file.run_make_env(folder).returncode == 1
         assert (folder / ".env").read_text() == "mine"
@@ -97,15 +97,15 @@ exit "$CODE"
 """
 
 
-def test_redis_reads_its_password_out_of_a_file_and_is_not_told_it(complete: dict[str, Any], tmp_path: Path) -> None:
+def test_redis_reads_its_password_from_a_file_only(complete: dict[str, Any], tmp_path: Path) -> None:
     server = tmp_path / "redis-server"
     server.write_text('#!/bin/sh\necho "$*"\ncat "$1"\n')
     server.chmod(0o755)
     command = [part.replace("$$", "$") for part in complete["services"]["redis"]["command"]]
-    told = {"PATH": f"{tmp_path}:/usr/bin:/bin", "REDIS_PASSWORD": "sesame"}
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "REDIS_PASSWORD": "sesame"}
     command[-1] = command[-1].replace("/tmp/", f"{tmp_path}/")
     [arguments, setting] = subprocess.run(
-        command, env=told, text=True, capture_output=True, check=True
+        command, env=environment, text=True, capture_output=True, check=True
     ).stdout.splitlines()
     assert "sesame" not in arguments
     assert "--appendonly yes" in arguments
@@ -114,21 +114,28 @@ def test_redis_reads_its_password_out_of_a_file_and_is_not_told_it(complete: dic
 
 
 class TestMakeBucket:
-    """With a stand-in for MinIO's client, which notes what it is told."""
+    """With a stand-in for MinIO's client, which records its arguments."""
 
     def run(self, folder: Path, answer: str = "", code: int = 0) -> tuple[int, list[str]]:
         client = folder / "mc"
         client.write_text(CLIENT)
         client.chmod(0o755)
-        told = {"PATH": f"{folder}:/usr/bin:/bin", "LOG": str(folder / "log"), "ANSWER": answer, "CODE": str(code)}
+        environment = {
+            "PATH": f"{folder}:/usr/bin:/bin",
+            "LOG": str(folder / "log"),
+            "ANSWER": answer,
+            "CODE": str(code),
+        }
         script = ROOT / "deploy/minio/make-bucket.sh"
-        ended = subprocess.run(["sh", script], env=MINIO | told, capture_output=True, timeout=TIMEOUT_S, check=False)
+        ended = subprocess.run(
+            ["sh", script], env=MINIO | environment, capture_output=True, timeout=TIMEOUT_S, check=False
+        )
         return ended.returncode, (folder / "log").read_text().splitlines()
 
-    def test_makes_the_bucket_and_its_user(self, tmp_path: Path) -> None:
-        code, told = self.run(tmp_path)
+    def test_creates_the_bucket_and_its_user(self, tmp_path: Path) -> None:
+        code, calls = self.run(tmp_path)
         assert code == 0
-        assert told == [
+        assert calls == [
             "alias set fleet http://minio:9000",
             "mb --ignore-existing fleet/outputs",
             "admin user add fleet",
@@ -141,7 +148,7 @@ class TestMakeBucket:
     def test_attaches_no_policy_twice(self, tmp_path: Path) -> None:
         assert "attach" not in self.run(tmp_path, answer="PolicyName: readwrite")[1][-1]
 
-    def test_ends_with_what_went_wrong(self, tmp_path: Path) -> None:
-        code, told = self.run(tmp_path, code=7)
+    def test_exits_with_the_error(self, tmp_path: Path) -> None:
+        code, calls = self.run(tmp_path, code=7)
         assert code == 7
-        assert len(told) == 1
+        assert len(calls) == 1

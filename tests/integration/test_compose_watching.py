@@ -44,9 +44,9 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
     registry = make_registry()
     with EmulatorServer() as comfyui:
         registry.register(GatewayCollector(store, lambda: [{"url": comfyui.url, "healthy": True, "jobs": 0}]))
-        told = labels_of(registry)
+        labels = labels_of(registry)
     store.close()
-    return told | {name: set() for name in OF_PROMETHEUS}
+    return labels | {name: set() for name in OF_PROMETHEUS}
 
 
 def labels_of(registry: CollectorRegistry) -> dict[str, set[str]]:
@@ -80,20 +80,20 @@ class TestQueries:
         text: str = request.param
         return text
 
-    def test_asks_for_figures_and_labels_that_there_are(self, figures: dict[str, set[str]], query: str) -> None:
+    def test_uses_existing_metrics_and_labels(self, figures: dict[str, set[str]], query: str) -> None:
         asked = list(selectors(query))
         assert asked
         for selector in asked:
             assert selector.name in figures
             assert {matcher.name for matcher in selector.matchers.matchers} <= figures[selector.name] | OF_A_TARGET
 
-    def test_groups_by_labels_that_there_are(self, figures: dict[str, set[str]], query: str) -> None:
+    def test_groups_by_existing_labels(self, figures: dict[str, set[str]], query: str) -> None:
         for part in parts(query):
             if isinstance(part, promql_parser.AggregateExpr) and part.modifier is not None:
                 inner = {name for one in selectors(part.expr.prettify()) for name in figures[str(one.name)]}
                 assert set(part.modifier.labels) <= inner | OF_A_TARGET
 
-    def test_asks_for_states_and_stages_that_there_are(self, query: str) -> None:
+    def test_uses_existing_states_and_stages(self, query: str) -> None:
         known = set(re.findall(r'"([A-Z_]+)"', (ROOT / "src/comfy_worker/types.py").read_text(encoding="utf-8")))
         stages = {"waiting", "staging", "queued", "running", "delivering"}
         values = {
@@ -104,14 +104,14 @@ class TestQueries:
         assert values.get("job", "gateway") in {one["job_name"] for one in PROMETHEUS["scrape_configs"]}
 
 
-def test_every_figure_of_the_gateways_own_is_shown(figures: dict[str, set[str]]) -> None:
+def test_every_gateway_metric_is_shown(figures: dict[str, set[str]]) -> None:
     shown = {str(selector.name) for query in QUERIES for selector in selectors(query)}
     own = {re.sub(r"_(bucket|sum|count|created)$", "", name) for name in figures if name.startswith("comfy_")}
     assert {name for name in own if not any(one.startswith(name) for one in shown)} == set()
 
 
 class TestPrometheus:
-    def test_reads_the_gateway_with_its_key(self) -> None:
+    def test_scrapes_the_gateway_with_its_key(self) -> None:
         file = compose_file.complete()
         services = compose_file.services(file, "fleet")
         (job,) = [one for one in PROMETHEUS["scrape_configs"] if one["job_name"] == "gateway"]
@@ -125,11 +125,11 @@ class TestPrometheus:
         assert all(port.endswith(f":{found['port']}") for port in services["gateway"]["ports"])
         assert job["metrics_path"] == "/metrics"
 
-    def test_gives_up_on_an_answer_before_it_asks_again(self) -> None:
+    def test_times_out_before_the_next_scrape(self) -> None:
         seconds = {name: promql_parser.parse_duration(PROMETHEUS["global"][name]) for name in PROMETHEUS["global"]}
         assert seconds["scrape_timeout"] < seconds["scrape_interval"]
 
-    def test_has_its_files_where_it_looks_for_them(self) -> None:
+    def test_has_its_files_mounted(self) -> None:
         service = compose_file.complete()["services"]["prometheus"]
         assert "./deploy/prometheus:/etc/prometheus:ro" in service["volumes"]
         assert "--config.file=/etc/prometheus/prometheus.yml" in service["command"]
@@ -137,13 +137,13 @@ class TestPrometheus:
             assert (DEPLOY / "prometheus" / name).exists()
 
     @pytest.mark.parametrize("alert", ALERTS, ids=[alert["alert"] for alert in ALERTS])
-    def test_an_alert_says_what_to_do(self, alert: dict[str, Any]) -> None:
+    def test_every_alert_says_what_to_do(self, alert: dict[str, Any]) -> None:
         assert set(alert) <= {"alert", "expr", "for", "labels", "annotations"}
         assert alert["labels"]["severity"] in ("critical", "warning")
         assert set(alert["annotations"]) == {"summary", "description"}
         assert "for" not in alert or promql_parser.parse_duration(alert["for"])
 
-    def test_no_alert_has_the_name_of_another(self) -> None:
+    def test_alert_names_are_unique(self) -> None:
         assert len({alert["alert"] for alert in ALERTS}) == len(ALERTS)
 
 
@@ -152,7 +152,7 @@ class TestGrafana:
         loaded: dict[str, Any] = yaml.safe_load((DEPLOY / "grafana/provisioning" / path).read_text(encoding="utf-8"))
         return loaded
 
-    def test_every_panel_asks_the_source_that_is_set_up(self) -> None:
+    def test_every_panel_uses_the_provisioned_source(self) -> None:
         (source,) = self.provisioned("datasources/prometheus.yml")["datasources"]
         for panel in DASHBOARD["panels"]:
             for asks in (panel, *panel["targets"]):
@@ -164,14 +164,14 @@ class TestGrafana:
         service = compose_file.services(compose_file.complete(), "fleet")[host]
         assert all(mapping.endswith(f":{port}") for mapping in service["ports"])
 
-    def test_the_dashboard_is_where_it_is_looked_for(self) -> None:
+    def test_the_dashboard_is_mounted_where_grafana_reads_it(self) -> None:
         (provider,) = self.provisioned("dashboards/dashboards.yml")["providers"]
         service = compose_file.complete()["services"]["grafana"]
         assert f"./deploy/grafana/dashboards:{provider['options']['path']}:ro" in service["volumes"]
         home = service["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
         assert home == f"{provider['options']['path']}/comfy-worker.json"
 
-    def test_no_two_panels_lie_on_each_other(self) -> None:
+    def test_panels_do_not_overlap(self) -> None:
         taken: set[tuple[int, int]] = set()
         for panel in DASHBOARD["panels"]:
             at = panel["gridPos"]

@@ -28,8 +28,8 @@ ORANGE = (255, 128, 0)
 
 
 @dataclass
-class Trouble:
-    """A node that fails as often as it is told to, and one before it that counts how often it has to work.
+class FailingNode:
+    """A node that fails as often as configured, and one before it that counts how often it has to work.
 
     Attributes:
         failures: what the node raises, one each time it runs, before it succeeds.
@@ -116,8 +116,8 @@ OUT_OF_MEMORY = [
 
 
 @pytest.mark.parametrize("failure", OUT_OF_MEMORY, ids=str)
-def test_want_of_memory_is_met_by_freeing_it_and_running_once_more(failure: Exception) -> None:
-    trouble = Trouble([failure])
+def test_out_of_memory_frees_memory_and_reruns_once(failure: Exception) -> None:
+    trouble = FailingNode([failure])
     with trouble.victim() as victim, working(victim) as worker:
         running = RunningJob(worker, job(trouble.graph()))
         output = running.output()
@@ -129,16 +129,16 @@ def test_want_of_memory_is_met_by_freeing_it_and_running_once_more(failure: Exce
     assert trouble.fresh_runs == 2, "ComfyUI was to forget its results too"
 
 
-def test_a_comfyui_that_does_not_say_whether_it_freed_its_memory_runs_the_workflow_again() -> None:
-    trouble = Trouble([MemoryError()])
+def test_the_workflow_reruns_although_freeing_memory_is_not_confirmed() -> None:
+    trouble = FailingNode([MemoryError()])
     with trouble.victim() as victim, working(victim) as worker:
         victim.server.faults.lose_answer("/free")
         output = RunningJob(worker, job(trouble.graph())).output()
     assert "error" not in output
 
 
-def test_want_of_memory_that_stays_fails_the_job_with_advice() -> None:
-    trouble = Trouble([RuntimeError("CUDA out of memory.")] * 9)
+def test_persistent_out_of_memory_fails_the_job_with_advice() -> None:
+    trouble = FailingNode([RuntimeError("CUDA out of memory.")] * 9)
     with trouble.victim() as victim, working(victim) as worker:
         output = RunningJob(worker, job(trouble.graph())).output()
     assert output["code"] == "out_of_memory"
@@ -162,8 +162,8 @@ BROKEN = [
 
 
 @pytest.mark.parametrize("failure", BROKEN, ids=str)
-def test_a_broken_gpu_context_gets_a_new_comfyui(failure: Exception, tmp_path: Path) -> None:
-    trouble = Trouble([failure])
+def test_a_broken_gpu_context_restarts_comfyui(failure: Exception, tmp_path: Path) -> None:
+    trouble = FailingNode([failure])
     with trouble.victim() as victim, own(victim, tmp_path) as (worker, process):
         output = RunningJob(worker, job(trouble.graph())).output()
         assert output["code"] == "execution_failed"
@@ -174,16 +174,16 @@ def test_a_broken_gpu_context_gets_a_new_comfyui(failure: Exception, tmp_path: P
     assert trouble.runs == 2
 
 
-def test_a_comfyui_that_is_not_ours_is_left_alone() -> None:
-    trouble = Trouble([BROKEN[0]])
+def test_a_foreign_comfyui_is_left_alone() -> None:
+    trouble = FailingNode([BROKEN[0]])
     with trouble.victim() as victim, working(victim, retry_on_crash=True) as worker:
         assert RunningJob(worker, job(trouble.graph())).output()["code"] == "execution_failed"
         assert victim.server.running
     assert trouble.runs == 1
 
 
-def test_the_workflow_runs_once_more_on_the_new_comfyui_where_that_is_wanted(tmp_path: Path) -> None:
-    trouble = Trouble([BROKEN[0]])
+def test_the_workflow_reruns_on_the_new_comfyui_if_requested(tmp_path: Path) -> None:
+    trouble = FailingNode([BROKEN[0]])
     with trouble.victim() as victim, own(victim, tmp_path) as (worker, process):
         output = RunningJob(worker, job(trouble.graph(), retry_on_crash=True)).output()
         assert len(process.pids) == 2
@@ -192,8 +192,8 @@ def test_the_workflow_runs_once_more_on_the_new_comfyui_where_that_is_wanted(tmp
 
 
 @pytest.mark.parametrize("first", [BROKEN[0], OUT_OF_MEMORY[0]], ids=str)
-def test_a_second_attempt_that_breaks_it_gets_a_new_comfyui_too(first: Exception, tmp_path: Path) -> None:
-    trouble = Trouble([first, BROKEN[0]])
+def test_a_crashing_second_attempt_restarts_comfyui_too(first: Exception, tmp_path: Path) -> None:
+    trouble = FailingNode([first, BROKEN[0]])
     with trouble.victim() as victim, own(victim, tmp_path) as (worker, process):
         wish = {"retry_on_crash": first is BROKEN[0]}
         assert RunningJob(worker, job(trouble.graph(), **wish)).output()["code"] == "execution_failed"
@@ -208,7 +208,7 @@ def test_a_second_attempt_that_breaks_it_gets_a_new_comfyui_too(first: Exception
     ("setting", "wish", "runs"),
     [(False, {}, 1), (True, {}, 2), (False, {"retry_on_crash": True}, 2), (True, {"retry_on_crash": False}, 1)],
 )
-def test_a_workflow_that_had_begun_runs_again_only_where_that_is_wanted(
+def test_a_started_workflow_reruns_only_if_requested(
     victim: EmulatedComfyUI, gate: Gate, setting: bool, wish: dict[str, Any], runs: int
 ) -> None:
     with working(victim, retry_on_crash=setting) as worker:
@@ -224,7 +224,7 @@ def test_a_workflow_that_had_begun_runs_again_only_where_that_is_wanted(
 
 
 def has_begun(running: RunningJob, times: int) -> bool:
-    """Return whether the worker has heard so often that the workflow began."""
+    """Return whether the worker has been notified so often that the workflow began."""
     return begun(running, Stage.RUNNING) == times
 
 
@@ -233,7 +233,7 @@ def begun(running: RunningJob, stage: Stage) -> int:
     return running.all(StageStarted).count(StageStarted(stage))
 
 
-def test_it_runs_again_only_once(victim: EmulatedComfyUI, gate: Gate) -> None:
+def test_a_started_workflow_reruns_only_once(victim: EmulatedComfyUI, gate: Gate) -> None:
     with working(victim, retry_on_crash=True) as worker:
         running = RunningJob(worker, job(gate.graph()))
         for attempt in (1, 2):
@@ -246,9 +246,7 @@ def test_it_runs_again_only_once(victim: EmulatedComfyUI, gate: Gate) -> None:
     assert gate.runs == 2
 
 
-def test_a_workflow_that_had_not_begun_is_submitted_again_only_once(
-    victim: EmulatedComfyUI, gate: Gate, tmp_path: Path
-) -> None:
+def test_an_unstarted_workflow_is_resubmitted_only_once(victim: EmulatedComfyUI, gate: Gate, tmp_path: Path) -> None:
     block(victim, tmp_path)
     with working(victim) as worker:
         running = RunningJob(worker, job(gate.graph()))
@@ -275,7 +273,7 @@ def block(victim: EmulatedComfyUI, folder: Path) -> None:
     blocker.wait_until_run()
 
 
-def test_a_crash_is_reported_with_what_comfyui_said_last(victim: EmulatedComfyUI, gate: Gate, tmp_path: Path) -> None:
+def test_a_crash_is_reported_with_comfyuis_last_output(victim: EmulatedComfyUI, gate: Gate, tmp_path: Path) -> None:
     with own(victim, tmp_path) as (worker, process):
         running = RunningJob(worker, job(gate.graph()))
         running.wait_for(lambda event: event == StageStarted(Stage.RUNNING))
@@ -286,7 +284,7 @@ def test_a_crash_is_reported_with_what_comfyui_said_last(victim: EmulatedComfyUI
     assert "retry_on_crash" in output["hint"]
 
 
-def test_a_comfyui_that_start_sh_has_given_up_is_not_waited_for(victim: EmulatedComfyUI, tmp_path: Path) -> None:
+def test_an_abandoned_comfyui_is_not_waited_for(victim: EmulatedComfyUI, tmp_path: Path) -> None:
     pid_file = tmp_path / "comfyui.pid"
     pid_file.write_text("ComfyUI died 5 times in 60 s with exit code 1.\n")
     victim.kill()
@@ -315,9 +313,7 @@ def restarted_during(victim: EmulatedComfyUI, path: str, method: str) -> dict[st
 @pytest.mark.parametrize(
     ("path", "method"), [("/upload/image", "POST"), ("/object_info/*", "GET"), ("/view", "GET")], ids=str
 )
-def test_a_restart_under_a_request_that_may_be_repeated_is_waited_out(
-    victim: EmulatedComfyUI, path: str, method: str
-) -> None:
+def test_a_restart_during_a_repeatable_request_is_waited_out(victim: EmulatedComfyUI, path: str, method: str) -> None:
     output = restarted_during(victim, path, method)
     assert "error" not in output, output
     assert len(output["images"]) == 1
@@ -325,16 +321,14 @@ def test_a_restart_under_a_request_that_may_be_repeated_is_waited_out(
 
 @pytest.mark.parametrize(("path", "method"), [("/upload/image", "POST"), ("/view", "GET")], ids=str)
 @pytest.mark.parametrize("times", [1, 2])
-def test_an_answer_that_got_lost_is_asked_for_again(
-    victim: EmulatedComfyUI, path: str, method: str, times: int
-) -> None:
+def test_a_lost_response_is_requested_again(victim: EmulatedComfyUI, path: str, method: str, times: int) -> None:
     victim.server.faults.lose_answer(path, method=method, times=times)
     with working(victim) as worker:
         output = RunningJob(worker, job(graphs.inverted("a.png"), images=[PICTURE])).output()
     assert "error" not in output, output
 
 
-def test_outputs_that_cannot_be_had_fail_the_job(victim: EmulatedComfyUI) -> None:
+def test_unavailable_outputs_fail_the_job(victim: EmulatedComfyUI) -> None:
     victim.server.faults.answer_with(500, "/view", times=None)
     with working(victim) as worker:
         output = RunningJob(worker, job(graphs.picture(ORANGE))).output()
@@ -346,7 +340,7 @@ def test_outputs_that_cannot_be_had_fail_the_job(victim: EmulatedComfyUI) -> Non
 HANGING = {"comfyui_request_timeout_s": 0.5, "comfyui_lost_after_s": 0.3, "comfyui_ready_timeout_s": 0.5}
 
 
-def test_a_comfyui_that_hangs_during_a_job_is_killed(victim: EmulatedComfyUI, gate: Gate, tmp_path: Path) -> None:
+def test_a_comfyui_hanging_during_a_job_is_killed(victim: EmulatedComfyUI, gate: Gate, tmp_path: Path) -> None:
     with own(victim, tmp_path, **HANGING) as (worker, process):
         running = RunningJob(worker, job(gate.graph()))
         gate.wait_until_run()
@@ -356,7 +350,7 @@ def test_a_comfyui_that_hangs_during_a_job_is_killed(victim: EmulatedComfyUI, ga
         assert "error" not in RunningJob(worker, job(graphs.picture(ORANGE))).output()
 
 
-def test_a_comfyui_that_hangs_between_two_jobs_is_killed(victim: EmulatedComfyUI, tmp_path: Path) -> None:
+def test_a_comfyui_hanging_between_jobs_is_killed(victim: EmulatedComfyUI, tmp_path: Path) -> None:
     with own(victim, tmp_path, **HANGING) as (worker, process):
         victim.hang()
         assert RunningJob(worker, job(graphs.picture(ORANGE))).output()["code"] == "comfyui_unreachable"
@@ -364,7 +358,7 @@ def test_a_comfyui_that_hangs_between_two_jobs_is_killed(victim: EmulatedComfyUI
         assert "error" not in RunningJob(worker, job(graphs.picture(ORANGE))).output()
 
 
-def test_a_comfyui_that_only_takes_long_to_start_is_not_killed(victim: EmulatedComfyUI, tmp_path: Path) -> None:
+def test_a_slowly_starting_comfyui_is_not_killed(victim: EmulatedComfyUI, tmp_path: Path) -> None:
     with own(victim, tmp_path, comfyui_ready_timeout_s=0.3) as (worker, process):
         # Its process is there, and it does not listen yet.
         victim.kill()
@@ -384,7 +378,7 @@ def sent(gate: Gate, *, saved_too: bool) -> graphs.Graph:
     return graph if saved_too else {node_id: node for node_id, node in graph.items() if node_id != "9"}
 
 
-def test_pictures_that_are_only_sent_arrive(victim: EmulatedComfyUI, gate: Gate) -> None:
+def test_images_sent_over_the_websocket_arrive(victim: EmulatedComfyUI, gate: Gate) -> None:
     gate.open()
     with working(victim) as worker:
         output = RunningJob(worker, job(sent(gate, saved_too=True))).output()
@@ -393,9 +387,7 @@ def test_pictures_that_are_only_sent_arrive(victim: EmulatedComfyUI, gate: Gate)
 
 
 @pytest.mark.parametrize("saved_too", [True, False])
-def test_pictures_that_were_lost_with_the_websocket_are_missed_aloud(
-    victim: EmulatedComfyUI, gate: Gate, saved_too: bool
-) -> None:
+def test_images_lost_with_the_websocket_are_reported(victim: EmulatedComfyUI, gate: Gate, saved_too: bool) -> None:
     with working(victim) as worker:
         running = RunningJob(worker, job(sent(gate, saved_too=saved_too)))
         gate.wait_until_run()
@@ -410,7 +402,7 @@ def test_pictures_that_were_lost_with_the_websocket_are_missed_aloud(
         assert (output["code"], output["error"]) == ("output_missing", sentence)
 
 
-def test_pictures_on_a_slow_connection_are_waited_for(victim: EmulatedComfyUI, gate: Gate) -> None:
+def test_images_on_a_slow_connection_are_awaited(victim: EmulatedComfyUI, gate: Gate) -> None:
     with proxy_to(victim) as proxy, closing(Worker(shrunk(proxy.url))) as worker:
         running = RunningJob(worker, job(sent(gate, saved_too=True)))
         running.wait_for(lambda event: isinstance(event, NodeStarted) and event.node_id == "3")
@@ -426,7 +418,7 @@ def test_pictures_on_a_slow_connection_are_waited_for(victim: EmulatedComfyUI, g
     assert "errors" not in output
 
 
-def test_pictures_of_which_nothing_was_heard_before_the_end_are_waited_for(
+def test_images_not_announced_before_the_end_are_awaited(
     victim: EmulatedComfyUI, gate: Gate, mocker: MockerFixture
 ) -> None:
     mocker.patch("comfy_worker.comfy.watch._FIRST_FRAME_S", 60.0)
@@ -443,7 +435,7 @@ def test_pictures_of_which_nothing_was_heard_before_the_end_are_waited_for(
     assert "errors" not in output
 
 
-def test_that_some_pictures_may_be_missing_is_said(victim: EmulatedComfyUI, gate: Gate) -> None:
+def test_possibly_missing_images_are_reported(victim: EmulatedComfyUI, gate: Gate) -> None:
     """One node has sent its picture before the websocket is lost; whether it had more to send nobody knows."""
     graph = sent(gate, saved_too=False)
     graph["8"]["inputs"]["images"] = ["1", 0]

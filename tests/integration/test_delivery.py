@@ -1,4 +1,4 @@
-"""Outputs on their way from ComfyUI to the caller: by every door out, without much memory, without a secret in a log.
+"""Outputs on their way from ComfyUI to the caller: by every way out, without much memory, without a secret in a log.
 
 Runs against the emulator, or against a real ComfyUI at COMFYUI_URL with COMFYUI_BASE_DIRECTORY.
 """
@@ -43,7 +43,7 @@ JOB_ACCESS_KEY, JOB_SECRET_KEY = "AKIAJOBSACCESSKEY0", "jobs-secret-51b0c7e2"
 
 
 @dataclass(frozen=True)
-class Place:
+class ReachableComfyUI:
     """A ComfyUI whose disk can be reached."""
 
     url: str
@@ -60,16 +60,16 @@ def bare_environment(environment: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def comfy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+def comfy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ReachableComfyUI]:
     if url := os.environ.get("COMFYUI_URL"):
         if "COMFYUI_BASE_DIRECTORY" not in os.environ:
             pytest.skip("COMFYUI_BASE_DIRECTORY does not say where the folders of the real ComfyUI are")
-        yield Place(url, Path(os.environ["COMFYUI_BASE_DIRECTORY"]))
+        yield ReachableComfyUI(url, Path(os.environ["COMFYUI_BASE_DIRECTORY"]))
         return
     base = tmp_path_factory.mktemp("comfyui")
     command = [sys.executable, "-m", "comfy_emulator", "--port", "0", "--base-directory", str(base)]
     with Process(command) as process:
-        yield Place(process.wait_for_line(r"at (http://\S+\d)").group(1), base)
+        yield ReachableComfyUI(process.wait_for_line(r"at (http://\S+\d)").group(1), base)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def bucket(s3: S3Server) -> str:
 
 
 @pytest.fixture(params=["by /view", "on disk"])
-def reach(request: pytest.FixtureRequest, comfy: Place) -> dict[str, Any]:
+def reach(request: pytest.FixtureRequest, comfy: ReachableComfyUI) -> dict[str, Any]:
     """Return the settings that say how the worker gets at ComfyUI's files."""
     disk = {"comfyui_base_directory": str(comfy.base)} if request.param == "on disk" else {}
     return {"comfyui_url": comfy.url, **disk}
@@ -238,7 +238,7 @@ def deliver(
 
 
 @pytest.fixture
-def saved(comfy: Place) -> Iterator[Callable[[str, int], OutputFile]]:
+def saved(comfy: ReachableComfyUI) -> Iterator[Callable[[str, int], OutputFile]]:
     """Yield what puts a file of some size where save nodes put theirs."""
     written: list[Path] = []
 
@@ -257,7 +257,7 @@ def saved(comfy: Place) -> Iterator[Callable[[str, int], OutputFile]]:
 Save = Callable[[str, int], OutputFile]
 
 
-def test_one_file_that_is_missing_is_a_warning(reach: dict[str, Any], saved: Save) -> None:
+def test_one_missing_file_is_a_warning(reach: dict[str, Any], saved: Save) -> None:
     artifacts, warnings = deliver(reach, output_file("missing.png"), saved("there.bin", 5))
     assert [artifact.file.filename for artifact in artifacts] == ["there.bin"]
     assert warnings == ["Output missing.png: ComfyUI reported missing.png and does not have it"]
@@ -268,12 +268,12 @@ def test_all_files_missing_is_a_failure(reach: dict[str, Any]) -> None:
         deliver(reach, output_file("missing.png"), output_file("gone.mp4"))
 
 
-def test_one_file_that_does_not_fit_is_a_failure(reach: dict[str, Any], saved: Save) -> None:
+def test_an_oversized_file_is_a_failure(reach: dict[str, Any], saved: Save) -> None:
     with pytest.raises(OutputTooLarge):
         deliver(reach, saved("small.bin", 6), saved("large.bin", 600), budget=100)
 
 
-def test_a_job_that_is_cancelled_delivers_nothing(reach: dict[str, Any], saved: Save) -> None:
+def test_a_cancelled_job_delivers_nothing(reach: dict[str, Any], saved: Save) -> None:
     stop = Stop()
     stop.set()
     with pytest.raises(Cancelled):
@@ -281,7 +281,7 @@ def test_a_job_that_is_cancelled_delivers_nothing(reach: dict[str, Any], saved: 
 
 
 @pytest.mark.parametrize("size", [0, 1, 8 * MB, 8 * MB + 1, 21 * MB + 5])
-def test_files_around_the_sizes_at_which_something_changes(
+def test_files_around_the_size_thresholds(
     reach: dict[str, Any], saved: Save, s3: S3Server, bucket: str, size: int
 ) -> None:
     [artifact], _warnings = deliver({**reach, **with_bucket(f"{s3.url}/{bucket}")}, saved("sized.bin", size))
@@ -289,7 +289,7 @@ def test_files_around_the_sizes_at_which_something_changes(
     assert fetched(artifact.delivered.data) == bytes(size)
 
 
-def test_a_large_video_is_described(comfy: Place, s3: S3Server, bucket: str) -> None:
+def test_a_large_video_is_described(comfy: ReachableComfyUI, s3: S3Server, bucket: str) -> None:
     path = comfy.output / "described.mp4"
     videos.write_mp4(path, 24 * MB)
     try:
@@ -304,7 +304,7 @@ def test_a_large_video_is_described(comfy: Place, s3: S3Server, bucket: str) -> 
 
 
 @pytest.mark.parametrize("kind", ["base64", "s3", "local"])
-def test_a_file_that_broke_off_is_asked_for_again(s3: S3Server, bucket: str, tmp_path: Path, kind: Any) -> None:
+def test_a_truncated_download_is_repeated(s3: S3Server, bucket: str, tmp_path: Path, kind: Any) -> None:
     class Handler(TruncatingHandler):
         views = 0
 
@@ -326,7 +326,7 @@ def test_a_file_that_broke_off_is_asked_for_again(s3: S3Server, bucket: str, tmp
 
 
 @pytest.fixture(scope="module")
-def large(comfy: Place) -> Iterator[None]:
+def large(comfy: ReachableComfyUI) -> Iterator[None]:
     """Put videos where save nodes put theirs."""
     sizes = {"first.mp4": MB, "64.mp4": 64 * MB, "256.mp4": 256 * MB}
     for name, size in sizes.items():
@@ -351,9 +351,7 @@ def test_a_large_video_goes_to_s3_in_little_memory(reach: dict[str, Any], s3: S3
 
 @pytest.mark.usefixtures("large")
 @pytest.mark.parametrize("kind", ["base64", "local"])
-def test_a_large_video_is_delivered_without_being_in_memory_twice(
-    reach: dict[str, Any], tmp_path: Path, kind: str
-) -> None:
+def test_a_large_video_is_in_memory_only_once(reach: dict[str, Any], tmp_path: Path, kind: str) -> None:
     local = {"LOCAL_DELIVERY_DIR": str(tmp_path), "LOCAL_DELIVERY_URL": "https://files.example.com"}
     environment = {**local, **{name.upper(): value for name, value in reach.items()}}
     said = deliver_in_child("64.mp4", environment, kind=kind, first="first.mp4")
@@ -377,7 +375,7 @@ def every_way(s3: S3Server, bucket: str, folder: Path) -> Iterator[tuple[dict[st
     yield with_bucket(f"{s3.url}/no-such-bucket"), {}
 
 
-def test_no_secret_stands_in_any_log_or_answer(
+def test_no_secret_is_in_a_log_or_response(
     run: Run, s3: S3Server, bucket: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -393,7 +391,7 @@ def test_no_secret_stands_in_any_log_or_answer(
 
 
 def test_the_log_of_a_worker_has_no_keys_and_no_signed_urls(
-    comfy: Place, s3: S3Server, bucket: str, tmp_path: Path
+    comfy: ReachableComfyUI, s3: S3Server, bucket: str, tmp_path: Path
 ) -> None:
     ways = [(settings, job) for settings, job in every_way(s3, bucket, tmp_path) if "delivery" not in job]
     for number, (settings, job) in enumerate([ways[0], ways[-1]]):

@@ -11,7 +11,7 @@ from tests.support.paths import ROOT
 
 DOCKERFILE = ROOT / "Dockerfile"
 
-# Notes its arguments and its standard input, and writes what it was told to download.
+# Records its arguments and its standard input, and writes the file that it should download.
 CURL = """#!/bin/bash
 set -eu
 printf '%s\\n' "$*" >>"$CURL_LOG"
@@ -44,7 +44,7 @@ def instructions(keyword: str) -> list[str]:
     return [line.removeprefix(keyword).strip() for line in joined.splitlines() if line.startswith(f"{keyword} ")]
 
 
-def test_hadolint_finds_nothing() -> None:
+def test_hadolint_passes() -> None:
     linted = subprocess.run([tool("hadolint"), DOCKERFILE], text=True, capture_output=True, check=False)
     assert linted.stdout + linted.stderr == ""
     assert linted.returncode == 0
@@ -54,7 +54,7 @@ def test_the_base_image_is_pinned() -> None:
     assert instructions("FROM")[0] == "nvidia/cuda:12.8.1-runtime-ubuntu24.04 AS system"
 
 
-def test_the_targets_are_there() -> None:
+def test_the_targets_exist() -> None:
     stages = [line.split(" AS ") for line in instructions("FROM")]
     assert stages[-2:] == [["comfyui", "base"], ["base", "final"]]
 
@@ -65,7 +65,7 @@ def test_no_secret_is_a_build_argument_or_a_variable() -> None:
     assert not [name for name in names if re.search("TOKEN|SECRET|PASSWORD|KEY", name)]
 
 
-def test_what_is_copied_from_the_project_reaches_the_builder_and_nothing_else_does() -> None:
+def test_dockerignore_admits_exactly_the_copied_files() -> None:
     copies = [text for text in instructions("COPY") if "<<" not in text and "--from" not in text]
     copied = {word for text in copies for word in text.split()[:-1] if not word.startswith("--")}
     ignored = (ROOT / ".dockerignore").read_text().splitlines()
@@ -74,7 +74,7 @@ def test_what_is_copied_from_the_project_reaches_the_builder_and_nothing_else_do
 
 
 @pytest.mark.parametrize("name", ["handler.py", "test_input.json", "README.md", "start.sh"])
-def test_what_is_copied_is_in_the_project(name: str) -> None:
+def test_copied_files_exist(name: str) -> None:
     assert (ROOT / name).exists()
 
 
@@ -127,7 +127,7 @@ class TestFetchModels:
         models = script.parent / "models"
         return {str(path.relative_to(models)) for path in models.rglob("*") if path.is_file()}
 
-    def test_shellcheck_finds_nothing(self, script: Path) -> None:
+    def test_shellcheck_passes(self, script: Path) -> None:
         checked = subprocess.run([tool("shellcheck"), script], text=True, capture_output=True, check=False)
         assert checked.stdout == ""
 
@@ -141,13 +141,11 @@ class TestFetchModels:
             ("flux1-dev", {"checkpoints/flux1-dev-fp8.safetensors"}),
         ],
     )
-    def test_puts_the_models_of_a_set_into_comfyuis_folders(
-        self, script: Path, model_set: str, expected: set[str]
-    ) -> None:
+    def test_downloads_a_set_into_comfyuis_folders(self, script: Path, model_set: str, expected: set[str]) -> None:
         assert self.fetch(script, model_set).returncode == 0
         assert self.files(script) == expected
 
-    def test_gives_the_token_to_curl_but_not_on_its_command_line(self, script: Path) -> None:
+    def test_hides_the_token_from_curls_command_line(self, script: Path) -> None:
         (script.parent / "token").write_text("hf_secret\n")
         assert self.fetch(script, "sd3").returncode == 0
         assert self.files(script) == {"checkpoints/sd3_medium_incl_clips_t5xxlfp8.safetensors"}
@@ -161,12 +159,12 @@ class TestFetchModels:
         assert fetched.returncode == 2
         assert "--secret id=hf_token" in fetched.stderr
 
-    def test_refuses_a_set_that_it_does_not_know(self, script: Path) -> None:
+    def test_rejects_unknown_sets(self, script: Path) -> None:
         fetched = self.fetch(script, "sd99")
         assert fetched.returncode == 2
         assert "not 'sd99'" in fetched.stderr
 
-    def test_gives_no_file_its_name_before_it_is_whole(self, script: Path) -> None:
+    def test_renames_files_only_once_complete(self, script: Path) -> None:
         fetched = self.fetch(script, "sdxl", CURL_EXIT="22")
         assert fetched.returncode == 22
         assert self.files(script) == {"checkpoints/sd_xl_base_1.0.safetensors.part"}

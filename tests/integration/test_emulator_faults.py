@@ -41,7 +41,7 @@ def _finished(client: Client, prompt_id: str) -> bool:
     return prompt_id in client.get(f"/history/{prompt_id}")
 
 
-def _hears_nothing(client: Client) -> bool:
+def _receives_nothing(client: Client) -> bool:
     assert client.socket is not None
     client.socket.settimeout(SHORT_S)
     try:
@@ -51,13 +51,13 @@ def _hears_nothing(client: Client) -> bool:
     return False
 
 
-def _heard_until_cut(client: Client) -> list[str]:
-    heard = []
+def _events_until_cut(client: Client) -> list[str]:
+    events = []
     try:
         while True:
-            heard.append(client.next_event()[0])
+            events.append(client.next_event()[0])
     except (websocket.WebSocketConnectionClosedException, ConnectionError):
-        return heard
+        return events
 
 
 def test_websockets_are_refused(server: EmulatorServer) -> None:
@@ -79,7 +79,7 @@ def test_a_websocket_is_cut_after_some_events(server: EmulatorServer, events: in
     server.faults.drop_websocket_times = 1
     client = Client(server).connect()
     prompt_id = client.submit(chain("Number"))
-    assert len(_heard_until_cut(client)) == events
+    assert len(_events_until_cut(client)) == events
     client.close()
     wait_until(lambda: _finished(client, prompt_id))
     wait_until(lambda: not server.clients)
@@ -91,21 +91,21 @@ def test_a_websocket_is_cut_after_some_events(server: EmulatorServer, events: in
 def test_a_websocket_is_cut_instead_of_an_event(server: EmulatorServer, client: Client) -> None:
     server.faults.drop_websocket_at_event = "executing"
     prompt_id = client.submit(chain("Number"))
-    assert _heard_until_cut(client)[-1] == "progress_state"
+    assert _events_until_cut(client)[-1] == "progress_state"
     wait_until(lambda: _finished(client, prompt_id))
 
 
 def test_a_websocket_is_cut_at_a_preview(server: EmulatorServer, client: Client) -> None:
     server.faults.drop_websocket_at_event = "preview"
     client.submit(chain("Steps", preview=True))
-    assert _heard_until_cut(client)[-1] == "progress"
+    assert _events_until_cut(client)[-1] == "progress"
 
 
 def test_websockets_are_cut_now(server: EmulatorServer, client: Client, bench: NodeScript) -> None:
     other = Client(server).connect()
     other.next_event()
     server.drop_websockets()
-    assert _heard_until_cut(client) == _heard_until_cut(other) == []
+    assert _events_until_cut(client) == _events_until_cut(other) == []
     other.close()
     wait_until(lambda: not server.clients)
 
@@ -114,7 +114,7 @@ def test_silence(server: EmulatorServer, client: Client) -> None:
     server.faults.silent = True
     prompt_id = client.submit(chain("Number"))
     wait_until(lambda: _finished(client, prompt_id))
-    assert _hears_nothing(client)
+    assert _receives_nothing(client)
     assert client.socket is not None
     client.socket.ping("still there")
     client.socket.settimeout(10)
@@ -125,9 +125,9 @@ def test_silence_from_an_event_on(server: EmulatorServer, client: Client) -> Non
     server.faults.silent_from_event = "execution_success"
     prompt_id = client.submit(chain("Number"))
     events = client.events_until("executed")
-    assert not _hears_nothing(client)
+    assert not _receives_nothing(client)
     wait_until(lambda: _finished(client, prompt_id))
-    assert _hears_nothing(client)
+    assert _receives_nothing(client)
     assert "execution_success" not in [name for name, _ in events]
     server.faults.clear()
     assert server.faults == Faults()
@@ -195,7 +195,7 @@ def test_a_frozen_emulator(server: EmulatorServer, client: Client, bench: NodeSc
     bench.gate.set()
     with pytest.raises(requests.Timeout):
         requests.get(server.url + "/queue", timeout=SHORT_S)
-    assert _hears_nothing(client)
+    assert _receives_nothing(client)
     assert client.request("DELETE", "/_emulator/faults").json() == Faults().model_dump()
     wait_until(lambda: _finished(client, prompt_id))
 
@@ -223,7 +223,7 @@ def test_an_interrupt_does_nothing(server: EmulatorServer, client: Client, bench
     prompt_id = client.submit(chain("Gate"))
     client.events_until("executing", node="1")
     client.post("/interrupt", {"prompt_id": prompt_id})
-    assert _hears_nothing(client)
+    assert _receives_nothing(client)
     client.post("/interrupt", {"prompt_id": prompt_id})
     assert client.socket is not None
     client.socket.settimeout(10)
@@ -241,7 +241,7 @@ def test_an_interrupt_meets_another_prompt(server: EmulatorServer, client: Clien
 def test_it_dies_at_an_event_and_comes_back(server: EmulatorServer, client: Client) -> None:
     server.faults.die_at_event = "executed"
     prompt_id = client.submit(chain("Number"))
-    assert "executed" not in _heard_until_cut(client)
+    assert "executed" not in _events_until_cut(client)
     wait_until(lambda: not server.running)
     with pytest.raises(requests.ConnectionError):
         client.get("/queue")
@@ -271,7 +271,7 @@ def test_faults_over_http(server: EmulatorServer, client: Client) -> None:
 
 def test_websockets_are_cut_over_http(client: Client) -> None:
     assert client.post("/_emulator/drop_websockets").status_code == 200
-    assert _heard_until_cut(client) == []
+    assert _events_until_cut(client) == []
 
 
 @pytest.mark.parametrize("wrong", [{"silence": True}, {"history_delay_s": -1}, {"answer_status": [{"path": "/x"}]}])

@@ -107,13 +107,13 @@ def test_view_refuses(client: Client, query: str, status: int) -> None:
     assert client.request("GET", f"/view?{query}").status_code == status
 
 
-def test_a_page_is_downloaded_not_shown(client: Client) -> None:
+def test_html_is_downloaded_not_displayed(client: Client) -> None:
     _upload(client, "page.html", b"<script>")
     response = client.request("GET", "/view?filename=page.html&type=input")
     assert response.headers["content-type"] == "application/octet-stream"
 
 
-def test_lists_of_files_are_of_this_moment(client: Client) -> None:
+def test_file_lists_are_current(client: Client) -> None:
     for name in ("b.png", "a.webp", "tone.wav", "clip.mp4", "note.txt"):
         _upload(client, name, b"x")
     _upload(client, "deep.png", b"x", subfolder="sub")
@@ -140,7 +140,7 @@ def test_lists_of_models(client: Client) -> None:
     assert client.get("/models/audio_encoders") == []
 
 
-def test_embeddings_lose_the_end_of_their_name(bench: NodeScript) -> None:
+def test_embeddings_lose_their_extension(bench: NodeScript) -> None:
     models = {"embeddings": ["a.safetensors", "b"]}
     with EmulatorServer(registry=bench.registry(), object_info=OBJECT_INFO, models=models) as server:
         assert Client(server).get("/embeddings") == ["a", "b"]

@@ -55,7 +55,7 @@ def _upload(client: Client, name: str, content: bytes, path: str = "/upload/imag
 # Life of the emulator
 
 
-def test_a_restart_loses_all_but_port_and_files(server: EmulatorServer, client: Client, bench: NodeScript) -> None:
+def test_a_restart_keeps_only_port_and_files(server: EmulatorServer, client: Client, bench: NodeScript) -> None:
     _upload(client, "kept.png", b"x")
     (server.base_directory / "temp" / "preview.png").write_bytes(b"x")
     client.run(chain("Number"))
@@ -88,7 +88,7 @@ def test_a_killed_emulator_refuses_connections_and_can_come_back(server: Emulato
         server.start()
 
 
-def test_it_stops_at_once_while_all_is_busy(bench: NodeScript) -> None:
+def test_it_stops_at_once_while_busy(bench: NodeScript) -> None:
     server = EmulatorServer(registry=bench.registry(), object_info=OBJECT_INFO)
     with pytest.raises(RuntimeError, match="no port"):
         assert server.url
@@ -105,7 +105,7 @@ def test_it_stops_at_once_while_all_is_busy(bench: NodeScript) -> None:
         client.close()
 
 
-def test_a_taken_port_is_told_to_whoever_starts(server: EmulatorServer) -> None:
+def test_starting_on_a_used_port_raises(server: EmulatorServer) -> None:
     with pytest.raises(OSError, match="in use"):
         EmulatorServer(port=server.port).start()
 
@@ -162,7 +162,7 @@ def test_the_command_dies_without_an_answer(tmp_path: Path) -> None:
         assert process.wait(timeout=TIMEOUT_S) == 1
 
 
-def test_the_command_tells_of_a_taken_port(server: EmulatorServer) -> None:
+def test_the_command_reports_a_used_port(server: EmulatorServer) -> None:
     command = [sys.executable, "-m", "comfy_emulator", "--port", str(server.port)]
     refused = subprocess.run(command, capture_output=True, text=True, check=False)
     assert refused.returncode == 1

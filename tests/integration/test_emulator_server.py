@@ -53,7 +53,7 @@ def test_the_history_is_there_before_the_last_event(client: Client) -> None:
         assert prompt_id in client.get(f"/history/{prompt_id}")
 
 
-def test_a_prompt_without_client_sends_only_its_progress_and_to_everybody(client: Client) -> None:
+def test_a_prompt_without_client_broadcasts_only_its_progress(client: Client) -> None:
     prompt_id = client.post("/prompt", {"prompt": chain("Steps", value=2, preview=True)}).json()["prompt_id"]
     events = client.events_until("status", status={"exec_info": {"queue_remaining": 0}})[1:]
     events += client.events_until("status", status={"exec_info": {"queue_remaining": 0}})
@@ -80,7 +80,7 @@ def test_a_websocket_without_client_id_is_given_one(server: EmulatorServer) -> N
     assert len(data["sid"]) == 32
 
 
-def test_a_client_that_comes_back_too_early_hears_nothing(client: Client, bench: NodeScript) -> None:
+def test_a_client_that_reconnects_too_early_receives_nothing(client: Client, bench: NodeScript) -> None:
     """ComfyUI forgets the new websocket when it notices that the old one is closed."""
     returned = Client(client.server, client.client_id).connect()
     returned.next_event()
@@ -95,7 +95,7 @@ def test_a_client_that_comes_back_too_early_hears_nothing(client: Client, bench:
     returned.close()
 
 
-def test_only_a_first_message_tells_features(client: Client) -> None:
+def test_only_the_first_message_sets_features(client: Client) -> None:
     assert client.socket is not None
     for message in ("no json", "[]", '{"type": "hello"}', '{"type": "feature_flags", "data": {}}'):
         client.socket.send(message)
@@ -104,7 +104,7 @@ def test_only_a_first_message_tells_features(client: Client) -> None:
     assert "feature_flags" not in _names(events)
 
 
-def test_status_counts_the_queue_for_everybody(client: Client) -> None:
+def test_queue_status_is_broadcast(client: Client) -> None:
     other = Client(client.server).connect()
     client.run(chain("Number"))
     events = other.events_until("status", status={"exec_info": {"queue_remaining": 1}})
@@ -145,7 +145,9 @@ def test_renamed_nodes_stay_cached_unless_they_look_at_their_id(client: Client, 
     ("first", "second", "runs_again"),
     [(1, 1, False), (1, 2, True), (float("nan"), float("nan"), True), (1, LookupError("gone"), True)],
 )
-def test_the_fingerprint_decides(client: Client, bench: NodeScript, first: Any, second: Any, runs_again: bool) -> None:
+def test_the_fingerprint_decides_about_rerunning(
+    client: Client, bench: NodeScript, first: Any, second: Any, runs_again: bool
+) -> None:
     bench.fingerprint = first
     client.run(chain("Changing"))
     bench.fingerprint = second
@@ -164,7 +166,7 @@ def test_free_memory_clears_the_cache(client: Client, bench: NodeScript) -> None
     assert len(bench.runs) == 4
 
 
-def test_what_ran_before_an_error_is_cached(client: Client, bench: NodeScript) -> None:
+def test_nodes_run_before_an_error_are_cached(client: Client, bench: NodeScript) -> None:
     client.run(chain("Number", "Fail"))
     bench.runs.clear()
     _, events = client.run(chain("Number", "Fail"))
@@ -182,7 +184,7 @@ def test_a_node_is_called_for_each_item_of_a_list(client: Client, bench: NodeScr
     assert entry["outputs"]["9"] == {"text": ["10", "11", "12"]}
 
 
-def test_an_error_tells_what_the_node_was_given(client: Client) -> None:
+def test_an_error_has_the_nodes_inputs(client: Client) -> None:
     entry, events = client.run(chain("Number", "Fail", value=7))
     error = next(data for name, data in events if name == "execution_error")
     assert (error["node_id"], error["node_type"], error["executed"]) == ("2", "Fail", ["1"])
@@ -197,7 +199,7 @@ def test_an_error_tells_what_the_node_was_given(client: Client) -> None:
 # Queue and history
 
 
-def test_the_queue_goes_by_number(client: Client, bench: NodeScript) -> None:
+def test_the_queue_is_ordered_by_number(client: Client, bench: NodeScript) -> None:
     running = _occupy(client)
     later = client.submit(chain("Number", value=2))
     front = client.submit(chain("Number", value=3), front=True)
@@ -222,7 +224,7 @@ def test_only_waiting_prompts_are_deleted(client: Client, bench: NodeScript) -> 
     assert list(client.get("/history")) == [running]
 
 
-def test_a_chosen_prompt_id_can_be_looked_up_and_runs_as_often_as_it_is_sent(client: Client, bench: NodeScript) -> None:
+def test_a_chosen_prompt_id_can_be_looked_up_and_reused(client: Client, bench: NodeScript) -> None:
     running = _occupy(client)
     for _ in range(2):
         assert client.submit(chain("Number", value=5), prompt_id="mine") == "mine"
@@ -248,7 +250,7 @@ def test_the_history_in_parts(client: Client) -> None:
     assert client.get("/history") == {}
 
 
-def test_the_key_for_paid_nodes_is_kept_nowhere(client: Client, bench: NodeScript) -> None:
+def test_the_api_key_for_paid_nodes_is_not_stored(client: Client, bench: NodeScript) -> None:
     secret = {"api_key_comfy_org": "key", "auth_token_comfy_org": "token", "note": 1}
     prompt_id = _occupy(client, extra_data=secret)
     (item,) = client.get("/queue")["queue_running"]

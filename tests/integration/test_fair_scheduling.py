@@ -61,7 +61,7 @@ def waits_for_its_bucket(url: str, number: int) -> Mapping[str, Any]:
 
 
 @pytest.mark.parametrize(("job", "most"), [(waits_for_inputs, 5), (waits_for_its_bucket, 8)])
-def test_jobs_that_wait_for_the_network_keep_no_other_keys_jobs_from_the_gpu(
+def test_jobs_waiting_for_the_network_do_not_block_other_keys(
     comfyui: ComfyUI, tmp_path: Path, job: Any, most: int
 ) -> None:
     with ExitStack() as stack:

@@ -104,14 +104,14 @@ def test_polls_of_two_workers_are_served_in_turn(platform: Platform) -> None:
     assert (platform.in_flight("w1"), platform.in_flight("w2")) == ([jobs[0]], [jobs[1]])
 
 
-def test_a_batch_has_no_more_than_was_asked_for(platform: Platform) -> None:
+def test_a_batch_respects_its_limit(platform: Platform) -> None:
     jobs = [platform.submit({}) for _ in range(3)]
 
     assert [job["id"] for job in Worker(platform).take_batch(2)] == jobs[:2]
     assert platform.state.peak_in_flight["w1"] == 2
 
 
-def test_a_job_is_not_lost_with_the_poll_that_hung_up(platform: Platform) -> None:
+def test_a_job_is_not_lost_when_its_poll_disconnects(platform: Platform) -> None:
     with requests.Session() as session, pytest.raises(requests.Timeout):
         session.get(f"{platform.url}/ep/job-take/gone?x=1", timeout=0.2)
     platform.wait_until(lambda: platform.state.polling["gone"] == 0, "the end of the poll")
@@ -180,7 +180,7 @@ def test_streamed_chunks_are_given_once_and_become_the_output(platform: Platform
     assert client.get(f"status/{job_id}")["output"] == [1, 2]
 
 
-def test_it_keeps_the_flaws_of_the_real_one(platform: Platform) -> None:
+def test_it_has_the_flaws_of_the_real_one(platform: Platform) -> None:
     worker = Worker(platform)
     large, late = platform.submit({}), platform.submit({})
     worker.take_batch(2)
@@ -193,7 +193,7 @@ def test_it_keeps_the_flaws_of_the_real_one(platform: Platform) -> None:
     assert platform.status(late)["status"] == "IN_PROGRESS"
 
 
-def test_it_misbehaves_as_often_as_it_is_told(platform: Platform) -> None:
+def test_faults_occur_as_often_as_configured(platform: Platform) -> None:
     worker = Worker(platform)
     job_id = platform.submit({})
     platform.inject_fault("job-take", 429, times=1)

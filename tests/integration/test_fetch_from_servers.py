@@ -77,7 +77,7 @@ def bodies(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.body"))
 
 
-def test_what_is_fetched_is_what_is_there(server: FileServer, settings: Settings) -> None:
+def test_fetched_content_is_complete(server: FileServer, settings: Settings) -> None:
     assert fetch(server.put("/a.bin", CONTENT), settings) == CONTENT
     assert fetch(server.put("/b.bin", OTHER), changed(settings, input_cache_mb=0)) == OTHER
 
@@ -97,7 +97,7 @@ def test_credentials_in_a_url_are_for_its_own_host(server: FileServer, settings:
     assert "Authorization" not in server.headers["/other.bin"]
 
 
-def test_a_netrc_file_is_nothing_for_a_callers_url(
+def test_a_netrc_file_is_not_used_for_callers_urls(
     server: FileServer, settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "netrc").write_text("default login us password ours")
@@ -107,25 +107,25 @@ def test_a_netrc_file_is_nothing_for_a_callers_url(
     assert "Authorization" not in server.headers["/netrc.bin"]
 
 
-def test_what_comes_compressed_is_inflated(server: FileServer, settings: Settings) -> None:
+def test_compressed_responses_are_decompressed(server: FileServer, settings: Settings) -> None:
     packed = gzip.compress(CONTENT[:1000]) + gzip.compress(CONTENT[1000:])
     url = server.put("/packed.bin", ServedFile(packed, {"Content-Encoding": "gzip"}))
     assert fetch(url, settings) == CONTENT
 
 
-def test_what_passes_is_tried_again(server: FileServer, settings: Settings) -> None:
+def test_transient_errors_are_retried(server: FileServer, settings: Settings) -> None:
     url = server.put("/shy.bin", ServedFile(CONTENT, failures=2))
     assert fetch(url, settings) == CONTENT
     assert server.requests["/shy.bin"] == 3
 
 
-def test_what_stays_is_not_tried_again(server: FileServer, settings: Settings) -> None:
+def test_permanent_errors_are_not_retried(server: FileServer, settings: Settings) -> None:
     with pytest.raises(InputFetchFailed, match="404 Not Found"):
         fetch(f"{server.url}/nothing.bin", settings)
     assert server.requests["/nothing.bin"] == 1
 
 
-def test_nobody_listens(settings: Settings) -> None:
+def test_connection_refused(settings: Settings) -> None:
     with closed_port() as port, pytest.raises(InputFetchFailed, match="its server refused the connection"):
         fetch(f"http://127.0.0.1:{port}/a.bin", settings)
 
@@ -195,7 +195,7 @@ def test_tls_is_checked_against_the_name_though_the_address_is_pinned(
     assert failed.value.message.startswith(f"https://{host}/a.bin could not be fetched: {sentence}")
 
 
-def test_a_large_file_is_never_whole_in_memory(server: FileServer, settings: Settings) -> None:
+def test_a_large_file_is_streamed(server: FileServer, settings: Settings) -> None:
     small, large = server.put("/small.bin", CONTENT), server.put("/large.bin", bytes(32 << 20))
     fetch(small, settings)  # what is loaded for the first fetch is no part of the measure
     tracemalloc.start()
@@ -221,9 +221,7 @@ def test_a_cancelled_fetch_ends_at_once(server: FileServer, settings: Settings) 
             fetching.result(TIMEOUT_S)
 
 
-def test_who_waits_for_another_fetch_of_the_same_url_has_the_same_patience(
-    server: FileServer, settings: Settings
-) -> None:
+def test_waiting_for_another_fetch_has_the_same_timeout(server: FileServer, settings: Settings) -> None:
     url = server.put("/slow.bin", RawAnswer(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n", closes=False))
     stop = Stop()
     with ThreadPoolExecutor(1) as threads:
@@ -237,7 +235,7 @@ def test_who_waits_for_another_fetch_of_the_same_url_has_the_same_patience(
             first.result(TIMEOUT_S)
 
 
-def test_a_full_disk_is_told_as_such(server: FileServer, cache_dir: Path) -> None:
+def test_a_full_disk_is_reported(server: FileServer, cache_dir: Path) -> None:
     url = server.put("/too much.bin", bytes(4 << 20)).replace(" ", "%20")
     script = (
         "import resource, sys\n"
@@ -275,7 +273,7 @@ def test_a_url_with_another_query_is_another(server: FileServer, settings: Setti
     assert server.bodies["/query.bin"] == 2
 
 
-def test_what_changed_is_fetched_anew(server: FileServer, settings: Settings) -> None:
+def test_changed_files_are_fetched_again(server: FileServer, settings: Settings) -> None:
     url = server.put("/changing.bin", CONTENT)
     assert fetch(url, settings) == CONTENT
     server.put("/changing.bin", OTHER)
@@ -284,7 +282,7 @@ def test_what_changed_is_fetched_anew(server: FileServer, settings: Settings) ->
     assert server.bodies["/changing.bin"] == 2
 
 
-def test_a_date_will_do_where_there_is_no_etag(server: FileServer, settings: Settings) -> None:
+def test_a_date_is_used_without_an_etag(server: FileServer, settings: Settings) -> None:
     dated = ServedFile(CONTENT, {"Last-Modified": "Wed, 21 Oct 2015 07:28:00 GMT"}, has_etag=False)
     url = server.put("/dated.bin", dated)
     assert fetch(url, settings) == fetch(url, settings) == CONTENT
@@ -296,7 +294,7 @@ def test_a_date_will_do_where_there_is_no_etag(server: FileServer, settings: Set
     [ServedFile(CONTENT, has_etag=False), ServedFile(CONTENT, {"Cache-Control": "private, No-Store"})],
     ids=["nothing to ask by", "no-store"],
 )
-def test_what_cannot_or_may_not_be_kept_is_not(
+def test_uncacheable_files_are_not_cached(
     server: FileServer, settings: Settings, cache_dir: Path, answer: ServedFile
 ) -> None:
     url = server.put("/unkept.bin", answer)
@@ -305,7 +303,7 @@ def test_what_cannot_or_may_not_be_kept_is_not(
     assert bodies(cache_dir) == []
 
 
-def test_without_a_cache_nothing_is_kept(server: FileServer, settings: Settings, cache_dir: Path) -> None:
+def test_nothing_is_kept_without_a_cache(server: FileServer, settings: Settings, cache_dir: Path) -> None:
     url = server.put("/off.bin", CONTENT)
     off = changed(settings, input_cache_mb=0)
     assert fetch(url, off) == fetch(url, off) == CONTENT
@@ -313,7 +311,7 @@ def test_without_a_cache_nothing_is_kept(server: FileServer, settings: Settings,
     assert not cache_dir.exists()
 
 
-def test_a_server_that_fails_does_not_cost_what_is_known(server: FileServer, settings: Settings) -> None:
+def test_a_failing_server_does_not_invalidate_the_cache(server: FileServer, settings: Settings) -> None:
     url = server.put("/failing.bin", CONTENT)
     fetch(url, settings)
     server.put("/failing.bin", ServedFile(status=404, has_etag=False))
@@ -395,9 +393,7 @@ def test_the_least_recently_used_goes_first(server: FileServer, settings: Settin
     assert sum(body.stat().st_size for body in bodies(cache_dir)) <= 2.5 * (1 << 20)
 
 
-def test_one_that_is_too_large_does_not_drive_out_the_others(
-    server: FileServer, settings: Settings, cache_dir: Path
-) -> None:
+def test_an_oversized_file_does_not_evict_others(server: FileServer, settings: Settings, cache_dir: Path) -> None:
     limited = changed(settings, input_cache_mb=2.5)
     small, large = server.put("/fits.bin", CONTENT), server.put("/huge.bin", bytes(3 << 20))
     fetch(small, limited)
@@ -413,7 +409,7 @@ def test_a_file_in_use_survives_its_eviction(server: FileServer, settings: Setti
         assert used.read() == CONTENT
 
 
-def test_many_threads_fetch_it_once(server: FileServer, settings: Settings) -> None:
+def test_many_threads_fetch_a_file_once(server: FileServer, settings: Settings) -> None:
     url = server.put("/threads.bin", ServedFile(CONTENT, bytes_per_s=len(CONTENT) / 0.3))
     with ThreadPoolExecutor(12) as threads:
         fetched = list(threads.map(lambda _number: fetch(url, settings), range(12)))
@@ -421,7 +417,7 @@ def test_many_threads_fetch_it_once(server: FileServer, settings: Settings) -> N
     assert (server.requests["/threads.bin"], server.bodies["/threads.bin"]) == (12, 1)
 
 
-def test_many_at_once_are_all_kept(server: FileServer, settings: Settings, cache_dir: Path) -> None:
+def test_concurrent_fetches_are_all_cached(server: FileServer, settings: Settings, cache_dir: Path) -> None:
     urls = [server.put(f"/crowd/{number}.bin", bytes([number]) * 1000) for number in range(40)]
     with ThreadPoolExecutor(12) as threads:
         list(threads.map(lambda url: fetch(url, settings), urls))
@@ -450,7 +446,7 @@ def start_fetching(url: str, cache_dir: Path) -> subprocess.Popen[str]:
     )
 
 
-def test_many_processes_fetch_it_once(server: FileServer, cache_dir: Path) -> None:
+def test_many_processes_fetch_a_file_once(server: FileServer, cache_dir: Path) -> None:
     url = server.put("/processes.bin", ServedFile(CONTENT, bytes_per_s=len(CONTENT) / 0.5))
     processes = [start_fetching(url, cache_dir) for _ in range(4)]
     for process in processes:
@@ -462,7 +458,7 @@ def test_many_processes_fetch_it_once(server: FileServer, cache_dir: Path) -> No
     assert server.bodies["/processes.bin"] == 1
 
 
-def test_a_process_that_is_killed_leaves_no_lock_and_no_part(
+def test_a_killed_process_leaves_no_lock_and_no_partial_file(
     server: FileServer, settings: Settings, cache_dir: Path
 ) -> None:
     url = server.put("/killed.bin", RawAnswer(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf", closes=False))
@@ -482,7 +478,7 @@ def test_a_process_that_is_killed_leaves_no_lock_and_no_part(
 
 
 @pytest.mark.parametrize("squatter", ["open to all", "link", "file"])
-def test_a_folder_that_others_can_write_into_is_not_trusted(
+def test_a_world_writable_folder_is_not_trusted(
     server: FileServer, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, squatter: str
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -501,7 +497,7 @@ def test_a_folder_that_others_can_write_into_is_not_trusted(
     assert not server.requests["/squatted.bin"]
 
 
-def test_the_folder_of_its_own_is_closed_to_others(
+def test_its_own_folder_is_private(
     server: FileServer, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))

@@ -45,7 +45,7 @@ def receiver() -> Iterator[Receiver]:
 
 
 def end_a_job(url: str, webhook: str) -> None:
-    """Leave a job that has ended, of which somebody is to be told."""
+    """Leave an ended job whose webhook is still to be sent."""
     store = JobStore(connect(url), b"key")
     now = time.time()
     request = {"input": {}, "webhook": webhook}
@@ -65,7 +65,7 @@ def is_done(url: str) -> bool:
     return delivery is not None and delivery["done_at"] is not None
 
 
-def test_a_worker_that_is_told_twice_to_end_before_it_takes_jobs_ends(server: Postgres, tmp_path: Path) -> None:
+def test_two_signals_before_the_first_job_stop_the_worker(server: Postgres, tmp_path: Path) -> None:
     nowhere = {"REDIS_URL": "redis://127.0.0.1:9/0", "COMFYUI_URL": "http://127.0.0.1:9"}
     environment = {"DATABASE_URL": server.new_database(), "DATA_DIR": str(tmp_path), "PYTHONPATH": "src", **nowhere}
     with start_python("-m", "comfy_worker", "worker", environment=environment) as process:
@@ -76,7 +76,7 @@ def test_a_worker_that_is_told_twice_to_end_before_it_takes_jobs_ends(server: Po
         assert process.wait() == 0
 
 
-def test_a_webhook_whose_claim_was_not_answered_is_sent_long_before_the_claim_ends(
+def test_a_webhook_is_sent_soon_although_its_claim_was_not_confirmed(
     server: Postgres, receiver: Receiver, tmp_path: Path
 ) -> None:
     url = server.new_database()
@@ -95,7 +95,7 @@ def test_a_webhook_whose_claim_was_not_answered_is_sent_long_before_the_claim_en
     assert len(receiver.received) == 1
 
 
-def test_a_webhook_that_arrived_while_the_database_was_away_does_not_come_again(
+def test_a_webhook_delivered_during_a_database_outage_is_not_repeated(
     server: Postgres, receiver: Receiver, tmp_path: Path
 ) -> None:
     url = server.new_database()
@@ -115,7 +115,7 @@ def test_a_webhook_that_arrived_while_the_database_was_away_does_not_come_again(
     assert len(receiver.received) == 1
 
 
-def test_a_gateway_begins_though_its_database_went_away_meanwhile(server: Postgres, tmp_path: Path) -> None:
+def test_a_gateway_starts_although_its_database_was_away_meanwhile(server: Postgres, tmp_path: Path) -> None:
     with redis_server() as redis:
         values = {"data_dir": str(tmp_path), "engine": "celery", "redis_url": redis.url}
         gateway = Gateway(load_gateway_settings(database_url=server.new_database(), **values))

@@ -16,7 +16,7 @@ def bare_environment(environment: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("command", ["serve", "worker"])
 @pytest.mark.parametrize("url", ["", "sqlite:///jobs.db", "sqlite+pysqlite:///jobs.db"])
-def test_a_fleet_without_a_database_that_it_can_share_is_refused(tmp_path: Path, command: str, url: str) -> None:
+def test_a_fleet_without_a_shared_database_is_rejected(tmp_path: Path, command: str, url: str) -> None:
     environment = {"ENGINE": "celery", "DATABASE_URL": url, "DATA_DIR": str(tmp_path / "data"), "PYTHONPATH": "src"}
     with start_python("-m", "comfy_worker", command, environment=environment) as process:
         assert process.wait() == 2

@@ -41,7 +41,7 @@ def make(environment: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Make]:
         yield make
 
 
-def test_a_refusal_says_what_is_missing_and_asks_a_browser_for_it(make: Make) -> None:
+def test_a_401_names_what_is_missing_and_prompts_browsers(make: Make) -> None:
     client = make()
     answer = client.get("/health")
     assert answer.json()["code"] == "unauthorized"
@@ -50,7 +50,7 @@ def test_a_refusal_says_what_is_missing_and_asks_a_browser_for_it(make: Make) ->
     assert client.get("/docs", auth=("me", "key")).status_code == 200
 
 
-def test_every_answer_has_the_security_headers(make: Make) -> None:
+def test_every_response_has_the_security_headers(make: Make) -> None:
     client = make()
     for answer in (client.get("/live"), client.get("/health"), client.get("/nothing", headers=KEY)):
         assert answer.headers["x-content-type-options"] == "nosniff"
@@ -59,7 +59,7 @@ def test_every_answer_has_the_security_headers(make: Make) -> None:
         assert answer.headers["cache-control"] == "no-store"
 
 
-def test_pages_of_other_origins_are_admitted_by_setting(make: Make) -> None:
+def test_cors_origins_are_configurable(make: Make) -> None:
     asked = {"Origin": "https://ours", "Access-Control-Request-Method": "POST"}
     client = make(cors_origins="https://ours, https://others")
     assert client.options("/run", headers=asked).headers["access-control-allow-origin"] == "https://ours"
@@ -67,7 +67,7 @@ def test_pages_of_other_origins_are_admitted_by_setting(make: Make) -> None:
     assert "access-control-allow-origin" not in client.options("/run", headers={**asked, "Origin": "https://x"}).headers
 
 
-def test_a_key_used_too_often_is_told_when_to_come_back(make: Make) -> None:
+def test_a_rate_limited_key_gets_a_retry_after(make: Make) -> None:
     client = make(keys=("key", "other"), rate_limit_status="3/day", rate_limit_cancel="1/day")
     assert [client.get("/status/x", headers=KEY).status_code for _ in range(4)] == [404, 404, 404, 429]
     answer = client.get("/v2/x/status/x", headers=KEY)
@@ -77,14 +77,14 @@ def test_a_key_used_too_often_is_told_when_to_come_back(make: Make) -> None:
     assert [client.post("/cancel/x", headers=KEY).status_code for _ in range(2)] == [404, 429]
 
 
-def test_the_keys_of_one_name_are_counted_together(make: Make) -> None:
+def test_keys_with_one_name_share_a_rate_limit(make: Make) -> None:
     client = make(keys=("alice:old", "alice:new", "bob:b"), rate_limit_status="2/day")
     asked = ("old", "new", "old", "new", "b")
     codes = [client.get("/status/x", headers={"Authorization": f"Bearer {key}"}).status_code for key in asked]
     assert codes == [404, 404, 429, 429, 404]
 
 
-def test_a_requests_line_in_the_log_has_the_name_of_its_key(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_access_log_has_the_name_of_the_key(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     client = make(keys=("alice:s3cret", "b"))
     with caplog.at_level(logging.INFO, "comfy_worker.gateway.http.middleware"):
         client.get("/status/x", headers={"Authorization": "Bearer s3cret"})
@@ -96,7 +96,7 @@ def test_a_requests_line_in_the_log_has_the_name_of_its_key(make: Make, caplog: 
     assert "s3cret" not in caplog.text
 
 
-def test_a_body_that_is_too_large_is_refused_before_it_is_read(make: Make) -> None:
+def test_an_oversized_body_is_rejected_before_it_is_read(make: Make) -> None:
     client = make()
     answer = client.post("/run", headers={**KEY, "Content-Length": str(RUN_LIMIT + 1)}, content=b"{}")
     assert (answer.status_code, answer.json()["code"]) == (413, "request_too_large")
@@ -127,7 +127,7 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_read(make: Make) -> No
         b'{"input": {"x": ' + b"9" * 5000 + b"}}",
     ],
 )
-def test_a_request_that_is_none_is_refused_in_one_sentence(make: Make, body: bytes) -> None:
+def test_an_invalid_request_is_rejected_in_one_sentence(make: Make, body: bytes) -> None:
     answer = make().post("/run", headers=KEY, content=body)
     assert answer.status_code == 400
     assert answer.json()["code"] == "invalid_input"
@@ -146,7 +146,7 @@ def test_the_same_idempotency_key_is_the_same_job(make: Make) -> None:
     assert (answer.status_code, answer.json()["code"]) == (409, "idempotency_conflict")
 
 
-def test_a_full_queue_says_when_to_come_back(make: Make) -> None:
+def test_a_full_queue_gives_a_retry_after(make: Make) -> None:
     client = make(max_queue_size=1)
     assert client.post("/run", headers=KEY, json=EXAMPLE_JOB).json()["status"] == "IN_QUEUE"
     answer = client.post("/run", headers=KEY, json=EXAMPLE_JOB)
@@ -180,7 +180,7 @@ def test_a_key_may_fill_its_share_of_the_queue(
         assert run("b-key").status_code == 200
 
 
-def test_the_queue_of_one_endpoint_is_purged_alone(make: Make) -> None:
+def test_a_purge_affects_only_its_endpoint(make: Make) -> None:
     client = make()
     kept = client.post("/v2/a/run", headers=KEY, json=EXAMPLE_JOB).json()["id"]
     client.post("/v2/b/run", headers=KEY, json=EXAMPLE_JOB)
@@ -191,14 +191,14 @@ def test_the_queue_of_one_endpoint_is_purged_alone(make: Make) -> None:
     assert client.post(f"/v2/a/retry/{kept}", headers=KEY).status_code == 409
 
 
-def test_without_a_comfyui_it_is_alive_and_not_ready(make: Make) -> None:
+def test_the_gateway_is_live_but_not_ready_without_a_comfyui(make: Make) -> None:
     client = make()
     assert client.get("/live").json() == {"status": "ok"}
     assert client.get("/health", headers=KEY).json()["workers"]["running"] == 0
     assert client.get("/metrics", headers=KEY).status_code == 200
 
 
-def test_what_is_no_ones_path_has_our_form(make: Make) -> None:
+def test_unknown_paths_have_our_error_format(make: Make) -> None:
     client = make()
     assert client.get("/nothing", headers=KEY).json()["code"] == "not_found"
     wrong = client.get("/run", headers=KEY)
@@ -223,7 +223,7 @@ def test_lines_within_a_job_carry_its_id(caplog: pytest.LogCaptureFixture) -> No
     assert record.__dict__["job_id"] == "job-2"
 
 
-def test_a_gateway_loads_nothing_that_most_do_not_need() -> None:
+def test_a_gateway_loads_no_optional_modules() -> None:
     """Each of these would make every start slower."""
     seldom = "{'aiohttp', 'alembic', 'boto3', 'celery', 'mako', 'redis', 'runpod'}"
     program = f"import comfy_worker.gateway.app, sys; sys.exit(str({seldom} & set(sys.modules)))"

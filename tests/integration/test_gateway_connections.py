@@ -54,7 +54,7 @@ A_CHUNK_WITHOUT_END = b"fffffff\r\n"
 
 
 class ThreadServer(Server):
-    """A gateway's server in a thread, where no signals can be heard."""
+    """A gateway's server in a thread, where no signals can be received."""
 
     def capture_signals(self) -> Any:
         return nullcontext()
@@ -133,7 +133,7 @@ def answer_of(connection: socket.socket) -> bytes:
 
 
 @pytest.mark.usefixtures("parser")
-def test_a_head_that_does_not_come_ends_its_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_headers_close_the_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "HEAD_S", 0.5)
     with listening(tmp_path) as url:
         assert answer_to(url, b"") == b""
@@ -145,7 +145,7 @@ def test_a_head_that_does_not_come_ends_its_connection(tmp_path: Path, monkeypat
 
 
 @pytest.mark.usefixtures("parser")
-def test_a_head_that_drips_has_no_more_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_headers_get_no_more_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "HEAD_S", 0.5)
     with listening(tmp_path) as url, connect(url, said=HEAD) as connection:
         began = time.monotonic()
@@ -156,7 +156,7 @@ def test_a_head_that_drips_has_no_more_time(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.usefixtures("parser")
-def test_a_head_without_an_end_is_refused_by_its_size(tmp_path: Path) -> None:
+def test_endless_headers_are_rejected_by_size(tmp_path: Path) -> None:
     with listening(tmp_path) as url:
         answer, sent = upload(url, HEAD + b"X: ", most=100_000_000)
     assert sent < 20_000_000
@@ -164,7 +164,7 @@ def test_a_head_without_an_end_is_refused_by_its_size(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("parser")
-def test_a_body_that_stands_still_or_drips_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stalled_or_slow_body_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     head = b"POST /run HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer key\r\nContent-Length: 1000\r\n\r\n{"
     monkeypatch.setattr(request_bodies, "_DISCARD_S", 0.1)
     with listening(tmp_path) as url:
@@ -177,7 +177,7 @@ def test_a_body_that_stands_still_or_drips_is_refused(tmp_path: Path, monkeypatc
     assert b"connection: close" in answer
 
 
-def test_a_client_that_does_not_read_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_that_does_not_read_is_disconnected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "STALLED_S", 0.5)
     asked = b"GET /openapi.json HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer key\r\n\r\n"
     with serving(tmp_path) as server, connect(url_of(server), said=asked * 90):
@@ -185,7 +185,7 @@ def test_a_client_that_does_not_read_is_cut(tmp_path: Path, monkeypatch: pytest.
         wait_until(lambda: len(server.connections) == 0)
 
 
-def test_a_client_that_asks_on_and_on_is_cut(tmp_path: Path) -> None:
+def test_a_pipelining_client_that_does_not_read_is_disconnected(tmp_path: Path) -> None:
     with listening(tmp_path) as url, connect(url) as connection:
         connection.settimeout(TIMEOUT_S)
         with pytest.raises(ConnectionError):
@@ -198,7 +198,7 @@ def test_a_client_that_asks_on_and_on_is_cut(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("parser")
 @pytest.mark.parametrize(("key", "status", "most"), [(b"wrong", b"401", 4_000_000), (b"key", b"413", 40_000_000)])
-def test_a_refused_upload_is_not_read_on(tmp_path: Path, key: bytes, status: bytes, most: int) -> None:
+def test_a_rejected_upload_is_not_read_further(tmp_path: Path, key: bytes, status: bytes, most: int) -> None:
     with listening(tmp_path) as url:
         answer, sent = upload(url, CHUNKED % key + A_CHUNK_WITHOUT_END, most=200_000_000)
     assert sent < most
@@ -206,7 +206,7 @@ def test_a_refused_upload_is_not_read_on(tmp_path: Path, key: bytes, status: byt
 
 
 @pytest.mark.usefixtures("parser")
-def test_who_sends_all_before_it_reads_learns_why_it_was_refused(tmp_path: Path) -> None:
+def test_a_client_that_sends_everything_first_gets_its_rejection(tmp_path: Path) -> None:
     with listening(tmp_path) as url:
         answer = requests.post(f"{url}/run", headers=KEY, data=b"x" * 12_000_000, timeout=TIMEOUT_S)
         assert (answer.status_code, answer.headers["connection"]) == (413, "close")
@@ -220,7 +220,7 @@ def test_who_sends_all_before_it_reads_learns_why_it_was_refused(tmp_path: Path)
 
 
 @pytest.mark.usefixtures("parser")
-def test_an_address_with_idle_connections_locks_nobody_out(tmp_path: Path) -> None:
+def test_idle_connections_of_one_address_lock_nobody_out(tmp_path: Path) -> None:
     with (
         listening(tmp_path, max_connections=20, max_connections_per_address=10) as url,
         connect(url) as kept,
@@ -236,14 +236,14 @@ def test_an_address_with_idle_connections_locks_nobody_out(tmp_path: Path) -> No
         assert is_alive(kept)
 
 
-def test_all_are_counted_however_many_addresses_they_come_from(tmp_path: Path) -> None:
+def test_connections_of_all_addresses_are_counted(tmp_path: Path) -> None:
     with listening(tmp_path, max_connections=20, max_connections_per_address=10) as url, ExitStack() as stack:
         held = [stack.enter_context(connect(url, f"127.0.0.{number // 6 + 3}")) for number in range(60)]
         wait_until(lambda: sum(map(is_closed, held)) >= 40)
         assert answers(url)
 
 
-def test_without_an_idle_one_a_new_connection_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_new_connection_is_rejected_if_none_is_idle(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     body = b"POST /run HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer key\r\nContent-Length: 9\r\n\r\n{"
     with serving(tmp_path, max_connections=20, max_connections_per_address=4) as server, ExitStack() as stack:
         url = url_of(server)
@@ -263,7 +263,7 @@ def test_without_an_idle_one_a_new_connection_is_refused(tmp_path: Path, caplog:
         wait_until(lambda: "refused" in caplog.text)
 
 
-def test_limits_come_from_the_files_that_a_process_may_open(environment: pytest.MonkeyPatch) -> None:
+def test_limits_follow_the_open_file_limit(environment: pytest.MonkeyPatch) -> None:
     with few_files(1024):
         assert connection_limits(load_gateway_settings()) == (768, 384)
         assert connection_limits(load_gateway_settings(max_connections_per_address=5)) == (768, 5)
@@ -273,7 +273,7 @@ def test_limits_come_from_the_files_that_a_process_may_open(environment: pytest.
         assert connection_limits(load_gateway_settings()) == (128, 64)
 
 
-def test_an_ipv6_host_is_its_network() -> None:
+def test_ipv6_hosts_count_by_network() -> None:
     assert network_of("2001:db8:1:2::1") == network_of("2001:db8:1:2:3::1") != network_of("2001:db8:1:3::1")
     assert network_of("::ffff:192.0.2.1") == network_of("192.0.2.1")
 
@@ -281,7 +281,7 @@ def test_an_ipv6_host_is_its_network() -> None:
 # --------------------------------------------------------------------------------------------------------- a WebSocket
 
 
-def test_a_refused_websocket_is_no_error_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_rejected_websocket_is_not_logged_as_an_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     upgrade = b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: "
     caplog.set_level(logging.INFO)
     # Wherever RunPod's SDK is loaded, it silences this one.
@@ -293,7 +293,7 @@ def test_a_refused_websocket_is_no_error_in_the_log(tmp_path: Path, caplog: pyte
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
-def test_a_key_has_so_many_streams_and_no_more(tmp_path: Path) -> None:
+def test_streams_per_key_are_limited(tmp_path: Path) -> None:
     with listening(tmp_path, max_streams_per_key=2) as url, ExitStack() as stack:
 
         def listen() -> websocket.WebSocket:
@@ -330,7 +330,7 @@ def test_a_key_has_so_many_streams_and_no_more(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("parser")
-def test_new_connections_and_streams_take_turns_and_others_do_not(tmp_path: Path) -> None:
+def test_only_new_connections_and_streams_are_scheduled_fairly(tmp_path: Path) -> None:
     with serving(tmp_path) as server, ExitStack() as open_ones:
         assert isinstance(server.loop, FairEventLoop)
         sockets, url = server.loop.sockets, url_of(server)
@@ -355,7 +355,7 @@ def test_new_connections_and_streams_take_turns_and_others_do_not(tmp_path: Path
         wait_until(lambda: groups() == [])
 
 
-def test_another_port_answers_pings_and_nothing_else(tmp_path: Path) -> None:
+def test_the_health_port_answers_only_pings(tmp_path: Path) -> None:
     port = free_port()
     with listening(tmp_path, port_health=port) as url:
         assert requests.get(f"http://127.0.0.1:{port}/ping", timeout=TIMEOUT_S).status_code == 204
@@ -364,7 +364,7 @@ def test_another_port_answers_pings_and_nothing_else(tmp_path: Path) -> None:
             assert requests.get(f"http://127.0.0.1:{port}{path}", headers=KEY, timeout=TIMEOUT_S).status_code == 404
 
 
-def test_a_link_for_others_does_not_follow_the_host_of_a_request(
+def test_shared_links_ignore_the_host_header(
     tmp_path: Path,
 ) -> None:
     private = {"RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS": "true"}

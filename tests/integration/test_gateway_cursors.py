@@ -1,4 +1,4 @@
-"""How far clients of /stream have heard: each its own, kept for those that ask, forgotten with the job."""
+"""How far clients of /stream have read: one cursor each, kept while it is used, forgotten with the job."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def cursors(request: pytest.FixtureRequest) -> Cursors:
     return RedisCursors(server.url)
 
 
-async def test_each_client_and_each_job_has_its_own(cursors: Cursors) -> None:
+async def test_each_client_and_job_has_a_cursor(cursors: Cursors) -> None:
     await cursors.store("me", "job", Cursor(7))
     await cursors.store("me", "done", Cursor(8, has_output=True))
     assert await cursors.get("me", "job") == Cursor(7)
@@ -57,7 +57,7 @@ async def test_each_client_and_each_job_has_its_own(cursors: Cursors) -> None:
     assert await cursors.get("you", "job") == await cursors.get("me", "other") == Cursor()
 
 
-async def test_the_one_that_was_used_longest_ago_goes_first() -> None:
+async def test_the_least_recently_used_cursor_is_evicted() -> None:
     cursors = LocalCursors(max_cursors=3)
     for job_id in ("a", "b", "c"):
         await cursors.store("me", job_id, Cursor(has_output=True))
@@ -68,14 +68,14 @@ async def test_the_one_that_was_used_longest_ago_goes_first() -> None:
     assert not (await cursors.get("me", "b")).has_output
 
 
-async def test_a_job_that_is_gone_is_forgotten(cursors: Cursors) -> None:
+async def test_cursors_of_a_deleted_job_are_forgotten(cursors: Cursors) -> None:
     await cursors.store("me", "job", Cursor(7))
     await cursors.delete("me", "job")
-    await cursors.delete("me", "never heard of")
+    await cursors.delete("me", "unknown")
     assert await cursors.get("me", "job") == Cursor()
 
 
-async def test_cursors_are_kept_while_redis_is_away_too() -> None:
+async def test_cursors_survive_a_redis_outage() -> None:
     with redis_server() as server:
         cursors = RedisCursors(server.url)
         await cursors.store("me", "job", Cursor(7))
@@ -87,9 +87,7 @@ async def test_cursors_are_kept_while_redis_is_away_too() -> None:
         assert await RedisCursors(server.url).get("me", "job") == Cursor(7)
 
 
-def test_a_stream_tells_each_thing_once_to_each_key_until_the_job_is_gone(
-    environment: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_stream_sends_each_event_once_per_key(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with closed_port() as port:
         settings = load_gateway_settings(
             comfyui_url=f"http://127.0.0.1:{port}", data_dir=str(tmp_path), wait_for_comfyui=True
@@ -99,19 +97,19 @@ def test_a_stream_tells_each_thing_once_to_each_key_until_the_job_is_gone(
         with TestClient(app, base_url="http://127.0.0.1") as client:
             me, you = ({"Authorization": f"Bearer {key}"} for key in ("mine", "yours"))
 
-            def told(headers: dict[str, str]) -> list[int]:
+            def numbers_sent(headers: dict[str, str]) -> list[int]:
                 chunks = client.get(f"/stream/{job_id}", headers=headers).json()["stream"]
                 return [chunk["output"]["step"] for chunk in chunks if "step" in chunk["output"]]
 
             job_id = client.post("/run", json={"input": {"workflow": picture((1, 2, 3))}}, headers=me).json()["id"]
             for step in (1, 2):
                 gateway.bus.publish(job_id, PROGRESS, {"stage": "running", "step": step})
-            assert told(me) == [1, 2]
+            assert numbers_sent(me) == [1, 2]
             gateway.bus.publish(job_id, PROGRESS, {"stage": "running", "step": 3})
-            assert told(me) == [3]
-            assert told(you) == [1, 2, 3]
+            assert numbers_sent(me) == [3]
+            assert numbers_sent(you) == [1, 2, 3]
             assert client.post(f"/cancel/{job_id}", headers=me).json()["status"] == JobState.CANCELLED.value
-            assert told(me) == []
+            assert numbers_sent(me) == []
 
             Retention(gateway.store, gateway.bus, gateway.assets).remove_expired(time.time() + A_YEAR_S)
             for _ in range(2):

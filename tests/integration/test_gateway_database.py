@@ -80,7 +80,7 @@ def check_log(log: str, *secrets: str) -> None:
         assert word not in log
 
 
-def test_every_route_declares_that_the_database_may_be_away(tmp_path: Path, comfyui: EmulatedComfyUI) -> None:
+def test_every_route_declares_a_database_outage(tmp_path: Path, comfyui: EmulatedComfyUI) -> None:
     with gateway_process(comfyui.url, tmp_path / "data") as gateway:
         paths = gateway.get("/openapi.json").json()["paths"]
     undeclared = {
@@ -138,10 +138,10 @@ def check_outage(gateway: GatewayProcess, job_id: str) -> None:
 def check_ended_once(url: str, jobs: list[str]) -> None:
     with psycopg.connect(url) as connection:
         rows = connection.execute("SELECT job_id, data ->> 'status' FROM events").fetchall()
-    told = Counter(rows)
-    assert {job_id for job_id, _status in told} == set(jobs)
-    assert all(told[job_id, "COMPLETED"] == 1 for job_id in jobs)
-    assert not any(status in ("FAILED", "CANCELLED", "TIMED_OUT") for _job, status in told)
+    counts = Counter(rows)
+    assert {job_id for job_id, _status in counts} == set(jobs)
+    assert all(counts[job_id, "COMPLETED"] == 1 for job_id in jobs)
+    assert not any(status in ("FAILED", "CANCELLED", "TIMED_OUT") for _job, status in counts)
 
 
 def check_lock_is_held(url: str) -> None:
@@ -158,7 +158,7 @@ def check_lock_is_held(url: str) -> None:
     engine.dispose()
 
 
-def test_a_job_whose_cancellation_met_an_outage_is_cancelled_after_it(tmp_path: Path, comfyui: EmulatedComfyUI) -> None:
+def test_a_cancellation_during_an_outage_takes_effect_afterwards(tmp_path: Path, comfyui: EmulatedComfyUI) -> None:
     gate = Gate(tmp_path)
     with (
         postgres() as server,
@@ -174,7 +174,7 @@ def test_a_job_whose_cancellation_met_an_outage_is_cancelled_after_it(tmp_path: 
         assert comfyui.running() == []
 
 
-def test_a_gateway_ends_in_order_while_its_database_is_away(tmp_path: Path, comfyui: EmulatedComfyUI) -> None:
+def test_a_gateway_stops_cleanly_while_its_database_is_away(tmp_path: Path, comfyui: EmulatedComfyUI) -> None:
     gate = Gate(tmp_path)
     with postgres() as server:
         settings = {"DATABASE_URL": server.new_database(), **ONE_AT_A_TIME}
@@ -193,7 +193,7 @@ def test_a_gateway_ends_in_order_while_its_database_is_away(tmp_path: Path, comf
     assert gate.runs == 1
 
 
-def test_a_gateway_waits_for_a_database_that_starts(tmp_path: Path) -> None:
+def test_a_gateway_waits_for_a_starting_database(tmp_path: Path) -> None:
     with postgres() as server:
         engine = connect(server.new_database())
         server.stop()
@@ -208,7 +208,7 @@ def test_a_gateway_waits_for_a_database_that_starts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("engine", ["local", "runpod"])
-def test_a_database_that_goes_away_while_a_gateway_starts_is_waited_for(
+def test_a_starting_gateway_waits_through_a_database_outage(
     server: Postgres, tmp_path: Path, mocker: MockerFixture, engine: Literal["local", "runpod"]
 ) -> None:
     with Network() as network:
@@ -257,7 +257,7 @@ class Cuts:
         return act
 
 
-def test_a_process_that_starts_waits_for_its_database_so_long_and_no_longer() -> None:
+def test_the_wait_for_the_database_at_startup_is_limited() -> None:
     away = DatabaseUnavailable("away")
     answers: Iterator[DatabaseUnavailable | int] = iter([away, away, 3])
 
@@ -301,7 +301,7 @@ def test_a_locked_sqlite_is_unavailable_until_it_is_free(tmp_path: Path, comfyui
     check_log(gateway.process.output, str(file))
 
 
-def test_threads_of_a_gateway_never_meet_a_locked_sqlite(tmp_path: Path) -> None:
+def test_a_gateways_threads_never_see_a_locked_sqlite(tmp_path: Path) -> None:
     """With `timeout=0` SQLite refuses at once who meets another writer."""
     with closing(JobStore(connect(f"sqlite:///{tmp_path}/jobs.db?timeout=0"), b"key")) as store:
         ids = [str(number) for number in range(200)]
@@ -311,7 +311,7 @@ def test_threads_of_a_gateway_never_meet_a_locked_sqlite(tmp_path: Path) -> None
         assert all(store.get(job_id) for job_id in ids)
 
 
-def test_an_sqlite_that_has_no_room_is_unavailable_until_it_has(tmp_path: Path, comfyui: EmulatedComfyUI) -> None:
+def test_a_full_sqlite_is_unavailable_until_it_has_room(tmp_path: Path, comfyui: EmulatedComfyUI) -> None:
     workflow = graphs.picture((1, 2, 3))
     workflow["1"]["_meta"] = {"title": "x" * 1_000_000}
     with gateway_process(comfyui.url, tmp_path / "data") as gateway:
@@ -365,7 +365,7 @@ def cut_lock(url: str) -> None:
         assert connection.execute(query.encode()).fetchall() == [(True,)]
 
 
-def test_a_lost_lock_is_taken_again(tmp_path: Path, comfyui: EmulatedComfyUI, server: Postgres) -> None:
+def test_a_lost_lock_is_reacquired(tmp_path: Path, comfyui: EmulatedComfyUI, server: Postgres) -> None:
     url = server.new_database()
     with gateway_process(comfyui.url, tmp_path / "data", DATABASE_URL=url) as gateway:
         cut_lock(url)
@@ -374,7 +374,7 @@ def test_a_lost_lock_is_taken_again(tmp_path: Path, comfyui: EmulatedComfyUI, se
         assert gateway.ended(gateway.run(graphs.picture((1, 2, 3))))["status"] == "COMPLETED"
 
 
-def test_a_gateway_ends_when_another_has_taken_over_and_loses_nothing(
+def test_a_replaced_gateway_stops_without_losing_jobs(
     tmp_path: Path, comfyui: EmulatedComfyUI, server: Postgres
 ) -> None:
     gate, url = Gate(tmp_path), server.new_database()
@@ -406,9 +406,7 @@ def noted(gateway_store: JobStore, graph: graphs.Graph, job_id: str) -> str:
     return job_id
 
 
-def test_a_job_whose_gateway_was_killed_after_it_noted_it_runs_after_the_next_start(
-    tmp_path: Path, comfyui: EmulatedComfyUI
-) -> None:
+def test_a_job_stored_before_a_kill_runs_after_the_restart(tmp_path: Path, comfyui: EmulatedComfyUI) -> None:
     folder = tmp_path / "data"
     with EngineGateway(folder, comfyui.url, gateway_key="key"):
         pass
@@ -420,7 +418,7 @@ def test_a_job_whose_gateway_was_killed_after_it_noted_it_runs_after_the_next_st
         assert bench.picture(job_id) == (1, 2, 3)
 
 
-def test_jobs_that_the_database_has_and_nobody_works_on_are_taken_up(tmp_path: Path, comfyui: EmulatedComfyUI) -> None:
+def test_orphaned_jobs_in_the_database_are_resumed(tmp_path: Path, comfyui: EmulatedComfyUI) -> None:
     with EngineGateway(tmp_path / "data", comfyui.url) as bench:
         store, engine = bench.gateway.store, bench.gateway._engine
         waiting = noted(store, graphs.picture((1, 2, 3)), "waiting")
@@ -435,7 +433,7 @@ def test_jobs_that_the_database_has_and_nobody_works_on_are_taken_up(tmp_path: P
         assert bench.get(begun).retries == 1
 
 
-def test_a_job_that_is_worked_on_is_not_taken_up_twice(tmp_path: Path, comfyui: EmulatedComfyUI) -> None:
+def test_a_job_in_progress_is_not_resumed_twice(tmp_path: Path, comfyui: EmulatedComfyUI) -> None:
     gate = Gate(tmp_path)
     with EngineGateway(tmp_path / "data", comfyui.url) as bench:
         running = bench.submit(gate.graph())
@@ -454,7 +452,7 @@ def test_a_job_that_is_worked_on_is_not_taken_up_twice(tmp_path: Path, comfyui: 
     assert gate.runs == 1
 
 
-def test_health_counts_what_was_retried(tmp_path: Path, comfyui: EmulatedComfyUI) -> None:
+def test_health_counts_retries(tmp_path: Path, comfyui: EmulatedComfyUI) -> None:
     gate = Gate(tmp_path)
     with gateway_process(comfyui.url, tmp_path / "data") as gateway:
         job_id = gateway.run(gate.graph())

@@ -45,7 +45,7 @@ def statuses(bench: EngineGateway, job_id: str) -> list[str]:
     return [data["status"] for _number, _kind, data in bench.gateway.store.events_of(job_id)]
 
 
-def test_a_job_that_was_accepted_after_all_is_run(tmp_path: Path, comfyui: EmulatedComfyUI, line: LostAnswers) -> None:
+def test_a_job_accepted_in_a_lost_commit_runs(tmp_path: Path, comfyui: EmulatedComfyUI, line: LostAnswers) -> None:
     with EngineGateway(tmp_path / "data", comfyui.url, database_url=line.url) as bench:
         line.lose()
         with pytest.raises(DatabaseUnavailable):
@@ -59,7 +59,7 @@ def test_a_job_that_was_accepted_after_all_is_run(tmp_path: Path, comfyui: Emula
         assert bench.picture(record.id) == (1, 2, 3)
 
 
-def test_a_job_that_was_begun_after_all_runs_once(tmp_path: Path, comfyui: EmulatedComfyUI, line: LostAnswers) -> None:
+def test_a_job_started_in_a_lost_commit_runs_once(tmp_path: Path, comfyui: EmulatedComfyUI, line: LostAnswers) -> None:
     gate = Gate(tmp_path)
     with EngineGateway(tmp_path / "data", comfyui.url, database_url=line.url) as bench:
         line.lose(after=1)
@@ -72,7 +72,9 @@ def test_a_job_that_was_begun_after_all_runs_once(tmp_path: Path, comfyui: Emula
     assert gate.runs == 1
 
 
-def test_an_end_that_was_noted_after_all_is_heard(tmp_path: Path, comfyui: EmulatedComfyUI, line: LostAnswers) -> None:
+def test_an_end_stored_in_a_lost_commit_is_published(
+    tmp_path: Path, comfyui: EmulatedComfyUI, line: LostAnswers
+) -> None:
     gate = Gate(tmp_path)
     with EngineGateway(tmp_path / "data", comfyui.url, database_url=line.url) as bench:
         job_id = bench.submit(gate.graph())

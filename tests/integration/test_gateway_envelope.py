@@ -33,7 +33,7 @@ def refusal(gateway: RestartableGateway, path: str, body: Any) -> dict[str, Any]
     return answer
 
 
-def test_an_input_wrapped_twice_and_unknown_fields_are_warned_of(gateway: RestartableGateway) -> None:
+def test_double_wrapping_and_unknown_fields_give_warnings(gateway: RestartableGateway) -> None:
     body = {"input": {"input": {"workflow": picture((1, 2, 3))}}, "webhok": "x", "policy": {"tll": 50_000}}
     answer = gateway.post("/runsync", body)
     assert answer["status"] == "COMPLETED"
@@ -44,14 +44,14 @@ def test_an_input_wrapped_twice_and_unknown_fields_are_warned_of(gateway: Restar
     ]
 
 
-def test_a_link_to_no_node_is_said_without_comfyui(gateway: RestartableGateway) -> None:
+def test_a_dangling_link_is_reported_without_comfyui(gateway: RestartableGateway) -> None:
     answer = gateway.post("/runsync", {"input": {"workflow": DANGLING}})
     assert (answer["status"], answer["error"]) == ("FAILED", SENTENCE)
     assert refusal(gateway, "/api/workflow/submit", {"workflow": DANGLING})["error"] == SENTENCE
 
 
 @pytest.mark.parametrize("wrap", [lambda job_input: job_input, lambda job_input: {"input": job_input}])
-def test_extra_params_that_are_too_large_are_refused_at_the_door(gateway: RestartableGateway, wrap: Any) -> None:
+def test_oversized_extra_params_are_rejected_at_submission(gateway: RestartableGateway, wrap: Any) -> None:
     webhook = {"url": "http://a.example", "extra_params": {"a": "x" * 64_000}}
     answer = refusal(gateway, "/run", {"input": wrap({"workflow": picture((1, 2, 3)), "webhook": webhook})})
     assert answer["code"] == "invalid_input"
@@ -59,7 +59,7 @@ def test_extra_params_that_are_too_large_are_refused_at_the_door(gateway: Restar
 
 
 @pytest.mark.parametrize("levels", [201, 970, 990, 20_000])
-def test_depth_is_bad_input_in_bodies_and_in_strings(gateway: RestartableGateway, levels: int) -> None:
+def test_excessive_nesting_is_invalid_in_bodies_and_strings(gateway: RestartableGateway, levels: int) -> None:
     deep = "[" * levels + "]" * levels
     response = requests.post(f"{gateway.url}/run", data=f'{{"input": {{"x": {deep}}}}}', timeout=TIMEOUT_S)
     assert (response.status_code, response.json()["code"]) == (400, "invalid_input")

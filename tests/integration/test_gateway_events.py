@@ -1,4 +1,4 @@
-"""What a listener of a job hears, whoever is quicker."""
+"""What a subscriber of a job receives, whichever side is faster."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ async def submit(gateway: Gateway) -> str:
     return (await gateway.service.submit(BODY)).id
 
 
-async def heard(gateway: Gateway, job_id: str, after: int | None = None, known: JobState | None = None) -> list[Event]:
+async def follow_events(
+    gateway: Gateway, job_id: str, after: int | None = None, known: JobState | None = None
+) -> list[Event]:
     """Return what a listener hears until the job's end."""
     async with aclosing(gateway.service.events(job_id, after, known=known)) as events:
         return [event async for event in events]
@@ -49,34 +51,34 @@ def statuses(events: list[Event]) -> list[str]:
 
 
 @pytest.mark.parametrize("after", [None, 0, -1])
-def test_what_is_told_after_the_end_does_not_hide_the_end(gateway: Gateway, after: int | None) -> None:
+def test_late_progress_does_not_hide_the_end(gateway: Gateway, after: int | None) -> None:
     async def late() -> list[Event]:
         job_id = await submit(gateway)
         await gateway.service.cancel(job_id)
-        # Whoever runs it hears of the cancel a moment later.
+        # The engine that runs it learns of the cancel a moment later.
         gateway.bus.publish(job_id, PROGRESS, {"stage": "running", "percent": 50.0})
-        return await heard(gateway, job_id, after)
+        return await follow_events(gateway, job_id, after)
 
-    told = asyncio.run(late())
-    assert told[-1].data == {"status": "CANCELLED"}
-    assert {event.type for event in told} <= {STATUS} | ({PROGRESS} if after is not None else set())
+    events = asyncio.run(late())
+    assert events[-1].data == {"status": "CANCELLED"}
+    assert {event.type for event in events} <= {STATUS} | ({PROGRESS} if after is not None else set())
 
 
-def test_who_heard_the_end_hears_nothing_after_it(gateway: Gateway) -> None:
+def test_nothing_follows_the_end(gateway: Gateway) -> None:
     async def again() -> list[Event]:
         job_id = await submit(gateway)
         await gateway.service.cancel(job_id)
         gateway.bus.publish(job_id, PROGRESS, {"stage": "running", "percent": 50.0})
-        end = (await heard(gateway, job_id))[-1]
-        return await heard(gateway, job_id, end.number)
+        end = (await follow_events(gateway, job_id))[-1]
+        return await follow_events(gateway, job_id, end.number)
 
     assert asyncio.run(again()) == []
 
 
-def test_a_change_before_a_new_listener_is_there_is_told_first(gateway: Gateway) -> None:
+def test_a_new_subscriber_first_receives_a_preceding_change(gateway: Gateway) -> None:
     async def quicker() -> list[Event]:
         job_id = await submit(gateway)
-        # The listener was told that the job waits; it was begun before the listener listened.
+        # The subscriber knows that the job waits; the job started before the subscription.
         assert gateway.store.start(job_id, "prompt", "http://elsewhere", 2e9)
         gateway.bus.publish(job_id, STATUS, {"status": "IN_PROGRESS"}, 2_000_000_000_000_000)
         async with aclosing(gateway.service.events(job_id, known=JobState.IN_QUEUE)) as events:
@@ -87,10 +89,10 @@ def test_a_change_before_a_new_listener_is_there_is_told_first(gateway: Gateway)
     assert statuses(asyncio.run(quicker())) == ["IN_PROGRESS", "CANCELLED"]
 
 
-def test_a_listener_that_knows_where_the_job_stands_is_not_told_so_again(gateway: Gateway) -> None:
+def test_a_known_status_is_not_repeated(gateway: Gateway) -> None:
     async def follow() -> list[Event]:
         job_id = await submit(gateway)
-        listening = asyncio.create_task(heard(gateway, job_id, known=JobState.IN_QUEUE))
+        listening = asyncio.create_task(follow_events(gateway, job_id, known=JobState.IN_QUEUE))
         while not gateway.bus.has_subscribers(job_id):
             await asyncio.sleep(0)
         await gateway.service.cancel(job_id)
@@ -100,7 +102,7 @@ def test_a_listener_that_knows_where_the_job_stands_is_not_told_so_again(gateway
 
 
 @pytest.mark.parametrize(("after", "known"), [(None, None), (None, JobState.IN_QUEUE), (0, None)])
-def test_an_end_while_a_new_listener_looks_around_is_heard(
+def test_an_end_during_subscription_is_received(
     gateway: Gateway, monkeypatch: pytest.MonkeyPatch, after: int | None, known: JobState | None
 ) -> None:
     events_of = gateway.store.events_of
@@ -116,7 +118,7 @@ def test_an_end_while_a_new_listener_looks_around_is_heard(
         job_id = await submit(gateway)
         assert gateway.store.start(job_id, "prompt", "http://elsewhere", 2e9 - 1)
         monkeypatch.setattr(gateway.store, "events_of", ends_first)
-        return await asyncio.wait_for(heard(gateway, job_id, after, known), 20)
+        return await asyncio.wait_for(follow_events(gateway, job_id, after, known), 20)
 
     assert statuses(asyncio.run(follow()))[-1:] == ["FAILED"]
 
@@ -129,11 +131,11 @@ class SlowBus(LocalEventBus):
         self.goes_on = threading.Event()
 
     def recent(self, job_id: str, after: int = 0) -> list[Event]:
-        assert self.goes_on.wait(20), "whoever asked kept all others waiting"
+        assert self.goes_on.wait(20), "one caller kept all others waiting"
         return super().recent(job_id, after)
 
 
-def test_nobody_waits_for_what_another_asks_the_bus(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_slow_bus_query_blocks_nobody_else(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
     bus = SlowBus()
     with closed_port() as port:
         settings = load_gateway_settings(
@@ -152,15 +154,19 @@ def test_nobody_waits_for_what_another_asks_the_bus(environment: pytest.MonkeyPa
         gateway.stop()
 
 
-def test_how_far_an_attempt_is_says_nothing_of_the_next() -> None:
-    def told(number: int, kind: str, **data: object) -> Event:
+def test_progress_of_an_attempt_does_not_apply_to_the_next() -> None:
+    def make_event(number: int, kind: str, **data: object) -> Event:
         return Event(number, "job", kind, data)
 
-    first = [told(1, STATUS, status="IN_PROGRESS"), told(2, PROGRESS, percent=40.0), told(3, PROGRESS, percent=50.0)]
+    first = [
+        make_event(1, STATUS, status="IN_PROGRESS"),
+        make_event(2, PROGRESS, percent=40.0),
+        make_event(3, PROGRESS, percent=50.0),
+    ]
     assert last_progress([]) is None
     assert last_progress(first) == first[-1]
-    assert last_progress([*first, told(4, STATUS, status="FAILED")]) == first[-1]
-    again = [*first, told(4, STATUS, status="IN_QUEUE"), told(5, STATUS, status="IN_PROGRESS")]
+    assert last_progress([*first, make_event(4, STATUS, status="FAILED")]) == first[-1]
+    again = [*first, make_event(4, STATUS, status="IN_QUEUE"), make_event(5, STATUS, status="IN_PROGRESS")]
     assert last_progress(again) is None
 
 
@@ -170,7 +176,7 @@ async def updates_of(gateway: Gateway, job_id: str, after: int | None = None) ->
         return [update async for update in updates]
 
 
-def test_updates_carry_the_state_and_the_progress_of_the_present_attempt(gateway: Gateway) -> None:
+def test_updates_have_the_status_and_progress_of_the_current_attempt(gateway: Gateway) -> None:
     async def follow() -> list[JobUpdate]:
         job_id = await submit(gateway)
         gateway.bus.publish(job_id, STATUS, {"status": "IN_PROGRESS"})

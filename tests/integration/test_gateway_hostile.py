@@ -69,7 +69,7 @@ class Hostile:
 
 
 @dataclass(frozen=True)
-class Apart:
+class IsolatedGateway:
     """A gateway that can reach a few addresses only."""
 
     gateway: GatewayProcess
@@ -101,7 +101,7 @@ class Apart:
         assert response.status_code in (200, 400), (hostile, response.text)
         answer = response.json()
         if response.status_code == 400:
-            # What is no job at all is refused at the door, in the door's own words.
+            # What is no job at all is rejected at submission, in the API's own words.
             assert answer["code"] == "invalid_input", (hostile, answer)
         else:
             assert answer["status"] == "FAILED", (hostile, answer)
@@ -114,7 +114,7 @@ class Apart:
 
 
 @contextmanager
-def apart(folder: Path, comfyui_port: int, file_port: int, **settings: str) -> Iterator[Apart]:
+def isolated_gateway(folder: Path, comfyui_port: int, file_port: int, **settings: str) -> Iterator[IsolatedGateway]:
     """Run a gateway in a small internet until the end of the block."""
     record = folder / "reached.txt"
     record.touch()
@@ -131,7 +131,7 @@ def apart(folder: Path, comfyui_port: int, file_port: int, **settings: str) -> I
     }
     module = ("tests.support.gateway.offline", str(record))
     with gateway_process(f"http://{OF_COMFYUI}:8188", folder / "data", *module, **environment) as gateway:
-        yield Apart(gateway, record)
+        yield IsolatedGateway(gateway, record)
 
 
 @pytest.fixture(scope="module")
@@ -149,8 +149,10 @@ def files() -> Iterator[FileServer]:
 
 
 @pytest.fixture(scope="module")
-def strangers(tmp_path_factory: pytest.TempPathFactory, comfyui_port: int, files: FileServer) -> Iterator[Apart]:
-    with apart(tmp_path_factory.mktemp("apart"), comfyui_port, files.port) as running:
+def strangers(
+    tmp_path_factory: pytest.TempPathFactory, comfyui_port: int, files: FileServer
+) -> Iterator[IsolatedGateway]:
+    with isolated_gateway(tmp_path_factory.mktemp("apart"), comfyui_port, files.port) as running:
         yield running
 
 
@@ -158,7 +160,7 @@ def job_of(**file: str) -> Body:
     return {"input": {"workflow": inverted(file["name"]), "images": [file]}}
 
 
-def test_no_input_that_is_none_gets_through(strangers: Apart) -> None:
+def test_no_invalid_input_gets_through(strangers: IsolatedGateway) -> None:
     def given(case: Body) -> Any:
         whole = case["input"]
         return whole["repeated"] * whole["times"] if isinstance(whole, dict) and "times" in whole else whole
@@ -170,7 +172,7 @@ def test_no_input_that_is_none_gets_through(strangers: Apart) -> None:
     assert strangers.reached() <= {PUBLIC}
 
 
-def test_no_url_reaches_what_is_not_public(strangers: Apart) -> None:
+def test_no_url_reaches_a_private_address(strangers: IsolatedGateway) -> None:
     before = strangers.reached()
     plain = [Hostile(job_of(name="a.png", url=case["url"]), case["sentence"]) for case in SOME_URLS]
     secret = [Hostile(job_of(name="a.png", url=f"{case['url']}?token={SECRET}")) for case in SOME_URLS]
@@ -182,7 +184,7 @@ def test_no_url_reaches_what_is_not_public(strangers: Apart) -> None:
     assert strangers.asked() <= {*ADDRESSES["names"], *(name for case in ALL_URLS for name in case.get("asked", []))}
 
 
-def test_no_redirect_and_no_answer_is_trusted(strangers: Apart, files: FileServer) -> None:
+def test_redirects_and_responses_are_not_trusted(strangers: IsolatedGateway, files: FileServer) -> None:
     hostile = [*redirects(files), *answers(files)]
     strangers.send(hostile)
     assert strangers.reached() == {PUBLIC}
@@ -216,8 +218,8 @@ def answers(files: FileServer) -> Iterator[Hostile]:
         yield Hostile(body, f"{UPLOAD_FAILED}: {url} could not be fetched: {sentence}", ["input_fetch_failed"])
 
 
-def test_no_webhook_reaches_what_is_not_public(strangers: Apart) -> None:
-    """A webhook that can be none is refused at the door; one to a private address is not sent, and its job runs."""
+def test_no_webhook_reaches_a_private_address(strangers: IsolatedGateway) -> None:
+    """An invalid webhook is rejected at submission; one to a private address is not sent, and its job runs."""
     before = strangers.reached()
 
     def send(body: Body) -> None:
@@ -262,8 +264,8 @@ SERVED_BY_ITSELF = [
 """The gateway has a folder of its own for what is delivered as `local`."""
 
 
-def test_no_bucket_of_a_job_reaches_what_is_not_public(
-    tmp_path: Path, comfyui_port: int, files: FileServer, strangers: Apart
+def test_no_job_bucket_reaches_a_private_address(
+    tmp_path: Path, comfyui_port: int, files: FileServer, strangers: IsolatedGateway
 ) -> None:
     """The bucket comes as `input.s3`, or as RunPod's `s3Config` beside the input."""
     heaps: dict[str, list[Hostile]] = {}
@@ -277,7 +279,9 @@ def test_no_bucket_of_a_job_reaches_what_is_not_public(
             else:
                 folder = tmp_path / str(number)
                 folder.mkdir()
-                running = stack.enter_context(apart(folder, comfyui_port, files.port, **json.loads(variables)))
+                running = stack.enter_context(
+                    isolated_gateway(folder, comfyui_port, files.port, **json.loads(variables))
+                )
             before = running.reached()
             running.send(hostile)
             assert running.reached() == before
@@ -298,7 +302,7 @@ def bucket_jobs(case: Mapping[str, Any]) -> Iterator[Hostile]:
 
 
 @pytest.mark.parametrize("case", OF_SETTINGS, ids=lambda case: str(case["why"]))
-def test_no_gateway_starts_with_a_bucket_that_it_could_not_use(
+def test_a_gateway_does_not_start_with_an_unusable_bucket(
     environment: pytest.MonkeyPatch, tmp_path: Path, case: dict[str, Any]
 ) -> None:
     for name, value in settings_of(case).items():
@@ -310,7 +314,7 @@ def test_no_gateway_starts_with_a_bucket_that_it_could_not_use(
 
 
 @pytest.mark.parametrize("case", OF_DELIVERY, ids=lambda case: str(case["why"]))
-def test_a_job_whose_outputs_have_nowhere_to_go_is_refused(
+def test_a_job_without_a_usable_output_bucket_fails(
     environment: pytest.MonkeyPatch, tmp_path: Path, comfyui_port: int, case: dict[str, Any]
 ) -> None:
     for name, value in case["settings"].items():
@@ -322,6 +326,6 @@ def test_a_job_whose_outputs_have_nowhere_to_go_is_refused(
     assert (answer["status"], answer.get("error")) == expected, answer
 
 
-def test_there_are_enough_of_them() -> None:
+def test_there_are_enough_cases() -> None:
     heaps = (ALL_URLS, REDIRECTS["cases"], ANSWERS, NAMES, JOBS, DISGUISES, BUCKETS)
     assert sum(map(len, heaps)) >= 400

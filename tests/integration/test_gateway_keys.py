@@ -43,7 +43,7 @@ def code(gateway: GatewayProcess, path: str, key: str) -> int:
     return requests.get(f"{gateway.url}{path}", headers=bearer(key), timeout=TIMEOUT_S).status_code
 
 
-def test_requests_on_one_connection_are_each_their_own_keys(comfyui: ComfyUI, tmp_path: Path) -> None:
+def test_requests_on_one_connection_use_their_own_keys(comfyui: ComfyUI, tmp_path: Path) -> None:
     """They are sent at once, before the first is answered: what one request is for must not reach the next."""
     with gateway_process(
         comfyui.url, tmp_path, API_KEYS="alice:alices-1,bob:bobs-1", API_ADMIN_KEYS="root:roots-1"
@@ -64,7 +64,7 @@ def test_requests_on_one_connection_are_each_their_own_keys(comfyui: ComfyUI, tm
         assert codes == [200, 404, 200, 404, 401, 200, 404, 200]
 
 
-def test_a_link_to_a_file_works_for_whoever_has_it_and_its_path_for_its_key(comfyui: ComfyUI, tmp_path: Path) -> None:
+def test_a_signed_link_works_for_anyone_and_a_path_for_its_key(comfyui: ComfyUI, tmp_path: Path) -> None:
     with gateway_process(
         comfyui.url, tmp_path, API_KEYS="alice:alices-1,bob:bobs-1", API_ADMIN_KEYS="root:roots-1"
     ) as gateway:
@@ -77,7 +77,7 @@ def test_a_link_to_a_file_works_for_whoever_has_it_and_its_path_for_its_key(comf
         assert [code(gateway, path, key) for key in ("alices-1", "roots-1", "bobs-1")] == [200, 200, 404]
 
 
-def test_a_key_that_is_exchanged_under_its_name_keeps_its_jobs(comfyui: ComfyUI, tmp_path: Path) -> None:
+def test_a_rotated_key_keeps_its_jobs(comfyui: ComfyUI, tmp_path: Path) -> None:
     with gateway_process(comfyui.url, tmp_path, API_KEYS="alices-1,bob:bobs-1") as gateway:
         unnamed = f"/status/{finished(gateway, 'alices-1')['id']}"
     with gateway_process(comfyui.url, tmp_path, API_KEYS="alice:alices-1,bob:bobs-1") as gateway:
@@ -96,9 +96,7 @@ def test_a_key_that_is_exchanged_under_its_name_keeps_its_jobs(comfyui: ComfyUI,
         ]
 
 
-def test_jobs_from_before_there_were_keys_are_the_only_keys_and_administrators(
-    comfyui: ComfyUI, tmp_path: Path
-) -> None:
+def test_jobs_without_an_owner_belong_to_a_single_key_and_administrators(comfyui: ComfyUI, tmp_path: Path) -> None:
     with gateway_process(comfyui.url, tmp_path, API_KEYS="") as gateway:
         path = f"/status/{finished(gateway, '')['id']}"
     with gateway_process(comfyui.url, tmp_path, API_KEYS="alice:alices-1", API_ADMIN_KEYS="roots-1") as gateway:

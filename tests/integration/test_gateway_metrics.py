@@ -1,4 +1,4 @@
-"""What Prometheus is told, whatever ComfyUI answers or does not."""
+"""The metrics for Prometheus, whatever ComfyUI answers or does not."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_a_keys_jobs_are_counted_for_it_and_for_administrators(store: JobStore, 
     assert figure(figures, "comfy_jobs", state="IN_QUEUE") == figure(figures, "comfy_queue_depth") == 4
 
 
-def test_webhooks_are_counted_that_are_yet_to_be_accepted(store: JobStore) -> None:
+def test_pending_webhooks_are_counted(store: JobStore) -> None:
     for job_id in ("a", "b", "c"):
         store.add(JobRecord(job_id, "local", JobState.IN_QUEUE, NOW, webhook=job_id != "c"))
         store.finish(job_id, JobState.FAILED, NOW)
@@ -103,7 +103,7 @@ def test_webhooks_are_counted_that_are_yet_to_be_accepted(store: JobStore) -> No
     assert figure(collect(store), "comfy_webhooks_pending") == 1
 
 
-def test_each_comfyui_has_its_own_figures(store: JobStore) -> None:
+def test_each_comfyui_has_its_own_metrics(store: JobStore) -> None:
     with closed_port() as port:
         url = f"http://127.0.0.1:{port}"
         figures = collect(store, backend(url, jobs=3), backend(url, healthy=False))
@@ -115,7 +115,7 @@ def test_each_comfyui_has_its_own_figures(store: JobStore) -> None:
 # ------------------------------------------------------------------------------------------------------------ memory
 
 
-def test_memory_is_what_comfyui_says(store: JobStore, comfyui: EmulatorServer) -> None:
+def test_memory_metrics_come_from_comfyui(store: JobStore, comfyui: EmulatorServer) -> None:
     (device,) = requests.get(f"{comfyui.url}/system_stats", timeout=TIMEOUT_S).json()["devices"]
     with closed_port() as port:
         figures = collect(store, backend(f"http://127.0.0.1:{port}"), backend(comfyui.url))
@@ -130,7 +130,7 @@ def test_memory_is_what_comfyui_says(store: JobStore, comfyui: EmulatorServer) -
     assert figure(figures, "comfy_gpu_memory_total_bytes", backend="0", device="0") is None
 
 
-def test_a_comfyui_that_hangs_keeps_nobody_waiting_for_the_rest(store: JobStore, comfyui: EmulatorServer) -> None:
+def test_a_hanging_comfyui_does_not_delay_other_metrics(store: JobStore, comfyui: EmulatorServer) -> None:
     comfyui.faults.hang = True
     try:
         with ThreadPoolExecutor(4) as threads:
@@ -175,7 +175,7 @@ def answering(body: bytes, authorization: str | None = None) -> ThreadingHTTPSer
         b"\xff",
     ],
 )
-def test_what_is_no_answer_of_comfyui_is_left_out(store: JobStore, body: bytes) -> None:
+def test_invalid_responses_are_omitted(store: JobStore, body: bytes) -> None:
     with answering(body) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
@@ -186,7 +186,7 @@ def test_what_is_no_answer_of_comfyui_is_left_out(store: JobStore, body: bytes) 
     assert not [name for name, _ in figures if name.startswith("comfy_gpu")]
 
 
-def test_a_comfyui_without_a_gpu_has_what_it_says(store: JobStore) -> None:
+def test_a_comfyui_without_a_gpu_has_the_remaining_metrics(store: JobStore) -> None:
     devices = [{"name": "cpu", "type": "cpu", "vram_total": 64, "vram_free": 32}, {"name": "odd"}]
     with answering(json.dumps({"devices": devices}).encode()) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
@@ -198,7 +198,7 @@ def test_a_comfyui_without_a_gpu_has_what_it_says(store: JobStore) -> None:
     assert figure(figures, "comfy_gpu_memory_free_bytes", backend="0", device="1") == 0
 
 
-def test_a_comfyui_behind_a_password_is_asked_with_it(store: JobStore) -> None:
+def test_a_password_protected_comfyui_is_queried_with_it(store: JobStore) -> None:
     body = json.dumps({"devices": [{"vram_total": 64, "vram_free": 32}]}).encode()
     with answering(body, "Basic " + base64.b64encode(b"me:hush").decode()) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
@@ -212,7 +212,7 @@ def test_a_comfyui_behind_a_password_is_asked_with_it(store: JobStore) -> None:
     assert figure(without, "comfy_gpu_memory_free_bytes", backend="0", device="0") is None
 
 
-def test_many_who_ask_at_once_ask_once() -> None:
+def test_concurrent_reads_query_once() -> None:
     asked, may_answer = [], threading.Event()
 
     def ask() -> int:
@@ -228,7 +228,7 @@ def test_many_who_ask_at_once_ask_once() -> None:
     assert len(asked) == 1
 
 
-def test_what_is_too_old_is_asked_again() -> None:
+def test_expired_values_are_queried_again() -> None:
     always = Cached(itertools.count().__next__, age_s=-1.0)
     assert [always.get() for _ in range(3)] == [0, 1, 2]
 
@@ -257,12 +257,12 @@ def counted(store: JobStore) -> dict[str, float]:
     return {stage: figure(figures, "comfy_job_stage_seconds_count", stage=stage) or 0.0 for stage in STAGES}
 
 
-def test_before_the_first_job_each_stage_is_told_as_empty(store: JobStore) -> None:
+def test_every_stage_is_exported_before_the_first_job(store: JobStore) -> None:
     assert counted(store) == dict.fromkeys(STAGES, 0)
     assert figure(collect(store), "comfy_job_stage_seconds_bucket", stage="running", le="+Inf") == 0
 
 
-def test_a_job_is_measured_in_each_stage_when_it_ends(store: JobStore) -> None:
+def test_a_job_is_measured_per_stage_at_its_end(store: JobStore) -> None:
     waits(store, "a")
     assert sum(counted(store).values()) == 0
     completes(store, "a")
@@ -277,7 +277,7 @@ def test_a_job_is_measured_in_each_stage_when_it_ends(store: JobStore) -> None:
     assert running == {"5.0": 0, "10.0": 1, "600.0": 1, "+Inf": 1}
 
 
-def test_jobs_are_added_up(store: JobStore) -> None:
+def test_stage_times_are_summed(store: JobStore) -> None:
     for number in range(3):
         waits(store, f"{number}")
         completes(store, f"{number}", TIMINGS | {"executed_ms": 1000 * 10 ** (number + 1)})
@@ -288,7 +288,7 @@ def test_jobs_are_added_up(store: JobStore) -> None:
     assert found == [0, 1, 2, 2, 3]
 
 
-def test_who_ends_a_job_that_has_ended_measures_nothing(store: JobStore) -> None:
+def test_ending_an_ended_job_measures_nothing(store: JobStore) -> None:
     waits(store, "a")
     completes(store, "a")
     completes(store, "a")
@@ -297,9 +297,7 @@ def test_who_ends_a_job_that_has_ended_measures_nothing(store: JobStore) -> None
 
 
 @pytest.mark.parametrize("started_s", [None, 8.0])
-def test_of_a_job_that_did_not_end_well_it_is_known_how_long_it_waited(
-    store: JobStore, started_s: float | None
-) -> None:
+def test_a_failed_jobs_wait_is_measured(store: JobStore, started_s: float | None) -> None:
     waits(store, "a")
     if started_s is not None:
         store.start("a", "prompt", "http://comfyui", NOW + started_s)
@@ -308,14 +306,14 @@ def test_of_a_job_that_did_not_end_well_it_is_known_how_long_it_waited(
     assert figure(collect(store), "comfy_job_stage_seconds_sum", stage="waiting") == (started_s or 20)
 
 
-def test_all_that_are_cancelled_while_they_wait_are_measured(store: JobStore) -> None:
+def test_jobs_cancelled_while_waiting_are_measured(store: JobStore) -> None:
     for job_id in ("a", "b"):
         waits(store, job_id)
         store.finish(job_id, JobState.CANCELLED, NOW + 3, only_waiting=True)
     assert figure(collect(store), "comfy_job_stage_seconds_sum", stage="waiting") == 6
 
 
-def test_a_job_that_its_caller_has_run_again_is_measured_again(store: JobStore) -> None:
+def test_a_retried_job_is_measured_again(store: JobStore) -> None:
     waits(store, "a")
     store.finish("a", JobState.FAILED, NOW + 20)
     store.retry("a", NOW + 25)
@@ -324,7 +322,7 @@ def test_a_job_that_its_caller_has_run_again_is_measured_again(store: JobStore) 
     assert figure(collect(store), "comfy_job_stage_seconds_sum", stage="waiting") == pytest.approx(20 + 14.98)
 
 
-def test_what_is_measured_stays_when_jobs_are_forgotten(store: JobStore) -> None:
+def test_measurements_outlive_their_jobs(store: JobStore) -> None:
     waits(store, "a")
     completes(store, "a")
     later = NOW + 1e9
@@ -332,7 +330,7 @@ def test_what_is_measured_stays_when_jobs_are_forgotten(store: JobStore) -> None
     assert counted(store) == dict.fromkeys(STAGES, 1)
 
 
-def test_a_clock_that_was_set_back_measures_nothing_below_zero(store: JobStore) -> None:
+def test_a_clock_set_back_gives_no_negative_times(store: JobStore) -> None:
     waits(store, "a")
     store.start("a", "prompt", "http://comfyui", NOW - 100)
     store.finish("a", JobState.CANCELLED, NOW - 99)
@@ -340,7 +338,7 @@ def test_a_clock_that_was_set_back_measures_nothing_below_zero(store: JobStore) 
 
 
 @pytest.mark.parametrize("timings", [None, "much", [], {"executed_ms": "1"}, {"executed_ms": -1}, {"staged_ms": True}])
-def test_timings_of_another_worker_that_are_none_are_left_out(store: JobStore, timings: Any) -> None:
+def test_invalid_worker_timings_are_omitted(store: JobStore, timings: Any) -> None:
     waits(store, "a")
     completes(store, "a", timings)
     assert counted(store) == dict.fromkeys(STAGES, 0) | {"waiting": 1}

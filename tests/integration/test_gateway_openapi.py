@@ -135,7 +135,7 @@ def explore(gateway: GatewayProcess, schema: Any, examples: int) -> Findings:
     return found
 
 
-def test_every_answer_to_anything_is_as_declared(gateway: GatewayProcess, description: dict[str, Any]) -> None:
+def test_every_response_is_as_declared(gateway: GatewayProcess, description: dict[str, Any]) -> None:
     """All checks that there are, over RunPod's paths and those of who runs the gateway."""
     schema = schemathesis.openapi.from_dict(description).include(path_regex=_OURS)
     found = explore(gateway, schema, _EXAMPLES)
@@ -157,12 +157,12 @@ def test_runpods_longer_paths_answer_as_declared(gateway: GatewayProcess, descri
 
 
 @pytest.mark.parametrize("paths", _OTHER_DOORS.values(), ids=_OTHER_DOORS)
-def test_the_other_doors_answer_as_declared(gateway: GatewayProcess, description: dict[str, Any], paths: str) -> None:
+def test_the_other_apis_respond_as_declared(gateway: GatewayProcess, description: dict[str, Any], paths: str) -> None:
     schema = schemathesis.openapi.from_dict(description).include(path_regex=paths)
     # It answers 501, as it is declared to.
     schema = schema.exclude(method="POST", path="/api/models")
     schema.config.checks.update(excluded_check_names=[_UNTOLD])
-    # Chains of requests lead from door to door, and are tried over RunPod's paths.
+    # Chains of requests lead from API to API, and are tried over RunPod's paths.
     schema.config.phases.stateful.enabled = False
     found = explore(gateway, schema, _EXAMPLES_ELSEWHERE)
     assert not found.failures, "\n\n".join(found.failures[:5])
@@ -179,7 +179,7 @@ def test_every_path_is_explored(description: dict[str, Any]) -> None:
     ]
 
 
-def test_what_is_not_there_yet_says_so(gateway: GatewayProcess, description: dict[str, Any]) -> None:
+def test_unimplemented_routes_are_declared(gateway: GatewayProcess, description: dict[str, Any]) -> None:
     answer = gateway.post(_NOT_THERE_YET, {"prompt": "a cat"})
     assert answer.status_code == 501
     assert answer.json()["code"] == "not_implemented"
@@ -216,7 +216,7 @@ def test_every_operation_declares_its_key_and_its_errors(description: dict[str, 
                 assert "ErrorResponse" in str(response["content"]["application/json"]["schema"]), (path, method, status)
 
 
-def test_every_reference_leads_somewhere(description: dict[str, Any]) -> None:
+def test_every_reference_resolves(description: dict[str, Any]) -> None:
     names = set(re.findall(r"'#/components/schemas/([^']+)'", str(description)))
     assert names <= set(description["components"]["schemas"])
 
@@ -293,12 +293,12 @@ def test_strange_requests_are_answered(gateway: GatewayProcess, path: str, body:
 
 
 @pytest.mark.parametrize("policy", [{"ttl": "60000"}, {"executionTimeout": "60000"}, {"lowPriority": "yes"}])
-def test_text_in_a_policy_is_refused_and_not_overlooked(gateway: GatewayProcess, policy: dict[str, str]) -> None:
+def test_text_in_a_policy_is_rejected(gateway: GatewayProcess, policy: dict[str, str]) -> None:
     answer = gateway.post("/run", {"input": {}, "policy": policy})
     assert (answer.status_code, answer.json()["code"]) == (400, "invalid_input")
 
 
-def test_a_range_that_is_none_is_refused_in_our_form(gateway: GatewayProcess, description: dict[str, Any]) -> None:
+def test_an_invalid_range_has_our_error_format(gateway: GatewayProcess, description: dict[str, Any]) -> None:
     [example, *_] = body_examples(description["paths"]["/runsync"]["post"])
     link = gateway.post("/runsync?files=url", example).json()["output"]["images"][0]["data"]
     whole = requests.get(link, timeout=TIMEOUT_S)
@@ -319,7 +319,7 @@ def test_a_range_that_is_none_is_refused_in_our_form(gateway: GatewayProcess, de
 # -------------------------------------------------------------------------------------------------- Swagger
 
 
-def test_swagger_is_whole_without_internet(gateway: GatewayProcess) -> None:
+def test_swagger_works_offline(gateway: GatewayProcess) -> None:
     """Each script, style and picture comes from the gateway itself, and the policy lets in nothing else."""
     browser = ("anyone", KEY)
     page = requests.get(f"{gateway.url}/docs", auth=browser, timeout=TIMEOUT_S)
@@ -338,7 +338,7 @@ def test_swagger_is_whole_without_internet(gateway: GatewayProcess) -> None:
         assert requests.get(f"{gateway.url}{url}", timeout=TIMEOUT_S).status_code == 401
 
 
-def test_the_policy_of_swaggers_page_admits_nothing_from_elsewhere(gateway: GatewayProcess) -> None:
+def test_swaggers_csp_allows_only_local_resources(gateway: GatewayProcess) -> None:
     page = requests.get(f"{gateway.url}/docs", auth=("anyone", KEY), timeout=TIMEOUT_S)
     policy = page.headers["content-security-policy"]
     assert policy.startswith("default-src 'none';")

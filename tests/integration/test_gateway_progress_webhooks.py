@@ -1,4 +1,4 @@
-"""Progress is told by webhook through the gateway too: in order, the latest only, and never after the end."""
+"""The gateway sends progress by webhook too: in order, the latest only, and never after the end."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ RECORD = JobRecord("job", "local", JobState.IN_PROGRESS, 0.0)
 
 def submit(bench: EngineGateway, graph: graphs.Graph, receiver: Receiver, **webhook: Any) -> str:
     """Queue a job whose receiver wants to know how it gets on; return its id."""
-    told = {"url": receiver.url, "progress": True, **webhook}
-    return bench.call(bench.service.submit({"input": {"workflow": graph, "webhook": told}})).id
+    target = {"url": receiver.url, "progress": True, **webhook}
+    return bench.call(bench.service.submit({"input": {"workflow": graph, "webhook": target}})).id
 
 
 def is_progress(received: Received) -> bool:
@@ -70,7 +70,7 @@ def wait_for_end(receiver: Receiver) -> list[Received]:
 # ------------------------------------------------------------------------------------------------- through the gateway
 
 
-def test_progress_comes_in_order_and_signed_and_the_end_last(bench: EngineGateway, tmp_path: Path) -> None:
+def test_progress_webhooks_are_ordered_and_signed_and_precede_the_end(bench: EngineGateway, tmp_path: Path) -> None:
     gate = Gate(tmp_path)
     with Receiver() as receiver:
         job_id = submit(bench, gate.graph(), receiver, secret=SECRET, extra_params={"user": 7})
@@ -93,28 +93,28 @@ def test_progress_comes_in_order_and_signed_and_the_end_last(bench: EngineGatewa
     assert len({received.id for received in receiver.received}) == len(receiver.received)
 
 
-def test_progress_is_told_only_to_who_asked_for_it(bench: EngineGateway) -> None:
+def test_progress_is_sent_only_on_request(bench: EngineGateway) -> None:
     with Receiver() as receiver:
         submit(bench, graphs.picture(RED), receiver, progress=False)
         assert [received.body["status"] for received in wait_for_end(receiver)] == ["COMPLETED"]
         assert "progress" not in [received.body.get("type") for received in receiver.received]
 
 
-def test_the_end_of_a_job_that_is_cancelled_comes_last(bench: EngineGateway, tmp_path: Path) -> None:
+def test_a_cancelled_jobs_end_comes_last(bench: EngineGateway, tmp_path: Path) -> None:
     gate = Gate(tmp_path)
     with Receiver() as receiver:
         job_id = submit(bench, gate.graph(), receiver)
         gate.wait_until_run()
         receiver.wait_for(1)
         assert bench.call(bench.service.cancel(job_id)).state is JobState.CANCELLED
-        told = wait_for_end(receiver)
+        messages = wait_for_end(receiver)
 
-    assert [received.body["status"] for received in told][-1] == "CANCELLED"
-    assert all(is_progress(received) for received in told[:-1])
+    assert [received.body["status"] for received in messages][-1] == "CANCELLED"
+    assert all(is_progress(received) for received in messages[:-1])
 
 
 @pytest.mark.parametrize("answer", [500, 404, "hang"])
-def test_what_becomes_of_progress_harms_neither_the_job_nor_its_end(
+def test_failed_progress_webhooks_affect_neither_the_job_nor_its_end(
     tmp_path: Path, comfyui: EmulatedComfyUI, answer: int | str
 ) -> None:
     with (
@@ -129,35 +129,35 @@ def test_what_becomes_of_progress_harms_neither_the_job_nor_its_end(
     assert others[-1].body["status"] == "COMPLETED"
 
 
-def test_a_job_that_is_taken_up_again_tells_on_under_new_ids(tmp_path: Path, comfyui: EmulatedComfyUI) -> None:
+def test_a_resumed_job_continues_its_webhooks_under_new_ids(tmp_path: Path, comfyui: EmulatedComfyUI) -> None:
     gate = Gate(tmp_path)
     with Receiver() as receiver:
         with EngineGateway(tmp_path / "data", comfyui.url) as before:
             submit(before, gate.graph(), receiver)
             gate.wait_until_run()
             receiver.wait_for(1)
-        told_before = len(receiver.received)
+        count_before = len(receiver.received)
         with EngineGateway(tmp_path / "data", comfyui.url):
-            receiver.wait_for(told_before + 1)
+            receiver.wait_for(count_before + 1)
             gate.open()
-            told = wait_for_end(receiver)
+            messages = wait_for_end(receiver)
 
-    assert is_progress(told[told_before])
-    assert [is_progress(received) for received in told].index(False) == len(told) - 1
-    assert len({received.id for received in told}) == len(told)
+    assert is_progress(messages[count_before])
+    assert [is_progress(received) for received in messages].index(False) == len(messages) - 1
+    assert len({received.id for received in messages}) == len(messages)
 
 
-def test_a_failed_job_that_is_run_again_tells_on(bench: EngineGateway, tmp_path: Path) -> None:
+def test_a_retried_job_continues_its_webhooks(bench: EngineGateway, tmp_path: Path) -> None:
     gate = Gate(tmp_path)
     gate.open("not this time")
     with Receiver() as receiver:
         job_id = submit(bench, gate.graph(), receiver)
         assert wait_for_end(receiver)[-1].body["status"] == "FAILED"
-        told_before = len(receiver.received)
+        count_before = len(receiver.received)
         gate.open()
         bench.call(bench.service.retry(job_id))
         wait_for(receiver, lambda received: received.body["status"] == "COMPLETED")
-        again = receiver.received[told_before:]
+        again = receiver.received[count_before:]
 
     assert is_progress(again[0])
     assert [is_progress(received) for received in again].index(False) == len(again) - 1
@@ -177,7 +177,7 @@ def job_of(receiver: Receiver) -> Job:
     return Job("job", "prompt", {}, webhook=Webhook(receiver.url, progress=True))
 
 
-def test_a_slow_receiver_gets_the_latest_and_no_pile(webhooks: ProgressWebhooks) -> None:
+def test_a_slow_receiver_gets_only_the_latest_progress(webhooks: ProgressWebhooks) -> None:
     with Receiver("hang") as receiver:
         with webhooks.sending(job_of(receiver), RECORD) as tell:
             tell({"step": 0})
@@ -191,7 +191,7 @@ def test_a_slow_receiver_gets_the_latest_and_no_pile(webhooks: ProgressWebhooks)
     assert steps == [0, 9999]
 
 
-def test_who_waits_for_the_end_of_progress_waits_for_what_is_under_way(webhooks: ProgressWebhooks) -> None:
+def test_closing_waits_for_the_request_in_flight(webhooks: ProgressWebhooks) -> None:
     with Receiver("hang") as receiver:
         with webhooks.sending(job_of(receiver), RECORD) as tell:
             tell({"step": 0})
@@ -199,7 +199,7 @@ def test_who_waits_for_the_end_of_progress_waits_for_what_is_under_way(webhooks:
             waiting = threading.Thread(target=lambda: asyncio.run(webhooks.end("job")))
             waiting.start()
             assert waiting.is_alive()
-            # Nothing that comes from now on is told, though the job does not know yet.
+            # Nothing that comes from now on is sent, though the job does not know yet.
             tell({"step": 1})
             receiver.released.set()
             waiting.join(30)
@@ -217,7 +217,7 @@ def test_a_report_is_forgotten_with_its_job(webhooks: ProgressWebhooks) -> None:
     wait_until(lambda: not webhooks._reports)
 
 
-def test_nothing_runs_where_nobody_is_to_be_told(webhooks: ProgressWebhooks) -> None:
+def test_no_thread_runs_without_a_receiver(webhooks: ProgressWebhooks) -> None:
     before = set(threading.enumerate())
     with webhooks.sending(Job("job", "prompt", {}), RECORD) as tell:
         tell({"step": 0})

@@ -82,7 +82,7 @@ def test_a_prompt_that_finished_meanwhile_is_collected(data: Path, comfyui: Emul
     assert gate.runs == 1
 
 
-def test_what_waited_waits_in_its_place_and_runs(data: Path, comfyui: EmulatedComfyUI, tmp_path: Path) -> None:
+def test_waiting_jobs_keep_their_positions_and_run(data: Path, comfyui: EmulatedComfyUI, tmp_path: Path) -> None:
     gate = Gate(tmp_path)
     with EngineGateway(data, comfyui.url) as before:
         running = before.submit(gate.graph())
@@ -95,7 +95,7 @@ def test_what_waited_waits_in_its_place_and_runs(data: Path, comfyui: EmulatedCo
         assert [after.picture(job_id)[0] for job_id in waiting] == [0, 1, 2, 3]
 
 
-def test_a_prompt_that_comfyui_forgot_runs_again(data: Path, comfyui: EmulatedComfyUI, tmp_path: Path) -> None:
+def test_a_prompt_forgotten_by_comfyui_runs_again(data: Path, comfyui: EmulatedComfyUI, tmp_path: Path) -> None:
     gate = Gate(tmp_path)
     with EngineGateway(data, comfyui.url) as before:
         job_id = before.submit(gate.graph())
@@ -109,7 +109,7 @@ def test_a_prompt_that_comfyui_forgot_runs_again(data: Path, comfyui: EmulatedCo
         assert after.ended(job_id).state is JobState.COMPLETED
 
 
-def test_a_job_waits_for_a_comfyui_that_is_not_back_yet(data: Path, comfyui: EmulatedComfyUI, tmp_path: Path) -> None:
+def test_a_job_waits_for_an_absent_comfyui(data: Path, comfyui: EmulatedComfyUI, tmp_path: Path) -> None:
     gate = Gate(tmp_path)
     with EngineGateway(data, comfyui.url) as before:
         job_id = before.submit(gate.graph())
@@ -123,7 +123,7 @@ def test_a_job_waits_for_a_comfyui_that_is_not_back_yet(data: Path, comfyui: Emu
         assert after.ended(job_id).state is JobState.COMPLETED
 
 
-def test_files_that_were_cleaned_up_before_the_end_was_noted_are_made_again(
+def test_files_deleted_before_the_end_was_stored_are_produced_again(
     data: Path, comfyui: EmulatedComfyUI, tmp_path: Path
 ) -> None:
     gate = Gate(tmp_path)
@@ -139,7 +139,7 @@ def test_files_that_were_cleaned_up_before_the_end_was_noted_are_made_again(
         assert after.picture(job_id)
 
 
-def test_a_job_that_was_cancelled_stays_so(data: Path, comfyui: EmulatedComfyUI, tmp_path: Path) -> None:
+def test_a_cancelled_job_stays_cancelled(data: Path, comfyui: EmulatedComfyUI, tmp_path: Path) -> None:
     gate = Gate(tmp_path)
     with EngineGateway(data, comfyui.url) as before:
         job_id = before.submit(gate.graph())
@@ -151,7 +151,7 @@ def test_a_job_that_was_cancelled_stays_so(data: Path, comfyui: EmulatedComfyUI,
         assert after.service.queue_position(job_id) is None
 
 
-def test_a_job_that_is_cancelled_before_it_is_taken_up_is_off_the_gpu(
+def test_a_job_cancelled_before_it_is_resumed_leaves_the_gpu(
     data: Path, comfyui: EmulatedComfyUI, tmp_path: Path
 ) -> None:
     gate = Gate(tmp_path)
@@ -165,7 +165,9 @@ def test_a_job_that_is_cancelled_before_it_is_taken_up_is_off_the_gpu(
         assert after.get(job_id).state is JobState.CANCELLED
 
 
-def test_a_job_ends_whose_database_was_away_meanwhile(data: Path, comfyui: EmulatedComfyUI, tmp_path: Path) -> None:
+def test_a_job_ends_although_its_database_was_away_meanwhile(
+    data: Path, comfyui: EmulatedComfyUI, tmp_path: Path
+) -> None:
     gate = Gate(tmp_path)
     with postgres() as server, EngineGateway(data, comfyui.url, database_url=server.new_database()) as bench:
         job_id = bench.submit(gate.graph())
@@ -207,7 +209,7 @@ def is_done(folder: Path, job_id: str) -> bool:
 
 
 @pytest.mark.parametrize("plain", [True, False])
-def test_a_webhook_is_the_status_of_the_job_and_is_repeated_under_one_id(
+def test_a_webhook_has_the_jobs_status_and_keeps_its_id_on_retry(
     store: JobStore, tmp_path: Path, *, plain: bool
 ) -> None:
     with Receiver(503, 500) as receiver:
@@ -229,7 +231,7 @@ def test_a_webhook_is_the_status_of_the_job_and_is_repeated_under_one_id(
         received[-1].verify(SECRET)
 
 
-def test_a_webhook_that_was_not_sent_before_the_end_is_sent_after_the_start(store: JobStore, tmp_path: Path) -> None:
+def test_an_unsent_webhook_is_sent_after_a_restart(store: JobStore, tmp_path: Path) -> None:
     with Receiver() as receiver:
         store.add(webhook_job("job", receiver.url, plain=True))
         store.finish("job", JobState.FAILED, NOW, error={"error": "so", "code": "internal"})
@@ -251,7 +253,7 @@ def test_a_webhook_that_was_not_sent_before_the_end_is_sent_after_the_start(stor
     assert len(receiver.received) == 1
 
 
-def test_a_receiver_that_never_accepts_is_given_up(store: JobStore, tmp_path: Path) -> None:
+def test_a_failing_receiver_is_abandoned(store: JobStore, tmp_path: Path) -> None:
     with Receiver(*[503] * 9) as receiver:
         store.add(webhook_job("job", receiver.url, plain=True))
         deliveries = sender(store, tmp_path, webhook_attempts=3)
@@ -267,7 +269,7 @@ def test_a_receiver_that_never_accepts_is_given_up(store: JobStore, tmp_path: Pa
     assert "query-secret" not in delivery["last_error"]
 
 
-def test_a_private_address_is_not_told(store: JobStore, tmp_path: Path) -> None:
+def test_private_addresses_get_no_webhook(store: JobStore, tmp_path: Path) -> None:
     with Receiver() as receiver:
         store.add(webhook_job("job", receiver.url, plain=True))
         store.finish("job", JobState.FAILED, NOW, error={"error": "so"})
@@ -279,7 +281,7 @@ def test_a_private_address_is_not_told(store: JobStore, tmp_path: Path) -> None:
     assert receiver.received == []
 
 
-def test_a_receiver_that_hangs_keeps_no_other_waiting(store: JobStore, tmp_path: Path) -> None:
+def test_a_hanging_receiver_does_not_delay_others(store: JobStore, tmp_path: Path) -> None:
     with Receiver("hang") as slow, Receiver() as quick:
         for job_id, url in (("slow", slow.url), ("quick", quick.url)):
             store.add(webhook_job(job_id, url, plain=True))
@@ -292,7 +294,7 @@ def test_a_receiver_that_hangs_keeps_no_other_waiting(store: JobStore, tmp_path:
         deliveries.stop()
 
 
-def test_the_gateways_own_receiver_is_told_of_every_end(data: Path, comfyui: EmulatedComfyUI) -> None:
+def test_the_gateways_receiver_gets_every_end(data: Path, comfyui: EmulatedComfyUI) -> None:
     with Receiver() as receiver, EngineGateway(data, comfyui.url, webhook_url=receiver.url) as bench:
         job_id = bench.submit(graphs.picture(RED))
         (received,) = receiver.wait_for(1)
@@ -304,7 +306,7 @@ def test_the_gateways_own_receiver_is_told_of_every_end(data: Path, comfyui: Emu
 # ------------------------------------------------------------------------------------------------- expiry
 
 
-def test_a_jobs_files_go_with_it(data: Path, comfyui: EmulatedComfyUI) -> None:
+def test_a_jobs_files_are_deleted_with_it(data: Path, comfyui: EmulatedComfyUI) -> None:
     with EngineGateway(data, comfyui.url) as bench:
         job_id = bench.submit(graphs.picture(RED))
         assert bench.picture(job_id) == RED

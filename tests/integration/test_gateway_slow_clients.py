@@ -47,7 +47,7 @@ JOB = {"input": {"workflow": picture((1, 2, 3))}}
 # ----------------------------------------------------------------------------------------------------- within a process
 
 
-class Hall:
+class OfflineGateway:
     """A gateway whose ComfyUI is not there, so that nothing happens but what a test makes happen."""
 
     def __init__(self, gateway: Gateway, url: str) -> None:
@@ -94,14 +94,14 @@ class Hall:
 
 
 @pytest.fixture
-def hall(tmp_path: Path, environment: pytest.MonkeyPatch) -> Iterator[Hall]:
+def offline(tmp_path: Path, environment: pytest.MonkeyPatch) -> Iterator[OfflineGateway]:
     with closed_port() as port:
         settings = load_gateway_settings(
             data_dir=str(tmp_path), comfyui_url=f"http://127.0.0.1:{port}", wait_for_comfyui=True
         )
         app = create_app(settings, Keys(["key"]))
         with listening(app) as url:
-            yield Hall(app.state.gateway, url)
+            yield OfflineGateway(app.state.gateway, url)
 
 
 @contextmanager
@@ -162,10 +162,10 @@ def unchunked(body: bytes) -> bytes:
 class SlowSse:
     """A client of /events that does not read."""
 
-    def __init__(self, hall: Hall, job_id: str) -> None:
-        self.connection = asks(hall.url, f"/events/{job_id}", KEY)
+    def __init__(self, offline: OfflineGateway, job_id: str) -> None:
+        self.connection = asks(offline.url, f"/events/{job_id}", KEY)
 
-    def heard(self) -> list[tuple[str, dict[str, Any]]]:
+    def received(self) -> list[tuple[str, dict[str, Any]]]:
         """Read all of it at last; return each event's type and data."""
         blocks = read_all(self.connection).decode().replace("\r", "").split("\n\n")
         fields = [
@@ -180,11 +180,11 @@ class SlowSse:
 class SlowWebSocket:
     """A client of /ws that does not read."""
 
-    def __init__(self, hall: Hall, job_id: str) -> None:
-        url = f"{hall.url.replace('http', 'ws', 1)}/ws/{job_id}"
+    def __init__(self, offline: OfflineGateway, job_id: str) -> None:
+        url = f"{offline.url.replace('http', 'ws', 1)}/ws/{job_id}"
         self.connection = websocket.create_connection(url, timeout=TIMEOUT_S, sockopt=SMALL_BUFFER, header=HEADERS)
 
-    def heard(self) -> list[tuple[str, dict[str, Any]]]:
+    def received(self) -> list[tuple[str, dict[str, Any]]]:
         """Read all of it at last; return each event's type and data."""
         events = []
         while text := self.connection.recv():
@@ -200,12 +200,12 @@ SLOW: list[type[SlowSse] | type[SlowWebSocket]] = [SlowSse, SlowWebSocket]
 
 
 @pytest.mark.parametrize("slow", SLOW)
-def test_a_client_that_does_not_read_misses_progress_and_no_change_of_state(
-    hall: Hall, slow: type[SlowSse] | type[SlowWebSocket]
+def test_a_client_that_does_not_read_misses_progress_but_no_status(
+    offline: OfflineGateway, slow: type[SlowSse] | type[SlowWebSocket]
 ) -> None:
-    job_id = hall.job()
-    client = slow(hall, job_id)
-    wait_until(lambda: hall.listeners == 1)
+    job_id = offline.job()
+    client = slow(offline, job_id)
+    wait_until(lambda: offline.listeners == 1)
 
     floods = 0
 
@@ -213,34 +213,34 @@ def test_a_client_that_does_not_read_misses_progress_and_no_change_of_state(
         """Flood it once more, until no buffer on the way takes any more; it is behind by no more than it may be."""
         nonlocal floods
         floods += 1
-        hall.flood(job_id)
-        assert hall.get(f"/status/{job_id}").json()["status"] == "IN_QUEUE"
-        return hall.behind(job_id) == [MOST_BEHIND]
+        offline.flood(job_id)
+        assert offline.get(f"/status/{job_id}").json()["status"] == "IN_QUEUE"
+        return offline.behind(job_id) == [MOST_BEHIND]
 
     wait_until(is_behind)
-    with hall.get(f"/events/{job_id}", stream=True) as other:
-        wait_until(lambda: hall.listeners == 2)
-        assert hall.post(f"/cancel/{job_id}")["status"] == "CANCELLED"
-        # Another client has heard the end while the slow one has taken nothing yet.
+    with offline.get(f"/events/{job_id}", stream=True) as other:
+        wait_until(lambda: offline.listeners == 2)
+        assert offline.post(f"/cancel/{job_id}")["status"] == "CANCELLED"
+        # Another client has received the end while the slow one has read nothing yet.
         assert "CANCELLED" in list(other.iter_lines(decode_unicode=True))[-2]
-    wait_until(lambda: hall.listeners == 1)
-    assert max(hall.behind(job_id)) <= MOST_BEHIND
+    wait_until(lambda: offline.listeners == 1)
+    assert max(offline.behind(job_id)) <= MOST_BEHIND
 
-    heard = client.heard()
+    received = client.received()
     client.close()
-    assert [data["status"] for kind, data in heard if kind == STATUS] == [
+    assert [data["status"] for kind, data in received if kind == STATUS] == [
         "IN_QUEUE",
         *("IN_PROGRESS", "IN_QUEUE") * floods,
         "CANCELLED",
     ]
-    assert heard[-1] == (STATUS, {"status": "CANCELLED"})
-    assert len(heard) < 1000
-    wait_until(lambda: hall.listeners == 0)
+    assert received[-1] == (STATUS, {"status": "CANCELLED"})
+    assert len(received) < 1000
+    wait_until(lambda: offline.listeners == 0)
 
 
 @pytest.mark.parametrize("slow", SLOW)
-def test_a_client_that_takes_nothing_for_too_long_is_let_go(
-    hall: Hall,
+def test_a_client_that_reads_nothing_for_too_long_is_disconnected(
+    offline: OfflineGateway,
     slow: type[SlowSse] | type[SlowWebSocket],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -248,36 +248,36 @@ def test_a_client_that_takes_nothing_for_too_long_is_let_go(
     for module in (event_stream, websockets):
         monkeypatch.setattr(module, "SEND_TIMEOUT_S", 0.2)
     caplog.set_level(logging.INFO)
-    job_id = hall.job()
-    client = slow(hall, job_id)
-    wait_until(lambda: hall.listeners == 1)
-    hall.flood(job_id)
-    wait_until(lambda: hall.listeners == 0)
+    job_id = offline.job()
+    client = slow(offline, job_id)
+    wait_until(lambda: offline.listeners == 1)
+    offline.flood(job_id)
+    wait_until(lambda: offline.listeners == 0)
     client.close()
     if slow is SlowSse:
         wait_until(lambda: "disconnected a client" in caplog.text)
     assert "Traceback" not in caplog.text
     assert "because of a bug" not in caplog.text
-    assert hall.get(f"/status/{job_id}").json()["status"] == "IN_QUEUE"
+    assert offline.get(f"/status/{job_id}").json()["status"] == "IN_QUEUE"
 
 
-def test_many_streams_leave_no_listener_behind(hall: Hall) -> None:
-    job_id = hall.job()
-    clients = [SLOW[number % 2](hall, job_id) for number in range(STREAMS)]
-    wait_until(lambda: hall.listeners == STREAMS)
+def test_closed_streams_leave_no_subscriber(offline: OfflineGateway) -> None:
+    job_id = offline.job()
+    clients = [SLOW[number % 2](offline, job_id) for number in range(STREAMS)]
+    wait_until(lambda: offline.listeners == STREAMS)
     for number in range(1000):
-        hall.bus.publish(job_id, PROGRESS, {"stage": "running", "number": number})
-    assert max(hall.behind(job_id)) <= MOST_BEHIND
+        offline.bus.publish(job_id, PROGRESS, {"stage": "running", "number": number})
+    assert max(offline.behind(job_id)) <= MOST_BEHIND
     # Half of them leave in the middle, the others hear the end.
     for client in clients[: STREAMS // 2]:
         client.close()
-    wait_until(lambda: hall.listeners == STREAMS // 2)
-    hall.post(f"/cancel/{job_id}")
+    wait_until(lambda: offline.listeners == STREAMS // 2)
+    offline.post(f"/cancel/{job_id}")
     for client in clients[STREAMS // 2 :]:
-        assert client.heard()[-1] == (STATUS, {"status": "CANCELLED"})
+        assert client.received()[-1] == (STATUS, {"status": "CANCELLED"})
         client.close()
-    wait_until(lambda: hall.listeners == 0)
-    assert hall.bus._queues == {}
+    wait_until(lambda: offline.listeners == 0)
+    assert offline.bus._queues == {}
 
 
 # ------------------------------------------------------------------------------------------------- who waits and leaves
@@ -294,21 +294,21 @@ def waiting_clients(job_id: str) -> list[Callable[[str], socket.socket]]:
     ]
 
 
-def test_who_waited_and_left_is_waited_for_no_longer_and_the_job_stays(hall: Hall) -> None:
-    for client in waiting_clients(hall.job()):
-        connection = client(hall.url)
-        wait_until(lambda: hall.listeners == 1)
+def test_a_disconnected_waiter_is_released_and_its_job_stays(offline: OfflineGateway) -> None:
+    for client in waiting_clients(offline.job()):
+        connection = client(offline.url)
+        wait_until(lambda: offline.listeners == 1)
         connection.close()
-        wait_until(lambda: hall.listeners == 0)
-    assert hall.get("/health").json()["jobs"]["inQueue"] == 3
+        wait_until(lambda: offline.listeners == 0)
+    assert offline.get("/health").json()["jobs"]["inQueue"] == 3
 
 
-def test_many_who_wait_for_one_job_all_get_it(hall: Hall) -> None:
-    job_id = hall.job()
+def test_all_waiters_for_one_job_get_it(offline: OfflineGateway) -> None:
+    job_id = offline.job()
     answers: list[int] = []
 
     def poll() -> None:
-        answers.append(hall.get(f"/status/{job_id}").status_code)
+        answers.append(offline.get(f"/status/{job_id}").status_code)
 
     pollers = [threading.Thread(target=poll) for _ in range(20)]
     for poller in pollers:
@@ -343,7 +343,7 @@ def large_job(gateway: GatewayProcess) -> str:
     return job_id
 
 
-def test_a_large_answer_that_nobody_reads_keeps_nobody_waiting(gateway: GatewayProcess) -> None:
+def test_an_unread_large_response_delays_nobody(gateway: GatewayProcess) -> None:
     job_id = large_job(gateway)
     whole = gateway.get(f"/status/{job_id}").content
     assert 17_000_000 < len(whole) < 20_000_000

@@ -36,19 +36,19 @@ def comfyui() -> Iterator[EmulatedComfyUI]:
         yield running
 
 
-# ---------------------------------------------------------------------------------------- whatever is heard of it
+# ---------------------------------------------------------------------------------- whichever events are received
 
 
-def lose_the_beginning(comfyui: EmulatedComfyUI) -> None:
+def lose_the_start_event(comfyui: EmulatedComfyUI) -> None:
     comfyui.server.faults.drop_websocket_at_event = "execution_start"
 
 
-def lose_the_beginning_and_the_socket(comfyui: EmulatedComfyUI) -> None:
-    lose_the_beginning(comfyui)
+def lose_the_start_event_and_the_websocket(comfyui: EmulatedComfyUI) -> None:
+    lose_the_start_event(comfyui)
     comfyui.server.faults.drop_websocket_times = 1
 
 
-def hear_only_that_it_is_queued(comfyui: EmulatedComfyUI) -> None:
+def send_only_queued_events(comfyui: EmulatedComfyUI) -> None:
     comfyui.server.faults.silent_from_event = "execution_start"
 
 
@@ -57,12 +57,12 @@ def hear_only_that_it_is_queued(comfyui: EmulatedComfyUI) -> None:
     [
         EmulatedComfyUI.refuse_websockets,
         EmulatedComfyUI.silence_websockets,
-        lose_the_beginning,
-        lose_the_beginning_and_the_socket,
-        hear_only_that_it_is_queued,
+        lose_the_start_event,
+        lose_the_start_event_and_the_websocket,
+        send_only_queued_events,
     ],
 )
-def test_a_job_whose_beginning_is_not_heard_may_not_run_longer(
+def test_a_missed_start_event_does_not_extend_the_limit(
     tmp_path: Path, comfyui: EmulatedComfyUI, mishap: Callable[[EmulatedComfyUI], None]
 ) -> None:
     mishap(comfyui)
@@ -77,7 +77,7 @@ def test_a_job_whose_beginning_is_not_heard_may_not_run_longer(
         comfyui.wait_until_idle()
 
 
-def test_what_is_only_seen_is_told_too(tmp_path: Path, comfyui: EmulatedComfyUI) -> None:
+def test_polled_stages_are_published_too(tmp_path: Path, comfyui: EmulatedComfyUI) -> None:
     comfyui.refuse_websockets()
     gate = Gate(tmp_path)
     with EngineGateway(tmp_path / "data", comfyui.url) as bench:
@@ -122,7 +122,7 @@ def test_the_time_before_a_restart_counts(tmp_path: Path, comfyui: EmulatedComfy
     assert gate.runs == 1
 
 
-def test_what_finished_while_nobody_watched_was_not_too_late(tmp_path: Path, comfyui: EmulatedComfyUI) -> None:
+def test_a_job_that_finished_unwatched_was_in_time(tmp_path: Path, comfyui: EmulatedComfyUI) -> None:
     gate = Gate(tmp_path)
     with EngineGateway(tmp_path / "data", comfyui.url) as before:
         job_id = before.submit(gate.graph())
@@ -135,9 +135,7 @@ def test_what_finished_while_nobody_watched_was_not_too_late(tmp_path: Path, com
         assert after.ended(job_id).state is JobState.COMPLETED
 
 
-def test_a_job_that_waits_in_comfyui_over_a_restart_is_given_its_whole_time(
-    tmp_path: Path, comfyui: EmulatedComfyUI
-) -> None:
+def test_waiting_in_comfyui_during_a_restart_costs_no_time(tmp_path: Path, comfyui: EmulatedComfyUI) -> None:
     gate = Gate(tmp_path)
     comfyui.submit(gate.graph())
     gate.wait_until_run()
@@ -153,7 +151,7 @@ def test_a_job_that_waits_in_comfyui_over_a_restart_is_given_its_whole_time(
         assert after.ended(job_id).state is JobState.COMPLETED
 
 
-def test_a_job_that_is_run_again_is_given_its_whole_time(tmp_path: Path, comfyui: EmulatedComfyUI) -> None:
+def test_a_rerun_job_gets_its_full_time(tmp_path: Path, comfyui: EmulatedComfyUI) -> None:
     gate = Gate(tmp_path)
     with EngineGateway(tmp_path / "data", comfyui.url) as bench:
         job_id = bench.submit(gate.graph())
@@ -178,7 +176,7 @@ def running() -> Iterator[RunningJob]:
     worker.close()
 
 
-def test_a_clock_begins_with_the_run_and_never_again(running: RunningJob) -> None:
+def test_the_clock_starts_once_with_the_run(running: RunningJob) -> None:
     for stage in (Stage.STAGING, Stage.QUEUED):
         running.enter(stage)
         assert (running.started_at, running.deadline) == (None, None)
@@ -191,7 +189,7 @@ def test_a_clock_begins_with_the_run_and_never_again(running: RunningJob) -> Non
     assert (running.started_at, running.deadline) == (started_at, deadline)
 
 
-def test_a_clock_goes_on_from_what_an_earlier_gateway_noted(running: RunningJob) -> None:
+def test_the_clock_continues_from_the_stored_start(running: RunningJob) -> None:
     running.started_at = time.time() - 90
     running.enter(Stage.QUEUED)
     assert running.deadline is None
@@ -200,7 +198,7 @@ def test_a_clock_goes_on_from_what_an_earlier_gateway_noted(running: RunningJob)
     assert 0 < running.deadline - time.monotonic() <= 10
 
 
-def test_a_clock_that_was_set_back_gives_no_more_than_the_whole_time(running: RunningJob) -> None:
+def test_a_clock_set_back_gives_no_extra_time(running: RunningJob) -> None:
     running.started_at = time.time() + 5000
     running.enter(Stage.RUNNING)
     assert running.deadline is not None

@@ -46,7 +46,7 @@ def worker(server: EmulatorServer, process: SupervisedComfyUI) -> Iterator[Worke
         yield stack.enter_context(closing(Worker(settings)))
 
 
-def test_a_job_that_finds_it_hanging_waits_for_the_next_one(
+def test_a_job_waits_for_a_hanging_comfyui_to_restart(
     server: EmulatorServer, process: SupervisedComfyUI, worker: Worker
 ) -> None:
     server.faults.hang = True
@@ -57,7 +57,7 @@ def test_a_job_that_finds_it_hanging_waits_for_the_next_one(
     assert len(process.pids) == 2
 
 
-def test_an_upload_that_finds_it_hanging_is_made_to_the_next_one(
+def test_an_upload_is_repeated_after_the_restart(
     server: EmulatorServer, process: SupervisedComfyUI, worker: Worker
 ) -> None:
     worker.run({"id": "job 1", "input": {"workflow": graphs.picture(ORANGE)}})  # its socket is kept
@@ -70,7 +70,7 @@ def test_an_upload_that_finds_it_hanging_is_made_to_the_next_one(
     assert len(process.pids) == 2
 
 
-def test_a_job_that_is_cancelled_does_not_leave_its_prompt_in_it(
+def test_a_cancelled_job_leaves_no_prompt_in_a_hanging_comfyui(
     server: EmulatorServer, process: SupervisedComfyUI, worker: Worker
 ) -> None:
     running = RunningJob(worker, {"id": "job", "input": {"workflow": graphs.work(60, steps=600)}})

@@ -102,7 +102,7 @@ def assert_nothing_is_left(cache_dir: Path) -> None:
     assert left == []
 
 
-def test_there_are_enough_of_them_and_none_twice() -> None:
+def test_there_are_enough_distinct_cases() -> None:
     assert len(ALL) >= 300
     for cases in (ADDRESSES["cases"], URLS["cases"], REDIRECTS["cases"], ANSWERS, NAMES, JOBS, DISGUISES):
         assert len({case["why"] for case in cases}) == len(cases)
@@ -112,7 +112,7 @@ def test_there_are_enough_of_them_and_none_twice() -> None:
 
 
 @pytest.mark.parametrize("case", [*ADDRESSES["cases"], *URLS["cases"]], ids=why)
-def test_a_url_is_refused_before_anything_is_reached(
+def test_hostile_urls_are_rejected_before_any_connection(
     case: dict[str, Any], settings: Settings, internet: FakeInternet, cache_dir: Path
 ) -> None:
     with pytest.raises((InvalidInput, InputFetchFailed)) as refused:
@@ -132,7 +132,7 @@ def test_a_url_is_refused_before_anything_is_reached(
 
 
 @pytest.mark.parametrize("case", REDIRECTS["cases"], ids=why)
-def test_a_redirect_is_looked_at_like_a_url(
+def test_redirects_are_checked_like_urls(
     case: dict[str, Any], settings: Settings, files: FileServer, public_server: FakeInternet, cache_dir: Path
 ) -> None:
     headers = {} if case["location"] is None else {"Location": case["location"]}
@@ -147,7 +147,7 @@ def test_a_redirect_is_looked_at_like_a_url(
     assert_nothing_is_left(cache_dir)
 
 
-def test_a_name_is_looked_up_once_and_only_that_address_is_connected_to(
+def test_a_host_name_is_resolved_once_and_pinned(
     monkeypatch: pytest.MonkeyPatch, settings: Settings, files: FileServer
 ) -> None:
     """DNS rebinding: what a name means when it is checked is what is connected to."""
@@ -172,7 +172,7 @@ def test_the_environments_proxy_is_not_used(
 
 
 @pytest.mark.parametrize("case", ANSWERS, ids=why)
-def test_an_answer_is_refused_in_time_and_leaves_nothing(
+def test_hostile_responses_are_rejected_in_time(
     case: dict[str, Any], settings: Settings, files: FileServer, public_server: FakeInternet, cache_dir: Path
 ) -> None:
     repeated = case.get("repeated", "").encode() * case.get("times", 1)
@@ -200,7 +200,7 @@ def test_an_answer_is_refused_in_time_and_leaves_nothing(
 
 
 @pytest.mark.parametrize("case", NAMES, ids=why)
-def test_a_name_is_refused(case: dict[str, Any], internet: FakeInternet) -> None:
+def test_hostile_names_are_rejected(case: dict[str, Any], internet: FakeInternet) -> None:
     file = {"name": case["name"], "image": data_uri(png((1, 2, 3)))}
     with pytest.raises(InvalidInput, match=re.escape(case["sentence"])):
         parse_job({"id": "job", "input": {"workflow": inverted("a.png"), "images": [file]}})
@@ -208,11 +208,11 @@ def test_a_name_is_refused(case: dict[str, Any], internet: FakeInternet) -> None
 
 
 @pytest.mark.parametrize("case", JOBS, ids=why)
-def test_an_input_is_refused(case: dict[str, Any], internet: FakeInternet) -> None:
+def test_hostile_inputs_are_rejected(case: dict[str, Any], internet: FakeInternet) -> None:
     given = case["input"]
     if isinstance(given, dict) and "times" in given:
         given = given["repeated"] * given["times"]
-        gc.collect()  # what is finalized at the recursion limit fails, whoever left it
+        gc.collect()  # what is finalized at the recursion limit fails, wherever it comes from
     with pytest.raises((InvalidInput, InvalidWorkflow), match=re.escape(case["sentence"])) as refused:
         parse_job({"id": "job", "input": given})
     assert "/etc/passwd" not in json.dumps(refused.value.as_output())
@@ -233,9 +233,7 @@ def client(comfy: EmulatorServer, settings: Settings) -> Iterator[ComfyClient]:
 
 
 @pytest.mark.parametrize("case", DISGUISES, ids=why)
-def test_what_poses_as_a_picture_never_reaches_comfyui(
-    case: dict[str, Any], comfy: EmulatorServer, client: ComfyClient
-) -> None:
+def test_disguised_files_never_reach_comfyui(case: dict[str, Any], comfy: EmulatorServer, client: ComfyClient) -> None:
     job = parse_job(job_with(name=case["name"], image=case["content"]))
     with pytest.raises(InvalidInput) as refused:
         stage_inputs(job, copy_graph(job.workflow), client, Stop())
@@ -274,7 +272,7 @@ def test_too_many_files_are_refused_before_any_is_fetched(
     assert not files.requests
 
 
-def test_a_file_in_the_job_has_the_same_limit_as_one_by_url(client: ComfyClient) -> None:
+def test_inline_files_have_the_same_limit_as_urls(client: ComfyClient) -> None:
     content = base64.b64encode(bytes(1024 * 1024 + 1)).decode()
     job = parse_job(job_with(name="large.png", image=content))
     with pytest.raises(InvalidInput, match=r"'large\.png' is larger than an input may be, 1 MB"):

@@ -19,12 +19,12 @@ CASES = json.loads((Path(__file__).parents[1] / "data/hostile/s3.json").read_tex
 WORKFLOW = {"1": {"class_type": "SaveImage", "inputs": {}}}
 
 
-def test_there_are_enough_and_none_twice() -> None:
+def test_there_are_enough_distinct_cases() -> None:
     assert len({case["why"] for case in CASES}) == len(CASES) >= 40
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["why"])
-def test_it_is_refused_with_its_sentence(environment: pytest.MonkeyPatch, case: dict[str, Any]) -> None:
+def test_hostile_buckets_are_rejected_with_their_error(environment: pytest.MonkeyPatch, case: dict[str, Any]) -> None:
     variables = dict(case["settings"])
     if "BUCKET_ENDPOINT_URL" in variables:
         variables = {"BUCKET_ACCESS_KEY_ID": ACCESS_KEY, "BUCKET_SECRET_ACCESS_KEY": SECRET_KEY, **variables}
@@ -48,7 +48,7 @@ OWN = [case for case in CASES if "job" not in case and "BUCKET_ENDPOINT_URL" in 
 
 
 @pytest.mark.parametrize("case", OWN, ids=lambda case: case["why"])
-def test_a_worker_knows_at_its_start(environment: pytest.MonkeyPatch, case: dict[str, Any]) -> None:
+def test_a_worker_checks_its_bucket_at_startup(environment: pytest.MonkeyPatch, case: dict[str, Any]) -> None:
     keys = {"BUCKET_ACCESS_KEY_ID": ACCESS_KEY, "BUCKET_SECRET_ACCESS_KEY": SECRET_KEY}
     for name, value in {**keys, **case["settings"]}.items():
         environment.setenv(name, value)

@@ -243,26 +243,26 @@ def assert_round_trip(bench: Bench, trip: Trip, result: JobResult) -> None:
 
 
 @pytest.mark.parametrize("name", ["{}", "sub folder/{}", "Größe é/日本 {}"])
-def test_there_and_back_as_base64(bench: Bench, trip: Trip, name: str) -> None:
+def test_round_trip_as_base64(bench: Bench, trip: Trip, name: str) -> None:
     named = name.format(trip.name)
     result, _job = bench.run(trip.workflow(named), {"name": named, "image": base64.b64encode(trip.content).decode()})
     assert_round_trip(bench, trip, result)
 
 
-def test_there_and_back_by_url(bench: Bench, trip: Trip, files: FileServer) -> None:
+def test_round_trip_by_url(bench: Bench, trip: Trip, files: FileServer) -> None:
     url = files.put(f"/{trip.name}", trip.content)
     result, _job = bench.run(trip.workflow(f"{trip.name} [input]"), {"name": trip.name, "url": f"{url}?signature=x"})
     assert_round_trip(bench, trip, result)
 
 
-def test_there_and_back_out_of_the_workers_bucket(bench: Bench, trip: Trip, s3: S3Server, bucket: str) -> None:
+def test_round_trip_from_the_workers_bucket(bench: Bench, trip: Trip, s3: S3Server, bucket: str) -> None:
     s3.client.put_object(Bucket=bucket, Key=f"in/{trip.name}", Body=trip.content)
     result, _job = bench.run(trip.workflow(), {"name": trip.name, "url": f"s3://{bucket}/in/{trip.name}"})
     assert_round_trip(bench, trip, result)
 
 
 @pytest.mark.parametrize("last", ["/{}", "/download", "/file.php?name={}"], ids=["named", "bare", "misnamed"])
-def test_there_and_back_by_url_in_the_workflow(bench: Bench, trip: Trip, files: FileServer, last: str) -> None:
+def test_round_trip_by_url_in_the_workflow(bench: Bench, trip: Trip, files: FileServer, last: str) -> None:
     path = last.format(trip.name)
     files.put(path.partition("?")[0], trip.content)
     result, job = bench.run(trip.workflow(files.url + path))
@@ -272,7 +272,7 @@ def test_there_and_back_by_url_in_the_workflow(bench: Bench, trip: Trip, files: 
     assert trip.loader == "LoadLatent" or loaded.endswith(Path(trip.name).suffix)
 
 
-def test_there_and_back_as_a_data_uri_in_the_workflow(bench: Bench, trip: Trip) -> None:
+def test_round_trip_as_a_data_uri_in_the_workflow(bench: Bench, trip: Trip) -> None:
     uri = f"data:application/octet-stream;base64,{base64.b64encode(trip.content).decode()}"
     result, _job = bench.run(trip.workflow(uri))
     assert_round_trip(bench, trip, result)
@@ -368,7 +368,7 @@ def test_a_3d_file_beside_the_jobs_folder_is_cleaned_up_too(settings: Settings) 
 # --------------------------------------------------------------------------------------------- what is named
 
 
-def test_a_url_of_a_medium_is_replaced_in_every_input(bench: Bench, files: FileServer) -> None:
+def test_media_urls_are_replaced_in_every_input(bench: Bench, files: FileServer) -> None:
     url = files.put("/prompt.png", png(RED))
     bare = files.put("/bare", ServedFile(b"<svg/>", headers={"Content-Type": "image/svg+xml"}))
     for _cached in range(2):
@@ -395,9 +395,7 @@ def test_a_url_of_a_medium_is_replaced_in_every_input(bench: Bench, files: FileS
         (b"just text", ""),
     ],
 )
-def test_a_url_of_something_else_stays_in_a_text(
-    bench: Bench, files: FileServer, content: bytes, declared: str
-) -> None:
+def test_other_urls_stay_in_texts(bench: Bench, files: FileServer, content: bytes, declared: str) -> None:
     url = files.put("/page", ServedFile(content, headers={"Content-Type": declared}))
     result, _job = bench.run(
         {"1": node("PreviewAny", source=url), "2": node("PreviewAny", source=f"see {files.url}/prompt.png")}
@@ -406,7 +404,7 @@ def test_a_url_of_something_else_stays_in_a_text(
     assert result.warnings == ()
 
 
-def test_a_large_file_that_is_no_medium_is_not_fetched_whole(bench: Bench, files: FileServer) -> None:
+def test_large_files_that_are_not_media_are_not_fetched_completely(bench: Bench, files: FileServer) -> None:
     endless = RawAnswer(b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 100_000, closes=False)
     url = files.put("/endless", endless)
     graph = bench.stage({"1": node("PreviewAny", source=url)})
@@ -416,7 +414,7 @@ def test_a_large_file_that_is_no_medium_is_not_fetched_whole(bench: Bench, files
 @pytest.mark.parametrize(
     "name", ["url", "image_url", "imageUrl", "URL", "video-uri", "link", "webhook", "api_endpoint", "urls", "baseurl"]
 )
-def test_a_url_stays_where_the_input_is_for_urls(bench: Bench, files: FileServer, name: str) -> None:
+def test_url_inputs_keep_their_url(bench: Bench, files: FileServer, name: str) -> None:
     url = files.put("/own.png", png(RED))
     files.requests.clear()
     graph = bench.stage({"1": node("PreviewAny", **{name: url}), "2": node("PreviewAny", source={name: url})})
@@ -424,7 +422,7 @@ def test_a_url_stays_where_the_input_is_for_urls(bench: Bench, files: FileServer
     assert not files.requests
 
 
-def test_a_url_in_a_text_that_cannot_be_fetched_stays_with_a_warning(bench: Bench, files: FileServer) -> None:
+def test_an_unreachable_url_in_a_text_stays_with_a_warning(bench: Bench, files: FileServer) -> None:
     url = f"{files.url}/nothing.png"
     result, _job = bench.run({"7": node("PreviewAny", source=url)})
     assert [text.text for text in result.texts] == [url]
@@ -443,7 +441,7 @@ def test_a_model_is_not_fetched_into_the_inputs(bench: Bench, files: FileServer)
     assert not files.requests
 
 
-def test_the_same_url_is_one_file_however_often_it_is_named(bench: Bench, files: FileServer) -> None:
+def test_a_repeated_url_is_one_file(bench: Bench, files: FileServer) -> None:
     url = files.put("/same.png", png(RED))
     files.requests.clear()
     first, second = inverted(url), inverted(url)
@@ -467,7 +465,7 @@ def test_two_urls_that_end_alike_are_two_files(bench: Bench, files: FileServer) 
     assert contents == [png(RED), png(TEAL), png((1, 2, 3))]
 
 
-def test_two_jobs_with_the_same_name_never_meet(bench: Bench) -> None:
+def test_equal_names_in_two_jobs_never_collide(bench: Bench) -> None:
     graphs = [
         bench.stage(inverted("input.png"), {"name": "input.png", "image": data_uri(png(color))})
         for color in (RED, TEAL)
@@ -475,7 +473,7 @@ def test_two_jobs_with_the_same_name_never_meet(bench: Bench) -> None:
     assert [bench.read(graph["1"]["inputs"]["image"]) for graph in graphs] == [png(RED), png(TEAL)]
 
 
-def test_what_nobody_names_is_uploaded_too(bench: Bench, files: FileServer) -> None:
+def test_unreferenced_files_are_uploaded_too(bench: Bench, files: FileServer) -> None:
     url = files.put("/unused.png", png(TEAL))
     result, job = bench.run(
         inverted("a.png"), {"name": "a.png", "image": data_uri(png(RED))}, {"name": "un/used.png", "url": url}
@@ -484,7 +482,7 @@ def test_what_nobody_names_is_uploaded_too(bench: Bench, files: FileServer) -> N
     assert bench.read(f"{job.prompt_id}/un/used.png") == png(TEAL)
 
 
-def test_what_nobody_names_does_not_fail_the_job(bench: Bench, files: FileServer) -> None:
+def test_unreferenced_files_do_not_fail_the_job(bench: Bench, files: FileServer) -> None:
     missing = {"name": "b.png", "url": f"{files.url}/gone/b.png"}
     result, _job = bench.run(inverted("a.png"), {"name": "a.png", "image": data_uri(png(RED))}, missing)
     [warning] = result.warnings
@@ -501,7 +499,7 @@ PATH_LOADER = {
 }
 
 
-def test_a_file_is_found_by_a_text_that_is_its_name(settings: Settings) -> None:
+def test_files_are_found_by_name_in_texts(settings: Settings) -> None:
     registry = NodeRegistry({"LoadPath": REGISTRY.nodes["LoadImage"]})
     with (
         EmulatorServer(registry=registry, object_info={"LoadPath": PATH_LOADER}) as server,
@@ -574,9 +572,7 @@ def test_lists_of_folders_and_files_of_unknown_nodes(settings: Settings) -> None
 # ----------------------------------------------------------------------------------------------------- cache
 
 
-def test_a_later_job_fetches_nothing_that_did_not_change(
-    bench: Bench, files: FileServer, s3: S3Server, bucket: str
-) -> None:
+def test_unchanged_files_are_not_fetched_again(bench: Bench, files: FileServer, s3: S3Server, bucket: str) -> None:
     s3.client.put_object(Bucket=bucket, Key="kept.png", Body=png(TEAL))
     url = files.put("/kept.png", png(RED))
     workflow = {"1": node("LoadImage", image=url), "2": node("LoadImage", image=f"s3://{bucket}/kept.png")}
@@ -587,7 +583,7 @@ def test_a_later_job_fetches_nothing_that_did_not_change(
         assert [bench.read(graph[node_id]["inputs"]["image"]) for node_id in "12"] == [png(RED), png(TEAL)]
 
 
-def test_an_object_is_asked_for_on_the_condition_that_it_changed(settings: Settings, s3: S3Server, bucket: str) -> None:
+def test_objects_are_requested_conditionally(settings: Settings, s3: S3Server, bucket: str) -> None:
     def fetch() -> bytes:
         with (
             closing(Signer(None, settings)) as signer,
@@ -626,7 +622,7 @@ def test_a_jobs_own_bucket(bench: Bench, s3: S3Server) -> None:
         assert bench.read(bench.loaded(result, "1", "image")) == png(RED)
 
 
-def test_a_jobs_own_bucket_that_the_worker_does_not_take(settings: Settings, s3: S3Server, bucket: str) -> None:
+def test_a_jobs_own_bucket_that_the_worker_disallows(settings: Settings, s3: S3Server, bucket: str) -> None:
     careful = settings.model_copy(update={"allow_job_bucket": False})
     with (
         closing(ComfyClient(careful)) as client,
@@ -649,7 +645,7 @@ def test_a_jobs_own_bucket_that_the_worker_does_not_take(settings: Settings, s3:
         ),
     ],
 )
-def test_an_object_that_cannot_be_had(bench: Bench, bucket: str, url: str, sentence: str) -> None:
+def test_an_unavailable_object(bench: Bench, bucket: str, url: str, sentence: str) -> None:
     with pytest.raises(InputFetchFailed) as failed:
         bench.stage(inverted(url.format(bucket=bucket)))
     assert failed.value.message == f"{UPLOAD_FAILED}: {sentence.format(bucket=bucket)}"
@@ -670,7 +666,7 @@ def test_several_failures_are_named_together(bench: Bench, files: FileServer) ->
     assert set(failed.value.message.removeprefix(f"{UPLOAD_FAILED}: ").split("; ")) <= sentences
 
 
-def test_one_that_cannot_be_had_ends_the_others(bench: Bench, files: FileServer) -> None:
+def test_one_unavailable_file_aborts_the_others(bench: Bench, files: FileServer) -> None:
     silent = files.put("/silent.png", RawAnswer(b"HTTP/1.1 200 OK\r\n", closes=False))
     late = files.put("/late-404.png", ServedFile(status=404, has_etag=False))
     workflow = {"1": node("LoadImage", image=silent), "2": node("LoadImage", image=late)}
@@ -698,7 +694,7 @@ def test_a_job_that_is_late_while_it_fetches(bench: Bench, files: FileServer) ->
         bench.run(inverted(url), timeout_s=0.2)
 
 
-def test_a_file_that_comfyui_finds_too_large(settings: Settings) -> None:
+def test_a_file_too_large_for_comfyui(settings: Settings) -> None:
     with (
         EmulatorServer(max_upload_bytes=100_000) as server,
         closing(ComfyClient(settings.model_copy(update={"comfyui_url": server.url}))) as client,
@@ -711,7 +707,7 @@ def test_a_file_that_comfyui_finds_too_large(settings: Settings) -> None:
         )
 
 
-def test_a_disk_of_comfyui_that_is_full(settings: Settings) -> None:
+def test_a_full_comfyui_disk(settings: Settings) -> None:
     """No disk is filled: ComfyUI fails as it does on a full one, and a job needs more room than any disk has."""
     with EmulatorServer() as server:
         base = {"comfyui_base_directory": str(server.base_directory), "min_free_disk_mb": 1e12}
@@ -721,7 +717,7 @@ def test_a_disk_of_comfyui_that_is_full(settings: Settings) -> None:
             Bench(client, StorageFactory(full)).stage(inverted("a.png"), {"name": "a.png", "image": data_uri(png(RED))})
 
 
-def test_a_comfyui_that_comes_back_gets_the_whole_file(settings: Settings) -> None:
+def test_a_returning_comfyui_gets_the_whole_file(settings: Settings) -> None:
     with EmulatorServer() as server:
         server.faults.lose_answer("/upload/image")
         with closing(ComfyClient(settings.model_copy(update={"comfyui_url": server.url}))) as client:

@@ -37,13 +37,13 @@ NOT_OF_JOBS = ("endpoint_id", "workflow_id", "name", "folder")
 
 @dataclass(frozen=True)
 class Running:
-    """An application, and what is behind its doors."""
+    """An application, and what is behind its APIs."""
 
     client: TestClient
     gateway: Gateway
 
     def submit(self, key: dict[str, str], **arguments: Any) -> JobRecord:
-        """Queue a job with a key, through the service that doors use."""
+        """Queue a job with a key, through the service that the APIs use."""
         with acting_as(KEYS.check(key["Authorization"])):
             return asyncio.run(self.gateway.service.submit(EXAMPLE_JOB, **arguments))
 
@@ -106,11 +106,11 @@ def answer(client: TestClient, key: dict[str, str], method: str, path: str, job_
     """Return status and body of an answer, without the id that was asked for."""
     where = filled(path, job_id)
     assert where is not None
-    told = client.request(method, where, headers=key)
-    return told.status_code, told.text.replace(job_id, "…").replace(job_id.removesuffix("-1"), "…")
+    response = client.request(method, where, headers=key)
+    return response.status_code, response.text.replace(job_id, "…").replace(job_id.removesuffix("-1"), "…")
 
 
-def test_another_keys_job_is_on_every_route_as_if_it_were_not_there(running: Running) -> None:
+def test_another_keys_job_is_not_found_on_any_route(running: Running) -> None:
     client = running.client
     running.submit(ALICE, job_id=JOB, details={"batch_id": BATCH})
     put(running.gateway, JOB)
@@ -126,7 +126,7 @@ def test_another_keys_job_is_on_every_route_as_if_it_were_not_there(running: Run
             assert (answer(client, key, method, path, JOB)[0] != 404) is is_there, (method, path)
 
 
-def test_another_keys_job_is_not_told_of_on_any_websocket(running: Running) -> None:
+def test_another_keys_job_is_not_found_on_any_websocket(running: Running) -> None:
     client = running.client
     running.submit(ALICE, job_id="x")
     for path in sockets(client):
@@ -141,7 +141,7 @@ def test_another_keys_job_is_not_told_of_on_any_websocket(running: Running) -> N
                 assert websocket.receive_json()
 
 
-def test_lists_name_a_keys_own_jobs_alone(running: Running) -> None:
+def test_lists_contain_only_the_keys_own_jobs(running: Running) -> None:
     mine = [running.submit(ALICE).id, running.submit(BOB).id, running.submit(ALICE).id]
     shown = {"alice": [mine[0], mine[2]], "bob": [mine[1]], "root": mine}
     for key, name in ((ALICE, "alice"), (BOB, "bob"), (ROOT, "root")):
@@ -154,7 +154,7 @@ def test_lists_name_a_keys_own_jobs_alone(running: Running) -> None:
 
 
 @pytest.mark.parametrize("path", ["/purge-queue", "/v2/local/purge-queue"])
-def test_a_purge_cancels_a_keys_own_jobs_alone(running: Running, path: str) -> None:
+def test_a_purge_cancels_only_the_keys_own_jobs(running: Running, path: str) -> None:
     alices, bobs = running.submit(ALICE).id, running.submit(BOB).id
     assert running.client.post(path, headers=BOB).json()["removed"] == 1
     assert (running.state(alices), running.state(bobs)) == (JobState.IN_QUEUE, JobState.CANCELLED)
@@ -174,7 +174,7 @@ def test_the_same_idempotency_or_cache_key_of_two_keys_is_two_jobs(running: Runn
     assert len({*ids, *cached}) == 4
 
 
-def test_an_id_that_another_key_uses_is_only_said_to_be_taken(running: Running) -> None:
+def test_another_keys_id_is_only_reported_as_taken(running: Running) -> None:
     request = {"input": {"request_id": "order-1", "workflow_json": EXAMPLE_JOB["input"]["workflow"]}}
     assert running.client.post("/generate", json=request, headers=ALICE).status_code == 202
     refused = running.client.post("/generate", json=request, headers=BOB)
@@ -191,7 +191,7 @@ def put(gateway: Gateway, job_id: str) -> None:
 
 
 @pytest.mark.parametrize("root", ["/assets", "/api/v1/images/generated"])
-def test_a_file_is_its_keys_own_and_a_links(running: Running, root: str) -> None:
+def test_a_file_needs_its_key_or_a_signed_link(running: Running, root: str) -> None:
     client = running.client
     alices, bobs = running.submit(ALICE).id, running.submit(BOB).id
     put(running.gateway, alices)
@@ -202,7 +202,7 @@ def test_a_file_is_its_keys_own_and_a_links(running: Running, root: str) -> None
         assert client.get(f"{root}/{path}", headers=BOB).status_code == 404
 
 
-def test_without_a_caller_nothing_is_shown(running: Running) -> None:
+def test_nothing_is_shown_without_a_caller(running: Running) -> None:
     job_id = running.submit(ALICE).id
     with acting_as(None), pytest.raises(RuntimeError, match="without a caller"):
         asyncio.run(running.gateway.service.get(job_id))

@@ -45,7 +45,7 @@ def victim() -> Iterator[EmulatedComfyUI]:
 
 
 @pytest.fixture(autouse=True)
-def all_is_well(environment: pytest.MonkeyPatch, victim: EmulatedComfyUI) -> Iterator[None]:
+def assert_next_job_succeeds(environment: pytest.MonkeyPatch, victim: EmulatedComfyUI) -> Iterator[None]:
     """Take the settings of this machine away, and whatever a test did to ComfyUI."""
     yield
     victim.server.faults.clear()
@@ -416,7 +416,7 @@ def test_w36_w221_s106_progress_queue_position_previews(victim: EmulatedComfyUI,
     assert [event.node_id for event in running.all(NodeStarted)][-1] == "9"
 
 
-def test_p18_health_that_harms(victim: EmulatedComfyUI, worker: Worker, gate: Gate) -> None:
+def test_p18_harmful_health_checks(victim: EmulatedComfyUI, worker: Worker, gate: Gate) -> None:
     RunningJob(worker, job(gate.graph()))
     gate.wait_until_run()
     # Only the length of the queue is asked for: nothing that opens a device, and nothing that waits for the GPU.

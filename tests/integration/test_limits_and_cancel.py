@@ -105,7 +105,7 @@ def test_a_waiting_prompt_that_takes_too_long(victim: EmulatedComfyUI, gate: Gat
 
 
 @pytest.mark.parametrize("limit", LIMITS)
-def test_an_older_comfyui_that_interrupts_whatever_runs_harms_nobody_else(
+def test_an_older_comfyui_does_not_interrupt_other_prompts(
     victim: EmulatedComfyUI, gate: Gate, tmp_path: Path, limit: str
 ) -> None:
     victim.server.faults.interrupt_ignores_prompt_id = True
@@ -121,20 +121,22 @@ def test_an_older_comfyui_that_interrupts_whatever_runs_harms_nobody_else(
     assert victim.succeeded(behind)
 
 
-def test_the_same_while_the_prompt_waits(victim: EmulatedComfyUI, gate: Gate, tmp_path: Path) -> None:
+def test_an_older_comfyui_does_not_interrupt_other_prompts_while_ours_waits(
+    victim: EmulatedComfyUI, gate: Gate, tmp_path: Path
+) -> None:
     victim.server.faults.interrupt_ignores_prompt_id = True
     with another_running(victim, tmp_path), working(victim, workflow_timeout_s=LIMIT_S) as worker:
         assert RunningJob(worker, job(gate.graph())).output()["code"] == "timed_out"
 
 
-def test_a_limit_counts_while_comfyui_is_waited_for() -> None:
+def test_the_limit_includes_waiting_for_comfyui() -> None:
     with closed_port() as port, closing(Worker(shrunk(f"http://127.0.0.1:{port}"))) as worker:
         wish = {"policy": {"executionTimeout": 1000 * LIMIT_S}}
         output = RunningJob(worker, job(graphs.picture(ORANGE), **wish)).output()
     assert (output["code"], output["error"]) == ("timed_out", "The job took longer than 0.4 seconds")
 
 
-def test_a_second_attempt_does_not_start_the_clock_again(victim: EmulatedComfyUI, gate: Gate, tmp_path: Path) -> None:
+def test_a_second_attempt_does_not_reset_the_clock(victim: EmulatedComfyUI, gate: Gate, tmp_path: Path) -> None:
     blocker = Gate(tmp_path)
     victim.submit(blocker.graph())
     blocker.wait_until_run()
@@ -153,7 +155,7 @@ def test_a_workflow_without_a_sign_of_progress(victim: EmulatedComfyUI, gate: Ga
     assert victim.running() == []
 
 
-def test_progress_is_a_sign_of_progress(victim: EmulatedComfyUI) -> None:
+def test_progress_resets_the_stall_timeout(victim: EmulatedComfyUI) -> None:
     stall_s = 1.0
     with working(victim, comfyui_stall_timeout_s=stall_s) as worker:
         running = RunningJob(worker, job(graphs.work(2 * stall_s, steps=40)))
@@ -161,7 +163,7 @@ def test_progress_is_a_sign_of_progress(victim: EmulatedComfyUI) -> None:
     assert running.all(NodeProgress)
 
 
-def test_waiting_behind_another_is_no_lack_of_progress(victim: EmulatedComfyUI, gate: Gate, tmp_path: Path) -> None:
+def test_waiting_in_the_queue_is_not_a_stall(victim: EmulatedComfyUI, gate: Gate, tmp_path: Path) -> None:
     stall_s = 0.6
     blocker = Gate(tmp_path)
     victim.submit(blocker.graph())
@@ -201,9 +203,7 @@ def test_a_job_is_cancelled_at_every_stage(victim: EmulatedComfyUI, gate: Gate, 
         assert "error" not in RunningJob(worker, job(graphs.picture(ORANGE))).output()
 
 
-def test_a_waiting_prompt_is_cancelled_and_the_running_one_is_not(
-    victim: EmulatedComfyUI, gate: Gate, tmp_path: Path
-) -> None:
+def test_only_the_waiting_prompt_is_cancelled(victim: EmulatedComfyUI, gate: Gate, tmp_path: Path) -> None:
     victim.server.faults.interrupt_ignores_prompt_id = True
     with another_running(victim, tmp_path), working(victim) as worker:
         running = RunningJob(worker, job(gate.graph()))
@@ -228,7 +228,7 @@ def test_a_running_prompt_is_cancelled(victim: EmulatedComfyUI, gate: Gate, mish
     assert victim.running() == victim.pending() == []
 
 
-def test_a_job_is_cancelled_while_comfyui_is_waited_for() -> None:
+def test_a_job_is_cancelled_while_waiting_for_comfyui() -> None:
     with closed_port() as port, closing(Worker(shrunk(f"http://127.0.0.1:{port}"))) as worker:
         running = RunningJob(worker, job(graphs.picture(ORANGE)))
         running.wait_for_notice("Waiting for ComfyUI")
@@ -236,7 +236,7 @@ def test_a_job_is_cancelled_while_comfyui_is_waited_for() -> None:
         assert running.output()["code"] == "cancelled"
 
 
-def test_a_job_is_cancelled_while_a_file_goes_up(victim: EmulatedComfyUI) -> None:
+def test_a_job_is_cancelled_during_an_upload(victim: EmulatedComfyUI) -> None:
     faults = victim.server.faults
     faults.slow_down(0.3, "/upload/image")
     with working(victim) as worker:
@@ -248,7 +248,7 @@ def test_a_job_is_cancelled_while_a_file_goes_up(victim: EmulatedComfyUI) -> Non
     assert submitted(victim) == []
 
 
-def test_a_job_is_cancelled_while_its_outputs_come_down(victim: EmulatedComfyUI, tmp_path: Path) -> None:
+def test_a_job_is_cancelled_during_a_download(victim: EmulatedComfyUI, tmp_path: Path) -> None:
     victim.server.faults.slow_down(0.5, "/view")
     delivered = tmp_path / "delivered"
     settings = {"local_delivery_dir": str(delivered), "local_delivery_url": "http://127.0.0.1/files"}
@@ -261,7 +261,7 @@ def test_a_job_is_cancelled_while_its_outputs_come_down(victim: EmulatedComfyUI,
         assert running.output()["code"] == "cancelled"
 
 
-def test_a_node_that_heeds_no_interrupt_holds_nobody_up(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_node_that_ignores_interrupts_delays_nobody(caplog: pytest.LogCaptureFixture) -> None:
     """The prompt stays in ComfyUI until the node is done; that is said in the log, and the job ends."""
     begun, done = threading.Event(), threading.Event()
 
@@ -295,7 +295,7 @@ def half_invalid() -> graphs.Graph:
     return graph
 
 
-def test_what_comfyui_skips_is_a_warning(victim: EmulatedComfyUI) -> None:
+def test_skipped_outputs_are_a_warning(victim: EmulatedComfyUI) -> None:
     with working(victim) as worker:
         output = RunningJob(worker, job(half_invalid())).output()
     assert [image["node_id"] for image in output["images"]] == ["9"]
@@ -304,7 +304,7 @@ def test_what_comfyui_skips_is_a_warning(victim: EmulatedComfyUI) -> None:
     assert "-1" in warning
 
 
-def test_what_comfyui_skips_is_a_failure_where_the_job_is_strict(victim: EmulatedComfyUI) -> None:
+def test_skipped_outputs_fail_a_strict_job(victim: EmulatedComfyUI) -> None:
     with working(victim) as worker:
         output = RunningJob(worker, job(half_invalid(), strict=True)).output()
     assert output["code"] == "invalid_workflow"
@@ -314,7 +314,7 @@ def test_what_comfyui_skips_is_a_failure_where_the_job_is_strict(victim: Emulate
 
 
 @pytest.mark.parametrize("lost", [1, 2])
-def test_an_answer_to_a_submission_that_is_lost_is_looked_up(victim: EmulatedComfyUI, gate: Gate, lost: int) -> None:
+def test_a_lost_submission_response_is_looked_up(victim: EmulatedComfyUI, gate: Gate, lost: int) -> None:
     victim.server.faults.lose_answer("/prompt", times=lost)
     gate.open()
     with working(victim) as worker:
@@ -324,7 +324,7 @@ def test_an_answer_to_a_submission_that_is_lost_is_looked_up(victim: EmulatedCom
     assert gate.runs == 1
 
 
-def test_a_submission_that_is_refused_by_a_broken_comfyui_is_not_repeated(victim: EmulatedComfyUI) -> None:
+def test_a_submission_rejected_by_a_broken_comfyui_is_not_repeated(victim: EmulatedComfyUI) -> None:
     victim.server.faults.answer_with(500, "/prompt", method="POST", times=None)
     with working(victim) as worker:
         output = RunningJob(worker, job(graphs.picture(ORANGE))).output()
@@ -333,9 +333,7 @@ def test_a_submission_that_is_refused_by_a_broken_comfyui_is_not_repeated(victim
     assert submitted(victim) == []
 
 
-def test_a_prompt_that_may_have_begun_when_its_answer_was_lost_is_not_sent_again(
-    victim: EmulatedComfyUI, gate: Gate
-) -> None:
+def test_a_possibly_started_prompt_is_not_resubmitted(victim: EmulatedComfyUI, gate: Gate) -> None:
     victim.server.faults.lose_answer("/prompt")
     # ComfyUI dies before it can be looked up.
     victim.server.faults.slow_down(60, "/queue", times=None)
@@ -377,9 +375,9 @@ def kept(tmp_path: Path) -> Iterator[EmulatedComfyUI]:
 
 
 @pytest.mark.parametrize("end", ["success", "failure", "cancel"])
-@pytest.mark.parametrize("heard", [True, False], ids=["heard", "unheard"])
-def test_nothing_of_a_job_stays_on_the_disk(kept: EmulatedComfyUI, gate: Gate, end: str, heard: bool) -> None:
-    if not heard:
+@pytest.mark.parametrize("connected", [True, False], ids=["websocket", "polling"])
+def test_a_job_leaves_nothing_on_the_disk(kept: EmulatedComfyUI, gate: Gate, end: str, connected: bool) -> None:
+    if not connected:
         kept.refuse_websockets()
     base = kept.server.base_directory
     before = files_of_jobs(base)
@@ -397,7 +395,7 @@ def test_nothing_of_a_job_stays_on_the_disk(kept: EmulatedComfyUI, gate: Gate, e
     assert files_of_jobs(base) == before
 
 
-def test_a_full_disk_fails_the_job_before_it_is_sent(kept: EmulatedComfyUI) -> None:
+def test_a_full_disk_fails_the_job_before_submission(kept: EmulatedComfyUI) -> None:
     base = kept.server.base_directory
     with working(kept, comfyui_base_directory=str(base), min_free_disk_mb=1e12) as worker:
         output = RunningJob(worker, job(graphs.picture(ORANGE))).output()

@@ -54,27 +54,27 @@ def events(text: str) -> list[dict[str, Any]]:
     return found
 
 
-def test_events_tell_of_the_whole_way_and_end_with_the_job(gateway: GatewayProcess) -> None:
+def test_events_cover_the_whole_job_and_end_with_it(gateway: GatewayProcess) -> None:
     job_id = gateway.run(work(0.3, steps=3))
     # From the beginning: however late this client comes, it hears all.
     headers = {**gateway.headers, "Last-Event-ID": "0"}
     answer = requests.get(f"{gateway.url}/events/{job_id}", headers=headers, timeout=TIMEOUT_S)
     assert answer.headers["content-type"].startswith("text/event-stream")
-    told = events(answer.text)
-    changes = [event["data"]["status"] for event in told if event["event"] == "status"]
+    received = events(answer.text)
+    changes = [event["data"]["status"] for event in received if event["event"] == "status"]
     assert changes == ["IN_QUEUE", "IN_PROGRESS", "COMPLETED"]
-    assert told[0]["data"] == {"status": "IN_QUEUE"}
-    assert told[-1]["data"] == {"status": "COMPLETED"}
-    running = [event["data"] for event in told if event["data"].get("stage") == "running"]
+    assert received[0]["data"] == {"status": "IN_QUEUE"}
+    assert received[-1]["data"] == {"status": "COMPLETED"}
+    running = [event["data"] for event in received if event["data"].get("stage") == "running"]
     assert {data["node"]["id"] for data in running if "node" in data} >= {"3"}
     assert {data.get("step") for data in running} >= {1, 2, 3}
     percents = [data["percent"] for data in running]
     assert percents == sorted(percents)
-    numbers = [int(event["id"]) for event in told]
+    numbers = [int(event["id"]) for event in received]
     assert numbers == sorted(set(numbers))
 
 
-def test_a_client_that_comes_back_hears_what_it_missed(gateway: GatewayProcess) -> None:
+def test_a_reconnecting_client_receives_what_it_missed(gateway: GatewayProcess) -> None:
     job_id = gateway.run(picture((1, 2, 3)))
     gateway.ended(job_id)
     headers = {**gateway.headers, "Last-Event-ID": "0"}
@@ -89,15 +89,15 @@ def test_a_client_that_comes_back_hears_what_it_missed(gateway: GatewayProcess) 
     assert rest == everything[3:]
 
 
-def test_what_is_no_number_is_no_last_event_id(gateway: GatewayProcess) -> None:
+def test_an_invalid_last_event_id_is_ignored(gateway: GatewayProcess) -> None:
     job_id = gateway.run(picture((1, 2, 4)))
     gateway.ended(job_id)
     headers = {**gateway.headers, "Last-Event-ID": "nonsense"}
-    told = events(requests.get(f"{gateway.url}/events/{job_id}", headers=headers, timeout=TIMEOUT_S).text)
-    assert [event["data"] for event in told] == [{"status": "COMPLETED"}]
+    received = events(requests.get(f"{gateway.url}/events/{job_id}", headers=headers, timeout=TIMEOUT_S).text)
+    assert [event["data"] for event in received] == [{"status": "COMPLETED"}]
 
 
-def test_a_waiting_job_tells_its_place(gateway: GatewayProcess, comfyui: ComfyUI) -> None:
+def test_a_waiting_job_reports_its_position(gateway: GatewayProcess, comfyui: ComfyUI) -> None:
     first = gateway.run(work(60))
     comfyui.wait_until_running()
     waiting = [gateway.run(work(60)) for _ in range(4)]
@@ -109,12 +109,12 @@ def test_a_waiting_job_tells_its_place(gateway: GatewayProcess, comfyui: ComfyUI
         assert gateway.post(f"/cancel/{job_id}").json()["status"] == "CANCELLED"
 
 
-def test_place_and_estimated_wait_shrink_as_the_queue_moves(gateway: GatewayProcess) -> None:
+def test_position_and_estimated_wait_shrink_as_the_queue_moves(gateway: GatewayProcess) -> None:
     gateway.ended(gateway.run(work(0.6, steps=2)))
     *before, last = [gateway.run(work(0.6, steps=2)) for _ in range(6)]
-    told = [event["data"] for event in events(gateway.get(f"/events/{last}").text)]
+    received = [event["data"] for event in events(gateway.get(f"/events/{last}").text)]
     # In ComfyUI's own queue it has a place too, among those that were handed over.
-    waiting = [data for data in told if data.get("stage") != "queued" and "queue_position" in data]
+    waiting = [data for data in received if data.get("stage") != "queued" and "queue_position" in data]
     positions = [data["queue_position"] for data in waiting]
     waits = [data["estimated_wait_s"] for data in waiting]
     assert positions == sorted(positions, reverse=True)
@@ -122,7 +122,7 @@ def test_place_and_estimated_wait_shrink_as_the_queue_moves(gateway: GatewayProc
     assert positions[-1] <= 1
     assert waits[0] > waits[-1]
     assert min(waits) >= 0
-    assert told[-1] == {"status": "COMPLETED"}
+    assert received[-1] == {"status": "COMPLETED"}
     for job_id in before:
         assert gateway.ended(job_id)["status"] == "COMPLETED"
 
@@ -139,26 +139,26 @@ def socket_of(gateway: GatewayProcess, path: str) -> Iterator[websocket.WebSocke
         connection.shutdown()
 
 
-def heard(connection: websocket.WebSocket) -> Iterator[dict[str, Any]]:
+def messages_of(connection: websocket.WebSocket) -> Iterator[dict[str, Any]]:
     while text := connection.recv():
         yield json.loads(text)
 
 
-def test_a_websocket_tells_the_same_with_previews_on_request(gateway: GatewayProcess) -> None:
+def test_a_websocket_sends_the_same_events_and_previews_on_request(gateway: GatewayProcess) -> None:
     graph = work(1.0, steps=5)
     graph["3"]["inputs"]["preview"] = True
     job_id = gateway.run(graph)
     with socket_of(gateway, f"/ws/{job_id}?previews=true") as connection:
-        told = list(heard(connection))
-    assert told[-1]["data"] == {"status": "COMPLETED"}
-    previews = [event["data"] for event in told if event["event"] == "preview"]
+        received = list(messages_of(connection))
+    assert received[-1]["data"] == {"status": "COMPLETED"}
+    previews = [event["data"] for event in received if event["event"] == "preview"]
     assert previews
     assert previews[0]["mime_type"].startswith("image/")
     with socket_of(gateway, f"/ws/{job_id}?after=0") as connection:
-        assert "preview" not in {event["event"] for event in heard(connection)}
+        assert "preview" not in {event["event"] for event in messages_of(connection)}
 
 
-def test_a_websocket_to_no_job_is_refused_as_any_request(gateway: GatewayProcess) -> None:
+def test_a_websocket_for_a_missing_job_is_rejected(gateway: GatewayProcess) -> None:
     with pytest.raises(websocket.WebSocketBadStatusException) as refused, socket_of(gateway, "/ws/nothing"):
         pass
     assert refused.value.status_code == 404
@@ -173,7 +173,7 @@ def asks(gateway: GatewayProcess, path: str) -> socket.socket:
     return connection
 
 
-def test_clients_that_leave_or_do_not_read_harm_nobody(gateway: GatewayProcess) -> None:
+def test_disconnected_and_slow_clients_harm_nobody(gateway: GatewayProcess) -> None:
     graph = work(1.5, steps=100)
     graph["3"]["inputs"]["preview"] = True
     job_id = gateway.run(graph)
@@ -186,7 +186,7 @@ def test_clients_that_leave_or_do_not_read_harm_nobody(gateway: GatewayProcess) 
     assert gateway.get("/health").status_code == 200
 
 
-def test_many_streams_are_open_at_once_and_memory_stays(gateway: GatewayProcess) -> None:
+def test_many_open_streams_keep_memory_stable(gateway: GatewayProcess) -> None:
     follow(gateway)
     before = memory_mb(gateway.process)
     follow(gateway)
@@ -210,7 +210,7 @@ def follow(gateway: GatewayProcess) -> None:
         last: Any = None
         with socket_of(gateway, f"/ws/{job_id}") as connection:
             opened.release()
-            for event in heard(connection):
+            for event in messages_of(connection):
                 last = event["data"]
         return f"data: {json.dumps(last)}"
 
@@ -248,7 +248,7 @@ def test_outputs_are_served_by_link_with_type_and_ranges(gateway: GatewayProcess
     assert gateway.get(f"/assets/{job_id}/%2e%2e/%2e%2e/gateway.key").status_code == 404
 
 
-def test_a_file_and_the_readme_are_asked_for_by_head_too(gateway: GatewayProcess) -> None:
+def test_files_and_the_readme_support_head(gateway: GatewayProcess) -> None:
     done = gateway.ended(gateway.run(two_pictures((255, 0, 0), (0, 255, 0))))
     [first, _] = gateway.get(f"/status/{done['id']}?files=url").json()["output"]["images"]
     whole, head = (requests.request(method, first["data"], timeout=TIMEOUT_S) for method in ("GET", "HEAD"))
@@ -261,7 +261,7 @@ def test_a_file_and_the_readme_are_asked_for_by_head_too(gateway: GatewayProcess
         assert (answer.status_code, answer.content) == (status, b"")
 
 
-def test_an_answer_that_would_be_too_large_has_links(gateway: GatewayProcess) -> None:
+def test_an_oversized_response_has_links(gateway: GatewayProcess) -> None:
     noise = Image.frombytes("RGB", (1300, 1300), random.Random(1).randbytes(3 * 1300 * 1300))
     file = io.BytesIO()
     noise.save(file, "PNG")
@@ -279,7 +279,7 @@ def test_an_answer_that_would_be_too_large_has_links(gateway: GatewayProcess) ->
         assert len(requests.get(image["data"], timeout=TIMEOUT_S).content) > 5_000_000
 
 
-def test_figures_are_in_prometheus_form(gateway: GatewayProcess) -> None:
+def test_metrics_are_in_prometheus_format(gateway: GatewayProcess) -> None:
     gateway.ended(gateway.run(picture((7, 7, 7))))
 
     def figures() -> str:
@@ -293,7 +293,7 @@ def test_figures_are_in_prometheus_form(gateway: GatewayProcess) -> None:
     assert gateway.get("/ready").json() == {"status": "ok"}
 
 
-def test_a_websocket_takes_any_number_to_begin_after(gateway: GatewayProcess) -> None:
+def test_a_websocket_accepts_any_number_as_after(gateway: GatewayProcess) -> None:
     job_id = gateway.run(picture((1, 2, 3)))
     gateway.ended(job_id)
     for after in ("99999999999999999999999999", "-99999999999999999999999999"):
@@ -305,7 +305,7 @@ def test_a_websocket_takes_any_number_to_begin_after(gateway: GatewayProcess) ->
     assert "because of a bug" not in gateway.process.output
 
 
-def test_a_path_of_any_length_is_refused_at_once_and_cut_in_the_log(gateway: GatewayProcess) -> None:
+def test_overlong_paths_are_rejected_at_once_and_truncated_in_the_log(gateway: GatewayProcess) -> None:
     path = "/" + "a1" * 30_000
     assert requests.get(gateway.url + path, timeout=TIMEOUT_S).status_code == 401
     assert "a1" * 200 not in gateway.process.output

@@ -47,7 +47,7 @@ def in_queue(server: EmulatorServer) -> list[str]:
 
 @pytest.mark.parametrize("path", ["/queue", "/interrupt"])
 @pytest.mark.parametrize("fault", ["error", "lost"])
-def test_one_bad_answer_does_not_leave_a_prompt_behind(
+def test_one_bad_response_does_not_orphan_a_prompt(
     server: EmulatorServer, client: ComfyClient, path: str, fault: str
 ) -> None:
     prompt_id = submit(client)
@@ -61,7 +61,7 @@ def test_one_bad_answer_does_not_leave_a_prompt_behind(
     assert in_queue(server) == []
 
 
-def test_a_comfyui_that_is_gone_is_not_asked_for_long(server: EmulatorServer, client: ComfyClient) -> None:
+def test_a_dead_comfyui_is_not_retried_for_long(server: EmulatorServer, client: ComfyClient) -> None:
     prompt_id = submit(client)
     server.kill()
 
@@ -69,7 +69,7 @@ def test_a_comfyui_that_is_gone_is_not_asked_for_long(server: EmulatorServer, cl
         client.remove(prompt_id)
 
 
-def test_a_prompt_that_is_taken_after_the_timeout_is_there_once(server: EmulatorServer, client: ComfyClient) -> None:
+def test_a_prompt_accepted_after_the_timeout_exists_once(server: EmulatorServer, client: ComfyClient) -> None:
     server.faults.slow_down(TIMEOUT_S * 2, "/prompt", method="POST")
 
     prompt_id = submit(client)
@@ -77,7 +77,7 @@ def test_a_prompt_that_is_taken_after_the_timeout_is_there_once(server: Emulator
     assert in_queue(server) == [prompt_id]
 
 
-def test_a_result_is_posted_again_for_about_a_minute() -> None:
+def test_a_result_is_retried_for_about_a_minute() -> None:
     options = result_post_retries(attempts=3)
     waits = [options.get_timeout(attempt) for attempt in range(1, options.attempts)]
 
@@ -87,7 +87,7 @@ def test_a_result_is_posted_again_for_about_a_minute() -> None:
 
 
 @pytest.mark.parametrize("path", ["/queue", "/history"])
-def test_a_question_that_is_answered_badly_does_not_hide_that_a_prompt_arrived(
+def test_a_failed_lookup_does_not_hide_an_accepted_prompt(
     server: EmulatorServer, client: ComfyClient, path: str
 ) -> None:
     server.faults.lose_answer("/prompt")

@@ -33,12 +33,12 @@ def test_make_installs_from_a_lock_with_its_hashes(target: str, lock: str, fresh
     assert all("--require-hashes" in line or "--no-deps" in line for line in commands)
 
 
-def test_another_python_has_an_environment_of_its_own() -> None:
+def test_every_python_has_its_own_environment() -> None:
     version = f"{sys.version_info[0]}.{sys.version_info[1]}"
     assert f".venv-{version}/bin/ruff" in make("lint", f"PYTHON={sys.executable}")
 
 
-def test_the_newest_versions_are_tried_without_a_lock(fresh: str) -> None:
+def test_the_newest_versions_are_installed_without_a_lock(fresh: str) -> None:
     commands = make("test-newest", fresh)
     assert "environment-newest" in commands
     assert "--upgrade --editable '.[dev]'" in commands

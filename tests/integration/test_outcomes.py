@@ -106,7 +106,7 @@ def test_death_is_noticed_within_two_seconds(socket: Socket, tmp_path: Path) -> 
 # ------------------------------------------------------------------------------------------- the websocket
 
 
-def test_a_websocket_that_comes_back_tells_the_rest(tmp_path: Path) -> None:
+def test_a_reconnected_websocket_delivers_the_rest(tmp_path: Path) -> None:
     first, second = Gate(tmp_path), Gate(tmp_path)
     graph = first.graph()
     graph["5"] = second.graph()["3"]
@@ -148,7 +148,7 @@ def test_a_websocket_cut_at_any_event_fails_no_job(event: str, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("attempts", "delay_s", "made"), [(0, 0.0, 0), (2, 0.0, 2), (5, 600.0, 1)], ids=["none", "used up", "far apart"]
 )
-def test_without_a_further_attempt_to_reopen_it_polling_goes_on(
+def test_polling_continues_without_reconnection_attempts(
     attempts: int, delay_s: float, made: int, tmp_path: Path
 ) -> None:
     with EmulatedComfyUI() as victim, proxy_to(victim) as proxy:
@@ -165,7 +165,7 @@ def test_without_a_further_attempt_to_reopen_it_polling_goes_on(
         assert proxy.refused == made
 
 
-def test_a_lost_websocket_does_not_count_as_a_workflow_that_stalls(tmp_path: Path) -> None:
+def test_a_lost_websocket_is_not_a_stalled_workflow(tmp_path: Path) -> None:
     stall_s = 0.5
     with EmulatedComfyUI() as victim, closing(Worker(shrunk(victim.url, comfyui_stall_timeout_s=stall_s))) as worker:
         gate = Gate(tmp_path)
@@ -179,7 +179,7 @@ def test_a_lost_websocket_does_not_count_as_a_workflow_that_stalls(tmp_path: Pat
         assert "error" not in running.output()
 
 
-def test_a_websocket_that_takes_no_handshake_holds_no_job_up_for_long(tmp_path: Path) -> None:
+def test_a_hanging_handshake_does_not_delay_a_job_for_long(tmp_path: Path) -> None:
     with EmulatedComfyUI() as victim:
         victim.server.faults.websocket = "hang"
         with closing(Worker(shrunk(victim.url, comfyui_request_timeout_s=1))) as worker:
@@ -188,7 +188,7 @@ def test_a_websocket_that_takes_no_handshake_holds_no_job_up_for_long(tmp_path: 
             assert "error" not in RunningJob(worker, job(gate.graph())).output(SLACK_S)
 
 
-def test_a_websocket_that_talks_nonsense_is_given_up_and_the_job_is_not(tmp_path: Path) -> None:
+def test_an_invalid_websocket_is_abandoned_but_not_the_job(tmp_path: Path) -> None:
     with (
         EmulatedComfyUI() as victim,
         proxy_to(victim) as proxy,
@@ -205,5 +205,5 @@ def test_a_websocket_that_talks_nonsense_is_given_up_and_the_job_is_not(tmp_path
 # ------------------------------------------------------------------------------------------------- the page
 
 
-def test_the_page_is_in_step() -> None:
+def test_the_page_is_up_to_date() -> None:
     assert PAGE.read_text(encoding="utf-8") == page()

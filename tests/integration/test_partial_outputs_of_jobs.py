@@ -73,7 +73,7 @@ def at_gate(worker: Worker, gate: Gate, graph: Mapping[str, Any], **more: Any) -
     return running
 
 
-def assert_has_the_picture(output: Mapping[str, Any], code: str, filename: str = "before_00001_.png") -> None:
+def assert_has_the_image(output: Mapping[str, Any], code: str, filename: str = "before_00001_.png") -> None:
     assert output["code"] == code
     assert output["error"] and output["partial"] is True and "status" not in output
     [image] = output["images"]
@@ -87,7 +87,7 @@ def test_a_node_fails(make_worker: Callable[..., Worker], victim: EmulatedComfyU
     running = at_gate(make_worker(comfyui_base_directory=base, min_free_disk_mb=0), gate, graph_with(gate))
     gate.open("something is wrong")
     output = running.output()
-    assert_has_the_picture(output, "execution_failed")
+    assert_has_the_image(output, "execution_failed")
     assert output["error"].endswith("Message: something is wrong")
     assert [text["node_id"] for text in output["texts"]] == ["22"]
     assert output["timings"]["total_ms"] >= 0
@@ -95,48 +95,46 @@ def test_a_node_fails(make_worker: Callable[..., Worker], victim: EmulatedComfyU
         assert not list((victim.server.base_directory / "output").rglob("*.png")), "the clean-up comes after"
 
 
-def test_the_picture_came_over_the_websocket(make_worker: Callable[..., Worker], gate: Gate) -> None:
+def test_an_image_from_the_websocket(make_worker: Callable[..., Worker], gate: Gate) -> None:
     running = at_gate(make_worker(), gate, graph_with(gate, "SaveImageWebsocket"))
     gate.open("something is wrong")
-    assert_has_the_picture(running.output(), "execution_failed", "websocket_21_00001_.png")
+    assert_has_the_image(running.output(), "execution_failed", "websocket_21_00001_.png")
 
 
-def test_somebody_interrupts(make_worker: Callable[..., Worker], victim: EmulatedComfyUI, gate: Gate) -> None:
+def test_an_external_interrupt(make_worker: Callable[..., Worker], victim: EmulatedComfyUI, gate: Gate) -> None:
     running = at_gate(make_worker(), gate, graph_with(gate))
     victim.interrupt()
-    assert_has_the_picture(running.output(), "cancelled")
+    assert_has_the_image(running.output(), "cancelled")
 
 
-def test_its_own_time_is_up(make_worker: Callable[..., Worker], gate: Gate) -> None:
+def test_the_job_times_out(make_worker: Callable[..., Worker], gate: Gate) -> None:
     output = at_gate(make_worker(comfyui_stall_timeout_s=3), gate, graph_with(gate)).output()
-    assert_has_the_picture(output, "timed_out")
+    assert_has_the_image(output, "timed_out")
 
 
-def test_its_time_is_up_for_who_runs_it(make_worker: Callable[..., Worker], gate: Gate) -> None:
+def test_the_gateway_times_the_job_out(make_worker: Callable[..., Worker], gate: Gate) -> None:
     """A gateway keeps the time, and stops the job."""
     running = at_gate(make_worker(), gate, graph_with(gate))
     running.stop.set(late=True)
-    assert_has_the_picture(running.output(), "cancelled")
+    assert_has_the_image(running.output(), "cancelled")
 
 
-def test_nobody_waits_for_a_job_that_was_cancelled(make_worker: Callable[..., Worker], gate: Gate) -> None:
+def test_a_cancelled_job_is_not_waited_for(make_worker: Callable[..., Worker], gate: Gate) -> None:
     running = at_gate(make_worker(), gate, graph_with(gate))
     running.stop.set()
     assert running.output() == {"error": "The job was cancelled", "code": "cancelled"}
 
 
-def test_comfyui_dies_and_its_disk_is_in_reach(
+def test_comfyui_dies_but_its_disk_is_reachable(
     make_worker: Callable[..., Worker], victim: EmulatedComfyUI, gate: Gate
 ) -> None:
     worker = make_worker(comfyui_base_directory=str(victim.server.base_directory), min_free_disk_mb=0)
     running = at_gate(worker, gate, graph_with(gate))
     victim.kill()
-    assert_has_the_picture(running.output(), "comfyui_crashed")
+    assert_has_the_image(running.output(), "comfyui_crashed")
 
 
-def test_comfyui_dies_with_what_only_it_has(
-    make_worker: Callable[..., Worker], victim: EmulatedComfyUI, gate: Gate
-) -> None:
+def test_comfyui_dies_with_its_outputs(make_worker: Callable[..., Worker], victim: EmulatedComfyUI, gate: Gate) -> None:
     running = at_gate(make_worker(comfyui_ready_timeout_s=0.2), gate, graph_with(gate))
     victim.kill()
     output = running.output()
@@ -144,7 +142,7 @@ def test_comfyui_dies_with_what_only_it_has(
     assert output["errors"] == ["Output before_00001_.png: ComfyUI does not answer any more"]
 
 
-def test_a_delivery_that_fails_does_not_hide_why_the_job_did(make_worker: Callable[..., Worker], gate: Gate) -> None:
+def test_a_failed_delivery_does_not_hide_the_jobs_error(make_worker: Callable[..., Worker], gate: Gate) -> None:
     keys = {"bucket_access_key_id": "a", "bucket_secret_access_key": "b"}
     worker = make_worker(bucket_endpoint_url="http://127.0.0.1:1/bucket", **keys)
     running = at_gate(worker, gate, graph_with(gate))
@@ -155,7 +153,7 @@ def test_a_delivery_that_fails_does_not_hide_why_the_job_did(make_worker: Callab
     assert warning.startswith("Output before_00001_.png: ")
 
 
-def test_what_does_not_fit_into_the_answer_is_said(make_worker: Callable[..., Worker], gate: Gate) -> None:
+def test_oversized_outputs_are_reported(make_worker: Callable[..., Worker], gate: Gate) -> None:
     """A bucket would take it; there is room for the failure in any case."""
     running = RunningJob(make_worker(), job(graph_with(gate)), 64 * 1024 + 300)
     gate.wait_until_run()
@@ -165,7 +163,7 @@ def test_what_does_not_fit_into_the_answer_is_said(make_worker: Callable[..., Wo
     assert output["errors"][0].startswith("Output before_00001_.png: The outputs exceed the response limit")
 
 
-def test_a_failure_of_a_job_that_had_made_nothing_is_as_it_was(make_worker: Callable[..., Worker], gate: Gate) -> None:
+def test_a_failed_job_without_outputs_is_unchanged(make_worker: Callable[..., Worker], gate: Gate) -> None:
     running = at_gate(make_worker(), gate, gate.graph())
     gate.open("something is wrong")
     assert set(running.output()) == {"error", "code", "details"}

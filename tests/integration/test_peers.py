@@ -53,15 +53,15 @@ def pair(tmp_path: Path) -> Iterator[Pair]:
 def generate(gateway: GatewayProcess, path: str = "/generate", **job_input: Any) -> dict[str, Any]:
     answer = gateway.post(path, {"input": job_input})
     assert answer.status_code in (200, 202), answer.text
-    told: dict[str, Any] = answer.json()
-    return told
+    body: dict[str, Any] = answer.json()
+    return body
 
 
-def test_a_job_of_one_is_told_of_by_the_other(pair: Pair) -> None:
+def test_a_gateway_shows_its_peers_job(pair: Pair) -> None:
     made = generate(pair.one, "/generate/sync", workflow_json=picture(RED))
-    told = pair.two.get(f"/result/{made['id']}").json()
-    assert {**told, "output": None} == {**made, "output": None}
-    [output] = told["output"]
+    body = pair.two.get(f"/result/{made['id']}").json()
+    assert {**body, "output": None} == {**made, "output": None}
+    [output] = body["output"]
     assert output["url"].startswith(pair.two.url)
     assert colors(requests.get(output["url"], timeout=TIMEOUT_S).content) == [RED]
     assert colors(pair.two.get(output["local_path"]).content) == [RED]
@@ -71,20 +71,20 @@ def test_a_job_of_one_is_told_of_by_the_other(pair: Pair) -> None:
     assert pair.two.get("/result/nobodys").status_code == 404
 
 
-def test_a_file_that_is_not_the_jobs_is_not_fetched(pair: Pair) -> None:
+def test_files_of_other_jobs_are_not_fetched(pair: Pair) -> None:
     made = generate(pair.one, "/generate/sync", workflow_json=picture(RED))
     for path in (f"/assets/{made['id']}/other.png", f"/assets/{made['id']}/%2e%2e/%2e%2e/jobs.db", "/assets/no/a.png"):
         assert pair.two.get(path).status_code == 404
 
 
-def test_the_events_of_one_are_told_by_the_other_to_the_end(pair: Pair) -> None:
+def test_a_gateway_streams_its_peers_events_to_the_end(pair: Pair) -> None:
     job_id = generate(pair.one, workflow_json=work(1))["id"]
     stream = pair.two.get(f"/events/{job_id}").text  # it ends with the job
     assert "COMPLETED" in stream and "IN_PROGRESS" in stream
     assert pair.two.get(f"/result/{job_id}").json()["status"] == "completed"
 
 
-def test_a_queue_of_one_is_counted_and_cancelled_by_the_other(pair: Pair) -> None:
+def test_a_gateway_counts_and_cancels_its_peers_queue(pair: Pair) -> None:
     running = generate(pair.one, workflow_json=work(60))["id"]
     pair.comfyui.wait_until_running()
     waiting = [generate(pair.one, workflow_json=work(60))["id"] for _ in range(2)]
@@ -104,7 +104,7 @@ def test_a_queue_of_one_is_counted_and_cancelled_by_the_other(pair: Pair) -> Non
     assert pair.one.get(f"/result/{running}").json()["status"] == "cancelled"
 
 
-def test_all_that_wait_are_purged_by_either(pair: Pair) -> None:
+def test_either_gateway_purges_all_waiting_jobs(pair: Pair) -> None:
     running = generate(pair.one, workflow_json=work(60))["id"]
     pair.comfyui.wait_until_running()
     waiting = [generate(pair.one, workflow_json=work(60))["id"] for _ in range(4)]
@@ -115,7 +115,7 @@ def test_all_that_wait_are_purged_by_either(pair: Pair) -> None:
         pair.one.post(f"/cancel/{job_id}")
 
 
-def test_a_failed_job_is_run_again_by_way_of_the_other(pair: Pair) -> None:
+def test_a_gateway_retries_its_peers_failed_job(pair: Pair) -> None:
     graph = {**picture(RED), "1": {"class_type": "NoSuchNode", "inputs": {}}}
     job_id = generate(pair.one, workflow_json=graph)["id"]
     pair.one.get(f"/events/{job_id}")
@@ -127,13 +127,13 @@ def test_a_failed_job_is_run_again_by_way_of_the_other(pair: Pair) -> None:
     assert pair.two.post(f"/retry/{completed}").status_code == 409
 
 
-def test_an_id_is_one_jobs_at_both(pair: Pair) -> None:
+def test_a_job_id_is_unique_over_both_gateways(pair: Pair) -> None:
     first = generate(pair.one, "/generate/sync", request_id="mine", workflow_json=picture(RED))
     second = generate(pair.two, "/generate/sync", request_id="mine", workflow_json=picture(GREEN))
     for gateway in (pair.one, pair.two):
-        told = gateway.get("/result/mine").json()
-        assert told["timings"] == second["timings"] != first["timings"], "the first gave the id away"
-        assert colors(requests.get(told["output"][0]["url"], timeout=TIMEOUT_S).content) == [GREEN]
+        body = gateway.get("/result/mine").json()
+        assert body["timings"] == second["timings"] != first["timings"], "the first gave the id away"
+        assert colors(requests.get(body["output"][0]["url"], timeout=TIMEOUT_S).content) == [GREEN]
     generate(pair.one, request_id="open", workflow_json=work(60))
     pair.comfyui.wait_until_running()
     other = pair.two.post("/generate", {"input": {"request_id": "open", "workflow_json": picture(GREEN)}})
@@ -141,7 +141,7 @@ def test_an_id_is_one_jobs_at_both(pair: Pair) -> None:
     pair.two.post("/cancel/open")
 
 
-def test_results_outlive_the_gateway_that_made_them(pair: Pair) -> None:
+def test_results_outlive_their_gateway(pair: Pair) -> None:
     made = generate(pair.one, "/generate/sync", workflow_json=picture(RED))
     open_id = generate(pair.one, workflow_json=work(60))["id"]
     pair.comfyui.wait_until_running()
@@ -150,13 +150,13 @@ def test_results_outlive_the_gateway_that_made_them(pair: Pair) -> None:
     # At once, while the others cannot know yet that it is gone.
     answer = pair.two.post(f"/cancel/{open_id}")
     assert (answer.status_code, "does not answer" in answer.json()["error"]) == (503, True)
-    told = pair.two.get(f"/result/{made['id']}")
-    assert (told.status_code, told.json()["status"], len(told.json()["output"])) == (200, "completed", 1)
+    response = pair.two.get(f"/result/{made['id']}")
+    assert (response.status_code, response.json()["status"], len(response.json()["output"])) == (200, "completed", 1)
     still = generate(pair.two, "/generate/sync", workflow_json=picture(GREEN))
     assert still["status"] == "completed", "the other works on"
 
 
-def test_without_redis_each_has_its_own_and_says_what_it_does_not_know(pair: Pair) -> None:
+def test_gateways_without_redis_serve_only_their_own_jobs(pair: Pair) -> None:
     own = generate(pair.two, "/generate/sync", workflow_json=picture(RED))["id"]
     other = generate(pair.one, "/generate/sync", workflow_json=picture(RED))["id"]
     pair.redis.stop(signal.SIGKILL)

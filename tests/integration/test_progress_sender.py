@@ -30,7 +30,7 @@ async def well() -> web.Response:
 
 @dataclass
 class Receiver:
-    """Takes posts to job-done and answers as it is told.
+    """Takes posts to job-done and answers as configured.
 
     Attributes:
         begun: what was posted, with the time of its arrival; `ended` when it was answered.
@@ -95,7 +95,7 @@ async def receiver(monkeypatch: pytest.MonkeyPatch, answer: Answer = well) -> As
             await runner.cleanup()
 
 
-def test_the_latest_is_posted_after_each_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_latest_progress_is_posted_after_each_interval(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scene() -> Receiver:
         async with receiver(monkeypatch) as running, running.sender() as sender:
             for step in range(1, 61):
@@ -110,7 +110,7 @@ def test_the_latest_is_posted_after_each_interval(monkeypatch: pytest.MonkeyPatc
         assert arrived - answered >= INTERVAL_S
 
 
-def test_nothing_new_is_not_posted_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unchanged_progress_is_not_posted_again(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scene() -> Receiver:
         async with receiver(monkeypatch) as running, running.sender() as sender:
             sender.update({"step": 1})
@@ -123,7 +123,7 @@ def test_nothing_new_is_not_posted_again(monkeypatch: pytest.MonkeyPatch) -> Non
     assert asyncio.run(scene()).values == [{"step": 1}]
 
 
-def test_a_job_that_is_over_at_once_posts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_that_ends_at_once_posts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scene() -> Receiver:
         async with receiver(monkeypatch) as running, running.sender() as sender:
             sender.update({"step": 1})
@@ -132,7 +132,7 @@ def test_a_job_that_is_over_at_once_posts_nothing(monkeypatch: pytest.MonkeyPatc
     assert asyncio.run(scene()).values == []
 
 
-def test_the_end_waits_for_the_post_under_way_and_no_other_follows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_end_waits_for_the_post_in_flight_and_none_follows(monkeypatch: pytest.MonkeyPatch) -> None:
     async def slowly() -> web.Response:
         await asyncio.sleep(PATIENCE_S / 4)
         return web.json_response({})
@@ -150,7 +150,7 @@ def test_the_end_waits_for_the_post_under_way_and_no_other_follows(monkeypatch: 
     assert [ended <= left_at for ended in running.ended] == [True]
 
 
-def test_a_platform_that_never_answers_holds_a_job_up_for_a_limited_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unresponsive_platform_delays_a_job_for_a_limited_time(monkeypatch: pytest.MonkeyPatch) -> None:
     async def never() -> web.Response:
         await asyncio.Event().wait()
         raise AssertionError
@@ -166,7 +166,7 @@ def test_a_platform_that_never_answers_holds_a_job_up_for_a_limited_time(monkeyp
 
 
 @pytest.mark.parametrize("status", [400, 413, 429, 500])
-def test_a_refused_update_is_followed_by_the_latest(monkeypatch: pytest.MonkeyPatch, status: int) -> None:
+def test_a_rejected_update_is_followed_by_the_latest(monkeypatch: pytest.MonkeyPatch, status: int) -> None:
     answers = iter([web.Response(status=status), web.Response()])
 
     async def answer() -> web.Response:
@@ -182,7 +182,7 @@ def test_a_refused_update_is_followed_by_the_latest(monkeypatch: pytest.MonkeyPa
     assert asyncio.run(scene()).values == [{"step": 1}, {"step": 1}]
 
 
-def test_a_platform_that_is_down_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_posts_are_retried_while_the_platform_is_down(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scene() -> Receiver:
         async with receiver(monkeypatch) as running, running.sender() as sender:
             await running.site.stop()
@@ -196,7 +196,7 @@ def test_a_platform_that_is_down_is_asked_again(monkeypatch: pytest.MonkeyPatch)
     assert asyncio.run(scene()).values == [{"step": 2}]
 
 
-def test_what_json_cannot_have_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_outside_json_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scene() -> Receiver:
         async with receiver(monkeypatch) as running, running.sender() as sender:
             sender.update({"title": "\ud800", "step": float("nan"), "größe": 1})
@@ -225,7 +225,7 @@ def test_an_update_that_cannot_be_posted_is_logged_and_harms_nobody(
 
 
 @pytest.mark.parametrize("failure", [ValueError("of the job"), asyncio.CancelledError()])
-def test_the_end_of_the_job_is_not_changed(monkeypatch: pytest.MonkeyPatch, failure: BaseException) -> None:
+def test_the_result_is_not_changed(monkeypatch: pytest.MonkeyPatch, failure: BaseException) -> None:
     async def scene() -> None:
         async with receiver(monkeypatch) as running, running.sender() as sender:
             sender.update({"step": 1})

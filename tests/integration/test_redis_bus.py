@@ -56,12 +56,12 @@ def gateway(environment: pytest.MonkeyPatch, tmp_path: Path, make_bus: MakeBus) 
         made.stop()
 
 
-async def hear(listening: Subscription) -> Event:
+async def receive(listening: Subscription) -> Event:
     return await asyncio.wait_for(anext(listening), TIMEOUT_S)
 
 
-async def hear_other(listening: Subscription, *left_out: str) -> Event:
-    while (event := await hear(listening)).type in left_out:
+async def receive_other(listening: Subscription, *left_out: str) -> Event:
+    while (event := await receive(listening)).type in left_out:
         pass
     return event
 
@@ -69,34 +69,34 @@ async def hear_other(listening: Subscription, *left_out: str) -> Event:
 # ------------------------------------------------------------------------------------------------------ two processes
 
 
-def test_what_one_process_tells_another_hears(server: RedisServer, make_bus: MakeBus) -> None:
+def test_events_cross_processes(server: RedisServer, make_bus: MakeBus) -> None:
     bus = make_bus()
 
     async def listen() -> list[Event]:
         with bus.subscribe("job") as listening:
             arguments = [sys.executable, "-m", "tests.support.gateway.event_publisher", server.url, "job", "50"]
             with Process(arguments, environment={"PYTHONPATH": "src"}) as process:
-                heard = [await hear(listening)]
-                while heard[-1].type != STATUS:
-                    heard.append(await hear(listening))
+                events = [await receive(listening)]
+                while events[-1].type != STATUS:
+                    events.append(await receive(listening))
                 assert await asyncio.to_thread(process.wait) == 0, process.output
-            return heard
+            return events
 
-    heard = asyncio.run(listen())
-    assert [event.data["step"] for event in heard if event.type == PROGRESS] == list(range(50))
-    assert [event.data["content"] for event in heard if event.type == PREVIEW] == [PICTURE]
-    assert [event.number for event in heard] == sorted({event.number for event in heard})
+    events = asyncio.run(listen())
+    assert [event.data["step"] for event in events if event.type == PROGRESS] == list(range(50))
+    assert [event.data["content"] for event in events if event.type == PREVIEW] == [PICTURE]
+    assert [event.number for event in events] == sorted({event.number for event in events})
     assert [event.type for event in bus.recent("job")] == [PROGRESS] * 50 + [STATUS]
 
 
-def test_numbers_grow_over_processes_whatever_their_clocks_say(make_bus: MakeBus) -> None:
+def test_event_numbers_increase_over_processes_despite_clocks(make_bus: MakeBus) -> None:
     one, other = make_bus(), make_bus()
     later = one.publish("job", STATUS, {"status": "IN_QUEUE"}, 5_000_000_000_000_000).number
     assert other.publish("job", PROGRESS, {}).number == later + 1
     assert one.publish("job", STATUS, {"status": "IN_PROGRESS"}, 7).number == later + 2
 
 
-def test_what_is_remembered_has_an_end_and_an_expiry(server: RedisServer, make_bus: MakeBus) -> None:
+def test_kept_events_are_limited_and_expire(server: RedisServer, make_bus: MakeBus) -> None:
     bus = make_bus()
     bus.publish("job", PREVIEW, {"content": b"large"})
     with server.client() as client:
@@ -115,7 +115,7 @@ def test_what_is_remembered_has_an_end_and_an_expiry(server: RedisServer, make_b
 
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGSTOP])
-def test_nobody_waits_for_a_redis_that_is_away_and_it_is_said_once(
+def test_a_redis_outage_blocks_nobody_and_is_logged_once(
     server: RedisServer, make_bus: MakeBus, end: signal.Signals, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -135,52 +135,52 @@ def test_nobody_waits_for_a_redis_that_is_away_and_it_is_said_once(
         server.go_on()
     else:
         server.start()
-    # Changes of state are told then.
+    # Status changes are published then.
     wait_until(lambda: statuses(bus.recent("job")) == ["IN_QUEUE", "IN_PROGRESS"])
     # A Redis that hung has the last command in its socket still, and runs it when it goes on.
-    told = [event for event in bus.recent("job") if event.type == PROGRESS]
-    assert len(told) == (1 if end is signal.SIGSTOP else 0)
+    progress = [event for event in bus.recent("job") if event.type == PROGRESS]
+    assert len(progress) == (1 if end is signal.SIGSTOP else 0)
     assert bus.publish("job", PROGRESS, {}).number > 7
     said = [record.getMessage() for record in caplog.records if "Redis" in record.getMessage()]
     assert [message.partition(" (")[0] for message in said] == ["Redis cannot be used", "Redis can be used again"]
 
 
-def test_a_listener_comes_back_and_hears_what_was_put_off(server: RedisServer, make_bus: MakeBus) -> None:
+def test_a_subscriber_reconnects_and_receives_deferred_events(server: RedisServer, make_bus: MakeBus) -> None:
     near, far = make_bus(), make_bus()
 
     async def listen() -> None:
         with near.subscribe("job") as listening:
             far.publish("job", STATUS, {"status": "IN_QUEUE"}, 5)
-            assert (await hear(listening)).number == 5
+            assert (await receive(listening)).number == 5
             server.stop(signal.SIGKILL)
             far.publish("job", STATUS, {"status": "IN_PROGRESS"}, 7)
             server.start()
-            assert (await hear(listening)).type == GAP
+            assert (await receive(listening)).type == GAP
             wait_until(lambda: len(far.recent("job")) == 2)
             far.publish("job", PROGRESS, {"step": 1})
-            heard = await hear_other(listening, GAP, STATUS)
-            assert heard.data == {"step": 1}
+            event = await receive_other(listening, GAP, STATUS)
+            assert event.data == {"step": 1}
 
     asyncio.run(listen())
 
 
-def test_a_bus_whose_redis_was_never_there_begins_to_work_when_it_comes(server: RedisServer) -> None:
+def test_the_bus_starts_to_work_once_redis_is_up(server: RedisServer) -> None:
     server.stop()
 
     async def listen(bus: RedisEventBus) -> None:
         with bus.subscribe("job", after=0) as listening:
             bus.publish("job", STATUS, {"status": "IN_QUEUE"}, 5)
             server.start()
-            # What is told before this listens again is not heard: a gap says to look for it.
+            # What is published before this subscribes again is not received: a gap says to look for it.
             while not (found := [event.number for event in bus.recent("job")]):
-                found += [event.number for event in [await hear(listening)] if event.type == STATUS]
+                found += [event.number for event in [await receive(listening)] if event.type == STATUS]
             assert found == [5]
 
     with closing(RedisEventBus(server.url)) as bus:
         asyncio.run(listen(bus))
 
 
-def test_closing_does_not_wait_for_a_redis_that_is_away(server: RedisServer) -> None:
+def test_closing_does_not_wait_for_an_absent_redis(server: RedisServer) -> None:
     bus = RedisEventBus(server.url)
 
     async def listen() -> list[Event]:
@@ -195,7 +195,7 @@ def test_closing_does_not_wait_for_a_redis_that_is_away(server: RedisServer) -> 
     server.go_on()
 
 
-def test_many_who_come_and_go_do_not_wait_for_a_redis_that_hangs(server: RedisServer, make_bus: MakeBus) -> None:
+def test_subscribing_does_not_wait_for_a_hanging_redis(server: RedisServer, make_bus: MakeBus) -> None:
     bus = make_bus()
 
     async def listen() -> None:
@@ -208,28 +208,28 @@ def test_many_who_come_and_go_do_not_wait_for_a_redis_that_hangs(server: RedisSe
             with bus.subscribe("late") as late:
                 assert time.monotonic() - began < on_this_machine(NOT_FOR_LONG_S)
                 server.go_on()
-                assert (await hear(listening)).type == (await hear(late)).type == GAP
-                # Progress is not told later, as changes of state are: each of these is one command at most.
+                assert (await receive(listening)).type == (await receive(late)).type == GAP
+                # Progress is not deferred as status changes are: each of these is one command at most.
                 wait_until(lambda: bus.publish("other", PROGRESS, {}).number > 0 and bool(bus.recent("other")))
                 bus.publish("late", PROGRESS, {"step": 1})
-                assert (await hear_other(late, GAP)).data == {"step": 1}
+                assert (await receive_other(late, GAP)).data == {"step": 1}
 
     asyncio.run(listen())
 
 
-# ------------------------------------------------------------------------------------- the store has what was not heard
+# ---------------------------------------------------------------------------------------- the store has what was missed
 
 
 def events_until_the_end(gateway: Gateway, job_id: str, when_heard: Callable[[Event], None]) -> list[Event]:
     """Return what a client hears of a job; `when_heard` is called with each event."""
 
     async def follow() -> list[Event]:
-        heard = []
+        received = []
         async with aclosing(gateway.service.events(job_id, 0)) as events:
             async for event in events:
-                heard.append(event)
+                received.append(event)
                 await asyncio.to_thread(when_heard, event)
-        return heard
+        return received
 
     return asyncio.run(asyncio.wait_for(follow(), TIMEOUT_S))
 
@@ -242,7 +242,7 @@ def statuses(events: list[Event]) -> list[str]:
     return [event.data["status"] for event in events if event.type == STATUS]
 
 
-def test_no_change_of_state_is_missed_though_the_redis_is_killed(gateway: Gateway, server: RedisServer) -> None:
+def test_no_status_change_is_missed_when_redis_is_killed(gateway: Gateway, server: RedisServer) -> None:
     job_id = submitted(gateway)
 
     def go_on(event: Event) -> None:
@@ -253,11 +253,11 @@ def test_no_change_of_state_is_missed_though_the_redis_is_killed(gateway: Gatewa
             gateway.store.finish(job_id, JobState.COMPLETED, time.time())
             server.start()
 
-    heard = events_until_the_end(gateway, job_id, go_on)
-    assert statuses(heard) == ["IN_QUEUE", "IN_PROGRESS", "COMPLETED"]
+    events = events_until_the_end(gateway, job_id, go_on)
+    assert statuses(events) == ["IN_QUEUE", "IN_PROGRESS", "COMPLETED"]
 
 
-def test_no_change_of_state_is_missed_though_its_teller_is_killed(
+def test_no_status_change_is_missed_when_its_publisher_is_killed(
     gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(redis_subscriber, "_GAP_AFTER_S", 0.5)
@@ -270,7 +270,7 @@ def test_no_change_of_state_is_missed_though_its_teller_is_killed(
     assert statuses(events_until_the_end(gateway, job_id, go_on)) == ["IN_QUEUE", "FAILED"]
 
 
-def test_who_waits_for_a_job_hears_of_its_end_while_the_redis_is_away(gateway: Gateway, server: RedisServer) -> None:
+def test_waiters_learn_of_a_jobs_end_during_a_redis_outage(gateway: Gateway, server: RedisServer) -> None:
     job_id = submitted(gateway)
     server.stop(signal.SIGKILL)
 

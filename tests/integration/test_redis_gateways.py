@@ -46,7 +46,7 @@ def redis() -> Iterator[RedisServer]:
 
 @pytest.fixture
 def shared(database_server: Postgres, redis: RedisServer) -> dict[str, str]:
-    """What gateways of one fleet are told; no worker is there, so that nothing happens but what a test makes happen."""
+    """Settings of a fleet's gateways; there is no worker, so that nothing happens but what a test makes happen."""
     return {
         "ENGINE": "celery",
         "DATABASE_URL": database_server.new_database(),
@@ -77,7 +77,7 @@ def submit(gateway: GatewayProcess, **beside: object) -> str:
 # ------------------------------------------------------------------------------------------- several on a port
 
 
-def test_any_process_answers_for_any_job(tmp_path: Path, shared: dict[str, str]) -> None:
+def test_every_process_serves_every_job(tmp_path: Path, shared: dict[str, str]) -> None:
     with gateway_process(NOWHERE, tmp_path, **shared, API_WORKERS="2") as gateway:
         wait_until(lambda: len(serving(gateway.process)) == 2)
         for number in range(8):
@@ -85,16 +85,16 @@ def test_any_process_answers_for_any_job(tmp_path: Path, shared: dict[str, str])
             job_ids = {gateway.post("/run", JOB, **{"Idempotency-Key": f"key-{number}"}).json()["id"] for _ in range(4)}
             assert len(job_ids) == 1
             [job_id] = job_ids
-            told: list[str] = []
-            followed = threading.Thread(target=lambda j=job_id, t=told: t.append(gateway.get(f"/events/{j}").text))
+            bodies: list[str] = []
+            followed = threading.Thread(target=lambda j=job_id, t=bodies: t.append(gateway.get(f"/events/{j}").text))
             followed.start()
             assert gateway.post(f"/cancel/{job_id}").json()["status"] == "CANCELLED"
             followed.join(TIMEOUT_S)
-            assert '"CANCELLED"' in told[0]
+            assert '"CANCELLED"' in bodies[0]
             assert gateway.get(f"/status/{job_id}").json()["status"] == "CANCELLED"
 
 
-def test_a_job_is_its_keys_own_at_every_gateway(tmp_path: Path, shared: dict[str, str]) -> None:
+def test_every_gateway_limits_a_job_to_its_key(tmp_path: Path, shared: dict[str, str]) -> None:
     keys = {"API_KEYS": "alice:alices-key,alice:her-next-key,bob:bobs-key", "API_ADMIN_KEYS": "root:roots-key"}
     with two_gateways(tmp_path, {**shared, **keys, "RATE_LIMIT_CANCEL": "2/day"}) as gateways:
 
@@ -118,7 +118,7 @@ def test_a_job_is_its_keys_own_at_every_gateway(tmp_path: Path, shared: dict[str
         assert codes == [404, 404, 429, 429]
 
 
-def test_a_process_that_is_killed_is_replaced_and_a_signal_ends_all(tmp_path: Path, shared: dict[str, str]) -> None:
+def test_a_killed_process_is_replaced_and_a_signal_stops_all(tmp_path: Path, shared: dict[str, str]) -> None:
     with gateway_process(NOWHERE, tmp_path, **shared, API_WORKERS="2") as gateway:
         wait_until(lambda: len(serving(gateway.process)) == 2)
         assert f"The API is described at {gateway.url}/docs" in gateway.process.output
@@ -135,11 +135,11 @@ def test_a_process_that_is_killed_is_replaced_and_a_signal_ends_all(tmp_path: Pa
         assert gateway.process.stop(TIMEOUT_S) == 0
         waiting.join(TIMEOUT_S)
         assert time.monotonic() - began < TIMEOUT_S
-        # Whoever waits is told where the job stands.
+        # Waiting clients get the current status of the job.
         assert [answer.json()["status"] for answer in answers] == ["IN_QUEUE"]
 
 
-def test_a_process_that_is_told_to_end_is_replaced_and_no_request_fails(tmp_path: Path, shared: dict[str, str]) -> None:
+def test_a_terminated_process_is_replaced_without_failing_requests(tmp_path: Path, shared: dict[str, str]) -> None:
     with gateway_process(NOWHERE, tmp_path, **shared, API_WORKERS="2") as gateway, ExitStack() as stack:
         wait_until(lambda: len(serving(gateway.process)) == 2)
         body = json.dumps(JOB).encode()
@@ -158,7 +158,7 @@ def test_a_process_that_is_told_to_end_is_replaced_and_no_request_fails(tmp_path
             assert gateway.get("/health").ok
 
 
-def test_a_port_that_is_taken_ends_all(tmp_path: Path, shared: dict[str, str]) -> None:
+def test_a_used_port_stops_all_processes(tmp_path: Path, shared: dict[str, str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         environment = {**shared, "DATA_DIR": str(tmp_path), "PYTHONPATH": "src", "API_WORKERS": "2"}
         environment["API_PORT"] = str(taken.getsockname()[1])
@@ -178,7 +178,7 @@ def test_a_port_that_is_taken_ends_all(tmp_path: Path, shared: dict[str, str]) -
         ({"API_RELOAD": "true"}, "must be 1 with API_RELOAD"),
     ],
 )
-def test_several_processes_without_what_they_share_are_refused(
+def test_several_processes_without_shared_services_are_rejected(
     tmp_path: Path, changed: dict[str, str], sentence: str
 ) -> None:
     given = {"ENGINE": "celery", "DATABASE_URL": "postgresql://x@127.0.0.1/x", "API_CACHE": "redis", **changed}
@@ -193,7 +193,7 @@ def test_several_processes_without_what_they_share_are_refused(
 # -------------------------------------------------------------------------------------------- several anywhere
 
 
-def test_calls_are_counted_together_and_not_at_all_while_redis_is_away(
+def test_rate_limits_are_shared_and_suspended_without_redis(
     tmp_path: Path, shared: dict[str, str], redis: RedisServer
 ) -> None:
     with two_gateways(tmp_path, {**shared, "RATE_LIMIT_CANCEL": "4/day"}) as (one, other):
@@ -212,7 +212,7 @@ def test_calls_are_counted_together_and_not_at_all_while_redis_is_away(
         assert "requests are not counted until it is back" in said[0]
 
 
-def test_a_stream_goes_on_where_another_gateway_ended(tmp_path: Path, shared: dict[str, str]) -> None:
+def test_a_stream_resumes_at_another_gateway(tmp_path: Path, shared: dict[str, str]) -> None:
     with two_gateways(tmp_path, shared) as (one, other):
         job_id = submit(one)
         assert one.post(f"/cancel/{job_id}").status_code == 200
@@ -223,18 +223,18 @@ def test_a_stream_goes_on_where_another_gateway_ended(tmp_path: Path, shared: di
 
 
 def test_each_webhook_is_sent_by_one_gateway(tmp_path: Path, shared: dict[str, str]) -> None:
-    with Receiver() as told, two_gateways(tmp_path, shared) as gateways:
-        job_ids = [submit(gateways[number % 2], webhook=told.url) for number in range(12)]
+    with Receiver() as receiver, two_gateways(tmp_path, shared) as gateways:
+        job_ids = [submit(gateways[number % 2], webhook=receiver.url) for number in range(12)]
         for number, job_id in enumerate(job_ids):
             # Whichever gateway notes the end, either may send.
             assert gateways[number % 2].post(f"/cancel/{job_id}").status_code == 200
-        messages = told.wait_for(len(job_ids))
+        messages = receiver.wait_for(len(job_ids))
         wait_until(lambda: "comfy_webhooks_pending 0.0" in gateways[0].get("/metrics").text)
     assert sorted(message.body["id"] for message in messages) == sorted(job_ids)
-    assert len(told.received) == len(job_ids)
+    assert len(receiver.received) == len(job_ids)
 
 
-def test_links_are_signed_with_the_key_that_gateways_share(tmp_path: Path) -> None:
+def test_links_are_signed_with_the_shared_key(tmp_path: Path) -> None:
     with gateway_process(NOWHERE, tmp_path, GATEWAY_KEY="a key of this test") as gateway:
 
         def code(key: str) -> int:

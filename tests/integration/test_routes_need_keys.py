@@ -1,4 +1,4 @@
-"""No door answers without a key: every route is asked for, those of routers, mounts and WebSockets too."""
+"""No route answers without a key: every route is requested, those of routers, mounts and WebSockets too."""
 
 from __future__ import annotations
 
@@ -74,11 +74,11 @@ def app(environment: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FastAPI]:
         yield create_app(settings, Keys(["key"]))
 
 
-def add_doors(app: FastAPI) -> set[str]:
-    """Add a door of each kind that there is, as a later change might; return their paths."""
+def add_routes(app: FastAPI) -> set[str]:
+    """Add a route of each kind that there is, as a later change might; return their paths."""
 
     async def tell() -> str:
-        return "told"
+        return "answered"
 
     async def talk(websocket: WebSocket) -> None:
         await websocket.accept()
@@ -91,17 +91,15 @@ def add_doors(app: FastAPI) -> set[str]:
     router.include_router(inner, prefix="/deeper")
     app.include_router(router, prefix="/later")
     app.mount("/files", PlainTextResponse("a file"))
-    app.mount("/other", FastAPI(routes=[Route("/own", lambda _request: PlainTextResponse("told"))]))
+    app.mount("/other", FastAPI(routes=[Route("/own", lambda _request: PlainTextResponse("answered"))]))
     names = ("added/route", "added/socket", "added/deeper/inner")
     return {*(f"/later/{name}" for name in names), "/files/x", "/other/own"}
 
 
 @pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer "}])
 @pytest.mark.parametrize("query", ["", "?signature=x&expires=99999999999"])
-def test_no_route_answers_without_a_key_but_the_one_that_tells_nothing(
-    app: FastAPI, headers: dict[str, str], query: str
-) -> None:
-    add_doors(app)
+def test_only_liveness_routes_answer_without_a_key(app: FastAPI, headers: dict[str, str], query: str) -> None:
+    add_routes(app)
     with TestClient(app, base_url="http://127.0.0.1") as client:
         open_ones = {path for _, path in answered(client, headers, query)}
         # A signature in place of a key opens a file that it was made for, and is looked at where files are asked for.
@@ -114,23 +112,23 @@ def test_no_route_answers_without_a_key_but_the_one_that_tells_nothing(
             assert status_of(client, method, path, headers) == 401
 
 
-def test_every_kind_of_door_is_walked_through(app: FastAPI) -> None:
+def test_the_walk_covers_every_kind_of_route(app: FastAPI) -> None:
     ours = {path for path, _ in paths_of(app.routes)}
     assert {"/run", "/v2/x/run", "/events/x", "/ws/x", "/metrics", "/docs", "/openapi.json", "/assets/x/x"} <= ours
     assert len(ours) > 20
-    added = add_doors(app)
+    added = add_routes(app)
     assert {path for path, _ in paths_of(app.routes)} >= ours | added
 
 
-def test_the_walk_finds_what_nobody_guards() -> None:
+def test_the_walk_finds_unguarded_routes() -> None:
     unguarded = FastAPI()
-    added = add_doors(unguarded)
+    added = add_routes(unguarded)
     with TestClient(unguarded) as client:
         assert {path for _, path in answered(client, {})} >= {*added, "/docs", "/openapi.json"}
 
 
-def test_with_the_key_the_doors_open(app: FastAPI) -> None:
-    add_doors(app)
+def test_every_route_answers_with_the_key(app: FastAPI) -> None:
+    add_routes(app)
     key = {"Authorization": "Bearer key"}
     with TestClient(app, base_url="http://127.0.0.1") as client:
         for path in ("/later/added/route", "/later/added/deeper/inner", "/files/x", "/other/own", "/docs"):

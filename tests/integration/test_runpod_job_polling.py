@@ -51,7 +51,7 @@ async def ask(serve: Serve) -> list[dict[str, Any]]:
                 await writer.wait_closed()
 
 
-def test_an_answer_that_is_on_its_way_arrives_after_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_response_in_flight_arrives_after_shutdown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job_polling, "_HANG_UP_S", 60)
 
     async def answer_after_the_end(
@@ -66,7 +66,7 @@ def test_an_answer_that_is_on_its_way_arrives_after_the_end(monkeypatch: pytest.
     assert asyncio.run(ask(answer_after_the_end)) == [{"id": "job", "input": {}}]
 
 
-def test_a_platform_that_sees_the_end_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_platform_that_hangs_up_is_not_polled_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job_polling, "_HANG_UP_S", 120)
     questions = 0
 
@@ -81,7 +81,7 @@ def test_a_platform_that_sees_the_end_is_not_asked_again(monkeypatch: pytest.Mon
     assert questions == 1
 
 
-def test_a_platform_that_does_not_see_the_end_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_platform_that_never_hangs_up_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job_polling, "_HANG_UP_S", 0.05)
 
     async def never_answer(reader: asyncio.StreamReader, _writer: asyncio.StreamWriter, ending: asyncio.Event) -> None:
@@ -91,7 +91,7 @@ def test_a_platform_that_does_not_see_the_end_is_left(monkeypatch: pytest.Monkey
     assert asyncio.run(ask(never_answer)) == []
 
 
-def test_an_end_before_there_is_a_connection_is_one_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shutdown_before_connecting_takes_effect_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job_polling, "_HANG_UP_S", 120)
 
     async def never(_session: Session, _count: int) -> None:
@@ -106,7 +106,7 @@ def test_an_end_before_there_is_a_connection_is_one_at_once(monkeypatch: pytest.
     assert asyncio.run(scene()) == []
 
 
-def test_what_goes_wrong_is_told_while_the_question_lasts() -> None:
+def test_errors_are_raised_during_a_poll() -> None:
     async def refuse(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter, _ending: asyncio.Event) -> None:
         writer.write(b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\n\r\n")
 
@@ -114,7 +114,7 @@ def test_what_goes_wrong_is_told_while_the_question_lasts() -> None:
         asyncio.run(ask(refuse))
 
 
-def test_questions_that_end_by_time_lose_no_job(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_polls_that_time_out_lose_no_job(monkeypatch: pytest.MonkeyPatch) -> None:
     """Jobs come at any time, and so do the ends of questions."""
     monkeypatch.setattr(job_polling, "_MAX_POLL_S", 0.02)
     moments = random.Random(7)

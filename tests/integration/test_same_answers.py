@@ -154,14 +154,14 @@ def test_every_recorded_workflow_has_an_expected_answer(expected: dict[str, Any]
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)
-def test_emulator_answers_as_comfyui_did(emulated: Worker, expected: dict[str, Any], name: str) -> None:
+def test_the_emulator_answers_like_comfyui(emulated: Worker, expected: dict[str, Any], name: str) -> None:
     assert answer(emulated, name) == expected[name]
 
 
 @pytest.mark.real
 @pytest.mark.skipif("COMFYUI_URL" not in os.environ, reason="COMFYUI_URL names no real ComfyUI")
 @pytest.mark.parametrize("name", WORKFLOWS)
-def test_comfyui_answers_as_it_did(real: Worker, expected: dict[str, Any], name: str) -> None:
+def test_comfyui_answers_as_recorded(real: Worker, expected: dict[str, Any], name: str) -> None:
     assert answer(real, name) == expected[name]
 
 

@@ -1,4 +1,4 @@
-"""What a signal does to a process: it is heard in order, or ends the process at once, and is never lost."""
+"""What a signal does to a process: it is received in order, or ends the process at once, and is never lost."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ raise SystemExit(7)
 
 
 @BOTH
-def test_a_process_ends_at_once_in_the_midst_of_what_lets_no_exception_through(number: signal.Signals) -> None:
+def test_a_process_exits_at_once_even_if_exceptions_are_swallowed(number: signal.Signals) -> None:
     program = LETS_NOTHING_THROUGH.format(name=number.name)
     with Process([sys.executable, "-c", program], environment={"PYTHONPATH": "src"}) as process:
         assert process.wait() == 0
@@ -36,26 +36,26 @@ def test_a_process_ends_at_once_in_the_midst_of_what_lets_no_exception_through(n
 
 
 @BOTH
-def test_a_signal_is_told_while_the_work_goes_on(number: signal.Signals) -> None:
-    heard: list[signal.Signals] = []
-    told = threading.Event()
+def test_a_signal_is_reported_while_work_continues(number: signal.Signals) -> None:
+    received: list[signal.Signals] = []
+    notified = threading.Event()
 
     def hear(signum: signal.Signals) -> None:
-        heard.append(signum)
-        told.set()
+        received.append(signum)
+        notified.set()
 
     def work() -> str:
         signal.raise_signal(number)
-        told.wait()
+        notified.wait()
         return "done"
 
     before = [signal.getsignal(one) for one in END_SIGNALS]
     assert asyncio.run(in_thread(work, hear)) == "done"
-    assert heard == [number]
+    assert received == [number]
     assert [signal.getsignal(one) for one in END_SIGNALS] == before
 
 
-def test_what_the_work_raises_is_raised_and_the_handlers_are_those_of_before() -> None:
+def test_exceptions_propagate_and_handlers_are_restored() -> None:
     def fail() -> None:
         raise ValueError("no")
 

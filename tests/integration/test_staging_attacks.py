@@ -81,7 +81,7 @@ def stage(client: ComfyClient, workflow: Graph, *images: dict[str, str], stop: S
     ],
     ids=["100,000 URLs in one input", "30,000 nodes with a URL", "6,000 files with one folder"],
 )
-def test_too_many_files_are_refused_before_they_are_looked_at(
+def test_too_many_files_are_rejected_before_they_are_examined(
     client: ComfyClient, workflow: Graph, images: list[dict[str, str]], sentence: str
 ) -> None:
     began = time.monotonic()
@@ -90,7 +90,7 @@ def test_too_many_files_are_refused_before_they_are_looked_at(
     assert time.monotonic() - began < on_this_machine(PATIENCE_S)
 
 
-def test_one_url_in_a_hundred_thousand_places_is_written_once(client: ComfyClient, files: FileServer) -> None:
+def test_a_url_in_100_000_places_is_written_once(client: ComfyClient, files: FileServer) -> None:
     url = files.put("/everywhere.svg", b"<svg/>")
     began = time.monotonic()
     graph = stage(client, one_url_everywhere(url))
@@ -101,9 +101,7 @@ def test_one_url_in_a_hundred_thousand_places_is_written_once(client: ComfyClien
     assert source["b"] == [["x", name]] * 1000
 
 
-def test_many_classes_that_comfyui_does_not_have_are_not_asked_for_one_by_one(
-    client: ComfyClient, comfy: EmulatorServer
-) -> None:
+def test_many_unknown_classes_are_not_queried_one_by_one(client: ComfyClient, comfy: EmulatorServer) -> None:
     graph = {str(n): node(f"Missing{n}", x=f"http://a.example/{n}") for n in range(50_000)}
     began = time.monotonic()
     assert stage(client, graph) == graph, "ComfyUI itself will say what is missing"
@@ -111,7 +109,7 @@ def test_many_classes_that_comfyui_does_not_have_are_not_asked_for_one_by_one(
     assert client._node_inputs == {}
 
 
-def test_a_stop_reaches_the_walk_over_a_workflow(client: ComfyClient) -> None:
+def test_a_stop_interrupts_the_walk_over_a_workflow(client: ComfyClient) -> None:
     stop = Stop()
     stop.set()
     with pytest.raises(Cancelled):
@@ -182,7 +180,7 @@ def test_very_many_unknown_classes_do_not_slow_another_job(gateway: RestartableG
         assert len(json.dumps(status)) < 50_000
 
 
-def test_slow_servers_hold_up_no_cancel_no_sigterm_and_no_others_files(
+def test_slow_servers_delay_neither_cancels_nor_shutdown_nor_other_files(
     gateway: RestartableGateway, files: FileServer
 ) -> None:
     """As many files as a job may have, each at a server that never ends its answer; with the default of workers."""

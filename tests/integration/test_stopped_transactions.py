@@ -17,7 +17,7 @@ from tests.support.databases.postgres import postgres
 NOW = 1_700_000_000.0
 
 
-def test_a_job_that_a_stopped_process_has_locked_goes_to_another(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_locked_by_a_stopped_process_moves_to_another(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(database, "_IDLE_IN_TRANSACTION_S", 1)
     with postgres() as server:
         url = server.new_database()
@@ -39,7 +39,7 @@ def test_a_job_that_a_stopped_process_has_locked_goes_to_another(monkeypatch: py
         stopped.dispose()
 
 
-def test_a_turn_may_take_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_leadership_may_be_held_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(database, "_IDLE_IN_TRANSACTION_S", 1)
     with postgres() as server:
         engine = connect(server.new_database())

@@ -49,7 +49,7 @@ def make(environment: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Make]:
 # --------------------------------------------------------------------------------------------------------- wrong keys
 
 
-def test_wrong_keys_are_slowed_and_right_ones_are_not(make: Make) -> None:
+def test_only_wrong_keys_are_slowed_down(make: Make) -> None:
     client = make(rate_limit_wrong_keys="3/minute")
     assert [client.get("/health", headers=WRONG).status_code for _ in range(4)] == [401, 401, 401, 429]
     refused = client.get("/health", headers=WRONG)
@@ -70,7 +70,7 @@ def test_a_websocket_with_a_wrong_key_is_counted_too(make: Make) -> None:
     assert client.get("/health", headers=WRONG).status_code == 429
 
 
-def test_who_goes_on_trying_waits_longer_and_is_forgotten_at_last() -> None:
+def test_repeated_failures_back_off_and_expire() -> None:
     now = 0.0
     wrong_keys = WrongKeys(parse("2/minute"), now=lambda: now)
     waits = []
@@ -118,7 +118,7 @@ def test_a_stream_is_counted_until_it_ends() -> None:
         ("/v2/stream/status/x", False),
     ],
 )
-def test_these_are_streams(path: str, is_one: bool) -> None:
+def test_streams_are_recognised(path: str, is_one: bool) -> None:
     assert is_stream({"type": "http", "path": path}) is is_one
     assert is_stream({"type": "websocket", "path": path})
 
@@ -127,7 +127,7 @@ def test_these_are_streams(path: str, is_one: bool) -> None:
 
 
 @pytest.mark.parametrize(("is_there", "status"), [(True, 200), (False, 204)])
-def test_a_load_balancer_learns_without_a_key_whether_jobs_can_run(
+def test_a_load_balancer_checks_readiness_without_a_key(
     make: Make, monkeypatch: pytest.MonkeyPatch, is_there: bool, status: int
 ) -> None:
     backend = {"healthy": is_there, "jobs": 0, "load": 0}
@@ -142,19 +142,19 @@ def test_a_load_balancer_learns_without_a_key_whether_jobs_can_run(
 
 
 @pytest.mark.parametrize("host", ["gateway", "a-b.example.com:8000", "127.0.0.1:1", "[::1]:8000", "my_pod"])
-def test_these_name_a_host(host: str) -> None:
+def test_valid_host_names(host: str) -> None:
     check_host(host)
 
 
 @pytest.mark.parametrize(
     "host", ["", "a b", "evil/x", "a@b", "a?b", "a#b", "a:b", "[::1", "a\\b", '"', "a:123456", "ä", "a,b", "x" * 256]
 )
-def test_these_do_not(host: str) -> None:
+def test_invalid_host_names(host: str) -> None:
     with pytest.raises(InvalidInput):
         check_host(host)
 
 
-def test_a_host_that_is_none_is_refused(make: Make) -> None:
+def test_an_invalid_host_header_is_rejected(make: Make) -> None:
     client = make()
     answer = client.get("/live", headers={"Host": "evil/?x="})
     assert (answer.status_code, answer.json()["code"]) == (400, "invalid_input")
@@ -163,7 +163,7 @@ def test_a_host_that_is_none_is_refused(make: Make) -> None:
 # -------------------------------------------------------------------------------------------------------------- files
 
 
-def test_nobody_but_the_owner_reads_the_database_and_the_outputs(make: Make, tmp_path: Path) -> None:
+def test_only_the_owner_reads_the_database_and_the_outputs(make: Make, tmp_path: Path) -> None:
     client = make()
     client.post("/run", headers=KEY, json=EXAMPLE_JOB)
     data = tmp_path / "data"
@@ -174,7 +174,7 @@ def test_nobody_but_the_owner_reads_the_database_and_the_outputs(make: Make, tmp
     assert modes["data"] == modes["assets"] == 0o700
 
 
-def test_a_database_that_all_could_read_is_closed_to_them(tmp_path: Path) -> None:
+def test_a_world_readable_database_is_made_private(tmp_path: Path) -> None:
     file = tmp_path / "jobs.db"
     file.touch(mode=0o644)
     connect(f"sqlite:///{file}").dispose()

@@ -1,4 +1,4 @@
-"""A job's end is told once, whatever the end and whatever the receiver does, which in turn does nothing to the job."""
+"""A job's end is sent once, whatever the end and whatever the receiver does, which in turn does nothing to the job."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_a_job_that_was_cancelled_while_it_ran(worker: Worker, tmp_path: Path) -
     assert (end.body["status"], end.body["output"]["code"]) == ("CANCELLED", "cancelled")
 
 
-def test_a_job_that_was_cancelled_too_late_counts_as_the_platform_counts_it(worker: Worker) -> None:
+def test_a_job_cancelled_too_late_has_the_platforms_status(worker: Worker) -> None:
     with Receiver() as receiver:
         webhook = worker._webhooks.for_job(job({}, webhook=hook(receiver)))
         webhook.send_end({"images": []}, cancelled=True)
@@ -126,7 +126,7 @@ def test_a_job_that_took_too_long(worker: Worker, tmp_path: Path, limit: dict[st
         ({"workflow": graphs.picture(ORANGE), "delivery": {"type": "s3"}}, "invalid_input"),
     ],
 )
-def test_a_job_that_never_began(worker: Worker, job_input: dict[str, Any], code: str) -> None:
+def test_a_job_that_never_started(worker: Worker, job_input: dict[str, Any], code: str) -> None:
     with Receiver() as receiver:
         worker.run({"id": "a", "input": {**job_input, "webhook": hook(receiver, secret=SECRET)}})
         worker.close()
@@ -135,9 +135,7 @@ def test_a_job_that_never_began(worker: Worker, job_input: dict[str, Any], code:
     assert (end.body["status"], end.body["output"]["code"]) == ("FAILED", code)
 
 
-def test_the_settings_name_a_receiver_for_jobs_that_name_none(
-    comfyui_url: str, environment: pytest.MonkeyPatch
-) -> None:
+def test_the_settings_give_a_default_receiver(comfyui_url: str, environment: pytest.MonkeyPatch) -> None:
     with (
         Receiver() as own,
         Receiver() as other,
@@ -160,7 +158,7 @@ def test_the_settings_name_a_receiver_for_jobs_that_name_none(
 # ---------------------------------------------------------------------------------- whatever the receiver does
 
 
-def test_a_receiver_that_hangs_is_not_waited_for(
+def test_a_hanging_receiver_is_not_waited_for(
     comfyui_url: str, environment: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with (
@@ -185,7 +183,7 @@ def problems(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 @pytest.mark.parametrize("status", [500, 503, 429])
-def test_a_receiver_in_trouble_is_asked_again_with_the_same_id(
+def test_a_failing_receiver_is_retried_with_the_same_id(
     worker: Worker, status: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     with Receiver(status) as receiver:
@@ -200,9 +198,7 @@ def test_a_receiver_in_trouble_is_asked_again_with_the_same_id(
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 410])
-def test_a_receiver_that_refuses_is_not_asked_again(
-    worker: Worker, status: int, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_rejecting_receiver_is_not_retried(worker: Worker, status: int, caplog: pytest.LogCaptureFixture) -> None:
     with Receiver(status) as receiver:
         output = worker.run(job(graphs.picture(ORANGE), webhook=hook(receiver)))
         worker.close()
@@ -213,7 +209,7 @@ def test_a_receiver_that_refuses_is_not_asked_again(
     ]
 
 
-def test_a_receiver_that_always_fails_is_given_up(worker: Worker, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_persistently_failing_receiver_is_abandoned(worker: Worker, caplog: pytest.LogCaptureFixture) -> None:
     with Receiver(500, 500, 500) as receiver:
         assert colors(worker.run(job(graphs.picture(ORANGE), webhook=hook(receiver)))) == [[ORANGE]]
         worker.close()
@@ -239,7 +235,7 @@ def test_a_redirect_is_not_followed(worker: Worker, caplog: pytest.LogCaptureFix
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::ffff:127.0.0.1]", "0.0.0.0"])
-def test_an_address_that_is_not_public_gets_no_request(
+def test_private_addresses_get_no_request(
     comfyui_url: str, environment: pytest.MonkeyPatch, host: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with Receiver() as receiver, closing(made_for(comfyui_url, allow_private_urls=False)) as worker:
@@ -250,7 +246,7 @@ def test_an_address_that_is_not_public_gets_no_request(
     assert [line.rpartition(": ")[2] for line in problems(caplog)] == ["it leads to an address that is not public"]
 
 
-def test_what_the_receiver_does_changes_nothing_of_the_answer(worker: Worker) -> None:
+def test_the_receiver_does_not_affect_the_response(worker: Worker) -> None:
     def answer(**more: Any) -> dict[str, Any]:
         output = worker.run(job(graphs.picture(ORANGE), **more))
         for image in output["images"]:
@@ -263,7 +259,7 @@ def test_what_the_receiver_does_changes_nothing_of_the_answer(worker: Worker) ->
     assert answers[0] == answers[1] == answers[2]
 
 
-def test_many_ends_wait_side_by_side_and_the_oldest_are_given_up(environment: pytest.MonkeyPatch) -> None:
+def test_pending_webhooks_are_limited_and_the_oldest_dropped(environment: pytest.MonkeyPatch) -> None:
     """One of them may not hold up the others, nor all of them fill the memory."""
     settings = load_settings(allow_private_urls=True, webhook_attempts=1)
     with Receiver(*["hang"] * 40) as receiver, closing(Webhooks(settings)) as webhooks:
@@ -276,7 +272,7 @@ def test_many_ends_wait_side_by_side_and_the_oldest_are_given_up(environment: py
         receiver.released.set()
 
 
-def test_a_body_that_is_too_long_says_so(environment: pytest.MonkeyPatch) -> None:
+def test_an_oversized_body_is_marked(environment: pytest.MonkeyPatch) -> None:
     image = {"filename": "a.png", "type": "base64", "data": "A" * 10_000}
     with Receiver() as receiver, closing(Webhooks(load_settings(allow_private_urls=True))) as webhooks:
         webhook = webhooks.for_job({"id": "a", "input": {"webhook": hook(receiver)}}, size_limit=5000)
@@ -290,19 +286,19 @@ def test_a_body_that_is_too_long_says_so(environment: pytest.MonkeyPatch) -> Non
 # ----------------------------------------------------------------------------------------------------- progress
 
 
-def test_progress_is_told_in_order_and_not_too_often(environment: pytest.MonkeyPatch) -> None:
+def test_progress_is_sent_in_order_and_rate_limited(environment: pytest.MonkeyPatch) -> None:
     with Receiver() as receiver, closing(Webhooks(load_settings(allow_private_urls=True))) as webhooks:
-        told = hook(receiver, progress=True, secret=SECRET, extra_params={"user": 7})
-        webhook = webhooks.for_job(job(graphs.picture(ORANGE), webhook=told))
-        heard: list[Any] = []
-        on_event = webhook.send_progress(heard.append)
+        spec = hook(receiver, progress=True, secret=SECRET, extra_params={"user": 7})
+        webhook = webhooks.for_job(job(graphs.picture(ORANGE), webhook=spec))
+        events: list[Any] = []
+        on_event = webhook.send_progress(events.append)
         on_event(StageStarted(Stage.RUNNING))
         receiver.wait_for(1)
         on_event(NodeStarted("9", "SaveImage", "Save"))
         for step in range(100):
             on_event(NodeProgress("9", step, 100))
         receiver.wait_for(2)
-        assert len(heard) == 102, "whoever else listens hears everything"
+        assert len(events) == 102, "other listeners receive everything"
         webhook.send_end({"images": []})
         webhooks.close()
         on_event(NodeProgress("9", 100, 100))
@@ -318,18 +314,18 @@ def test_progress_is_told_in_order_and_not_too_often(environment: pytest.MonkeyP
     assert len({received.id for received in receiver.received}) == 3
 
 
-def test_progress_is_told_only_to_who_asked_for_it(worker: Worker) -> None:
+def test_progress_is_sent_only_on_request(worker: Worker) -> None:
     with Receiver() as receiver, Receiver() as curious:
         worker.run(job(graphs.work(0.3, steps=5), webhook=hook(receiver)))
         worker.run(job(graphs.work(0.3, steps=5), webhook=hook(curious, progress=True)))
         worker.close()
         assert ["type" in received.body for received in receiver.received] == [False]
-        told = ["type" in received.body for received in curious.received]
-    assert told == [True] * (len(told) - 1) + [False] and len(told) > 1
+        are_progress = ["type" in received.body for received in curious.received]
+    assert are_progress == [True] * (len(are_progress) - 1) + [False] and len(are_progress) > 1
 
 
 @pytest.mark.parametrize("answer", [500, 404, "hang"])
-def test_progress_may_fail_and_the_end_still_comes_last(
+def test_failed_progress_webhooks_do_not_affect_the_end(
     environment: pytest.MonkeyPatch, answer: int | str, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = load_settings(allow_private_urls=True, webhook_timeout_s=0.5)
@@ -345,13 +341,13 @@ def test_progress_may_fail_and_the_end_still_comes_last(
     assert problems(caplog) == []
 
 
-# ------------------------------------------------------------------------------------------------------- doors
+# ------------------------------------------------------------------------------------------------ entry points
 
 
 OPEN = {"RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS": "true"}
 
 
-def test_runpods_loop_tells_each_end_and_its_own_end_waits_for_that(comfyui_url: str, tmp_path: Path) -> None:
+def test_the_runpod_loop_sends_every_end_before_it_exits(comfyui_url: str, tmp_path: Path) -> None:
     gate = Gate(tmp_path)
     with (
         Receiver() as receiver,
@@ -380,7 +376,7 @@ def test_runpods_loop_tells_each_end_and_its_own_end_waits_for_that(comfyui_url:
         end.verify(SECRET)
 
 
-def test_a_warm_up_is_no_job_to_be_told_of(comfyui_url: str) -> None:
+def test_a_warm_up_sends_no_webhook(comfyui_url: str) -> None:
     settings = {**OPEN, "WARMUP_WORKFLOW": json.dumps(graphs.picture(ORANGE))}
     with (
         Receiver() as receiver,
@@ -391,7 +387,7 @@ def test_a_warm_up_is_no_job_to_be_told_of(comfyui_url: str) -> None:
     assert end.body["id"] != "warmup" and "warm-up done" in running.worker.output
 
 
-def test_the_desk_tells_before_it_ends(comfyui_url: str, tmp_path: Path) -> None:
+def test_a_local_run_sends_its_webhook_before_it_exits(comfyui_url: str, tmp_path: Path) -> None:
     with Receiver(500) as receiver:
         webhook = hook(receiver, secret=SECRET)
         sent = json.dumps({"input": {"workflow": graphs.picture(ORANGE), "webhook": webhook}})
@@ -402,7 +398,7 @@ def test_the_desk_tells_before_it_ends(comfyui_url: str, tmp_path: Path) -> None
         assert len({received.id for received in receiver.received}) == 1
 
 
-def test_a_desk_that_is_interrupted_tells_so(comfyui_url: str, tmp_path: Path) -> None:
+def test_an_interrupted_local_run_sends_its_webhook(comfyui_url: str, tmp_path: Path) -> None:
     gate = Gate(tmp_path)
     with Receiver() as receiver:
         sent = json.dumps({"input": {"workflow": gate.graph(), "webhook": hook(receiver)}})
@@ -414,7 +410,7 @@ def test_a_desk_that_is_interrupted_tells_so(comfyui_url: str, tmp_path: Path) -
         assert [received.body["status"] for received in receiver.received] == ["CANCELLED"]
 
 
-def test_settings_that_are_not_sound_are_said_in_one_sentence(comfyui_url: str) -> None:
+def test_invalid_settings_are_reported_in_one_sentence(comfyui_url: str) -> None:
     sent = json.dumps({"input": {"workflow": graphs.picture(ORANGE)}})
     settings = {
         "COMFYUI_URL": comfyui_url,
@@ -427,7 +423,7 @@ def test_settings_that_are_not_sound_are_said_in_one_sentence(comfyui_url: str) 
     assert "no secret at all" not in process.output
 
 
-def test_nothing_runs_where_nobody_is_to_be_told(comfyui_url: str, environment: pytest.MonkeyPatch) -> None:
+def test_no_thread_runs_without_a_receiver(comfyui_url: str, environment: pytest.MonkeyPatch) -> None:
     with closing(made_for(comfyui_url)) as worker:
         worker.run(job(graphs.picture(ORANGE)))
         assert "webhooks" not in [thread.name for thread in threading.enumerate()]

@@ -35,20 +35,20 @@ def use(pool: SocketPool) -> str:
         return socket.client_id
 
 
-def tell_everybody(server: EmulatorServer) -> None:
+def broadcast(server: EmulatorServer) -> None:
     """Have frames on every websocket that no job waits for: somebody else's prompt changes the queue's length."""
     body = {"prompt": graphs.picture((1, 2, 3)), "client_id": "somebody else"}
     requests.post(f"{server.url}/prompt", json=body, timeout=TIMEOUT_S).raise_for_status()
     wait_until(lambda: bool(requests.get(f"{server.url}/history", timeout=TIMEOUT_S).json()))
 
 
-def test_it_is_kept(pool: SocketPool) -> None:
+def test_a_websocket_is_reused(pool: SocketPool) -> None:
     assert use(pool) == use(pool)
 
 
-def test_what_was_said_while_it_was_idle_is_not_the_next_jobs(server: EmulatorServer, pool: SocketPool) -> None:
+def test_messages_received_while_idle_are_dropped(server: EmulatorServer, pool: SocketPool) -> None:
     client_id = use(pool)
-    tell_everybody(server)
+    broadcast(server)
 
     with pool.lend() as socket:
         assert socket.client_id == client_id
@@ -56,11 +56,11 @@ def test_what_was_said_while_it_was_idle_is_not_the_next_jobs(server: EmulatorSe
 
 
 @pytest.mark.parametrize("with_frames_before", [False, True])
-def test_one_that_was_cut_is_not_lent_again(server: EmulatorServer, pool: SocketPool, with_frames_before: bool) -> None:
+def test_a_closed_websocket_is_not_reused(server: EmulatorServer, pool: SocketPool, with_frames_before: bool) -> None:
     client_id = use(pool)
     wait_until(lambda: server.clients == {client_id})
     if with_frames_before:
-        tell_everybody(server)
+        broadcast(server)
     server.drop_websockets()
     wait_until(lambda: not server.clients)
 

@@ -20,7 +20,7 @@ class RunningJob:
 
     Attributes:
         stop: ends it early.
-        events: what was told of it so far.
+        events: its events so far.
         ended_at: on the monotonic clock, in seconds; None while it runs.
     """
 
@@ -83,7 +83,7 @@ class RunningJob:
             return found
 
     def wait_for_notice(self, part: str) -> None:
-        """Return when the job was told of with a sentence that has this part."""
+        """Return when a notice of the job has contained this text."""
         self.wait_for(lambda event: isinstance(event, Notice) and part in event.text)
 
     def all(self, kind: type[Event]) -> list[Event]:

@@ -51,13 +51,13 @@ def url_of(address: str) -> str:
 
 
 @elsewhere
-def test_no_input_is_fetched_there(environment: pytest.MonkeyPatch, address: str) -> None:
+def test_private_addresses_are_not_fetched(environment: pytest.MonkeyPatch, address: str) -> None:
     with pytest.raises(InputFetchFailed, match="an address that is not public"):
         Fetcher(load_settings(input_cache_mb=0)).fetch(url_of(address), Stop())
 
 
 @elsewhere
-def test_no_webhook_is_sent_there(environment: pytest.MonkeyPatch, address: str) -> None:
+def test_private_addresses_get_no_webhook(environment: pytest.MonkeyPatch, address: str) -> None:
     message = Message.of(Webhook(url_of(address)), "job_COMPLETED", {})
     with pytest.raises(NotAccepted, match="an address that is not public"):
         asyncio.run(post(message, load_settings(), 10))
@@ -66,7 +66,7 @@ def test_no_webhook_is_sent_there(environment: pytest.MonkeyPatch, address: str)
 
 
 @elsewhere
-def test_no_bucket_is_there(environment: pytest.MonkeyPatch, address: str) -> None:
+def test_private_addresses_are_no_bucket(environment: pytest.MonkeyPatch, address: str) -> None:
     endpoint = url_of(address).removesuffix("/a.png")
     with pytest.raises(InvalidInput, match="not known to have a public address"):
         StorageFactory(load_settings()).choose(Delivery(), None, JobBucket(endpoint, "key", "secret", "shop"))
@@ -76,11 +76,11 @@ def test_no_bucket_is_there(environment: pytest.MonkeyPatch, address: str) -> No
 
 
 @given(st.ip_addresses())
-def test_what_runpods_sdk_refuses_is_never_public(address: Any) -> None:
+def test_addresses_rejected_by_runpods_sdk_are_never_public(address: Any) -> None:
     assert is_safe_address(str(address)) or not is_public(str(address))
 
 
-def test_a_job_may_bring_a_bucket_unless_the_worker_says_no(environment: pytest.MonkeyPatch) -> None:
+def test_a_job_may_bring_a_bucket_unless_disallowed(environment: pytest.MonkeyPatch) -> None:
     bucket = JobBucket("https://93.184.216.34", "key", "secret", "shop")
     StorageFactory(load_settings()).choose(Delivery(), None, bucket)
     environment.setenv("ALLOW_JOB_S3", "false")

@@ -1,4 +1,4 @@
-"""The doors' words, those that several of them share: kinds of files, errors, what was ignored, addresses, ids."""
+"""What several APIs share of their formats: kinds of files, errors, ignored fields, addresses, ids."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ def test_a_video_that_comfyui_lists_as_a_picture_is_no_task_picture() -> None:
     assert (result["videos"], result["audio"]) == (["https://here/b.mp4"], ["https://here/c.flac"])
 
 
-def test_nor_is_it_one_of_the_catalogs() -> None:
+def test_a_video_is_not_a_catalog_image() -> None:
     outputs = catalog_words.outputs_of(MIXED)
     found = {kind: [file["filename"] for file in outputs[kind]] for kind in ("images", "videos", "audio")}
     assert found == {"images": ["a.png"], "videos": ["b.mp4"], "audio": ["c.flac"]}
     assert catalog_words.outputs_of({"images": [item("b.mp4", "video/mp4")]})["images"] == []
 
 
-def test_nor_is_it_one_to_generate(tmp_path: Any) -> None:
+def test_a_video_is_not_a_generate_image(tmp_path: Any) -> None:
     files = generate_results.files_of("job", MIXED, MIXED, AssetStore(tmp_path), as_base64=True)
     assert [file["output_type"] for file in files] == ["images", "videos", "audio"]
 
@@ -77,7 +77,7 @@ def details_of(details: Any) -> str:
     return said.removeprefix("Try again; ")
 
 
-def test_a_nodes_failure_is_said_in_words() -> None:
+def test_a_node_failure_is_described_in_words() -> None:
     details = {"node_id": "3", "node_type": "KSampler", "message": "no more", "exception_type": "RuntimeError"}
     assert details_of(details) == "Node error: no more (node 3, KSampler)"
 
@@ -93,7 +93,7 @@ def test_a_nodes_failure_is_said_in_words() -> None:
         ([1, True], "1; True"),
     ],
 )
-def test_other_details_are_words_and_the_same_for_a_program(details: Any, said: str) -> None:
+def test_other_details_are_readable_and_machine_readable(details: Any, said: str) -> None:
     assert details_of(details).removeprefix("problems: ") == said
     assert catalog_error({"error": "It failed", "code": "failed", "details": details})["errors"][0]["data"] == details
 
@@ -102,7 +102,7 @@ def test_a_text_stays_as_it_is() -> None:
     assert details_of("it's so") == "it's so"
 
 
-def test_a_bug_is_told_in_the_envelope_too() -> None:
+def test_a_bug_is_reported_in_the_envelope() -> None:
     assert error_body(InternalError("It is broken"), "/api/v1/comfyui/nodes")["errors"][0]["message"] == "It is broken"
     assert InternalError.http_status == 500
 
@@ -110,7 +110,7 @@ def test_a_bug_is_told_in_the_envelope_too() -> None:
 # -------------------------------------------------------------------------------------------- beside input and params
 
 
-def test_what_stands_beside_input_goes_on_to_runpods_places() -> None:
+def test_fields_beside_input_are_mapped_to_runpods_fields() -> None:
     beside = {
         "webhook": "https://example.com/end",
         "policy": {"lowPriority": True},
@@ -129,12 +129,12 @@ def test_what_stands_beside_input_goes_on_to_runpods_places() -> None:
 
 @pytest.mark.parametrize("model", [GenerateRequest, TaskRequest])
 @pytest.mark.parametrize("beside", [{"webhook": 1}, {"s3Config": {"bucketName": "b"}}, {"policy": {"ttl": 1}}])
-def test_what_stands_there_must_be_sound(model: type[RequestModel], beside: dict[str, Any]) -> None:
+def test_fields_beside_input_are_validated(model: type[RequestModel], beside: dict[str, Any]) -> None:
     body = {"input": {}, "task_type": "comfyui", "params": {"workflow": {}}, **beside}
     assert next(iter(beside)) in refusal(model, json.dumps(body).encode())
 
 
-def test_fields_of_the_parts_of_a_request_are_named_too() -> None:
+def test_nested_unknown_fields_are_named() -> None:
     body = {"policy": {"ttll": 1, "ttl": 20_000}, "params": {"workflow": {}, "anything": 1}, "priorty": "low"}
     task = TaskRequest.model_validate({"task_type": "comfyui", **body})
     assert task.warnings(["last"])["warnings"] == [
@@ -169,12 +169,12 @@ def test_every_name_of_the_loopback_is_the_same(address: str, backend: str) -> N
     ("address", "backend"),
     [("here", "http://here:80"), ("http://here:80/", "http://here"), ("https://here", "https://here:443")],
 )
-def test_a_schemes_own_port_may_be_left_out(address: str, backend: str) -> None:
+def test_default_ports_are_optional(address: str, backend: str) -> None:
     assert backend_at(address, [backend]) == backend
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:8188", "localhost:8188", "http://127.0.0.1:8188/"])
-def test_the_described_default_is_any_unless_a_comfyui_listens_there(address: str) -> None:
+def test_the_documented_default_means_any_comfyui_unless_one_listens_there(address: str) -> None:
     assert backend_at(address, ["http://gpu-1:8188", "http://gpu-2:8188"]) is None
     assert backend_at(address, []) is None
     assert backend_at(address, ["http://gpu-1:8188", "http://localhost:8188"]) == "http://localhost:8188"
@@ -184,7 +184,7 @@ def test_a_fleets_worker_is_found_by_its_address() -> None:
     assert backend_at("worker-7:8188", ["http://worker-6:8188", "http://worker-7:8188"]) == "http://worker-7:8188"
 
 
-def test_the_refusal_names_no_address() -> None:
+def test_the_error_names_no_address() -> None:
     with pytest.raises(InvalidInput) as refused:
         backend_at("gpu-9:8188", ["http://gpu-1:8188"])
     assert "gpu" not in json.dumps(refused.value.as_output())
@@ -194,12 +194,12 @@ def test_the_refusal_names_no_address() -> None:
     "address",
     ["x@here:8188", "here:8188/../", "x@here:8188/../", "http://here:8188/?a", "here:8188#a", "ftp://here:8188"],
 )
-def test_an_address_has_nothing_around_it(address: str) -> None:
+def test_an_address_has_no_extra_parts(address: str) -> None:
     with pytest.raises(InvalidInput, match="none of this gateway's"):
         backend_at(address, ["http://here:8188"])
 
 
-def test_null_and_nothing_count_as_left_out() -> None:
+def test_null_and_empty_count_as_omitted() -> None:
     params = {"workflow": {}, "server_address": ""}
     task = TaskRequest.model_validate({"task_type": "comfyui", "params": params, "priority": None})
     assert task.priority is None
@@ -208,7 +208,7 @@ def test_null_and_nothing_count_as_left_out() -> None:
     assert template_of({"version": ""}) is None
 
 
-def test_a_version_that_is_missing_is_said_to_be() -> None:
+def test_a_missing_version_is_reported() -> None:
     with pytest.raises(InvalidInput, match="The version is missing after solid-color@"):
         expand({"template": "solid-color@"}, LIBRARY)
 
@@ -217,7 +217,7 @@ def test_a_version_that_is_missing_is_said_to_be() -> None:
     ("job_id", "execution_id"),
     [("execution-7", 7), ("execution-007", "execution-007"), ("execution-", "execution-"), ("7", "7"), ("a", "a")],
 )
-def test_an_execution_has_a_number_only_if_that_leads_back_to_it(job_id: str, execution_id: int | str) -> None:
+def test_an_execution_number_must_be_unambiguous(job_id: str, execution_id: int | str) -> None:
     assert catalog_words.execution_id_of(job_id) == execution_id
     if job_id != "7":
         assert catalog_words.job_id_of(str(execution_id)) == job_id
@@ -231,11 +231,11 @@ def test_an_execution_has_a_number_only_if_that_leads_back_to_it(job_id: str, ex
         (1, "Batch cancelled: 1 of 3 workflows, the others had ended already"),
     ],
 )
-def test_what_came_of_cancelling_a_batch(cancelled: int, words: str) -> None:
+def test_the_message_of_a_cancelled_batch(cancelled: int, words: str) -> None:
     assert cancel_message(cancelled, 3) == words
 
 
-def test_a_modifier_sent_to_run_is_told_where_modifiers_are() -> None:
+def test_a_modifier_sent_to_run_gets_a_hint() -> None:
     with pytest.raises(InvalidInput) as refused:
         parse_job({"input": {"modifier": "TextToImage"}})
     assert refused.value.hint is not None
@@ -282,7 +282,7 @@ def test_quoted_names_are_cut_and_many_problems_counted() -> None:
     assert many.endswith("; and 15 more")
 
 
-def test_a_hundred_thousand_unknown_fields_are_counted_without_a_word_for_each() -> None:
+def test_100_000_unknown_fields_are_only_counted() -> None:
     body: dict[str, Any] = {**dict.fromkeys(map("sedd{}".format, range(100_000))), "input": {}}
     began = time.monotonic()
     warnings = GenerateRequest.model_validate(body).warnings()["warnings"]

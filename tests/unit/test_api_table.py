@@ -28,11 +28,11 @@ def test_the_page_is_the_table() -> None:
 
 
 @pytest.mark.parametrize("row", rows(), ids=lambda row: f"{row.api} {row.kind} {row.what}")
-def test_every_row_has_a_proof_that_is_there(row: Row) -> None:
+def test_every_row_has_an_existing_test(row: Row) -> None:
     assert is_existing_test(row.test)
 
 
-def test_no_two_rows_say_the_same() -> None:
+def test_rows_are_unique() -> None:
     names = [(row.api, row.kind, row.what) for row in rows()]
     assert sorted(names) == sorted(set(names))
 
@@ -42,10 +42,10 @@ def test_every_route_of_the_gateway_is_in_the_table(app: FastAPI) -> None:
     websockets = [re.sub(r"/x(?=/|$)", "/{}", path) for path, is_websocket in paths_of(app.routes) if is_websocket]
     paths = [re.sub(r"\{[^}]*\}", "{}", path) for path in app.openapi()["paths"] if not path.startswith("/v2/")]
     assert len(websockets) == 3
-    assert [path for path in (*paths, *websockets) if not stands_in(path, named)] == []
+    assert [path for path in (*paths, *websockets) if not is_path_in(path, named)] == []
 
 
-def stands_in(path: str, named: str) -> bool:
+def is_path_in(path: str, named: str) -> bool:
     pattern = re.escape(path.replace("{}/{}", "{}")).replace(r"\{\}", r"\{\}(/\{\})?")
     return re.search(rf"(?<!\S){pattern}(?=[\s,?]|$)", named) is not None
 
@@ -84,7 +84,7 @@ _PATHS = {
 }
 
 
-def test_every_setting_that_a_description_names_is_one() -> None:
+def test_every_setting_in_the_table_exists() -> None:
     from comfy_worker.gateway.settings import GatewaySettings
     from comfy_worker.settings import Settings, list_settings
 

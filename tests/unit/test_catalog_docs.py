@@ -39,34 +39,34 @@ def test_every_request_can_be_filled_in() -> None:
         assert expand(request, LIBRARY)["workflow"]
 
 
-def test_the_refusal_is_to_the_letter() -> None:
-    [told] = [json.loads(block) for block in blocks("json") if '"error"' in block]
+def test_the_documented_error_is_exact() -> None:
+    [documented] = [json.loads(block) for block in blocks("json") if '"error"' in block]
     with pytest.raises(InvalidInput) as refused:
         expand({"template": "solid-color", "inputs": {"widht": 5, "height": 5000}}, LIBRARY)
-    assert refused.value.as_output() == told
+    assert refused.value.as_output() == documented
 
 
-def test_the_example_is_a_sound_manifest() -> None:
+def test_the_example_is_a_valid_manifest() -> None:
     [manifest] = [json.loads(block) for block in blocks("json") if '"parameters"' in block]
     assert Manifest.model_validate(manifest).parameters["seed"].is_random
 
 
-def test_the_table_has_every_entry_and_what_it_needs() -> None:
+def test_the_table_has_every_entry_and_its_requirements() -> None:
     section = PAGE.partition("## Ready-made workflows")[2].partition("## A workflow of your own")[0]
     rows = re.findall(r"^\| `([a-z0-9-]+)` \| [^|]+ \| ([^|]+) \|", section, re.MULTILINE)
-    told = {name: set(re.findall(r"`(\w+)`", needs)) for name, needs in rows}
-    assert told == {
+    documented = {name: set(re.findall(r"`(\w+)`", needs)) for name, needs in rows}
+    assert documented == {
         entry.name: {name for name, one in entry.manifest.parameters.items() if one.is_required}
         for entry in LIBRARY.entries()
     }
 
 
-def test_every_field_of_a_parameter_is_told() -> None:
+def test_every_parameter_field_is_documented() -> None:
     section = PAGE.partition("### Parameters")[2].partition("## Versions")[0]
     assert [field for field in Parameter.model_fields if f"`{field}`" not in section] == []
 
 
-def test_the_map_of_the_example_does_what_is_said() -> None:
+def test_the_documented_map_works() -> None:
     inputs = {"prompt": "x", "duration": 5}
     workflow = fill(LIBRARY.get("text-to-video-hunyuan"), inputs, Random(1)).workflow
     assert workflow["8"]["inputs"]["length"] == 121

@@ -62,7 +62,7 @@ def refusal(entry: CatalogEntry, inputs: dict[str, Any]) -> str:
     return refused.value.message
 
 
-def test_what_is_given_is_set_and_the_rest_has_its_default(entry: CatalogEntry) -> None:
+def test_omitted_inputs_have_their_defaults(entry: CatalogEntry) -> None:
     inputs = filled(entry, steps=5.0, seed=3).workflow["2"]["inputs"]
     assert inputs == {
         "image": ["1", 0],
@@ -75,12 +75,12 @@ def test_what_is_given_is_set_and_the_rest_has_its_default(entry: CatalogEntry) 
     }
 
 
-def test_null_counts_as_left_out(entry: CatalogEntry) -> None:
+def test_null_counts_as_omitted(entry: CatalogEntry) -> None:
     assert filled(entry, steps=None).workflow["2"]["inputs"]["steps"] == 20
     assert "prompt is missing" in refusal(entry, {**NEEDED, "prompt": None})
 
 
-def test_a_seed_is_another_one_for_each_request(entry: CatalogEntry) -> None:
+def test_every_request_gets_a_new_seed(entry: CatalogEntry) -> None:
     random = Random(7)
     seeds = [fill(entry, NEEDED, random).workflow["2"]["inputs"]["seed"] for _ in range(20)]
     assert len(set(seeds)) == 20
@@ -123,14 +123,14 @@ def test_a_graph_without_a_manifest_is_an_entry_without_parameters() -> None:
     assert "'steps' is unknown, there are no parameters" in refusal(bare, {"steps": 1})
 
 
-def test_what_is_no_graph_is_no_entry() -> None:
+def test_an_invalid_graph_is_not_an_entry() -> None:
     with pytest.raises(UiFormatWorkflow):
         make_entry("canvas", {"nodes": [], "links": []})
     with pytest.raises(InvalidWorkflow):
         make_entry("empty", {})
 
 
-def test_the_version_is_the_contents(entry: CatalogEntry) -> None:
+def test_the_version_depends_on_the_content(entry: CatalogEntry) -> None:
     def version(graph: Any, manifest: Any = None) -> str:
         return make_entry("other", graph, manifest).version
 
@@ -148,7 +148,7 @@ def test_the_version_is_the_contents(entry: CatalogEntry) -> None:
         *((name, False) for name in ("", "A", "-a", "a/b", "a\n", ".a", "é")),
     ],
 )
-def test_names(name: str, allowed: bool) -> None:
+def test_allowed_names(name: str, allowed: bool) -> None:
     assert is_entry_name(name) is allowed
 
 
@@ -156,7 +156,7 @@ VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | s
 
 
 @given(st.dictionaries(st.sampled_from(list(PARAMETERS)) | st.text(), VALUES, max_size=6))
-def test_whatever_is_sent_the_entry_stays_as_it_is(inputs: dict[str, Any]) -> None:
+def test_inputs_never_change_the_entry(inputs: dict[str, Any]) -> None:
     graph = copy.deepcopy(GRAPH)
     entry = make_entry("example", graph, MANIFEST)
     try:
@@ -172,7 +172,7 @@ def test_whatever_is_sent_the_entry_stays_as_it_is(inputs: dict[str, Any]) -> No
 
 
 @given(st.integers(1, 150), st.floats(-1e6, 1e6), st.booleans(), st.text(), st.integers(0, 2**64 - 1))
-def test_every_sound_request_is_set_as_it_was_sent(steps: int, cfg: float, tiling: bool, text: str, seed: int) -> None:
+def test_valid_inputs_are_set_unchanged(steps: int, cfg: float, tiling: bool, text: str, seed: int) -> None:
     entry = make_entry("example", GRAPH, MANIFEST)
     wanted = {"steps": steps, "cfg": cfg, "tiling": tiling, "seed": seed}
     inputs = filled(entry, prompt=text, **wanted).workflow["2"]["inputs"]

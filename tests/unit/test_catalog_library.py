@@ -67,7 +67,7 @@ def test_entries_are_sorted_and_have_their_manifests(shelf: Shelf) -> None:
     assert not shelf.library.get("red").manifest.parameters
 
 
-def test_a_folder_that_is_not_there_is_an_empty_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_folder_is_an_empty_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shelf = Shelf(tmp_path / "later", monkeypatch)
     assert shelf.names() == []
     assert refusal(shelf.library, "red") == "There is no template 'red': there are none"
@@ -83,7 +83,7 @@ def test_a_file_in_place_of_the_folder_is_a_problem(tmp_path: Path, caplog: pyte
     assert caplog.messages == ["the workflow file file is ignored: the folder cannot be read: Not a directory"]
 
 
-def test_an_unknown_name_hears_of_the_nearest_or_of_all(shelf: Shelf) -> None:
+def test_an_unknown_name_suggests_the_nearest_or_all(shelf: Shelf) -> None:
     shelf.write("text-to-image.json", picture(RED))
     shelf.write("upscale.json", picture(BLUE))
     library = shelf.later()
@@ -114,7 +114,7 @@ def test_an_unknown_name_hears_of_the_nearest_or_of_all(shelf: Shelf) -> None:
         ("alone.manifest.json", manifest(), "there is no alone.json for it"),
     ],
 )
-def test_a_bad_file_is_told_once_and_the_others_go_on(
+def test_an_invalid_file_is_reported_once_and_does_not_affect_others(
     shelf: Shelf, caplog: pytest.LogCaptureFixture, file: str, content: Any, problem: str
 ) -> None:
     shelf.write("red.json", picture(RED))
@@ -133,14 +133,14 @@ def test_a_bad_file_is_told_once_and_the_others_go_on(
     assert refusal(shelf.library, name) == f"The template {name!r} cannot be used: {sentence}"
 
 
-def test_a_file_that_is_mended_is_used_again(shelf: Shelf) -> None:
+def test_a_repaired_file_is_used_again(shelf: Shelf) -> None:
     shelf.write("red.json", "{")
     assert shelf.names() == []
     shelf.write("red.json", picture(RED))
     assert shelf.names() == ["red"]
 
 
-def test_a_link_that_leads_nowhere_is_a_problem_and_hidden_files_are_none(shelf: Shelf) -> None:
+def test_broken_symlinks_are_problems_and_hidden_files_are_not(shelf: Shelf) -> None:
     (shelf.folder / "gone.json").symlink_to(shelf.folder / "nowhere")
     shelf.write(".hidden.json", "{")
     shelf.write("notes.txt", "{")
@@ -149,7 +149,7 @@ def test_a_link_that_leads_nowhere_is_a_problem_and_hidden_files_are_none(shelf:
     assert refusal(shelf.library, "gone") == sentence
 
 
-def test_changes_are_seen_at_most_once_a_second(shelf: Shelf) -> None:
+def test_changes_are_checked_at_most_once_a_second(shelf: Shelf) -> None:
     shelf.write("red.json", picture(RED))
     assert shelf.names() == ["red"]
     shelf.write("blue.json", picture(BLUE))
@@ -161,7 +161,7 @@ def test_changes_are_seen_at_most_once_a_second(shelf: Shelf) -> None:
     assert shelf.names() == ["blue"]
 
 
-def test_a_change_of_the_same_size_and_time_is_seen_when_the_file_is_replaced(shelf: Shelf) -> None:
+def test_a_replaced_file_of_equal_size_and_time_is_noticed(shelf: Shelf) -> None:
     shelf.write("red.json", "X")
     before = (shelf.folder / "red.json").stat()
     shelf.write("red.json", picture((1, 2, 3)))
@@ -202,7 +202,7 @@ def test_a_worker_knows_only_the_present_version(shelf: Shelf) -> None:
     )
 
 
-def test_a_file_that_is_rewritten_again_and_again_does_not_fill_the_memory(shelf: Shelf) -> None:
+def test_repeated_rewrites_do_not_fill_the_memory(shelf: Shelf) -> None:
     versions = []
     for blue in range(120):
         shelf.write("red.json", picture((0, 0, blue)))

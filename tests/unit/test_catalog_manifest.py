@@ -35,7 +35,7 @@ def refusal(data: Any) -> str:
     return refused.value.message
 
 
-def test_a_sound_manifest_is_read() -> None:
+def test_a_valid_manifest_is_read() -> None:
     data = {**manifest(steps=STEPS), "models": [{"folder": "checkpoints", "file": "a.safetensors"}]}
     parsed = parse_manifest(data, GRAPH)
     assert parsed.parameters["steps"].default == 20
@@ -96,7 +96,7 @@ def test_a_sound_manifest_is_read() -> None:
         (manifest(a=STEPS, b=STEPS), "parameters.b: input 'width' of node '1' is set by 'a' already"),
     ],
 )
-def test_a_manifest_that_is_not_sound_is_refused(data: Any, part: str) -> None:
+def test_an_invalid_manifest_is_rejected(data: Any, part: str) -> None:
     assert part in refusal(data)
 
 
@@ -124,7 +124,7 @@ JSON = st.recursive(
 
 
 @given(JSON)
-def test_any_content_is_a_manifest_or_refused(data: Any) -> None:
+def test_any_content_is_a_manifest_or_an_error(data: Any) -> None:
     try:
         parse_manifest(data, GRAPH)
     except InvalidInput as refused:
@@ -151,7 +151,7 @@ def test_any_content_is_a_manifest_or_refused(data: Any) -> None:
         ("file", {}, "AAAA", "AAAA"),
     ],
 )
-def test_what_a_parameter_takes(kind: str, fields: dict[str, Any], value: Any, checked: Any) -> None:
+def test_accepted_parameter_values(kind: str, fields: dict[str, Any], value: Any, checked: Any) -> None:
     taken = parameter(kind, **fields).checked(value)
     assert (taken, type(taken)) == (checked, type(checked))
 
@@ -180,7 +180,7 @@ def test_what_a_parameter_takes(kind: str, fields: dict[str, Any], value: Any, c
         ("file", {}, "data:image/svg+xml,%3Csvg/%3E", "is a data URI that is not base64"),
     ],
 )
-def test_what_a_parameter_refuses(kind: str, fields: dict[str, Any], value: Any, sentence: str) -> None:
+def test_rejected_parameter_values(kind: str, fields: dict[str, Any], value: Any, sentence: str) -> None:
     with pytest.raises(ValueError) as refused:
         parameter(kind, **fields).checked(value)
     assert str(refused.value) == sentence
@@ -202,7 +202,7 @@ ANYTHING = st.none() | st.booleans() | st.integers() | st.floats() | st.text() |
     ),
     ANYTHING,
 )
-def test_any_value_is_taken_or_refused_with_a_sentence(one: Parameter, value: Any) -> None:
+def test_any_value_is_accepted_or_rejected_with_a_sentence(one: Parameter, value: Any) -> None:
     try:
         checked = one.checked(value)
     except ValueError as problem:
@@ -222,18 +222,18 @@ def test_seconds_become_frames(seconds: float, frames: int) -> None:
 
 
 @given(st.floats(0, 1000), st.integers(1, 60), st.integers(1, 16))
-def test_a_map_of_numbers_lands_on_the_nearest_multiple(value: float, multiply: int, multiple: int) -> None:
+def test_a_number_map_rounds_to_the_nearest_multiple(value: float, multiply: int, multiple: int) -> None:
     mapped = NumberMap(multiply=multiply, multiple_of=multiple, add=1).apply(value)
     assert (mapped - 1) % multiple == 0
     assert abs(mapped - 1 - value * multiply) <= multiple / 2 + 1e-6
 
 
-def test_a_text_stands_around_its_value() -> None:
+def test_a_text_map_wraps_its_value() -> None:
     around = TextMap(text=", {value} style")
     assert around.apply("{value} pop art") == ", {value} pop art style"
     assert around.apply("") == ""
 
 
-def test_a_choice_stands_for_what_is_set() -> None:
+def test_a_choice_maps_to_its_value() -> None:
     one = parameter("choice", choices=["cut", "keep"], map={"values": {"cut": "center", "keep": False}})
     assert (one.mapped("cut"), one.mapped("keep")) == ("center", False)

@@ -43,7 +43,7 @@ def test_a_template_becomes_a_workflow_with_its_images(library: Catalog) -> None
     assert job.files[0].content == png((0, 0, 255))
 
 
-def test_images_of_the_job_stay(library: Catalog) -> None:
+def test_the_jobs_images_are_kept(library: Catalog) -> None:
     own = {"name": "own.png", "image": PICTURE}
     assert [item["name"] for item in expand({**RESIZE, "images": [own]}, library)["images"]] == ["own.png", "image.png"]
     without = expand({"template": "solid-color"}, library)
@@ -52,7 +52,7 @@ def test_images_of_the_job_stay(library: Catalog) -> None:
         parse_job({"input": expand({**RESIZE, "images": "x"}, library)})
 
 
-def test_a_version_may_be_named(library: Catalog) -> None:
+def test_a_version_can_be_requested(library: Catalog) -> None:
     version = library.get("solid-color").version
     expanded = expand({"template": f"solid-color@{version}", "inputs": None}, library)
     assert expanded["workflow"]["1"]["class_type"] == "EmptyImage"
@@ -73,7 +73,7 @@ def test_a_version_may_be_named(library: Catalog) -> None:
         ),
     ],
 )
-def test_what_is_refused(library: Catalog, job_input: dict[str, Any], sentence: str) -> None:
+def test_rejected_templates(library: Catalog, job_input: dict[str, Any], sentence: str) -> None:
     assert refusal(job_input, library) == sentence
 
 

@@ -34,13 +34,13 @@ def test_a_higher_priority_is_never_taken_later(one: int, other: int) -> None:
     assert 1 <= priority_of(record(higher)) <= priority_of(record(lower)) <= 9
 
 
-def test_the_priorities_that_doors_give_differ() -> None:
+def test_api_priorities_differ() -> None:
     numbers = [priority_of(record(priority)) for priority in range(-4, 5)]
     assert numbers == sorted(set(numbers), reverse=True)
     assert priority_of(record(NORMAL_PRIORITY)) < priority_of(record(LOW_PRIORITY))
 
 
-def test_each_worker_has_a_queue_of_its_own() -> None:
+def test_each_worker_has_its_own_queue() -> None:
     assert len({queue_of(f"http://gpu-{number}:8188") for number in range(20)}) == 20
 
 
@@ -52,11 +52,11 @@ def test_each_worker_has_a_queue_of_its_own() -> None:
         ("http://gpu-1:8188", "http://gpu-1:8188"),
     ],
 )
-def test_a_comfyui_is_known_by_a_name_that_no_other_machine_has(url: str, known: str) -> None:
+def test_comfyui_names_are_unique_over_machines(url: str, known: str) -> None:
     assert worker_name(url) == known
 
 
-def test_messages_are_sent_again_only_after_the_longest_job() -> None:
+def test_messages_are_redelivered_only_after_the_longest_job() -> None:
     app = make_app(load_gateway_settings(visibility_timeout_s=7200))
     assert app.conf.broker_transport_options["visibility_timeout"] == 7200
     assert app.conf.task_acks_late
@@ -66,7 +66,7 @@ def test_messages_are_sent_again_only_after_the_longest_job() -> None:
 
 @pytest.mark.parametrize("engine", ["local", "runpod", "celery"])
 @pytest.mark.parametrize("url", ["nonsense", "mysql://root:hush@db/jobs", "://", "/var/lib/jobs.db"])
-def test_what_is_no_database_is_refused_without_its_password(engine: str, url: str) -> None:
+def test_an_invalid_database_url_is_rejected_without_its_password(engine: str, url: str) -> None:
     with pytest.raises(InvalidInput, match=r"must begin with postgresql:// or sqlite:///$") as refused:
         load_gateway_settings(engine=engine, database_url=url)
     assert "hush" not in str(refused.value)
@@ -75,7 +75,7 @@ def test_what_is_no_database_is_refused_without_its_password(engine: str, url: s
 @pytest.mark.parametrize(
     "url", ["redis://:hush@db:port/0", "redis://:hu/sh@db:6379/0", "redis://:hush@db/jobs", "redis://:hush@[db/0"]
 )
-def test_a_redis_that_cannot_be_read_is_refused_without_its_password(url: str) -> None:
+def test_an_invalid_redis_url_is_rejected_without_its_password(url: str) -> None:
     with pytest.raises(InvalidInput, match=r"REDIS_URL: cannot be read: it must be like \S+$") as refused:
         load_gateway_settings(api_cache="redis", redis_url=url)
     assert "hush" not in str(refused.value)
@@ -84,18 +84,18 @@ def test_a_redis_that_cannot_be_read_is_refused_without_its_password(url: str) -
 @pytest.mark.parametrize(
     "url", ["redis://db", "rediss://u:p@db:6380/3", "redis://:p%2Fq@[::1]:6379/", "unix:///r.sock?db=1"]
 )
-def test_every_way_to_write_a_redis_is_taken(url: str) -> None:
+def test_every_form_of_redis_url_is_accepted(url: str) -> None:
     assert load_gateway_settings(api_cache="redis", redis_url=url).broker_url.get_secret_value() == url
 
 
 @pytest.mark.parametrize("url", ["postgresql://db/jobs", "postgres://db/jobs", "postgresql+psycopg://u:p@db/jobs?x=y"])
-def test_a_fleet_takes_every_way_to_write_a_postgresql(url: str) -> None:
+def test_a_fleet_accepts_every_form_of_postgresql_url(url: str) -> None:
     settings = load_gateway_settings(engine="celery", database_url=url)
     assert settings.database_url is not None
     assert settings.database_url.get_secret_value() == url
 
 
-def test_a_url_that_cannot_be_read_is_refused_without_its_password() -> None:
+def test_an_unparsable_url_is_rejected_without_its_password() -> None:
     with pytest.raises(InvalidInput, match="DATABASE_URL cannot be read") as refused:
         connect("postgresql://root:hush@db:port/jobs")
     assert "hush" not in str(refused.value)

@@ -26,7 +26,7 @@ def failed(message: str, exception_type: str = "RuntimeError") -> NodeFailed:
         failed("The GPU is OOM"),
     ],
 )
-def test_want_of_memory(failure: NodeFailed) -> None:
+def test_out_of_memory(failure: NodeFailed) -> None:
     assert failure.is_out_of_memory
     assert not failure.is_broken_device
 
@@ -39,7 +39,7 @@ def test_want_of_memory(failure: NodeFailed) -> None:
         "CUDA error: unspecified launch failure",
     ],
 )
-def test_a_device_that_only_a_new_process_mends(message: str) -> None:
+def test_broken_devices(message: str) -> None:
     assert failed(message).is_broken_device
     assert not failed(message).is_out_of_memory
 
@@ -47,6 +47,6 @@ def test_a_device_that_only_a_new_process_mends(message: str) -> None:
 @pytest.mark.parametrize(
     "message", ["", "bloom.safetensors is broken", "zoom must be positive", "No room for a mask", "Truncated File Read"]
 )
-def test_everything_else_is_the_workflows_own(message: str) -> None:
+def test_other_errors_are_the_workflows_own(message: str) -> None:
     assert not failed(message).is_out_of_memory
     assert not failed(message).is_broken_device

@@ -28,43 +28,43 @@ def own_services(file: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 class TestVariables:
-    def test_the_example_has_each_and_no_other(self) -> None:
+    def test_the_example_has_exactly_the_variables(self) -> None:
         used = {name for name, _, _ in compose_file.variables()} | {
             secret["environment"] for secret in compose_file.raw()["secrets"].values()
         }
         assert used == compose_file.needed() | set(compose_file.optional())
         assert not compose_file.needed() & set(compose_file.optional())
 
-    def test_what_has_no_default_has_to_be_set(self) -> None:
+    def test_variables_without_default_are_required(self) -> None:
         for name, operator, _ in compose_file.variables():
             assert operator == (":?" if name in compose_file.needed() else ":-"), name
 
     @pytest.mark.parametrize("name", sorted(compose_file.needed()))
-    def test_one_that_is_missing_is_named(self, name: str) -> None:
+    def test_a_missing_variable_is_named(self, name: str) -> None:
         others = dict.fromkeys(compose_file.needed() - {name}, "x")
         with pytest.raises(compose_file.MissingVariable, match=name):
             compose_file.read(others)
 
-    def test_a_variable_has_the_same_default_everywhere_which_is_the_examples(self) -> None:
-        told = compose_file.optional()
+    def test_defaults_are_the_same_everywhere(self) -> None:
+        defaults = compose_file.optional()
         for name, operator, word in compose_file.variables():
             if operator == ":-" and "${" not in word:
-                assert word == told[name], name
+                assert word == defaults[name], name
 
-    def test_no_secret_stands_in_the_file(self) -> None:
+    def test_the_file_contains_no_secret(self) -> None:
         for service in compose_file.raw()["services"].values():
             for name, value in service.get("environment", {}).items():
                 if SECRET.search(name) and name != "BUCKET_ACCESS_KEY_ID":
                     assert re.search(r"\$\{[A-Z0-9_]+:\?", value), name
                     assert not re.search(r"\$\{[A-Z0-9_]*(?:PASSWORD|SECRET|KEY)[A-Z0-9_]*:-", value), name
 
-    def test_all_that_our_services_are_told_is_a_setting(self, complete: dict[str, Any]) -> None:
+    def test_our_services_get_only_settings(self, complete: dict[str, Any]) -> None:
         settings = compose_file.setting_names()
         for name, service in own_services(complete).items():
             assert set(service["environment"]) - settings == set(), name
 
     @pytest.mark.parametrize("name", sorted(own_services(compose_file.complete())))
-    def test_our_services_can_read_what_they_are_told(
+    def test_our_services_accept_their_settings(
         self, complete: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         for variable in compose_file.setting_names():
@@ -74,7 +74,7 @@ class TestVariables:
         settings = load_gateway_settings()
         assert settings.has_bucket is (settings.engine == "celery")
 
-    def test_everything_of_a_fleet_is_told_the_same(self, complete: dict[str, Any]) -> None:
+    def test_fleet_services_share_their_settings(self, complete: dict[str, Any]) -> None:
         services = complete["services"]
         for name in ("ENGINE", "REDIS_URL", "DATABASE_URL", "GATEWAY_KEY", "BUCKET_ENDPOINT_URL", "BUCKET_NAME"):
             assert len({services[one]["environment"][name] for one in ("gateway", "worker", "worker-demo")}) == 1
@@ -87,7 +87,7 @@ class TestVariables:
             }.items()
         )
 
-    def test_all_of_a_fleet_sees_the_same_folder(self, complete: dict[str, Any]) -> None:
+    def test_fleet_services_share_a_folder(self, complete: dict[str, Any]) -> None:
         for name in ("gateway", "worker", "worker-demo"):
             service = complete["services"][name]
             assert f"fleet-data:{service['environment']['DATA_DIR']}" in service["volumes"]
@@ -99,7 +99,7 @@ class TestVariables:
             assert services["gateway"]["environment"]["COMFYUI_URL"] == f"http://{alias}:8188"
             assert services[name]["environment"]["COMFYUI_LISTEN"] == "0.0.0.0"
 
-    def test_minio_has_the_name_that_its_links_carry(self) -> None:
+    def test_minio_has_the_host_name_in_its_links(self) -> None:
         environment = dict.fromkeys(compose_file.needed(), "x") | {"S3_HOST": "s3.example.com"}
         services = compose_file.read(environment)["services"]
         assert services["minio"]["networks"]["default"]["aliases"] == ["s3.example.com"]
@@ -108,7 +108,7 @@ class TestVariables:
 
 class TestServices:
     @pytest.mark.parametrize("name", sorted(compose_file.raw()["services"]))
-    def test_each_is_kept_in_check(self, complete: dict[str, Any], name: str) -> None:
+    def test_each_has_limits(self, complete: dict[str, Any], name: str) -> None:
         service = complete["services"][name]
         assert set(service["profiles"]) <= set(PROFILES)
         assert service["restart"] == ("on-failure:5" if name in ONE_SHOT else "unless-stopped")
@@ -122,20 +122,20 @@ class TestServices:
             assert device["capabilities"] == ["gpu"]
 
     @pytest.mark.parametrize("name", sorted(compose_file.raw()["services"]))
-    def test_each_tells_whether_it_is_well(self, complete: dict[str, Any], name: str) -> None:
+    def test_each_has_a_health_check(self, complete: dict[str, Any], name: str) -> None:
         service = complete["services"][name]
         is_own = service["image"].startswith(OWN_IMAGE)
         assert ("healthcheck" in service) is not (is_own or name in ONE_SHOT)  # the image has one
         assert "HEALTHCHECK" in (ROOT / "Dockerfile").read_text()
 
-    def test_the_images_of_others_are_pinned(self, complete: dict[str, Any]) -> None:
+    def test_third_party_images_are_pinned(self, complete: dict[str, Any]) -> None:
         for name, service in complete["services"].items():
             _, _, tag = service["image"].rpartition(":")
             if name not in own_services(complete):
                 assert re.fullmatch(r"v?\d+\.\d+\.?\d*(-alpine)?|RELEASE\.[\dTZ-]+", tag), service["image"]
                 assert "build" not in service
 
-    def test_our_image_is_built_as_the_dockerfile_can(self, complete: dict[str, Any]) -> None:
+    def test_our_image_uses_existing_targets_and_arguments(self, complete: dict[str, Any]) -> None:
         dockerfile = (ROOT / "Dockerfile").read_text()
         project = (ROOT / "pyproject.toml").read_text()
         for service in own_services(complete).values():
@@ -144,7 +144,7 @@ class TestServices:
             for extra in service["build"]["args"]["WORKER_EXTRAS"].split(","):
                 assert re.search(rf"^{extra} = \[", project, re.MULTILINE), extra
 
-    def test_every_volume_is_there_and_used(self, complete: dict[str, Any]) -> None:
+    def test_every_volume_is_defined_and_used(self, complete: dict[str, Any]) -> None:
         mounted = [mount.split(":")[0] for one in complete["services"].values() for mount in one.get("volumes", [])]
         for source in mounted:
             assert not source.startswith("./") or (ROOT / source).exists()
@@ -161,7 +161,7 @@ class TestServices:
 
 @pytest.mark.parametrize("profile", PROFILES)
 class TestProfiles:
-    def test_has_what_its_services_wait_for(self, complete: dict[str, Any], profile: str) -> None:
+    def test_includes_its_services_dependencies(self, complete: dict[str, Any], profile: str) -> None:
         services = compose_file.services(complete, profile)
         assert services
         for name, service in services.items():
@@ -173,7 +173,7 @@ class TestProfiles:
                 )
                 assert other in ONE_SHOT or "healthcheck" in awaited or awaited["image"].startswith(OWN_IMAGE)
 
-    def test_waits_for_nothing_in_a_circle(self, complete: dict[str, Any], profile: str) -> None:
+    def test_has_no_circular_dependencies(self, complete: dict[str, Any], profile: str) -> None:
         waits = {name: set(one.get("depends_on", {})) for name, one in compose_file.services(complete, profile).items()}
         while waits:
             free = {name for name, others in waits.items() if not others & waits.keys()}

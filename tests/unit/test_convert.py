@@ -70,7 +70,7 @@ def texts_in(image: Image.Image) -> dict[str, Any]:
     keep_metadata=st.booleans(),
 )
 @settings(deadline=None)
-def test_whatever_comes_in_the_wish_is_met(
+def test_every_conversion_gives_the_requested_image(
     source: str,
     mode: str,
     size: tuple[int, int],
@@ -111,7 +111,7 @@ def test_the_extension_follows_the_format(filename: str, form: Literal["jpeg", "
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
-def test_without_a_format_the_picture_keeps_its_own(form: str) -> None:
+def test_the_format_is_kept_by_default(form: str) -> None:
     converted = convert(saved(Image.new("RGB", (64, 32), "red"), form), "a.xyz", Conversion(max_side=16))
     assert (opened(converted).format, opened(converted).size) == (form, (16, 8))
 
@@ -120,7 +120,7 @@ def test_without_a_format_the_picture_keeps_its_own(form: str) -> None:
     "conversion",
     [Conversion(), Conversion("png"), Conversion(max_side=40), Conversion("png", 10, 100), Conversion(max_side=4000)],
 )
-def test_what_is_as_wanted_is_not_touched(conversion: Conversion) -> None:
+def test_a_matching_image_is_unchanged(conversion: Conversion) -> None:
     content = as_saved_by_comfyui("PNG")
     assert convert(content, "a.bin", conversion) == Converted(content, "a.bin", "image/png")
 
@@ -138,7 +138,7 @@ def test_a_lower_quality_is_smaller() -> None:
 # ---------------------------------------------------------------------------------------------------- pixels
 
 
-def test_what_is_transparent_becomes_white_in_a_jpeg() -> None:
+def test_transparency_becomes_white_in_a_jpeg() -> None:
     image = Image.new("RGBA", (32, 16), (255, 0, 0, 0))
     image.paste((0, 0, 255, 255), (16, 0, 32, 16))
     flat = opened(convert(saved(image), "a.png", Conversion("jpeg", 95)))
@@ -162,7 +162,7 @@ def test_a_palette_with_a_transparent_colour() -> None:
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I;16B", "I"])
-def test_grey_of_16_bits_keeps_its_tone(mode: str) -> None:
+def test_16_bit_grey_keeps_its_tone(mode: str) -> None:
     content = saved(Image.new(mode, (32, 16), 40000), "TIFF")
     png = opened(convert(content, "a.tiff", Conversion("png", max_side=8)))
     assert (png.mode, png.size, png.getpixel((3, 3))) == ("I;16", (8, 4), 40000)
@@ -175,13 +175,13 @@ def test_floating_point_pixels_are_left_alone() -> None:
         convert(saved(Image.new("F", (4, 4), 0.5), "TIFF"), "a.tiff", Conversion("png"))
 
 
-def test_a_picture_for_print_is_one_for_screens_afterwards() -> None:
+def test_cmyk_is_converted_to_rgb() -> None:
     cyan = saved(Image.new("CMYK", (16, 16), (255, 0, 0, 0)), "JPEG", quality=95)
     red, green, blue = pixel(opened(convert(cyan, "a.jpg", Conversion("webp", 100))), 8, 8)
     assert red < 20 < 230 < min(green, blue)
 
 
-def test_a_profile_that_lies_about_a_picture_for_print_does_no_harm() -> None:
+def test_a_wrong_cmyk_profile_is_harmless() -> None:
     wrong = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     cyan = saved(Image.new("CMYK", (16, 16), (255, 0, 0, 0)), "JPEG", icc_profile=wrong)
     assert opened(convert(cyan, "a.jpg", Conversion("png"))).mode == "RGB"
@@ -234,7 +234,7 @@ def test_the_workflow_stays_in_the_picture(
     assert texts_in(image) == {"prompt": PROMPT, "workflow": WORKFLOW}
 
 
-def test_letters_that_exif_lacks_are_written_as_json_escapes() -> None:
+def test_characters_outside_exif_are_escaped_as_json() -> None:
     image = Image.new("RGB", (4, 4))
     info = PngInfo()
     info.add_text("prompt", json.dumps(PROMPT, ensure_ascii=False))
@@ -256,12 +256,12 @@ def test_a_comment_is_metadata_too() -> None:
     assert b"made at home" not in convert(content, "a.jpg", Conversion(keep_metadata=False)).content
 
 
-def test_a_picture_without_metadata_is_not_written_anew_to_remove_it() -> None:
+def test_an_image_without_metadata_is_not_reencoded() -> None:
     content = saved(Image.new("RGB", (4, 4)), "WEBP", quality=3)
     assert convert(content, "a.webp", Conversion(keep_metadata=False)).content == content
 
 
-def test_a_workflow_too_long_for_a_jpeg_is_left_out_and_said() -> None:
+def test_a_workflow_too_long_for_a_jpeg_is_omitted_with_a_note() -> None:
     content = as_saved_by_comfyui("PNG", more=json.dumps(["x" * 70_000]))
     converted = convert(content, "a.png", Conversion("jpeg"))
     assert converted.note == "its metadata is too long for a JPEG and was left out"
@@ -269,7 +269,7 @@ def test_a_workflow_too_long_for_a_jpeg_is_left_out_and_said() -> None:
     assert convert(content, "a.png", Conversion("webp")).note is None
 
 
-def test_more_texts_than_there_are_places_are_said() -> None:
+def test_texts_beyond_exifs_capacity_are_noted() -> None:
     content = as_saved_by_comfyui("PNG", **{f"key{number}": "[]" for number in range(5)})
     converted = convert(content, "a.png", Conversion("webp"))
     assert converted.note == "its metadata has more texts than EXIF has places for"
@@ -288,7 +288,7 @@ def test_an_animation_is_left_alone(form: str) -> None:
     assert convert(content, "a", Conversion(max_side=16)).content == content
 
 
-def test_a_format_that_is_not_written_says_so() -> None:
+def test_an_unwritable_format_is_reported() -> None:
     with pytest.raises(ConversionFailed, match="a TIFF can only be written anew as png, jpeg or webp"):
         convert(saved(Image.new("RGB", (16, 16)), "TIFF"), "a.tiff", Conversion(max_side=4))
 
@@ -303,12 +303,12 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
 
 
-def test_a_bomb_is_not_unpacked() -> None:
+def test_a_decompression_bomb_is_not_unpacked() -> None:
     with pytest.raises(ConversionFailed, match="it has 60000 x 60000 pixels, more than can be converted"):
         convert(png_header(60_000, 60_000), "a.png", Conversion("jpeg"))
 
 
-def test_a_text_that_is_a_bomb_is_not_unpacked() -> None:
+def test_a_compressed_text_bomb_is_not_unpacked() -> None:
     packed = zlib.compress(b" " * 200_000_000, 9)
     data = b"prompt\0\0" + packed
     chunk = struct.pack(">I", len(data)) + b"zTXt" + data + struct.pack(">I", zlib.crc32(b"zTXt" + data))
@@ -317,19 +317,19 @@ def test_a_text_that_is_a_bomb_is_not_unpacked() -> None:
         convert(picture[:33] + chunk + picture[33:], "a.png", Conversion("jpeg"))
 
 
-def test_a_picture_too_long_for_a_webp_says_so() -> None:
+def test_an_image_too_long_for_webp_is_reported() -> None:
     with pytest.raises(ConversionFailed, match="a WebP has at most 16383 pixels a side"):
         convert(saved(Image.new("1", (16_384, 1))), "a.png", Conversion("webp"))
     assert opened(convert(saved(Image.new("1", (16_384, 1))), "a.png", Conversion("webp", max_side=100))).width == 100
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"\x89PNG\r\n\x1a\n", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"\0" * 4096])
-def test_what_is_no_picture_is_refused(content: bytes) -> None:
+def test_non_images_are_rejected(content: bytes) -> None:
     with pytest.raises(ConversionFailed, match="it is broken, or in a format that cannot be read"):
         convert(content, "a.png", Conversion("jpeg"))
 
 
-def test_a_library_that_changed_is_logged_with_its_traceback(
+def test_an_unexpected_library_error_is_logged_with_its_traceback(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def changed(*_arguments: object, **_named: object) -> object:

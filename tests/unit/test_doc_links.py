@@ -29,7 +29,7 @@ def anchors_of(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_every_link_leads_to_a_file_and_to_a_heading_in_it(page: Path) -> None:
+def test_every_link_resolves_to_a_file_and_heading(page: Path) -> None:
     for link in re.findall(r'\]\(([^)\s]+)(?: "[^"]*")?\)', text_of(page)):
         if re.match(r"[a-z]+:", link):
             continue

@@ -320,7 +320,7 @@ def test_flac_keeps_the_sound(bench: RecordingContext) -> None:
     assert loaded["waveform"] == pytest.approx(audio["waveform"], abs=1e-4)
 
 
-def test_audio_batches_make_a_file_each(bench: RecordingContext) -> None:
+def test_audio_batches_give_one_file_per_item(bench: RecordingContext) -> None:
     silence = bench.one("EmptyAudio", duration=0.25, sample_rate=8000, channels=2)
     assert silence["waveform"].shape == (1, 2, 2000)
     silence["waveform"] = np.repeat(silence["waveform"], 2, axis=0)
@@ -337,7 +337,7 @@ def flat_pictures(*greys: float) -> Any:
     return np.stack([np.full((32, 48, 3), grey, dtype=np.float32) for grey in greys])
 
 
-def test_video_there_and_back(bench: RecordingContext) -> None:
+def test_video_round_trip(bench: RecordingContext) -> None:
     images = flat_pictures(0.2, 0.5, 0.8, 0.4)
     made = bench.one("CreateVideo", images=images, fps=4.0, audio=tone(seconds=5, channels=2))
     ui = save_video(bench, made, filename_prefix="video/%width%x%height%")
@@ -386,7 +386,7 @@ def test_save_webm(bench: RecordingContext, codec: str, name: str) -> None:
     assert greys == pytest.approx([0.25, 0.75], abs=0.03)
 
 
-def test_a_webm_is_encoded_anew_for_another_format(bench: RecordingContext) -> None:
+def test_a_webm_is_reencoded_for_another_format(bench: RecordingContext) -> None:
     ui = bench.ui("SaveWEBM", images=flat_pictures(0.25, 0.75), filename_prefix="w", codec="vp9", fps=8.0, crf=20.0)
     bench.file(ui["images"][0]).rename(bench.input_dir / "w.webm")
     saved = save_video(bench, bench.one("LoadVideo", file="w.webm"), format="mp4")

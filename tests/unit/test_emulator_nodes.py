@@ -114,9 +114,7 @@ def test_scale_to_no_size_fails_in_words_of_torch() -> None:
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 64), st.integers(0, 64))
-def test_image_scale_follows_the_other_side_of_a_side_of_zero(
-    height: int, width: int, new_width: int, new_height: int
-) -> None:
+def test_image_scale_derives_a_side_of_zero(height: int, width: int, new_width: int, new_height: int) -> None:
     function = REGISTRY.nodes["ImageScale"].function
     image = pictures(1, height, width)
     result = function(None, image, "nearest-exact", new_width, new_height, "disabled").outputs[0]
@@ -150,7 +148,7 @@ def test_image_invert_twice_is_the_image(bench: RecordingContext) -> None:
     assert bench.one("ImageInvert", image=inverted) == pytest.approx(image)
 
 
-def test_image_batch_brings_the_second_to_the_first(bench: RecordingContext) -> None:
+def test_image_batch_scales_the_second_to_the_first(bench: RecordingContext) -> None:
     first, second = pictures(2, 4, 4), pictures(1, 8, 6, channels=4)
     both = bench.one("ImageBatch", image1=first, image2=second)
     assert both.shape == (3, 4, 4, 4)

@@ -92,7 +92,7 @@ def test_each_needed_node_runs_once_after_its_sources(prompt: Prompt, data: st.D
         assert _sources(prompt, node_id) <= cached | set(order[:place])
 
 
-def test_outputs_come_first_then_what_they_wait_for() -> None:
+def test_ready_outputs_run_before_other_nodes() -> None:
     prompt: Prompt = {
         "start": {"class_type": "Node", "inputs": {}},
         "long1": {"class_type": "Node", "inputs": {"in": ["start", 0]}},
@@ -135,7 +135,7 @@ def test_a_changed_value_changes_the_node_and_all_after_it(prompt: Prompt, data:
     assert {node_id for node_id in prompt if before[node_id] != after[node_id]} == touched
 
 
-def test_a_link_to_a_node_that_is_not_there_is_never_cached() -> None:
+def test_a_link_to_a_missing_node_is_never_cached() -> None:
     prompt: Prompt = {"1": {"class_type": "End", "inputs": {"in": ["7", 0]}}, "2": {"class_type": "Node"}}
     keys = [cache_keys(prompt, _definitions(), lambda _: False) for _ in range(2)]
     assert keys[0]["1"] != keys[1]["1"]
@@ -179,12 +179,12 @@ def test_results_are_put_together() -> None:
         ("a [other]", "a [other]", None),
     ],
 )
-def test_a_name_may_say_its_folder(name: str, expected: str, folder: str | None) -> None:
+def test_a_name_may_contain_its_folder(name: str, expected: str, folder: str | None) -> None:
     folders = FolderPaths(Path("/base"))
     assert folders.split_annotation(name) == (expected, Path("/base") / folder if folder else None)
 
 
-def test_an_interrupt_ends_a_sleep_and_is_used_up() -> None:
+def test_an_interrupt_ends_one_sleep() -> None:
     interrupt = Interrupt()
     timer = threading.Timer(0.01, interrupt.set)
     timer.start()

@@ -170,7 +170,7 @@ def test_the_node_looks_at_its_own_inputs(definitions: NodeDefinitions) -> None:
     assert (top["type"], image["type"]) == ("value_bigger_than_max", "custom_validation_failed")
 
 
-def test_a_node_that_stumbles_while_it_validates(definitions: NodeDefinitions) -> None:
+def test_a_node_that_raises_during_validation(definitions: NodeDefinitions) -> None:
     (inner,) = _errors_of(_node("Broken", value=1), definitions)
     assert inner["type"] == "exception_during_inner_validation"
     assert inner["extra_info"]["exception_type"] == "LookupError"
@@ -250,7 +250,7 @@ def test_valid_outputs_run_without_the_others(definitions: NodeDefinitions) -> N
     assert verdict.node_errors.keys() == {"7"}
 
 
-def test_a_bad_node_is_blamed_on_every_failed_output_after_it(definitions: NodeDefinitions) -> None:
+def test_an_invalid_node_is_reported_for_every_dependent_output(definitions: NodeDefinitions) -> None:
     prompt = {"1": _number(value=-1), "8": _node("End", value=["1", 0]), "9": _node("End")}
     verdict = _validate(prompt, definitions)
     assert verdict.node_errors["1"]["dependent_outputs"] == ["8", "9"]

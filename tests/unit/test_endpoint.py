@@ -166,12 +166,12 @@ def test_a_bucket_by_its_own_name(url: str, bucket: Bucket) -> None:
     assert parse_endpoint(url, "shop") == bucket
 
 
-def test_a_region_that_is_said_wins() -> None:
+def test_an_explicit_region_wins() -> None:
     assert parse_endpoint("https://shop.s3.eu-central-1.amazonaws.com", region="eu-west-3").region == "eu-west-3"
     assert parse_endpoint("http://minio:9000/shop", region="home").region == "home"
 
 
-def test_a_region_beside_the_global_host_of_aws_is_where_requests_go() -> None:
+def test_a_region_replaces_the_global_aws_host() -> None:
     bucket = parse_endpoint("https://s3.amazonaws.com", "shop", "eu-west-1")
     assert bucket == Bucket("https://s3.eu-west-1.amazonaws.com", "shop", "eu-west-1", True)
     assert parse_endpoint("https://s3.amazonaws.com", "shop", "us-east-1").endpoint_url == "https://s3.amazonaws.com"
@@ -185,9 +185,7 @@ def test_a_region_beside_the_global_host_of_aws_is_where_requests_go() -> None:
         ("https://my.shop.s3.eu-central-1.amazonaws.com", "s3.eu-central-1.amazonaws.com"),
     ],
 )
-def test_the_bucket_stands_in_the_host_where_the_service_wants_it_and_its_certificate_allows_it(
-    url: str, host: str
-) -> None:
+def test_virtual_hosted_style_where_required_and_covered_by_tls(url: str, host: str) -> None:
     assert parse_endpoint(url).host == host
 
 
@@ -195,7 +193,7 @@ def test_the_bucket_stands_in_the_host_where_the_service_wants_it_and_its_certif
     ("url", "port"),
     [("http://minio:9000/shop", 9000), ("http://minio/shop", 80), ("https://minio/shop", 443)],
 )
-def test_the_port_that_requests_go_to(url: str, port: int) -> None:
+def test_request_ports(url: str, port: int) -> None:
     assert parse_endpoint(url).port == port
 
 
@@ -209,7 +207,7 @@ def test_the_port_that_requests_go_to(url: str, port: int) -> None:
         (f"https://{ACCOUNT}.r2.cloudflarestorage.com/shop/folder", "shop"),
     ],
 )
-def test_a_path_behind_the_bucket_is_refused_instead_of_dropped(url: str, name: str | None) -> None:
+def test_a_path_after_the_bucket_is_rejected(url: str, name: str | None) -> None:
     with pytest.raises(InvalidInput) as refused:
         parse_endpoint(url, name)
     assert refused.value.message == (
@@ -233,7 +231,7 @@ def test_a_path_behind_the_bucket_is_refused_instead_of_dropped(url: str, name: 
         "http://[::1/shop",
     ],
 )
-def test_what_is_no_endpoint(url: str) -> None:
+def test_invalid_endpoints(url: str) -> None:
     with pytest.raises(InvalidInput, match="BUCKET_ENDPOINT_URL must be a URL such as "):
         parse_endpoint(url)
 
@@ -284,7 +282,7 @@ def test_host_path_and_name_mean_the_same(name: str, region: str) -> None:
 
 
 @given(st.text(max_size=30), st.none() | BUCKET_NAMES)
-def test_any_text_is_a_bucket_or_a_sentence(text: str, name: str | None) -> None:
+def test_any_text_is_a_bucket_or_an_error(text: str, name: str | None) -> None:
     for url in (text, f"https://{text}"):
         try:
             bucket = parse_endpoint(url, name)
@@ -300,7 +298,7 @@ def test_any_text_is_a_bucket_or_a_sentence(text: str, name: str | None) -> None
     st.text("abz019.-_:[]%@/?# \\ä", max_size=30),
     st.none() | BUCKET_NAMES,
 )
-def test_botocore_takes_every_endpoint_that_is_not_refused(scheme: str, rest: str, name: str | None) -> None:
+def test_botocore_accepts_every_accepted_endpoint(scheme: str, rest: str, name: str | None) -> None:
     try:
         bucket = parse_endpoint(scheme + rest, name)
     except InvalidInput:

@@ -24,7 +24,7 @@ def folder(environment: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_what_the_file_says_is_set(folder: Path) -> None:
+def test_the_files_variables_are_set(folder: Path) -> None:
     (folder / ".env").write_text(
         "# mine\nWORKFLOW_TIMEOUT=12\nexport LOG_LEVEL='debug' # loud\n\nAPI_KEYS=\"one, two\"\n"
     )
@@ -33,20 +33,20 @@ def test_what_the_file_says_is_set(folder: Path) -> None:
     assert found == {"WORKFLOW_TIMEOUT": "12", "LOG_LEVEL": "debug", "API_KEYS": "one, two"}
 
 
-def test_the_environment_goes_before_the_file_also_where_it_is_empty(folder: Path) -> None:
+def test_the_environment_overrides_the_file_even_if_empty(folder: Path) -> None:
     os.environ |= {"WORKFLOW_TIMEOUT": "7", "LOG_LEVEL": ""}
     (folder / ".env").write_text("WORKFLOW_TIMEOUT=12\nLOG_LEVEL=debug\n")
     read_env_file()
     assert (os.environ["WORKFLOW_TIMEOUT"], os.environ["LOG_LEVEL"]) == ("7", "")
 
 
-def test_without_a_file_nothing_is_set(folder: Path) -> None:
+def test_nothing_is_set_without_a_file(folder: Path) -> None:
     before = dict(os.environ)
     read_env_file()
     assert os.environ == before
 
 
-def test_another_file_or_none(folder: Path) -> None:
+def test_the_file_can_be_changed_or_disabled(folder: Path) -> None:
     (folder / ".env").write_text("WORKFLOW_TIMEOUT=12\n")
     (folder / "other").write_text("INPUT_MAX_FILES=3\n")
     for name in ("", "other"):

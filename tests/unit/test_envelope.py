@@ -23,7 +23,7 @@ TWICE = "input.input was taken for input: the request wraps its input twice"
 
 
 @pytest.mark.parametrize("wrap", [lambda job_input: job_input, json.dumps], ids=["object", "string"])
-def test_an_input_that_is_wrapped_twice_is_unwrapped_with_a_warning(wrap: Any) -> None:
+def test_a_doubly_wrapped_input_is_unwrapped_with_a_warning(wrap: Any) -> None:
     job = {"input": wrap({"input": {"workflow": WORKFLOW, "strict": True, "webhook": {"url": "http://a.example"}}})}
     parsed = parse_job(job)
     assert (parsed.workflow, parsed.strict, parsed.warnings) == (WORKFLOW, True, (TWICE,))
@@ -33,7 +33,7 @@ def test_an_input_that_is_wrapped_twice_is_unwrapped_with_a_warning(wrap: Any) -
     assert webhook.url == "http://a.example"
 
 
-def test_a_template_that_is_wrapped_twice_is_filled_in(library: Catalog) -> None:
+def test_a_doubly_wrapped_template_is_filled_in(library: Catalog) -> None:
     expanded = expand_job({"input": {"input": {"template": "solid-color", "inputs": {}}}}, library)
     job = parse_job(expanded)
     assert job.workflow
@@ -76,7 +76,7 @@ def test_many_unknown_fields_are_counted_all_over_the_job() -> None:
     assert "the job has 950 more keys that are unknown and were ignored" in job.warnings
 
 
-def test_extra_params_that_are_taken() -> None:
+def test_accepted_extra_params() -> None:
     webhook = {"url": "http://a.example", "extra_params": {"a": "x" * 63_000}}
     assert webhook_of({"input": {"workflow": WORKFLOW, "webhook": webhook}}) == Webhook(
         "http://a.example", extra_params={"a": "x" * 63_000}
@@ -102,7 +102,7 @@ def test_an_execution_timeout(milliseconds: Any, seconds: float | None) -> None:
 
 @pytest.mark.parametrize("number", [10**400, float("nan"), float("inf")])
 @pytest.mark.parametrize("place", ["policy", "workflow", "string"])
-def test_a_number_that_is_none_is_bad_input_for_the_handler(
+def test_an_invalid_number_is_invalid_input_for_the_handler(
     environment: pytest.MonkeyPatch, shared: None, number: Any, place: str
 ) -> None:
     job: dict[str, Any] = {"id": "1", "input": {"workflow": WORKFLOW}}
@@ -116,7 +116,7 @@ def test_a_number_that_is_none_is_bad_input_for_the_handler(
 
 
 @pytest.mark.parametrize("levels", [201, *range(900, 1010, 7), 100_000])
-def test_depth_in_a_string_is_bad_input_for_the_handler(
+def test_nesting_in_a_string_is_invalid_input_for_the_handler(
     environment: pytest.MonkeyPatch, shared: None, levels: int
 ) -> None:
     deep = "[" * levels + "]" * levels
@@ -129,7 +129,7 @@ def test_depth_in_a_string_is_bad_input_for_the_handler(
 
 
 @pytest.mark.parametrize("job", [None, [], "x", 5, {}, {"input": []}])
-def test_a_job_that_is_no_object_is_bad_input_for_the_handler(
+def test_a_job_that_is_not_an_object_is_invalid_input_for_the_handler(
     environment: pytest.MonkeyPatch, shared: None, job: Any
 ) -> None:
     assert asyncio.run(serverless.handler(job))["code"] == "invalid_input"

@@ -37,7 +37,7 @@ def defined_tree(base: type[WorkerError] = WorkerError, depth: int = 1) -> list[
     return rows
 
 
-def test_the_tree_at_the_top_of_the_module_is_the_tree() -> None:
+def test_the_documented_tree_matches_the_classes() -> None:
     assert drawn_tree() == defined_tree()
 
 
@@ -48,7 +48,7 @@ def test_codes_are_unique_and_each_class_has_its_own() -> None:
 
 
 @pytest.mark.parametrize("error", CLASSES, ids=lambda error: str(error.__name__))
-def test_each_class_says_what_it_is(error: type[WorkerError]) -> None:
+def test_each_class_has_a_docstring(error: type[WorkerError]) -> None:
     assert error.__doc__
     assert 400 <= error.http_status < 600
 
@@ -72,7 +72,7 @@ def test_nobody_raises_the_base() -> None:
 # ------------------------------------------------------------------------------------------------- answers
 
 
-def test_what_was_not_said_is_not_in_the_answer() -> None:
+def test_unset_fields_are_omitted() -> None:
     assert InternalError("Something broke").as_output() == {"error": "Something broke", "code": "internal"}
 
 
@@ -103,7 +103,7 @@ def test_every_failure_is_json_without_the_secret(details: Any, message: str, se
     assert json.loads(answer)["code"] == "internal"
 
 
-def test_what_a_caller_wrote_can_be_sent_back_whatever_it_is() -> None:
+def test_any_caller_text_can_be_sent_back() -> None:
     error = InvalidInput("Node '\ud800' is none", hint="\udfff", details={"\ud800": ["\udc00"]})
     assert error.as_output() == {
         "error": "Node '?' is none",
@@ -113,5 +113,5 @@ def test_what_a_caller_wrote_can_be_sent_back_whatever_it_is() -> None:
     }
 
 
-def test_a_sentence_is_not_longer_than_anybody_reads() -> None:
+def test_messages_are_truncated() -> None:
     assert len(InvalidInput("x" * 1_000_000).as_output()["error"]) < 10_000

@@ -36,7 +36,7 @@ def selected(selector: FairSelector) -> list[int]:
     return [key.fd for key, _ in selector.select(0)]
 
 
-def test_sockets_of_no_group_are_all_served_at_once(selector: FairSelector, ready: list[int]) -> None:
+def test_ungrouped_sockets_are_all_served_at_once(selector: FairSelector, ready: list[int]) -> None:
     assert sorted(selected(selector)) == sorted(ready)
 
 
@@ -56,7 +56,7 @@ def test_one_group_does_not_wait_for_another(selector: FairSelector, ready: list
     assert ready[0] in selected(selector)
 
 
-def test_sockets_that_are_always_ready_keep_no_others_out(selector: FairSelector, ready: list[int]) -> None:
+def test_always_ready_sockets_starve_nobody(selector: FairSelector, ready: list[int]) -> None:
     for fd in ready:
         selector.assign(fd, Group.STREAMS)
     rounds = 10
@@ -64,7 +64,7 @@ def test_sockets_that_are_always_ready_keep_no_others_out(selector: FairSelector
     assert counted == dict.fromkeys(ready, rounds)
 
 
-def test_a_socket_that_leaves_its_group_waits_no_more(selector: FairSelector, ready: list[int]) -> None:
+def test_a_socket_that_leaves_its_group_is_served_at_once(selector: FairSelector, ready: list[int]) -> None:
     for fd in ready:
         selector.assign(fd, Group.NEW)
     waiting = set(ready) - set(selected(selector))

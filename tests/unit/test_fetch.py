@@ -52,7 +52,7 @@ def test_a_mapped_address_is_as_public_as_what_it_maps(address: ipaddress.IPv4Ad
 
 
 @given(st.ip_addresses())
-def test_what_the_standard_library_calls_private_never_is_public(address: ipaddress.IPv4Address) -> None:
+def test_addresses_private_to_the_standard_library_are_never_public(address: ipaddress.IPv4Address) -> None:
     if not address.is_global or address.is_multicast:
         assert not is_public(str(address))
 
@@ -63,7 +63,7 @@ def test_public_addresses_are_public(address: str) -> None:
 
 
 @pytest.mark.parametrize("address", ["", "localhost", "8.8.8.8 ", "::1%lo"])
-def test_what_is_no_public_address(address: str) -> None:
+def test_addresses_that_are_not_public(address: str) -> None:
     assert not is_public(address)
 
 
@@ -79,13 +79,13 @@ def test_what_is_no_public_address(address: str) -> None:
         ("http://1password.example/", "1password.example", 80),
     ],
 )
-def test_where_a_url_leads(url: str, host: str, port: int) -> None:
+def test_url_targets(url: str, host: str, port: int) -> None:
     target = parse_url(url)
     assert (target.url, target.host, target.port) == (url, host, port)
 
 
 @given(st.text())
-def test_any_text_is_a_url_or_a_problem(text: str) -> None:
+def test_any_text_is_a_url_or_an_error(text: str) -> None:
     for url in (text, f"http://{text}", f"http://{text}/a.png"):
         try:
             parse_url(url)
@@ -105,5 +105,5 @@ def test_any_text_is_a_url_or_a_problem(text: str) -> None:
         ("https://example.com/" + "a" * 500, "https://example.com/" + "a" * 180 + "…"),
     ],
 )
-def test_how_a_sentence_names_a_url(url: str, name: str) -> None:
+def test_urls_in_messages(url: str, name: str) -> None:
     assert display_url(url) == name

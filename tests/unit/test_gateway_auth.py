@@ -24,22 +24,22 @@ def basic(password: str) -> str:
 
 
 @pytest.mark.parametrize("header", [f"Bearer {KEY}", f"bearer {KEY}", KEY, basic(KEY)])
-def test_a_key_is_taken_in_every_form_that_clients_send(header: str) -> None:
+def test_every_form_of_key_is_accepted(header: str) -> None:
     assert Keys([KEY]).check(header) == Keys([], [hashlib.sha256(KEY.encode()).hexdigest()]).check(header)
 
 
 @pytest.mark.parametrize("header", [None, "", "Bearer", "Bearer ", "Bearer wrong", "Basic !", basic("wrong"), "\udcff"])
-def test_anything_else_is_refused(header: str | None) -> None:
+def test_anything_else_is_rejected(header: str | None) -> None:
     with pytest.raises(Unauthorized):
         Keys([KEY, "another"]).check(header)
 
 
-def test_the_name_of_a_key_does_not_tell_it() -> None:
+def test_a_keys_name_does_not_reveal_it() -> None:
     assert KEY not in Keys([KEY]).check(KEY).name
     assert Keys([KEY, "b"]).check(KEY) != Keys([KEY, "b"]).check("b")
 
 
-def test_a_key_without_a_name_has_one_that_stays_the_same() -> None:
+def test_an_unnamed_key_has_a_stable_name() -> None:
     name = f"key-{hashlib.sha256(KEY.encode()).hexdigest()[:12]}"
     assert Keys([KEY]).check(KEY).owner == Keys(["other:b", KEY]).check(KEY).owner == name
 
@@ -59,7 +59,7 @@ def test_a_key_without_a_name_has_one_that_stays_the_same() -> None:
         ("a name with spaces:s3cret", "", "a name with spaces:s3cret"),
     ],
 )
-def test_a_name_is_told_from_its_key(text: str, name: str, key: str) -> None:
+def test_a_name_is_split_from_its_key(text: str, name: str, key: str) -> None:
     assert split_name(text) == (name, key)
     found = Keys([text]).check(f"Bearer {key}").name
     assert found == name if name else found.startswith("key-")
@@ -83,7 +83,7 @@ def test_a_key_that_is_given_a_name_keeps_its_jobs() -> None:
     assert not named.check("b").sees(before)
 
 
-def test_what_nobody_owns_is_the_only_keys() -> None:
+def test_unowned_jobs_belong_to_a_single_key() -> None:
     assert Keys(["alice:old", "alice:new"], admins=["r"]).check("new").sees("")
     assert not Keys(["alice:a", "bob:b"]).check("a").sees("")
     assert Keys([]).check(None).sees("anybody's")
@@ -92,7 +92,7 @@ def test_what_nobody_owns_is_the_only_keys() -> None:
 @pytest.mark.parametrize(
     ("keys", "admins"), [(["alice:k", "bob:k"], []), (["alice:k", "k"], []), (["k"], ["k"]), (["k"], ["root:k"])]
 )
-def test_a_key_with_two_names_is_refused_without_being_told(keys: list[str], admins: list[str]) -> None:
+def test_a_key_with_two_names_is_rejected_without_being_shown(keys: list[str], admins: list[str]) -> None:
     with pytest.raises(InvalidInput, match="is also that of") as refused:
         Keys(keys, [], admins)
     assert "'k'" not in refused.value.message
@@ -109,9 +109,7 @@ def test_a_key_with_two_names_is_refused_without_being_told(keys: list[str], adm
         ("POST", {"authorization": basic(KEY), "host": "pod"}, False),
     ],
 )
-def test_a_foreign_page_cannot_use_what_was_typed_into_the_browser(
-    method: str, headers: dict[str, str], is_admitted: bool
-) -> None:
+def test_foreign_pages_cannot_use_browser_credentials(method: str, headers: dict[str, str], is_admitted: bool) -> None:
     assert admits(Authenticator(Keys([KEY]), ["https://ours"]), method, headers) is is_admitted
 
 
@@ -126,7 +124,7 @@ def test_a_foreign_page_cannot_use_what_was_typed_into_the_browser(
         ({}, False),
     ],
 )
-def test_without_keys_no_page_from_elsewhere_gets_through_a_browser(headers: dict[str, str], is_admitted: bool) -> None:
+def test_cross_site_requests_are_rejected_without_keys(headers: dict[str, str], is_admitted: bool) -> None:
     assert admits(Authenticator(Keys([]), []), "POST", headers) is is_admitted
 
 
@@ -138,7 +136,7 @@ def admits(authenticator: Authenticator, method: str, headers: dict[str, str]) -
     return True
 
 
-def test_a_secret_is_made_once_and_only_its_owner_can_read_it(tmp_path: Path) -> None:
+def test_a_secret_is_generated_once_and_readable_only_by_its_owner(tmp_path: Path) -> None:
     file = tmp_path / "data" / "api.key"
     secret = stored_secret(file)
     assert stored_secret(file) == secret
@@ -146,13 +144,13 @@ def test_a_secret_is_made_once_and_only_its_owner_can_read_it(tmp_path: Path) ->
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
 
-def test_a_secret_whose_writing_was_cut_off_is_made_again(tmp_path: Path) -> None:
+def test_a_partially_written_secret_is_regenerated(tmp_path: Path) -> None:
     file = tmp_path / "api.key"
     file.touch()
     assert stored_secret(file) == stored_secret(file) != ""
 
 
-def test_a_file_of_hashes_is_read_as_sha256sum_writes_it(tmp_path: Path) -> None:
+def test_a_hash_file_has_the_format_of_sha256sum(tmp_path: Path) -> None:
     file = tmp_path / "hashes"
     digest = hashlib.sha256(KEY.encode()).hexdigest()
     file.write_text(f"# ours\n{digest.upper()}  -\n\n{digest}\n{digest}  keys/alice # hers\n{digest} *bob")
@@ -161,14 +159,14 @@ def test_a_file_of_hashes_is_read_as_sha256sum_writes_it(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "the key itself\n", f"{'0' * 64}  two words\n"])
-def test_a_file_without_hashes_or_names_is_refused(tmp_path: Path, text: str) -> None:
+def test_a_file_without_hashes_or_names_is_rejected(tmp_path: Path, text: str) -> None:
     file = tmp_path / "hashes"
     file.write_text(text)
     with pytest.raises(InvalidInput):
         read_hashes(str(file))
 
 
-def test_a_file_that_is_not_there_is_refused_without_its_path(tmp_path: Path) -> None:
+def test_a_missing_file_is_rejected_without_its_path(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput) as refused:
         read_hashes(str(tmp_path / "none"))
     assert str(tmp_path) not in refused.value.message
@@ -178,7 +176,7 @@ def test_a_file_that_is_not_there_is_refused_without_its_path(tmp_path: Path) ->
     ("host", "is_one"),
     [("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False), ("pod", False)],
 )
-def test_loopback_is_told_from_everything_else(host: str, is_one: bool) -> None:
+def test_loopback_addresses_are_recognised(host: str, is_one: bool) -> None:
     assert is_loopback(host) is is_one
 
 
@@ -187,7 +185,7 @@ def parts_of(url: str) -> tuple[int, str]:
     return int(query["expires"]), query["signature"]
 
 
-def test_a_link_works_for_its_file_alone() -> None:
+def test_a_link_works_only_for_its_file() -> None:
     links = AssetLinks("secret", 60)
     url = links.url("http://gateway/", "job/a b.png")
     assert url.startswith("http://gateway/assets/job/a%20b.png?")
@@ -217,5 +215,5 @@ def test_a_link_expires() -> None:
         ("/", 1_000_000),
     ],
 )
-def test_a_path_has_runpods_limit(path: str, limit: int) -> None:
+def test_body_limits_follow_runpods(path: str, limit: int) -> None:
     assert body_limit(path) == limit

@@ -39,7 +39,7 @@ async def open_and_leave() -> list[bytes]:
     return parts
 
 
-def test_a_stream_whose_client_left_leaves_little_to_collect() -> None:
+def test_an_abandoned_stream_leaves_little_garbage() -> None:
     async def play() -> int:
         assert await open_and_leave() == [b"data: {}\r\n\r\n"]
         gc.collect()

@@ -45,7 +45,7 @@ def failed(error: WorkerError, state: JobState = JobState.FAILED) -> JobRecord:
 # ----------------------------------------------------------------------------------------------------- request
 
 
-def test_a_request_becomes_runpods() -> None:
+def test_a_request_is_converted_to_runpods_format() -> None:
     body = {
         "input": {
             "request_id": "mine",
@@ -82,13 +82,13 @@ def test_a_request_becomes_runpods() -> None:
 
 
 @pytest.mark.parametrize("empty", [None, {}, {"region": "us-east-1", "endpoint_url": "https://s3.example.com"}])
-def test_a_bucket_without_name_and_keys_is_none(empty: Any) -> None:
+def test_a_bucket_without_name_and_keys_is_ignored(empty: Any) -> None:
     assert runpod_request(GenerateRequest.model_validate({"input": {"s3": empty, "webhook": None}}), GRAPH) == {
         "input": {"workflow": GRAPH}
     }
 
 
-def test_half_a_bucket_is_refused_by_what_is_missing() -> None:
+def test_an_incomplete_bucket_is_rejected_with_what_is_missing() -> None:
     with pytest.raises(InvalidInput, match=r"access_key_id and secret_access_key must be given"):
         runpod_request(GenerateRequest.model_validate({"input": {"s3": {"bucket_name": "mine"}}}), GRAPH)
 
@@ -96,7 +96,7 @@ def test_half_a_bucket_is_refused_by_what_is_missing() -> None:
 @pytest.mark.parametrize(
     "job_input", [{"workflow_json": GRAPH}, {"modifier": "One"}, {"modifier": "One", "workflow_json": {}}]
 )
-def test_one_source_of_the_workflow_is_enough(job_input: dict[str, Any]) -> None:
+def test_one_workflow_source_is_enough(job_input: dict[str, Any]) -> None:
     check_source(GenerateInput.model_validate(job_input))
 
 
@@ -120,18 +120,18 @@ def test_one_source_of_the_workflow_is_enough(job_input: dict[str, Any]) -> None
         (record(JobState.FAILED, error={"error": "x", "code": "of a gateway to come"}), 500),
     ],
 )
-def test_the_status_is_that_of_the_errors_class(job: JobRecord, status: int) -> None:
+def test_the_status_follows_the_error_class(job: JobRecord, status: int) -> None:
     assert http_status(job) == status
 
 
-def test_every_class_but_a_nodes_failure_has_its_own_status() -> None:
+def test_every_error_class_but_a_node_failure_has_its_status() -> None:
     first = {error.code: error for error in reversed(list(all_errors()))}
     for code, error in first.items():
         job = record(JobState.FAILED, error={"error": "x", "code": code})
         assert http_status(job) == (500 if issubclass(error, ExecutionFailed) else error.http_status), code
 
 
-def test_a_failure_is_told_with_all_that_is_known_of_it() -> None:
+def test_a_failure_is_reported_with_all_details() -> None:
     job = failed(MissingModels("There is no x", details={"problems": []}, hint="Get it"))
     assert result_of(job, ended_status(job), []) == {
         "id": "job",
@@ -161,7 +161,7 @@ def test_timings_have_the_stages_by_this_apis_names() -> None:
     }
 
 
-def test_the_history_is_in_comfyuis_words_for_who_asks_for_it() -> None:
+def test_the_history_has_comfyuis_format() -> None:
     output = {
         "images": [item("a.png", "asset:/job/a.png", subfolder="sub"), item("b.png", "x", preview=True)],
         "texts": [{"node_id": "5", "text": "words"}],
@@ -206,7 +206,7 @@ def files(output: dict[str, Any], assets: AssetStore, *, as_base64: bool = True)
     return files_of("job", output, linked, assets, as_base64=as_base64)
 
 
-def test_a_file_of_ours_has_its_path_at_this_gateway(assets: AssetStore) -> None:
+def test_a_local_file_has_its_path_at_this_gateway(assets: AssetStore) -> None:
     output = {"images": [item("a b.png", "asset:/job/a%20b.png", subfolder="sub", preview=True)], "videos": []}
     [file] = files(output, assets)
     assert file == {
@@ -240,7 +240,7 @@ def test_a_file_that_was_delivered_both_ways_has_both(assets: AssetStore) -> Non
     assert inline["url"] is None
 
 
-def test_what_does_not_fit_into_the_answer_is_left_out_and_said(assets: AssetStore) -> None:
+def test_oversized_files_are_omitted_with_a_note(assets: AssetStore) -> None:
     large = item("large.png", "asset:/job/large.png", size_bytes=RUNSYNC_LIMIT * 3 // 4)
     small = item("a b.png", "asset:/job/a%20b.png")
     left_out, kept = files({"images": [large, small]}, assets)
@@ -252,18 +252,18 @@ def test_what_does_not_fit_into_the_answer_is_left_out_and_said(assets: AssetSto
 # ---------------------------------------------------------------------------------------------------- progress
 
 
-def events(*told: Any) -> list[Event]:
+def events(*updates: Any) -> list[Event]:
     kinds: dict[type, str] = {str: STATUS, dict: PROGRESS, bytes: PREVIEW}
-    datas = [{"status": data} if isinstance(data, str) else data for data in told]
+    datas = [{"status": data} if isinstance(data, str) else data for data in updates]
     return [
         Event(number, "job", kinds[type(data)], shown if isinstance(shown, dict) else {})
-        for number, (data, shown) in enumerate(zip(told, datas, strict=True))
+        for number, (data, shown) in enumerate(zip(updates, datas, strict=True))
     ]
 
 
-def standing(state: JobState, *told: Any, place: QueuePosition | None = None) -> tuple[Any, ...]:
-    """Return status, message, queue, position, size and wait of a job of which so much was told."""
-    progress = last_progress(events(*told))
+def status_of(state: JobState, *updates: Any, place: QueuePosition | None = None) -> tuple[Any, ...]:
+    """Return status, message, queue, position, size and wait of a job with these events."""
+    progress = last_progress(events(*updates))
     found = open_status(state, progress.data if progress else {}, place)
     queue = found.queue_position(SIZES, 9)
     return (found.status, found.message, *queue.values())
@@ -273,7 +273,7 @@ RUNNING = ("IN_QUEUE", "IN_PROGRESS")
 
 
 @pytest.mark.parametrize(
-    ("told", "expected"),
+    ("updates", "expected"),
     [
         (RUNNING, ("generating", "ComfyUI runs the workflow (0 %)", "generation", 0, 2, 0)),
         (
@@ -300,31 +300,31 @@ RUNNING = ("IN_QUEUE", "IN_PROGRESS")
         ((*RUNNING, {"stage": "delivering"}), ("processing", "Delivering the outputs", "postprocessing", 0, 1, 0)),
     ],
 )
-def test_where_a_running_job_stands(told: tuple[Any, ...], expected: tuple[Any, ...]) -> None:
-    assert standing(JobState.IN_PROGRESS, *told) == expected
+def test_status_of_a_running_job(updates: tuple[Any, ...], expected: tuple[Any, ...]) -> None:
+    assert status_of(JobState.IN_PROGRESS, *updates) == expected
 
 
-def test_where_a_waiting_job_stands() -> None:
+def test_status_of_a_waiting_job() -> None:
     words = ("queued", "The request waits behind 2 others", "preprocessing")
-    assert standing(JobState.IN_QUEUE, place=QueuePosition(3, 12.5)) == (*words, 3, 9, 12.5)
+    assert status_of(JobState.IN_QUEUE, place=QueuePosition(3, 12.5)) == (*words, 3, 9, 12.5)
     behind_one = ("queued", "The request waits behind one other", "generation", 2, 9, None)
-    assert standing(JobState.IN_QUEUE, "IN_QUEUE", place=QueuePosition(2, None, stage="queued")) == behind_one
+    assert status_of(JobState.IN_QUEUE, "IN_QUEUE", place=QueuePosition(2, None, stage="queued")) == behind_one
     is_next = ("queued", "The request is next", "preprocessing", 1, 9, None)
-    assert standing(JobState.IN_QUEUE) == is_next, "it is about to be taken"
+    assert status_of(JobState.IN_QUEUE) == is_next, "it is about to be taken"
     away = QueuePosition(10, None, notice="ComfyUI has not answered since then")
-    assert standing(JobState.IN_QUEUE, place=away) == ("queued", away.notice, "preprocessing", 10, 10, None)
+    assert status_of(JobState.IN_QUEUE, place=away) == ("queued", away.notice, "preprocessing", 10, 10, None)
 
 
 def test_a_job_whose_inputs_are_staged_ahead_waits() -> None:
-    for told in ({"stage": "staging"}, {"stage": "queued"}, {"stage": "queued", "queue_position": 5}):
-        assert standing(JobState.IN_QUEUE, "IN_QUEUE", told, place=QueuePosition(2, None))[0] == "queued"
+    for updates in ({"stage": "staging"}, {"stage": "queued"}, {"stage": "queued", "queue_position": 5}):
+        assert status_of(JobState.IN_QUEUE, "IN_QUEUE", updates, place=QueuePosition(2, None))[0] == "queued"
 
 
-def test_what_was_told_of_an_earlier_turn_is_forgotten() -> None:
+def test_progress_of_an_earlier_attempt_is_ignored() -> None:
     again = (*RUNNING, {"stage": "running", "percent": 99.0}, *RUNNING)
-    assert standing(JobState.IN_PROGRESS, *again)[:2] == ("generating", "ComfyUI runs the workflow (0 %)")
-    # The record is newer than what was heard.
-    assert standing(JobState.IN_QUEUE, *RUNNING, {"stage": "running"})[0] == "queued"
+    assert status_of(JobState.IN_PROGRESS, *again)[:2] == ("generating", "ComfyUI runs the workflow (0 %)")
+    # The record is newer than the events.
+    assert status_of(JobState.IN_QUEUE, *RUNNING, {"stage": "running"})[0] == "queued"
 
 
 @pytest.mark.parametrize(
@@ -336,7 +336,7 @@ def test_what_was_told_of_an_earlier_turn_is_forgotten() -> None:
         (JobState.CANCELLED, "cancelled"),
     ],
 )
-def test_how_a_job_ended(state: JobState, status: str) -> None:
+def test_status_of_an_ended_job(state: JobState, status: str) -> None:
     assert ended_status(record(state)).status == status
     assert ended_status(record(state)).queue_position(SIZES, 9) == {
         "current_queue": None,

@@ -24,12 +24,12 @@ def test_an_installed_package_carries_it(tmp_path: Path) -> None:
     assert readme(tmp_path).lstrip().startswith("# comfy-worker")
 
 
-def test_a_readme_beside_the_package_that_is_none_of_ours_is_not_shown(tmp_path: Path) -> None:
+def test_a_foreign_readme_is_not_shown(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("# Something else", encoding="utf-8")
     assert readme(tmp_path).lstrip().startswith("# comfy-worker")
 
 
-def test_without_either_it_says_so(tmp_path: Path) -> None:
+def test_a_missing_readme_is_reported(tmp_path: Path) -> None:
     with pytest.raises(NotFound, match="not part of this installation"):
         readme(tmp_path, "a-package-that-nobody-has-installed")
 
@@ -41,18 +41,18 @@ def test_markdown_becomes_html_with_its_tables_and_code() -> None:
     assert "make &lt;demo&gt;" in page
 
 
-def test_html_in_it_is_text() -> None:
+def test_html_is_escaped() -> None:
     page = as_page("<script>alert(1)</script> [x](javascript:alert(1))")
     assert "<script" not in page
     assert 'href="javascript' not in page
 
 
-def test_links_out_stay_and_links_to_files_beside_it_are_words() -> None:
+def test_external_links_are_kept_and_relative_ones_become_text() -> None:
     page = as_page("[out](https://example.com) and [docs/a.md](docs/a.md) and [here](#first), `[x](y)`")
     assert '<a href="https://example.com">out</a> and docs/a.md and <a href="#first">here</a>' in page
 
 
-def test_the_page_may_use_its_style_and_nothing_else() -> None:
+def test_the_csp_allows_only_the_pages_style() -> None:
     style = re.findall("<style>(.*?)</style>", as_page("x"))
     assert len(style) == 1
     digest = base64.b64encode(hashlib.sha256(style[0].encode()).digest()).decode()

@@ -54,7 +54,7 @@ def test_a_setting_is_read_by_its_name(
     assert getattr(load(environment, **{name: value}), field) == expected
 
 
-def test_the_described_defaults(environment: pytest.MonkeyPatch) -> None:
+def test_the_documented_defaults(environment: pytest.MonkeyPatch) -> None:
     settings = load(environment)
     assert (settings.api_port, settings.api_workers, settings.api_reload, settings.log_level) == (
         8000,
@@ -67,7 +67,7 @@ def test_the_described_defaults(environment: pytest.MonkeyPatch) -> None:
     assert settings.comfyui_url == "http://127.0.0.1:8188"
 
 
-def test_a_bucket_by_the_described_names(environment: pytest.MonkeyPatch) -> None:
+def test_a_bucket_by_the_documented_names(environment: pytest.MonkeyPatch) -> None:
     settings = load(environment, **S3)
     assert settings.has_bucket
     assert (settings.bucket_name, settings.bucket_region) == ("bucket", "us-east-1")
@@ -76,7 +76,7 @@ def test_a_bucket_by_the_described_names(environment: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("value", ["0", "2", "-1"])
-def test_several_processes_are_refused_with_what_to_do(environment: pytest.MonkeyPatch, value: str) -> None:
+def test_several_processes_are_rejected_with_advice(environment: pytest.MonkeyPatch, value: str) -> None:
     sentence = refusal(environment, API_WORKERS=value)
     assert "API_WORKERS" in sentence
     if value == "2":
@@ -84,19 +84,19 @@ def test_several_processes_are_refused_with_what_to_do(environment: pytest.Monke
         assert "COMFYUI_BACKENDS" in sentence
 
 
-def test_several_processes_are_taken_with_what_they_share(environment: pytest.MonkeyPatch) -> None:
+def test_several_processes_are_accepted_with_shared_services(environment: pytest.MonkeyPatch) -> None:
     shared = {"ENGINE": "runpod", "API_CACHE": "redis", "DATABASE_URL": "postgresql://gateway@db/gateway"}
     assert load(environment, API_WORKERS="4", **shared).api_workers == 4
 
 
 @pytest.mark.parametrize("value", ["redis", "Redis"])
-def test_a_cache_in_redis_is_where_its_settings_say(environment: pytest.MonkeyPatch, value: str) -> None:
+def test_a_redis_cache_uses_its_settings(environment: pytest.MonkeyPatch, value: str) -> None:
     settings = load(environment, API_CACHE=value, REDIS_HOST="cache", REDIS_PORT="6380", REDIS_DB="2")
     assert settings.api_cache == "redis"
     assert settings.broker_url.get_secret_value() == "redis://cache:6380/2"
 
 
-def test_the_url_of_a_redis_counts_more_and_is_secret(environment: pytest.MonkeyPatch) -> None:
+def test_the_redis_url_takes_precedence_and_is_secret(environment: pytest.MonkeyPatch) -> None:
     settings = load(environment, API_CACHE="redis", REDIS_HOST="cache", REDIS_URL="rediss://:p%40ss@host:6390/1")
     assert settings.broker_url.get_secret_value() == "rediss://:p%40ss@host:6390/1"
     assert {"rediss://:p%40ss@host:6390/1", "p@ss"} <= set(settings.secrets())
@@ -104,25 +104,25 @@ def test_the_url_of_a_redis_counts_more_and_is_secret(environment: pytest.Monkey
     assert "REDIS_URL" in refusal(environment, API_CACHE="redis", REDIS_URL="http://host")
 
 
-def test_no_other_cache_is_known(environment: pytest.MonkeyPatch) -> None:
+def test_other_caches_are_rejected(environment: pytest.MonkeyPatch) -> None:
     sentence = refusal(environment, API_CACHE="disk")
     assert "memory" in sentence
     assert "redis" in sentence
 
 
-def test_redis_is_not_read_without_it(environment: pytest.MonkeyPatch) -> None:
+def test_redis_settings_are_ignored_without_a_redis_cache(environment: pytest.MonkeyPatch) -> None:
     settings = load(environment, REDIS_HOST="redis", REDIS_PORT="none", REDIS_DB="-1")
     assert (settings.redis_host, settings.redis_port, settings.redis_db) == ("localhost", 6379, 0)
 
 
-def test_the_values_of_redis_are_checked_with_it(environment: pytest.MonkeyPatch) -> None:
+def test_redis_settings_are_checked_with_a_redis_cache(environment: pytest.MonkeyPatch) -> None:
     sentence = refusal(environment, API_CACHE="redis", REDIS_PORT="none", REDIS_DB="-1")
     assert "REDIS_PORT" in sentence
     assert "REDIS_DB" in sentence
 
 
 @pytest.mark.parametrize("name", ["PREPROCESS_WORKERS", "GENERATION_WORKERS", "POSTPROCESS_WORKERS", "MAX_QUEUE_SIZE"])
-def test_a_pool_has_at_least_one_place(environment: pytest.MonkeyPatch, name: str) -> None:
+def test_a_pool_has_at_least_one_worker(environment: pytest.MonkeyPatch, name: str) -> None:
     assert name in refusal(environment, **{name: "0"})
 
 
@@ -131,5 +131,5 @@ def test_backends_may_be_given_without_a_scheme() -> None:
     assert settings.backends == ["http://10.0.0.1:8188", "https://other.example"]
 
 
-def test_a_backend_that_is_none_is_refused(environment: pytest.MonkeyPatch) -> None:
+def test_an_invalid_backend_is_rejected(environment: pytest.MonkeyPatch) -> None:
     assert "COMFYUI_BACKENDS" in refusal(environment, COMFYUI_BACKENDS="http://10.0.0.1:8188,ftp://x")

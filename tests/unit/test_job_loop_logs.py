@@ -48,16 +48,14 @@ def test_a_bug_of_the_sdk_is_logged_with_its_traceback(
 
 
 @pytest.mark.parametrize("failure", [aiohttp.ServerDisconnectedError(), asyncio.TimeoutError(), ConnectionResetError()])
-def test_a_platform_that_fails_costs_one_line(
-    loop: JobLoop, failure: Exception, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_platform_failure_logs_one_line(loop: JobLoop, failure: Exception, caplog: pytest.LogCaptureFixture) -> None:
     asyncio.run(ask(loop, failure))
     (back_off,) = caplog.records
     assert back_off.levelno == logging.WARNING
     assert not back_off.exc_info
 
 
-def test_a_watch_that_breaks_is_logged_with_its_traceback(
+def test_a_failed_watcher_is_logged_with_its_traceback(
     loop: JobLoop, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As it would if the SDK renamed what the watch over ComfyUI calls."""

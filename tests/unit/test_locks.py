@@ -84,17 +84,17 @@ def test_every_requirement_has_an_upper_bound() -> None:
     assert sorted(str(one) for one in asked if not is_bounded(one)) == []
 
 
-def test_the_locks_hold_what_builds_the_package() -> None:
+def test_the_locks_include_the_build_requirements() -> None:
     assert PROJECT["dependency-groups"]["build"] == PROJECT["build-system"]["requires"]
 
 
-def test_there_is_a_lock_for_all_that_is_installed() -> None:
+def test_every_installation_has_a_lock() -> None:
     assert LOCKS.keys() == ASKED.keys()
 
 
 @pytest.mark.parametrize("python", PYTHONS)
 @pytest.mark.parametrize("lock", ASKED)
-def test_a_lock_holds_what_is_asked_for(lock: str, python: str) -> None:
+def test_a_lock_includes_its_requirements(lock: str, python: str) -> None:
     """`make lock` mends it."""
     locked = versions(lock, python)
     assert {name: found for name, found in locked.items() if len(found) != 1} == {}
@@ -106,7 +106,7 @@ def test_a_lock_holds_what_is_asked_for(lock: str, python: str) -> None:
 
 @pytest.mark.parametrize("python", PYTHONS)
 @pytest.mark.parametrize("lock", ["worker", "emulator", "fleet"])
-def test_the_image_has_the_versions_that_the_tests_had(lock: str, python: str) -> None:
+def test_the_image_has_the_tested_versions(lock: str, python: str) -> None:
     tested = versions("dev", python)
     assert {name: found for name, found in versions(lock, python).items() if tested.get(name) != found} == {}
 

@@ -64,11 +64,11 @@ def picture(form: str, *, frames: int = 1) -> bytes:
         (".", "application/octet-stream", Kind.FILE),
     ],
 )
-def test_a_name_tells(name: str, mime_type: str, kind: Kind) -> None:
+def test_media_types_follow_the_name(name: str, mime_type: str, kind: Kind) -> None:
     assert (mime_type_of_name(name), kind_of(name)) == (mime_type, kind)
 
 
-def test_a_machine_without_a_table_of_types_knows_the_same_media(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_media_types_do_not_depend_on_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ["a.png", "a.webp", "a.avif", "a.mkv", "a.webm", "a.mp4", "a.flac", "a.opus", "a.wav", "a.glb", "a.exr"]
     here = [mime_type_of_name(name) for name in names]
     bare = mimetypes.MimeTypes(filenames=())
@@ -92,7 +92,7 @@ def test_a_picture_is_known_by_its_content_whatever_its_name(form: str, frames: 
     assert inspect("a.png", picture(form, frames=frames)) == Media(mime_type, 6, 4)
 
 
-def test_what_is_no_picture_goes_by_its_name() -> None:
+def test_non_images_are_classified_by_name() -> None:
     assert inspect("a.mp4", b"not a video") == Media("video/mp4")
     assert inspect("a.png", b"") == Media("image/png")
     assert inspect("a.exr", b"\x76\x2f\x31\x01") == Media("image/x-exr")
@@ -131,7 +131,7 @@ def changed_library(*_arguments: object, **_named: object) -> object:
 
 
 @pytest.mark.parametrize(("library", "name"), [(Image, "a.png"), (av, "a.mp4")])
-def test_a_library_that_changed_is_logged_with_its_traceback(
+def test_an_unexpected_library_error_is_logged_with_its_traceback(
     library: ModuleType, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     content = picture("PNG") if name == "a.png" else recording("mp4", video="mpeg4")
@@ -260,7 +260,7 @@ def test_a_video_whose_codec_is_unknown_has_a_type_and_a_length(caplog: pytest.L
         bytes(5000),
     ],
 )
-def test_a_text_under_the_name_of_a_video_is_not_played(name: str, content: bytes) -> None:
+def test_a_text_named_like_a_video_is_not_a_video(name: str, content: bytes) -> None:
     media = inspect(name, content)
     assert media == Media(mime_type_of_name(name))
 
@@ -276,7 +276,7 @@ def test_a_text_under_the_name_of_a_video_is_not_played(name: str, content: byte
         ("a.glb", b"glTF\x02\0\0\0", "model/gltf-binary"),
     ],
 )
-def test_a_few_letters_do_not_outweigh_a_name(name: str, content: bytes, mime_type: str) -> None:
+def test_a_short_match_does_not_outweigh_the_name(name: str, content: bytes, mime_type: str) -> None:
     assert inspect(name, content) == Media(mime_type)
 
 

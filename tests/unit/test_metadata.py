@@ -79,7 +79,7 @@ def frames(content: bytes) -> list[Image.Image]:
 
 
 @pytest.mark.parametrize("kind", PICTURES)
-def test_what_is_written_leaves_and_no_pixel_changes(kind: str) -> None:
+def test_metadata_is_removed_without_changing_pixels(kind: str) -> None:
     content = PICTURES[kind]
     bare = without_metadata(content)
     with Image.open(io.BytesIO(bare)) as image:
@@ -95,7 +95,7 @@ def test_what_is_written_leaves_and_no_pixel_changes(kind: str) -> None:
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
 @pytest.mark.parametrize("orientation", [1, 6])
-def test_which_side_is_up_stays(form: str, orientation: int) -> None:
+def test_the_orientation_is_kept(form: str, orientation: int) -> None:
     bare = without_metadata(saved(noise(), form, exif=exif(orientation)))
     assert b"KSampler" not in bare
     with Image.open(io.BytesIO(bare)) as image:
@@ -103,7 +103,7 @@ def test_which_side_is_up_stays(form: str, orientation: int) -> None:
         assert dict(image.getexif()) == ({} if orientation == 1 else {ORIENTATION: 6})
 
 
-def test_a_webp_of_the_simple_kind_stays_as_it_is() -> None:
+def test_a_simple_webp_is_unchanged() -> None:
     content = saved(noise(), "WEBP")
     assert without_metadata(content) is content
 
@@ -115,7 +115,7 @@ def test_other_pictures_stay_readable(form: str) -> None:
 
 
 @given(st.binary(max_size=200), st.sampled_from(sorted(PICTURES)), st.data())
-def test_what_is_broken_is_read_to_its_end_and_no_further(junk: bytes, kind: str, data: st.DataObject) -> None:
+def test_broken_files_are_read_only_to_their_end(junk: bytes, kind: str, data: st.DataObject) -> None:
     """Nothing is raised, and nothing grows."""
     content = PICTURES[kind]
     at = data.draw(st.integers(0, len(content)))
@@ -123,7 +123,7 @@ def test_what_is_broken_is_read_to_its_end_and_no_further(junk: bytes, kind: str
         assert len(without_metadata(broken)) <= len(broken)
 
 
-def test_exif_that_is_none_leaves_too() -> None:
+def test_invalid_exif_is_removed_too() -> None:
     data = b"no EXIF at all"
     chunk = struct.pack(">I4s", len(data), b"eXIf") + data + struct.pack(">I", zlib.crc32(b"eXIf" + data))
     picture = saved(noise(), "PNG")

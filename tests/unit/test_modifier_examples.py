@@ -27,7 +27,7 @@ def inputs_of(made: dict[str, Any], class_type: str) -> list[dict[str, Any]]:
     return [node["inputs"] for node in check_workflow(made).values() if node["class_type"] == class_type]
 
 
-def test_our_own_are_these(own: Modifiers) -> None:
+def test_our_modifiers(own: Modifiers) -> None:
     assert own.names() == ["Image2Image", "ImageToImage", "Text2Image", "TextToImage"]
 
 
@@ -58,7 +58,7 @@ def test_image_to_image_takes_its_values(own: Modifiers) -> None:
     assert made[sampler["negative"][0]]["inputs"]["text"] == "rain"
 
 
-def test_the_descriptions_own_name_and_values_run(own: Modifiers) -> None:
+def test_the_documented_name_and_values_work(own: Modifiers) -> None:
     made = workflow_made_by(own, "Image2Image", {"prompt": "a beautiful sunset", "steps": 30, "input_image": PHOTO})
     assert inputs_of(made, "LoadImage") == [{"image": PHOTO}]
     assert inputs_of(made, "KSampler")[0]["steps"] == 30
@@ -71,7 +71,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", REQUIRED)
-def test_our_own_leave_what_is_not_given_as_it_is_in_the_file(own: Modifiers, name: str) -> None:
+def test_our_modifiers_keep_omitted_values(own: Modifiers, name: str) -> None:
     made = workflow_made_by(own, name, REQUIRED[name])
     before = json.loads((ROOT / own.find(name).modifier.WORKFLOW_JSON).read_text())
     changed = {
@@ -86,7 +86,7 @@ def test_our_own_leave_what_is_not_given_as_it_is_in_the_file(own: Modifiers, na
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in REQUIRED.items() for value in values])
-def test_our_own_name_what_they_miss(own: Modifiers, name: str, value: str) -> None:
+def test_our_modifiers_name_missing_values(own: Modifiers, name: str, value: str) -> None:
     given = {key: other for key, other in REQUIRED[name].items() if key != value}
     with pytest.raises(MissingValue, match=f"Modifier {name} needs the value '{value}'"):
         workflow_made_by(own, name, given)
@@ -122,5 +122,5 @@ def test_ai_docks_modifiers_take_denoise_and_need_no_prompt(own: Modifiers, name
     assert made.workflow[sampler["positive"][0]]["inputs"]["text"] == ""
 
 
-def test_a_value_that_no_modifier_reads_is_named(own: Modifiers) -> None:
+def test_an_unread_value_is_named(own: Modifiers) -> None:
     assert run_modifier(own, "Text2Image", {"prompt": "x", "colour": "red", "cfg": 2}).unread == ("colour",)

@@ -118,7 +118,7 @@ def test_a_modifier_written_for_ai_docks_wrapper_runs_as_it_is(modifiers: Modifi
 
 
 @pytest.mark.usefixtures("written_elsewhere")
-def test_a_url_that_is_a_key_may_be_replaced(modifiers: Modifiers) -> None:
+def test_a_url_under_a_key_can_be_replaced(modifiers: Modifiers) -> None:
     made = workflow_made_by(modifiers, "Photo2Photo", {PHOTO: "https://example.com/other.png", "seed": 7})
     assert made["10"]["inputs"]["image"] == "https://example.com/other.png"
     assert made["3"]["inputs"]["seed"] == 7
@@ -143,7 +143,7 @@ def test_a_modifier_without_a_workflow_file_loads_a_workflow_itself(folder: Path
     assert workflow_made_by(modifiers, "Any")["6"]["inputs"]["text"] == "hello"
 
 
-def test_what_a_modifier_may_take_over_from_its_base(folder: Path, modifiers: Modifiers) -> None:
+def test_a_modifier_can_override_the_methods_of_its_base(folder: Path, modifiers: Modifiers) -> None:
     (folder / "own.py").write_text(
         "from comfy_worker.modifiers import BaseModifier\n"
         "class Own(BaseModifier):\n"
@@ -156,7 +156,7 @@ def test_what_a_modifier_may_take_over_from_its_base(folder: Path, modifiers: Mo
 
 
 @pytest.mark.parametrize("value", ["words", 0, 1.5, False, None, [], {"a": 1}])
-def test_a_value_that_was_sent_is_taken_whatever_it_is(folder: Path, modifiers: Modifiers, value: Any) -> None:
+def test_falsy_values_are_used(folder: Path, modifiers: Modifiers, value: Any) -> None:
     write(folder, "Takes", "self.workflow = {'value': await self.modify_workflow_value('value', 'default')}")
     assert workflow_made_by(modifiers, "Takes", {"value": value}) == {"value": value}
     assert workflow_made_by(modifiers, "Takes", {}) == {"value": "default"}
@@ -186,7 +186,7 @@ def test_the_base_by_itself_has_no_workflow() -> None:
     assert BaseModifier({"a": 1}).modifications == {"a": 1}
 
 
-def test_the_methods_that_ai_docks_class_has_for_urls(folder: Path, modifiers: Modifiers) -> None:
+def test_ai_docks_url_methods(folder: Path, modifiers: Modifiers) -> None:
     write(
         folder,
         "Fetches",
@@ -207,7 +207,7 @@ self.workflow = {{
 
 
 @pytest.mark.parametrize("use", ["self.input_dir", "await self.download_file('http://a/b', self)"])
-def test_what_needs_comfyuis_folder_says_so(folder: Path, modifiers: Modifiers, use: str) -> None:
+def test_uses_of_comfyuis_folder_are_reported(folder: Path, modifiers: Modifiers, use: str) -> None:
     write(folder, "Loads", use)
     error = failure(modifiers, "Loads")
     assert re.fullmatch(r"Modifier Loads uses \w+, but ComfyUI's folders are on another machine", error.message)
@@ -281,14 +281,14 @@ def test_each_placeholder_gets_a_number_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("text", ["draw a random int", "RANDOM_INT", "_RANDOM_INT_", "__random_int__", ""])
-def test_what_only_looks_like_the_placeholder_stays(text: str) -> None:
+def test_lookalikes_of_the_placeholder_are_kept(text: str) -> None:
     assert randomized({"text": text}) == {"text": text}
 
 
 # ------------------------------------------------------------------------------------------------ finding them
 
 
-def test_an_unknown_modifier_is_told_the_nearest_one(folder: Path, modifiers: Modifiers) -> None:
+def test_an_unknown_modifier_suggests_the_nearest_one(folder: Path, modifiers: Modifiers) -> None:
     write(folder, "Portrait", "pass")
     with pytest.raises(InvalidInput) as unknown:
         workflow_made_by(modifiers, "Potrait")
@@ -296,7 +296,7 @@ def test_an_unknown_modifier_is_told_the_nearest_one(folder: Path, modifiers: Mo
     assert unknown.value.hint is None
 
 
-def test_a_folder_that_is_not_there_has_no_modifiers(tmp_path: Path) -> None:
+def test_a_missing_folder_has_no_modifiers(tmp_path: Path) -> None:
     modifiers = Modifiers(tmp_path / "nowhere")
     assert modifiers.names() == []
     with pytest.raises(InvalidInput, match=r"^There is no modifier 'A'$"):
@@ -322,7 +322,7 @@ def test_only_modifiers_that_a_file_defines_are_found(folder: Path, modifiers: M
             modifiers.find(name)
 
 
-def test_a_file_is_no_module_that_anybody_else_can_import(folder: Path, modifiers: Modifiers) -> None:
+def test_modifier_files_are_not_importable_modules(folder: Path, modifiers: Modifiers) -> None:
     write(folder, "Json", "pass", file="json.py")
     module = modifiers.find("Json").modifier.__module__
     assert module.startswith("_comfy_worker_modifier_json_")
@@ -342,7 +342,7 @@ def test_the_same_file_name_in_two_folders_makes_two_modifiers(folder: Path, tmp
     ]
 
 
-def test_of_two_with_the_same_name_the_first_counts_and_the_log_says_so(
+def test_the_first_of_two_equal_names_wins_with_a_log_line(
     folder: Path, modifiers: Modifiers, caplog: pytest.LogCaptureFixture
 ) -> None:
     write(folder, "Twice", "self.workflow = {'from': 'a'}", file="a.py")
@@ -364,7 +364,7 @@ def test_a_file_that_did_not_change_is_not_loaded_again(folder: Path, modifiers:
     assert modifiers.find("Same").modifier is modifiers.find("Same").modifier
 
 
-def test_a_file_that_is_taken_away_takes_its_modifiers_along(folder: Path, modifiers: Modifiers) -> None:
+def test_a_removed_file_removes_its_modifiers(folder: Path, modifiers: Modifiers) -> None:
     write(folder, "Gone", "pass")
     module = modifiers.find("Gone").modifier.__module__
     (folder / "gone.py").unlink()
@@ -382,7 +382,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(("source", "words"), BROKEN.items(), ids=BROKEN.values())
-def test_a_broken_file_is_logged_once_and_costs_the_others_nothing(
+def test_a_broken_file_is_logged_once_and_does_not_affect_others(
     folder: Path, modifiers: Modifiers, caplog: pytest.LogCaptureFixture, source: str, words: str
 ) -> None:
     (folder / "broken.py").write_text(source)
@@ -401,7 +401,7 @@ def test_a_broken_file_is_logged_once_and_costs_the_others_nothing(
         ("portrait.py", "import nowhere_to_be_found\n"),
     ],
 )
-def test_who_asks_for_a_modifier_that_cannot_be_loaded_learns_where_and_why(
+def test_an_unloadable_modifier_is_reported_with_location_and_reason(
     folder: Path, modifiers: Modifiers, file: str, source: str
 ) -> None:
     (folder / file).write_text(source)
@@ -434,14 +434,14 @@ def test_a_file_that_cannot_be_read_is_logged_once(
     assert caplog.messages == ["A modifier file could not be loaded: folder.py: IsADirectoryError"]
 
 
-def test_a_broken_file_that_is_mended_works(folder: Path, modifiers: Modifiers) -> None:
+def test_a_repaired_file_works(folder: Path, modifiers: Modifiers) -> None:
     (folder / "mended.py").write_text("class")
     assert modifiers.names() == []
     write(folder, "Mended", "pass")
     assert modifiers.names() == ["Mended"]
 
 
-def test_many_threads_use_one_and_a_file_is_loaded_once(folder: Path, modifiers: Modifiers) -> None:
+def test_threads_share_a_modifier_and_load_its_file_once(folder: Path, modifiers: Modifiers) -> None:
     write(folder, "Shared", "self.workflow = {'mine': await self.modify_workflow_value('mine')}")
     with ThreadPoolExecutor(8) as threads:
         classes = set(threads.map(lambda _: modifiers.find("Shared").modifier, range(40)))
@@ -454,7 +454,7 @@ def test_many_threads_use_one_and_a_file_is_loaded_once(folder: Path, modifiers:
 
 
 @pytest.mark.parametrize("place", ["modifiers", ".", "current", "catalog"])
-def test_where_a_workflow_is_looked_for(folder: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+def test_workflow_search_path(folder: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     root = folder.parent
     for name in ("current", "catalog"):
         (root / name).mkdir()
@@ -464,7 +464,7 @@ def test_where_a_workflow_is_looked_for(folder: Path, monkeypatch: pytest.Monkey
     assert workflow_made_by(Modifiers(folder, [root / "catalog"]), "Looks") == {"found": 1}
 
 
-def test_a_workflow_may_have_an_absolute_name(folder: Path, modifiers: Modifiers, tmp_path: Path) -> None:
+def test_a_workflow_may_have_an_absolute_path(folder: Path, modifiers: Modifiers, tmp_path: Path) -> None:
     write(folder, "Absolute", "pass", workflow=str(tmp_path / "workflows/photo.json"))
     assert set(workflow_made_by(modifiers, "Absolute")) == set(GRAPH)
 
@@ -500,7 +500,7 @@ RAISES = {
 
 
 @pytest.mark.parametrize(("body", "kind"), RAISES.items(), ids=RAISES.keys())
-def test_whatever_it_raises_is_one_sentence(
+def test_every_exception_becomes_one_sentence(
     folder: Path, modifiers: Modifiers, caplog: pytest.LogCaptureFixture, body: str, kind: str
 ) -> None:
     write(folder, "Raises", body)
@@ -513,14 +513,14 @@ def test_whatever_it_raises_is_one_sentence(
     assert str(folder) not in caplog.text and "hunter2" not in caplog.text
 
 
-def test_what_fails_before_its_workflow_is_loaded_is_told_too(folder: Path, modifiers: Modifiers) -> None:
+def test_failures_before_the_workflow_is_loaded_are_reported(folder: Path, modifiers: Modifiers) -> None:
     (folder / "early.py").write_text(
         "from comfy_worker.modifiers import BaseModifier\nclass Early(BaseModifier):\n    def __init__(self): pass\n"
     )
     assert failure(modifiers, "Early").message == "Modifier Early failed with TypeError"
 
 
-def test_it_may_refuse_a_value_in_its_own_words(folder: Path, modifiers: Modifiers) -> None:
+def test_a_modifier_can_reject_a_value_with_its_own_message(folder: Path, modifiers: Modifiers) -> None:
     write(folder, "Refuses", "raise InvalidInput('steps must be 1 to 50', hint='Try 20', details={'steps': 99})")
     with pytest.raises(InvalidInput) as refused:
         workflow_made_by(modifiers, "Refuses")
@@ -543,12 +543,12 @@ def test_it_may_refuse_a_value_in_its_own_words(folder: Path, modifiers: Modifie
         ("{'1': self}", "a workflow that is not JSON"),
     ],
 )
-def test_what_it_makes_must_be_json(folder: Path, modifiers: Modifiers, made: str, words: str) -> None:
+def test_the_result_must_be_json(folder: Path, modifiers: Modifiers, made: str, words: str) -> None:
     write(folder, "Makes", f"self.workflow = {made}")
     assert failure(modifiers, "Makes").message == f"Modifier Makes returned {words}"
 
 
-def test_one_that_waits_too_long_is_cancelled(
+def test_a_modifier_that_awaits_too_long_is_cancelled(
     folder: Path, modifiers: Modifiers, caplog: pytest.LogCaptureFixture
 ) -> None:
     write(folder, "Waits", "try:\n    await asyncio.Event().wait()\nfinally:\n    type(self).ended.set()")
@@ -573,7 +573,7 @@ def gate() -> Iterator[threading.Event]:
 @pytest.mark.parametrize(
     "body", ["type(self).gate.wait()", "while not type(self).gate.is_set():\n    time.sleep(0.01)"]
 )
-def test_one_that_blocks_its_thread_is_left_behind(
+def test_a_modifier_that_blocks_its_thread_is_abandoned(
     folder: Path, modifiers: Modifiers, gate: threading.Event, body: str
 ) -> None:
     write(folder, "Blocks", body)
@@ -582,7 +582,7 @@ def test_one_that_blocks_its_thread_is_left_behind(
     assert all(thread.daemon for thread in threading.enumerate() if thread.name == "modifier-Blocks")
 
 
-def test_it_runs_in_the_context_of_its_caller_so_that_its_log_names_the_job(folder: Path, modifiers: Modifiers) -> None:
+def test_a_modifier_runs_in_its_callers_context(folder: Path, modifiers: Modifiers) -> None:
     job_id: ContextVar[str] = ContextVar("job_id")
     job_id.set("job-7")
     write(folder, "Logs", "self.workflow = {'job': type(self).job_id.get()}")
@@ -590,9 +590,7 @@ def test_it_runs_in_the_context_of_its_caller_so_that_its_log_names_the_job(fold
     assert workflow_made_by(modifiers, "Logs") == {"job": "job-7"}
 
 
-def test_nothing_is_logged_when_all_is_well(
-    folder: Path, modifiers: Modifiers, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_nothing_is_logged_on_success(folder: Path, modifiers: Modifiers, caplog: pytest.LogCaptureFixture) -> None:
     write(folder, "Quiet", "await super().apply_modifications()")
     with caplog.at_level(logging.INFO):
         workflow_made_by(modifiers, "Quiet")
@@ -607,13 +605,13 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)
 
 
-def test_the_first_example_in_the_documentation_needs_no_file_of_yours() -> None:
+def test_the_first_documented_example_needs_no_file() -> None:
     asked = json.loads(blocks("json")[0])["input"]
     made = workflow_made_by(Modifiers(ROOT / "modifiers"), asked["modifier"], asked["modifications"])
     assert "a lighthouse" in json.dumps(made)
 
 
-def test_the_documentations_own_modifier_names_what_it_misses(folder: Path) -> None:
+def test_the_documented_modifier_names_missing_values(folder: Path) -> None:
     [source] = blocks("python")
     (folder / "postcard.py").write_text(source)
     with pytest.raises(MissingValue, match="Modifier Postcard needs the value 'photo'"):

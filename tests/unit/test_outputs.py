@@ -75,7 +75,7 @@ def test_every_kind_of_output_of_the_core_nodes(version: str) -> None:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_previews_come_only_when_they_are_asked_for(version: str) -> None:
+def test_previews_are_returned_only_on_request(version: str) -> None:
     scenario = "outputs_animated_video_audio_text_latent_3d"
     _pictures, sounds, _others = found_in(version, scenario, include_previews=True)
     assert [(item.node_id, item.type, item.kind) for item in sounds.files] == [
@@ -143,7 +143,7 @@ def test_a_file_under_any_key(key: str, name: str, kind: Kind) -> None:
     assert found.files == (OutputFile(name, "job", "output", kind, "1", "Any", "Any", 0),)
 
 
-def test_a_file_that_a_node_reports_twice_is_one() -> None:
+def test_a_file_reported_twice_is_one_output() -> None:
     outputs = {"1": {"images": [file("a.png"), file("a.png", "other"), file("a.png")], "gifs": [file("a.png")]}}
     found = find_outputs(outputs, [], {"1": node("Any")}, include_previews=False)
     assert [(item.subfolder, item.index) for item in found.files] == [("job", 0), ("other", 1)]
@@ -170,17 +170,17 @@ def test_outputs_come_in_the_order_of_the_workflow() -> None:
         {"a": "text", "b": 5, "c": [1.5, False]},
     ],
 )
-def test_what_is_no_file_and_no_text_is_no_output(reported: dict[str, Any]) -> None:
+def test_other_values_are_not_outputs(reported: dict[str, Any]) -> None:
     found = find_outputs({"1": reported}, [], {"1": node("Any")}, include_previews=True)
     assert (found.files, found.texts) == ((), ())
 
 
-def test_a_file_without_type_or_folder_lies_in_the_output_folder() -> None:
+def test_the_default_folder_is_the_output_folder() -> None:
     found = find_outputs({"1": {"x": [{"filename": "a.png"}]}}, [], {"1": node("Any")}, include_previews=False)
     assert (found.files[0].type, found.files[0].subfolder) == ("output", "")
 
 
-def test_input_files_that_a_node_shows_are_no_outputs() -> None:
+def test_displayed_input_files_are_not_outputs() -> None:
     outputs = {"1": {"images": [file("in.png", kind="input")]}}
     assert find_outputs(outputs, [], {"1": node("LoadImage")}, include_previews=True).files == ()
 
@@ -192,7 +192,7 @@ def picture(node_id: str, mime_type: str = "image/png", content: bytes = b"pictu
     return WebsocketImage(node_id, mime_type, content)
 
 
-def test_pictures_of_the_websocket_become_files_with_names() -> None:
+def test_websocket_images_become_named_files() -> None:
     workflow = {"9": node("SaveImageWebsocket", "Send"), "5:2": node("SaveImageWebsocket")}
     images = [picture("9", content=b"1"), picture("5:2", "image/jpeg", b"2"), picture("9", content=b"3")]
     found = find_outputs({}, images, workflow, include_previews=False)
@@ -205,7 +205,7 @@ def test_pictures_of_the_websocket_become_files_with_names() -> None:
     assert found.lost == ()
 
 
-def test_pictures_that_never_came_are_told_with_what_to_do() -> None:
+def test_missing_images_are_reported_with_advice() -> None:
     workflow = {"9": node("SaveImageWebsocket"), "10": node("SaveImageWebsocket"), "11": node("SaveImage")}
     found = find_outputs({}, [picture("10")], workflow, include_previews=False)
     assert found.lost == (
@@ -233,7 +233,7 @@ REPORTED = st.dictionaries(
 
 
 @given(st.dictionaries(st.sampled_from(["1", "2", "3", "2.0.1"]), REPORTED), st.booleans())
-def test_every_reported_file_is_found_once_with_its_place_counted(outputs: Any, include_previews: bool) -> None:
+def test_every_reported_file_is_found_once_with_its_index(outputs: Any, include_previews: bool) -> None:
     workflow = {node_id: node("Any") for node_id in ("3", "2", "1")}
     found = find_outputs(outputs, [], workflow, include_previews=include_previews)
     wanted = {"output", "temp"} if include_previews else {"output"}
@@ -275,14 +275,14 @@ def delivered_to(
     return list(delivered.artifacts), list(delivered.warnings), written
 
 
-def test_the_jobs_own_folder_is_left_out_and_folders_of_the_author_stay(tmp_path: Path) -> None:
+def test_the_jobs_folder_is_stripped_and_subfolders_are_kept(tmp_path: Path) -> None:
     files = [received("a.png", b"1", "prompt"), received("b.png", b"2", "prompt/sub"), received("c.png", b"3", "other")]
     artifacts, _warnings, written = delivered_to(tmp_path, *files)
     assert written == {"job/a.png": b"1", "job/sub/b.png": b"2", "job/other/c.png": b"3"}
     assert [artifact.folder for artifact in artifacts] == ["", "sub", "other"]
 
 
-def test_two_files_of_one_name_are_both_there(tmp_path: Path) -> None:
+def test_two_files_with_one_name_are_both_kept(tmp_path: Path) -> None:
     files = [received("a.png", b"1"), received("a.png", b"2", node_id="12:3", index=4)]
     _artifacts, _warnings, written = delivered_to(tmp_path, *files)
     assert written == {"job/a.png": b"1", "job/node_12-3_4/a.png": b"2"}
@@ -301,7 +301,7 @@ def test_two_files_of_one_name_are_both_there(tmp_path: Path) -> None:
         ("", "lone \ud800.png", "lone ?.png"),
     ],
 )
-def test_no_name_leads_out_of_the_jobs_folder(tmp_path: Path, folder: str, name: str, path: str) -> None:
+def test_names_cannot_leave_the_jobs_folder(tmp_path: Path, folder: str, name: str, path: str) -> None:
     _artifacts, _warnings, written = delivered_to(tmp_path, received(name, b"1", folder))
     assert written == {f"job/{path}": b"1"}
 
@@ -339,7 +339,7 @@ def test_a_picture_that_cannot_be_converted_is_delivered_as_it_is(tmp_path: Path
     assert warnings == ["Output a.png was not converted: it is broken, or in a format that cannot be read"]
 
 
-def test_what_a_conversion_loses_is_told(tmp_path: Path) -> None:
+def test_conversion_losses_are_reported(tmp_path: Path) -> None:
     picture = io.BytesIO()
     text = PngInfo()
     text.add_text("workflow", json.dumps(["x" * 70_000]))
@@ -404,7 +404,7 @@ def test_a_file_is_found_on_comfyuis_disk(base: Path, folder: str, name: str, ki
         ("", "a.png", "websocket"),
     ],
 )
-def test_no_name_leads_out_of_comfyuis_folders(base: Path, folder: str, name: str, kind: str) -> None:
+def test_names_cannot_leave_comfyuis_folders(base: Path, folder: str, name: str, kind: str) -> None:
     assert find_on_disk(base, OutputFile(name, folder, kind, Kind.IMAGE, "9", "Any", "Any", 0)) is None
 
 

@@ -83,12 +83,12 @@ def test_the_request_of_the_documentation() -> None:
     assert (job.comfy_org_api_key, job.extra_data, job.warnings) == (None, {}, ())
 
 
-def test_every_job_gets_a_prompt_id_of_its_own() -> None:
+def test_every_job_gets_its_own_prompt_id() -> None:
     first, second = parse(), parse()
     assert uuid.UUID(first.prompt_id) != uuid.UUID(second.prompt_id)
 
 
-def test_a_job_without_id_is_one_on_a_desk() -> None:
+def test_a_job_without_id_is_a_local_run() -> None:
     assert parse_job({"input": {"workflow": WORKFLOW}}).id == "local_test"
 
 
@@ -119,7 +119,7 @@ def test_every_field() -> None:
     assert "comfyui-key" not in repr(job)
 
 
-def test_the_key_by_its_other_name() -> None:
+def test_the_api_keys_other_name() -> None:
     assert parse(api_key_comfy_org="comfyui-key").comfy_org_api_key == "comfyui-key"
 
 
@@ -144,7 +144,7 @@ def test_the_platforms_limit_counts_in_milliseconds(policy: object, seconds: flo
 @pytest.mark.parametrize(
     "field", ["images", "files", "delivery", "timeout_s", "strict", "extra_data", "comfy_org_api_key"]
 )
-def test_null_is_as_good_as_absent(field: str) -> None:
+def test_null_counts_as_omitted(field: str) -> None:
     assert parse(**{field: None}).warnings == ()
 
 
@@ -186,7 +186,7 @@ def test_an_unknown_key_is_named_with_the_nearest_known_one(fields: dict[str, An
 
 
 @given(st.dictionaries(st.text(max_size=12), st.integers(-5, 5) | st.text() | st.lists(st.booleans()), max_size=4))
-def test_no_unknown_key_is_lost_in_silence(fields: dict[str, Any]) -> None:
+def test_every_unknown_key_is_reported(fields: dict[str, Any]) -> None:
     unknown = {f"x-{key}": value for key, value in fields.items()}
     warnings = parse(**unknown).warnings
     assert len(warnings) == len(unknown)
@@ -212,7 +212,7 @@ def test_no_unknown_key_is_lost_in_silence(fields: dict[str, Any]) -> None:
         ({"workflow": 5}, "input.workflow must be an object"),
     ],
 )
-def test_inputs_that_are_none(given_input: object, sentence: str) -> None:
+def test_invalid_inputs(given_input: object, sentence: str) -> None:
     with pytest.raises(InvalidInput) as refusal:
         parse_job({"id": "job-1", "input": given_input})
     assert refusal.value.message == sentence
@@ -239,13 +239,13 @@ def test_a_job_without_input(job: dict[str, Any]) -> None:
         ({"prompt": {}}, "the workflow has no nodes"),
     ],
 )
-def test_workflows_that_are_none(workflow: object, sentence: str) -> None:
+def test_invalid_workflows(workflow: object, sentence: str) -> None:
     with pytest.raises(InvalidWorkflow) as refusal:
         parse(workflow=workflow)
     assert refusal.value.message == f"Workflow validation failed: {sentence}"
 
 
-def test_a_workflow_of_the_canvas_is_explained() -> None:
+def test_a_canvas_workflow_is_explained() -> None:
     with pytest.raises(UiFormatWorkflow) as refusal:
         parse(workflow={"nodes": [], "links": [], "version": 0.4})
     assert "Export (API)" in refusal.value.as_output()["hint"]
@@ -282,10 +282,10 @@ def test_a_workflow_of_the_canvas_is_explained() -> None:
         ),
     ],
 )
-def test_wrong_types_are_named_by_their_place_without_the_value(fields: dict[str, Any], sentence: str) -> None:
-    told = refused(**fields)
-    assert told == sentence
-    assert "SECRET" not in told
+def test_wrong_types_are_named_by_path_without_the_value(fields: dict[str, Any], sentence: str) -> None:
+    message = refused(**fields)
+    assert message == sentence
+    assert "SECRET" not in message
 
 
 @pytest.mark.parametrize("prefix", ["../a", "a/../b", "a//b", "C:/a", "a\\b", "a\nb", "/"])
@@ -297,7 +297,7 @@ def test_a_prefix_stays_below_the_bucket(prefix: str) -> None:
     st.dictionaries(st.sampled_from(["workflow", "images", "files", "delivery", "timeout_s", "strict"]), json_values)
 )
 @example({"workflow": {"a": {"class_type": "A", "inputs": {}}}, "images": [{"name": "\ud800", "image": ""}]})
-def test_an_input_is_a_job_or_a_sentence(payload: dict[str, Any]) -> None:
+def test_any_input_is_a_job_or_an_error(payload: dict[str, Any]) -> None:
     try:
         job = parse_job({"input": payload})
     except WorkerError as refusal:
@@ -334,7 +334,7 @@ def test_bytes_survive_with_and_without_data_uri(head: str, content: bytes) -> N
         ("+/-_", b"\xfb\xff\xbf"),
     ],
 )
-def test_base64_is_taken_as_worker_comfyui_takes_it(text: str, content: bytes) -> None:
+def test_base64_is_accepted_as_in_worker_comfyui(text: str, content: bytes) -> None:
     assert decode_base64(text, "a.png") == content
 
 
@@ -368,12 +368,12 @@ def test_line_breaks_and_spaces_do_not_matter(content: bytes, data: st.DataObjec
         ("data:image/png;base64;YQ==", "is a data URI without a comma before its data"),
     ],
 )
-def test_what_is_not_an_image_is_refused_by_name(text: str, why: str) -> None:
+def test_invalid_images_are_rejected_by_name(text: str, why: str) -> None:
     assert refused(images=[{"name": "poses/in.png", "image": text}]) == f"{UPLOAD_FAILED}: Image 'poses/in.png' {why}"
 
 
 @given(st.text(max_size=40))
-def test_any_text_is_bytes_or_a_refusal(text: str) -> None:
+def test_any_text_is_bytes_or_an_error(text: str) -> None:
     try:
         content = decode_base64(text, "a.png")
     except InvalidInput as refusal:
@@ -432,16 +432,16 @@ def test_names_that_stay_in_their_folder(name: str) -> None:
         ("\ud800.png", "it is not valid Unicode"),
     ],
 )
-def test_names_that_would_leave_are_refused(name: str, why: str) -> None:
-    told = refused(images=[{"name": name, "image": "YQ=="}])
-    assert told == f"{UPLOAD_FAILED}: Image name {name!r} is refused: {why}"
-    json.dumps(told, ensure_ascii=False).encode("utf-8")
+def test_names_that_would_leave_are_rejected(name: str, why: str) -> None:
+    message = refused(images=[{"name": name, "image": "YQ=="}])
+    assert message == f"{UPLOAD_FAILED}: Image name {name!r} is refused: {why}"
+    json.dumps(message, ensure_ascii=False).encode("utf-8")
 
 
 @pytest.mark.parametrize("name", ["x" * 256, "日" * 86, f"a/{'x' * 256}/b.png", "x" * 1_000_000])
-def test_a_name_that_no_file_system_takes_is_shown_in_part(name: str) -> None:
-    told = refused(images=[{"name": name, "image": "YQ=="}])
-    assert told == f"{UPLOAD_FAILED}: Image name {name[:40]!r}… is refused: a part of it is longer than 255 bytes"
+def test_an_overlong_name_is_truncated_in_the_error(name: str) -> None:
+    message = refused(images=[{"name": name, "image": "YQ=="}])
+    assert message == f"{UPLOAD_FAILED}: Image name {name[:40]!r}… is refused: a part of it is longer than 255 bytes"
 
 
 @given(
@@ -450,7 +450,7 @@ def test_a_name_that_no_file_system_takes_is_shown_in_part(name: str) -> None:
     )
     | st.text(max_size=20)
 )
-def test_a_name_that_is_taken_leads_nowhere_else(name: str) -> None:
+def test_accepted_names_stay_in_their_folder(name: str) -> None:
     try:
         check_name(name, "Image name")
     except InvalidInput:
@@ -485,7 +485,7 @@ def result(*artifacts: Artifact, texts: tuple[OutputText, ...] = (), warnings: t
 TIMINGS = {"staged_ms": 1, "queued_ms": 2, "executed_ms": 3, "delivered_ms": 4, "total_ms": 10}
 
 
-def test_a_picture_comes_back_with_all_that_is_known_of_it() -> None:
+def test_an_image_is_returned_with_all_metadata() -> None:
     output = result_as_output(result(artifact("a.png", Kind.IMAGE, width=64, height=32)))
     assert output == {
         "images": [
@@ -510,7 +510,7 @@ def test_a_picture_comes_back_with_all_that_is_known_of_it() -> None:
     }
 
 
-def test_nothing_made_is_a_success_without_images() -> None:
+def test_no_outputs_is_a_success_without_images() -> None:
     assert result_as_output(result()) == {
         "images": [],
         "status": "success_no_images",
@@ -554,7 +554,7 @@ def test_every_output_is_json_with_each_artifact_in_one_list(made: list[Any], wa
 
 
 @pytest.mark.parametrize("workflow", [3, 1.5, True, [1], ["x"], {"nodes": []}, "not json", None])
-def test_the_graph_of_a_job_that_will_be_refused_is_empty(workflow: object) -> None:
+def test_an_invalid_job_has_an_empty_graph(workflow: object) -> None:
     assert workflow_of({"id": "1", "input": {"workflow": workflow}}) == {}
 
 

@@ -48,12 +48,12 @@ def run(prefetch: Prefetch, seconds: float, *, kind: str = "kind", staging_s: fl
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_worker_without_a_job_wants_one(mode: PrefetchMode) -> None:
+def test_an_idle_worker_wants_a_job(mode: PrefetchMode) -> None:
     assert Prefetch(mode).seconds_to_next(0.0) == 0.0
 
 
 @pytest.mark.parametrize("stages", [(), (Stage.QUEUED,), (Stage.QUEUED, Stage.RUNNING)])
-def test_a_worker_that_does_not_know_how_long_a_job_takes_leaves_the_next_one_to_others(
+def test_no_job_is_prefetched_without_known_run_times(
     stages: tuple[Stage, ...],
 ) -> None:
     prefetch = just_in_time()
@@ -68,14 +68,14 @@ def test_the_next_job_is_wanted_when_the_first_leaves_the_gpu() -> None:
 
 
 @pytest.mark.parametrize("stages", [(), (Stage.QUEUED,), (Stage.QUEUED, Stage.RUNNING)])
-def test_a_job_that_failed_before_it_left_the_gpu_leaves_a_worker_that_wants_one(stages: tuple[Stage, ...]) -> None:
+def test_a_worker_wants_a_job_after_an_early_failure(stages: tuple[Stage, ...]) -> None:
     prefetch = just_in_time()
     take(prefetch, "a", *stages)
     prefetch.job_ended("a")
     assert prefetch.seconds_to_next(0.0) == 0.0
 
 
-def test_the_next_job_is_wanted_as_long_before_the_end_of_a_run_as_taking_it_takes() -> None:
+def test_the_next_job_is_wanted_one_take_time_before_the_end() -> None:
     prefetch = just_in_time()
     for seconds in (10.0, 10.5, 11.0):
         run(prefetch, seconds, staging_s=0.75)
@@ -102,7 +102,7 @@ def test_the_lead_is_never_long(staging_s: float, lead_s: float) -> None:
 
 
 @pytest.mark.parametrize("runs", [(10.0, 10.0), (10.0, 10.0, 12.6)])
-def test_few_or_uneven_runs_tell_nothing(runs: tuple[float, ...]) -> None:
+def test_few_or_uneven_runs_give_no_estimate(runs: tuple[float, ...]) -> None:
     prefetch = just_in_time()
     for seconds in runs:
         run(prefetch, seconds)
@@ -119,7 +119,7 @@ def test_runs_long_past_are_forgotten() -> None:
     assert prefetch.seconds_to_next(1000.0) == 0.0
 
 
-def test_the_runs_of_one_workflow_tell_nothing_about_another() -> None:
+def test_run_times_are_kept_per_workflow() -> None:
     prefetch = just_in_time()
     for _ in range(5):
         run(prefetch, 10.0, kind="one")
@@ -127,7 +127,7 @@ def test_the_runs_of_one_workflow_tell_nothing_about_another() -> None:
     assert prefetch.seconds_to_next(1000.0) is None
 
 
-def test_a_worker_that_sees_ever_new_workflows_forgets_the_old_ones() -> None:
+def test_old_workflows_are_forgotten() -> None:
     prefetch = just_in_time()
     for kind in ("old", *(f"new {number}" for number in range(256))):
         for _ in range(3):
@@ -139,7 +139,7 @@ def test_a_worker_that_sees_ever_new_workflows_forgets_the_old_ones() -> None:
     assert prefetch.seconds_to_next(1000.0) == 0.0
 
 
-def test_a_second_attempt_begins_anew() -> None:
+def test_a_second_attempt_restarts_the_estimate() -> None:
     prefetch = just_in_time()
     for _ in range(3):
         run(prefetch, 10.0, staging_s=0.5)
@@ -160,14 +160,14 @@ def test_only_one_job_is_ahead_of_a_busy_gpu() -> None:
         assert prefetch.seconds_to_next(0.0) is None
 
 
-def test_an_eager_worker_always_has_one_ahead() -> None:
+def test_an_eager_worker_always_prefetches_one() -> None:
     prefetch = Prefetch(PrefetchMode.EAGER)
     take(prefetch, "a")
     assert prefetch.seconds_to_next(0.0) == 0.0
 
 
 @pytest.mark.parametrize("stages", [(), (Stage.QUEUED, Stage.RUNNING, Stage.DELIVERING)])
-def test_without_prefetching_a_job_is_over_before_the_next_one(stages: tuple[Stage, ...]) -> None:
+def test_jobs_do_not_overlap_without_prefetching(stages: tuple[Stage, ...]) -> None:
     prefetch = Prefetch(PrefetchMode.OFF)
     for _ in range(5):
         run(prefetch, 10.0)
@@ -178,7 +178,7 @@ def test_without_prefetching_a_job_is_over_before_the_next_one(stages: tuple[Sta
 
 
 @pytest.mark.parametrize("mode", [PrefetchMode.EAGER, PrefetchMode.JUST_IN_TIME])
-def test_outputs_that_are_slow_to_deliver_do_not_pile_up(mode: PrefetchMode) -> None:
+def test_slow_deliveries_do_not_pile_up(mode: PrefetchMode) -> None:
     prefetch = Prefetch(mode)
     for number in range(MOST_IN_HAND):
         assert prefetch.seconds_to_next(0.0) == 0.0
@@ -188,7 +188,7 @@ def test_outputs_that_are_slow_to_deliver_do_not_pile_up(mode: PrefetchMode) -> 
     assert prefetch.seconds_to_next(0.0) == 0.0
 
 
-def test_news_of_a_job_that_is_out_of_hand_changes_nothing() -> None:
+def test_events_of_finished_jobs_change_nothing() -> None:
     prefetch = just_in_time()
     prefetch.stage_started("gone", Stage.DELIVERING, 0.0)
     prefetch.job_ended("gone")
@@ -198,7 +198,7 @@ def test_news_of_a_job_that_is_out_of_hand_changes_nothing() -> None:
 # --------------------------------------------------------------------------------------------- by any sequence
 
 
-class Hands(RuleBasedStateMachine):
+class PrefetchMachine(RuleBasedStateMachine):
     """Jobs come when they are wanted and go as they please; beside it, what is known of them."""
 
     @initialize(mode=st.sampled_from(MODES))
@@ -275,7 +275,7 @@ class Hands(RuleBasedStateMachine):
         assert before_gpu <= 2
 
     @invariant()
-    def empty_hands_want_a_job(self) -> None:
+    def an_idle_worker_wants_a_job(self) -> None:
         if not self.stages:
             assert self.prefetch.seconds_to_next(self.now) == 0.0
 
@@ -295,14 +295,14 @@ class Hands(RuleBasedStateMachine):
         assert self.now + seconds >= self.running_since[job_id] + min(runs) - LONGEST_LEAD_S - 1e-6
 
     @invariant()
-    def what_is_wanted_later_is_wanted_then(self) -> None:
+    def a_later_wish_holds(self) -> None:
         seconds = self.prefetch.seconds_to_next(self.now)
         if seconds is not None:
             assert seconds >= 0.0
             assert self.prefetch.seconds_to_next(self.now + seconds + 1e-6) == 0.0
 
 
-TestHands = Hands.TestCase
+TestPrefetchMachine = PrefetchMachine.TestCase
 
 
 # ---------------------------------------------------------------------------------------------- signatures
@@ -324,7 +324,7 @@ def workflow(class_type: str = "KSampler", **inputs: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("inputs", [{"seed": 2}, {"text": "a cat"}, {"model": ["4", 0]}])
-def test_what_does_not_take_longer_is_the_same(inputs: dict[str, Any]) -> None:
+def test_inputs_that_do_not_affect_run_time_share_a_signature(inputs: dict[str, Any]) -> None:
     assert signature(workflow(**inputs)) == signature(workflow())
 
 
@@ -337,13 +337,13 @@ def test_what_does_not_take_longer_is_the_same(inputs: dict[str, Any]) -> None:
         {**workflow(), "4": {"class_type": "KSampler", "inputs": {}}},
     ],
 )
-def test_what_may_take_longer_is_not(other: dict[str, Any]) -> None:
+def test_inputs_that_affect_run_time_change_the_signature(other: dict[str, Any]) -> None:
     assert signature(other) != signature(workflow())
 
 
 @given(WORKFLOWS)
 @example({"1": {"class_type": "KSampler"}})
-def test_neither_the_order_of_nodes_nor_what_has_no_weight_counts(graph: dict[str, Any]) -> None:
+def test_the_signature_ignores_node_order_and_irrelevant_inputs(graph: dict[str, Any]) -> None:
     weighed = {
         node_id: {**node, "inputs": {k: v for k, v in node.get("inputs", {}).items() if k in ("steps", "width")}}
         for node_id, node in reversed(graph.items())

@@ -56,7 +56,7 @@ def test_a_job_that_has_not_begun() -> None:
         ([StageStarted(Stage.DELIVERING)], 100.0),
     ],
 )
-def test_percent_counts_nodes_and_the_steps_of_the_one_at_work(events: list[JobEvent], percent: float) -> None:
+def test_percent_counts_nodes_and_the_current_nodes_steps(events: list[JobEvent], percent: float) -> None:
     assert progress(*events).percent == percent
 
 
@@ -108,7 +108,7 @@ EVENTS = st.one_of(
 
 
 @given(st.lists(EVENTS, max_size=30))
-def test_percent_is_always_one(events: list[JobEvent]) -> None:
+def test_percent_is_always_valid(events: list[JobEvent]) -> None:
     state = Progress(frozenset(WORKFLOW))
     for event in events:
         state.apply(event)

@@ -1,4 +1,4 @@
-"""What ComfyUI says about a prompt, heard over the websocket and read in the history: the same story twice."""
+"""What ComfyUI says about a prompt, received over the websocket and read in the history: the same story twice."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def each_prompt(cases: Iterable[tuple[Recording, Prompt, type | None]]) -> pytes
     return pytest.mark.parametrize(("taped", "prompt", "expected"), chosen, ids=names)
 
 
-def hear(prompt: Prompt, frames: list[str | bytes]) -> tuple[PromptProtocol, list[JobEvent]]:
+def process_messages(prompt: Prompt, frames: list[str | bytes]) -> tuple[PromptProtocol, list[JobEvent]]:
     protocol = PromptProtocol(prompt.prompt_id, prompt.workflow)
     return protocol, [event for frame in frames for event in protocol.receive(frame)]
 
@@ -106,36 +106,36 @@ def test_the_table_has_every_scenario(version: str) -> None:
 
 
 @each_prompt(CASES)
-def test_the_websocket_tells_how_a_prompt_ended(taped: Recording, prompt: Prompt, expected: type | None) -> None:
-    protocol, _events = hear(prompt, taped.frames())
+def test_the_websocket_reports_a_prompts_outcome(taped: Recording, prompt: Prompt, expected: type | None) -> None:
+    protocol, _events = process_messages(prompt, taped.frames())
     assert type(protocol.reported_outcome) is (expected or type(None))
     assert protocol.ended is (expected is not None)
 
 
 @each_prompt(case for case in CASES if case[1].history)
-def test_the_history_tells_what_the_websocket_told(taped: Recording, prompt: Prompt, expected: type | None) -> None:
+def test_the_history_agrees_with_the_websocket(taped: Recording, prompt: Prompt, expected: type | None) -> None:
     assert prompt.history is not None
-    told = outcome_from_history(prompt.history)
-    protocol, _events = hear(prompt, taped.frames())
+    from_history = outcome_from_history(prompt.history)
+    protocol, _events = process_messages(prompt, taped.frames())
     if expected is None:
-        assert isinstance(told, Succeeded), "the websocket was away and the prompt ran on"
+        assert isinstance(from_history, Succeeded), "the websocket was away and the prompt ran on"
     else:
-        assert protocol.reported_outcome == told
+        assert protocol.reported_outcome == from_history
 
 
 @each_prompt(CASES)
 def test_progress_never_goes_back_and_ends_at_100_only_when_all_is_done(
     taped: Recording, prompt: Prompt, expected: type | None
 ) -> None:
-    _protocol, events = hear(prompt, taped.frames())
+    _protocol, events = process_messages(prompt, taped.frames())
     shown = percents(prompt, events)
     assert shown == sorted(shown)
     assert (shown[-1:] == [100.0]) is (expected is Succeeded)
 
 
 @each_prompt(CASES)
-def test_a_node_ends_once_and_only_if_it_was_done(taped: Recording, prompt: Prompt, expected: type | None) -> None:
-    protocol, events = hear(prompt, taped.frames())
+def test_a_node_finishes_once_and_only_if_it_completed(taped: Recording, prompt: Prompt, expected: type | None) -> None:
+    protocol, events = process_messages(prompt, taped.frames())
     finished = Counter(event.node_id for event in events if isinstance(event, NodeFinished))
     assert set(finished.values()) <= {1}
     cached = {node_id for event in events if isinstance(event, NodesCached) for node_id in event.node_ids}
@@ -147,9 +147,9 @@ def test_a_node_ends_once_and_only_if_it_was_done(taped: Recording, prompt: Prom
 
 
 @each_prompt(CASES)
-def test_frames_of_other_prompts_tell_nothing(taped: Recording, prompt: Prompt, expected: type | None) -> None:
+def test_frames_of_other_prompts_are_ignored(taped: Recording, prompt: Prompt, expected: type | None) -> None:
     stranger = Prompt("00000000-0000-4000-8000-000000000000", prompt.workflow, None)
-    protocol, events = hear(stranger, taped.frames())
+    protocol, events = process_messages(stranger, taped.frames())
     assert (protocol.reported_outcome, protocol.ended, protocol.images) == (None, False, [])
     named_after_a_reconnect = taped.scenario == "websocket_reconnect_mid_run"
     assert protocol.started is named_after_a_reconnect
@@ -160,7 +160,7 @@ def test_frames_of_other_prompts_tell_nothing(taped: Recording, prompt: Prompt, 
 def test_a_failed_node_is_named_with_its_error(version: str) -> None:
     taped = recording(version, "execution_error")
     [prompt] = taped.prompts()
-    protocol, _events = hear(prompt, taped.frames())
+    protocol, _events = process_messages(prompt, taped.frames())
     assert protocol.reported_outcome == NodeFailed(
         node_id="2",
         node_type="TestWork",
@@ -170,7 +170,7 @@ def test_a_failed_node_is_named_with_its_error(version: str) -> None:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_an_interrupted_prompt_is_no_failed_one(version: str) -> None:
+def test_an_interrupted_prompt_is_not_a_failure(version: str) -> None:
     [prompt] = recording(version, "interrupt_running").prompts()
     assert prompt.history is not None
     assert prompt.history["status"]["status_str"] == "error"
@@ -179,10 +179,10 @@ def test_an_interrupted_prompt_is_no_failed_one(version: str) -> None:
 
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("scenario", ["save_image_websocket", "save_image_websocket_with_metadata"])
-def test_pictures_of_the_websocket_node_are_outputs(version: str, scenario: str) -> None:
+def test_images_of_the_websocket_node_are_outputs(version: str, scenario: str) -> None:
     taped = recording(version, scenario)
     [prompt] = taped.prompts()
-    protocol, events = hear(prompt, taped.frames())
+    protocol, events = process_messages(prompt, taped.frames())
     assert [(image.node_id, image.mime_type) for image in protocol.images] == [("9", "image/png")] * 3
     assert all(image.content.startswith(b"\x89PNG\r\n\x1a\n") for image in protocol.images)
     assert not [event for event in events if isinstance(event, Preview)]
@@ -190,10 +190,10 @@ def test_pictures_of_the_websocket_node_are_outputs(version: str, scenario: str)
 
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize(("scenario", "count"), [("progress_and_previews", 8), ("previews_with_metadata", 4)])
-def test_previews_are_no_outputs(version: str, scenario: str, count: int) -> None:
+def test_previews_are_not_outputs(version: str, scenario: str, count: int) -> None:
     taped = recording(version, scenario)
     [prompt] = taped.prompts()
-    protocol, events = hear(prompt, taped.frames())
+    protocol, events = process_messages(prompt, taped.frames())
     previews = [event for event in events if isinstance(event, Preview)]
     assert protocol.images == []
     assert [(preview.node_id, preview.mime_type) for preview in previews] == [("2", "image/jpeg")] * count
@@ -201,19 +201,19 @@ def test_previews_are_no_outputs(version: str, scenario: str, count: int) -> Non
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_steps_of_a_node_are_told(version: str) -> None:
+def test_node_steps_are_reported(version: str) -> None:
     taped = recording(version, "changed_prefix_reuses_upstream_cache")
     prompt = taped.prompts()[0]
-    _protocol, events = hear(prompt, taped.frames())
+    _protocol, events = process_messages(prompt, taped.frames())
     steps = [event for event in events if isinstance(event, NodeProgress)]
     assert steps == [NodeProgress("2", value, 3) for value in (1, 2, 3)]
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_what_a_rerun_does_not_make_again_is_told(version: str) -> None:
+def test_cached_nodes_are_reported(version: str) -> None:
     taped = recording(version, "repeat_is_cached")
     prompt = taped.prompts()[1]
-    _protocol, events = hear(prompt, taped.frames())
+    _protocol, events = process_messages(prompt, taped.frames())
     assert events == [StageStarted(Stage.RUNNING), NodesCached(("1", "9"))]
 
 
@@ -243,15 +243,15 @@ GARBAGE = st.one_of(
 
 
 @given(data=st.data())
-def test_frames_lost_doubled_mixed_up_or_strange_never_invent_an_outcome(data: st.DataObject) -> None:
+def test_corrupted_frame_sequences_never_invent_an_outcome(data: st.DataObject) -> None:
     taped = data.draw(st.sampled_from([taped for taped in all_recordings() if taped.prompts()]))
     prompt = data.draw(st.sampled_from(taped.prompts()))
     frames = taped.frames()
     arrived = data.draw(st.lists(st.sampled_from(frames) | GARBAGE if frames else GARBAGE, max_size=60))
-    protocol, events = hear(prompt, arrived)
+    protocol, events = process_messages(prompt, arrived)
 
-    told = [TERMINAL[kind] for kind in _kinds(arrived, prompt.prompt_id) if kind in TERMINAL]
-    assert type(protocol.reported_outcome) is (told[-1] if told else type(None))
+    reported = [TERMINAL[kind] for kind in _kinds(arrived, prompt.prompt_id) if kind in TERMINAL]
+    assert type(protocol.reported_outcome) is (reported[-1] if reported else type(None))
     assert protocol.ended is (None in _nodes(arrived, prompt.prompt_id))
     assert all(isinstance(event, EVENTS) for event in events)
     finished = Counter(event.node_id for event in events if isinstance(event, NodeFinished))
@@ -284,7 +284,7 @@ def _nodes(frames: list[str | bytes], prompt_id: str) -> list[str | None]:
         '{"type": "execution_cached", "data": {"nodes": null}}',
     ],
 )
-def test_a_message_that_is_not_as_comfyuis_are_tells_nothing(frame: str) -> None:
+def test_malformed_messages_are_ignored(frame: str) -> None:
     protocol = PromptProtocol("p", {"1": {"class_type": "EmptyImage", "inputs": {}}})
     assert protocol.receive(frame) == []
     assert protocol.reported_outcome is None
@@ -299,16 +299,16 @@ WORKFLOW = {
 }
 
 
-def talk(*frames: str | bytes) -> tuple[PromptProtocol, list[JobEvent]]:
-    return hear(Prompt("p", WORKFLOW, None), list(frames))
+def run_conversation(*frames: str | bytes) -> tuple[PromptProtocol, list[JobEvent]]:
+    return process_messages(Prompt("p", WORKFLOW, None), list(frames))
 
 
-def test_the_first_words_ask_for_pictures_with_their_node() -> None:
+def test_the_feature_flags_request_preview_metadata() -> None:
     assert json.loads(FEATURE_FLAGS) == {"type": "feature_flags", "data": {"supports_preview_metadata": True}}
 
 
 def test_a_node_that_is_named_again_after_a_reconnect_did_not_end() -> None:
-    _protocol, events = talk(
+    _protocol, events = run_conversation(
         message("executing", node="2", prompt_id="p"),
         message("executing", node="2"),
         message("progress", value=1, max=2, prompt_id="p", node="2"),
@@ -324,37 +324,37 @@ def test_a_node_that_is_named_again_after_a_reconnect_did_not_end() -> None:
 
 
 def test_a_node_that_another_expanded_into_goes_by_its_parent() -> None:
-    _protocol, events = talk(message("executing", node="2.0.0.7", prompt_id="p"))
+    _protocol, events = run_conversation(message("executing", node="2.0.0.7", prompt_id="p"))
     assert events[1] == NodeStarted("2.0.0.7", "TestWork", "Work hard")
 
 
-def test_pictures_before_any_node_runs_belong_to_nobody() -> None:
-    protocol, events = talk(struct.pack(">II", 1, 2) + b"\x89PNG")
+def test_images_before_any_node_are_ignored() -> None:
+    protocol, events = run_conversation(struct.pack(">II", 1, 2) + b"\x89PNG")
     assert (protocol.images, events) == ([], [])
 
 
-def test_pictures_of_another_prompt_are_not_ours() -> None:
+def test_images_of_another_prompt_are_ignored() -> None:
     metadata = json.dumps({"node_id": "9", "prompt_id": "other", "image_type": "image/png"}).encode()
-    protocol, events = talk(struct.pack(">II", 4, len(metadata)) + metadata + b"\x89PNG")
+    protocol, events = run_conversation(struct.pack(">II", 4, len(metadata)) + metadata + b"\x89PNG")
     assert (protocol.images, events) == ([], [])
 
 
 @pytest.mark.parametrize(
     "metadata", [b"", b"{", b"[]", b"null", b"7", b'"9"', b"\xff\xfe", b'{"image_type": null, "node_id": null}']
 )
-def test_strange_metadata_does_no_harm(metadata: bytes) -> None:
-    protocol, _events = talk(struct.pack(">II", 4, len(metadata)) + metadata + b"picture")
+def test_unexpected_metadata_is_harmless(metadata: bytes) -> None:
+    protocol, _events = run_conversation(struct.pack(">II", 4, len(metadata)) + metadata + b"picture")
     assert protocol.images == []
 
 
 @pytest.mark.parametrize("data", [None, [], "x", 7, True])
 def test_messages_of_custom_nodes_may_carry_anything(data: object) -> None:
-    _protocol, events = talk(json.dumps({"type": "my_node.done", "data": data}), json.dumps(data))
+    _protocol, events = run_conversation(json.dumps({"type": "my_node.done", "data": data}), json.dumps(data))
     assert events == []
 
 
 def test_outputs_of_the_websocket_are_those_of_the_nodes_that_ran() -> None:
-    protocol, _events = talk(
+    protocol, _events = run_conversation(
         message("executed", node="7", prompt_id="p", output={"images": [{"filename": "a.png"}]}),
         message("executed", node="8", prompt_id="p", output=None),
         message("execution_success", prompt_id="p"),
@@ -392,7 +392,7 @@ def test_outputs_of_the_websocket_are_those_of_the_nodes_that_ran() -> None:
         ),
     ],
 )
-def test_histories_with_little_in_them(entry: dict[str, Any], outcome: object) -> None:
+def test_incomplete_histories(entry: dict[str, Any], outcome: object) -> None:
     assert outcome_from_history(entry) == outcome
 
 
@@ -414,7 +414,7 @@ def test_the_recorded_queue(version: str) -> None:
 @given(
     numbers=st.lists(st.integers(-50, 50), unique=True, min_size=1, max_size=8), running=st.booleans(), data=st.data()
 )
-def test_whoever_has_a_smaller_number_is_ahead(numbers: list[int], running: bool, data: st.DataObject) -> None:
+def test_smaller_numbers_are_ahead(numbers: list[int], running: bool, data: st.DataObject) -> None:
     wanted = data.draw(st.sampled_from(numbers))
     queue = {
         "queue_pending": [[number, f"prompt {number}", {}, {}, []] for number in numbers],

@@ -64,19 +64,19 @@ def positions(places: Mapping[str, QueuePosition]) -> dict[str, int | None]:
 # ------------------------------------------------------------------------------------------------------ by example
 
 
-def test_nothing_is_promised_before_anything_ran() -> None:
+def test_there_is_no_estimate_before_the_first_run() -> None:
     places = estimate_positions(queue_of("a", "a"), [running(None)], RunTimes(), [HERE])
     assert positions(places) == {"runs": 0, "0": 1, "1": 2}
     assert waits(places) == [None, None]
 
 
-def test_who_is_next_waits_for_what_runs_and_the_others_for_those_before_them() -> None:
+def test_estimates_add_up_along_the_queue() -> None:
     run_times = times(a=10.0, b=4.0)
     assert waits(estimate_positions(queue_of("b", "a", "a"), [running(6.0)], run_times, [HERE])) == [6.0, 10.0, 20.0]
     assert estimate_positions([], [running(6.0)], run_times, [HERE])["runs"] == QueuePosition(0, 0.0, 6.0)
 
 
-def test_a_job_that_a_comfyui_was_given_waits_like_any_other_before_those_that_none_was_given() -> None:
+def test_assigned_jobs_come_before_unassigned_ones() -> None:
     in_hand = [given("staged", Stage.STAGING), running(6.0), given("submitted", Stage.QUEUED)]
     places = estimate_positions(queue_of("a"), in_hand, times(a=10.0), [HERE])
     assert positions(places) == {"runs": 0, "submitted": 1, "staged": 2, "0": 3}
@@ -88,12 +88,12 @@ def test_a_job_that_a_comfyui_was_given_waits_like_any_other_before_those_that_n
     }
 
 
-def test_of_two_that_are_staged_the_one_of_higher_priority_is_next() -> None:
+def test_the_higher_priority_of_two_staged_jobs_is_next() -> None:
     in_hand = [given("first", Stage.STAGING), given("important", Stage.STAGING, priority=1)]
     assert positions(estimate_positions([], in_hand, RunTimes(), [HERE])) == {"important": 1, "first": 2}
 
 
-def test_who_was_given_to_a_comfyui_ahead_of_jobs_that_came_earlier_still_waits_for_them() -> None:
+def test_an_assigned_job_still_waits_for_earlier_jobs() -> None:
     """Of each key, one job may be staged beyond the others, so that none waits for another key's files."""
     in_hand = [given("alices", Stage.STAGING), AssignedJob(waiting("bobs", created_at=9.0), HERE, Stage.STAGING)]
     places = estimate_positions(queue_of("a", "a"), in_hand, times(a=10.0), [HERE])
@@ -101,7 +101,7 @@ def test_who_was_given_to_a_comfyui_ahead_of_jobs_that_came_earlier_still_waits_
     assert waits(places) == [0.0, 10.0, 20.0, 30.0]
 
 
-def test_a_job_of_higher_priority_goes_before_all_but_the_next() -> None:
+def test_a_higher_priority_job_precedes_all_but_the_next() -> None:
     """It can be staged as soon as that begins to run."""
     queue = Queue()
     queue.add(waiting("important", priority=1))
@@ -109,27 +109,27 @@ def test_a_job_of_higher_priority_goes_before_all_but_the_next() -> None:
     assert positions(estimate_positions(queue, in_hand, RunTimes(), [HERE])) == {"0": 1, "important": 2, "1": 3, "2": 4}
 
 
-def test_what_is_being_delivered_keeps_no_gpu_busy_and_has_no_place() -> None:
+def test_jobs_in_delivery_occupy_no_gpu_and_no_position() -> None:
     places = estimate_positions(queue_of("a"), [given("delivered", Stage.DELIVERING)], times(a=10.0), [HERE])
     assert places == {"0": QueuePosition(1, 0.0, 10.0)}
 
 
-def test_several_comfyuis_each_take_the_next_job_as_soon_as_they_are_free() -> None:
+def test_each_free_comfyui_takes_the_next_job() -> None:
     in_hand = [running(2.0), running(5.0, THERE)]
     assert waits(estimate_positions(queue_of("a", "a", "a"), in_hand, times(a=10.0), [HERE, THERE])) == [2.0, 5.0, 12.0]
 
 
-def test_a_job_waits_for_the_comfyui_that_it_was_given_to() -> None:
+def test_a_job_waits_for_its_assigned_comfyui() -> None:
     in_hand = [running(9.0), given("staged", Stage.QUEUED)]
     places = estimate_positions(queue_of("a"), in_hand, times(a=1.0), [HERE, THERE])
     assert [places["staged"].wait_s, places["0"].wait_s] == [9.0, 0.0]
 
 
-def test_without_any_comfyui_nobody_knows_how_long_it_takes() -> None:
+def test_there_is_no_estimate_without_a_comfyui() -> None:
     assert waits(estimate_positions(queue_of("a", "a"), [], times(a=10.0), [])) == [None, None]
 
 
-def test_an_estimate_does_not_rise_while_what_runs_takes_longer_than_expected() -> None:
+def test_an_overdue_run_does_not_raise_estimates() -> None:
     steady = SmoothedEstimates()
     assert steady.smooth({"job": QueuePosition(1, 5.0, 2.0)}, 1)["job"].wait_s == 5.0
     assert steady.smooth({"job": QueuePosition(1, 7.0, 2.0)}, 1)["job"].wait_s == 5.0
@@ -138,7 +138,7 @@ def test_an_estimate_does_not_rise_while_what_runs_takes_longer_than_expected() 
     assert steady.smooth({"job": QueuePosition(0, 0.0, 4.0)}, 1)["job"].run_s == 2.0
 
 
-def test_an_estimate_rises_when_a_job_gets_in_front_and_when_a_comfyui_goes_away() -> None:
+def test_overtaking_jobs_and_lost_comfyuis_raise_estimates() -> None:
     steady = SmoothedEstimates()
     steady.smooth({"job": QueuePosition(1, 5.0, 2.0)}, 2)
     assert steady.smooth({"job": QueuePosition(2, 9.0, 2.0)}, 2)["job"].wait_s == 9.0
@@ -163,7 +163,7 @@ def run_of(*points: tuple[float, float], started_at: float = 1000.0) -> RunRecor
     return run
 
 
-def test_how_far_a_run_is_tells_how_long_it_goes_on() -> None:
+def test_progress_gives_the_remaining_time() -> None:
     run_times = RunTimes()
     run_times.remember("a", 10.0, run_of((33.0, 1.0), (50.0, 5.0), (66.0, 9.0)).profile)
     assert run_times.remaining("a", run_of((33.0, 1.0)), 1001.0) == pytest.approx(9.0)
@@ -175,14 +175,14 @@ def test_how_far_a_run_is_tells_how_long_it_goes_on() -> None:
     assert run_times.remaining("a", run_of((100.0, 9.0)), 1009.0) == 0.0
 
 
-def test_where_nobody_saw_how_far_one_like_it_was_its_own_time_tells() -> None:
+def test_elapsed_time_is_used_without_progress_samples() -> None:
     run_times = times(a=10.0)
     assert run_times.remaining("a", run_of((50.0, 1.0)), 1004.0) == pytest.approx(6.0)
     assert run_times.remaining("a", run_of((50.0, 1.0)), 1099.0) == 0.0
     assert RunTimes().remaining("a", run_of((50.0, 1.0)), 1004.0) is None
 
 
-def test_a_run_out_of_comfyuis_cache_is_no_measure() -> None:
+def test_cached_runs_are_not_measured() -> None:
     run = RunRecorder.of(GRAPH, 0.0)
     run.record(NodesCached(("1", "2")), 66.0, 0.0)
     run.record(NodeStarted("3", "Save", ""), 66.0, 0.1)
@@ -198,13 +198,13 @@ def test_a_run_out_of_comfyuis_cache_is_no_measure() -> None:
     assert not run.is_from_cache
 
 
-def test_others_tell_nothing_of_a_workflow_that_never_ran() -> None:
+def test_an_unseen_workflow_has_no_estimate() -> None:
     run_times = times(a=10.0, b=20.0)
     assert (run_times.expected("a"), run_times.expected("unheard of")) == (10.0, None)
     assert run_times.remaining("unheard of", run_of((50.0, 1.0)), 1004.0) is None
 
 
-def test_a_listener_is_told_what_is_known() -> None:
+def test_only_known_fields_are_published() -> None:
     assert QueuePosition(2, None).as_progress() == {"stage": "waiting", "queue_position": 2}
     submitted = QueuePosition(1, 1.5, stage="queued").as_progress()
     assert submitted == {"stage": "queued", "queue_position": 1, "estimated_wait_s": 1.5}
@@ -231,7 +231,7 @@ def test_runs_before_a_restart_are_learned_from() -> None:
     assert run_times.expected("from the cache") is None
 
 
-def test_only_so_many_workflows_are_remembered_those_that_ran_last() -> None:
+def test_only_the_most_recent_workflows_are_remembered() -> None:
     run_times = RunTimes()
     for number in range(1000):
         run_times.remember("again and again", 1.0)
@@ -246,7 +246,7 @@ def test_only_so_many_workflows_are_remembered_those_that_ran_last() -> None:
 
 
 @hypothesis.given(RUNS, SIGNATURES)
-def test_expected_is_the_median_of_the_latest_of_its_like(runs: list[tuple[str, float]], signature: str) -> None:
+def test_the_expected_time_is_the_median_of_recent_runs(runs: list[tuple[str, float]], signature: str) -> None:
     run_times = RunTimes()
     for own, seconds in runs:
         run_times.remember(own, seconds)
@@ -255,7 +255,7 @@ def test_expected_is_the_median_of_the_latest_of_its_like(runs: list[tuple[str, 
 
 
 @hypothesis.given(RUNS, st.lists(SIGNATURES, max_size=10), st.integers(min_value=1, max_value=4))
-def test_places_are_in_order_and_nobody_waits_longer_than_who_is_behind(
+def test_positions_and_waits_increase_along_the_queue(
     runs: list[tuple[str, float]], queued: list[str], comfyuis: int
 ) -> None:
     run_times = RunTimes()
@@ -272,7 +272,7 @@ def test_places_are_in_order_and_nobody_waits_longer_than_who_is_behind(
 
 
 @hypothesis.given(RUNS.filter(len), st.lists(SIGNATURES, min_size=1, max_size=10))
-def test_when_the_queue_moves_everybody_is_nearer(runs: list[tuple[str, float]], queued: list[str]) -> None:
+def test_positions_and_waits_decrease_as_the_queue_moves(runs: list[tuple[str, float]], queued: list[str]) -> None:
     run_times = RunTimes()
     for own, seconds in runs:
         run_times.remember(own, seconds)
@@ -292,7 +292,7 @@ def test_when_the_queue_moves_everybody_is_nearer(runs: list[tuple[str, float]],
 
 
 @hypothesis.given(RUNS.filter(len), st.floats(min_value=0, max_value=100), st.floats(min_value=0, max_value=1e4))
-def test_what_runs_never_has_less_than_nothing_left_nor_more_than_it_takes(
+def test_the_remaining_time_is_between_zero_and_the_expected_time(
     runs: list[tuple[str, float]], percent: float, now_s: float
 ) -> None:
     run_times = RunTimes()
@@ -311,7 +311,7 @@ def test_what_runs_never_has_less_than_nothing_left_nor_more_than_it_takes(
 @hypothesis.given(
     st.lists(st.tuples(st.integers(min_value=-1, max_value=1), st.floats(min_value=0, max_value=9)), max_size=20)
 )
-def test_the_queue_is_by_priority_and_then_by_who_came_first(jobs: list[tuple[int, float]]) -> None:
+def test_the_queue_is_ordered_by_priority_and_age(jobs: list[tuple[int, float]]) -> None:
     queue = Queue()
     for number, (priority, created_at) in enumerate(jobs):
         job = waiting(f"{number}", priority=priority, created_at=created_at)

@@ -59,7 +59,7 @@ def test_a_local_path_is_cut_to_its_last_part(text: str, left: str) -> None:
         "ComfyUI server (127.0.0.1:8188) not reachable after multiple retries",
     ],
 )
-def test_what_is_no_local_path_is_left_alone(text: str) -> None:
+def test_other_texts_are_left_alone(text: str) -> None:
     assert redact(text) == text
 
 
@@ -121,7 +121,7 @@ SECRETS = st.lists(
 @given(TEXTS, SECRETS)
 @example("/a/C:\\x\\y", [])
 @example("s3crs3cr3t3t", ["s3cr3t"])
-def test_no_secret_survives_and_twice_is_once(text: str, secrets: list[str]) -> None:
+def test_no_secret_survives_and_redaction_is_idempotent(text: str, secrets: list[str]) -> None:
     once = redact(text, secrets)
     assert not [secret for secret in secrets if secret in once]
     assert redact(once, secrets) == once
@@ -169,20 +169,20 @@ def test_errors_go_out_without_paths_and_secrets_at_every_depth() -> None:
     }
 
 
-def test_where_it_broke_names_modules_and_lines_instead_of_paths() -> None:
+def test_where_it_broke_names_modules_instead_of_paths() -> None:
     try:
         redact(None)  # type: ignore[arg-type]
     except TypeError as error:
-        told = where_it_broke(error)
-    assert told.startswith("TypeError: ")
-    assert "test_redact:" in told
-    assert " > redact:" in told
-    assert redact(told) == told
+        where = where_it_broke(error)
+    assert where.startswith("TypeError: ")
+    assert "test_redact:" in where
+    assert " > redact:" in where
+    assert redact(where) == where
 
 
 @pytest.mark.parametrize(
     "part", ["a1", "/a/b ", "a:\\\\", "//", "!/a", "file://", "~/", "a://", "/a/'", "c:\\a\\ ", "':/a/b"]
 )
-def test_a_long_text_does_not_take_for_ever(part: str) -> None:
+def test_a_long_text_is_redacted_in_time(part: str) -> None:
     """Half a megabyte: what takes a time that grows with the square of the length would not come to an end here."""
     assert len(redact(part * (500_000 // len(part)))) <= 500_000

@@ -27,7 +27,7 @@ def names(graph: dict[str, Any]) -> list[tuple[str, str, tuple[str | int, ...], 
     return [(found.node_id, found.input_name, found.path, found.name) for found in find_strings(graph)]
 
 
-def test_names_are_found_in_every_form_that_loaders_take() -> None:
+def test_names_are_found_in_every_loader_form() -> None:
     graph = {
         "1": node("LoadImage", image="a.png", upload="image", seed=1),
         "2": node("LoadAudio", audio="sounds/a.wav [input]"),
@@ -67,7 +67,7 @@ def test_a_reference_is_rewritten_and_nothing_else_is_touched() -> None:
 @pytest.mark.parametrize(
     "value", ["a.png [output]", "a.png [temp]", "A.png", "./a.png", "a.png ", "x a.png", "a.png[input]"]
 )
-def test_what_only_looks_like_the_file_has_another_name(value: str) -> None:
+def test_similar_names_are_not_references(value: str) -> None:
     [reference] = find_strings({"1": node("LoadImage", image=value)})
     assert reference.name != "a.png"
 
@@ -85,7 +85,7 @@ def test_what_only_looks_like_the_file_has_another_name(value: str) -> None:
         ("database.png", False),
     ],
 )
-def test_what_is_a_url(value: str, is_url: bool) -> None:
+def test_url_detection(value: str, is_url: bool) -> None:
     [reference] = find_strings({"1": node("LoadImage", image=value)})
     assert reference.is_url is is_url
 
@@ -116,7 +116,7 @@ def test_the_name_of_a_url(url: str, name: str) -> None:
 
 
 @given(st.text(st.characters(), min_size=1))
-def test_the_name_of_any_url_is_one_that_a_caller_could_have_given(text: str) -> None:
+def test_names_of_urls_are_valid_input_names(text: str) -> None:
     for url in (f"https://example.com/{text}", f"s3://{text}", text):
         try:
             check_name(name_of_url(url), "Image name")
@@ -155,7 +155,7 @@ def test_a_shortened_name_fits(name: str, longest: int) -> None:
         ("unknown.xyz", b"whatever", "unknown.xyz"),
     ],
 )
-def test_the_extension_is_what_the_content_wants(name: str, head: bytes, corrected: str) -> None:
+def test_the_extension_follows_the_content(name: str, head: bytes, corrected: str) -> None:
     assert with_true_extension(name, head) == corrected
 
 
@@ -169,7 +169,7 @@ def test_the_extension_is_what_the_content_wants(name: str, head: bytes, correct
         (b"whatever", "a.latent", "application/octet-stream"),
     ],
 )
-def test_what_an_upload_is_called(head: bytes, name: str, mime_type: str) -> None:
+def test_upload_content_types(head: bytes, name: str, mime_type: str) -> None:
     assert content_type(head, name) == mime_type
 
 
@@ -190,5 +190,5 @@ def test_what_an_upload_is_called(head: bytes, name: str, mime_type: str) -> Non
         (GLB, "a.glb"),
     ],
 )
-def test_what_is_not_taken_for_a_disguise(head: bytes, name: str) -> None:
+def test_files_that_are_not_disguised(head: bytes, name: str) -> None:
     assert content_mismatch(head, name) is None

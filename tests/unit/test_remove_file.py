@@ -18,7 +18,7 @@ def test_a_file_in_a_subfolder(tmp_path: Path) -> None:
     assert list(tmp_path.rglob("*")) == [tmp_path / "a"]
 
 
-def test_the_folder_itself_may_be_a_link(tmp_path: Path) -> None:
+def test_the_folder_may_be_a_symlink(tmp_path: Path) -> None:
     (tmp_path / "volume").mkdir()
     (tmp_path / "volume" / "x").write_text("x")
     (tmp_path / "loras").symlink_to(tmp_path / "volume")
@@ -27,7 +27,7 @@ def test_the_folder_itself_may_be_a_link(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["link", "folder", "linked/x", "../x", "folder/../x", ".", ""])
-def test_a_link_a_folder_and_what_lies_outside_are_refused(tmp_path: Path, name: str) -> None:
+def test_links_folders_and_outside_files_are_rejected(tmp_path: Path, name: str) -> None:
     root, outside = tmp_path / "root", tmp_path / "x"
     (root / "folder").mkdir(parents=True)
     outside.write_text("x")
@@ -40,7 +40,7 @@ def test_a_link_a_folder_and_what_lies_outside_are_refused(tmp_path: Path, name:
 
 
 @given(st.text(alphabet="ab./\\", max_size=12))
-def test_no_name_reaches_out(tmp_path_factory: pytest.TempPathFactory, name: str) -> None:
+def test_names_cannot_leave_the_folder(tmp_path_factory: pytest.TempPathFactory, name: str) -> None:
     folder = tmp_path_factory.mktemp("case")
     (folder / "root").mkdir()
     (folder / "a").write_text("outside")

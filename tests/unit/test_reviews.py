@@ -16,16 +16,16 @@ def test_the_page_is_the_table() -> None:
 
 
 @pytest.mark.parametrize("point", points(), ids=lambda one: f"{one.group} {one.point}")
-def test_every_point_has_a_test_that_is_there(point: Point) -> None:
+def test_every_point_has_an_existing_test(point: Point) -> None:
     assert "::test_" in point.test
     assert is_existing_test(point.test)
 
 
 @pytest.mark.parametrize("point", points(), ids=lambda one: f"{one.group} {one.point}")
-def test_every_point_was_seen_on_the_commit_that_was_reviewed(point: Point) -> None:
+def test_every_point_was_reproduced_on_the_reviewed_commit(point: Point) -> None:
     assert point.before
 
 
-def test_no_two_points_are_the_same() -> None:
+def test_points_are_unique() -> None:
     said = [(one.group, one.point) for one in points()]
     assert sorted(said) == sorted(set(said))

@@ -34,7 +34,7 @@ def record(**values: Any) -> JobRecord:
 
 
 @pytest.mark.parametrize("as_text", [False, True])
-def test_what_is_sent_has_the_input_the_policy_and_the_bucket_and_no_other_webhook(as_text: bool) -> None:
+def test_requests_have_input_policy_and_bucket_but_not_the_callers_webhook(as_text: bool) -> None:
     job_input: Any = {"workflow": {}, "webhook": {"url": "http://caller/"}, "timeout_s": 5}
     request = {
         "input": json.dumps(job_input) if as_text else job_input,
@@ -53,7 +53,7 @@ def test_what_is_sent_has_the_input_the_policy_and_the_bucket_and_no_other_webho
 
 
 @given(run_s=st.floats(0.001, 604_800), wait_s=st.floats(0.001, 604_800))
-def test_times_are_ones_that_runpod_takes(run_s: float, wait_s: float) -> None:
+def test_times_are_within_runpods_limits(run_s: float, wait_s: float) -> None:
     job = record(execution_timeout_s=run_s, queue_ttl_s=wait_s)
     policy = json.loads(submission(job, {"input": {}}, None))["policy"]
 
@@ -61,7 +61,7 @@ def test_times_are_ones_that_runpod_takes(run_s: float, wait_s: float) -> None:
     assert 10_000 <= policy["ttl"] <= 604_800_000
 
 
-def test_a_job_that_runpod_would_not_take_is_not_sent() -> None:
+def test_jobs_beyond_runpods_limits_are_not_sent() -> None:
     with pytest.raises(RequestTooLarge, match="10 MB"):
         submission(record(), {"input": {"workflow": "x" * 10_000_000}}, None)
 
@@ -104,7 +104,7 @@ def test_a_job_that_runpod_would_not_take_is_not_sent() -> None:
         ({"status": "FAILED", "error": f"key {SECRET}"}, "FAILED", "key ***"),
     ],
 )
-def test_each_end_is_one_of_ours(status: dict[str, Any], state: str, error: Any) -> None:
+def test_every_runpod_outcome_is_mapped(status: dict[str, Any], state: str, error: Any) -> None:
     outcome = outcome_of(status, [SECRET])
 
     assert outcome.state.value == state
@@ -119,22 +119,22 @@ def test_each_end_is_one_of_ours(status: dict[str, Any], state: str, error: Any)
         assert outcome.error == error
 
 
-def test_what_a_failed_job_had_made_is_its_output() -> None:
+def test_a_failed_job_keeps_its_partial_outputs() -> None:
     made = {"images": [{"filename": "a.png"}], "partial": True}
     error = {"code": "execution_failed", "details": {"node_id": "3"}}
-    told = {"status": "FAILED", "error": "Oh", "output": {"error": "Oh", **error, **made}}
-    outcome = outcome_of(told, [SECRET])
+    status = {"status": "FAILED", "error": "Oh", "output": {"error": "Oh", **error, **made}}
+    outcome = outcome_of(status, [SECRET])
     assert (outcome.state.value, outcome.output, outcome.error) == ("FAILED", made, {"error": "Oh", **error})
 
 
-def test_only_a_job_that_runs_tells_how_far_it_is() -> None:
+def test_only_running_jobs_have_progress() -> None:
     output = {"stage": "running", "percent": 5}
     assert progress_in({"status": "IN_PROGRESS", "output": output}) == output
     assert progress_in({"status": "IN_PROGRESS", "output": "text"}) is None
     assert progress_in({"status": "COMPLETED", "output": output}) is None
 
 
-def test_files_are_kept_apart_and_links_stay(tmp_path: Path) -> None:
+def test_files_are_stored_separately_and_links_kept(tmp_path: Path) -> None:
     def item(data: str, **other: Any) -> dict[str, Any]:
         return {"filename": "../a.png", "type": "base64", "data": base64.b64encode(data.encode()).decode(), **other}
 
@@ -155,7 +155,7 @@ def test_files_are_kept_apart_and_links_stay(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------- claims, times
 
 
-def test_a_claim_lapses_at_once_when_its_maker_is_seen_to_be_gone(tmp_path: Path) -> None:
+def test_a_claim_expires_at_once_with_its_process(tmp_path: Path) -> None:
     maker, other = Claims(tmp_path, 60.0), Claims(tmp_path, 60.0)
     maker.acquire()
     other.acquire()
@@ -174,14 +174,14 @@ def test_a_claim_lapses_at_once_when_its_maker_is_seen_to_be_gone(tmp_path: Path
     other.release()
 
 
-def test_a_claim_of_another_machine_lapses_with_its_time(tmp_path: Path) -> None:
+def test_another_machines_claim_expires_after_its_lifetime(tmp_path: Path) -> None:
     claims = Claims(tmp_path, 60.0)
 
     assert claims.remaining_s(f"sending:{time.time() - 61:.3f}:elsewhere:1") == 0
     assert 0 < claims.remaining_s(f"sending:{time.time() + 3600:.3f}:elsewhere:1") <= 60
 
 
-def test_failures_of_one_round_make_one_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failures_in_one_round_count_once(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     pause, lengths = Pause(), []
@@ -197,7 +197,7 @@ def test_failures_of_one_round_make_one_pause(monkeypatch: pytest.MonkeyPatch) -
     assert pause.seconds == 5
 
 
-def test_a_job_is_asked_about_less_and_less_often() -> None:
+def test_a_job_is_polled_with_backoff() -> None:
     job = RemoteJob.of(record(), is_own=True)
     pauses = [job.next_pause_s(is_called_back=False) for _ in range(12)]
     assert pauses == sorted(pauses)
@@ -217,7 +217,7 @@ def test_a_job_that_runpod_never_ends_is_ended_here() -> None:
     assert overdue == "The job ran for longer than 600 seconds, and RunPod did not end it"
 
 
-def test_a_url_is_good_for_its_own_job() -> None:
+def test_a_webhook_url_is_valid_only_for_its_job() -> None:
     links = CallbackLinks("secret", "https://gateway.example.com")
     url = links.url("a-u1")
     assert url is not None

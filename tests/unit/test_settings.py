@@ -28,7 +28,7 @@ def refusal(environment: pytest.MonkeyPatch, **variables: str) -> str:
     return refused.value.message
 
 
-def test_an_empty_environment_works_on_a_desk(environment: pytest.MonkeyPatch) -> None:
+def test_an_empty_environment_works_for_a_local_run(environment: pytest.MonkeyPatch) -> None:
     settings = load(environment)
     assert (settings.comfyui_url, settings.comfyui_address) == ("http://127.0.0.1:8188", "127.0.0.1:8188")
     assert (settings.websocket_reconnect_attempts, settings.websocket_reconnect_delay_s) == (5, 3.0)
@@ -57,7 +57,7 @@ def test_where_comfyui_listens(environment: pytest.MonkeyPatch, value: str, url:
     assert (settings.comfyui_url, settings.comfyui_address) == (url, address)
 
 
-def test_an_empty_variable_is_one_that_is_not_set(environment: pytest.MonkeyPatch) -> None:
+def test_an_empty_variable_counts_as_unset(environment: pytest.MonkeyPatch) -> None:
     settings = load(environment, WORKFLOW_TIMEOUT="", BUCKET_ENDPOINT_URL="", COMFYUI_URL="")
     assert settings == Settings()
 
@@ -83,18 +83,16 @@ def test_the_level_of_the_log_in_any_case(environment: pytest.MonkeyPatch) -> No
         ("LOG_LEVEL", SECRET),
     ],
 )
-def test_a_value_that_cannot_be_is_named_without_the_value(
-    environment: pytest.MonkeyPatch, name: str, value: str
-) -> None:
-    told = refusal(environment, **{name: value})
-    assert told.startswith(f"Invalid settings: {name}: ")
-    assert SECRET not in told
+def test_an_invalid_value_is_reported_without_the_value(environment: pytest.MonkeyPatch, name: str, value: str) -> None:
+    message = refusal(environment, **{name: value})
+    assert message.startswith(f"Invalid settings: {name}: ")
+    assert SECRET not in message
 
 
-def test_all_that_is_wrong_stands_in_one_sentence(environment: pytest.MonkeyPatch) -> None:
-    told = refusal(environment, WORKFLOW_TIMEOUT="soon", INPUT_MAX_FILES="many")
-    assert "WORKFLOW_TIMEOUT: " in told
-    assert "; INPUT_MAX_FILES: " in told
+def test_all_errors_are_in_one_sentence(environment: pytest.MonkeyPatch) -> None:
+    message = refusal(environment, WORKFLOW_TIMEOUT="soon", INPUT_MAX_FILES="many")
+    assert "WORKFLOW_TIMEOUT: " in message
+    assert "; INPUT_MAX_FILES: " in message
 
 
 def test_a_bucket(environment: pytest.MonkeyPatch) -> None:
@@ -105,7 +103,7 @@ def test_a_bucket(environment: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("missing", list(BUCKET))
-def test_half_a_bucket_is_refused(environment: pytest.MonkeyPatch, missing: str) -> None:
+def test_an_incomplete_bucket_is_rejected(environment: pytest.MonkeyPatch, missing: str) -> None:
     half = {name: value for name, value in BUCKET.items() if name != missing}
     assert refusal(environment, **half) == f"S3 is only half configured: {missing} must be set too"
 
@@ -118,9 +116,9 @@ def test_settings_do_not_change(environment: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", ["COMFY_ORG_API_KEY", "COMFYUI_URL", "WORKFLOW_TIMEOUT", "BUCKET_NAME"])
 @pytest.mark.parametrize("value", ["…", "key-…"])
-def test_the_placeholder_of_an_example_is_no_value(environment: pytest.MonkeyPatch, name: str, value: str) -> None:
-    told = refusal(environment, **{name: value})
-    assert told == f"Invalid settings: {name}: is the placeholder of an example: put a value of your own there"
+def test_example_placeholders_are_rejected(environment: pytest.MonkeyPatch, name: str, value: str) -> None:
+    message = refusal(environment, **{name: value})
+    assert message == f"Invalid settings: {name}: is the placeholder of an example: put a value of your own there"
 
 
 def test_progress_in_the_database_is_at_most_a_second_old() -> None:

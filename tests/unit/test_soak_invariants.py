@@ -34,11 +34,11 @@ def test_one_result_is_right() -> None:
 
 
 @pytest.mark.parametrize("faults", [(), (CUT,)], ids=["no fault", "a post that was cut before it was taken"])
-def test_the_same_result_twice_is_wrong_where_no_answer_was_lost(faults: tuple[Fault, ...]) -> None:
+def test_a_repeated_result_is_wrong_without_a_lost_response(faults: tuple[Fault, ...]) -> None:
     assert len(_post_violations(_running([RESULT, RESULT], *faults))) == 1
 
 
-def test_the_same_result_may_come_again_when_the_platform_went_away_before_it_answered() -> None:
+def test_a_result_may_be_repeated_after_a_platform_outage() -> None:
     running = _running([RESULT, dict(RESULT)], DOWN)
 
     assert _post_violations(running) == []
@@ -49,6 +49,6 @@ def test_two_different_results_are_wrong_whatever_happened() -> None:
     assert len(_post_violations(_running([RESULT, OTHER], DOWN))) == 1
 
 
-def test_answers_to_results_get_lost_where_the_platform_goes_down_and_nowhere_else() -> None:
+def test_responses_are_lost_only_while_the_platform_is_down() -> None:
     drawn = [draw(Random(1)) for draw in OWN_KINDS]
     assert [fault.name for fault in drawn if fault.loses_answers_to_results] == ["platform down"]

@@ -1,4 +1,4 @@
-"""A job is told to end once, from any thread, and whoever waits on its behalf wakes up."""
+"""A job is stopped once, from any thread, and everything that waits on its behalf wakes up."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from comfy_worker.stop import Stop
 from tests.support.waiting import TIMEOUT_S
 
 
-def test_a_stop_that_is_not_set_lets_everything_pass() -> None:
+def test_an_unset_stop_does_nothing() -> None:
     stop = Stop()
     stop.check()
     assert not stop.is_set()
     assert not stop.wait(0)
 
 
-def test_a_stop_that_is_set_raises_and_does_not_wait() -> None:
+def test_a_set_stop_raises_at_once() -> None:
     stop = Stop()
     stop.set()
     stop.set()
@@ -28,7 +28,7 @@ def test_a_stop_that_is_set_raises_and_does_not_wait() -> None:
         stop.check()
 
 
-def test_setting_it_wakes_a_thread_that_waits() -> None:
+def test_setting_it_wakes_a_waiting_thread() -> None:
     stop, woken = Stop(), threading.Event()
 
     def wait() -> None:
@@ -42,7 +42,7 @@ def test_setting_it_wakes_a_thread_that_waits() -> None:
     assert woken.is_set()
 
 
-def test_setting_it_calls_everyone_who_is_to_be_woken() -> None:
+def test_setting_it_calls_every_callback() -> None:
     stop, woken = Stop(), []
     with stop.calling(lambda: woken.append("outer")), stop.calling(lambda: woken.append("inner")):
         assert woken == []
@@ -50,14 +50,14 @@ def test_setting_it_calls_everyone_who_is_to_be_woken() -> None:
     assert woken == ["outer", "inner"]
 
 
-def test_whoever_comes_too_late_is_woken_at_once() -> None:
+def test_late_callbacks_are_called_at_once() -> None:
     stop, woken = Stop(), []
     stop.set()
     with stop.calling(lambda: woken.append("late")):
         assert woken == ["late"]
 
 
-def test_nobody_is_woken_after_leaving() -> None:
+def test_removed_callbacks_are_not_called() -> None:
     stop, woken = Stop(), []
 
     def wake_up() -> None:
@@ -72,7 +72,7 @@ def test_nobody_is_woken_after_leaving() -> None:
     assert woken == ["woken"]
 
 
-def test_leaving_by_an_exception_counts_as_leaving() -> None:
+def test_an_exception_removes_the_callback() -> None:
     stop, woken = Stop(), []
     with pytest.raises(KeyError), stop.calling(lambda: woken.append("woken")):
         raise KeyError

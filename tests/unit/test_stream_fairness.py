@@ -24,7 +24,7 @@ async def do_something_else(steps: MutableSequence[str]) -> None:
         steps.append("else")
 
 
-def test_an_event_for_many_leaves_room_for_others() -> None:
+def test_a_broadcast_event_does_not_block_the_loop() -> None:
     steps: list[str] = []
 
     async def play() -> None:
@@ -45,7 +45,7 @@ def test_an_event_for_many_leaves_room_for_others() -> None:
     assert most <= _AT_ONCE
 
 
-def test_who_has_many_events_to_take_lets_the_others_take_theirs() -> None:
+def test_a_subscriber_with_many_events_yields_to_others() -> None:
     taken: list[str] = []
 
     async def take(bus: LocalEventBus, job_id: str) -> None:
@@ -94,7 +94,7 @@ def test_a_few_streams_are_opened_at_a_time() -> None:
     assert (opened, most) == (50, _AT_A_TIME)
 
 
-def test_one_that_waits_before_it_answers_holds_nobody_up() -> None:
+def test_only_runpods_stream_waits_before_it_responds() -> None:
     assert not responds_at_once({"type": "http", "path": "/stream/x"})
     assert responds_at_once({"type": "http", "path": "/events/x"})
     assert responds_at_once({"type": "websocket", "path": "/ws/x"})

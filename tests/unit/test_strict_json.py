@@ -20,7 +20,7 @@ json_values = st.recursive(
 
 
 @given(json_values)
-def test_what_json_has_is_taken_as_it_is(value: Any) -> None:
+def test_valid_json_is_unchanged(value: Any) -> None:
     assert parse_json(json.dumps(value)) == parse_json(json.dumps(value).encode()) == value
 
 
@@ -38,7 +38,7 @@ def test_what_json_has_is_taken_as_it_is(value: Any) -> None:
         ("9" * 10_000, "is not JSON"),
     ],
 )
-def test_what_is_none(text: str | bytes, reason: str) -> None:
+def test_invalid_json(text: str | bytes, reason: str) -> None:
     if text == "9" * 10_000 and not hasattr(sys, "get_int_max_str_digits"):
         reason = "has NaN, Infinity or a number that is too large"
     with pytest.raises(InvalidJson) as refused:
@@ -49,16 +49,16 @@ def test_what_is_none(text: str | bytes, reason: str) -> None:
 
 @pytest.mark.parametrize("levels", [201, 400, *range(950, 1010, 5), 5000, 100_000])
 @pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ('{"a":', "}")])
-def test_what_nests_too_deeply(levels: int, opening: str, closing: str) -> None:
+def test_excessive_nesting(levels: int, opening: str, closing: str) -> None:
     with pytest.raises(InvalidJson, match="nests deeper than 200 levels"):
         parse_json(opening * levels + "1" + closing * levels)
 
 
-def test_what_nests_just_so() -> None:
+def test_the_deepest_allowed_nesting() -> None:
     parse_json("[" * MAX_DEPTH + "1" + "]" * MAX_DEPTH)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 10**400, -(10**400)])
-def test_what_somebody_else_parsed_is_looked_at_too(value: Any) -> None:
+def test_values_parsed_elsewhere_are_checked_too(value: Any) -> None:
     with pytest.raises(InvalidJson, match="has NaN, Infinity or a number that is too large"):
         check_json({"policy": {"executionTimeout": value}})

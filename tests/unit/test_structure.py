@@ -113,23 +113,23 @@ def is_in(name: str, packages: set[str]) -> bool:
     return any(name == package or name.startswith(f"{package}.") for package in packages)
 
 
-def test_the_walls_are_where_the_modules_are() -> None:
+def test_the_pure_modules_exist() -> None:
     assert set(PURE) <= set(MODULES)
     assert own_imports("comfy_worker.job.pipeline"), "imports are found at all"
 
 
 @pytest.mark.parametrize("name", PURE)
-def test_a_room_without_io_imports_none(name: str) -> None:
+def test_pure_modules_import_no_io(name: str) -> None:
     assert {imported for imported in imports(name) if is_in(imported, OUTSIDE_WORLD)} == set()
 
 
 @pytest.mark.parametrize("name", PURE)
-def test_a_room_without_io_leans_only_on_others_like_it(name: str) -> None:
+def test_pure_modules_import_only_pure_modules(name: str) -> None:
     assert own_imports(name) <= set(PURE)
 
 
 @pytest.mark.parametrize("name", PURE)
-def test_a_room_without_io_opens_and_prints_nothing(name: str) -> None:
+def test_pure_modules_open_and_print_nothing(name: str) -> None:
     calls = (node.func for node in ast.walk(tree(name)) if isinstance(node, ast.Call))
     called = {
         call.id if isinstance(call, ast.Name) else call.attr
@@ -150,7 +150,7 @@ def api_of(name: str) -> str:
 
 
 @pytest.mark.parametrize("name", sorted(name for name in MODULES if name.startswith(f"{API}.")))
-def test_an_api_knows_the_service_and_no_other_api(name: str) -> None:
+def test_an_api_imports_the_service_and_no_other_api(name: str) -> None:
     found = {imported for imported in imports(name) if is_in(imported, FORBIDDEN_TO_AN_API)}
     others = {api_of(imported) for imported in own_imports(name) if imported.startswith(f"{API}.")}
     assert found == set()

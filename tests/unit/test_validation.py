@@ -85,7 +85,7 @@ def test_every_recorded_refusal_is_a_sentence(version: str, number: int) -> None
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_what_comes_back_for_a_program(version: str) -> None:
+def test_machine_readable_details(version: str) -> None:
     exchange = recording(version, "validation_errors").requests("POST", "/prompt")[6]
     error = refuse(exchange["response"], exchange["request"]["json"]["prompt"])
     assert error.details["problems"][0] == {
@@ -112,11 +112,11 @@ def test_outputs_that_comfyui_skips_are_named(version: str) -> None:
     ]
 
 
-def test_nothing_skipped_is_no_warning() -> None:
+def test_no_warning_without_skipped_outputs() -> None:
     assert skipped_outputs({}, checkpoint(), nothing_known) == []
 
 
-def test_a_skipped_output_goes_by_its_title() -> None:
+def test_a_skipped_output_is_named_by_its_title() -> None:
     workflow = {**checkpoint(), "9": {"class_type": "SaveImage", "inputs": {}, "_meta": {"title": "The poster"}}}
     body = not_in_list([["a.ckpt"]])
     body["node_errors"]["30"]["dependent_outputs"] = ["9"]
@@ -127,7 +127,7 @@ def test_a_skipped_output_goes_by_its_title() -> None:
 # ------------------------------------------------------------------------------------------ missing models
 
 
-def test_the_sentence_of_the_documentation() -> None:
+def test_the_documented_sentence() -> None:
     error = refuse(not_in_list([[], {}], "model.safetensors"), checkpoint("model.safetensors"))
     assert error.message.startswith(f"{PREFIX}Node 30 (ckpt_name): 'model.safetensors' not in available models")
 
@@ -144,7 +144,7 @@ MODELS = ["sd15.ckpt", "sdxl_base_1.0.safetensors", "flux1-dev.safetensors"]
         ["COMBO", {"options": MODELS, "multiselect": False}],
     ],
 )
-def test_both_forms_of_a_combo_tell_what_is_there_and_what_is_near(config: list[Any]) -> None:
+def test_both_combo_forms_list_available_and_similar_values(config: list[Any]) -> None:
     error = refuse(not_in_list(config), checkpoint())
     assert error.message == (
         f"{PREFIX}Node 30 (ckpt_name): 'sdxl_bse_1.0.safetensors' not in available models (CheckpointLoaderSimple has "
@@ -157,7 +157,7 @@ def test_both_forms_of_a_combo_tell_what_is_there_and_what_is_near(config: list[
     assert (list(problem["choices"]), problem["choice_count"]) == (MODELS, 3)
 
 
-def test_a_list_that_comfyui_left_out_is_asked_for() -> None:
+def test_an_omitted_list_is_requested() -> None:
     """Above 20 values ComfyUI says "(list of length N)" and gives no config."""
     names = [f"other_{number:02}.safetensors" for number in range(24)] + ["sdxl_base_1.0.safetensors"]
     loader = {"input": {"required": {"ckpt_name": [names]}}}
@@ -169,12 +169,12 @@ def test_a_list_that_comfyui_left_out_is_asked_for() -> None:
     assert (len(problem["choices"]), problem["choice_count"]) == (10, 25)
 
 
-def test_what_is_no_model_is_a_value() -> None:
+def test_other_combos_are_plain_values() -> None:
     assert "'lanczoz' not in available values" in refuse(not_in_list([["lanczos"]], "lanczoz"), checkpoint()).message
 
 
 @pytest.mark.parametrize("value", [0, False, ""])
-def test_a_value_that_is_nothing_was_given_all_the_same(value: object) -> None:
+def test_falsy_values_are_reported_as_given(value: object) -> None:
     [problem] = refuse(not_in_list([["a"]], value), checkpoint()).details["problems"]
     assert problem["given"] == value
 
@@ -200,12 +200,12 @@ def test_the_nearest_value(given_name: str, values: list[str], found: str | None
 
 
 @given(st.text(max_size=20), st.lists(st.text(max_size=20), max_size=6))
-def test_what_is_near_is_there(given_name: str, values: list[str]) -> None:
+def test_suggestions_are_available_values(given_name: str, values: list[str]) -> None:
     assert nearest(given_name, values) in [None, *values]
 
 
 @given(st.lists(st.text("abcdefgh", min_size=4, max_size=12), min_size=1, max_size=6), st.data())
-def test_a_value_that_is_there_is_nearest_to_itself(values: list[str], data: st.DataObject) -> None:
+def test_an_available_value_is_nearest_to_itself(values: list[str], data: st.DataObject) -> None:
     value = data.draw(st.sampled_from(values))
     assert nearest(value, values) == value
 
@@ -228,7 +228,7 @@ def test_a_missing_class_with_a_near_match(kind: str) -> None:
     assert refused.code == "missing_nodes"
 
 
-def test_everything_that_is_missing_is_named_in_one_answer() -> None:
+def test_everything_missing_is_named_in_one_response() -> None:
     """ComfyUI itself stops at the first class that it does not have."""
     error = {"type": "invalid_prompt", "message": "Cannot execute because node X does not exist.", "details": ""}
     workflow = {
@@ -292,7 +292,7 @@ def test_a_refusal_without_reason_still_says_what_comfyui_said() -> None:
     assert refuse({"error": OUTPUTS_FAILED}, checkpoint()).message == f"{PREFIX}Prompt outputs failed validation"
 
 
-def test_several_problems_stand_in_one_sentence() -> None:
+def test_several_problems_are_in_one_sentence() -> None:
     body = not_in_list([["a.ckpt"]], "b.ckpt")
     body["node_errors"]["30"]["errors"] *= 2
     body["node_errors"]["31"] = {**body["node_errors"]["30"], "class_type": "LoraLoader"}
@@ -349,7 +349,7 @@ def test_the_rarer_problems(body: dict[str, Any], sentence: str) -> None:
     config=st.sampled_from([None, [], [[]], [["a"]], ["INT"], ["INT", {}], ["INT", {"min": 1}], ["COMBO", {}]]),
     value=st.none() | st.integers() | st.text(max_size=5) | st.lists(st.integers(), max_size=2) | st.just({"a": 1}),
 )
-def test_no_answer_of_comfyui_is_too_strange_for_a_sentence(kind: str, details: str, config: Any, value: Any) -> None:
+def test_any_response_of_comfyui_gives_a_sentence(kind: str, details: str, config: Any, value: Any) -> None:
     error = refuse(
         one_error(kind, details, input_name="ckpt_name", input_config=config, received_value=value), checkpoint()
     )
@@ -360,21 +360,21 @@ def test_no_answer_of_comfyui_is_too_strange_for_a_sentence(kind: str, details: 
 # ------------------------------------------------------------------------------------------------ very many
 
 
-class Asked:
+class FakeObjectInfo:
     """What `/object_info` says, and how often it was asked."""
 
-    def __init__(self, told: dict[str, Any]) -> None:
-        self.told = told
+    def __init__(self, object_info: dict[str, Any]) -> None:
+        self.object_info = object_info
         self.times = 0
 
     def __call__(self) -> dict[str, Any]:
         self.times += 1
-        return self.told
+        return self.object_info
 
 
-def test_of_very_many_missing_classes_the_first_are_named() -> None:
+def test_only_the_first_of_many_missing_classes_are_named() -> None:
     workflow = {str(number): {"class_type": f"SaveImage{number}", "inputs": {}} for number in range(10_000)}
-    asked = Asked(classes_known())
+    asked = FakeObjectInfo(classes_known())
 
     error = refuse({"error": {"type": "missing_node_type"}}, workflow, asked)
 
@@ -384,12 +384,12 @@ def test_of_very_many_missing_classes_the_first_are_named() -> None:
     assert asked.times == 1
 
 
-def test_for_very_many_missing_models_comfyui_is_asked_once() -> None:
+def test_comfyui_is_queried_once_for_many_missing_models() -> None:
     extra = {"input_name": "ckpt_name", "received_value": "a.safetensors"}
     node_error = {"class_type": "Loader", "errors": [{"type": "value_not_in_list", "extra_info": extra}]}
     node_errors = {str(number): node_error for number in range(1_000)}
     workflow = {node_id: {"class_type": "Loader", "inputs": {"ckpt_name": "a.safetensors"}} for node_id in node_errors}
-    asked = Asked({"Loader": {"input": {"required": {"ckpt_name": [["b.safetensors"], {}]}}}})
+    asked = FakeObjectInfo({"Loader": {"input": {"required": {"ckpt_name": [["b.safetensors"], {}]}}}})
 
     error = refuse({"node_errors": node_errors}, workflow, asked)
     warnings = skipped_outputs(node_errors, workflow, asked)
@@ -398,7 +398,7 @@ def test_for_very_many_missing_models_comfyui_is_asked_once() -> None:
     assert asked.times == 2
 
 
-def test_of_very_many_outputs_that_are_skipped_the_first_are_named() -> None:
+def test_only_the_first_of_many_skipped_outputs_are_named() -> None:
     outputs = [str(number) for number in range(1_000)]
     problem = {"type": "required_input_missing", "extra_info": {"input_name": "images"}}
     node_errors = {"0": {"class_type": "SaveImage", "errors": [problem], "dependent_outputs": outputs}}
@@ -409,5 +409,5 @@ def test_of_very_many_outputs_that_are_skipped_the_first_are_named() -> None:
     assert warning.endswith("8 (SaveImage), 9 (SaveImage), …")
 
 
-def test_nothing_is_guessed_for_what_is_too_long_for_a_name() -> None:
+def test_overlong_names_get_no_suggestion() -> None:
     assert nearest("a" * 256, ["a" * 257]) is None

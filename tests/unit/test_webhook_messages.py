@@ -40,7 +40,7 @@ JSON = st.recursive(
 @pytest.mark.parametrize(
     "secret", [None, SECRET, SECRET.removeprefix("whsec_"), "whsec_YQ", "whsec_YQ==", "plain text", "whsk_ö", "\ud800"]
 )
-def test_a_sound_webhook_is_accepted(url: str, secret: str | None) -> None:
+def test_a_valid_webhook_is_accepted(url: str, secret: str | None) -> None:
     check_webhook(Webhook(url, secret))
 
 
@@ -62,30 +62,30 @@ def test_a_sound_webhook_is_accepted(url: str, secret: str | None) -> None:
         "https://example.com/\r\nHost: a",
     ],
 )
-def test_a_url_that_could_be_read_in_two_ways_is_refused(url: str) -> None:
+def test_an_ambiguous_url_is_rejected(url: str) -> None:
     with pytest.raises(InvalidInput, match=r"^input\.webhook\.url "):
         check_webhook(Webhook(url))
 
 
 @pytest.mark.parametrize("secret", ["whsec_", "whsec_not base64", "whsec_ö", "whsec_==="])
-def test_a_secret_that_only_begins_as_one_of_standard_webhooks_is_refused_and_not_repeated(secret: str) -> None:
+def test_a_malformed_whsec_secret_is_rejected_without_being_shown(secret: str) -> None:
     with pytest.raises(InvalidInput) as refused:
         check_webhook(Webhook(URL, secret))
     assert refused.value.message == "input.webhook.secret is no secret of Standard Webhooks"
 
 
-def test_an_empty_secret_is_refused() -> None:
+def test_an_empty_secret_is_rejected() -> None:
     with pytest.raises(InvalidInput, match=r"^input\.webhook\.secret is empty$"):
         check_webhook(Webhook(URL, ""))
 
 
-def test_the_webhook_that_does_not_count_is_checked_too() -> None:
+def test_an_overridden_webhook_is_checked_too() -> None:
     with pytest.raises(InvalidInput, match="webhookV2 must be a URL of http or https"):
         check_receiver({"input": {}, "webhook": URL, "webhookV2": "ftp://example.com"})
 
 
 @given(st.from_regex(WEBHOOK, fullmatch=True).filter(str.strip))
-def test_whatever_is_declared_is_accepted(url: str) -> None:
+def test_every_declared_url_is_accepted(url: str) -> None:
     check_webhook(Webhook(url.removesuffix("\n")))
 
 
@@ -96,12 +96,12 @@ def test_whatever_is_declared_is_accepted(url: str) -> None:
         ({"webhook_url": URL, "webhook_secret": "whsec_no secret"}, "WEBHOOK_SECRET"),
     ],
 )
-def test_settings_that_are_not_sound_end_the_worker_at_its_start(settings: dict[str, str], name: str) -> None:
+def test_invalid_settings_stop_the_worker_at_startup(settings: dict[str, str], name: str) -> None:
     with pytest.raises(InvalidInput, match=f"^{name} "):
         Webhooks(load_settings(**settings))
 
 
-# --------------------------------------------------------------------------------------------------- who is told
+# -------------------------------------------------------------------------------------------------- the receiver
 
 
 OWN = Webhook("https://own.example/", SECRET)
@@ -109,7 +109,7 @@ WORKFLOW = {"1": {"class_type": "SaveImage", "inputs": {}}}
 
 
 @pytest.mark.parametrize(
-    ("job_input", "told"),
+    ("job_input", "expected"),
     [
         ({"workflow": WORKFLOW}, OWN),
         ({"workflow": WORKFLOW, "webhook": {"url": URL}}, Webhook(URL)),
@@ -125,15 +125,15 @@ WORKFLOW = {"1": {"class_type": "SaveImage", "inputs": {}}}
         (None, OWN),
     ],
 )
-def test_the_jobs_own_receiver_comes_first(job_input: Any, told: Webhook) -> None:
+def test_the_jobs_own_receiver_comes_first(job_input: Any, expected: Webhook) -> None:
     webhooks = Webhooks(load_settings(webhook_url=OWN.url, webhook_secret=SECRET))
-    assert webhooks._receiver({"id": "a", "input": job_input}) == told
+    assert webhooks._receiver({"id": "a", "input": job_input}) == expected
 
 
-def test_what_a_job_names_is_never_signed_with_the_workers_secret() -> None:
+def test_a_jobs_receiver_never_gets_the_workers_signature() -> None:
     webhooks = Webhooks(load_settings(webhook_url=OWN.url, webhook_secret=SECRET))
-    told = webhooks._receiver({"input": {"webhook": {"url": OWN.url}}})
-    assert told is not None and told.secret is None
+    receiver = webhooks._receiver({"input": {"webhook": {"url": OWN.url}}})
+    assert receiver is not None and receiver.secret is None
 
 
 # ---------------------------------------------------------------------------------------------- what it says
@@ -169,7 +169,7 @@ def test_extra_params_come_back_as_json(extra: dict[str, Any]) -> None:
 
 
 @given(job_id=st.text(), body=st.text())
-def test_whatever_a_job_is_called_its_message_can_be_verified(job_id: str, body: str) -> None:
+def test_messages_of_any_job_id_can_be_verified(job_id: str, body: str) -> None:
     message = Message.of(Webhook(URL, SECRET), f"{job_id}_COMPLETED", {"id": job_id, "output": body})
     headers = message.headers()
     assert Verifier(SECRET).verify(message.body, headers) == {"id": job_id, "output": body}
@@ -193,7 +193,7 @@ def picture(data: str, kind: str = "base64") -> dict[str, Any]:
     return {"filename": "a.png", "type": kind, "data": data, "size_bytes": 3}
 
 
-def test_a_body_that_is_too_long_goes_without_the_data_of_its_outputs() -> None:
+def test_an_oversized_body_omits_the_output_data() -> None:
     output = {"images": [picture("A" * 5000), picture("https://s3/a", "s3_url")], "audio": [picture("B" * 5000)]}
     body = json.loads(encode({"id": "a", "output": output}, 2000))
     assert body["output"]["images"] == [
@@ -206,7 +206,7 @@ def test_a_body_that_is_too_long_goes_without_the_data_of_its_outputs() -> None:
 
 
 @given(size=st.integers(0, 3000), text=st.integers(0, 3000), limit=st.integers(200, 3000))
-def test_no_body_is_longer_than_it_may_be(size: int, text: int, limit: int) -> None:
+def test_bodies_never_exceed_the_limit(size: int, text: int, limit: int) -> None:
     output = {"images": [picture("A" * size)], "texts": [{"text": "B" * text}]}
     body = {"id": "a", "status": "COMPLETED", "executionTime": 1, "output": output}
     encoded = encode(body, limit)
@@ -218,7 +218,7 @@ def test_no_body_is_longer_than_it_may_be(size: int, text: int, limit: int) -> N
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "10.0.0.1", "169.254.169.254", "::1", "fd00::1", "::ffff:10.0.0.1"])
-def test_a_name_that_means_a_private_address_by_now_is_not_connected(address: str) -> None:
+def test_a_rebound_host_name_is_not_connected(address: str) -> None:
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with pytest.raises(OSError, match="not public"):
         socket_to_public((family, socket.SOCK_STREAM, 0, "", (address, 80)))
@@ -238,7 +238,7 @@ def test_a_plain_secret_signs_as_ai_docks_wrapper_does() -> None:
     assert "webhook-signature" not in message.headers()
 
 
-def test_base64_without_a_prefix_signs_in_both_ways_and_with_it_in_one() -> None:
+def test_unprefixed_base64_signs_both_ways_and_prefixed_base64_one() -> None:
     plain, prefixed = (Message.of(Webhook(URL, secret), "a", {}).headers() for secret in (SECRET[6:], SECRET))
     assert Verifier(SECRET).verify("{}", plain) == {}
     assert plain["X-Webhook-Signature"].startswith("sha256=")

@@ -65,7 +65,7 @@ def test_everything_can_be_sent(value: Any) -> None:
 
 
 @given(JSON)
-def test_what_could_be_sent_anyway_arrives_unchanged(value: Any) -> None:
+def test_valid_json_is_unchanged(value: Any) -> None:
     assert sent(json_safe(value)) == value
 
 
@@ -83,7 +83,7 @@ def test_what_could_be_sent_anyway_arrives_unchanged(value: Any) -> None:
         ({1: {"\ud800": float("nan")}}, {"1": {"?": None}}),
     ],
 )
-def test_what_becomes_of_what_cannot_be_sent(value: Any, safe: Any) -> None:
+def test_values_outside_json_are_replaced(value: Any, safe: Any) -> None:
     assert json_safe(value) == safe
     assert type(json_safe(value)) is type(safe)
 
@@ -111,7 +111,7 @@ def test_a_failure_is_a_fresh_dict_each_time(worker: Worker) -> None:
     assert worker.run({"id": "job", "input": None})["error"] == "Please provide input"
 
 
-def test_the_workers_own_key_and_the_jobs_are_masked(worker: Worker) -> None:
+def test_the_keys_of_worker_and_job_are_masked(worker: Worker) -> None:
     images = [{"name": f"{key}.png", "image": "@@@@"} for key in ("comfyui-s3cr3t",)]
     output = worker.run({"id": "job", "input": {"workflow": WORKFLOW, "images": images}})
     assert output["error"] == "Failed to upload one or more input images: Image '***.png' is not valid base64"
@@ -141,5 +141,5 @@ def test_s3_without_a_bucket_is_explained(worker: Worker) -> None:
         ([], {"RUNPOD_REALTIME_PORT": "0"}, True),
     ],
 )
-def test_what_python_handler_py_is(arguments: list[str], environment: dict[str, str], desk: bool) -> None:
+def test_local_runs_are_recognised(arguments: list[str], environment: dict[str, str], desk: bool) -> None:
     assert is_local_run(arguments, environment) is desk

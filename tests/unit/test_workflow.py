@@ -65,7 +65,7 @@ def test_a_graph_is_returned_unwrapped(workflow: Any, graph: Any) -> None:
         ({"1": {"class_type": "A", "inputs": None}}, "Node 1: inputs is not an object"),
     ],
 )
-def test_what_is_no_graph(workflow: Any, sentence: str) -> None:
+def test_invalid_graphs(workflow: Any, sentence: str) -> None:
     with pytest.raises(InvalidWorkflow) as refusal:
         check_workflow(workflow)
     assert refusal.value.message == f"Workflow validation failed: {sentence}"
@@ -75,7 +75,7 @@ CANVAS = {"nodes": [{"id": 1, "type": "SaveImage"}], "links": [], "version": 0.4
 
 
 @pytest.mark.parametrize("workflow", [CANVAS, {"prompt": CANVAS}, {"nodes": []}])
-def test_the_format_of_the_canvas_is_recognised(workflow: Any) -> None:
+def test_the_canvas_format_is_recognised(workflow: Any) -> None:
     with pytest.raises(UiFormatWorkflow) as refusal:
         check_workflow(workflow)
     assert "UI format" in refusal.value.message
@@ -119,7 +119,7 @@ def test_links(value: Any) -> None:
 
 
 @pytest.mark.parametrize("value", [None, "1", [], ["1"], ["1", 0, 0], [1, 0], ["1", "0"], ("1", 0), {"1": 0}])
-def test_what_is_no_link(value: Any) -> None:
+def test_invalid_links(value: Any) -> None:
     assert not is_link(value)
 
 
@@ -156,7 +156,7 @@ def test_annotations(value: str, parts: tuple[str, str]) -> None:
 
 
 @given(st.text(max_size=30))
-def test_an_annotation_is_split_off_without_loss(value: str) -> None:
+def test_annotations_are_split_off_losslessly(value: str) -> None:
     name, annotation = split_annotation(value)
     assert name + annotation == value
     assert annotation in ("", " [input]")
@@ -202,7 +202,7 @@ def has_loop(links: dict[str, list[str]]) -> bool:
 
 
 @given(LINKS)
-def test_a_loop_is_found_exactly_where_there_is_one(links: dict[str, list[str]]) -> None:
+def test_loops_are_found_exactly(links: dict[str, list[str]]) -> None:
     loop = find_loop(graph_of(links))
     assert bool(loop) is has_loop(links)
     assert len(set(loop)) == len(loop)
@@ -232,7 +232,7 @@ def test_a_prefix_that_leaves_the_jobs_folder_is_refused(prefix: str) -> None:
         prefix_outputs(graph, "job")
 
 
-def test_a_link_to_no_node_is_named_with_its_place() -> None:
+def test_a_dangling_link_is_named_with_its_path() -> None:
     graph = {
         "1": {"class_type": "A", "inputs": {"x": ["2", 0], "y": ["7", 1]}},
         "2": {"class_type": "B", "inputs": {"text": ["not", "a link"]}},
@@ -256,7 +256,7 @@ def test_a_link_to_no_node_is_named_with_its_place() -> None:
     }
 
 
-def test_many_links_to_no_node_are_counted() -> None:
+def test_many_dangling_links_are_counted() -> None:
     graph = {str(number): {"class_type": "A", "inputs": {"x": ["z" * 500, 0]}} for number in range(1000)}
     with pytest.raises(InvalidWorkflow, match="and 990 more such links") as refused:
         check_workflow(graph)

@@ -46,7 +46,7 @@ def sampled(**more: dict[str, Any]) -> Graph:
 # ------------------------------------------------------------------------------------------------ prompt
 
 
-def test_a_prompt_takes_the_place_of_the_positive_text() -> None:
+def test_a_prompt_replaces_the_positive_text() -> None:
     graph = sampled()
     before = copy.deepcopy(graph)
     changed = with_prompt(graph, "a cat")
@@ -55,7 +55,7 @@ def test_a_prompt_takes_the_place_of_the_positive_text() -> None:
     assert graph == before
 
 
-def test_a_prompt_finds_its_way_through_what_stands_between() -> None:
+def test_a_prompt_is_traced_through_intermediate_nodes() -> None:
     graph = sampled(
         c=node("ControlNetApplyAdvanced", positive=["k", 0], negative=["7", 0], control_net=["n", 0]),
         k=node("ConditioningCombine", conditioning_1=["6", 0], conditioning_2=["8", 0]),
@@ -68,7 +68,7 @@ def test_a_prompt_finds_its_way_through_what_stands_between() -> None:
     assert changed["7"] == graph["7"]
 
 
-def test_a_prompt_finds_its_way_through_a_guider() -> None:
+def test_a_prompt_is_traced_through_a_guider() -> None:
     graph = {
         "1": node("CLIPTextEncodeFlux", clip_l="x", t5xxl=["9", 0], guidance=3.5),
         "2": node("CLIPTextEncode", text="other"),
@@ -81,7 +81,7 @@ def test_a_prompt_finds_its_way_through_a_guider() -> None:
     assert changed["2"] == graph["2"]
 
 
-def test_the_only_text_is_the_prompt_where_no_sampler_leads_to_one() -> None:
+def test_a_single_text_is_the_prompt_without_a_sampler() -> None:
     graph = {"1": node("CLIPTextEncode", text="old"), "2": node("KSampler", model=["1", 0], seed=12345)}
     assert with_prompt(graph, "new")["1"]["inputs"]["text"] == "new"
 
@@ -93,7 +93,7 @@ def test_the_only_text_is_the_prompt_where_no_sampler_leads_to_one() -> None:
         ({"1": node("CLIPTextEncode", text="a"), "2": node("CLIPTextEncode", text="b")}, "2 text encoders"),
     ],
 )
-def test_a_prompt_without_a_place_is_refused(graph: Graph, words: str) -> None:
+def test_a_prompt_without_a_target_is_rejected(graph: Graph, words: str) -> None:
     with pytest.raises(InvalidInput, match=words):
         with_prompt(graph, "a cat")
 
@@ -111,7 +111,7 @@ def test_a_prompt_without_a_place_is_refused(graph: Graph, words: str) -> None:
         ),
     )
 )
-def test_any_graph_gets_its_prompt_or_one_sentence(graph: Graph) -> None:
+def test_any_graph_gets_its_prompt_or_an_error(graph: Graph) -> None:
     before = copy.deepcopy(graph)
     try:
         changed = with_prompt(graph, "a cat")
@@ -125,7 +125,7 @@ def test_any_graph_gets_its_prompt_or_one_sentence(graph: Graph) -> None:
 # ------------------------------------------------------------------------------------------ seeds and sets
 
 
-def test_a_seed_goes_wherever_there_is_one() -> None:
+def test_a_seed_is_set_in_every_node() -> None:
     graph = sampled(n=node("RandomNoise", noise_seed=5), s=node("KSampler", seed=["n", 0]))
     changed = with_seed(graph, 42)
     assert changed["3"]["inputs"]["seed"] == 42
@@ -143,7 +143,7 @@ def test_inputs_are_set_by_node_and_name() -> None:
     assert graph["1"]["inputs"]["color"] != 7
 
 
-def test_inputs_that_are_not_there_are_all_named() -> None:
+def test_all_unknown_inputs_are_named() -> None:
     with pytest.raises(InvalidInput) as caught:
         with_inputs(picture((1, 2, 3)), {"1.colour": 7, "5.text": "x", "text": "x"})
     assert "node '1' has no input 'colour', did you mean 'color'?" in caught.value.message
@@ -154,7 +154,7 @@ def test_inputs_that_are_not_there_are_all_named() -> None:
 # ---------------------------------------------------------------------------------------------- requests
 
 
-def test_a_graph_comes_bare_or_as_comfyui_is_sent_it() -> None:
+def test_a_graph_is_bare_or_in_comfyuis_envelope() -> None:
     graph = picture((1, 2, 3))
     assert input_of({"workflow": graph}, LIBRARY) == {"workflow": graph}
     wrapped = {"workflow": {"prompt": graph, "extra_data": {"a": 1, "b": 1}}, "extra_data": {"b": 2}}
@@ -185,7 +185,7 @@ def test_a_template_takes_the_prompt_as_its_parameter() -> None:
         ({"workflow": {"1": {"inputs": {}}}}, None, "class_type is missing"),
     ],
 )
-def test_what_does_not_go_together_is_refused(body: Any, inputs: Any, words: str) -> None:
+def test_conflicting_fields_are_rejected(body: Any, inputs: Any, words: str) -> None:
     with pytest.raises(WorkerError, match=words) as caught:
         input_of(body, LIBRARY, inputs)
     assert caught.value.http_status == 400
@@ -232,7 +232,7 @@ def test_a_batch_is_one_graph_many_times() -> None:
         ]
 
 
-def test_a_batch_over_a_template_fills_it_in_for_each_run() -> None:
+def test_a_template_batch_is_filled_in_per_run() -> None:
     made = runs(template="text-to-image-sd15", inputs=[{"prompt": "a cat"}, {"prompt": "a dog"}])
     assert ["a cat" in json.dumps(made[0]), "a dog" in json.dumps(made[1])] == [True, True]
     same = runs(template="text-to-image-sd15", inputs={"prompt": "a cat"}, seeds=[1, 2])
@@ -251,12 +251,12 @@ def test_a_batch_over_a_template_fills_it_in_for_each_run() -> None:
         ({"sets": [{}, {"5.text": ""}]}, "sets.1: '5.text' names no node"),
     ],
 )
-def test_a_batch_that_is_none_is_refused(body: Any, words: str) -> None:
+def test_an_invalid_batch_is_rejected(body: Any, words: str) -> None:
     with pytest.raises(InvalidInput, match=words):
         runs(workflow=sampled(), **body)
 
 
-def test_a_batch_that_would_fill_the_memory_is_refused() -> None:
+def test_an_oversized_batch_is_rejected() -> None:
     with pytest.raises(RequestTooLarge):
         runs(workflow=sampled(), seeds=[1] * 100, images=[{"name": "a.png", "image": "A" * 700_000}])
 
@@ -264,7 +264,7 @@ def test_a_batch_that_would_fill_the_memory_is_refused() -> None:
 # ------------------------------------------------------------------------------------------------- video
 
 
-def test_a_video_is_asked_for_in_the_templates_words() -> None:
+def test_a_video_uses_the_templates_parameters() -> None:
     body = {
         "prompt": "A beautiful sunset over mountains",
         "duration": 5,
@@ -280,7 +280,7 @@ def test_a_video_is_asked_for_in_the_templates_words() -> None:
     assert (size["width"], size["height"], size["length"]) == (512, 512, 121)
 
 
-def test_extra_params_may_not_say_it_again() -> None:
+def test_extra_params_must_not_repeat_fields() -> None:
     with pytest.raises(InvalidInput, match=r"extra_params says again .*: width"):
         inputs_of({"prompt": "a", "resolution": "64x64", "extra_params": {"width": 64}})
     assert inputs_of({"prompt": "a", "extra_params": {"width": 64}}) == {"prompt": "a", "width": 64}
@@ -313,7 +313,7 @@ EMPTY = {
 }
 
 
-def test_one_that_waits_says_how_long() -> None:
+def test_a_waiting_workflow_has_an_estimate() -> None:
     waiting = record(JobState.IN_QUEUE)
     assert status_body(waiting, None, None, None) == EMPTY
     shown = status_body(waiting, None, QueuePosition(2, 10.2, 5.0), None)
@@ -324,7 +324,7 @@ def test_one_that_waits_says_how_long() -> None:
     assert shown == {**EMPTY, "queue_position": 1, "notice": away.notice}
 
 
-def test_one_that_runs_says_where_it_is() -> None:
+def test_a_running_workflow_has_its_progress() -> None:
     last = {"percent": 50.0, "node": {"id": "3", "title": "KSampler"}}
     shown = status_body(record(JobState.IN_PROGRESS), last, QueuePosition(0, 0.0, 6.2), None)
     assert shown == {
@@ -338,7 +338,7 @@ def test_one_that_runs_says_where_it_is() -> None:
     assert status_body(record(JobState.IN_PROGRESS), last, None, None)["estimated_time_remaining"] is None
 
 
-def test_one_that_has_ended_has_links_or_a_sentence() -> None:
+def test_an_ended_workflow_has_links_or_an_error() -> None:
     output = {
         "images": [
             {"type": "url", "data": "http://g/a.png", "mime_type": "image/png"},
@@ -376,7 +376,7 @@ def test_one_that_has_ended_has_links_or_a_sentence() -> None:
 # ---------------------------------------------------------------------------------------------- versions
 
 
-def test_versions_outlive_the_process(tmp_path: Path) -> None:
+def test_versions_survive_a_restart(tmp_path: Path) -> None:
     folder, kept = tmp_path / "workflows", tmp_path / "kept"
     folder.mkdir()
     versions = []
@@ -394,7 +394,7 @@ def test_versions_outlive_the_process(tmp_path: Path) -> None:
     assert VersionedCatalog(folder, StoredVersions(kept)).get("mine", versions[1]).version == versions[1]
 
 
-def test_a_kept_file_that_was_changed_is_left_out(tmp_path: Path) -> None:
+def test_a_modified_stored_version_is_ignored(tmp_path: Path) -> None:
     entry = make_entry("mine", picture((1, 2, 3)))
     StoredVersions(tmp_path).add(entry)
     file = tmp_path / "mine" / f"{entry.version}.json"
@@ -404,7 +404,7 @@ def test_a_kept_file_that_was_changed_is_left_out(tmp_path: Path) -> None:
         assert not StoredVersions(tmp_path).versions["mine"]
 
 
-def test_only_so_many_versions_are_kept(tmp_path: Path) -> None:
+def test_stored_versions_are_limited(tmp_path: Path) -> None:
     stored = StoredVersions(tmp_path)
     for width in range(MAX_VERSIONS + 3):
         stored.add(make_entry("mine", {"1": node("EmptyImage", width=width)}))
@@ -413,12 +413,12 @@ def test_only_so_many_versions_are_kept(tmp_path: Path) -> None:
     assert next(reversed(StoredVersions(tmp_path).versions["mine"])) == last.version
 
 
-def test_a_disk_that_takes_nothing_is_no_obstacle(tmp_path: Path) -> None:
+def test_an_unwritable_disk_is_tolerated(tmp_path: Path) -> None:
     (tmp_path / "kept").write_text("a file", encoding="utf-8")
     StoredVersions(tmp_path / "kept").add(make_entry("mine", picture((1, 2, 3))))
 
 
-def test_many_wrong_names_are_counted_and_a_few_explained() -> None:
+def test_many_wrong_names_are_counted_and_only_a_few_explained() -> None:
     graph = {"6": {"class_type": "X", "inputs": {f"input_{number}": 0 for number in range(1500)}}}
     with pytest.raises(InvalidInput) as refused:
         with_inputs(graph, {f"6.inputs_{number}" + "a1" * 5000: 1 for number in range(1500)})

@@ -54,7 +54,7 @@ class ComfyUI:
         url = f"{self.url.replace('http', 'ws', 1)}/ws?clientId=watcher"
         with closing(websocket.create_connection(url, timeout=TIMEOUT_S)) as watcher:
             while not (running := self._get("/queue")["queue_running"]):
-                # Every change of the queue is told to everyone.
+                # Every change of the queue is broadcast.
                 watcher.recv()
             prompt_id: str = running[0][1]
             return prompt_id

@@ -149,7 +149,7 @@ class Replay:
         self._end_socket()
 
     def _end_socket(self) -> None:
-        """Note what the websocket heard. More steps than recorded may have come: read on to the recorded end."""
+        """Note what the websocket received. More steps than recorded may have come: read on to the recorded end."""
         if self._socket is None:
             return
         last = self._normal([self._expected[-1]])[0]

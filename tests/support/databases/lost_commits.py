@@ -11,7 +11,7 @@ _CHUNK = 65536
 
 
 class LostAnswers:
-    """Passes everything on to a server, but for the answers that it is told to lose; a context manager."""
+    """Passes everything on to a server, but for the answers that it should lose; a context manager."""
 
     def __init__(self, url: str) -> None:
         """Stand before the server of a database URL."""
@@ -61,7 +61,7 @@ class LostAnswers:
         with suppress(OSError):
             while data := client.recv(_CHUNK):
                 if b"COMMIT" in data and self._is_to_be_lost():
-                    # The client hears nothing any more, and the server is heard out.
+                    # The client receives nothing any more, and the server's answer is read to its end.
                     client.shutdown(socket.SHUT_RDWR)
                     server.sendall(data)
                     self.lost.set()
@@ -91,7 +91,7 @@ class LostAnswers:
 
 def _close(*sockets: socket.socket) -> None:
     for one in sockets:
-        # Whoever waits in it wakes up.
+        # Threads blocked in it wake up.
         with suppress(OSError):
             one.shutdown(socket.SHUT_RDWR)
         one.close()

@@ -20,7 +20,7 @@ from tests.support.waiting import wait_until
 
 
 class RedisServer:
-    """A server on a free port of this machine; it keeps what it was told over every kind of end."""
+    """A server on a free port of this machine; it keeps its data over every kind of end."""
 
     def __init__(self, folder: Path, port: int) -> None:
         self._folder = folder
@@ -42,15 +42,15 @@ class RedisServer:
         return f"redis://127.0.0.1:{self._port}/{number}"
 
     def client(self, number: int = 0) -> redis.Redis:
-        """Return a client, to be closed by whoever asked; it fails at once when the server is away."""
+        """Return a client, to be closed by the caller; it fails at once when the server is away."""
         return redis.Redis(host="127.0.0.1", port=self._port, db=number, socket_timeout=10, retry=Retry(NoBackoff(), 0))
 
     def start(self) -> None:
         """Start it, and return when it answers."""
-        told = ["--port", str(self._port), "--bind", "127.0.0.1", "--dir", str(self._folder), "--save", ""]
+        options = ["--port", str(self._port), "--bind", "127.0.0.1", "--dir", str(self._folder), "--save", ""]
         kept = ["--appendonly", "yes", "--appendfsync", "always", "--daemonize", "no"]
         self._process = subprocess.Popen(
-            [str(_binary()), *told, *kept], cwd=self._folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            [str(_binary()), *options, *kept], cwd=self._folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         wait_until(self._answers)
 

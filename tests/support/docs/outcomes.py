@@ -119,7 +119,7 @@ class Ending:
     settings: tuple[tuple[str, Any], ...] = ()
 
 
-def when_told(socket: Socket, settings: Settings) -> float:
+def when_notified(socket: Socket, settings: Settings) -> float:
     return 0.0 if socket.hears else socket.interval_s(settings)
 
 
@@ -152,11 +152,11 @@ def restart(scene: RunningScenario) -> None:
 
 
 ENDINGS = (
-    Ending("it succeeds", lambda scene: scene.gate.open(), when_told, "success", needs_process=False),
+    Ending("it succeeds", lambda scene: scene.gate.open(), when_notified, "success", needs_process=False),
     Ending(
         "a node fails",
         lambda scene: scene.gate.open("nothing there"),
-        when_told,
+        when_notified,
         "failure with the node and its message",
         code="execution_failed",
         needs_process=False,
@@ -164,7 +164,7 @@ ENDINGS = (
     Ending(
         "somebody interrupts it",
         lambda scene: scene.victim.interrupt(),
-        when_told,
+        when_notified,
         "failure",
         code="cancelled",
         needs_process=False,

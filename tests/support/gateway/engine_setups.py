@@ -30,7 +30,7 @@ Answer = TypeVar("Answer")
 
 
 class EngineGateway:
-    """A gateway with small pools, its service called as doors call it."""
+    """A gateway with small pools, its service called as the APIs call it."""
 
     def __init__(self, folder: Path, url: str, **settings: Any) -> None:
         small = {"generation_workers": 1, "preprocess_workers": 1, "comfyui_poll_interval_s": 0.2}
@@ -59,7 +59,7 @@ class EngineGateway:
         wait_until(lambda: all(self.get(job_id).state is JobState.IN_PROGRESS for job_id in job_ids))
 
     def is_given(self, job_id: str) -> bool:
-        """Return whether a job was given to a ComfyUI, or to whoever has one."""
+        """Return whether a job was given to a ComfyUI, or to a worker that has one."""
         return self.get(job_id).prompt_id is not None
 
     def wait_until_given(self, *job_ids: str) -> None:
@@ -117,7 +117,7 @@ class EngineSetup(ABC):
         wait_until(lambda: bench.healthy() == count)
 
     def check_off_the_gpu(self, comfyui: EmulatedComfyUI) -> None:
-        """Check that a ComfyUI has nothing to do, now that a job's end has been told."""
+        """Check that a ComfyUI has nothing to do, now that a job's end has been published."""
         assert comfyui.running() == comfyui.pending() == []
 
     def fill(self, bench: EngineGateway, gate: Gate) -> list[str]:
@@ -163,7 +163,7 @@ class RunPodSetup(EngineSetup):
     lacks: ClassVar[Mapping[Feature, str]] = {
         Feature.QUEUE_POSITIONS: "RunPod does not say where in its queue a job stands.",
         Feature.HIGHER_PRIORITIES: "RunPod has no priority above the usual one.",
-        Feature.STAGES: "A worker posts its latest progress to RunPod twice a second: what lasts shorter is not told.",
+        Feature.STAGES: "A worker posts its latest progress to RunPod twice a second: shorter stages are not reported.",
         Feature.RUN_ELSEWHERE: "RunPod does not run a job again whose worker says that its ComfyUI died.",
     }
     room: ClassVar[int] = 1
@@ -191,7 +191,7 @@ class RunPodSetup(EngineSetup):
         super().wait_until_ready(bench)
 
     def check_off_the_gpu(self, comfyui: EmulatedComfyUI) -> None:
-        """Wait for it: RunPod tells of a job's end before its worker has heard of it."""
+        """Wait for it: RunPod reports a job's end before its worker knows of it."""
         comfyui.wait_until_idle()
 
 
@@ -235,4 +235,4 @@ class EngineSetups:
 
 
 WORKER_SETTINGS = {"RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS": "true", "COMFYUI_POLL_INTERVAL_S": "0.2"}
-"""What a worker of a stand-in platform is told."""
+"""The settings of a stand-in platform's worker."""

@@ -80,7 +80,7 @@ class Fleet:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a process of the fleet is told."""
+        """The environment of a process of the fleet."""
         return {
             "ENGINE": "celery",
             "DATABASE_URL": self.database_url,
@@ -154,11 +154,11 @@ class RunningFleet:
 
     def wait_until_in_progress(self, job_id: str) -> None:
         """Return when the database has it that a ComfyUI runs a job: a moment after that began."""
-        wait_until(lambda: self.told(job_id)[-1] == "IN_PROGRESS")
+        wait_until(lambda: self.statuses_of(job_id)[-1] == "IN_PROGRESS")
 
     def wait_until_ended(self, *job_ids: str) -> None:
         """Return when all these jobs are done."""
-        wait_until(lambda: all(self.told(job_id)[-1] == "COMPLETED" for job_id in job_ids), TIMEOUT_S)
+        wait_until(lambda: all(self.statuses_of(job_id)[-1] == "COMPLETED" for job_id in job_ids), TIMEOUT_S)
 
     def at_work(self) -> int:
         """Return the number of the worker whose ComfyUI runs something."""
@@ -170,7 +170,7 @@ class RunningFleet:
         with closing(Known(self.fleet.redis_url, LOST_S)) as known:
             return [dict(worker) for worker in known.workers()]
 
-    def told(self, job_id: str) -> list[str]:
+    def statuses_of(self, job_id: str) -> list[str]:
         """Return every state that a job has had."""
         with psycopg.connect(self.fleet.database_url) as connection:
             query = "SELECT data ->> 'status' FROM events WHERE job_id = %s ORDER BY number"

@@ -49,7 +49,7 @@ class GatewayProcess:
         return job_id
 
     def wait_until_one_runs(self) -> str:
-        """Return the id of the only job that ComfyUI runs, when the gateway has heard that it does."""
+        """Return the id of the only job that ComfyUI runs, once the gateway knows that it does."""
 
         def running() -> list[str]:
             return [job_id for _number, job_id, _ in self.get("/api/queue").json()["running"]]

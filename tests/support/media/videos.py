@@ -32,7 +32,7 @@ def write_mp4(path: Path, size: int) -> None:
     """Write a video that has `size` bytes, most of them in a box that players skip."""
     content = mp4()
     with path.open("wb") as file:
-        # ISO 14496-12: a box begins with its length, 4 bytes, and its type; "free" is skipped by whoever reads.
+        # ISO 14496-12: a box begins with its length, 4 bytes, and its type; readers skip "free".
         file.write(content)
         file.write((size - len(content)).to_bytes(4, "big") + b"free")
         file.truncate(size)

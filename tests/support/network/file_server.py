@@ -1,4 +1,4 @@
-"""A web server with files for the worker to fetch: a well-behaved one, and one that answers whatever it is told."""
+"""A web server with files for the worker to fetch: a well-behaved one, and one that answers as configured."""
 
 from __future__ import annotations
 

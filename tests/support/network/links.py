@@ -36,7 +36,7 @@ class Link:
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, target: int) -> None:
-        """Take the loop of whoever carries it, and the port to lead to."""
+        """Take the loop that runs the link, and the port to lead to."""
         self._loop = loop
         self._target = target
         self._weather = LinkState.FAIR

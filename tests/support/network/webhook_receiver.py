@@ -1,4 +1,4 @@
-"""Who is told by webhooks: keeps every request, and answers as a test says."""
+"""A webhook receiver: keeps every request, and answers as a test says."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Receiver:
 
     @property
     def url(self) -> str:
-        """Where it is to be told, with something in it that nobody else may see."""
+        """The URL for webhooks, with a secret in it that must not leak."""
         return f"http://127.0.0.1:{self.port}/hook?token=query-secret-1"
 
     @property

@@ -41,7 +41,7 @@ class Process:
         """Start it.
 
         Args:
-            arguments: the program and what it is told.
+            arguments: the program and its arguments.
             environment: added to a bare one.
             cwd: its current folder.
             stderr: a file descriptor to write errors to (a pseudo-terminal, say), instead of keeping them here.

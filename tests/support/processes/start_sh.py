@@ -94,7 +94,7 @@ os.write(1, f"handler got {signum.name}, comfyui lives: {comfyui_lives()}\\n".en
 sys.exit(7)
 """
 
-# Says how many signals it has heard, and ends with code 7 at the next one when it has heard enough.
+# Says how many signals it has received, and ends with code 7 at the next one when it has received enough.
 PATIENT_HANDLER = """
 import itertools, os, pathlib, signal, sys
 
@@ -103,7 +103,7 @@ signal.pthread_sigmask(signal.SIG_BLOCK, stops)
 os.write(1, b"handler waits\\n")
 for number in itertools.count(1):
     signal.sigwait(stops)
-    os.write(1, f"heard {number}.\\n".encode())
+    os.write(1, f"received {number}.\\n".encode())
     if pathlib.Path(__file__).with_name("enough").exists():
         break
 sys.exit(7)
@@ -151,7 +151,7 @@ class Container:
         return write_program(self.bin / name, "#!/bin/sh\n" + text)
 
     def start(self, *args: str, **env: str) -> Process:
-        # A test runner in the background may itself have been told to ignore SIGINT, which children inherit.
+        # A test runner in the background may itself ignore SIGINT, which children inherit.
         command = ["env", "--default-signal=INT", str(self.script), *args]
         started = Process(command, environment=self.env | env, cwd=self.folder)
         self.started.append(started)

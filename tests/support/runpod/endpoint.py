@@ -25,7 +25,7 @@ class Endpoint:
         status = self.platform.run(job_input)
         assert_nothing_leaks(json.dumps(status))
         assert_nothing_leaks(self.worker.output)
-        assert "X-Amz-Signature" not in self.worker.output, "whoever reads the log could fetch the outputs"
+        assert "X-Amz-Signature" not in self.worker.output, "a reader of the log could fetch the outputs"
         return status
 
 

@@ -20,7 +20,7 @@ class InterceptingProxy:
 
     Attributes:
         before_post: is asked before a post to job-done is passed on; may block, or return a status to answer with.
-        on_get: is told when `job-take` or `job-stop` is asked (False), and when there is an answer to pass back (True);
+        on_get: is called with False when `job-take` or `job-stop` is asked, and with True when there is an answer;
             may block.
     """
 

@@ -222,7 +222,7 @@ class Platform:
             return found
 
     def recheck(self) -> None:
-        """Let whoever waits ask again, because of something that happened elsewhere."""
+        """Let waiting callers check again, because of something that happened elsewhere."""
         with self.state.changed:
             self.state.changed.notify_all()
 

@@ -92,7 +92,7 @@ class QuietHandler(SimpleHTTPRequestHandler):
 
 @contextmanager
 def serve_folder(folder: Path) -> Iterator[str]:
-    """Serve a folder over HTTP, as whoever sets LOCAL_DELIVERY_URL does."""
+    """Serve a folder over HTTP, as an operator who sets LOCAL_DELIVERY_URL does."""
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(QuietHandler, directory=str(folder))) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
