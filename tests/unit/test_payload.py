@@ -15,7 +15,16 @@ from hypothesis import strategies as st
 
 from comfy_worker.errors import InvalidInput, InvalidWorkflow, UiFormatWorkflow, WorkerError
 from comfy_worker.job.input_files import UPLOAD_FAILED, decode_base64
-from comfy_worker.job.payload import parse_job, result_as_output, workflow_of
+from comfy_worker.job.payload import (
+    failure_as_output,
+    input_warnings,
+    parse_job,
+    result_as_output,
+    split_failure,
+    unknown_keys,
+    webhook_of,
+    workflow_of,
+)
 from comfy_worker.names import check_name
 from comfy_worker.types import (
     Artifact,
@@ -570,3 +579,157 @@ def test_extra_data_has_a_limit(is_wrapped: bool) -> None:
     extra = {f"key_{number}": "x" for number in range(101)}
     fields = {"workflow": {"prompt": WORKFLOW, "extra_data": extra}} if is_wrapped else {"extra_data": extra}
     assert refused(**fields) == "extra_data has 101 keys; the limit is 100"
+
+
+# ------------------------------------------------------------------------------------- failures and webhooks
+
+
+def test_a_failure_as_output() -> None:
+    error = InvalidInput("It is wrong", hint="Mend it")
+    output = {"error": "It is wrong", "code": "invalid_input", "hint": "Mend it"}
+    assert failure_as_output(error) == output
+    assert split_failure(output) == (None, output)
+    secret = InvalidInput("It is hunter22")
+    assert "hunter22" not in json.dumps(failure_as_output(secret, ["hunter22"]))
+
+
+def test_a_failure_with_partial_outputs() -> None:
+    error = InvalidInput("It is wrong")
+    error.partial = result(warnings=("Something was odd",))
+    output = failure_as_output(error)
+    partial = {"images": [], "errors": ["Something was odd"], "prompt_id": "prompt-1", "timings": TIMINGS}
+    assert output == {"error": "It is wrong", "code": "invalid_input", **partial, "partial": True}
+    assert split_failure(output) == (
+        {**partial, "partial": True},
+        {"error": "It is wrong", "code": "invalid_input"},
+    )
+
+
+def test_all_fields_of_an_error_are_split_from_the_outputs() -> None:
+    error = {"error": "a", "code": "b", "hint": "c", "details": {"d": 1}}
+    assert split_failure({**error, "images": [], "partial": True}) == ({"images": [], "partial": True}, error)
+    assert split_failure({**error, "partial": "yes"}) == (None, {**error, "partial": "yes"})
+
+
+def test_warnings_of_an_input_that_is_not_run() -> None:
+    warning = "input.strct is unknown and was ignored; did you mean 'strict'?"
+    assert input_warnings({"workflow": WORKFLOW, "strct": True, "images": None}) == [warning]
+    assert input_warnings({"workflow": WORKFLOW}) == []
+    assert input_warnings({"workflow": 7, "strct": True}) == []
+    assert input_warnings({"workflow": WORKFLOW, "delivery": {"prefix": "../up"}, "strct": True}) == []
+
+
+def test_unknown_keys_are_named_as_the_caller_names_the_input() -> None:
+    given_input = {"workflow": 7, "strct": True, "comfy_org_api_key": "a", "api_key_comfy_org": "b"}
+    assert unknown_keys(given_input, "params") == [
+        "params.api_key_comfy_org was ignored because params.comfy_org_api_key is set",
+        "params.strct is unknown and was ignored; did you mean 'strict'?",
+    ]
+    assert unknown_keys({"strct": True})[0].startswith("input.strct ")
+
+
+@pytest.mark.parametrize("name", ["delivery", "convert", "s3", "webhook"])
+def test_unknown_keys_of_an_object_are_named_with_its_path(name: str) -> None:
+    valid = {
+        "delivery": {},
+        "convert": {},
+        "s3": {"endpoint_url": "https://s3.example", "access_key_id": "a", "secret_access_key": "b"},
+        "webhook": {"url": "https://hooks.example"},
+    }
+    warning = f"input.{name}.qqq is unknown and was ignored"
+    assert parse(**{name: {**valid[name], "qqq": 1}}).warnings == (warning,)
+
+
+def test_at_most_a_hundred_warnings_are_given() -> None:
+    files = [{"name": f"{number}.png", "image": "YQ==", "qqq": 1} for number in range(101)]
+    assert len(parse(images=files).warnings) == 100
+    assert len(input_warnings({"workflow": WORKFLOW, "images": files})) == 100
+    assert parse(images=files).warnings[99] == "input.images.99.qqq is unknown and was ignored"
+
+
+@pytest.mark.parametrize("field", ["images", "files"])
+def test_the_number_of_files_is_limited(field: str) -> None:
+    job = {"input": {"workflow": WORKFLOW, field: [{"name": f"{number}.png", "image": "YQ=="} for number in range(3)]}}
+    assert len(parse_job(job, max_files=3).files) == 3
+    with pytest.raises(InvalidInput, match="3 input files, and this worker takes 2 at most"):
+        parse_job(job, max_files=2)
+
+
+def test_a_missing_workflow_has_a_hint() -> None:
+    def hint(**fields: Any) -> str | None:
+        with pytest.raises(InvalidInput) as refusal:
+            parse_job({"input": fields})
+        return refusal.value.hint
+
+    assert hint() == "Send the workflow as input.workflow, or name one of the catalog as input.template"
+    modifiers = "Modifiers are for POST /generate of the gateway; send input.workflow or input.template here"
+    assert hint(modifier="Text2Image") == modifiers
+
+
+def test_a_platforms_bucket_is_used_unless_the_input_has_one() -> None:
+    platform = {"endpointUrl": "https://a.example", "bucketName": "b", "accessId": "c", "accessSecret": "d"}
+    job = {"input": {"workflow": WORKFLOW}, "s3Config": platform}
+    bucket = parse_job(job).bucket
+    assert bucket is not None
+    assert (bucket.endpoint_url, bucket.name, bucket.access_key_id) == ("https://a.example", "b", "c")
+    own = {"endpoint_url": "https://own.example", "access_key_id": "a", "secret_access_key": "b"}
+    own_bucket = parse_job({"input": {"workflow": WORKFLOW, "s3": own}, "s3Config": platform}).bucket
+    assert own_bucket is not None
+    assert own_bucket.endpoint_url == "https://own.example"
+    with pytest.raises(InvalidInput, match=r"^s3Config\.\w+ is missing"):
+        parse_job({"input": {"workflow": WORKFLOW}, "s3Config": {"bucketName": "b"}})
+
+
+def test_the_webhook_of_an_invalid_job() -> None:
+    hook = {"url": "https://hooks.example/a", "extra_params": {"n": 1}}
+    webhook = webhook_of({"input": {"workflow": 7, "webhook": hook}})
+    assert webhook is not None
+    assert (webhook.url, webhook.extra_params) == ("https://hooks.example/a", {"n": 1})
+    assert webhook_of({"input": {"workflow": WORKFLOW}}) is None
+    assert webhook_of({"input": "{"}) is None
+    assert webhook_of({}) is None
+    with pytest.raises(InvalidInput, match=r"^input\.webhook\.url is missing"):
+        webhook_of({"input": {"webhook": {}}})
+
+
+def test_the_size_of_extra_params_is_limited() -> None:
+    def hook(length: int) -> dict[str, Any]:
+        return {"url": "https://hooks.example", "extra_params": {"a": "é" * (length // 2)}}
+
+    around = len('{"a":""}')
+    assert parse(webhook=hook(64_000 - around)).webhook is not None
+    with pytest.raises(InvalidInput) as refusal:
+        parse(webhook=hook(64_002 - around))
+    assert refusal.value.message == "input.webhook.extra_params has more than 64 kB as JSON"
+    assert refusal.value.hint == "Send a key instead, by which the receiver finds the rest"
+
+
+def test_many_problems_are_counted() -> None:
+    images = [{"image": "YQ=="} for _ in range(23)]
+    sentence = refused(images=images)
+    assert sentence.startswith(f"{UPLOAD_FAILED}: input.images.0.name is missing; input.images.1.name is missing; ")
+    assert sentence.endswith("; input.images.19.name is missing; and 3 more")
+    assert refused(images=images[:20]).endswith("input.images.19.name is missing")
+    mixed = refused(images=images[:1], strict="yes")
+    assert mixed == "input.images.0.name is missing; input.strict must be true or false"
+
+
+def test_extra_data_beside_a_wrapped_prompt_is_used() -> None:
+    wrapped = {"prompt": WORKFLOW, "extra_data": {"a": 1, "b": 2}}
+    assert parse(workflow=wrapped, extra_data={"b": 3}).extra_data == {"a": 1, "b": 3}
+    assert parse(workflow={"prompt": WORKFLOW, "extra_data": [1]}).extra_data == {}
+    extra = {f"key_{number}": "x" for number in range(100)}
+    assert len(parse(extra_data=extra).extra_data) == 100
+
+
+def test_an_artifacts_optional_fields() -> None:
+    described = result_as_output(result(artifact("a.mp4", Kind.VIDEO, width=64)))["videos"][0]
+    assert not {"width", "height", "duration_s", "url"} & described.keys()
+
+
+def test_a_warning_of_the_envelope_comes_first() -> None:
+    job = {"input": {"input": {"workflow": WORKFLOW, "qqq": 1}}}
+    assert parse_job(job).warnings == (
+        "input.input was taken for input: the request wraps its input twice",
+        "input.qqq is unknown and was ignored",
+    )

@@ -195,6 +195,52 @@ def test_events_of_finished_jobs_change_nothing() -> None:
     assert prefetch.seconds_to_next(0.0) == 0.0
 
 
+@pytest.mark.parametrize(("longest", "is_estimated"), [(12.5, True), (12.6, False)])
+def test_runs_may_differ_by_a_quarter(longest: float, is_estimated: bool) -> None:
+    prefetch = just_in_time()
+    for seconds in (10.0, longest, 11.0):
+        run(prefetch, seconds)
+    take(prefetch, "a", Stage.QUEUED, Stage.RUNNING)
+    assert (prefetch.seconds_to_next(0.0) is not None) is is_estimated
+
+
+def test_the_lead_is_the_median_of_the_last_five() -> None:
+    prefetch = just_in_time()
+    for staging_s in (1.9, 0.1, 0.2, 0.3, 0.4, 0.5):
+        run(prefetch, 10.0, staging_s=staging_s)
+    prefetch.job_taken("a", 0.0)
+    prefetch.workflow_known("a", "kind")
+    prefetch.stage_started("a", Stage.RUNNING, 0.0)
+    assert prefetch.seconds_to_next(0.0) == pytest.approx(10.0 - 0.3)
+
+
+def test_a_delivery_without_a_run_is_no_run() -> None:
+    prefetch = just_in_time()
+    for _ in range(3):
+        take(prefetch, "a", Stage.QUEUED, Stage.DELIVERING)
+        prefetch.job_ended("a")
+    take(prefetch, "b", Stage.QUEUED, Stage.RUNNING)
+    assert prefetch.seconds_to_next(0.0) is None
+
+
+def test_the_workflow_that_ran_longest_ago_is_forgotten_first() -> None:
+    prefetch = just_in_time()
+    for kind in ("old", *(f"new {number}" for number in range(255)), "old", "one more"):
+        for _ in range(3):
+            run(prefetch, 10.0, kind=kind)
+    take(prefetch, "a", Stage.QUEUED, Stage.RUNNING, kind="old")
+    assert prefetch.seconds_to_next(1000.0) == 0.0
+    prefetch.job_ended("a")
+    take(prefetch, "b", Stage.QUEUED, Stage.RUNNING, kind="new 0")
+    assert prefetch.seconds_to_next(1000.0) is None
+
+
+def test_a_signature_of_an_unknown_job_is_ignored() -> None:
+    prefetch = just_in_time()
+    prefetch.workflow_known("gone", "kind")
+    assert prefetch.seconds_to_next(0.0) == 0.0
+
+
 # --------------------------------------------------------------------------------------------- by any sequence
 
 

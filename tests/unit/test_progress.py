@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from comfy_worker.job.progress import Progress
 from comfy_worker.types import (
     JobEvent,
+    JobStarted,
     NodeFinished,
     NodeProgress,
     NodesCached,
@@ -134,3 +135,53 @@ def test_percent_never_goes_back_while_one_node_runs_after_another(
         shown.append(state.percent)
     assert shown == sorted(shown)
     assert shown[-1] == 100.0
+
+
+def test_a_new_job_as_output() -> None:
+    assert Progress().as_output() == {"stage": "staging", "percent": 0.0}
+
+
+@pytest.mark.parametrize(("ahead", "position"), [(0, 1), (1, 1), (2, 2), (7, 7)])
+def test_a_queued_job_has_a_position_from_1(ahead: int, position: int) -> None:
+    queued = progress(StageStarted(Stage.QUEUED), PromptsAhead(ahead), Notice("Waiting"))
+    expected = {"stage": "queued", "percent": 0.0, "queue_position": position, "notice": "Waiting"}
+    assert queued.as_output() == expected
+
+
+def test_a_position_is_part_of_the_output_only_while_the_job_is_queued() -> None:
+    assert progress(StageStarted(Stage.QUEUED)).as_output() == {"stage": "queued", "percent": 0.0}
+    running = progress(StageStarted(Stage.QUEUED), PromptsAhead(1), StageStarted(Stage.RUNNING))
+    assert running.as_output() == {"stage": "running", "percent": 0.0}
+
+
+def test_the_running_node_as_output() -> None:
+    running = progress(StageStarted(Stage.RUNNING), start("2"), NodeProgress("2", 1, 3))
+    assert running.as_output() == {
+        "stage": "running",
+        "percent": 8.3,
+        "node": {"id": "2", "title": "Title 2"},
+        "step": 1,
+        "steps": 3,
+    }
+    running.apply(start("3"))
+    assert running.as_output() == {"stage": "running", "percent": 8.3, "node": {"id": "3", "title": "Title 3"}}
+
+
+def test_a_started_job_counts_the_nodes_of_its_workflow() -> None:
+    state = Progress()
+    state.apply(JobStarted(WORKFLOW))
+    state.apply(NodeFinished("1"))
+    assert state.percent == 25.0
+
+
+def test_a_second_attempt_knows_no_position_and_no_finished_nodes() -> None:
+    state = progress(StageStarted(Stage.QUEUED), PromptsAhead(4), NodeFinished("1"), StageStarted(Stage.QUEUED))
+    assert state.ahead is None
+    state.apply(NodeFinished("2"))
+    assert state.percent == 25.0
+
+
+def test_percent_does_not_decrease_when_a_node_that_expanded_runs() -> None:
+    state = progress(start("2"), NodeProgress("2", 5, 10), start("2.0.7"), NodeProgress("2.0.7", 1, 10))
+    assert state.percent == 12.5
+    assert (state.step, state.steps) == (1, 10)

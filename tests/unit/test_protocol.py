@@ -19,6 +19,7 @@ from comfy_worker.comfy.protocol import (
     PromptProtocol,
     Succeeded,
     WasInterrupted,
+    WebsocketImage,
     outcome_from_history,
     prompt_position,
 )
@@ -423,3 +424,107 @@ def test_smaller_numbers_are_ahead(numbers: list[int], running: bool, data: st.D
     ahead = sum(number < wanted for number in numbers) + running
     assert prompt_position(queue, f"prompt {wanted}") == PromptPosition(running=False, ahead=ahead)
     assert prompt_position({}, f"prompt {wanted}") is None
+
+
+# ------------------------------------------------------------------------------------------ what is missing
+
+
+@pytest.mark.parametrize("kind", ["execution_error", "execution_interrupted"])
+def test_an_end_without_any_details(kind: str) -> None:
+    outcome = NodeFailed("", "", "", "") if kind == "execution_error" else WasInterrupted("", "")
+    assert outcome_from_history({"status": {"status_str": "error", "messages": [[kind, {}]]}}) == outcome
+    protocol, events = run_conversation(message(kind, prompt_id="p"))
+    assert (protocol.reported_outcome, events) == (outcome, [])
+
+
+def test_an_error_with_all_its_details() -> None:
+    details = {"node_id": 2, "node_type": "TestWork", "exception_message": " no \n", "exception_type": "OSError"}
+    failed = NodeFailed("2", "TestWork", "no", "OSError")
+    assert outcome_from_history({"status": {"messages": [["execution_error", details]]}}) == failed
+    assert run_conversation(message("execution_error", prompt_id="p", **details))[0].reported_outcome == failed
+
+
+def image_frame(content: bytes, **metadata: Any) -> bytes:
+    encoded = json.dumps(metadata).encode()
+    return struct.pack(">II", 4, len(encoded)) + encoded + content
+
+
+def test_an_image_belongs_to_the_node_in_its_metadata_or_else_to_the_running_one() -> None:
+    running = message("executing", node="2", prompt_id="p")
+    frame = image_frame(b"\xff\xd8", node_id="1", prompt_id="p", image_type="image/webp")
+    assert run_conversation(running, frame)[1][-1] == Preview("1", "image/webp", b"\xff\xd8")
+    assert run_conversation(running, image_frame(b"\xff\xd8"))[1][-1] == Preview("2", "image/jpeg", b"\xff\xd8")
+    assert run_conversation(image_frame(b"\xff\xd8"))[1] == [Preview("", "image/jpeg", b"\xff\xd8")]
+
+
+@pytest.mark.parametrize(("number", "mime_type"), [(1, "image/jpeg"), (2, "image/png"), (3, "image/jpeg")])
+def test_an_image_without_metadata(number: int, mime_type: str) -> None:
+    protocol, events = run_conversation(
+        message("executing", node="2", prompt_id="p"),
+        struct.pack(">II", 1, number) + b"preview",
+        message("executing", node="9", prompt_id="p"),
+        struct.pack(">II", 1, number) + b"output",
+    )
+    assert [event for event in events if isinstance(event, Preview)] == [Preview("2", mime_type, b"preview")]
+    assert protocol.images == [WebsocketImage("9", mime_type, b"output")]
+
+
+def test_a_frame_may_have_a_head_alone() -> None:
+    running = message("executing", node="2", prompt_id="p")
+    assert run_conversation(running, struct.pack(">II", 1, 2))[1][-1] == Preview("2", "image/png", b"")
+    assert isinstance(run_conversation(running, struct.pack(">II", 1, 2)[:7])[1][-1], NodeStarted)
+
+
+def test_a_malformed_message_is_logged_with_its_type(caplog: pytest.LogCaptureFixture) -> None:
+    run_conversation(message("progress", value=1, prompt_id="p"))
+    assert caplog.messages == ["a websocket message of type progress has an unexpected form: KeyError('max')"]
+
+
+def test_progress_belongs_to_the_running_node_unless_it_names_one() -> None:
+    frames = [
+        message("progress", value=1, max=4, prompt_id="p"),
+        message("executing", node="2", prompt_id="p"),
+        message("progress", value=2, max=4, prompt_id="p"),
+        message("progress", node=1, value=3, max=4, prompt_id="p"),
+    ]
+    progress = [event for event in run_conversation(*frames)[1] if isinstance(event, NodeProgress)]
+    assert progress == [NodeProgress("", 1, 4), NodeProgress("2", 2, 4), NodeProgress("1", 3, 4)]
+
+
+def test_only_finished_nodes_of_a_progress_state_end() -> None:
+    nodes = {"1": {"state": "finished"}, "2": {"state": "running"}, "9": {}}
+    _protocol, events = run_conversation(message("progress_state", nodes=nodes, prompt_id="p"))
+    assert events == [NodeFinished("1")]
+
+
+def test_a_node_that_failed_does_not_finish() -> None:
+    for kind in ("execution_error", "execution_interrupted"):
+        protocol, events = run_conversation(
+            message("executing", node="2", prompt_id="p"),
+            message(kind, node_id="2", node_type="TestWork", prompt_id="p"),
+            message("executing", node=None, prompt_id="p"),
+        )
+        assert not any(isinstance(event, NodeFinished) for event in events)
+        assert protocol.ended
+
+
+def test_the_queue_shows_that_a_prompt_runs() -> None:
+    protocol = PromptProtocol("p", WORKFLOW)
+    assert not protocol.started
+    assert protocol.seen_running() == [StageStarted(Stage.RUNNING)]
+    assert protocol.started
+    assert protocol.seen_running() == protocol.receive(message("execution_start", prompt_id="p")) == []
+
+
+def test_images_are_expected_of_the_websocket_node_alone() -> None:
+    assert PromptProtocol("p", WORKFLOW).expects_images
+    assert not PromptProtocol("p", {"1": WORKFLOW["1"]}).expects_images
+
+
+def test_running_prompts_are_ahead_of_pending_ones() -> None:
+    queue = {"queue_running": [[1, "a"]], "queue_pending": [[3, "c"], [2, "b"]]}
+    assert prompt_position(queue, "a") == PromptPosition(running=True, ahead=0)
+    assert prompt_position(queue, "b") == PromptPosition(running=False, ahead=1)
+    assert prompt_position(queue, "c") == PromptPosition(running=False, ahead=2)
+    assert prompt_position({"queue_running": None, "queue_pending": None}, "a") is None
+    assert prompt_position({}, "a") is None

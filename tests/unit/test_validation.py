@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from comfy_worker.comfy.requirements import model_folder
 from comfy_worker.comfy.validation import ObjectInfo, nearest, refusal, skipped_outputs
-from comfy_worker.errors import InvalidWorkflow
+from comfy_worker.errors import InvalidWorkflow, MissingModels, MissingNodes
 from tests.support.comfyui.traffic_recordings import VERSIONS, recording
 
 CLASS_NAMES = ["EmptyImage", "SaveImage", "LoadImage", "ImageScale"]
@@ -411,3 +411,225 @@ def test_only_the_first_of_many_skipped_outputs_are_named() -> None:
 
 def test_overlong_names_get_no_suggestion() -> None:
     assert nearest("a" * 256, ["a" * 257]) is None
+
+
+# ------------------------------------------------------------------------------------------- every field
+
+
+def problems_of(body: dict[str, Any], workflow: dict[str, Any], object_info: ObjectInfo = classes_known) -> list[Any]:
+    error = refuse(body, workflow, object_info)
+    return list((error.details or {})["problems"])
+
+
+def whole(kind: str, message: str, details: str = "") -> dict[str, Any]:
+    return {"error": {"type": kind, "message": message, "details": details}, "node_errors": {}}
+
+
+def test_a_value_that_is_not_in_a_list() -> None:
+    body = not_in_list([["sdxl_base_1.0.safetensors", "other.ckpt"]])
+    workflow = {"30": {**checkpoint()["30"], "_meta": {"title": "Load it"}}}
+    error = refuse(body, workflow)
+    assert type(error) is MissingModels
+    assert error.hint is None
+    assert problems_of(body, workflow) == [
+        {
+            "type": "value_not_in_list",
+            "message": "'sdxl_bse_1.0.safetensors' not in available models",
+            "node_id": "30",
+            "class_type": "CheckpointLoaderSimple",
+            "title": "Load it",
+            "input_name": "ckpt_name",
+            "given": "sdxl_bse_1.0.safetensors",
+            "choices": ("sdxl_base_1.0.safetensors", "other.ckpt"),
+            "choice_count": 2,
+            "nearest": "sdxl_base_1.0.safetensors",
+            "belongs_to": "they lie in models/checkpoints",
+        }
+    ]
+
+
+@pytest.mark.parametrize(("count", "end"), [(10, "'9')"), (11, "'9', …)")])
+def test_at_most_ten_choices_are_named(count: int, end: str) -> None:
+    body = not_in_list([[str(number) for number in range(count)]], "nothing like it")
+    [problem] = problems_of(body, checkpoint())
+    assert (len(problem["choices"]), problem["choice_count"]) == (10, count)
+    assert refuse(body, checkpoint()).message.endswith(end)
+    assert type(refuse(body, checkpoint())) is InvalidWorkflow
+
+
+def test_a_list_that_nobody_knows_is_empty() -> None:
+    error = refuse(not_in_list(None, "a"), checkpoint(), nothing_known)
+    assert (
+        error.message == f"{PREFIX}Node 30 (ckpt_name): 'a' not in available values (CheckpointLoaderSimple has none)"
+    )
+
+
+def test_a_missing_class() -> None:
+    body = whole("missing_node_type", "Node 'SaveImages' not found.", "Node ID '#9'")
+    assert problems_of(body, {"9": {"class_type": "SaveImages", "inputs": {}}}) == [
+        {
+            "type": "missing_node_type",
+            "message": "node class 'SaveImages' does not exist here",
+            "node_id": "9",
+            "class_type": "SaveImages",
+            "title": "SaveImages",
+            "given": "SaveImages",
+            "nearest": "SaveImage",
+        }
+    ]
+    assert type(refuse(body, {"9": {"class_type": "SaveImages", "inputs": {}}})) is MissingNodes
+
+
+def test_a_missing_class_that_the_workflow_does_not_have() -> None:
+    """ComfyUI may have changed meanwhile: its own sentence is what is left."""
+    body = whole("missing_node_type", "Node 'X' not found.", "Node ID '#30'")
+    assert problems_of(body, checkpoint(), lambda: {"CheckpointLoaderSimple": {}}) == [
+        {
+            "type": "missing_node_type",
+            "message": "Node 'X' not found. Node ID '#30'",
+            "node_id": "30",
+            "class_type": "CheckpointLoaderSimple",
+        }
+    ]
+
+
+@pytest.mark.parametrize(
+    ("body", "workflow", "problem"),
+    [
+        (
+            whole("prompt_no_outputs", "Prompt has no outputs"),
+            checkpoint(),
+            {"type": "prompt_no_outputs", "message": "the workflow has no output node, such as SaveImage"},
+        ),
+        (
+            whole("prompt_outputs_failed_validation", "Failed"),
+            {"1": {"class_type": "A", "inputs": {"a": ["1", 0]}}},
+            {"type": "prompt_outputs_failed_validation", "message": "it feeds itself", "node_id": "1"},
+        ),
+        (
+            whole("something_new", "Something", "happened"),
+            checkpoint(),
+            {"type": "something_new", "message": "Something happened"},
+        ),
+        ({}, checkpoint(), {"type": "", "message": "ComfyUI gave no reason"}),
+        ({"error": None, "node_errors": None}, checkpoint(), {"type": "", "message": "ComfyUI gave no reason"}),
+    ],
+)
+def test_a_refusal_of_the_whole_workflow(body: dict[str, Any], workflow: dict[str, Any], problem: Any) -> None:
+    assert problems_of(body, workflow) == [problem]
+
+
+def test_a_wrong_link() -> None:
+    link = {
+        "input_name": "samples",
+        "input_config": ["LATENT", {}],
+        "received_type": "MODEL",
+        "linked_node": ["4", 2],
+        "received_value": None,
+    }
+    workflow = {**checkpoint(), "4": {"class_type": "Loader", "inputs": {}}}
+    [problem] = problems_of(one_error("return_type_mismatch", **link), workflow)
+    assert problem["message"] == "takes LATENT, but output 2 of node 4 (Loader) is MODEL"
+    del link["linked_node"], link["input_config"]
+    [problem] = problems_of(one_error("return_type_mismatch", **link), workflow)
+    assert problem["message"] == "takes another type, but output 0 of node ? () is MODEL"
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "message"),
+    [
+        ("value_smaller_than_min", ["INT", {"min": 1, "max": 9}], "12 is smaller than the least allowed value 1"),
+        ("value_bigger_than_max", ["INT", {"min": 1, "max": 9}], "12 is bigger than the greatest allowed value 9"),
+        ("value_bigger_than_max", ["INT"], "12 is bigger than the greatest allowed value None"),
+        ("value_bigger_than_max", None, "12 is bigger than the greatest allowed value None"),
+        ("invalid_input_type", ["INT", {}], "12 is not of type INT"),
+        ("invalid_input_type", [], "12 is not of type another type"),
+        ("invalid_input_type", None, "12 is not of type another type"),
+        ("unknown", None, "ComfyUI's message: with details"),
+    ],
+)
+def test_a_wrong_value(kind: str, config: Any, message: str) -> None:
+    body = one_error(kind, "with details", input_name="ckpt_name", input_config=config, received_value=12)
+    assert problems_of(body, checkpoint()) == [
+        {
+            "type": kind,
+            "message": message,
+            "node_id": "30",
+            "class_type": "CheckpointLoaderSimple",
+            "title": "CheckpointLoaderSimple",
+            "input_name": "ckpt_name",
+            "given": 12,
+        }
+    ]
+
+
+def test_an_error_without_a_message_is_named_by_its_type() -> None:
+    body = {"node_errors": {"30": {"errors": [{"type": "strange"}]}}}
+    assert refuse(body, checkpoint()).message == f"{PREFIX}Node 30: strange"
+    body = {"node_errors": {"30": {"errors": [{"type": "strange", "details": "why"}]}}}
+    assert refuse(body, checkpoint()).message == f"{PREFIX}Node 30: strange: why"
+    assert refuse({"node_errors": {"30": {"errors": [{}]}}}, checkpoint()).message == f"{PREFIX}Node 30: "
+
+
+@pytest.mark.parametrize("kind", ["exception_during_validation", "exception_during_inner_validation"])
+def test_an_exception_of_the_validation_names_no_input(kind: str) -> None:
+    def sentence(details: str, **extra: Any) -> str:
+        return refuse(one_error(kind, details, input_name="ckpt_name", **extra), checkpoint()).message
+
+    missing = f"{PREFIX}Node 30: it is linked to node 77, which the workflow does not have"
+    assert sentence("'77'", exception_type="KeyError") == missing
+    unknown = f"{PREFIX}Node 30: ComfyUI could not check it: "
+    assert sentence("'30'", exception_type="KeyError") == f"{unknown}KeyError: '30'"
+    assert sentence("'77'", exception_type="IndexError") == f"{unknown}IndexError: '77'"
+    assert sentence("why") == f"{unknown}error: why"
+
+
+@pytest.mark.parametrize(
+    ("details", "is_file"),
+    [
+        ("image - Invalid image file: a.png", True),
+        ("image - Invalid number: 3", False),
+        ("image - What file: a.png", False),
+    ],
+)
+def test_only_a_missing_file_has_a_hint(details: str, is_file: bool) -> None:
+    error = refuse(one_error("custom_validation_failed", details, input_name="image"), checkpoint())
+    hint = "Send the file in input.images, under the name that the workflow has for it"
+    assert error.hint == (hint if is_file else None)
+
+
+def test_problems_come_in_the_order_of_the_workflow() -> None:
+    def missing(*names: str) -> dict[str, Any]:
+        errors = [{"type": "required_input_missing", "extra_info": {"input_name": name}} for name in names]
+        return {"class_type": "A", "errors": errors}
+
+    workflow = {
+        "2": {"class_type": "A", "inputs": {"b": 1, "a": 2}},
+        "1": {"class_type": "A", "inputs": {"a": 1}},
+    }
+    body = {"node_errors": {"elsewhere": missing("x"), "1": missing("a"), "2": missing("unknown", "a", "b")}}
+    assert [(problem["node_id"], problem["input_name"]) for problem in problems_of(body, workflow)] == [
+        ("2", "b"),
+        ("2", "a"),
+        ("2", "unknown"),
+        ("1", "a"),
+        ("elsewhere", "x"),
+    ]
+
+
+def test_fifty_problems_are_all_of_them() -> None:
+    errors = [{"type": "required_input_missing", "extra_info": {"input_name": str(number)}} for number in range(51)]
+    assert len(problems_of({"node_errors": {"30": {"errors": errors}}}, checkpoint())) == 50
+    assert "more problems" in refuse({"node_errors": {"30": {"errors": errors}}}, checkpoint()).message
+    body = {"node_errors": {"30": {"errors": errors[:50]}}}
+    assert "more problems" not in refuse(body, checkpoint()).message
+
+
+def test_a_skipped_output_is_the_node_itself_unless_comfyui_names_others() -> None:
+    errors = one_error("required_input_missing", input_name="a")["node_errors"]
+    [warning] = skipped_outputs(errors, checkpoint(), nothing_known)
+    sentence = "Node 30 (a): required input is missing; ComfyUI skipped output node"
+    assert warning == f"{sentence} 30 (CheckpointLoaderSimple)"
+    errors["30"]["dependent_outputs"] = [str(number) for number in range(10)]
+    [warning] = skipped_outputs(errors, checkpoint(), nothing_known)
+    assert warning == f"{sentence} " + ", ".join(f"{number} ()" for number in range(10))

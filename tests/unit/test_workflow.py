@@ -17,6 +17,7 @@ from comfy_worker.graph.workflow import (
     find_loop,
     is_link,
     is_ui_format,
+    node_names,
     nodes_of_class,
     prefix_outputs,
     split_annotation,
@@ -261,3 +262,94 @@ def test_many_dangling_links_are_counted() -> None:
     with pytest.raises(InvalidWorkflow, match="and 990 more such links") as refused:
         check_workflow(graph)
     assert len(refused.value.message) < 3000
+
+
+def test_a_node_is_shown_with_id_class_and_title() -> None:
+    titled = {"3": {**node("B"), "_meta": {"title": "Third"}}}
+    assert node_names(titled, "3") == {"node_id": "3", "class_type": "B", "title": "Third"}
+    assert node_names(titled, "3:7") == {"node_id": "3:7", "class_type": "B", "title": "Third"}
+    assert node_names(titled, "3.0.0.7") == {"node_id": "3.0.0.7", "class_type": "B", "title": "Third"}
+    assert node_names(titled, "4") == {"node_id": "4", "class_type": "", "title": ""}
+    assert node_names({"3:7": node("C"), "3": node("B")}, "3:7") == {
+        "node_id": "3:7",
+        "class_type": "C",
+        "title": "C",
+    }
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [("x", "string"), (True, "boolean"), (1, "number"), (1.5, "number"), ([], "list"), (None, "null"), (b"", "bytes")],
+)
+def test_a_node_of_another_type_is_named_by_it(value: Any, name: str) -> None:
+    with pytest.raises(InvalidWorkflow, match=f"Node 1: it is a {name}, not an object"):
+        check_workflow({"1": value})
+
+
+@pytest.mark.parametrize(
+    ("broken", "problem"),
+    [
+        ({"inputs": {}}, "class_type is missing"),
+        ({"class_type": 7, "inputs": {}}, "class_type is missing"),
+        ({"class_type": "A", "inputs": []}, "inputs is not an object"),
+    ],
+)
+def test_an_incomplete_node(broken: Any, problem: str) -> None:
+    with pytest.raises(InvalidWorkflow) as refused:
+        check_workflow({"1": node(), "2": broken})
+    assert refused.value.message == f"Workflow validation failed: Node 2: {problem}"
+
+
+def test_the_ui_format_has_a_hint() -> None:
+    with pytest.raises(UiFormatWorkflow) as refused:
+        check_workflow({"nodes": [], "links": []})
+    assert refused.value.hint == "In ComfyUI choose Workflow > Export (API) and send that file's content"
+
+
+def test_a_dangling_link_has_details() -> None:
+    target = "x" * 101
+    with pytest.raises(InvalidWorkflow) as refused:
+        check_workflow({"1": {**node(a=[target, 0]), "_meta": {"title": "First"}}})
+    message = f"it is linked to node {'x' * 100}, which the workflow does not have"
+    assert refused.value.details == {
+        "problems": [
+            {
+                "type": "dangling_link",
+                "message": message,
+                "node_id": "1",
+                "class_type": "A",
+                "title": "First",
+                "input_name": "a",
+                "given": "x" * 100,
+            }
+        ]
+    }
+    assert refused.value.message == f"Workflow validation failed: Node 1 (a): {message}"
+
+
+def test_ten_dangling_links_are_all_named() -> None:
+    inputs = {f"input_{number}": ["missing", 0] for number in range(11)}
+    with pytest.raises(InvalidWorkflow, match=r"; and 1 more such links$"):
+        check_workflow({"1": node(**inputs)})
+    del inputs["input_10"]
+    with pytest.raises(InvalidWorkflow) as refused:
+        check_workflow({"1": node(**inputs)})
+    assert "more such links" not in refused.value.message
+
+
+def test_nodes_of_a_class() -> None:
+    assert nodes_of_class({"1": node("A"), "2": node("B"), "3": node("A")}, "A") == ["1", "3"]
+
+
+def test_a_prefix_that_leads_out_is_named() -> None:
+    with pytest.raises(InvalidWorkflow) as refused:
+        prefix_outputs({"7": node(filename_prefix="a\\..\\b")}, "job")
+    problem = "Node 7 (filename_prefix): 'a\\\\..\\\\b' leads out of its folder"
+    assert refused.value.message == f"Workflow validation failed: {problem}"
+
+
+def test_prefixes_that_are_links_stay() -> None:
+    graph = {"1": node(filename_prefix=["2", 0]), "2": node(filename_prefix="/a/"), "3": node(filename_prefix="/")}
+    prefix_outputs(graph, "job")
+    prefixes = [graph[node_id]["inputs"]["filename_prefix"] for node_id in "123"]
+    assert prefixes == [["2", 0], "job/a", "job/ComfyUI"]

@@ -272,7 +272,8 @@ def _whole_problem(error: Mapping[str, Any], workflow: Workflow) -> Problem:
         return Problem(kind, "the workflow has no output node, such as SaveImage")
     if loop := find_loop(workflow):
         return Problem(kind, _loop_message(loop), node_id=loop[0])
-    return Problem(kind, f"{message} {details}".strip(), node_id=node_id, class_type=node_class)
+    sentence = f"{message} {details}".strip() or "ComfyUI gave no reason"
+    return Problem(kind, sentence, node_id=node_id, class_type=node_class)
 
 
 def _loop_message(loop: Sequence[str]) -> str:
