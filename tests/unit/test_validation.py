@@ -520,7 +520,7 @@ def test_a_refusal_of_the_whole_workflow(body: dict[str, Any], workflow: dict[st
 
 
 def test_a_wrong_link() -> None:
-    link = {
+    link: dict[str, Any] = {
         "input_name": "samples",
         "input_config": ["LATENT", {}],
         "received_type": "MODEL",

@@ -328,7 +328,7 @@ def test_a_dangling_link_has_details() -> None:
 
 
 def test_ten_dangling_links_are_all_named() -> None:
-    inputs = {f"input_{number}": ["missing", 0] for number in range(11)}
+    inputs: dict[str, Any] = {f"input_{number}": ["missing", 0] for number in range(11)}
     with pytest.raises(InvalidWorkflow, match=r"; and 1 more such links$"):
         check_workflow({"1": node(**inputs)})
     del inputs["input_10"]

@@ -17,7 +17,7 @@ from comfy_worker.errors import Cancelled, InvalidInput, TimedOut
 from comfy_worker.net.errors import FetchError
 from comfy_worker.net.urls import parse_url
 from comfy_worker.settings import Settings
-from comfy_worker.types import JobState, Webhook
+from comfy_worker.types import JobState, Kind, Webhook
 
 _PREFIX = "whsec_"
 """Marks a secret of Standard Webhooks; a secret without it is plain text."""
@@ -146,13 +146,18 @@ def _json(value: Any) -> str:
 
 
 def _without_data(output: Any) -> Any:
-    """Return an output without base64 data. The generate API's files have no `type` beside it."""
+    """Return an output without base64 data."""
     if isinstance(output, list):
-        return [_without_data(item) for item in output]
+        # The files of the generate API.
+        return [{key: value for key, value in item.items() if key != "data"} for item in output]
     if not isinstance(output, Mapping):
         return output
-    has_base64 = output.get("type", "base64") == "base64"
-    return {key: _without_data(value) for key, value in output.items() if not (key == "data" and has_base64)}
+    lists = {kind.value: output[kind.value] for kind in Kind if kind.value in output}
+    return {**output, **{name: [_without_own_data(item) for item in items] for name, items in lists.items()}}
+
+
+def _without_own_data(item: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in item.items() if key != "data" or item["type"] != "base64"}
 
 
 def status_of(output: Mapping[str, Any]) -> JobState:
