@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import cache
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -30,6 +32,16 @@ _SHOWN_INLINE = ("image/", "video/", "audio/", "text/plain")
 _MAX_CODE_LENGTH = 80
 
 
+_creating_clients = threading.Lock()
+"""A session must not create two clients at once."""
+
+
+@cache
+def _session() -> boto3.session.Session:
+    """Return the one session: each new one reads a megabyte of descriptions."""
+    return boto3.session.Session()
+
+
 def open_client(access: BucketAccess, connections: int = 1) -> S3Client:
     """Return a client for a bucket that keeps this many connections open.
 
@@ -50,14 +62,15 @@ def open_client(access: BucketAccess, connections: int = 1) -> S3Client:
         proxies={} if access.public_only else None,
     )
     try:
-        client: S3Client = boto3.session.Session().client(
-            "s3",
-            endpoint_url=access.bucket.endpoint_url,
-            region_name=access.bucket.region,
-            aws_access_key_id=access.access_key_id,
-            aws_secret_access_key=access.secret_access_key,
-            config=config,
-        )
+        with _creating_clients:
+            client: S3Client = _session().client(
+                "s3",
+                endpoint_url=access.bucket.endpoint_url,
+                region_name=access.bucket.region,
+                aws_access_key_id=access.access_key_id,
+                aws_secret_access_key=access.secret_access_key,
+                config=config,
+            )
     except (BotoCoreError, ValueError) as error:
         raise InvalidInput(f"The S3 client could not be made: {type(error).__name__}") from error
     # Waiting for "100 Continue" would take a second round trip for each file.
