@@ -61,7 +61,7 @@ def test_run_sync_returns_the_image(sdk: RunpodSdk) -> None:
 
 def test_run_sync_returns_the_image_of_a_job_that_outlasts_its_wait(sdk: RunpodSdk, gateway: GatewayProcess) -> None:
     """It waits 5 s in `/runsync`, and asks `/status-sync` then; until it has, another job keeps this one waiting."""
-    in_front = gateway.run(work(60))
+    in_front = gateway.run(work(60, steps=600))
     with sdk.calling("runSync", job(picture(RED)), 5000) as call:
         call.wait_for_line("^sync-.*: IN_")
         gateway.post(f"/cancel/{in_front}")
@@ -71,7 +71,7 @@ def test_run_sync_returns_the_image_of_a_job_that_outlasts_its_wait(sdk: RunpodS
 
 
 def test_status_and_status_sync_follow_run(sdk: RunpodSdk, gateway: GatewayProcess) -> None:
-    in_front = gateway.run(work(60))
+    in_front = gateway.run(work(60, steps=600))
     job_id = run(sdk, picture(RED))
     assert sdk("status", job_id, PATIENTLY_MS)["completed"] is False
     waited = sdk("statusSync", job_id, 1000)
@@ -102,7 +102,7 @@ def test_a_stream_of_a_failed_job_ends_with_the_error(sdk: RunpodSdk) -> None:
 
 
 def test_a_job_is_cancelled(sdk: RunpodSdk, comfy: ComfyUI) -> None:
-    job_id = run(sdk, work(60))
+    job_id = run(sdk, work(60, steps=600))
     comfy.wait_until_running()
     assert sdk("cancel", job_id, PATIENTLY_MS)["status"] == "CANCELLED"
     assert comfy.queue() == []
@@ -111,9 +111,9 @@ def test_a_job_is_cancelled(sdk: RunpodSdk, comfy: ComfyUI) -> None:
 
 
 def test_health_and_purge_count_jobs(sdk: RunpodSdk, comfy: ComfyUI, gateway: GatewayProcess) -> None:
-    running = run(sdk, work(60))
+    running = run(sdk, work(60, steps=600))
     comfy.wait_until_running()
-    waiting = [run(sdk, work(60)) for _ in range(3)]
+    waiting = [run(sdk, work(60, steps=600)) for _ in range(3)]
     try:
         health = sdk("health", PATIENTLY_MS)
         assert health["jobs"]["inProgress"] + health["jobs"]["inQueue"] == 4
