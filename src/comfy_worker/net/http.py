@@ -6,6 +6,7 @@ import os
 import ssl
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from urllib.parse import unquote, urljoin, urlsplit
 
 from requests.utils import DEFAULT_CA_BUNDLE_PATH, get_environ_proxies, select_proxy
@@ -79,8 +80,14 @@ def _pool(target: Target, address: str, deadline: FetchDeadline) -> HTTPConnecti
     if target.scheme == "http":
         return hooked_pool(HTTPConnectionPool, deadline.watch)(address, target.port)
     bundle = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or DEFAULT_CA_BUNDLE_PATH
-    pool_class = hooked_pool(HTTPSConnectionPool, deadline.watch)
-    return pool_class(address, target.port, server_hostname=target.host, ca_certs=bundle)
+    is_folder = Path(bundle).is_dir()
+    return hooked_pool(HTTPSConnectionPool, deadline.watch)(
+        address,
+        target.port,
+        server_hostname=target.host,
+        ca_certs=None if is_folder else bundle,
+        ca_cert_dir=bundle if is_folder else None,
+    )
 
 
 def _send(
