@@ -145,14 +145,10 @@ class _Staging:
             elif reference.name in self._items and self._config(reference).loads_name(reference):
                 self._use(self._items[reference.name], reference, is_needed=True)
             elif reference.value.strip("/") in self._folders and self._config(reference).is_combo:
-                self._use_folder(reference)
-
-    def _use_folder(self, reference: Reference) -> None:
-        """Note that a node loads a whole folder of the job's files."""
-        self._folder_uses.append(reference)
+                self._folder_uses.append(reference)
+        used_folders = {reference.value.strip("/") for reference in self._folder_uses}
         for item in self._items.values():
-            if item.file.name.startswith(f"{reference.value.strip('/')}/"):
-                item.is_needed = True
+            item.is_needed = item.is_needed or not used_folders.isdisjoint(_folders_of(item.file.name))
 
     def _use_url(self, reference: Reference) -> None:
         config = self._config(reference)
