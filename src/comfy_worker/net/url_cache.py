@@ -142,7 +142,7 @@ class CacheEntry:
         with contextlib.suppress(Timeout), self.lock.acquire(timeout=0):
             if only_if_empty and self._body.exists():
                 return False
-            # The lock goes last, while it is held: whoever waits for it notices and creates a new one.
+            # The lock is removed last, while it is held: a process that waits for it notices and creates a new one.
             for path in (self._metadata, self._body, self._part, Path(self.lock.lock_file)):
                 path.unlink(missing_ok=True)
             return True

@@ -11,7 +11,7 @@ _CHUNK = 65536
 
 
 class LostAnswers:
-    """Passes everything on to a server, but for the answers that it should lose; a context manager."""
+    """Forwards everything to a server, except the responses that it should lose; a context manager."""
 
     def __init__(self, url: str) -> None:
         """Stand before the server of a database URL."""
